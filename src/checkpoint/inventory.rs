@@ -1,0 +1,163 @@
+//! Whether a checkpoint has the tensors of its architecture, and nothing else.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Result, bail};
+
+use super::source::{BaseModel, Dtype, TensorView};
+use crate::model::config::ModelConfig;
+use crate::model::names::{self, TensorSpec};
+
+impl BaseModel {
+    /// Checks that every tensor of the architecture is there in the right shape, as bf16, f16 or f32 — or, for a
+    /// projection, in bitsandbytes' NF4 layout — and that there is no other. Only `*.rotary_emb.inv_freq` and, with
+    /// tied embeddings, an `lm_head.weight` equal to the embedding may be there besides.
+    ///
+    /// One error names all that is missing, wrong or unknown.
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+        let specs = names::tensors(config);
+        let mut problems = Vec::new();
+        let mut known = BTreeSet::new();
+        for spec in &specs {
+            match self.get(&spec.name) {
+                None => problems.push(format!("{} is missing", spec.name)),
+                Some(view) => problems.extend(self.check_tensor(&view, spec).err().map(|error| format!("{error:#}"))),
+            }
+            known.insert(spec.name.clone());
+            if self.is_bnb(&spec.name) {
+                known.extend(Self::bnb_parts(&spec.name));
+            }
+        }
+        let unknown = self.names().filter(|name| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
+        for name in unknown {
+            if name != names::LM_HEAD {
+                problems.push(format!("{name} is no tensor of this architecture"));
+            } else if !self.same_bytes(names::LM_HEAD, names::EMBED_TOKENS)? {
+                problems
+                    .push(format!("{name} differs from {} although tie_word_embeddings is true", names::EMBED_TOKENS));
+            }
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => bail!("{}: tensors do not fit config.json:\n  {}", self.dir().display(), problems.join("\n  ")),
+        }
+    }
+
+    fn check_tensor(&self, view: &TensorView, spec: &TensorSpec) -> Result<()> {
+        let found = match view.dtype {
+            Dtype::BF16 | Dtype::F16 | Dtype::F32 => view.shape.to_vec(),
+            Dtype::U8 if spec.is_projection => self.read_bnb(view.name)?.shape,
+            other if spec.is_projection => {
+                bail!("{view}: dtype {other:?}, allowed: BF16, F16, F32, or bitsandbytes NF4 with uint8 storage")
+            }
+            other => bail!("{view}: dtype {other:?}, allowed: BF16, F16, F32"),
+        };
+        if found != spec.shape {
+            bail!("{view}: shape {found:?}, config.json makes it {:?}", spec.shape);
+        }
+        Ok(())
+    }
+
+    fn same_bytes(&self, name: &str, other: &str) -> Result<bool> {
+        let (a, b) = (self.tensor(name)?, self.tensor(other)?);
+        let same = a.dtype == b.dtype && a.shape == b.shape && a.bytes == b.bytes;
+        self.release(&a)?;
+        self.release(&b)?;
+        Ok(same)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::bnb;
+    use super::super::source::tests::{Written, f32s, write};
+    use super::*;
+    use crate::model::rope::{RopeConfig, RopeScaling};
+    use tempfile::TempDir;
+
+    fn config() -> ModelConfig {
+        let scaling = RopeScaling::Default;
+        ModelConfig {
+            hidden_size: 8,
+            intermediate_size: 12,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            head_dim: 4,
+            vocab_size: 10,
+            rms_norm_eps: 1e-5,
+            tie_word_embeddings: true,
+            attention_bias: false,
+            mlp_bias: false,
+            max_position_embeddings: 32,
+            rope: RopeConfig { rope_theta: 1e4, head_dim: 4, max_position_embeddings: 32, scaling },
+            eos_token_ids: vec![],
+            quantization: None,
+        }
+    }
+
+    fn plain(config: &ModelConfig) -> Vec<Written> {
+        let tensor = |spec: TensorSpec| f32s(&spec.name, &spec.shape, &vec![0.5; spec.shape.iter().product()]);
+        names::tensors(config).into_iter().map(tensor).collect()
+    }
+
+    fn check(tensors: &[Written], config: &ModelConfig) -> Result<()> {
+        let dir = TempDir::new().unwrap();
+        write(&dir.path().join("model.safetensors"), tensors);
+        BaseModel::open(dir.path()).unwrap().check(config)
+    }
+
+    #[test]
+    fn whole_models_pass() {
+        let tied = config();
+        let mut tensors = plain(&tied);
+        check(&tensors, &tied).unwrap();
+        tensors.push(f32s("lm_head.weight", &[10, 8], &[0.5; 80]));
+        tensors.push(f32s("model.layers.0.self_attn.rotary_emb.inv_freq", &[2], &[1.0, 0.1]));
+        check(&tensors, &tied).unwrap();
+        let other = ModelConfig { tie_word_embeddings: false, attention_bias: true, mlp_bias: true, ..config() };
+        check(&plain(&other), &other).unwrap();
+    }
+
+    #[test]
+    fn a_projection_may_be_nf4() {
+        let config = config();
+        let name = "model.layers.1.mlp.up_proj.weight";
+        let mut tensors: Vec<_> = plain(&config).into_iter().filter(|tensor| tensor.0 != name).collect();
+        let good = bnb::tests::nested(name, 12, 8);
+        check(&[tensors.clone(), good].concat(), &config).unwrap();
+        tensors.extend(bnb::tests::nested(name, 8, 12));
+        let error = check(&tensors, &config).unwrap_err().to_string();
+        assert!(error.contains("mlp.up_proj.weight: shape [8, 12], config.json makes it [12, 8]"), "{error}");
+    }
+
+    #[test]
+    fn all_that_does_not_fit_is_named_at_once() {
+        let config = config();
+        let mut tensors = plain(&config);
+        tensors.retain(|(name, ..)| name != "model.norm.weight" && name != "model.layers.1.mlp.down_proj.weight");
+        tensors.push(f32s("lm_head.weight", &[10, 8], &[0.25; 80]));
+        tensors.push(f32s("score.weight", &[1], &[0.25]));
+        for (name, dtype, shape, bytes) in &mut tensors {
+            match name.as_str() {
+                "model.layers.0.self_attn.k_proj.weight" => *shape = vec![8, 4],
+                "model.layers.1.input_layernorm.weight" => (*dtype, *bytes) = (Dtype::U8, vec![0; 8]),
+                "model.layers.1.self_attn.o_proj.weight" => (*dtype, *bytes) = (Dtype::I8, vec![0; 64]),
+                _ => {}
+            }
+        }
+        let error = check(&tensors, &config).unwrap_err().to_string();
+        for expected in [
+            "model.norm.weight is missing",
+            "model.layers.1.mlp.down_proj.weight is missing",
+            "k_proj.weight: shape [8, 4], config.json makes it [4, 8]",
+            "input_layernorm.weight: dtype U8, allowed: BF16, F16, F32",
+            "o_proj.weight: dtype I8, allowed: BF16, F16, F32, or bitsandbytes NF4",
+            "score.weight is no tensor of this architecture",
+            "lm_head.weight differs from model.embed_tokens.weight",
+        ] {
+            assert!(error.contains(expected), "{expected} is not in {error}");
+        }
+        assert_eq!(error.lines().count(), 8, "{error}");
+    }
+}

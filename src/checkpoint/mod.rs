@@ -1,0 +1,10 @@
+//! Files: the base model, shard files, adapters.
+
+pub mod adapter;
+pub mod atomic;
+pub mod bnb;
+mod header;
+mod inventory;
+pub mod load;
+pub mod shards;
+pub mod source;

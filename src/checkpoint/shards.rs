@@ -1,0 +1,236 @@
+//! Shard files: one safetensors file per shard, `nf4-00000-of-00002.safetensors`.
+//!
+//! Each unit is one U8 tensor, `unit.00000` and so on, of equal length in every shard (`fsdp::layout`). The metadata says
+//! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. A file is written beside and
+//! renamed; one whose metadata is not what is expected is stale, one whose checksums fail is damaged.
+
+use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+use tempfile::NamedTempFile;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::comm::SharedBytes;
+use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
+
+use super::atomic;
+use super::source::map;
+
+/// Data begins at a multiple of this.
+const DATA_ALIGN_BYTES: usize = 64;
+
+/// What the shard files of one base, quantization and number of shards are.
+#[derive(Clone, Debug)]
+pub struct ShardSpec {
+    /// Folder of the files.
+    pub dir: PathBuf,
+    /// Identity of the base (`BaseModel::identity`).
+    pub base: String,
+    /// Encoding of the projections, `nf4+dq`, `nf4` or a plain type.
+    pub encoding: String,
+    pub num_shards: usize,
+    /// Bytes of a shard of each unit.
+    pub unit_bytes: Vec<usize>,
+}
+
+/// What was found in the place of a shard file.
+pub enum Found {
+    Valid(Vec<SharedBytes>),
+    Missing,
+    /// Stale or damaged, and why.
+    Invalid(String),
+}
+
+impl ShardSpec {
+    pub fn new(dir: PathBuf, base: String, encoding: String, layouts: &[UnitLayout]) -> ShardSpec {
+        let num_shards = layouts[0].num_shards();
+        ShardSpec { dir, base, encoding, num_shards, unit_bytes: layouts.iter().map(UnitLayout::shard_bytes).collect() }
+    }
+
+    /// Path of one shard's file.
+    pub fn path(&self, shard: usize) -> PathBuf {
+        let kind = if self.encoding.starts_with("nf4") { "nf4" } else { "plain" };
+        self.dir.join(format!("{kind}-{shard:05}-of-{:05}.safetensors", self.num_shards))
+    }
+
+    /// Bytes of one shard's file, header apart.
+    pub fn data_bytes(&self) -> usize {
+        self.unit_bytes.iter().sum()
+    }
+
+    fn metadata(&self, shard: usize, checksums: &[u64]) -> Map<String, Value> {
+        let text = |v: String| Value::String(v);
+        let checksums: Vec<String> = checksums.iter().map(|c| format!("{c:016x}")).collect();
+        let mut metadata = Map::new();
+        metadata.insert("format".into(), text("fsdp-qlora shard".into()));
+        metadata.insert("layout_version".into(), text(LAYOUT_VERSION.to_string()));
+        metadata.insert("base".into(), text(self.base.clone()));
+        metadata.insert("encoding".into(), text(self.encoding.clone()));
+        metadata.insert("shard".into(), text(format!("{shard} of {}", self.num_shards)));
+        metadata.insert("checksums".into(), text(checksums.join(" ")));
+        metadata
+    }
+
+    /// The file's first bytes. Their number does not depend on the checksums.
+    fn header(&self, shard: usize, checksums: &[u64]) -> Vec<u8> {
+        let mut header = Map::new();
+        header.insert("__metadata__".into(), Value::Object(self.metadata(shard, checksums)));
+        let mut begin = 0;
+        for (idx, bytes) in self.unit_bytes.iter().enumerate() {
+            let entry = json!({"dtype": "U8", "shape": [bytes], "data_offsets": [begin, begin + bytes]});
+            header.insert(unit_name(idx), entry);
+            begin += bytes;
+        }
+        let mut text = Value::Object(header).to_string().into_bytes();
+        text.resize((text.len() + 8).next_multiple_of(DATA_ALIGN_BYTES) - 8, b' ');
+        let mut bytes = (text.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(text);
+        bytes
+    }
+
+    /// Maps a shard's file and checks all of it.
+    pub fn open(&self, shard: usize) -> Result<Found> {
+        let path = self.path(shard);
+        if !path.exists() {
+            return Ok(Found::Missing);
+        }
+        let file = Arc::new(map(&path)?);
+        Ok(match self.check(&file, shard) {
+            Ok(units) => Found::Valid(units),
+            Err(reason) => Found::Invalid(format!("{}: {reason:#}", path.display())),
+        })
+    }
+
+    fn check(&self, file: &Arc<Mmap>, shard: usize) -> Result<Vec<SharedBytes>> {
+        let (header_bytes, header) = SafeTensors::read_metadata(file).context("damaged")?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let checksums: Vec<u64> = metadata
+            .get("checksums")
+            .map(|text| text.split(' ').filter_map(|c| u64::from_str_radix(c, 16).ok()).collect())
+            .unwrap_or_default();
+        ensure!(checksums.len() == self.unit_bytes.len(), "stale: not a shard file of this model");
+        for (key, expected) in self.metadata(shard, &checksums) {
+            let found = metadata.get(&key).cloned().unwrap_or_default();
+            ensure!(expected.as_str() == Some(&found), "stale: {key} is {found:?}, should be {expected}");
+        }
+        let mut begin = 8 + header_bytes;
+        ensure!(
+            file.len() == begin + self.data_bytes(),
+            "damaged: {} bytes, should be {}",
+            file.len(),
+            begin + self.data_bytes()
+        );
+        let mut units = Vec::new();
+        for (idx, (&bytes, &checksum)) in self.unit_bytes.iter().zip(&checksums).enumerate() {
+            let range = begin..begin + bytes;
+            ensure!(xxh3_64(&file[range.clone()]) == checksum, "damaged: the checksum of {} is wrong", unit_name(idx));
+            units.push(Arc::new(MappedUnit { file: file.clone(), range }) as SharedBytes);
+            begin += bytes;
+        }
+        Ok(units)
+    }
+}
+
+fn unit_name(idx: usize) -> String {
+    format!("unit.{idx:05}")
+}
+
+/// One unit's bytes in a mapped shard file.
+struct MappedUnit {
+    file: Arc<Mmap>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for MappedUnit {
+    fn as_ref(&self) -> &[u8] {
+        &self.file[self.range.clone()]
+    }
+}
+
+/// Writes one shard's file; units may come in any order.
+pub struct ShardWriter<'a> {
+    spec: &'a ShardSpec,
+    shard: usize,
+    file: NamedTempFile,
+    header_bytes: usize,
+    checksums: Vec<u64>,
+}
+
+impl<'a> ShardWriter<'a> {
+    /// Fails before anything is written when the disk has no room.
+    pub fn create(spec: &'a ShardSpec, shard: usize) -> Result<Self> {
+        let path = spec.path(shard);
+        let file = atomic::beside(&path)?;
+        let needed = spec.data_bytes() as u64;
+        let free = free_bytes(file.as_file()).with_context(|| spec.dir.display().to_string())?;
+        ensure!(
+            needed <= free,
+            "{}: {needed} bytes are needed for the shard, {free} are free; make room, or choose another folder with `shards`",
+            spec.dir.display()
+        );
+        let checksums = vec![0; spec.unit_bytes.len()];
+        Ok(Self { header_bytes: spec.header(shard, &checksums).len(), spec, shard, file, checksums })
+    }
+
+    /// One unit's bytes, padding included.
+    pub fn write_unit(&mut self, idx: usize, bytes: &[u8]) -> Result<()> {
+        ensure!(bytes.len() == self.spec.unit_bytes[idx], "unit {idx} has {} bytes", bytes.len());
+        self.checksums[idx] = xxh3_64(bytes);
+        let offset = self.header_bytes + self.spec.unit_bytes[..idx].iter().sum::<usize>();
+        self.write_at(offset, bytes)
+    }
+
+    /// The header, with the checksums; then the file gets its name.
+    pub fn finish(mut self) -> Result<()> {
+        let header = self.spec.header(self.shard, &self.checksums);
+        self.write_at(0, &header)?;
+        atomic::rename(self.file, &self.spec.path(self.shard))
+    }
+
+    fn write_at(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+        let file = self.file.as_file_mut();
+        file.seek(SeekFrom::Start(offset as u64))
+            .and_then(|_| file.write_all(bytes))
+            .with_context(|| format!("{}: cannot be written (is the disk full?)", self.spec.path(self.shard).display()))
+    }
+}
+
+/// Free space of the file system that holds the file.
+fn free_bytes(file: &File) -> Result<u64> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: an all-zero statvfs is a valid value of this plain C struct.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open and `stat` is a valid place to write to.
+    let status = unsafe { libc::fstatvfs(file.as_raw_fd(), &mut stat) };
+    ensure!(status == 0, std::io::Error::last_os_error());
+    Ok(stat.f_bavail * stat.f_frsize)
+}
+
+/// The user's cache folder: `$FSDP_QLORA_CACHE`, else `$XDG_CACHE_HOME/fsdp-qlora`, else `~/.cache/fsdp-qlora`.
+pub fn cache_dir() -> Result<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+    if let Some(dir) = variable("FSDP_QLORA_CACHE") {
+        return Ok(dir);
+    }
+    let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
+    Ok(base
+        .context("no cache folder: set FSDP_QLORA_CACHE, XDG_CACHE_HOME or HOME, or the key `shards`")?
+        .join("fsdp-qlora"))
+}
+
+/// Folder of automatic shard files. Other bases, encodings and layouts have other folders.
+pub fn automatic_dir(base: &str, encoding: &str) -> Result<PathBuf> {
+    Ok(cache_dir()?.join("shards").join(format!("{base}-{encoding}-v{LAYOUT_VERSION}")))
+}
+
+/// True when the folder can hold files of ours.
+pub fn check_writable(dir: &Path) -> Result<()> {
+    atomic::beside(&dir.join("probe")).map(|_| ())
+}

@@ -1,0 +1,26 @@
+//! Enums whose variants are words of a recipe.
+
+/// Declares an enum of the words that a key may have: `ALLOWED` lists them, `FromStr` reads one.
+macro_rules! choices {
+    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $word:literal),* $(,)? }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $name { $($(#[$variant_doc])* $variant),* }
+
+        impl $name {
+            /// The words of a recipe for it.
+            pub const ALLOWED: &[&str] = &[$($word),*];
+        }
+
+        impl std::str::FromStr for $name {
+            type Err = ();
+            fn from_str(word: &str) -> Result<Self, ()> {
+                match word {
+                    $($word => Ok(Self::$variant),)*
+                    _ => Err(()),
+                }
+            }
+        }
+    };
+}
+pub(crate) use choices;

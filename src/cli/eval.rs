@@ -1,0 +1,76 @@
+//! `eval`
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::json;
+
+use crate::checkpoint::adapter;
+use crate::data::{self, Dataset, TextTokenizer};
+use crate::fsdp::memory::Limits;
+use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
+use crate::recipe;
+use crate::train::eval;
+
+use super::start::{Start, check_file};
+
+/// Micro-batches that go through each layer together.
+const MICRO_BATCHES: usize = 4;
+
+#[derive(Args)]
+pub struct EvalArgs {
+    /// Hugging Face directory
+    #[arg(long)]
+    model: PathBuf,
+    /// PEFT adapter
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// JSONL file or folder
+    #[arg(long)]
+    dataset: PathBuf,
+    /// Longer rows are handled as data.overlong says (--set)
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
+    let job = recipe::for_model(&args.model, overrides)?;
+    check_file("--dataset", &args.dataset)?;
+    let opened = start.open(&job)?;
+    let config = opened.config.clone();
+    let adapter = args.adapter.as_ref().map(|dir| adapter::load(dir, &config)).transpose().context("--adapter")?;
+    let options = data::DataOptions { max_length: args.max_length, ..super::train::data_options(&job) };
+    let tokenizer = match (TextTokenizer::load(&job.model), options.format) {
+        (Err(_), data::Format::Tokenized) => None,
+        (tokenizer, _) => Some(tokenizer?),
+    };
+    let paths = std::slice::from_ref(&args.dataset);
+    let dataset = Dataset::load(paths, tokenizer.as_ref(), config.vocab_size, &options)?;
+    start.log.line(format!("data: {}", dataset.counts));
+    let (comm, threads, base) = start.base(opened)?;
+    let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
+    let limits = Limits {
+        mode: Mode::Score,
+        max_tokens,
+        max_micro_batches: MICRO_BATCHES,
+        max_context: 0,
+        accumulation: Accumulation::Layer,
+        recompute: Recompute::All,
+        num_slots: 2,
+    };
+    let mut engine = start.engine(comm, threads, base, adapter.as_ref(), limits)?;
+    let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
+    let score = eval::score(&mut engine, &batches, adapter.is_some())?;
+    if start.log.enabled {
+        let (loss, perplexity, n) = (score.loss, score.loss.exp(), score.num_target_tokens);
+        match args.json {
+            true => println!("{}", json!({"loss": loss, "perplexity": perplexity, "num_target_tokens": n})),
+            false => println!("loss {loss}  perplexity {perplexity:.4}  target tokens {n}"),
+        }
+    }
+    Ok(())
+}

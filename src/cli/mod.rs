@@ -1,0 +1,96 @@
+//! The command line: one file per subcommand, no logic.
+
+mod eval;
+mod generate;
+mod quantize;
+mod start;
+mod train;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::comm::mpi::World;
+use crate::train::log::Log;
+
+/// QLoRA fine-tuning of Llama-family models, sharded over ranks: `mpirun -np 2 fsdp-qlora`.
+#[derive(Parser)]
+#[command(name = "fsdp-qlora", version, about, after_help = "Without a subcommand: train -c ./fsdp-qlora.yaml")]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Options of every subcommand.
+#[derive(Args, Clone)]
+struct Common {
+    /// Where to compute
+    #[arg(long, global = true, value_enum, default_value_t = DeviceKind::Auto)]
+    device: DeviceKind,
+    /// Overrides a key of the recipe, e.g. --set training.max_steps=100
+    #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
+    overrides: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DeviceKind {
+    /// The fastest that is there
+    Auto,
+    /// Ranks on the host's cores
+    Cpu,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Fine-tune as a recipe says; writes a PEFT adapter
+    Train {
+        /// The recipe
+        #[arg(short, long, default_value = "fsdp-qlora.yaml")]
+        config: PathBuf,
+        /// Print all keys of the recipe, and stop
+        #[arg(long)]
+        help_recipe: bool,
+    },
+    /// Write the shard files of a model ahead of time
+    Quantize {
+        /// Hugging Face directory
+        #[arg(long)]
+        model: PathBuf,
+        /// Folder of the shard files
+        #[arg(long)]
+        output: PathBuf,
+        /// Number of shards: the world size of the runs that will use them
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        world_size: u32,
+    },
+    /// Mean loss over the target tokens of a data set
+    Eval(eval::EvalArgs),
+    /// Continue a prompt
+    Generate(generate::GenerateArgs),
+}
+
+impl Cli {
+    /// Runs the subcommand on this rank.
+    pub fn run(self, world: &World) -> Result<()> {
+        let Common { device, overrides } = self.common;
+        let cli = start::Start { world, log: Log { enabled: world.rank == 0 }, chosen: device == DeviceKind::Cpu };
+        let command = self.command.unwrap_or(Command::Train { config: "fsdp-qlora.yaml".into(), help_recipe: false });
+        match command {
+            Command::Train { help_recipe: true, .. } => {
+                if world.rank == 0 {
+                    print!("{}", crate::recipe::help());
+                }
+                Ok(())
+            }
+            Command::Train { config, .. } => train::run(&cli, &config, &overrides),
+            Command::Quantize { model, output, world_size } => {
+                quantize::run(&cli, &model, &output, world_size, &overrides)
+            }
+            Command::Eval(args) => eval::run(&cli, &args, &overrides),
+            Command::Generate(args) => generate::run(&cli, &args, &overrides),
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! `train`
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
+use crate::checkpoint::{atomic, shards};
+use crate::comm::Queue;
+use crate::comm::host_queue::HostQueue;
+use crate::data::{self, DataOptions, Dataset, TextTokenizer};
+use crate::device::cpu::Cpu;
+use crate::fsdp::exec::{Base, Engine};
+use crate::fsdp::memory::Limits;
+use crate::fsdp::schedule::{Mode, Recompute};
+use crate::model::config::ModelConfig;
+use crate::model::layer::LayerLora;
+use crate::model::lora::LoraLayout;
+use crate::recipe::{self, ActivationCheckpointing, EvalData, Job};
+use crate::train::log::bytes;
+use crate::train::metrics::{MetricsFile, peak_host_bytes};
+use crate::train::run::{self, Run};
+
+use super::start::{Start, available_host_bytes};
+
+/// Files of a tokenizer, copied beside the adapter.
+const TOKENIZER_FILES: [&str; 5] =
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"];
+
+pub fn run(start: &Start, recipe: &Path, overrides: &[String]) -> Result<()> {
+    let job = recipe::load(recipe, overrides)?;
+    let is_first = start.world.rank == 0;
+    if is_first {
+        shards::check_writable(&job.output_dir).context("output_dir")?;
+    }
+    let opened = start.open(&job)?;
+    let config = opened.config.clone();
+    let adapter = start_adapter(&job, &config)?;
+    let (train, eval) = datasets(&job, &config, start)?;
+    check_batch(&job, start.world.world_size)?;
+    let (comm, threads, base) = start.base(opened)?;
+    let limits = limits(&job, start, &base, &adapter, &train, eval.as_ref())?;
+    let mut engine = start.engine(comm, threads, base, Some(&adapter), limits)?;
+    let metrics = if is_first { Some(MetricsFile::create(&job.output_dir)?) } else { None };
+    let run =
+        Run { engine: &mut engine, job: &job.training, train: &train, eval: eval.as_ref(), metrics, log: start.log };
+    start.log.line(format!(
+        "{} steps of {} sequences, {} LoRA parameters",
+        run.num_steps(),
+        job.training.global_batch_size(start.world.world_size),
+        adapter.layers.iter().map(Vec::len).sum::<usize>()
+    ));
+    run.run()?;
+    let adapter = run::adapter(&mut engine, &adapter.settings)?;
+    if is_first {
+        save(&job, &adapter, &config)?;
+        start.log.line(format!("adapter: {}", job.output_dir.display()));
+    }
+    start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
+    // The other ranks end when the adapter is there: a launcher that sees them end may end the job.
+    engine.queue.all_gather_f64("end", &[])?;
+    Ok(())
+}
+
+fn start_adapter(job: &Job, config: &ModelConfig) -> Result<Adapter> {
+    if let Some(dir) = &job.lora.adapter {
+        let mut adapter = adapter::load(dir, config).context("lora.adapter")?;
+        adapter.settings.dropout = job.lora.dropout;
+        return Ok(adapter);
+    }
+    let settings = AdapterSettings {
+        lora_rank: job.lora.r,
+        alpha: job.lora.alpha,
+        dropout: job.lora.dropout,
+        use_rslora: job.lora.use_rslora,
+        targets: job.lora.target_modules.clone(),
+    };
+    Ok(adapter::fresh(settings, config, job.training.seed))
+}
+
+fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, Option<Dataset>)> {
+    let options = data_options(job);
+    let tokenizer = match (TextTokenizer::load(&job.model), job.data.format) {
+        (Err(_), data::Format::Tokenized) => None,
+        (tokenizer, _) => Some(tokenizer?),
+    };
+    let (tokenizer, vocab_size, paths) = (tokenizer.as_ref(), config.vocab_size, &job.data.train);
+    let (train, eval) = match &job.data.eval {
+        None => (Dataset::load(paths, tokenizer, vocab_size, &options)?, None),
+        Some(EvalData::File(file)) => {
+            let eval =
+                Dataset::load(std::slice::from_ref(file), tokenizer, vocab_size, &options).context("data.eval")?;
+            (Dataset::load(paths, tokenizer, vocab_size, &options).context("data.train")?, Some(eval))
+        }
+        Some(EvalData::Fraction(fraction)) => {
+            let (train, eval) = Dataset::load_with_held_out(paths, tokenizer, vocab_size, &options, *fraction)?;
+            (train, Some(eval))
+        }
+    };
+    start.log.line(format!("training data: {}", train.counts));
+    if let Some(eval) = &eval {
+        start.log.line(format!("evaluation data: {}", eval.counts));
+    }
+    start.log.line(format!(
+        "first sample: {}",
+        data::describe_sample(tokenizer, &train.documents[train.sequences[0][0]], 1000)
+    ));
+    Ok((train, eval))
+}
+
+/// The keys of a recipe's data section that say how rows become documents.
+pub fn data_options(job: &Job) -> DataOptions {
+    let data = &job.data;
+    DataOptions {
+        format: data.format,
+        max_length: data.max_length,
+        packing: data.packing,
+        overlong: data.overlong,
+        loss_on: data.loss_on,
+    }
+}
+
+fn check_batch(job: &Job, world_size: usize) -> Result<()> {
+    let global = job.training.global_batch_size(world_size);
+    ensure!(
+        world_size <= global.div_ceil(job.training.per_device_train_batch_size),
+        "{world_size} ranks cannot share a global batch of {global} sequences in micro-batches of {}: start fewer ranks or \
+         raise training.global_batch_size",
+        job.training.per_device_train_batch_size
+    );
+    Ok(())
+}
+
+fn limits(
+    job: &Job,
+    start: &Start,
+    base: &Base,
+    adapter: &Adapter,
+    train: &Dataset,
+    eval: Option<&Dataset>,
+) -> Result<Limits> {
+    let longest = |dataset: &Dataset| dataset.sequence_lengths().max().unwrap_or(0);
+    let max_tokens = longest(train) * job.training.per_device_train_batch_size;
+    let mut limits = Limits {
+        mode: Mode::Train,
+        max_tokens: max_tokens.max(eval.map_or(0, longest)),
+        max_micro_batches: job.training.accumulation_steps(start.world.world_size),
+        max_context: 0,
+        accumulation: job.fsdp.accumulation,
+        recompute: Recompute::Nothing,
+        num_slots: 2,
+    };
+    let keeps = match job.fsdp.activation_checkpointing {
+        ActivationCheckpointing::Full => false,
+        ActivationCheckpointing::None => true,
+        ActivationCheckpointing::Auto => {
+            let config = adapter.settings.lora_config();
+            let lora = LayerLora { layout: LoraLayout::new(&base.config, &config), config };
+            let plan = Engine::<Cpu, HostQueue>::plan_for(base, Some(&lora), &limits, start.world.world_size)?;
+            plan.total_bytes() * start.world.local_size <= available_host_bytes() / 4
+        }
+    };
+    if !keeps {
+        limits.recompute = Recompute::All;
+    }
+    Ok(limits)
+}
+
+fn save(job: &Job, adapter: &Adapter, config: &ModelConfig) -> Result<()> {
+    let base = std::fs::canonicalize(&job.model).with_context(|| job.model.display().to_string())?;
+    adapter::save(adapter, config, &base, &job.output_dir).context("saving the adapter")?;
+    for name in TOKENIZER_FILES {
+        let from = job.model.join(name);
+        if from.exists() {
+            let content = std::fs::read(&from).with_context(|| from.display().to_string())?;
+            atomic::write(&job.output_dir.join(name), &content)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,235 @@
+//! Collectives of the CPU device: a thread of its own runs them one after the other, while the ranks compute.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use crate::device::Buffer;
+use crate::device::cpu::Cpu;
+
+use super::{Comm, Queue, SharedBytes, TrainableBuffers};
+
+type Job = Box<dyn FnOnce(&mut dyn Comm) + Send>;
+
+/// Tests set a sleep before each collective, so that a missing wait shows.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Delays {
+    pub before_gather: Duration,
+    pub before_reduce: Duration,
+}
+
+/// The queue and its thread, which ends when the queue is dropped.
+pub struct HostQueue {
+    jobs: Option<Sender<Job>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+    rank: usize,
+    world_size: usize,
+    delays: Delays,
+}
+
+/// A collective under way on the queue's thread.
+pub struct Pending<T> {
+    name: String,
+    result: Receiver<Result<T>>,
+}
+
+impl HostQueue {
+    /// Hands the communicator to a new thread.
+    pub fn new(mut comm: Box<dyn Comm>, delays: Delays) -> Result<HostQueue> {
+        let (rank, world_size) = (comm.rank(), comm.world_size());
+        let (jobs, queue) = channel::<Job>();
+        let thread = std::thread::Builder::new()
+            .name("communication".into())
+            .spawn(move || queue.into_iter().for_each(|job| job(&mut *comm)))
+            .context("starting the communication thread")?;
+        Ok(HostQueue { jobs: Some(jobs), thread: Some(thread), rank, world_size, delays })
+    }
+
+    /// Runs `f` after what is in the queue; for what has no method of its own (start-up, quantizing, saving).
+    pub fn run<T: Send + 'static>(
+        &mut self,
+        name: &str,
+        f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let pending = self.start(name.to_string(), f)?;
+        Queue::wait(self, pending)
+    }
+
+    fn all_gather_values<T: bytemuck::Pod + Send>(&mut self, name: &str, values: &[T]) -> Result<Vec<T>> {
+        let values = values.to_vec();
+        self.run(name, move |comm| {
+            let mut received = vec![T::zeroed(); values.len() * comm.world_size()];
+            comm.all_gather(bytemuck::cast_slice(&values), bytemuck::cast_slice_mut(&mut received))?;
+            Ok(received)
+        })
+    }
+
+    fn start<T: Send + 'static>(
+        &mut self,
+        name: String,
+        f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
+    ) -> Result<Pending<T>> {
+        let (done, result) = channel();
+        let job: Job = Box::new(move |comm| {
+            // Nobody listens any more when the executor failed first: its error is the one that is told.
+            let _ = done.send(f(comm));
+        });
+        let jobs = self.jobs.as_ref().context("the communication queue is closed")?;
+        jobs.send(job).map_err(|_| anyhow!("the communication thread has ended"))?;
+        Ok(Pending { name, result })
+    }
+}
+
+impl Drop for HostQueue {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take().filter(|_| !std::thread::panicking()) {
+            // A panic there was told by the panic hook, which ends the process.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Queue<Cpu> for HostQueue {
+    type Pending<T: Send + 'static> = Pending<T>;
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    fn gather_frozen(
+        &mut self,
+        name: String,
+        shard: SharedBytes,
+        num_shards: usize,
+        mut out: Buffer<Cpu, u8>,
+    ) -> Result<Pending<Buffer<Cpu, u8>>> {
+        let delay = self.delays.before_gather;
+        self.start(name, move |comm| {
+            std::thread::sleep(delay);
+            let shard = (*shard).as_ref();
+            gather(shard, out.first_mut(shard.len() * num_shards).host_mut(), comm)?;
+            Ok(out)
+        })
+    }
+
+    fn gather_trainable(
+        &mut self,
+        name: String,
+        mut buffers: TrainableBuffers<Cpu>,
+    ) -> Result<Pending<TrainableBuffers<Cpu>>> {
+        let delay = self.delays.before_gather;
+        self.start(name, move |comm| {
+            std::thread::sleep(delay);
+            let shard = bytemuck::cast_slice(buffers.shard.view().host());
+            gather(shard, bytemuck::cast_slice_mut(buffers.full.view_mut().host_mut()), comm)?;
+            Ok(buffers)
+        })
+    }
+
+    fn reduce(&mut self, name: String, mut buffers: TrainableBuffers<Cpu>) -> Result<Pending<TrainableBuffers<Cpu>>> {
+        let delay = self.delays.before_reduce;
+        self.start(name, move |comm| {
+            std::thread::sleep(delay);
+            let full = buffers.full.view_mut().host_mut();
+            reduce_scatter(full, buffers.shard.view_mut().host_mut(), comm)?;
+            Ok(buffers)
+        })
+    }
+
+    fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {
+        let result = pending.result.recv().map_err(|_| anyhow!("the communication thread has ended"));
+        result.and_then(|r| r).with_context(|| pending.name)
+    }
+
+    fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
+        let received = self.all_gather_values(name, values)?;
+        Ok(received.chunks(values.len().max(1)).map(<[f64]>::to_vec).collect())
+    }
+
+    fn all_gather_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
+        self.all_gather_values(name, values)
+    }
+}
+
+/// Checks what will be received, then gathers; one shard that is the whole is copied.
+fn gather(shard: &[u8], out: &mut [u8], comm: &mut dyn Comm) -> Result<()> {
+    if shard.len() == out.len() {
+        out.copy_from_slice(shard);
+        return Ok(());
+    }
+    let expected = shard.len() * comm.world_size();
+    ensure!(out.len() == expected, "the shards are {expected} bytes in all, the slot takes {}", out.len());
+    comm.all_gather(shard, out)
+}
+
+/// Sum in rank order. `full` is used up. It has world_size equal parts; `shard` is one of them, or as long as `full`.
+fn reduce_scatter(full: &mut [f32], shard: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
+    let (rank, world_size) = (comm.rank(), comm.world_size());
+    let part = full.len() / world_size;
+    ensure!(part * world_size == full.len(), "{} gradients do not divide by {world_size} ranks", full.len());
+    ensure!(shard.len() == part || shard.len() == full.len(), "{} gradients into {}", full.len(), shard.len());
+    let mut received = vec![0f32; full.len()];
+    comm.all_to_all(bytemuck::cast_slice(full), bytemuck::cast_slice_mut(&mut received))?;
+    let own = if shard.len() == part { 0..part } else { rank * part..(rank + 1) * part };
+    let sum = &mut shard[own];
+    sum.copy_from_slice(&received[..part]);
+    for from in received.chunks_exact(part).skip(1) {
+        sum.iter_mut().zip(from).for_each(|(s, v)| *s += v);
+    }
+    if shard.len() > part {
+        let sum = shard[rank * part..(rank + 1) * part].to_vec();
+        comm.all_gather(bytemuck::cast_slice(&sum), bytemuck::cast_slice_mut(shard))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::local::LocalComm;
+    use super::*;
+
+    fn on_all_ranks<T: Send>(world_size: usize, f: impl Fn(LocalComm) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let handles: Vec<_> =
+                LocalComm::world(world_size).into_iter().map(|comm| scope.spawn(|| f(comm))).collect();
+            handles.into_iter().map(|h| h.join().unwrap()).collect()
+        })
+    }
+
+    #[test]
+    fn reduce_scatter_sums_in_rank_order() {
+        // In f32, (1e8 + 1) - 1e8 is 0 and (1e8 - 1e8) + 1 is 1: only one order gives each.
+        let shards = on_all_ranks(3, |mut comm| {
+            let value = [1e8f32, 1.0, -1e8][comm.rank()];
+            let mut shard = [f32::NAN; 2];
+            reduce_scatter(&mut [value; 6], &mut shard, &mut comm).unwrap();
+            let mut whole = [f32::NAN; 6];
+            reduce_scatter(&mut [value; 6], &mut whole, &mut comm).unwrap();
+            (shard, whole)
+        });
+        assert!(shards.iter().all(|(shard, whole)| shard == &[0.0; 2] && whole == &[0.0; 6]));
+    }
+
+    #[test]
+    fn a_slot_of_the_wrong_size_is_an_error_before_the_collective() {
+        on_all_ranks(2, |mut comm| {
+            let error = gather(&[1, 2], &mut [0; 5], &mut comm).unwrap_err().to_string();
+            assert_eq!(error, "the shards are 4 bytes in all, the slot takes 5");
+        });
+    }
+
+    #[test]
+    fn a_rank_that_goes_away_is_an_error_on_the_others() {
+        let results = on_all_ranks(2, |mut comm| match comm.rank() {
+            0 => Ok(()),
+            _ => comm.all_gather(&[1], &mut [0; 2]),
+        });
+        assert!(results[1].as_ref().unwrap_err().to_string().contains("rank 0 has gone"));
+    }
+}

@@ -1,0 +1,66 @@
+//! Ranks as threads of one process, for tests.
+
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+use anyhow::{Context, Result, ensure};
+
+use super::Comm;
+
+/// One rank of a world of threads. A rank that goes away makes the others' next collective fail.
+pub struct LocalComm {
+    rank: usize,
+    to: Vec<Sender<Vec<u8>>>,
+    from: Vec<Receiver<Vec<u8>>>,
+}
+
+impl LocalComm {
+    /// All ranks of a world.
+    pub fn world(world_size: usize) -> Vec<LocalComm> {
+        let mut to: Vec<Vec<_>> = (0..world_size).map(|_| Vec::new()).collect();
+        let mut from: Vec<Vec<_>> = (0..world_size).map(|_| Vec::new()).collect();
+        for receivers in &mut from {
+            for senders in &mut to {
+                let (sender, receiver) = channel();
+                senders.push(sender);
+                receivers.push(receiver);
+            }
+        }
+        to.into_iter().zip(from).enumerate().map(|(rank, (to, from))| LocalComm { rank, to, from }).collect()
+    }
+}
+
+impl Comm for LocalComm {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.from.len()
+    }
+
+    fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
+        ensure!(recv.len() == send.len() * self.world_size(), "all_gather: {} into {} bytes", send.len(), recv.len());
+        let repeated = send.repeat(self.world_size());
+        self.all_to_all(&repeated, recv)
+    }
+
+    fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
+        ensure!(
+            send.len() == recv.len() && send.len().is_multiple_of(self.world_size()),
+            "all_to_all: {} bytes",
+            send.len()
+        );
+        let part = send.len() / self.world_size();
+        for (rank, to) in self.to.iter().enumerate() {
+            to.send(send[rank * part..(rank + 1) * part].to_vec())
+                .ok()
+                .with_context(|| format!("rank {rank} has gone"))?;
+        }
+        for (rank, from) in self.from.iter().enumerate() {
+            let bytes = from.recv().with_context(|| format!("rank {rank} has gone"))?;
+            ensure!(bytes.len() == part, "rank {rank} sent {} bytes, expected {part}", bytes.len());
+            recv[rank * part..(rank + 1) * part].copy_from_slice(&bytes);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,96 @@
+//! Who talks to whom: [`Comm`] is blocking collectives on host memory, [`Queue`] the ordered queue of collectives on
+//! device memory that the executor uses.
+
+pub mod host_queue;
+pub mod local;
+pub mod mpi;
+
+use std::sync::Arc;
+
+use anyhow::Result;
+
+use crate::device::{Buffer, Device};
+
+/// Blocking collectives on host memory. All ranks call the same ones in the same order, from one thread each.
+pub trait Comm: Send {
+    fn rank(&self) -> usize;
+    fn world_size(&self) -> usize;
+    /// `recv` = the `send` of every rank in rank order; `recv.len() == world_size · send.len()`.
+    fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
+    /// Part r of `send` goes to rank r; part r of `recv` comes from rank r. Both have world_size equal parts.
+    fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
+    /// Seconds that a collective may take before it is an error; a rank that died is noticed by MPI long before.
+    fn timeout_seconds(&self) -> u64 {
+        1800
+    }
+}
+
+/// Bytes of a shard that stay valid while a collective reads them: a range of a mapped shard file.
+pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+
+/// One ordered queue of collectives on device memory. Starting one hands its buffers over; waiting gives them back, so
+/// that nobody can read a buffer that is still being filled.
+pub trait Queue<D: Device> {
+    /// A collective that was started and not yet waited for.
+    type Pending<T: Send + 'static>;
+
+    fn rank(&self) -> usize;
+    fn world_size(&self) -> usize;
+
+    /// Gathers a unit's frozen shards: rank r's bytes land at `r · shard_len` of `out`, which may be longer. One shard
+    /// is copied; else there are as many as ranks.
+    fn gather_frozen(
+        &mut self,
+        name: String,
+        shard: SharedBytes,
+        num_shards: usize,
+        out: Buffer<D, u8>,
+    ) -> Result<Self::Pending<Buffer<D, u8>>>;
+
+    /// Gathers a unit's trainable shards; both buffers come back.
+    fn gather_trainable(
+        &mut self,
+        name: String,
+        buffers: TrainableBuffers<D>,
+    ) -> Result<Self::Pending<TrainableBuffers<D>>>;
+
+    /// Sums `full` over ranks, in rank order, into each rank's `shard`. When the shard is as long as the whole
+    /// (no_shard) every rank gets everything; the order of sums is the same.
+    fn reduce(&mut self, name: String, buffers: TrainableBuffers<D>) -> Result<Self::Pending<TrainableBuffers<D>>>;
+
+    /// Blocks until the collective is done and returns its buffers.
+    fn wait<T: Send + 'static>(&mut self, pending: Self::Pending<T>) -> Result<T>;
+
+    /// Every rank's `values`, in rank order. Blocks.
+    fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>>;
+
+    /// Every rank's equally many `values`, one after the other in rank order. Blocks.
+    fn all_gather_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>>;
+
+    /// Element-wise sum over ranks in rank order. Blocks.
+    fn all_reduce_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<f64>> {
+        let mut sum = vec![0.0; values.len()];
+        for rank in self.all_gather_f64(name, values)? {
+            sum.iter_mut().zip(rank).for_each(|(s, v)| *s += v);
+        }
+        Ok(sum)
+    }
+}
+
+/// A unit's trainable values (or gradients): one rank's shard and the whole.
+pub struct TrainableBuffers<D: Device> {
+    pub shard: Buffer<D, f32>,
+    pub full: Buffer<D, f32>,
+}
+
+/// Every rank's `value`, in rank order.
+pub fn all_gather_u64(comm: &mut dyn Comm, value: u64) -> Result<Vec<u64>> {
+    let mut recv = vec![0u8; 8 * comm.world_size()];
+    comm.all_gather(&value.to_le_bytes(), &mut recv)?;
+    Ok(recv.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes"))).collect())
+}
+
+/// Returns when every rank has come here.
+pub fn barrier(comm: &mut dyn Comm) -> Result<()> {
+    all_gather_u64(comm, 0).map(|_| ())
+}

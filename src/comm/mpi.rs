@@ -1,0 +1,155 @@
+//! Ranks started by `mpirun` or `srun`: bootstrap, host collectives, and the end of all ranks when one fails.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use mpi::Threading;
+use mpi::environment::Universe;
+use mpi::topology::SimpleCommunicator;
+use mpi::traits::*;
+
+use super::Comm;
+
+/// Variables in which a launcher says how many ranks it started.
+const LAUNCHER_SIZES: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"];
+
+/// Time between two looks at a collective that is under way: a rank that waits leaves its core to the computation.
+const POLL: Duration = Duration::from_micros(50);
+
+/// Whether any thread may call MPI_Abort.
+static ANY_THREAD_MAY_ABORT: AtomicBool = AtomicBool::new(false);
+
+/// The MPI world. Dropping it finalizes MPI, which waits for all ranks.
+pub struct World {
+    _universe: Universe,
+    pub rank: usize,
+    pub world_size: usize,
+    pub local_rank: usize,
+    pub local_size: usize,
+}
+
+impl World {
+    /// Initializes MPI. Fails when the launcher speaks of more ranks than this MPI sees: an MPI that does not belong to
+    /// the launcher starts every rank as a world of its own.
+    pub fn init() -> Result<World> {
+        let (universe, provided) =
+            mpi::initialize_with_threading(Threading::Multiple).context("MPI is initialized already")?;
+        ensure!(provided >= Threading::Serialized, "this MPI gives thread level {provided:?}; Serialized is needed");
+        ANY_THREAD_MAY_ABORT.store(provided == Threading::Multiple, Ordering::Relaxed);
+        let world = universe.world();
+        let (rank, world_size) = (world.rank() as usize, world.size() as usize);
+        if world_size == 1 {
+            check_launcher()?;
+        }
+        let node = world.split_shared(rank as i32);
+        let (local_rank, local_size) = (node.rank() as usize, node.size() as usize);
+        Ok(World { _universe: universe, rank, world_size, local_rank, local_size })
+    }
+}
+
+fn check_launcher() -> Result<()> {
+    let mut sizes: Vec<(&str, String)> =
+        LAUNCHER_SIZES.iter().filter_map(|&name| Some((name, std::env::var(name).ok()?))).collect();
+    if let (Ok(_), Ok(tasks)) = (std::env::var("SLURM_STEP_ID"), std::env::var("SLURM_STEP_NUM_TASKS")) {
+        sizes.push(("SLURM_STEP_NUM_TASKS", tasks));
+    }
+    for (name, value) in sizes {
+        if value.parse::<usize>().is_ok_and(|size| size > 1) {
+            bail!(
+                "the launcher started {value} ranks ({name}), but this program's MPI sees a world of 1: mpirun or srun \
+                 belongs to another MPI than the one this program was built with ({}). Use that MPI's mpirun, or \
+                 `srun --mpi=pmix`",
+                mpi::environment::library_version().unwrap_or_default().lines().next().unwrap_or_default().trim()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Ends every rank of the job with this exit status. Does nothing but exit when MPI is not initialized.
+pub fn abort(status: i32) -> ! {
+    if ANY_THREAD_MAY_ABORT.load(Ordering::Relaxed) {
+        // SAFETY: MPI was initialized with thread level Multiple, so any thread may call it at any time.
+        unsafe { mpi::ffi::MPI_Abort(mpi::ffi::RSMPI_COMM_WORLD, status) };
+    }
+    // Without MPI_Abort: mpirun ends the job when one of its processes exits with a status other than 0.
+    std::process::exit(status)
+}
+
+/// Host collectives over MPI_COMM_WORLD; all calls come from the queue's thread.
+pub struct MpiComm {
+    world: SimpleCommunicator,
+    rank: usize,
+    world_size: usize,
+}
+
+// SAFETY: the handle of MPI_COMM_WORLD is the same on every thread; MPI runs at thread level Serialized or Multiple and
+// only the thread that owns this value makes calls through it.
+unsafe impl Send for MpiComm {}
+
+impl MpiComm {
+    /// `_world` proves that MPI is initialized.
+    pub fn new(_world: &World) -> MpiComm {
+        let world = SimpleCommunicator::world();
+        let (rank, world_size) = (world.rank() as usize, world.size() as usize);
+        MpiComm { world, rank, world_size }
+    }
+}
+
+fn check_count(bytes: usize) -> Result<()> {
+    ensure!(i32::try_from(bytes).is_ok(), "{bytes} bytes in one MPI message; MPI counts to {}", i32::MAX);
+    Ok(())
+}
+
+fn poll<'a, T: ?Sized>(
+    what: &str,
+    mut request: mpi::request::Request<'a, T, &mpi::request::LocalScope<'a>>,
+    limit: u64,
+) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        request = match request.test() {
+            Ok(_) => return Ok(()),
+            Err(request) => request,
+        };
+        if start.elapsed().as_secs() > limit {
+            abort_after_timeout(what, limit);
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+/// MPI owns the buffers of a request that did not end, so there is nothing to return to.
+fn abort_after_timeout(what: &str, limit: u64) -> ! {
+    eprintln!("error: {what} did not end within {limit} s: another rank is stuck or gone");
+    abort(1)
+}
+
+impl Comm for MpiComm {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
+        ensure!(recv.len() == send.len() * self.world_size, "all_gather: {} into {} bytes", send.len(), recv.len());
+        check_count(recv.len())?;
+        let limit = self.timeout_seconds();
+        mpi::request::scope(|scope| poll("all_gather", self.world.immediate_all_gather_into(scope, send, recv), limit))
+    }
+
+    fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
+        ensure!(
+            send.len() == recv.len() && send.len().is_multiple_of(self.world_size),
+            "all_to_all: {} bytes",
+            send.len()
+        );
+        check_count(recv.len())?;
+        let limit = self.timeout_seconds();
+        mpi::request::scope(|scope| poll("all_to_all", self.world.immediate_all_to_all_into(scope, send, recv), limit))
+    }
+}

@@ -1,0 +1,111 @@
+//! Documents into sequences of at most max_length tokens.
+
+use std::collections::BTreeSet;
+
+use super::{Document, Packing};
+
+/// Which documents make each sequence. `wrapped` cuts documents at the ends of sequences: the pieces replace them.
+pub fn pack(documents: &mut Vec<Document>, packing: Packing, max_length: usize) -> Vec<Vec<usize>> {
+    match packing {
+        Packing::Off => (0..documents.len()).map(|i| vec![i]).collect(),
+        Packing::BestFit => best_fit(documents, max_length),
+        Packing::Wrapped => {
+            let (pieces, sequences) = wrap(std::mem::take(documents), max_length);
+            *documents = pieces;
+            sequences
+        }
+    }
+}
+
+/// Best fit, decreasing: the longest first, each into the fullest sequence that still has room; sequences in the order of
+/// their first documents.
+fn best_fit(documents: &[Document], max_length: usize) -> Vec<Vec<usize>> {
+    let mut order: Vec<usize> = (0..documents.len()).collect();
+    order.sort_by_key(|&i| (std::cmp::Reverse(documents[i].input_ids.len()), i));
+    let mut sequences: Vec<Vec<usize>> = Vec::new();
+    // (room, sequence), so that the first entry at or after (len, 0) is the fullest that takes len tokens.
+    let mut rooms: BTreeSet<(usize, usize)> = BTreeSet::new();
+    for document in order {
+        let len = documents[document].input_ids.len();
+        let found = rooms.range((len, 0)..).next().copied();
+        let (room, sequence) = found.unwrap_or((max_length, sequences.len()));
+        if found.is_none() {
+            sequences.push(Vec::new());
+        }
+        rooms.remove(&(room, sequence));
+        rooms.insert((room - len, sequence));
+        sequences[sequence].push(document);
+    }
+    for sequence in &mut sequences {
+        sequence.sort_unstable();
+    }
+    sequences.sort_by_key(|s| s[0]);
+    sequences
+}
+
+fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<usize>>) {
+    let (mut pieces, mut sequences, mut room) = (Vec::new(), Vec::new(), 0);
+    for document in documents {
+        let mut at = 0;
+        while at < document.input_ids.len() {
+            if room == 0 {
+                sequences.push(Vec::new());
+                room = max_length;
+            }
+            let end = (at + room).min(document.input_ids.len());
+            let last = sequences.len() - 1;
+            sequences[last].push(pieces.len());
+            room -= end - at;
+            pieces.push(Document {
+                sample_idx: pieces.len() as u64,
+                input_ids: document.input_ids[at..end].to_vec(),
+                is_target: document.is_target[at..end].to_vec(),
+            });
+            at = end;
+        }
+    }
+    (pieces, sequences)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn documents(lengths: &[usize]) -> Vec<Document> {
+        let document = |(i, &n): (usize, &usize)| Document {
+            sample_idx: i as u64,
+            input_ids: (0..n as u32).map(|t| t + 100 * i as u32).collect(),
+            is_target: vec![true; n],
+        };
+        lengths.iter().enumerate().map(document).collect()
+    }
+
+    #[test]
+    fn best_fit_fills_sequences_with_whole_documents() {
+        let mut docs = documents(&[3, 7, 5, 2, 10, 3]);
+        let sequences = pack(&mut docs, Packing::BestFit, 10);
+        assert_eq!(sequences, vec![vec![0, 1], vec![2, 3, 5], vec![4]]);
+    }
+
+    #[test]
+    fn every_document_is_packed_once() {
+        for seed in 0..50usize {
+            let lengths: Vec<usize> = (0..40).map(|i| 1 + (i * 37 + seed * 101) % 64).collect();
+            let mut docs = documents(&lengths);
+            let sequences = pack(&mut docs, Packing::BestFit, 64);
+            let mut all: Vec<usize> = sequences.concat();
+            all.sort_unstable();
+            assert_eq!(all, (0..40).collect::<Vec<_>>());
+            assert!(sequences.iter().all(|s| s.iter().map(|&d| lengths[d]).sum::<usize>() <= 64));
+        }
+    }
+
+    #[test]
+    fn wrapped_cuts_at_the_ends_of_sequences() {
+        let mut docs = documents(&[3, 9]);
+        let sequences = pack(&mut docs, Packing::Wrapped, 5);
+        assert_eq!(sequences, vec![vec![0, 1], vec![2], vec![3]]);
+        assert_eq!(docs.iter().map(|d| d.input_ids.len()).collect::<Vec<_>>(), [3, 2, 5, 2]);
+        assert_eq!(docs[2].input_ids[0], 102);
+    }
+}

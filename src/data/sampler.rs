@@ -1,0 +1,159 @@
+//! Which sequences a step sees, and which of them a rank: the same global order whatever the world size.
+
+use crate::model::batch::MicroBatch;
+
+use super::Dataset;
+
+/// A seeded permutation of the sequences for each epoch.
+pub struct Sampler {
+    num_sequences: usize,
+    seed: u64,
+    epoch: Option<(u64, Vec<usize>)>,
+}
+
+impl Sampler {
+    pub fn new(num_sequences: usize, seed: u64) -> Sampler {
+        Sampler { num_sequences, seed, epoch: None }
+    }
+
+    /// The sequence at a place of the endless order; `cursor` counts sequences since the start of the run.
+    pub fn sequence_at(&mut self, cursor: u64) -> usize {
+        let (epoch, place) = (cursor / self.num_sequences as u64, (cursor % self.num_sequences as u64) as usize);
+        if self.epoch.as_ref().is_none_or(|(e, _)| *e != epoch) {
+            self.epoch = Some((epoch, permutation(self.num_sequences, self.seed, epoch)));
+        }
+        self.epoch.as_ref().map_or(place, |(_, order)| order[place])
+    }
+}
+
+/// Fisher–Yates over SplitMix64 (Steele, Lea, Flood 2014), seeded by seed and epoch.
+fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut state = seed.wrapping_mul(0x2545_F491_4F6C_DD1D) ^ epoch.wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    let mut next = || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    };
+    let mut order: Vec<usize> = (0..n).collect();
+    for i in (1..n).rev() {
+        // The high half of a 128-bit product: uniform to 2⁻⁶⁴, without a division.
+        let j = ((u128::from(next()) * (i as u128 + 1)) >> 64) as usize;
+        order.swap(i, j);
+    }
+    order
+}
+
+/// A rank's micro-batches of the step that begins at `cursor`. Micro-batch m of rank r holds places
+/// (m · world_size + r) · per_device … of the global batch; what lies past its end is left out, so that a micro-batch may
+/// be empty.
+pub fn step_micro_batches(
+    dataset: &Dataset,
+    sampler: &mut Sampler,
+    cursor: u64,
+    global_batch: usize,
+    per_device: usize,
+    world_size: usize,
+    rank: usize,
+) -> Vec<MicroBatch> {
+    let num_micro_batches = global_batch.div_ceil(world_size * per_device);
+    (0..num_micro_batches)
+        .map(|m| {
+            let first = (m * world_size + rank) * per_device;
+            let places = first.min(global_batch)..(first + per_device).min(global_batch);
+            let sequences = places.map(|place| sampler.sequence_at(cursor + place as u64)).collect::<Vec<_>>();
+            micro_batch(dataset, &sequences)
+        })
+        .collect()
+}
+
+/// A rank's micro-batches of a whole data set: sequences in order, as many as `max_tokens` takes, dealt round. Every rank
+/// gets the same number; the last ones may be empty.
+pub fn eval_micro_batches(dataset: &Dataset, max_tokens: usize, world_size: usize, rank: usize) -> Vec<MicroBatch> {
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    let mut room = 0;
+    for (sequence, len) in dataset.sequence_lengths().enumerate() {
+        if groups.is_empty() || len > room {
+            groups.push(Vec::new());
+            room = max_tokens;
+        }
+        room = room.saturating_sub(len);
+        let last = groups.len() - 1;
+        groups[last].push(sequence);
+    }
+    groups.resize(groups.len().next_multiple_of(world_size), Vec::new());
+    groups.iter().skip(rank).step_by(world_size).map(|group| micro_batch(dataset, group)).collect()
+}
+
+fn micro_batch(dataset: &Dataset, sequences: &[usize]) -> MicroBatch {
+    let mut batch = MicroBatch::new();
+    for document in sequences.iter().flat_map(|&s| &dataset.sequences[s]).map(|&d| &dataset.documents[d]) {
+        batch.push(document.sample_idx, &document.input_ids, &document.is_target);
+    }
+    batch
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Counts, Document};
+    use super::*;
+
+    fn dataset(n: usize) -> Dataset {
+        let document = |i: usize| Document {
+            sample_idx: i as u64,
+            input_ids: vec![i as u32; 2 + i % 3],
+            is_target: vec![true; 2 + i % 3],
+        };
+        Dataset {
+            documents: (0..n).map(document).collect(),
+            sequences: (0..n).map(|i| vec![i]).collect(),
+            counts: Counts::default(),
+        }
+    }
+
+    #[test]
+    fn each_epoch_is_another_permutation() {
+        let mut sampler = Sampler::new(11, 42);
+        let epochs: Vec<Vec<usize>> =
+            (0..3).map(|e| (0..11).map(|i| sampler.sequence_at(e * 11 + i)).collect()).collect();
+        for epoch in &epochs {
+            let mut sorted = epoch.clone();
+            sorted.sort_unstable();
+            assert_eq!(sorted, (0..11).collect::<Vec<_>>());
+        }
+        assert!(epochs[0] != epochs[1] && epochs[1] != epochs[2]);
+        assert_eq!(Sampler::new(11, 42).sequence_at(5), epochs[0][5], "the same seed, the same order");
+    }
+
+    #[test]
+    fn the_global_batch_does_not_depend_on_the_world() {
+        let data = dataset(10);
+        let samples = |world_size: usize, per_device: usize| {
+            let mut all = Vec::new();
+            for rank in 0..world_size {
+                let batches = step_micro_batches(&data, &mut Sampler::new(10, 1), 7, 6, per_device, world_size, rank);
+                assert_eq!(batches.len(), 6usize.div_ceil(world_size * per_device));
+                all.extend(batches.iter().flat_map(|b| b.sample_idx.clone()));
+            }
+            all.sort_unstable();
+            all
+        };
+        for world_size in 1..=5 {
+            for per_device in 1..=3 {
+                assert_eq!(samples(world_size, per_device), samples(1, 1));
+            }
+        }
+    }
+
+    #[test]
+    fn evaluation_sees_each_sequence_once() {
+        for world_size in 1..=4 {
+            let ranks: Vec<_> = (0..world_size).map(|r| eval_micro_batches(&dataset(10), 7, world_size, r)).collect();
+            assert!(ranks.iter().all(|b| b.len() == ranks[0].len()));
+            let mut all: Vec<u64> = ranks.iter().flatten().flat_map(|b| b.sample_idx.clone()).collect();
+            all.sort_unstable();
+            assert_eq!(all, (0..10).collect::<Vec<_>>());
+            assert!(ranks.iter().flatten().all(|b| b.num_tokens() <= 7));
+        }
+    }
+}

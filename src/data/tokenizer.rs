@@ -1,0 +1,128 @@
+//! The tokenizer of a Hugging Face directory, with its chat template and special tokens.
+
+use std::ops::Range;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use serde_json::{Map, Value};
+use tokenizers::Tokenizer;
+
+use super::chat_template::{ChatTemplate, Rendered};
+
+/// Text to token ids and back.
+pub struct TextTokenizer {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    eos_token: Option<String>,
+    eos_token_ids: Vec<u32>,
+}
+
+impl TextTokenizer {
+    /// Reads tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
+    /// the eos ids of generation_config.json and config.json.
+    pub fn load(dir: &Path) -> Result<TextTokenizer> {
+        let path = dir.join("tokenizer.json");
+        ensure!(path.exists(), "{}: tokenizer.json is not there", dir.display());
+        let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        // What a data set or a prompt needs of either is decided here, not by whoever saved the file.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let config = json_file(&dir.join("tokenizer_config.json"))?;
+        let map = json_file(&dir.join("special_tokens_map.json"))?;
+        let special = |name: &str| token(config.get(name)).or_else(|| token(map.get(name)));
+        let names = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
+        let special_tokens = names.iter().filter_map(|&name| Some((name.to_string(), special(name)?))).collect();
+        let template = match template_source(dir, &config)? {
+            Some(source) => {
+                Some(ChatTemplate::new(&source, special_tokens).with_context(|| dir.display().to_string())?)
+            }
+            None => None,
+        };
+        let eos_token = special("eos_token");
+        let mut eos_token_ids: Vec<u32> = eos_token.iter().filter_map(|t| tokenizer.token_to_id(t)).collect();
+        for file in ["generation_config.json", "config.json"] {
+            let ids = json_file(&dir.join(file))?.remove("eos_token_id").unwrap_or_default();
+            let ids = ids.as_array().cloned().unwrap_or_else(|| vec![ids]);
+            eos_token_ids.extend(ids.iter().filter_map(Value::as_u64).map(|id| id as u32));
+        }
+        eos_token_ids.sort_unstable();
+        eos_token_ids.dedup();
+        Ok(TextTokenizer { tokenizer, template, eos_token, eos_token_ids })
+    }
+
+    /// Token ids; `add_special_tokens` as the tokenizer's post-processor does it.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
+        Ok(self.encode_with_offsets(text, add_special_tokens)?.0)
+    }
+
+    /// Token ids, and the bytes of the text that each stands for.
+    pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let encoding = self.tokenizer.encode(text, add_special_tokens).map_err(|e| anyhow!("tokenizing: {e}"))?;
+        let offsets = encoding.get_offsets().iter().map(|&(begin, end)| begin..end).collect();
+        Ok((encoding.get_ids().to_vec(), offsets))
+    }
+
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        self.tokenizer.decode(ids, skip_special_tokens).map_err(|e| anyhow!("decoding: {e}"))
+    }
+
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Whether the chat template says which text the assistant generates.
+    pub fn marks_generation(&self) -> bool {
+        self.template.as_ref().is_some_and(ChatTemplate::marks_generation)
+    }
+
+    pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<Rendered> {
+        let Some(template) = &self.template else {
+            bail!("the tokenizer has no chat template (tokenizer_config.json: chat_template, or chat_template.jinja)")
+        };
+        template.render(messages, add_generation_prompt)
+    }
+
+    /// The text of the end-of-sequence token.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.eos_token.as_deref()
+    }
+
+    /// Ids that end a generated text.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+}
+
+/// An object; empty when the file is not there.
+fn json_file(path: &Path) -> Result<Map<String, Value>> {
+    if !path.exists() {
+        return Ok(Map::new());
+    }
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    serde_json::from_slice(&bytes).with_context(|| format!("{}: not a JSON object", path.display()))
+}
+
+/// A special token is a string, or an object with its content.
+fn token(value: Option<&Value>) -> Option<String> {
+    let value = value?;
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+}
+
+fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
+    let path = dir.join("chat_template.jinja");
+    if path.exists() {
+        return std::fs::read_to_string(&path).map(Some).with_context(|| path.display().to_string());
+    }
+    let named = |list: &Vec<Value>| {
+        list.iter()
+            .find(|t| t.get("name").is_some_and(|n| n == "default"))?
+            .get("template")?
+            .as_str()
+            .map(str::to_string)
+    };
+    Ok(match config.get("chat_template") {
+        Some(Value::String(source)) => Some(source.clone()),
+        Some(Value::Array(list)) => named(list),
+        _ => None,
+    })
+}

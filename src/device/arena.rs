@@ -1,0 +1,113 @@
+//! All device memory is carved at start, by name, from a plan.
+//!
+//! The same carving code runs twice: once with [`Arena::measure`], which only counts and so gives the plan, and once
+//! with [`Arena::allocate`], which allocates exactly that and refuses anything that differs from it.
+
+use std::sync::Arc;
+
+use anyhow::{Result, ensure};
+
+use super::Device;
+use super::tensor::{Buffer, Element};
+
+/// Every range begins at a multiple of this (a cache line and a GPU's widest transaction both divide it).
+pub const ALIGN_BYTES: usize = 256;
+
+/// One named range of a memory plan.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlanEntry {
+    /// Who uses it: `slots/0/flat`, `activations/gate`, …
+    pub name: String,
+    /// Its size, rounded up to [`ALIGN_BYTES`].
+    pub bytes: usize,
+}
+
+/// What will be allocated, in the order in which it is carved.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MemoryPlan {
+    pub entries: Vec<PlanEntry>,
+}
+
+impl MemoryPlan {
+    /// Sum over all entries, in bytes.
+    pub fn total_bytes(&self) -> usize {
+        self.entries.iter().map(|e| e.bytes).sum()
+    }
+
+    /// Bytes by the first part of the name, largest first.
+    pub fn by_owner(&self) -> Vec<(String, usize)> {
+        let mut owners: Vec<(String, usize)> = Vec::new();
+        for entry in &self.entries {
+            let owner = entry.name.split('/').next().unwrap_or_default();
+            match owners.iter_mut().find(|(name, _)| name == owner) {
+                Some((_, bytes)) => *bytes += entry.bytes,
+                None => owners.push((owner.to_string(), entry.bytes)),
+            }
+        }
+        owners.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        owners
+    }
+}
+
+/// Hands out [`Buffer`]s in the order of a [`MemoryPlan`].
+pub struct Arena<D: Device> {
+    memory: Option<(Arc<D::Region>, usize, MemoryPlan)>,
+    carved: MemoryPlan,
+    used_bytes: usize,
+}
+
+impl<D: Device> Arena<D> {
+    /// An arena that only counts.
+    pub fn measure() -> Self {
+        Self { memory: None, carved: MemoryPlan::default(), used_bytes: 0 }
+    }
+
+    /// Allocates the whole plan on the device, in one piece.
+    pub fn allocate(device: &D, plan: MemoryPlan) -> Result<Self> {
+        let (region, addr) = device.allocate(plan.total_bytes().max(ALIGN_BYTES))?;
+        Ok(Self { memory: Some((Arc::new(region), addr, plan)), carved: MemoryPlan::default(), used_bytes: 0 })
+    }
+
+    /// The next range: `len` elements of `T`. Fails when it is not what the plan has at this place.
+    pub fn carve<T: Element>(&mut self, name: &str, len: usize) -> Result<Buffer<D, T>> {
+        let bytes = (len * size_of::<T>()).next_multiple_of(ALIGN_BYTES);
+        let entry = PlanEntry { name: name.to_string(), bytes };
+        let buffer = match &self.memory {
+            None => Buffer::new(None, 0, len),
+            Some((region, addr, plan)) => {
+                let planned = plan.entries.get(self.carved.entries.len());
+                ensure!(planned == Some(&entry), "memory plan has {planned:?} where {entry:?} is asked for");
+                Buffer::new(Some(region.clone()), addr + self.used_bytes, len)
+            }
+        };
+        self.carved.entries.push(entry);
+        self.used_bytes += bytes;
+        Ok(buffer)
+    }
+
+    /// What has been carved so far.
+    pub fn into_plan(self) -> MemoryPlan {
+        self.carved
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cpu::Cpu;
+
+    #[test]
+    fn the_run_allocates_exactly_the_plan() {
+        let mut measured = Arena::<Cpu>::measure();
+        measured.carve::<f32>("a/x", 3).unwrap();
+        measured.carve::<u8>("a/y", 257).unwrap();
+        let plan = measured.into_plan();
+        assert_eq!(plan.by_owner(), vec![("a".to_string(), 768)]);
+        let mut arena = Arena::allocate(&Cpu::new(1), plan).unwrap();
+        let mut x = arena.carve::<f32>("a/x", 3).unwrap();
+        x.view_mut().host_mut().fill(2.0);
+        assert_eq!(x.view().host(), [2.0; 3]);
+        assert!(arena.carve::<u8>("a/y", 600).is_err(), "a size that the plan does not have");
+        assert!(arena.carve::<u8>("a/z", 257).is_err(), "a name that the plan does not have");
+    }
+}

@@ -1,0 +1,29 @@
+//! One AdamW update, in the order of operations of `torch.optim.AdamW`.
+
+use anyhow::{Result, ensure};
+
+use crate::device::ops::AdamW;
+
+use super::Cpu;
+
+impl Cpu {
+    pub(super) fn adamw_f32(&self, args: AdamW<'_, Cpu>) -> Result<()> {
+        let (param, m, v) = (args.param.host_mut(), args.exp_avg.host_mut(), args.exp_avg_sq.host_mut());
+        let grad = args.grad.host();
+        ensure!([m.len(), v.len(), grad.len()] == [param.len(); 3], "adamw: param {} grad {}", param.len(), grad.len());
+        let bias_correction1 = 1.0 - args.beta1.powi(args.step as i32);
+        let bias_correction2_sqrt = ((1.0 - args.beta2.powi(args.step as i32)).sqrt()) as f32;
+        let step_size = (args.learning_rate / bias_correction1) as f32;
+        let decay = (1.0 - args.learning_rate * args.weight_decay) as f32;
+        let (beta2, epsilon) = (args.beta2 as f32, args.epsilon as f32);
+        let (weight1, weight2) = ((1.0 - args.beta1) as f32, (1.0 - args.beta2) as f32);
+        for (((p, m), v), g) in param.iter_mut().zip(m).zip(v).zip(grad) {
+            let g = g * args.grad_scale;
+            *p *= decay;
+            *m += weight1 * (g - *m);
+            *v = *v * beta2 + weight2 * g * g;
+            *p -= step_size * (*m / (v.sqrt() / bias_correction2_sqrt + epsilon));
+        }
+        Ok(())
+    }
+}

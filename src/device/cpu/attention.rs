@@ -1,0 +1,246 @@
+//! Causal grouped-query attention over packed documents, one strip of [`QUERY_ROWS`] queries at a time: the scores of a
+//! strip exist, those of a head never do.
+
+use anyhow::{Result, ensure};
+use rayon::prelude::*;
+
+use crate::device::ops::{AttentionBackward, AttentionForward, AttentionShape};
+
+use super::gemm::gemm_strided;
+use super::{Cpu, math};
+
+/// Queries of one strip.
+const QUERY_ROWS: usize = 64;
+
+/// Queries `first..first + len` of one document, which see the keys from `keys` on, up to themselves.
+#[derive(Clone, Copy)]
+struct Strip {
+    first: usize,
+    len: usize,
+    /// First key of the document.
+    keys: usize,
+    /// Keys that the last query sees.
+    num_keys: usize,
+}
+
+fn strips(shape: &AttentionShape<'_>) -> Vec<Strip> {
+    let past = shape.num_past_tokens;
+    let mut strips = Vec::new();
+    for document in shape.documents.windows(2) {
+        let (begin, end) = (document[0] as usize, document[1] as usize);
+        for first in (begin..end).step_by(QUERY_ROWS) {
+            let len = QUERY_ROWS.min(end - first);
+            strips.push(Strip { first, len, keys: begin, num_keys: past + first + len - begin });
+        }
+    }
+    strips
+}
+
+/// S = scale · Q · Kᵀ of one head and strip, in `scores` `[len, num_keys]`.
+fn scores(scores: &mut [f32], strip: &Strip, q: (&[f32], usize), k: (&[f32], usize), head_dim: usize) {
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let sizes = [strip.len, strip.num_keys, head_dim];
+    let none = gemm::Parallelism::None;
+    gemm_strided(scores, strip.num_keys, (q.0, (q.1, 1)), (k.0, (1, k.1)), sizes, scale, 0.0, none);
+}
+
+/// Keys that query `i` of the strip sees.
+fn num_visible(strip: &Strip, i: usize) -> usize {
+    strip.num_keys - strip.len + i + 1
+}
+
+impl Cpu {
+    pub(super) fn attention_forward_f32(&self, args: AttentionForward<'_, Cpu>) -> Result<()> {
+        let AttentionForward { out, lse, q, k, v, shape } = args;
+        let (out, lse, q, k, v) = (out.host_mut(), lse.host_mut(), q.host(), k.host(), v.host());
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, .. } = shape;
+        let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
+        let tokens = *shape.documents.last().unwrap_or(&0) as usize;
+        ensure!(q.len() == tokens * width && out.len() == q.len(), "attention: q {} for {tokens} tokens", q.len());
+        ensure!(k.len() == (num_past_tokens + tokens) * kv_width && v.len() == k.len(), "attention: k {}", k.len());
+        ensure!(lse.len() == tokens * num_heads, "attention: lse {}", lse.len());
+        ensure!(num_past_tokens == 0 || shape.documents.len() == 2, "attention: past tokens need one document");
+        let mut parts = Vec::new();
+        let (mut out, mut lse) = (out, lse);
+        for strip in strips(&shape) {
+            let (out_part, out_rest) = out.split_at_mut(strip.len * width);
+            let (lse_part, lse_rest) = lse.split_at_mut(strip.len * num_heads);
+            parts.push((strip, out_part, lse_part));
+            (out, lse) = (out_rest, lse_rest);
+        }
+        let one = |s: &mut Vec<f32>, (strip, out, lse): (Strip, &mut [f32], &mut [f32])| {
+            for head in 0..num_heads {
+                let kv_at = strip.keys * kv_width + head / (num_heads / num_key_value_heads) * head_dim;
+                s.resize(strip.len * strip.num_keys, 0.0);
+                let q = (&q[strip.first * width + head * head_dim..], width);
+                scores(s, &strip, q, (&k[kv_at..], kv_width), head_dim);
+                for (i, row) in s.chunks_exact_mut(strip.num_keys).enumerate() {
+                    lse[i * num_heads + head] = softmax_row(row, num_visible(&strip, i));
+                }
+                let sizes = [strip.len, head_dim, strip.num_keys];
+                let operands = ((&s[..], (strip.num_keys, 1)), (&v[kv_at..], (kv_width, 1)));
+                let none = gemm::Parallelism::None;
+                gemm_strided(&mut out[head * head_dim..], width, operands.0, operands.1, sizes, 1.0, 0.0, none);
+            }
+        };
+        parts.into_par_iter().for_each_init(Vec::new, one);
+        Ok(())
+    }
+
+    pub(super) fn attention_backward_f32(&self, args: AttentionBackward<'_, Cpu>) -> Result<()> {
+        let AttentionBackward { d_q, d_k, d_v, d_out, out, lse, q, k, v, shape } = args;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = shape;
+        let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
+        let tokens = *shape.documents.last().unwrap_or(&0) as usize;
+        ensure!(
+            [q.len(), d_q.len(), out.len(), d_out.len()] == [tokens * width; 4],
+            "attention backward: q {}",
+            q.len()
+        );
+        ensure!(
+            [k.len(), v.len(), d_k.len(), d_v.len()] == [tokens * kv_width; 4],
+            "attention backward: k {}",
+            k.len()
+        );
+        let saved =
+            Saved { d_out: d_out.host(), out: out.host(), lse: lse.host(), q: q.host(), k: k.host(), v: v.host() };
+        let group = num_heads / num_key_value_heads;
+        let (d_q, d_k, d_v) = (d_q.host_mut(), d_k.host_mut(), d_v.host_mut());
+        let gradients: Vec<HeadGradients> =
+            (0..num_key_value_heads).into_par_iter().map(|kv| head_backward(&saved, &shape, kv)).collect();
+        for (kv, gradients) in gradients.iter().enumerate() {
+            put_columns(d_k, &gradients.d_k, kv * head_dim, head_dim, kv_width);
+            put_columns(d_v, &gradients.d_v, kv * head_dim, head_dim, kv_width);
+            put_columns(d_q, &gradients.d_q, kv * group * head_dim, group * head_dim, width);
+        }
+        Ok(())
+    }
+}
+
+/// What backward reads.
+struct Saved<'a> {
+    d_out: &'a [f32],
+    out: &'a [f32],
+    lse: &'a [f32],
+    q: &'a [f32],
+    k: &'a [f32],
+    v: &'a [f32],
+}
+
+/// Gradients of one key-value head and of the query heads that share it.
+struct HeadGradients {
+    /// `[T, group · head_dim]`
+    d_q: Vec<f32>,
+    /// `[T, head_dim]`
+    d_k: Vec<f32>,
+    d_v: Vec<f32>,
+}
+
+fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_>, kv: usize) -> HeadGradients {
+    let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = *shape;
+    let (width, kv_width, group) =
+        (num_heads * head_dim, num_key_value_heads * head_dim, num_heads / num_key_value_heads);
+    let tokens = saved.q.len() / width;
+    let mut d_q = vec![0.0; tokens * group * head_dim];
+    let (mut d_k, mut d_v) = (vec![0.0; tokens * head_dim], vec![0.0; tokens * head_dim]);
+    let (mut p, mut d_p) = (Vec::new(), Vec::new());
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    let none = || gemm::Parallelism::None;
+    for strip in strips(shape) {
+        let kv_at = strip.keys * kv_width + kv * head_dim;
+        let keys_at = strip.keys * head_dim;
+        for member in 0..group {
+            let head = kv * group + member;
+            let at = strip.first * width + head * head_dim;
+            let (q, d_out, out) = (&saved.q[at..], &saved.d_out[at..], &saved.out[at..]);
+            let (keys, head_keys) = (strip.num_keys, [strip.len, strip.num_keys, head_dim]);
+            p.resize(strip.len * keys, 0.0);
+            d_p.resize(strip.len * keys, 0.0);
+            scores(&mut p, &strip, (q, width), (&saved.k[kv_at..], kv_width), head_dim);
+            gemm_strided(
+                &mut d_p,
+                keys,
+                (d_out, (width, 1)),
+                (&saved.v[kv_at..], (1, kv_width)),
+                head_keys,
+                1.0,
+                0.0,
+                none(),
+            );
+            for i in 0..strip.len {
+                let row = i * keys..(i + 1) * keys;
+                let lse = saved.lse[(strip.first + i) * num_heads + head];
+                let delta = math::dot(&d_out[i * width..][..head_dim], &out[i * width..][..head_dim]);
+                softmax_row_backward(&mut p[row.clone()], &mut d_p[row], num_visible(&strip, i), lse, delta);
+            }
+            let transposed = (1, keys);
+            let to_keys = [keys, head_dim, strip.len];
+            gemm_strided(
+                &mut d_v[keys_at..],
+                head_dim,
+                (&p, transposed),
+                (d_out, (width, 1)),
+                to_keys,
+                1.0,
+                1.0,
+                none(),
+            );
+            gemm_strided(
+                &mut d_k[keys_at..],
+                head_dim,
+                (&d_p, transposed),
+                (q, (width, 1)),
+                to_keys,
+                scale,
+                1.0,
+                none(),
+            );
+            let d_q = &mut d_q[strip.first * group * head_dim + member * head_dim..];
+            let to_queries = [strip.len, head_dim, keys];
+            let k = (&saved.k[kv_at..], (kv_width, 1));
+            gemm_strided(d_q, group * head_dim, (&d_p, (keys, 1)), k, to_queries, scale, 0.0, none());
+        }
+    }
+    HeadGradients { d_q, d_k, d_v }
+}
+
+/// Softmax of the first `visible` scores in place, the others 0; returns the log-sum-exp.
+fn softmax_row(row: &mut [f32], visible: usize) -> f32 {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let (row, hidden) = row.split_at_mut(visible);
+            hidden.fill(0.0);
+            let max = math::max(row);
+            for s in row.iter_mut() {
+                *s = math::exp(*s - max);
+            }
+            let sum = math::sum(row);
+            let reciprocal = 1.0 / sum;
+            row.iter_mut().for_each(|s| *s *= reciprocal);
+            max + sum.ln()
+        },
+    )
+}
+
+/// p: scores → probabilities; d_p → d_scores = p · (d_p − delta); both 0 where nothing is seen.
+fn softmax_row_backward(p: &mut [f32], d_p: &mut [f32], visible: usize, lse: f32, delta: f32) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            p[visible..].fill(0.0);
+            d_p[visible..].fill(0.0);
+            for (p, d) in p[..visible].iter_mut().zip(&mut d_p[..visible]) {
+                *p = math::exp(*p - lse);
+                *d = *p * (*d - delta);
+            }
+        },
+    );
+}
+
+/// Copies `[T, columns]` into columns `at..at + columns` of rows of `width`.
+fn put_columns(dst: &mut [f32], src: &[f32], at: usize, columns: usize, width: usize) {
+    for (dst, src) in dst.chunks_exact_mut(width).zip(src.chunks_exact(columns)) {
+        dst[at..at + columns].copy_from_slice(src);
+    }
+}

@@ -1,0 +1,114 @@
+//! Cross-entropy over pieces of the vocabulary, with a running maximum and sum as in flash attention.
+
+use anyhow::{Result, ensure};
+use rayon::prelude::*;
+
+use crate::device::ops::{CrossEntropyFinish, CrossEntropyPiece, GatherTargetRows, Gemm, Ops, Transpose};
+
+use super::{Cpu, math};
+
+impl Cpu {
+    pub(super) fn cross_entropy_piece_f32(&self, args: CrossEntropyPiece<'_, Cpu>) -> Result<()> {
+        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id } = args;
+        let (n, target_ids) = (target_ids.len(), target_ids.host());
+        if n == 0 {
+            return Ok(());
+        }
+        let hidden = x.len() / n;
+        let rows = weight.len() / hidden;
+        ensure!(logits.len() == n * rows && sum.len() == n && max.len() == n, "cross_entropy: {n} tokens, {rows} rows");
+        self.logits(logits.range_mut(0..n * rows), x, weight, hidden)?;
+        let (max, sum, target_logit) = (max.host_mut(), sum.host_mut(), target_logit.host_mut());
+        let mut no_acc = [];
+        let (mut acc, acc_width) = match acc {
+            Some(acc) => (Some(acc), hidden),
+            None => (None, 0),
+        };
+        {
+            let acc_rows: &mut [f32] = match &mut acc {
+                Some(acc) => acc.range_mut(0..n * hidden).host_mut(),
+                None => &mut no_acc,
+            };
+            let mut acc_rows: Vec<&mut [f32]> = match acc_width {
+                0 => (0..n).map(|_| [].as_mut_slice()).collect(),
+                width => acc_rows.chunks_exact_mut(width).collect(),
+            };
+            let logits = logits.range_mut(0..n * rows).host_mut();
+            (logits.par_chunks_exact_mut(rows), max.par_iter_mut(), sum.par_iter_mut(), target_logit.par_iter_mut())
+                .into_par_iter()
+                .zip(acc_rows.par_iter_mut().zip(target_ids))
+                .with_min_len(16)
+                .for_each(|((logits, max, sum, target_logit), (acc, &target))| {
+                    if let Some(&logit) = (target as usize).checked_sub(first_id).and_then(|i| logits.get(i)) {
+                        *target_logit = logit;
+                    }
+                    update_row(logits, max, sum, acc);
+                });
+        }
+        let Some(acc) = acc else { return Ok(()) };
+        let (transpose_a, transpose_b) = (Transpose::No, Transpose::No);
+        let (m, n, k) = (n, hidden, rows);
+        self.gemm_f32(Gemm {
+            c: acc,
+            a: logits.view(),
+            b: weight,
+            transpose_a,
+            transpose_b,
+            m,
+            n,
+            k,
+            alpha: 1.0,
+            beta: 1.0,
+        })
+    }
+
+    pub(super) fn gather_target_rows_f32(&self, args: GatherTargetRows<'_, Cpu>) -> Result<()> {
+        let GatherTargetRows { target_rows, weight, target_ids, first_id } = args;
+        let (target_rows, weight, target_ids) = (target_rows.host_mut(), weight.host(), target_ids.host());
+        if target_ids.is_empty() {
+            return Ok(());
+        }
+        let hidden = target_rows.len() / target_ids.len();
+        for (row, &target) in target_rows.chunks_exact_mut(hidden).zip(target_ids) {
+            if let Some(i) = (target as usize).checked_sub(first_id).filter(|i| (i + 1) * hidden <= weight.len()) {
+                row.copy_from_slice(&weight[i * hidden..][..hidden]);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn cross_entropy_finish_f32(&self, args: CrossEntropyFinish<'_, Cpu>) -> Result<()> {
+        let CrossEntropyFinish { d_x, acc, sum, target_rows, coefficients } = args;
+        let (d_x, acc, target_rows) = (d_x.host_mut(), acc.host(), target_rows.host());
+        let (sum, coefficients) = (sum.host(), coefficients.host());
+        ensure!(acc.len() == d_x.len() && target_rows.len() == d_x.len(), "cross_entropy finish: d_x {}", d_x.len());
+        let Some(hidden) = d_x.len().checked_div(sum.len()) else { return Ok(()) };
+        for (i, d_x) in d_x.chunks_exact_mut(hidden).enumerate() {
+            let row = i * hidden..(i + 1) * hidden;
+            let (coefficient, reciprocal) = (coefficients[i], 1.0 / sum[i]);
+            for ((d, a), w) in d_x.iter_mut().zip(&acc[row.clone()]).zip(&target_rows[row]) {
+                *d = coefficient * (a * reciprocal - w);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Logits become exp(logit − new max); the running values and the row of acc are rescaled to the new maximum.
+fn update_row(logits: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || {
+            let new_max = max.max(math::max(logits));
+            let rescale = math::exp(*max - new_max);
+            for logit in logits.iter_mut() {
+                *logit = math::exp(*logit - new_max);
+            }
+            *sum = *sum * rescale + math::sum(logits);
+            *max = new_max;
+            if rescale != 1.0 {
+                acc.iter_mut().for_each(|a| *a *= rescale);
+            }
+        },
+    );
+}

@@ -1,0 +1,44 @@
+//! Sums, biases and rows picked by index.
+
+use anyhow::{Result, ensure};
+
+use super::Cpu;
+
+impl Cpu {
+    pub(super) fn add_f32(&self, y: &mut [f32], x: &[f32]) -> Result<()> {
+        ensure!(y.len() == x.len(), "add: y {} x {}", y.len(), x.len());
+        self.for_rows(y, 1, |first, y| {
+            for (y, x) in y.iter_mut().zip(&x[first..]) {
+                *y += x;
+            }
+        });
+        Ok(())
+    }
+
+    pub(super) fn add_bias_f32(&self, x: &mut [f32], bias: &[f32]) -> Result<()> {
+        ensure!(!bias.is_empty() && x.len().is_multiple_of(bias.len()), "add_bias: x {} bias {}", x.len(), bias.len());
+        for row in x.chunks_exact_mut(bias.len()) {
+            for (x, b) in row.iter_mut().zip(bias) {
+                *x += b;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn gather_rows_f32(&self, y: &mut [f32], x: &[f32], rows: &[u32], width: usize) -> Result<()> {
+        ensure!(y.len() == rows.len() * width, "gather_rows: y {} rows {} width {width}", y.len(), rows.len());
+        for (y, &row) in y.chunks_exact_mut(width).zip(rows) {
+            y.copy_from_slice(&x[row as usize * width..][..width]);
+        }
+        Ok(())
+    }
+
+    pub(super) fn scatter_rows_f32(&self, y: &mut [f32], x: &[f32], rows: &[u32], width: usize) -> Result<()> {
+        ensure!(x.len() == rows.len() * width, "scatter_rows: x {} rows {} width {width}", x.len(), rows.len());
+        y.fill(0.0);
+        for (x, &row) in x.chunks_exact(width).zip(rows) {
+            y[row as usize * width..][..width].copy_from_slice(x);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,73 @@
+//! Records to dense f32 weights.
+
+use anyhow::{Result, ensure};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+
+use crate::device::ops::Dequantize;
+use crate::quant::double::DYNAMIC_MAP;
+use crate::quant::nf4::CODEBOOK;
+use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, RecordParts};
+
+use super::Cpu;
+
+/// Both values of a byte.
+const PAIRS: [[f32; 2]; 256] = {
+    let mut pairs = [[0.0; 2]; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        pairs[byte] = [CODEBOOK[byte >> 4], CODEBOOK[byte & 15]];
+        byte += 1;
+    }
+    pairs
+};
+
+impl Cpu {
+    pub(super) fn dequantize_records(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
+        let Dequantize { weights, records, encoding } = args;
+        let (weights, records) = (weights.host_mut(), records.host());
+        let bytes = encoding.tensor_bytes(weights.len());
+        ensure!(records.len() == bytes, "{} bytes of records for {} weights", records.len(), weights.len());
+        let one = |(weights, record): (&mut [f32], &[u8])| {
+            let parts = encoding.parts(weights.len());
+            match encoding {
+                Encoding::Nf4 { double_quant } => dequantize_nf4(weights, record, &parts, double_quant),
+                Encoding::Plain(dtype) => convert(weights, &record[parts.codes], dtype),
+            }
+        };
+        let chunks = records.chunks(encoding.parts(RECORD_WEIGHTS).bytes);
+        if self.num_threads == 1 {
+            weights.chunks_mut(RECORD_WEIGHTS).zip(chunks).for_each(one);
+        } else {
+            let chunks: Vec<_> = weights.chunks_mut(RECORD_WEIGHTS).zip(chunks).collect();
+            chunks.into_par_iter().for_each(one);
+        }
+        Ok(())
+    }
+}
+
+/// w = code · absmax, absmax = map[u8] · nested_absmax + offset, all in f32 as bitsandbytes does it.
+fn dequantize_nf4(weights: &mut [f32], record: &[u8], parts: &RecordParts, double_quant: bool) {
+    let f32_at = |byte: usize| f32::from_le_bytes(record[byte..byte + 4].try_into().expect("four bytes"));
+    let codes = &record[parts.codes.clone()];
+    for (i, (weights, codes)) in weights.chunks_mut(BLOCK).zip(codes.chunks(BLOCK / 2)).enumerate() {
+        let absmax = match double_quant {
+            true => DYNAMIC_MAP[record[parts.absmax.start + i] as usize] * f32_at(0) + f32_at(4),
+            false => f32_at(parts.absmax.start + 4 * i),
+        };
+        for (pair, &byte) in weights.chunks_mut(2).zip(codes) {
+            for (w, code) in pair.iter_mut().zip(PAIRS[byte as usize]) {
+                *w = code * absmax;
+            }
+        }
+    }
+}
+
+/// Plain weights to f32; records are aligned to 16 bytes, so the casts cannot fail.
+fn convert(weights: &mut [f32], bytes: &[u8], dtype: Dtype) {
+    match dtype {
+        Dtype::F32 => weights.copy_from_slice(bytemuck::cast_slice(bytes)),
+        Dtype::F16 => bytemuck::cast_slice::<u8, f16>(bytes).convert_to_f32_slice(weights),
+        Dtype::Bf16 => bytemuck::cast_slice::<u8, bf16>(bytes).convert_to_f32_slice(weights),
+    }
+}

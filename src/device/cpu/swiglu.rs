@@ -1,0 +1,56 @@
+//! silu(gate) · up and its backward.
+
+use anyhow::{Result, ensure};
+
+use crate::device::ops::{SwigluBackward, SwigluForward};
+
+use super::{Cpu, math};
+
+impl Cpu {
+    pub(super) fn swiglu_forward_f32(&self, args: SwigluForward<'_, Cpu>) -> Result<()> {
+        let (y, gate, up) = (args.y.host_mut(), args.gate.host(), args.up.host());
+        ensure!(y.len() == gate.len() && y.len() == up.len(), "swiglu: y {} gate {}", y.len(), gate.len());
+        self.for_rows(y, 1, |first, y| {
+            let (gate, up) = (&gate[first..first + y.len()], &up[first..first + y.len()]);
+            pulp::Arch::new().dispatch(
+                #[inline(always)]
+                || {
+                    for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+                        *y = g * math::sigmoid(*g) * u;
+                    }
+                },
+            );
+        });
+        Ok(())
+    }
+
+    pub(super) fn swiglu_backward_f32(&self, args: SwigluBackward<'_, Cpu>) -> Result<()> {
+        let SwigluBackward { d_gate, d_up, d_y, gate, up } = args;
+        let (d_gate, d_up) = (d_gate.host_mut(), d_up.host_mut());
+        let (d_y, gate, up) = (d_y.host(), gate.host(), up.host());
+        let len = d_y.len();
+        ensure!([d_gate.len(), d_up.len(), gate.len(), up.len()] == [len; 4], "swiglu backward: d_y {len}");
+        let part = |first: usize, d_gate: &mut [f32], d_up: &mut [f32]| {
+            let end = first + d_gate.len();
+            let (d_y, gate, up) = (&d_y[first..end], &gate[first..end], &up[first..end]);
+            pulp::Arch::new().dispatch(
+                #[inline(always)]
+                || {
+                    for ((((d_g, d_u), d), g), u) in d_gate.iter_mut().zip(d_up).zip(d_y).zip(gate).zip(up) {
+                        let s = math::sigmoid(*g);
+                        *d_u = d * g * s;
+                        *d_g = d * u * s * (1.0 + g * (1.0 - s));
+                    }
+                },
+            );
+        };
+        let rows = self.rows_per_thread(len);
+        rayon::scope(|scope| {
+            for (i, (d_gate, d_up)) in d_gate.chunks_mut(rows).zip(d_up.chunks_mut(rows)).enumerate() {
+                let part = &part;
+                scope.spawn(move |_| part(i * rows, d_gate, d_up));
+            }
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,34 @@
+//! What a device is: memory ([`Device`]) and one method per kernel ([`Ops`]).
+//!
+//! Dispatch is static: everything above is generic in `D: Ops`, and one `match` at the top of the command line picks the
+//! device. One op is the files of one stem: its contract is a struct in [`ops`], its reference is `cpu/<stem>.rs`.
+
+pub mod arena;
+pub mod cpu;
+pub mod ops;
+pub mod tensor;
+
+use anyhow::Result;
+
+pub use arena::{Arena, MemoryPlan};
+pub use ops::Ops;
+pub use tensor::{Buffer, Element, View, ViewMut};
+
+/// Memory of one device, and copies to and from the host.
+pub trait Device: Sized + Send + Sync + 'static {
+    /// Type of activations and of dequantized weights.
+    type Act: Element;
+    /// Keeps one allocation alive.
+    type Region: Send + Sync;
+
+    /// Allocates `bytes`; returns what keeps them alive and the address of the first.
+    fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)>;
+    /// Host to device; the lengths must be equal.
+    fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()>;
+    /// Device to host; the lengths must be equal. Waits for the compute queue.
+    fn download<T: Element>(&self, dst: &mut [T], src: View<'_, Self, T>) -> Result<()>;
+    /// Device to device, on the compute queue; the lengths must be equal.
+    fn copy<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: View<'_, Self, T>) -> Result<()>;
+    /// Every byte becomes `byte`. With 0xFF each float of any width is a NaN: what was never written cannot pass unseen.
+    fn fill_bytes<T: Element>(&self, dst: ViewMut<'_, Self, T>, byte: u8) -> Result<()>;
+}

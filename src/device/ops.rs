@@ -1,0 +1,260 @@
+//! The ops: one struct per kernel, whose comments are the contract (formula, shapes, what may alias), outputs first.
+//!
+//! T tokens, H hidden size. All matrices are row-major. `Act` is the device's activation type; statistics, losses and
+//! gradients of parameters are f32. A T of 0 is allowed everywhere and does nothing.
+
+use anyhow::Result;
+
+use super::{Device, View, ViewMut};
+use crate::quant::record::Encoding;
+
+/// One operand of [`Ops::gemm`] as it lies in memory, or transposed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Transpose {
+    No,
+    Yes,
+}
+
+/// C = alpha · op(A) · op(B) + beta · C, accumulated in f32. op(A) is `[m, k]`, op(B) `[k, n]`, C `[m, n]`.
+/// With beta = 0, C is not read.
+pub struct Gemm<'a, D, A, B, C> {
+    pub c: ViewMut<'a, D, C>,
+    pub a: View<'a, D, A>,
+    pub b: View<'a, D, B>,
+    pub transpose_a: Transpose,
+    pub transpose_b: Transpose,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub alpha: f32,
+    pub beta: f32,
+}
+
+/// Records of one tensor, back to back, to dense weights (`quant::record` has the byte layout). The number of weights is
+/// that of `weights`; every record but the last holds `RECORD_WEIGHTS` of them.
+pub struct Dequantize<'a, D, T> {
+    pub weights: ViewMut<'a, D, T>,
+    pub records: View<'a, D, u8>,
+    pub encoding: Encoding,
+}
+
+/// y = x · rstd · weight per row, rstd = 1 / sqrt(mean(x²) + eps). x, y `[T, H]`; rstd `[T]`; weight `[H]`.
+pub struct RmsNormForward<'a, D: Device> {
+    pub y: ViewMut<'a, D, D::Act>,
+    pub rstd: ViewMut<'a, D, f32>,
+    pub x: View<'a, D, D::Act>,
+    pub weight: View<'a, D, f32>,
+    pub eps: f32,
+}
+
+/// d_x += rstd · (d_y·w − x · rstd² · mean(d_y·w·x)) per row. All `[T, H]`; d_x holds the residual's gradient before.
+pub struct RmsNormBackward<'a, D: Device> {
+    pub d_x: ViewMut<'a, D, D::Act>,
+    pub d_y: View<'a, D, D::Act>,
+    pub x: View<'a, D, D::Act>,
+    pub rstd: View<'a, D, f32>,
+    pub weight: View<'a, D, f32>,
+}
+
+/// Rotates each head's pairs (i, i + head_dim/2) in place, as `transformers` pairs them; `inverse` rotates back, which
+/// is the backward. x `[T, num_heads · head_dim]`; cos, sin `[T, head_dim / 2]` with any attention scaling in them.
+pub struct Rope<'a, D: Device> {
+    pub x: ViewMut<'a, D, D::Act>,
+    pub cos: View<'a, D, f32>,
+    pub sin: View<'a, D, f32>,
+    pub num_heads: usize,
+    pub head_dim: usize,
+    pub inverse: bool,
+}
+
+/// y = silu(gate) · up, elementwise.
+pub struct SwigluForward<'a, D: Device> {
+    pub y: ViewMut<'a, D, D::Act>,
+    pub gate: View<'a, D, D::Act>,
+    pub up: View<'a, D, D::Act>,
+}
+
+/// d_gate = d_y · up · silu'(gate), d_up = d_y · silu(gate).
+pub struct SwigluBackward<'a, D: Device> {
+    pub d_gate: ViewMut<'a, D, D::Act>,
+    pub d_up: ViewMut<'a, D, D::Act>,
+    pub d_y: View<'a, D, D::Act>,
+    pub gate: View<'a, D, D::Act>,
+    pub up: View<'a, D, D::Act>,
+}
+
+/// Heads and documents of an attention.
+#[derive(Clone, Copy)]
+pub struct AttentionShape<'a> {
+    pub num_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+    /// First token of each document, last T: a token sees itself and what is before it in its own document.
+    pub documents: &'a [u32],
+    /// Keys and values before the first query (generation, one document); 0 in training.
+    pub num_past_tokens: usize,
+}
+
+/// out = softmax(q·kᵀ / sqrt(head_dim), causal, per document) · v, and the log-sum-exp of each row.
+/// q, out `[T, heads · head_dim]`; k, v `[past + T, kv_heads · head_dim]`; lse `[T, heads]`.
+pub struct AttentionForward<'a, D: Device> {
+    pub out: ViewMut<'a, D, D::Act>,
+    pub lse: ViewMut<'a, D, f32>,
+    pub q: View<'a, D, D::Act>,
+    pub k: View<'a, D, D::Act>,
+    pub v: View<'a, D, D::Act>,
+    pub shape: AttentionShape<'a>,
+}
+
+/// Gradients of [`AttentionForward`] (no past): d_q like q, d_k and d_v like k; all are overwritten.
+pub struct AttentionBackward<'a, D: Device> {
+    pub d_q: ViewMut<'a, D, D::Act>,
+    pub d_k: ViewMut<'a, D, D::Act>,
+    pub d_v: ViewMut<'a, D, D::Act>,
+    pub d_out: View<'a, D, D::Act>,
+    pub out: View<'a, D, D::Act>,
+    pub lse: View<'a, D, f32>,
+    pub q: View<'a, D, D::Act>,
+    pub k: View<'a, D, D::Act>,
+    pub v: View<'a, D, D::Act>,
+    pub shape: AttentionShape<'a>,
+}
+
+/// One piece of the vocabulary of a streaming cross-entropy, in the manner of flash attention. With logits = x · Wᵀ of
+/// this piece: the running maximum and sum of exponentials are updated; acc = acc · exp(old max − new max) +
+/// exp(logits − new max) · W; target_logit is set where the target lies in the piece. x `[N, H]`, W `[rows, H]`,
+/// acc `[N, H]` f32; max, sum, target_logit, target_ids `[N]`; `logits` is scratch `[N, rows]`.
+/// Before the first piece max = −∞, sum = 0, acc = 0. Without `acc` only the log-probability is wanted.
+pub struct CrossEntropyPiece<'a, D: Device> {
+    pub max: ViewMut<'a, D, f32>,
+    pub sum: ViewMut<'a, D, f32>,
+    pub target_logit: ViewMut<'a, D, f32>,
+    pub acc: Option<ViewMut<'a, D, f32>>,
+    pub logits: ViewMut<'a, D, f32>,
+    pub x: View<'a, D, D::Act>,
+    pub weight: View<'a, D, D::Act>,
+    pub target_ids: View<'a, D, u32>,
+    /// Vocabulary id of the piece's first row.
+    pub first_id: usize,
+}
+
+/// target_rows[i] = W[target] where the target of row i lies in this piece, `[N, H]`; other rows are left as they are. The
+/// rows are kept apart from `acc`, which is rescaled until the last piece.
+pub struct GatherTargetRows<'a, D: Device> {
+    pub target_rows: ViewMut<'a, D, D::Act>,
+    pub weight: View<'a, D, D::Act>,
+    pub target_ids: View<'a, D, u32>,
+    pub first_id: usize,
+}
+
+/// d_x = coefficient · (acc / sum − W[target]) per row, `[N, H]`: the gradient of −coefficient · log p(target).
+pub struct CrossEntropyFinish<'a, D: Device> {
+    pub d_x: ViewMut<'a, D, D::Act>,
+    pub acc: View<'a, D, f32>,
+    pub sum: View<'a, D, f32>,
+    pub target_rows: View<'a, D, D::Act>,
+    pub coefficients: View<'a, D, f32>,
+}
+
+/// Names one dropout mask: the element (token, feature) is kept or dropped by a number that depends on the seed, the
+/// step, the token's global sample and position, the module and the feature, and on nothing else.
+pub struct DropoutMask<'a, D> {
+    pub probability: f32,
+    pub seed: u64,
+    pub step: u32,
+    /// layer · 7 + projection.
+    pub module: u32,
+    /// Global sample of each token, `[T]`.
+    pub sample_idx: View<'a, D, u64>,
+    /// Position of each token in its document, `[T]`.
+    pub positions: View<'a, D, u32>,
+}
+
+impl<D> Clone for DropoutMask<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D> Copy for DropoutMask<'_, D> {}
+
+/// y = x · mask / (1 − p), or, with `accumulate`, y += x · mask / (1 − p). x, y `[T, features]`.
+pub struct LoraDropout<'a, D: Device> {
+    pub y: ViewMut<'a, D, D::Act>,
+    pub x: View<'a, D, D::Act>,
+    pub mask: DropoutMask<'a, D>,
+    pub accumulate: bool,
+}
+
+/// One AdamW update as `torch.optim.AdamW` does it (decoupled decay, bias correction), all f32 and of one length.
+pub struct AdamW<'a, D> {
+    pub param: ViewMut<'a, D, f32>,
+    pub exp_avg: ViewMut<'a, D, f32>,
+    pub exp_avg_sq: ViewMut<'a, D, f32>,
+    pub grad: View<'a, D, f32>,
+    /// Multiplies the gradient first (clipping).
+    pub grad_scale: f32,
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// 1 at the first update.
+    pub step: u32,
+}
+
+/// One method per kernel. Every call is checked against the sizes of its contract before anything is written.
+pub trait Ops: Device {
+    /// Matrix product of activations, see [`Gemm`].
+    fn gemm(&self, args: Gemm<'_, Self, Self::Act, Self::Act, Self::Act>) -> Result<()>;
+    /// Matrix product that accumulates the gradient of a parameter in f32, see [`Gemm`].
+    fn gemm_grad(&self, args: Gemm<'_, Self, Self::Act, Self::Act, f32>) -> Result<()>;
+    fn dequantize(&self, args: Dequantize<'_, Self, Self::Act>) -> Result<()>;
+    /// The same to f32: norms and biases.
+    fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()>;
+    fn rms_norm_forward(&self, args: RmsNormForward<'_, Self>) -> Result<()>;
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_, Self>) -> Result<()>;
+    fn rope(&self, args: Rope<'_, Self>) -> Result<()>;
+    fn swiglu_forward(&self, args: SwigluForward<'_, Self>) -> Result<()>;
+    fn swiglu_backward(&self, args: SwigluBackward<'_, Self>) -> Result<()>;
+    fn attention_forward(&self, args: AttentionForward<'_, Self>) -> Result<()>;
+    fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> Result<()>;
+    fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Self>) -> Result<()>;
+    fn gather_target_rows(&self, args: GatherTargetRows<'_, Self>) -> Result<()>;
+    fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Self>) -> Result<()>;
+    fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()>;
+    fn adamw(&self, args: AdamW<'_, Self>) -> Result<()>;
+    /// Sum of squares in f64, always in the same order. Waits for the compute queue.
+    fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64>;
+    /// y += x.
+    fn add(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, Self::Act>) -> Result<()>;
+    /// Each row of x `[T, features]` += bias `[features]`.
+    fn add_bias(&self, x: ViewMut<'_, Self, Self::Act>, bias: View<'_, Self, f32>) -> Result<()>;
+    /// y = x in the activation type.
+    fn cast(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, f32>) -> Result<()>;
+    /// f32 host values as activations.
+    fn upload_activations(&self, y: ViewMut<'_, Self, Self::Act>, x: &[f32]) -> Result<()>;
+    /// y[i] = x[rows[i]]; rows of `width`.
+    fn gather_rows(
+        &self,
+        y: ViewMut<'_, Self, Self::Act>,
+        x: View<'_, Self, Self::Act>,
+        rows: View<'_, Self, u32>,
+        width: usize,
+    ) -> Result<()>;
+    /// y = 0, then y[rows[i]] = x[i]; rows of `width`, all different.
+    fn scatter_rows(
+        &self,
+        y: ViewMut<'_, Self, Self::Act>,
+        x: View<'_, Self, Self::Act>,
+        rows: View<'_, Self, u32>,
+        width: usize,
+    ) -> Result<()>;
+    /// logits = x · Wᵀ in f32: x `[N, H]`, W `[rows, H]`, logits `[N, rows]`.
+    fn logits(
+        &self,
+        logits: ViewMut<'_, Self, f32>,
+        x: View<'_, Self, Self::Act>,
+        weight: View<'_, Self, Self::Act>,
+        hidden_size: usize,
+    ) -> Result<()>;
+}

@@ -1,0 +1,157 @@
+//! Owned and borrowed ranges of device memory, the same for every device.
+//!
+//! A [`Buffer`] owns its range alone; [`View`] and [`ViewMut`] borrow it, so that the borrow checker proves what may
+//! alias on a GPU exactly as it does on the host. Shapes are not stored: they stand in each op's contract.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Device;
+
+/// What can lie in device memory.
+pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {}
+impl<T: bytemuck::Pod + Send + Sync + std::fmt::Debug> Element for T {}
+
+/// A named, uniquely owned range of `len` elements in a device's arena.
+pub struct Buffer<D: Device, T> {
+    /// `None` when the arena only measures: such a buffer has a length and no memory.
+    region: Option<Arc<D::Region>>,
+    addr: usize,
+    len: usize,
+    _element: PhantomData<T>,
+}
+
+/// A shared borrow of a range of device memory.
+pub struct View<'a, D, T> {
+    addr: usize,
+    len: usize,
+    _borrow: PhantomData<(&'a T, fn() -> D)>,
+}
+
+/// An exclusive borrow of a range of device memory.
+pub struct ViewMut<'a, D, T> {
+    addr: usize,
+    len: usize,
+    _borrow: PhantomData<(&'a mut T, fn() -> D)>,
+}
+
+impl<D: Device, T: Element> Buffer<D, T> {
+    pub(super) fn new(region: Option<Arc<D::Region>>, addr: usize, len: usize) -> Self {
+        Self { region, addr, len, _element: PhantomData }
+    }
+
+    /// No memory: stands for a buffer that has been moved out.
+    pub fn none() -> Self {
+        Self::new(None, 0, 0)
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a buffer of no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The whole buffer, shared.
+    pub fn view(&self) -> View<'_, D, T> {
+        assert!(self.region.is_some(), "a buffer of a measuring arena has no memory");
+        View { addr: self.addr, len: self.len, _borrow: PhantomData }
+    }
+
+    /// The whole buffer, exclusive.
+    pub fn view_mut(&mut self) -> ViewMut<'_, D, T> {
+        assert!(self.region.is_some(), "a buffer of a measuring arena has no memory");
+        ViewMut { addr: self.addr, len: self.len, _borrow: PhantomData }
+    }
+
+    /// The first `len` elements, shared.
+    pub fn first(&self, len: usize) -> View<'_, D, T> {
+        self.view().range(0..len)
+    }
+
+    /// The first `len` elements, exclusive.
+    pub fn first_mut(&mut self, len: usize) -> ViewMut<'_, D, T> {
+        self.view_mut().into_range(0..len)
+    }
+}
+
+impl<D, T> Clone for View<'_, D, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D, T> Copy for View<'_, D, T> {}
+
+impl<'a, D: Device, T: Element> View<'a, D, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a view of no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Device address of the first element.
+    pub fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// A part; panics when it does not lie inside.
+    pub fn range(self, range: Range<usize>) -> View<'a, D, T> {
+        check_range(&range, self.len);
+        View { addr: self.addr + range.start * size_of::<T>(), len: range.len(), _borrow: PhantomData }
+    }
+}
+
+impl<'a, D: Device, T: Element> ViewMut<'a, D, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// True for a view of no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Device address of the first element.
+    pub fn addr(&self) -> usize {
+        self.addr
+    }
+
+    /// A part; panics when it does not lie inside.
+    pub fn into_range(self, range: Range<usize>) -> ViewMut<'a, D, T> {
+        check_range(&range, self.len);
+        ViewMut { addr: self.addr + range.start * size_of::<T>(), len: range.len(), _borrow: PhantomData }
+    }
+
+    /// A shorter exclusive borrow of a part.
+    pub fn range_mut(&mut self, range: Range<usize>) -> ViewMut<'_, D, T> {
+        check_range(&range, self.len);
+        ViewMut { addr: self.addr + range.start * size_of::<T>(), len: range.len(), _borrow: PhantomData }
+    }
+
+    /// The same range, shared for as long as this borrow is not used.
+    pub fn view(&self) -> View<'_, D, T> {
+        View { addr: self.addr, len: self.len, _borrow: PhantomData }
+    }
+
+    /// Two parts that do not overlap.
+    pub fn split_at(self, mid: usize) -> (ViewMut<'a, D, T>, ViewMut<'a, D, T>) {
+        check_range(&(0..mid), self.len);
+        (
+            ViewMut { addr: self.addr, len: mid, _borrow: PhantomData },
+            ViewMut { addr: self.addr + mid * size_of::<T>(), len: self.len - mid, _borrow: PhantomData },
+        )
+    }
+}
+
+fn check_range(range: &Range<usize>, len: usize) {
+    assert!(range.start <= range.end && range.end <= len, "range {range:?} of a view of {len} elements");
+}

@@ -1,0 +1,486 @@
+//! The executor: performs a schedule, one action after the other.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::comm::{Queue, SharedBytes, TrainableBuffers};
+use crate::device::ops::Dequantize;
+use crate::device::{Arena, Buffer, MemoryPlan, Ops, ViewMut};
+use crate::model::batch::MicroBatch;
+use crate::model::config::ModelConfig;
+use crate::model::head;
+use crate::model::layer::{self, LayerContext, LayerLora};
+use crate::optim::adamw::Update;
+use crate::quant::record::Encoding;
+
+use super::check;
+use super::layout::{TrainableLayout, UnitLayout};
+use super::memory::{Limits, Memory};
+use super::schedule::{Action, Mode, build};
+use super::unit::{HEAD_PIECE_ROWS, NumUnits, Unit};
+
+/// The frozen base as one rank has it.
+pub struct Base {
+    pub config: ModelConfig,
+    /// By unit, in the order of [`NumUnits::all`].
+    pub layouts: Vec<UnitLayout>,
+    /// This rank's shard of each unit.
+    pub shards: Vec<SharedBytes>,
+    /// `[hidden_size]`; every rank has it.
+    pub final_norm: Vec<f32>,
+    /// Rows of the embedding table: `(ids, out [ids, hidden_size])`.
+    pub embed: Box<dyn Fn(&[u32], &mut [f32]) -> Result<()>>,
+}
+
+/// What one run of a schedule is about, besides its micro-batches.
+#[derive(Clone, Copy, Debug)]
+pub struct RunArgs<'a> {
+    pub mode: Mode,
+    /// M of all ranks: those that have fewer micro-batches run empty ones.
+    pub num_micro_batches: usize,
+    /// Of each target token's −log p in the gradient: 1 / all target tokens of the step.
+    pub coefficient: f32,
+    /// Off: the base alone.
+    pub adapter: bool,
+    /// Seed and step of the dropout masks; `None`: no dropout.
+    pub dropout: Option<(u64, u32)>,
+    /// What [`Action::Optimizer`] does.
+    pub update: Option<&'a Update>,
+    /// Tokens whose keys and values are there from earlier calls (generation).
+    pub num_past_tokens: usize,
+}
+
+/// What came out.
+#[derive(Clone, Debug, Default)]
+pub struct RunOutput {
+    /// log p of each target token, by micro-batch.
+    pub log_probabilities: Vec<Vec<f64>>,
+    /// Global norm before clipping (training).
+    pub grad_norm: f64,
+    /// Time spent waiting for gathers and reduces.
+    pub wait: Duration,
+    pub elapsed: Duration,
+    /// Bytes of frozen shards received from other ranks.
+    pub gathered_bytes: usize,
+}
+
+/// State of a slot. A gathering slot's buffers are with the queue.
+enum Slot<D: Ops, Q: Queue<D>> {
+    Free(Buffer<D, u8>, Buffer<D, f32>),
+    Gathering(Unit, Q::Pending<Buffer<D, u8>>, LoraPart<D, Q>),
+    Unsharded(Unit, Buffer<D, u8>, Buffer<D, f32>),
+    /// Between two states; seen only after an error.
+    Moving,
+}
+
+/// The trainable values of a gathering unit, or the buffer that a unit without any leaves unused.
+enum LoraPart<D: Ops, Q: Queue<D>> {
+    Gathering(Q::Pending<TrainableBuffers<D>>),
+    Unused(Buffer<D, f32>),
+}
+
+/// A whole gradient of a layer.
+pub(super) enum Grad<D: Ops, Q: Queue<D>> {
+    Here(Buffer<D, f32>),
+    Reducing(usize, Q::Pending<TrainableBuffers<D>>),
+    Moving,
+}
+
+/// A rank: device, queue, base, adapter and all memory.
+pub struct Engine<D: Ops, Q: Queue<D>> {
+    pub(super) device: D,
+    pub queue: Q,
+    pub(super) base: Base,
+    pub(super) lora: Option<LayerLora>,
+    pub(super) trainable: TrainableLayout,
+    units: NumUnits,
+    limits: Limits,
+    pub(super) memory: Memory<D>,
+    slots: Vec<Slot<D, Q>>,
+    pub(super) grads: Vec<Grad<D, Q>>,
+    dense: Option<Unit>,
+    embedding: Vec<f32>,
+    plan: MemoryPlan,
+    pub(super) wait: Duration,
+}
+
+impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
+    /// What [`Engine::new`] will allocate.
+    pub fn plan_for(base: &Base, lora: Option<&LayerLora>, limits: &Limits, world_size: usize) -> Result<MemoryPlan> {
+        let mut measured = Arena::measure();
+        Memory::<D>::carve(&mut measured, &base.config, adapter_memory(base, lora, world_size), &base.layouts, limits)?;
+        Ok(measured.into_plan())
+    }
+
+    /// Takes all memory that will ever be used.
+    pub fn new(device: D, queue: Q, base: Base, lora: Option<LayerLora>, limits: Limits) -> Result<Self> {
+        let units = NumUnits::new(&base.config);
+        let plan = Self::plan_for(&base, lora.as_ref(), &limits, queue.world_size())?;
+        let adapter = adapter_memory(&base, lora.as_ref(), queue.world_size());
+        let trainable =
+            TrainableLayout { len: lora.as_ref().map_or(0, |l| l.layout.len), num_parts: queue.world_size() };
+        let mut arena = Arena::allocate(&device, plan.clone())?;
+        let mut memory = Memory::carve(&mut arena, &base.config, adapter, &base.layouts, &limits)?;
+        device.upload(memory.final_norm.view_mut(), &base.final_norm)?;
+        let slots = memory.slots.drain(..).map(|(flat, lora)| Slot::Free(flat, lora)).collect();
+        let grads = memory.grads.drain(..).map(Grad::Here).collect();
+        let embedding = vec![0.0; limits.max_tokens * base.config.hidden_size];
+        let (dense, wait) = (None, Duration::ZERO);
+        Ok(Self {
+            device,
+            queue,
+            base,
+            lora,
+            trainable,
+            units,
+            limits,
+            memory,
+            slots,
+            grads,
+            dense,
+            embedding,
+            plan,
+            wait,
+        })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.base.config
+    }
+
+    /// The adapter, if there is one.
+    pub fn lora(&self) -> Option<&LayerLora> {
+        self.lora.as_ref()
+    }
+
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// All device memory, by name.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// Builds the schedule, checks it, and performs it.
+    pub fn run(&mut self, args: &RunArgs<'_>, batches: &[MicroBatch]) -> Result<RunOutput> {
+        let inputs = self.limits.inputs(self.units, args.mode, args.num_micro_batches);
+        let actions = build(&inputs);
+        check::check(&actions, &inputs)?;
+        self.perform(&actions, args, batches)
+    }
+
+    /// Performs any list of actions.
+    pub fn perform(&mut self, actions: &[Action], args: &RunArgs<'_>, batches: &[MicroBatch]) -> Result<RunOutput> {
+        let start = Instant::now();
+        self.wait = Duration::ZERO;
+        let empty = MicroBatch::new();
+        let mut output =
+            RunOutput { log_probabilities: vec![Vec::new(); args.num_micro_batches], ..Default::default() };
+        for action in actions {
+            let batch = |micro: usize| batches.get(micro).unwrap_or(&empty);
+            self.act(action, args, batch, &mut output).with_context(|| format!("{action:?}"))?;
+        }
+        output.elapsed = start.elapsed();
+        output.wait = self.wait;
+        Ok(output)
+    }
+
+    fn act<'b>(
+        &mut self,
+        action: &Action,
+        args: &RunArgs<'_>,
+        batch: impl Fn(usize) -> &'b MicroBatch,
+        output: &mut RunOutput,
+    ) -> Result<()> {
+        match *action {
+            Action::Gather { unit, slot } => {
+                let layout = &self.base.layouts[self.units.idx(unit)];
+                output.gathered_bytes += layout.shard_bytes() * (layout.num_shards() - 1);
+                self.gather(unit, slot, args.adapter)
+            }
+            Action::Wait { unit, slot } => self.wait_gather(unit, slot),
+            Action::Dequantize { unit, slot } => self.dequantize(unit, slot, args.adapter),
+            Action::Reshard { unit, slot } => self.reshard(unit, slot),
+            Action::Embed { micro } => self.embed(micro, args, batch(micro)),
+            Action::Forward { layer, micro } => self.forward(layer, micro, args, true),
+            Action::Recompute { layer, micro } => self.forward(layer, micro, args, false),
+            Action::HeadBegin { micro } => self.head_begin(micro, args, batch(micro)),
+            Action::HeadPiece { piece, micro } => self.head_piece(piece, micro, args),
+            Action::HeadFinish { micro } => {
+                output.log_probabilities[micro] = self.head_finish(micro, args)?;
+                Ok(())
+            }
+            Action::Backward { layer, micro, grad_slot, first } => self.backward(layer, micro, args, grad_slot, first),
+            Action::Reduce { layer, grad_slot } => self.reduce(layer, grad_slot),
+            Action::WaitReduce { layer, grad_slot } => self.wait_reduce(layer, grad_slot),
+            Action::Optimizer => {
+                output.grad_norm = self.update(args.update.context("no update was given")?)?;
+                Ok(())
+            }
+        }
+    }
+
+    fn gather(&mut self, unit: Unit, slot: usize, adapter: bool) -> Result<()> {
+        let Slot::Free(mut flat, mut full) = std::mem::replace(&mut self.slots[slot], Slot::Moving) else {
+            bail!("slot {slot} is not free");
+        };
+        // Until the wait, whatever reads the slot reads NaNs: codes, scales, and plain weights of every type.
+        self.device.fill_bytes(flat.view_mut(), 0xFF)?;
+        self.device.fill_bytes(full.view_mut(), 0xFF)?;
+        let idx = self.units.idx(unit);
+        let (shard, num_shards) = (self.base.shards[idx].clone(), self.base.layouts[idx].num_shards());
+        let frozen = self.queue.gather_frozen(format!("gather of {unit}"), shard, num_shards, flat)?;
+        let lora = match unit {
+            Unit::Layer(layer) if adapter && self.lora.is_some() => {
+                let shard = self.memory.trainables[layer].master.take().context("the LoRA shard is being gathered")?;
+                let buffers = TrainableBuffers { shard, full };
+                LoraPart::Gathering(self.queue.gather_trainable(format!("gather of the LoRA of {unit}"), buffers)?)
+            }
+            _ => LoraPart::Unused(full),
+        };
+        self.slots[slot] = Slot::Gathering(unit, frozen, lora);
+        Ok(())
+    }
+
+    fn wait_gather(&mut self, unit: Unit, slot: usize) -> Result<()> {
+        let start = Instant::now();
+        let Slot::Gathering(gathering, frozen, lora) = std::mem::replace(&mut self.slots[slot], Slot::Moving) else {
+            bail!("slot {slot} is not being gathered");
+        };
+        ensure!(gathering == unit, "slot {slot} gathers {gathering}");
+        let flat = self.queue.wait(frozen)?;
+        let full = match (lora, unit) {
+            (LoraPart::Gathering(pending), Unit::Layer(layer)) => {
+                let TrainableBuffers { shard, full } = self.queue.wait(pending)?;
+                self.memory.trainables[layer].master = Some(shard);
+                full
+            }
+            (LoraPart::Unused(full), _) => full,
+            (LoraPart::Gathering(_), Unit::HeadPiece(_)) => bail!("a head piece has no LoRA"),
+        };
+        self.slots[slot] = Slot::Unsharded(unit, flat, full);
+        self.wait += start.elapsed();
+        Ok(())
+    }
+
+    fn dequantize(&mut self, unit: Unit, slot: usize, adapter: bool) -> Result<()> {
+        let Slot::Unsharded(held, flat, full) = &self.slots[slot] else {
+            bail!("slot {slot} does not hold {unit}: its gather was not waited for");
+        };
+        ensure!(*held == unit, "slot {slot} holds {held}");
+        let (device, layout) = (&self.device, &self.base.layouts[self.units.idx(unit)]);
+        let weights = &mut self.memory.layer;
+        self.dense = Some(unit);
+        let Unit::Layer(_) = unit else {
+            let len = layout.tensors()[0].elements.len();
+            return act_tensor(device, layout, 0, flat, self.memory.head_piece.first_mut(len));
+        };
+        f32_tensor(device, layout, 0, flat, weights.input_norm.view_mut())?;
+        f32_tensor(device, layout, 1, flat, weights.post_attention_norm.view_mut())?;
+        let num_linears = weights.linears.len();
+        let mut bias_idx = 2 + num_linears;
+        for (i, linear) in weights.linears.iter_mut().enumerate() {
+            act_tensor(device, layout, 2 + i, flat, linear.weight.view_mut())?;
+            if let Some(bias) = &mut linear.bias {
+                f32_tensor(device, layout, bias_idx, flat, bias.view_mut())?;
+                bias_idx += 1;
+            }
+        }
+        match &self.lora {
+            Some(lora) if adapter => device.cast(weights.lora.view_mut(), full.first(lora.layout.len)),
+            _ => Ok(()),
+        }
+    }
+
+    fn reshard(&mut self, unit: Unit, slot: usize) -> Result<()> {
+        let Slot::Unsharded(held, flat, full) = std::mem::replace(&mut self.slots[slot], Slot::Moving) else {
+            bail!("slot {slot} holds nothing");
+        };
+        ensure!(held == unit, "slot {slot} holds {held}");
+        self.dense = None;
+        self.slots[slot] = Slot::Free(flat, full);
+        Ok(())
+    }
+
+    /// Place of a micro-batch among those that live at the same time.
+    pub(super) fn live(&self, micro: usize) -> usize {
+        micro % self.memory.batches.len()
+    }
+
+    /// Boundaries before and after a layer. Without backward two take turns.
+    fn boundary(&self, layer: usize) -> usize {
+        layer % self.memory.boundaries.len()
+    }
+
+    fn embed(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
+        let (tokens, m) = (batch.num_tokens(), self.live(micro));
+        ensure!(tokens <= self.limits.max_tokens, "{tokens} tokens, planned for {}", self.limits.max_tokens);
+        self.memory.batches[m].load(&self.device, &self.base.config, batch, args.num_past_tokens)?;
+        let rows = &mut self.embedding[..tokens * self.base.config.hidden_size];
+        (self.base.embed)(&batch.input_ids, rows)?;
+        self.device.upload_activations(self.memory.boundaries[0][m].first_mut(rows.len()), rows)
+    }
+
+    fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, whole: bool) -> Result<()> {
+        ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
+        let (m, acts, kv) =
+            (self.live(micro), self.kept(layer_idx, micro), self.key_value(layer_idx, micro, args.mode));
+        let (from, to) = (self.boundary(layer_idx), self.boundary(layer_idx + 1));
+        let Memory { layer, boundaries, activations, key_values, scratch, batches, .. } = &mut self.memory;
+        let ctx = LayerContext {
+            ops: &self.device,
+            config: &self.base.config,
+            weights: layer,
+            batch: &batches[m],
+            lora: self.lora.as_ref().filter(|_| args.adapter),
+            layer_idx,
+            dropout: args.dropout,
+        };
+        let mut out = whole.then(|| take(&mut boundaries[to][m]));
+        let len = batches[m].num_tokens * self.base.config.hidden_size;
+        let x = boundaries[from][m].first(len);
+        let done = layer::forward(&ctx, out.as_mut(), &mut activations[acts], &mut key_values[kv], x, scratch);
+        if let Some(out) = out {
+            boundaries[to][m] = out;
+        }
+        done
+    }
+
+    fn backward(
+        &mut self,
+        layer_idx: usize,
+        micro: usize,
+        args: &RunArgs<'_>,
+        grad_slot: usize,
+        first: bool,
+    ) -> Result<()> {
+        ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
+        let (m, acts, kv) =
+            (self.live(micro), self.kept(layer_idx, micro), self.key_value(layer_idx, micro, args.mode));
+        let Grad::Here(grads) = &mut self.grads[grad_slot] else {
+            bail!("gradient buffer {grad_slot} is being reduced: that was not waited for");
+        };
+        if first {
+            self.device.fill_bytes(grads.view_mut(), 0)?;
+        }
+        let Memory { layer, boundaries, activations, key_values, scratch, batches, .. } = &mut self.memory;
+        let ctx = LayerContext {
+            ops: &self.device,
+            config: &self.base.config,
+            weights: layer,
+            batch: &batches[m],
+            lora: self.lora.as_ref().filter(|_| args.adapter),
+            layer_idx,
+            dropout: args.dropout,
+        };
+        let len = batches[m].num_tokens * self.base.config.hidden_size;
+        let (before, after) = boundaries.split_at_mut(layer_idx + 1);
+        let (x, d) = (&mut before[layer_idx][m], &mut after[0][m]);
+        layer::backward(&ctx, d, grads, &activations[acts], &key_values[kv], x.first(len), scratch)?;
+        // The gradient takes the place of the boundary that backward has consumed.
+        std::mem::swap(x, d);
+        Ok(())
+    }
+
+    /// Which kept activations are those of a layer and micro-batch.
+    fn kept(&self, layer_idx: usize, micro: usize) -> usize {
+        match self.memory.activations.len() {
+            1 => 0,
+            _ => layer_idx * self.memory.batches.len() + self.live(micro),
+        }
+    }
+
+    fn key_value(&self, layer_idx: usize, micro: usize, mode: Mode) -> usize {
+        if mode == Mode::Generate { layer_idx } else { self.kept(layer_idx, micro) }
+    }
+
+    fn head_begin(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
+        let (m, last) = (self.live(micro), self.boundary(self.units.layers));
+        let Memory { boundaries, heads, final_norm, .. } = &mut self.memory;
+        heads[m].load(&self.device, batch, args.coefficient)?;
+        head::begin(&self.device, &self.base.config, &mut heads[m], &boundaries[last][m], final_norm)
+    }
+
+    fn head_piece(&mut self, piece: usize, micro: usize, args: &RunArgs<'_>) -> Result<()> {
+        ensure!(self.dense == Some(Unit::HeadPiece(piece)), "head piece {piece} is not dequantized");
+        let m = self.live(micro);
+        let (first_id, hidden) = (piece * HEAD_PIECE_ROWS, self.base.config.hidden_size);
+        let rows = super::unit::head_piece_rows(&self.base.config, piece).len();
+        let Memory { heads, head_piece, logits, .. } = &mut self.memory;
+        let weight = head_piece.first(rows * hidden);
+        if args.mode == Mode::Generate {
+            let logits = logits.view_mut().into_range(first_id..first_id + rows);
+            return self.device.logits(logits, heads[m].normed.first(hidden), weight, hidden);
+        }
+        let backward = args.mode == Mode::Train;
+        head::piece(&self.device, &self.base.config, &mut heads[m], logits, weight, first_id, backward)
+    }
+
+    fn head_finish(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Vec<f64>> {
+        if args.mode == Mode::Generate {
+            return Ok(Vec::new());
+        }
+        let (m, last) = (self.live(micro), self.boundary(self.units.layers));
+        let Memory { boundaries, heads, final_norm, batches, .. } = &mut self.memory;
+        let log_probabilities = head::log_probabilities(&self.device, &heads[m])?;
+        if args.mode == Mode::Train {
+            let (d, tokens) = (&mut boundaries[last][m], batches[m].num_tokens);
+            head::finish(&self.device, &self.base.config, &mut heads[m], d, final_norm, tokens)?;
+        }
+        Ok(log_probabilities)
+    }
+
+    /// Logits of the last token after a run in [`Mode::Generate`], `[vocab_size]`.
+    pub fn last_logits(&self) -> Result<Vec<f32>> {
+        let mut logits = vec![0.0; self.base.config.vocab_size];
+        self.device.download(&mut logits, self.memory.logits.first(self.base.config.vocab_size))?;
+        Ok(logits)
+    }
+}
+
+/// An adapter, the layout of its values, and whether a rank holds a part of them or all.
+fn adapter_memory<'a>(
+    base: &Base,
+    lora: Option<&'a LayerLora>,
+    world_size: usize,
+) -> Option<(&'a LayerLora, TrainableLayout, bool)> {
+    let sharded = base.layouts[0].num_shards() == world_size;
+    lora.map(|l| (l, TrainableLayout { len: l.layout.len, num_parts: world_size }, sharded))
+}
+
+/// Moves a boundary out for the time that it is written while another is read.
+fn take<D: Ops>(buffer: &mut Buffer<D, D::Act>) -> Buffer<D, D::Act> {
+    std::mem::replace(buffer, Buffer::none())
+}
+
+fn act_tensor<D: Ops>(
+    device: &D,
+    layout: &UnitLayout,
+    tensor_idx: usize,
+    flat: &Buffer<D, u8>,
+    mut weights: ViewMut<'_, D, D::Act>,
+) -> Result<()> {
+    let encoding: Encoding = layout.tensors()[tensor_idx].encoding;
+    for segment in layout.segments(tensor_idx) {
+        let (weights, records) = (weights.range_mut(segment.weights), flat.view().range(segment.bytes));
+        device.dequantize(Dequantize { weights, records, encoding })?;
+    }
+    Ok(())
+}
+
+fn f32_tensor<D: Ops>(
+    device: &D,
+    layout: &UnitLayout,
+    tensor_idx: usize,
+    flat: &Buffer<D, u8>,
+    mut weights: ViewMut<'_, D, f32>,
+) -> Result<()> {
+    let encoding: Encoding = layout.tensors()[tensor_idx].encoding;
+    for segment in layout.segments(tensor_idx) {
+        let (weights, records) = (weights.range_mut(segment.weights), flat.view().range(segment.bytes));
+        device.dequantize_f32(Dequantize { weights, records, encoding })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! Trainable values of an engine: reduce-scatter of gradients, global norm, update, and moving them to and from the host.
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::comm::{Queue, TrainableBuffers};
+use crate::device::Ops;
+use crate::optim::adamw::Update;
+use crate::optim::clip;
+
+use super::exec::{Engine, Grad};
+
+/// Which of a layer's values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Values {
+    Master,
+    Grad,
+}
+
+impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
+    pub(super) fn reduce(&mut self, layer: usize, grad_slot: usize) -> Result<()> {
+        let Grad::Here(full) = std::mem::replace(&mut self.grads[grad_slot], Grad::Moving) else {
+            bail!("gradient buffer {grad_slot} is being reduced: that was not waited for");
+        };
+        let shard = self.memory.trainables[layer].grad.take().context("the gradient shard is being reduced")?;
+        let pending = self.queue.reduce(format!("reduce of layer {layer}"), TrainableBuffers { shard, full })?;
+        self.grads[grad_slot] = Grad::Reducing(layer, pending);
+        Ok(())
+    }
+
+    pub(super) fn wait_reduce(&mut self, layer: usize, grad_slot: usize) -> Result<()> {
+        let start = Instant::now();
+        let Grad::Reducing(reducing, pending) = std::mem::replace(&mut self.grads[grad_slot], Grad::Moving) else {
+            bail!("gradient buffer {grad_slot} is not being reduced");
+        };
+        ensure!(reducing == layer, "gradient buffer {grad_slot} reduces layer {reducing}");
+        let TrainableBuffers { shard, full } = self.queue.wait(pending)?;
+        self.memory.trainables[layer].grad = Some(shard);
+        self.grads[grad_slot] = Grad::Here(full);
+        self.wait += start.elapsed();
+        Ok(())
+    }
+
+    /// Clips by the global norm and updates; returns the norm before clipping.
+    pub(super) fn update(&mut self, update: &Update) -> Result<f64> {
+        let mut sum_of_squares = 0.0;
+        for (layer, trainable) in self.memory.trainables.iter().enumerate() {
+            let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
+            // Where every rank has everything, each sums the part that would be its shard: the same sums, the same bits.
+            let own = if grad.len() == self.trainable.part_len() {
+                0..grad.len()
+            } else {
+                self.trainable.part_range(self.queue.rank())
+            };
+            sum_of_squares += self.device.sum_of_squares(grad.view().range(own))?;
+        }
+        let norm = self.queue.all_reduce_f64("global gradient norm", &[sum_of_squares])?[0].sqrt();
+        ensure!(norm.is_finite(), "the gradient norm is {norm}");
+        let grad_scale = clip::coefficient(norm, update.max_grad_norm);
+        for (layer, trainable) in self.memory.trainables.iter_mut().enumerate() {
+            let master =
+                trainable.master.as_mut().with_context(|| format!("the LoRA of layer {layer} is being gathered"))?;
+            let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
+            let (exp_avg, exp_avg_sq) = (trainable.exp_avg.view_mut(), trainable.exp_avg_sq.view_mut());
+            self.device.adamw(update.args(master.view_mut(), exp_avg, exp_avg_sq, grad.view(), grad_scale))?;
+        }
+        Ok(norm)
+    }
+
+    /// This rank's part of a layer's trainable values becomes that of `values` (as the layout has them).
+    pub fn load_trainable(&mut self, layer: usize, values: &[f32]) -> Result<()> {
+        ensure!(values.len() == self.trainable.len, "{} values, the layer has {}", values.len(), self.trainable.len);
+        let mut padded = values.to_vec();
+        padded.resize(self.trainable.padded_len(), 0.0);
+        let trainable = &mut self.memory.trainables[layer];
+        for state in [&mut trainable.exp_avg, &mut trainable.exp_avg_sq] {
+            self.device.fill_bytes(state.view_mut(), 0)?;
+        }
+        let master = trainable.master.as_mut().context("the LoRA shard is being gathered")?;
+        let own =
+            if master.len() == padded.len() { 0..padded.len() } else { self.trainable.part_range(self.queue.rank()) };
+        self.device.upload(master.view_mut(), &padded[own])
+    }
+
+    /// A layer's whole values on every rank, as the layout has them.
+    pub fn gather_trainable_to_host(&mut self, layer: usize, values: Values) -> Result<Vec<f32>> {
+        let shard = match values {
+            Values::Master => &self.memory.trainables[layer].master,
+            Values::Grad => &self.memory.trainables[layer].grad,
+        };
+        let shard = shard.as_ref().with_context(|| not_waited_for(layer))?;
+        let mut own = vec![0f32; shard.len()];
+        self.device.download(&mut own, shard.view())?;
+        if own.len() < self.trainable.padded_len() {
+            own = self.queue.all_gather_f32("trainable values", &own)?;
+        }
+        own.truncate(self.trainable.len);
+        Ok(own)
+    }
+}
+
+fn not_waited_for(layer: usize) -> String {
+    format!("the gradient of layer {layer} is being reduced: that was not waited for")
+}

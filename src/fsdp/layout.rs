@@ -1,0 +1,238 @@
+//! Where each tensor lies in its unit and what each rank holds: pure arithmetic.
+//!
+//! A unit's *flat* is the records of its tensors, back to back. It is cut between records into one contiguous part per
+//! shard; every shard is as long as the longest part, so that one all-gather moves a unit. Trainable values are a flat of
+//! f32, cut into equal parts anywhere.
+
+use std::ops::Range;
+
+use crate::quant::record::{Encoding, RECORD_WEIGHTS};
+
+/// Version of the layout in shard files.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// One tensor of a unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitTensor {
+    /// Name in the base checkpoint.
+    pub name: String,
+    /// The elements of that tensor that belong here (a head piece is some rows of the head).
+    pub elements: Range<usize>,
+    pub encoding: Encoding,
+}
+
+/// A run of records of one tensor that lie together in the gathered unit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Segment {
+    /// Weights of the tensor, counted from its first element in this unit.
+    pub weights: Range<usize>,
+    /// Where their records lie in the gathered unit.
+    pub bytes: Range<usize>,
+}
+
+/// The layout of a unit over some number of shards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnitLayout {
+    tensors: Vec<UnitTensor>,
+    /// Byte in the flat where each tensor's records begin, and the flat's end.
+    begins: Vec<usize>,
+    /// Byte in the flat where each shard begins, and the flat's end.
+    cuts: Vec<usize>,
+    shard_bytes: usize,
+}
+
+impl UnitLayout {
+    /// Cuts are the record boundaries at or after the even ones.
+    pub fn new(tensors: Vec<UnitTensor>, num_shards: usize) -> UnitLayout {
+        let mut begins = vec![0];
+        for tensor in &tensors {
+            begins.push(begins[begins.len() - 1] + tensor.encoding.tensor_bytes(tensor.elements.len()));
+        }
+        let total = begins[tensors.len()];
+        let cuts: Vec<usize> = (0..=num_shards)
+            .map(|shard| boundary_at_or_after(&tensors, &begins, (total * shard).div_ceil(num_shards)))
+            .collect();
+        let shard_bytes = cuts.windows(2).map(|c| c[1] - c[0]).max().unwrap_or(0);
+        UnitLayout { tensors, begins, cuts, shard_bytes }
+    }
+
+    pub fn tensors(&self) -> &[UnitTensor] {
+        &self.tensors
+    }
+
+    pub fn num_shards(&self) -> usize {
+        self.cuts.len() - 1
+    }
+
+    /// Bytes of the unit without padding.
+    pub fn flat_bytes(&self) -> usize {
+        self.cuts[self.num_shards()]
+    }
+
+    /// Bytes of each shard, padding included.
+    pub fn shard_bytes(&self) -> usize {
+        self.shard_bytes
+    }
+
+    /// Bytes of the gathered unit.
+    pub fn gathered_bytes(&self) -> usize {
+        self.shard_bytes * self.num_shards()
+    }
+
+    /// The part of the flat that a shard holds.
+    pub fn shard_range(&self, shard: usize) -> Range<usize> {
+        self.cuts[shard]..self.cuts[shard + 1]
+    }
+
+    /// The part of the flat that a tensor's records take.
+    pub fn tensor_range(&self, tensor_idx: usize) -> Range<usize> {
+        self.begins[tensor_idx]..self.begins[tensor_idx + 1]
+    }
+
+    /// Where the tensor lies in the gathered unit: one segment for each shard that holds some of it.
+    pub fn segments(&self, tensor_idx: usize) -> Vec<Segment> {
+        let tensor = &self.tensors[tensor_idx];
+        let range = self.tensor_range(tensor_idx);
+        let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
+        // A byte at a record boundary of this tensor, as a number of weights; the end is not a whole record.
+        let weights_before = |byte: usize| match byte == range.end {
+            true => tensor.elements.len(),
+            false => (byte - range.start) / record_bytes * RECORD_WEIGHTS,
+        };
+        (0..self.num_shards())
+            .filter_map(|shard| {
+                let part = self.shard_range(shard);
+                let (begin, end) = (part.start.max(range.start), part.end.min(range.end));
+                (begin < end).then(|| {
+                    let at = shard * self.shard_bytes + begin - part.start;
+                    Segment { weights: weights_before(begin)..weights_before(end), bytes: at..at + end - begin }
+                })
+            })
+            .collect()
+    }
+}
+
+fn boundary_at_or_after(tensors: &[UnitTensor], begins: &[usize], byte: usize) -> usize {
+    let Some(idx) = begins[1..].iter().position(|&end| byte <= end) else { return *begins.last().unwrap_or(&0) };
+    let record_bytes = tensors[idx].encoding.parts(RECORD_WEIGHTS).bytes;
+    begins[idx + 1].min(begins[idx] + (byte - begins[idx]).next_multiple_of(record_bytes))
+}
+
+/// Trainable values of a unit: `len` f32, padded to equal shards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TrainableLayout {
+    pub len: usize,
+    pub num_parts: usize,
+}
+
+impl TrainableLayout {
+    /// Values of one part, padding included.
+    pub fn part_len(&self) -> usize {
+        self.len.div_ceil(self.num_parts).next_multiple_of(4)
+    }
+
+    /// Values of all parts.
+    pub fn padded_len(&self) -> usize {
+        self.part_len() * self.num_parts
+    }
+
+    /// The padded values that a part holds.
+    pub fn part_range(&self, part: usize) -> Range<usize> {
+        part * self.part_len()..(part + 1) * self.part_len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::record::Dtype;
+
+    /// Awkward sizes: one weight, an odd count, exactly a record, one past it, many.
+    fn units() -> Vec<Vec<UnitTensor>> {
+        let encodings = [
+            Encoding::Nf4 { double_quant: true },
+            Encoding::Nf4 { double_quant: false },
+            Encoding::Plain(Dtype::Bf16),
+            Encoding::Plain(Dtype::F32),
+        ];
+        let sizes = [1, 65, RECORD_WEIGHTS - 1, RECORD_WEIGHTS, RECORD_WEIGHTS + 1, 7 * RECORD_WEIGHTS + 64];
+        let tensor = |(i, size): (usize, &usize)| UnitTensor {
+            name: format!("t{i}"),
+            elements: 0..*size,
+            encoding: encodings[i % encodings.len()],
+        };
+        (1..=sizes.len()).map(|n| sizes[..n].iter().cycle().take(2 * n).enumerate().map(tensor).collect()).collect()
+    }
+
+    #[test]
+    fn shards_cover_the_flat_once_and_never_cut_a_record() {
+        for tensors in units() {
+            for num_shards in 1..=9 {
+                let layout = UnitLayout::new(tensors.clone(), num_shards);
+                assert_eq!(layout.shard_range(0).start, 0);
+                for shard in 0..num_shards {
+                    let range = layout.shard_range(shard);
+                    assert!(range.len() <= layout.shard_bytes());
+                    if shard > 0 {
+                        assert_eq!(layout.shard_range(shard - 1).end, range.start);
+                    }
+                }
+                assert_eq!(layout.shard_range(num_shards - 1).end, layout.flat_bytes());
+                for idx in 0..tensors.len() {
+                    let mut next = 0;
+                    for segment in layout.segments(idx) {
+                        assert_eq!(segment.weights.start, next);
+                        assert!(
+                            segment.weights.end == tensors[idx].elements.len()
+                                || segment.weights.end % RECORD_WEIGHTS == 0
+                        );
+                        assert_eq!(tensors[idx].encoding.tensor_bytes(segment.weights.len()), segment.bytes.len());
+                        next = segment.weights.end;
+                    }
+                    assert_eq!(next, tensors[idx].elements.len(), "every weight is somewhere");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_shard_is_at_most_one_record_longer_than_even() {
+        for tensors in units() {
+            for num_shards in 1..=9 {
+                let layout = UnitLayout::new(tensors.clone(), num_shards);
+                let record = tensors.iter().map(|t| t.encoding.parts(RECORD_WEIGHTS).bytes).max().unwrap();
+                assert!(layout.shard_bytes() <= layout.flat_bytes().div_ceil(num_shards) + record);
+            }
+        }
+    }
+
+    #[test]
+    fn the_gathered_unit_holds_each_record_where_its_segment_says() {
+        for tensors in units() {
+            for num_shards in 1..=9 {
+                let layout = UnitLayout::new(tensors.clone(), num_shards);
+                let flat: Vec<u32> = (0..layout.flat_bytes() as u32).collect();
+                let mut gathered = vec![u32::MAX; layout.gathered_bytes()];
+                for shard in 0..num_shards {
+                    let range = layout.shard_range(shard);
+                    gathered[shard * layout.shard_bytes()..][..range.len()].copy_from_slice(&flat[range]);
+                }
+                for idx in 0..tensors.len() {
+                    let found: Vec<u32> =
+                        layout.segments(idx).into_iter().flat_map(|s| gathered[s.bytes].to_vec()).collect();
+                    assert_eq!(found, flat[layout.tensor_range(idx)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn trainable_parts_are_equal_and_cover_everything() {
+        for len in [1, 3, 4, 17, 1000] {
+            for num_parts in 1..=9 {
+                let layout = TrainableLayout { len, num_parts };
+                assert!(layout.padded_len() >= len && layout.part_range(num_parts - 1).end == layout.padded_len());
+            }
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! Fully sharded data parallelism: where bytes lie ([`layout`], [`unit`]), what happens in which order ([`schedule`],
+//! proved by [`check`]), and the loop that performs it ([`exec`]).
+
+pub mod check;
+pub mod exec;
+pub mod grads;
+pub mod layout;
+pub mod memory;
+pub mod schedule;
+pub mod unit;

@@ -1,0 +1,243 @@
+//! The schedule: a pure function from what is to be done to the list of actions that does it.
+//!
+//! *Layer-major*: each unit is gathered once a pass and all micro-batches go through it; what travels between layers is
+//! the boundaries of all of them. *Micro-batch-major*: one micro-batch after the other goes through the whole model, which
+//! gathers everything 2·M times; its gradients are summed in the same order, so the results are the same bits.
+
+use crate::choices::choices;
+
+use super::unit::{NumUnits, Unit};
+
+/// What the schedule is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Forward, loss, backward, update.
+    Train,
+    /// Forward and the log-probability of each target token.
+    Score,
+    /// Forward and the logits of the last token.
+    Generate,
+}
+
+choices! {
+    /// What is the outer loop of a step.
+    Accumulation {
+        /// Layers: each is gathered once a pass, for all micro-batches.
+        Layer = "layer",
+        /// Micro-batches: each gathers all layers.
+        MicroBatch = "micro_batch",
+    }
+}
+
+/// What forward keeps for backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recompute {
+    /// The boundaries; the rest is computed again.
+    All,
+    /// Everything.
+    Nothing,
+}
+
+/// What a schedule is made from. The same on every rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Inputs {
+    pub units: NumUnits,
+    pub mode: Mode,
+    /// M, the largest of any rank: a rank that has fewer runs empty ones.
+    pub num_micro_batches: usize,
+    pub accumulation: Accumulation,
+    pub recompute: Recompute,
+    /// Buffers for gathered units.
+    pub num_slots: usize,
+}
+
+/// Gradient buffers of a layer-major schedule: one accumulates while the other is reduced.
+pub const NUM_GRAD_SLOTS: usize = 2;
+
+/// One item of a schedule. `micro` is a micro-batch, `slot` a slot, `grad_slot` a gradient buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Starts the all-gather of a unit's frozen and trainable shards into a slot.
+    Gather {
+        unit: Unit,
+        slot: usize,
+    },
+    /// The slot holds the unit from here on.
+    Wait {
+        unit: Unit,
+        slot: usize,
+    },
+    /// The unit's dense weights, from its slot.
+    Dequantize {
+        unit: Unit,
+        slot: usize,
+    },
+    /// The unit is gone; the slot is free.
+    Reshard {
+        unit: Unit,
+        slot: usize,
+    },
+    Embed {
+        micro: usize,
+    },
+    Forward {
+        layer: usize,
+        micro: usize,
+    },
+    /// Final norm of the tokens that count.
+    HeadBegin {
+        micro: usize,
+    },
+    HeadPiece {
+        piece: usize,
+        micro: usize,
+    },
+    /// Log-probabilities and, in training, the gradient of the last boundary.
+    HeadFinish {
+        micro: usize,
+    },
+    Recompute {
+        layer: usize,
+        micro: usize,
+    },
+    /// Adds to the layer's gradients, after clearing them when `first`.
+    Backward {
+        layer: usize,
+        micro: usize,
+        grad_slot: usize,
+        first: bool,
+    },
+    /// Starts the reduce-scatter of a layer's gradients.
+    Reduce {
+        layer: usize,
+        grad_slot: usize,
+    },
+    /// The layer's gradient shard is there; the gradient buffer is free.
+    WaitReduce {
+        layer: usize,
+        grad_slot: usize,
+    },
+    /// Global norm, clipping, AdamW.
+    Optimizer,
+}
+
+impl Action {
+    /// True for what waits on the communication queue.
+    pub fn is_wait(&self) -> bool {
+        matches!(self, Action::Wait { .. } | Action::WaitReduce { .. })
+    }
+}
+
+impl Inputs {
+    /// Gradient buffers that the schedule uses.
+    pub fn num_grad_slots(&self) -> usize {
+        match (self.mode, self.accumulation) {
+            (Mode::Train, Accumulation::Layer) => NUM_GRAD_SLOTS.min(self.units.layers),
+            (Mode::Train, Accumulation::MicroBatch) => self.units.layers,
+            _ => 0,
+        }
+    }
+
+    /// Micro-batches whose boundaries and kept activations live at the same time.
+    pub fn num_live_micro_batches(&self) -> usize {
+        match self.accumulation {
+            Accumulation::Layer => self.num_micro_batches,
+            Accumulation::MicroBatch => 1,
+        }
+    }
+
+    fn grad_slot(&self, layer: usize) -> usize {
+        layer % self.num_grad_slots().max(1)
+    }
+}
+
+/// A unit and what is computed while it is unsharded.
+struct Visit {
+    unit: Unit,
+    /// Computed before the unit is needed.
+    before: Vec<Action>,
+    compute: Vec<Action>,
+    after: Vec<Action>,
+}
+
+/// The list of actions.
+pub fn build(inputs: &Inputs) -> Vec<Action> {
+    let all: Vec<usize> = (0..inputs.num_micro_batches).collect();
+    let mut visits = Vec::new();
+    match inputs.accumulation {
+        Accumulation::Layer => pass(inputs, &all, &mut visits),
+        Accumulation::MicroBatch => all.chunks(1).for_each(|micro| pass(inputs, micro, &mut visits)),
+    }
+    let mut actions = weave(&visits, inputs.num_slots);
+    if inputs.mode == Mode::Train {
+        let reduced_late = (0..inputs.units.layers).filter(|&layer| layer < inputs.num_grad_slots());
+        actions
+            .extend(reduced_late.rev().map(|layer| Action::WaitReduce { layer, grad_slot: inputs.grad_slot(layer) }));
+        actions.push(Action::Optimizer);
+    }
+    actions
+}
+
+/// Forward (and backward) of some micro-batches through the whole model.
+fn pass(inputs: &Inputs, micros: &[usize], visits: &mut Vec<Visit>) {
+    let NumUnits { layers, head_pieces } = inputs.units;
+    let visit = |unit| Visit { unit, before: Vec::new(), compute: Vec::new(), after: Vec::new() };
+    for layer in 0..layers {
+        let mut v = visit(Unit::Layer(layer));
+        if layer == 0 {
+            v.before.extend(micros.iter().map(|&micro| Action::Embed { micro }));
+        }
+        v.compute.extend(micros.iter().map(|&micro| Action::Forward { layer, micro }));
+        visits.push(v);
+    }
+    for piece in 0..head_pieces {
+        let mut v = visit(Unit::HeadPiece(piece));
+        if piece == 0 {
+            v.before.extend(micros.iter().map(|&micro| Action::HeadBegin { micro }));
+        }
+        v.compute.extend(micros.iter().map(|&micro| Action::HeadPiece { piece, micro }));
+        if piece + 1 == head_pieces {
+            v.after.extend(micros.iter().map(|&micro| Action::HeadFinish { micro }));
+        }
+        visits.push(v);
+    }
+    if inputs.mode == Mode::Train {
+        visits.extend((0..layers).rev().map(|layer| backward_visit(inputs, micros, layer)));
+    }
+}
+
+fn backward_visit(inputs: &Inputs, micros: &[usize], layer: usize) -> Visit {
+    let grad_slot = inputs.grad_slot(layer);
+    let (mut before, mut compute, mut after) = (Vec::new(), Vec::new(), Vec::new());
+    let reused = layer + inputs.num_grad_slots();
+    if micros[0] == 0 && reused < inputs.units.layers {
+        before.push(Action::WaitReduce { layer: reused, grad_slot });
+    }
+    for &micro in micros {
+        if inputs.recompute == Recompute::All {
+            compute.push(Action::Recompute { layer, micro });
+        }
+        compute.push(Action::Backward { layer, micro, grad_slot, first: micro == 0 });
+    }
+    if micros.contains(&(inputs.num_micro_batches - 1)) {
+        after.push(Action::Reduce { layer, grad_slot });
+    }
+    Visit { unit: Unit::Layer(layer), before, compute, after }
+}
+
+/// Puts the gathers in, each as early as a slot is free: while a unit computes, the next is on its way.
+fn weave(visits: &[Visit], num_slots: usize) -> Vec<Action> {
+    let mut actions = Vec::new();
+    let gather = |i: usize| visits.get(i).map(|v| Action::Gather { unit: v.unit, slot: i % num_slots });
+    actions.extend((0..num_slots - 1).filter_map(gather));
+    for (i, visit) in visits.iter().enumerate() {
+        let (unit, slot) = (visit.unit, i % num_slots);
+        actions.extend(gather(i + num_slots - 1));
+        actions.extend(&visit.before);
+        actions.extend([Action::Wait { unit, slot }, Action::Dequantize { unit, slot }]);
+        actions.extend(&visit.compute);
+        actions.push(Action::Reshard { unit, slot });
+        actions.extend(&visit.after);
+    }
+    actions
+}

@@ -1,0 +1,12 @@
+pub mod checkpoint;
+mod choices;
+pub mod cli;
+pub mod comm;
+pub mod data;
+pub mod device;
+pub mod fsdp;
+pub mod model;
+pub mod optim;
+pub mod quant;
+pub mod recipe;
+pub mod train;

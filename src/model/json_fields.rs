@@ -1,0 +1,94 @@
+//! Reading a JSON object key by key, with every problem collected.
+
+use serde_json::{Map, Value};
+
+/// A JSON object of which each key is taken once; what is left at the end was not understood.
+pub(super) struct Fields {
+    pub map: Map<String, Value>,
+    /// Of the object's keys, in messages.
+    pub prefix: &'static str,
+    pub problems: Vec<String>,
+}
+
+impl Fields {
+    pub fn has(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(|value| !value.is_null())
+    }
+
+    /// The value; null is the same as nothing.
+    pub fn take(&mut self, key: &str) -> Option<Value> {
+        self.map.remove(key).filter(|value| !value.is_null())
+    }
+
+    pub fn refuse(&mut self, key: &str, found: impl Into<Value>, allowed: impl AsRef<str>) {
+        let (prefix, found, allowed) = (self.prefix, found.into(), allowed.as_ref());
+        self.problems.push(format!("{prefix}{key}: found {found}, allowed: {allowed}"));
+    }
+
+    /// Takes a key. `stand_in` is what goes on being checked with where the key is missing or wrong.
+    pub fn parse<T>(
+        &mut self,
+        key: &str,
+        default: Option<T>,
+        stand_in: T,
+        allowed: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> T {
+        let Some(value) = self.take(key) else {
+            return default.unwrap_or_else(|| {
+                self.problems.push(format!("{}{key}: missing, {allowed}", self.prefix));
+                stand_in
+            });
+        };
+        read(&value).unwrap_or_else(|| {
+            self.refuse(key, value, allowed);
+            stand_in
+        })
+    }
+
+    pub fn size(&mut self, key: &str, default: Option<usize>) -> usize {
+        // u32 keeps products of two sizes from overflowing.
+        let read = |value: &Value| value.as_u64().filter(|&n| 0 < n && n <= u32::MAX.into()).map(|n| n as usize);
+        self.parse(key, default, 1, "an integer above 0", read)
+    }
+
+    pub fn float(&mut self, key: &str, default: Option<f64>) -> f64 {
+        self.parse(key, default, 1.0, "a number above 0", |value| value.as_f64().filter(|&x| x > 0.0))
+    }
+
+    pub fn flag(&mut self, key: &str, default: bool) -> bool {
+        self.parse(key, Some(default), default, "true or false", Value::as_bool)
+    }
+
+    pub fn object(&mut self, key: &'static str) -> Fields {
+        let map = self.parse(key, Some(Map::new()), Map::new(), "an object", |value| value.as_object().cloned());
+        let prefix = match key {
+            "rope_scaling" => "rope_scaling.",
+            "rope_parameters" => "rope_parameters.",
+            _ => "quantization_config.",
+        };
+        Fields { map, prefix, problems: Vec::new() }
+    }
+
+    pub fn check_neutral<const N: usize>(&mut self, neutral: [(&str, Value); N]) {
+        for (key, neutral) in neutral {
+            match self.take(key) {
+                // 0 and 0.0 are one value here and two in JSON.
+                Some(found) if found != neutral && (!found.is_number() || found.as_f64() != neutral.as_f64()) => {
+                    self.refuse(key, found, format!("{neutral}; other values are not implemented"));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Refuses what nobody took.
+    pub fn check_rest(&mut self) {
+        for (key, value) in std::mem::take(&mut self.map).into_iter().filter(|(_, value)| !value.is_null()) {
+            self.problems.push(format!(
+                "{}{key}: found {value}, not a key this program knows; remove it if it does not change the model",
+                self.prefix
+            ));
+        }
+    }
+}

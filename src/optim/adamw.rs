@@ -1,0 +1,33 @@
+//! What one update uses.
+
+use crate::device::ops::AdamW;
+use crate::device::{View, ViewMut};
+
+/// One AdamW update of all trainable values.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Update {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub epsilon: f64,
+    pub weight_decay: f64,
+    /// `None`: no clipping.
+    pub max_grad_norm: Option<f64>,
+    /// 1 at the first update.
+    pub step: u32,
+}
+
+impl Update {
+    /// The op's arguments for one buffer.
+    pub fn args<'a, D>(
+        &self,
+        param: ViewMut<'a, D, f32>,
+        exp_avg: ViewMut<'a, D, f32>,
+        exp_avg_sq: ViewMut<'a, D, f32>,
+        grad: View<'a, D, f32>,
+        grad_scale: f32,
+    ) -> AdamW<'a, D> {
+        let Update { learning_rate, beta1, beta2, epsilon, weight_decay, step, .. } = *self;
+        AdamW { param, exp_avg, exp_avg_sq, grad, grad_scale, learning_rate, beta1, beta2, epsilon, weight_decay, step }
+    }
+}

@@ -1,0 +1,5 @@
+//! AdamW's numbers, learning-rate schedules and clipping; the arithmetic itself is an op of the device.
+
+pub mod adamw;
+pub mod clip;
+pub mod lr;

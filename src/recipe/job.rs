@@ -1,0 +1,266 @@
+//! The job: what was decided from a recipe. After it exists nobody reads the recipe.
+
+use std::path::PathBuf;
+
+use super::keys::{self, Key};
+use super::overrides::Written;
+use crate::choices::choices;
+use crate::data::{Format, LossOn, Overlong, Packing};
+pub use crate::fsdp::schedule::Accumulation;
+use crate::model::names::Projection;
+pub use crate::optim::lr::LrScheduler;
+
+choices! {
+    /// Who keeps what of the base.
+    ShardingStrategy {
+        /// Each rank keeps its share.
+        FullShard = "full_shard",
+        /// Each rank keeps everything.
+        NoShard = "no_shard",
+    }
+}
+
+choices! {
+    /// Whether layers are recomputed in backward.
+    ActivationCheckpointing {
+        /// What fits.
+        Auto = "auto",
+        /// Recompute all.
+        Full = "full",
+        /// Keep everything.
+        None = "none",
+    }
+}
+
+/// All decisions of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Job {
+    /// An existing directory.
+    pub model: PathBuf,
+    pub output_dir: PathBuf,
+    /// Folder of the shard files; nothing: the user's cache folder.
+    pub shards: Option<PathBuf>,
+    pub data: DataJob,
+    pub quantization: QuantizationJob,
+    pub lora: LoraJob,
+    pub training: TrainingJob,
+    pub fsdp: FsdpJob,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataJob {
+    /// Files and directories; empty where the command does not train.
+    pub train: Vec<PathBuf>,
+    pub eval: Option<EvalData>,
+    pub format: Format,
+    pub max_length: usize,
+    pub packing: Packing,
+    pub overlong: Overlong,
+    pub loss_on: LossOn,
+}
+
+/// Where the held-out rows come from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EvalData {
+    File(PathBuf),
+    /// Of the training rows, above 0 and below 1.
+    Fraction(f64),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct QuantizationJob {
+    pub load_in_4bit: bool,
+    /// Nothing: as a checkpoint that is in 4 bit already has it, else true.
+    pub double_quant: Option<bool>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraJob {
+    pub r: usize,
+    pub alpha: f64,
+    pub dropout: f32,
+    /// In the order of a layer, each once, at least one.
+    pub target_modules: Vec<Projection>,
+    pub use_rslora: bool,
+    /// Set: r, alpha, target_modules and use_rslora are this PEFT adapter's, and the recipe does not give them.
+    pub adapter: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainingJob {
+    /// Sequences of a micro-batch.
+    pub per_device_train_batch_size: usize,
+    pub batch: BatchSize,
+    pub learning_rate: f64,
+    pub lr_scheduler: LrScheduler,
+    pub adam_beta1: f64,
+    pub adam_beta2: f64,
+    pub adam_epsilon: f64,
+    /// 0 with [`LrScheduler::Constant`].
+    pub warmup_steps: usize,
+    pub num_train_epochs: f64,
+    /// Set: it holds in the place of the epochs.
+    pub max_steps: Option<usize>,
+    /// Nothing: no clipping.
+    pub max_grad_norm: Option<f64>,
+    pub weight_decay: f64,
+    pub seed: u64,
+    pub logging_steps: usize,
+    /// Nothing: before and after training only.
+    pub eval_steps: Option<usize>,
+}
+
+/// What fixes the size of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchSize {
+    /// Micro-batches of each rank: `gradient_accumulation_steps`.
+    AccumulationSteps(usize),
+    /// Sequences of all ranks: `global_batch_size`.
+    Global(usize),
+}
+
+impl TrainingJob {
+    /// Sequences of one step on all ranks.
+    pub fn global_batch_size(&self, world_size: usize) -> usize {
+        match self.batch {
+            BatchSize::AccumulationSteps(steps) => steps * self.per_device_train_batch_size * world_size,
+            BatchSize::Global(sequences) => sequences,
+        }
+    }
+
+    /// Micro-batches of one step on each rank; in an uneven split some of them are not full, or empty.
+    pub fn accumulation_steps(&self, world_size: usize) -> usize {
+        self.global_batch_size(world_size).div_ceil(self.per_device_train_batch_size * world_size)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FsdpJob {
+    pub sharding_strategy: ShardingStrategy,
+    pub accumulation: Accumulation,
+    pub activation_checkpointing: ActivationCheckpointing,
+}
+
+/// Whether a command trains.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Use {
+    Train,
+    Model,
+}
+
+/// Checks all that was written and decides. Errors: all of them.
+pub(super) fn decide(mut written: Written, usage: Use) -> Result<Job, Vec<String>> {
+    written.check((usage == Use::Model).then_some(keys::KEYS_OF_ANY_COMMAND));
+    check_required(&mut written, usage);
+    check_conflicts(&mut written);
+    // A value that cannot be read has been reported, so nothing comes without an error.
+    match build(&written) {
+        Some(job) if written.errors.is_empty() => Ok(job),
+        _ => Err(written.errors),
+    }
+}
+
+fn check_required(written: &mut Written, usage: Use) {
+    match written.get(&keys::MODEL) {
+        Some(None) => written.errors.push("model: missing, it must be a Hugging Face directory".into()),
+        Some(Some(dir)) if !dir.is_dir() => {
+            let model = dir.display();
+            written.errors.push(format!(
+                "model: found {model}, which is not a directory; to use a model of the hub, \
+                 `hf download {model} --local-dir DIR` and give DIR"
+            ));
+        }
+        _ => {}
+    }
+    if usage == Use::Train && written.get(&keys::TRAIN) == Some(None) {
+        written.errors.push("data.train: missing, it must be a file, a directory, or a list of them".into());
+    }
+}
+
+fn check_conflicts(written: &mut Written) {
+    let mut conflicts = Vec::new();
+    let is_set = |key: &Key<Option<usize>>| matches!(written.get(key), Some(Some(_)));
+    if is_set(&keys::GLOBAL_BATCH_SIZE) && written.has(&keys::ACCUMULATION_STEPS) {
+        let (global, steps) = (keys::GLOBAL_BATCH_SIZE.path, keys::ACCUMULATION_STEPS.path);
+        conflicts.push(format!("{global}: {steps} follows from it and the number of ranks, remove one of the two"));
+    }
+    if is_set(&keys::EVAL_STEPS) && written.get(&keys::EVAL) == Some(None) {
+        conflicts.push("training.eval_steps: there is nothing to evaluate on, set data.eval or remove it".into());
+    }
+    let has_warmup = written.has(&keys::WARMUP_STEPS) && written.get(&keys::WARMUP_STEPS) != Some(0);
+    if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
+        conflicts.push("training.warmup_steps: constant has no warm-up, use constant_with_warmup or remove it".into());
+    }
+    if matches!(written.get(&keys::ADAPTER), Some(Some(_))) {
+        let of_adapter = [
+            (keys::LORA_R.path, written.has(&keys::LORA_R)),
+            (keys::LORA_ALPHA.path, written.has(&keys::LORA_ALPHA)),
+            (keys::TARGET_MODULES.path, written.has(&keys::TARGET_MODULES)),
+            (keys::USE_RSLORA.path, written.has(&keys::USE_RSLORA)),
+        ];
+        for (path, _) in of_adapter.into_iter().filter(|(_, is_written)| *is_written) {
+            conflicts.push(format!("{path}: it is given by the adapter of lora.adapter, remove one of the two"));
+        }
+    }
+    written.errors.append(&mut conflicts);
+}
+
+fn build(written: &Written) -> Option<Job> {
+    Some(Job {
+        model: written.get(&keys::MODEL)??,
+        output_dir: written.get(&keys::OUTPUT_DIR)?,
+        shards: written.get(&keys::SHARDS)?,
+        data: DataJob {
+            train: written.get(&keys::TRAIN)?.unwrap_or_default(),
+            eval: written.get(&keys::EVAL)?,
+            format: written.get(&keys::FORMAT)?,
+            max_length: written.get(&keys::MAX_LENGTH)?,
+            packing: written.get(&keys::PACKING)?,
+            overlong: written.get(&keys::OVERLONG)?,
+            loss_on: written.get(&keys::LOSS_ON)?,
+        },
+        quantization: QuantizationJob {
+            load_in_4bit: written.get(&keys::LOAD_IN_4BIT)?,
+            double_quant: written.get(&keys::DOUBLE_QUANT)?,
+        },
+        lora: LoraJob {
+            r: written.get(&keys::LORA_R)?,
+            alpha: written.get(&keys::LORA_ALPHA)?,
+            dropout: written.get(&keys::LORA_DROPOUT)? as f32,
+            target_modules: written.get(&keys::TARGET_MODULES)?,
+            use_rslora: written.get(&keys::USE_RSLORA)?,
+            adapter: written.get(&keys::ADAPTER)?,
+        },
+        training: build_training(written)?,
+        fsdp: FsdpJob {
+            sharding_strategy: written.get(&keys::SHARDING_STRATEGY)?,
+            accumulation: written.get(&keys::ACCUMULATION)?,
+            activation_checkpointing: written.get(&keys::ACTIVATION_CHECKPOINTING)?,
+        },
+    })
+}
+
+fn build_training(written: &Written) -> Option<TrainingJob> {
+    let lr_scheduler = written.get(&keys::LR_SCHEDULER)?;
+    let warmup_steps = written.get(&keys::WARMUP_STEPS)?;
+    Some(TrainingJob {
+        per_device_train_batch_size: written.get(&keys::BATCH_SIZE)?,
+        batch: match written.get(&keys::GLOBAL_BATCH_SIZE)? {
+            Some(sequences) => BatchSize::Global(sequences),
+            None => BatchSize::AccumulationSteps(written.get(&keys::ACCUMULATION_STEPS)?),
+        },
+        learning_rate: written.get(&keys::LEARNING_RATE)?,
+        lr_scheduler,
+        adam_beta1: written.get(&keys::ADAM_BETA1)?,
+        adam_beta2: written.get(&keys::ADAM_BETA2)?,
+        adam_epsilon: written.get(&keys::ADAM_EPSILON)?,
+        warmup_steps: if lr_scheduler == LrScheduler::Constant { 0 } else { warmup_steps },
+        num_train_epochs: written.get(&keys::NUM_TRAIN_EPOCHS)?,
+        max_steps: written.get(&keys::MAX_STEPS)?,
+        max_grad_norm: written.get(&keys::MAX_GRAD_NORM)?,
+        weight_decay: written.get(&keys::WEIGHT_DECAY)?,
+        seed: written.get(&keys::SEED)?,
+        logging_steps: written.get(&keys::LOGGING_STEPS)?,
+        eval_steps: written.get(&keys::EVAL_STEPS)?,
+    })
+}

@@ -1,0 +1,290 @@
+//! Every key of a recipe, declared once: path, default, how it is read and checked, what is allowed, help.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde_json::Value;
+
+use super::job::{Accumulation, ActivationCheckpointing, EvalData, LrScheduler, ShardingStrategy};
+use crate::data::{Format, LossOn, Overlong, Packing};
+use crate::model::names::Projection;
+
+/// A key with the type that its value is read as.
+pub(super) struct Key<T> {
+    pub path: &'static str,
+    /// As it would be written in a recipe.
+    pub default: &'static str,
+    /// Nothing, if the value is not allowed.
+    pub read: fn(&Value) -> Option<T>,
+}
+
+/// What is known of a key without its type.
+pub(super) struct KeyInfo {
+    pub path: &'static str,
+    pub default: &'static str,
+    pub allowed: &'static [&'static str],
+    pub help: &'static str,
+    pub is_allowed: fn(&Value) -> bool,
+}
+
+macro_rules! keys {
+    ($($name:ident: $type:ty = $path:literal, $default:literal, $read:expr, $allowed:expr, $help:literal;)*) => {
+        $(pub(super) const $name: Key<$type> = Key { path: $path, default: $default, read: $read };)*
+        /// In the order of the help page.
+        pub(super) const ALL: &[KeyInfo] = &[$(KeyInfo {
+            path: $path,
+            default: $default,
+            allowed: $allowed,
+            help: $help,
+            is_allowed: |value| ($name.read)(value).is_some(),
+        }),*];
+    };
+}
+
+keys! {
+    MODEL: Option<PathBuf> = "model", "null", |v| nullable(v, path),
+        &["a Hugging Face directory"], "the model to start from (required)";
+    OUTPUT_DIR: PathBuf = "output_dir", "./out", path, &["a directory"], "where adapter and metrics go";
+    SHARDS: Option<PathBuf> = "shards", "auto", |v| if v.as_str()? == "auto" { Some(None) } else { path(v).map(Some) },
+        &["auto", "a directory"], "where quantized shards are kept; auto: the user's cache folder";
+
+    TRAIN: Option<Vec<PathBuf>> = "data.train", "null", |v| nullable(v, paths),
+        &["a file", "a directory", "a list of them"], "training data (required to train)";
+    EVAL: Option<EvalData> = "data.eval", "null", |v| nullable(v, eval_data),
+        &["null", "a file", "a fraction of data.train above 0 and below 1"], "held-out data";
+    FORMAT: Format = "data.format", "auto", choice, Format::ALLOWED, "which fields the rows have";
+    MAX_LENGTH: usize = "data.max_length", "1024", |v| integer(v, 2),
+        &["an integer of at least 2"], "tokens in the longest sequence";
+    PACKING: Packing = "data.packing", "true", choice,
+        Packing::ALLOWED, "whether documents share a sequence (they never attend to each other)";
+    OVERLONG: Overlong = "data.overlong", "truncate", choice, Overlong::ALLOWED, "what happens to rows over max_length";
+    LOSS_ON: LossOn = "data.loss_on", "auto", choice,
+        LossOn::ALLOWED, "which tokens count; auto: completion where there is a prompt, else all";
+
+    LOAD_IN_4BIT: bool = "quantization.load_in_4bit", "true", Value::as_bool,
+        &["true", "false"], "quantize the base to NF4";
+    QUANT_TYPE: () = "quantization.bnb_4bit_quant_type", "nf4", |v| only(v, &["nf4"]), &["nf4"], "the 4-bit type";
+    DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", |v| nullable(v, Value::as_bool),
+        &["true", "false", "null"], "quantize the scales too; null: as a 4-bit checkpoint is, else true";
+    COMPUTE_DTYPE: () = "quantization.bnb_4bit_compute_dtype", "auto", |v| only(v, &["auto", "float32"]),
+        &["auto", "float32 (the CPU computes in float32)"], "dtype of the arithmetic";
+    QUANT_STORAGE: () = "quantization.bnb_4bit_quant_storage", "uint8", |v| only(v, &["uint8"]),
+        &["uint8"], "dtype of the packed codes";
+
+    LORA_R: usize = "lora.r", "16", |v| integer(v, 1), &["an integer of at least 1"], "rank of the adapter's matrices";
+    LORA_ALPHA: f64 = "lora.lora_alpha", "16", |v| number(v).filter(|&x| x > 0.0),
+        &["a number above 0"], "the adapter is scaled by alpha/r";
+    LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", |v| number(v).filter(below_1),
+        &["a number from 0 to below 1"], "dropout before A";
+    TARGET_MODULES: Vec<Projection> = "lora.target_modules", "all-linear", projections,
+        &["all-linear", "one or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"],
+        "where adapters are put";
+    USE_RSLORA: bool = "lora.use_rslora", "false", Value::as_bool, &["true", "false"], "scale by alpha/sqrt(r) instead";
+    LORA_BIAS: () = "lora.bias", "none", |v| only(v, &["none"]), &["none"], "which biases are trained";
+    ADAPTER: Option<PathBuf> = "lora.adapter", "null", |v| nullable(v, path),
+        &["null", "a PEFT adapter directory"], "adapter to go on from; r, alpha, targets are then its own";
+
+    BATCH_SIZE: usize = "training.per_device_train_batch_size", "1", |v| integer(v, 1),
+        &["an integer of at least 1"], "sequences of a micro-batch";
+    ACCUMULATION_STEPS: usize = "training.gradient_accumulation_steps", "8", |v| integer(v, 1),
+        &["an integer of at least 1"], "micro-batches of a step, on each rank";
+    GLOBAL_BATCH_SIZE: Option<usize> = "training.global_batch_size", "null", |v| nullable(v, |v| integer(v, 1)),
+        &["null", "an integer of at least 1"],
+        "sequences of a step on all ranks, in the place of gradient_accumulation_steps";
+    LEARNING_RATE: f64 = "training.learning_rate", "1.0e-4", |v| number(v).filter(|&x| x >= 0.0),
+        &["a number of at least 0"], "the highest learning rate";
+    LR_SCHEDULER: LrScheduler = "training.lr_scheduler_type", "cosine", choice,
+        LrScheduler::ALLOWED, "how the learning rate goes";
+    ADAM_BETA1: f64 = "training.adam_beta1", "0.9", |v| number(v).filter(below_1),
+        &["a number from 0 to below 1"], "AdamW's decay of the mean";
+    ADAM_BETA2: f64 = "training.adam_beta2", "0.999", |v| number(v).filter(below_1),
+        &["a number from 0 to below 1"], "AdamW's decay of the variance";
+    ADAM_EPSILON: f64 = "training.adam_epsilon", "1.0e-8", |v| number(v).filter(|&x| x > 0.0),
+        &["a number above 0"], "AdamW's epsilon";
+    WARMUP_STEPS: usize = "training.warmup_steps", "10", |v| integer(v, 0),
+        &["an integer of at least 0"], "steps in which the learning rate rises";
+    NUM_TRAIN_EPOCHS: f64 = "training.num_train_epochs", "1", |v| number(v).filter(|&x| x > 0.0),
+        &["a number above 0"], "how often the data is gone through";
+    MAX_STEPS: Option<usize> = "training.max_steps", "null", |v| nullable(v, |v| integer(v, 1)),
+        &["null", "an integer of at least 1"], "steps, in the place of num_train_epochs";
+    MAX_GRAD_NORM: Option<f64> = "training.max_grad_norm", "1.0", |v| nullable(v, |v| number(v).filter(|&x| x > 0.0)),
+        &["null (no clipping)", "a number above 0"], "gradients are clipped to this global norm";
+    WEIGHT_DECAY: f64 = "training.weight_decay", "0.0", |v| number(v).filter(|&x| x >= 0.0),
+        &["a number of at least 0"], "AdamW's decoupled decay";
+    SEED: u64 = "training.seed", "42", |v| integer(v, 0).map(|n| n as u64),
+        &["an integer of at least 0"], "of data order, dropout and new adapters";
+    LOGGING_STEPS: usize = "training.logging_steps", "1", |v| integer(v, 1),
+        &["an integer of at least 1"], "a line every so many steps";
+    EVAL_STEPS: Option<usize> = "training.eval_steps", "null", |v| nullable(v, |v| integer(v, 1)),
+        &["null (before and after training only)", "an integer of at least 1"], "held-out loss every so many steps";
+
+    SHARDING_STRATEGY: ShardingStrategy = "fsdp.sharding_strategy", "full_shard", choice,
+        ShardingStrategy::ALLOWED, "who keeps what of the base";
+    ACCUMULATION: Accumulation = "fsdp.accumulation", "layer", choice,
+        Accumulation::ALLOWED, "layer: each layer is gathered once for all micro-batches";
+    ACTIVATION_CHECKPOINTING: ActivationCheckpointing = "fsdp.activation_checkpointing", "auto", choice,
+        ActivationCheckpointing::ALLOWED, "full: layers run forward again in backward; none: everything is kept";
+}
+
+/// Keys of the design that nothing honours yet.
+pub(super) const KEYS_NOT_YET: &[&str] = &[
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.resume",
+    "training.max_time",
+    "fsdp.offload_params",
+    "fsdp.resident_units",
+    "fsdp.activation_offload",
+    "fsdp.gather",
+    "fsdp.vram_budget",
+    "fsdp.host_budget",
+];
+
+/// Values of the design that nothing honours yet.
+pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[
+    ("data.format", "sharegpt"),
+    ("quantization.bnb_4bit_compute_dtype", "bfloat16"),
+    ("quantization.bnb_4bit_compute_dtype", "float16"),
+    ("fsdp.sharding_strategy", "hybrid_shard"),
+    ("fsdp.activation_checkpointing", "selective"),
+];
+
+/// Keys that commands other than `train` look at: where it ends in a dot, all of that section.
+pub(super) const KEYS_OF_ANY_COMMAND: &[&str] = &[
+    "model",
+    "shards",
+    "data.format",
+    "data.max_length",
+    "data.packing",
+    "data.overlong",
+    "data.loss_on",
+    "quantization.",
+    "lora.adapter",
+    "training.per_device_train_batch_size",
+    "training.seed",
+    "fsdp.",
+];
+
+/// Whether this is the name of a mapping of keys, e.g. `lora`.
+pub(super) fn is_section(path: &str) -> bool {
+    ALL.iter().any(|key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
+}
+
+/// A string, or what a value would be as one: `true` is a choice of data.packing.
+fn text(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Bool(flag) => Some(flag.to_string()),
+        _ => None,
+    }
+}
+
+fn nullable<T>(value: &Value, read: fn(&Value) -> Option<T>) -> Option<Option<T>> {
+    if value.is_null() { Some(None) } else { read(value).map(Some) }
+}
+
+fn choice<T: FromStr>(value: &Value) -> Option<T> {
+    text(value)?.parse().ok()
+}
+
+fn only(value: &Value, allowed: &[&str]) -> Option<()> {
+    allowed.contains(&value.as_str()?).then_some(())
+}
+
+/// Numbers may be quoted: some tools write `1e-4` so that YAML 1.1 readers do not take it for a word.
+fn number(value: &Value) -> Option<f64> {
+    let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
+    number.filter(|x| x.is_finite())
+}
+
+/// An integer, also as `1e3` or `1000.0`; below 2^53, so that all of them are exact.
+fn integer(value: &Value, min: usize) -> Option<usize> {
+    let number = number(value).filter(|x| x.fract() == 0.0 && (0.0..9e15).contains(x))?;
+    Some(number as usize).filter(|&n| n >= min)
+}
+
+fn below_1(x: &f64) -> bool {
+    (0.0..1.0).contains(x)
+}
+
+fn path(value: &Value) -> Option<PathBuf> {
+    value.as_str().filter(|text| !text.is_empty()).map(PathBuf::from)
+}
+
+fn paths(value: &Value) -> Option<Vec<PathBuf>> {
+    match value {
+        Value::Array(list) => list.iter().map(path).collect::<Option<_>>().filter(|paths: &Vec<_>| !paths.is_empty()),
+        one => path(one).map(|path| vec![path]),
+    }
+}
+
+fn eval_data(value: &Value) -> Option<EvalData> {
+    match number(value) {
+        Some(fraction) => (0.0 < fraction && fraction < 1.0).then_some(EvalData::Fraction(fraction)),
+        None => path(value).map(EvalData::File),
+    }
+}
+
+/// Sorted as in a layer, each once.
+fn projections(value: &Value) -> Option<Vec<Projection>> {
+    if value.as_str() == Some("all-linear") {
+        return Some(Projection::ALL.to_vec());
+    }
+    let one = |value: &Value| Projection::from_name(value.as_str()?);
+    let mut projections: Vec<_> = match value {
+        Value::Array(list) => list.iter().map(one).collect::<Option<_>>()?,
+        value => vec![one(value)?],
+    };
+    projections.sort_unstable();
+    projections.dedup();
+    (!projections.is_empty()).then_some(projections)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn every_default_is_allowed() {
+        for key in ALL {
+            let default = serde_saphyr::from_str(key.default).unwrap();
+            assert!((key.is_allowed)(&default), "{}: {}", key.path, key.default);
+        }
+    }
+
+    #[test]
+    fn what_is_not_supported_is_not_a_key() {
+        for (path, value) in VALUES_NOT_YET {
+            let key = ALL.iter().find(|key| key.path == *path).unwrap();
+            assert!(!(key.is_allowed)(&json!(value)), "{path}: {value}");
+        }
+        assert!(KEYS_NOT_YET.iter().all(|path| ALL.iter().all(|key| key.path != *path)));
+        assert!(is_section("lora") && !is_section("lora.r") && !is_section("model") && !is_section("lo"));
+    }
+
+    #[test]
+    fn numbers_are_read_in_every_spelling() {
+        assert_eq!(number(&json!("1e-4")), Some(1e-4));
+        assert_eq!(number(&json!(3)), Some(3.0));
+        assert_eq!([json!("inf"), json!("NaN"), json!("x"), json!(true), json!(null)].map(|v| number(&v)), [None; 5]);
+        assert_eq!(integer(&json!("1e3"), 1), Some(1000));
+        assert_eq!([json!(1.5), json!(-1), json!(0), json!(1e300)].map(|v| integer(&v, 1)), [None; 4]);
+    }
+
+    #[test]
+    fn projections_are_a_name_a_list_or_all() {
+        use Projection::{Down, Q};
+        assert_eq!(projections(&json!("all-linear")).unwrap().len(), 7);
+        assert_eq!(projections(&json!("q_proj")), Some(vec![Q]));
+        assert_eq!(projections(&json!(["down_proj", "q_proj", "q_proj"])), Some(vec![Q, Down]));
+        assert_eq!([json!([]), json!(["lm_head"]), json!("x"), json!(1)].map(|v| projections(&v)), [const { None }; 4]);
+    }
+
+    #[test]
+    fn eval_is_a_file_or_a_fraction() {
+        assert_eq!(eval_data(&json!(0.1)), Some(EvalData::Fraction(0.1)));
+        assert_eq!(eval_data(&json!("e.jsonl")), Some(EvalData::File("e.jsonl".into())));
+        assert_eq!([json!(0), json!(1), json!(-0.5), json!("")].map(|v| eval_data(&v)), [const { None }; 4]);
+    }
+}

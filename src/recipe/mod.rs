@@ -1,0 +1,238 @@
+//! From the recipe, what was written, to the [`Job`], what was decided.
+//!
+//! A recipe is YAML. Each key is declared once, in `keys.rs`; `overrides.rs` gathers what was written, in the
+//! file and with `--set`; `job.rs` decides. What cannot be honoured is refused, all of it at once.
+
+mod job;
+mod keys;
+mod overrides;
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use job::Use;
+pub use job::{
+    Accumulation, ActivationCheckpointing, BatchSize, DataJob, EvalData, FsdpJob, Job, LoraJob, LrScheduler,
+    QuantizationJob, ShardingStrategy, TrainingJob,
+};
+use overrides::Written;
+
+/// Everything that is wrong about a recipe. It ends the program with status 2.
+#[derive(Debug)]
+pub struct RecipeError {
+    /// The file, or what stands for it.
+    source: String,
+    errors: Vec<String>,
+}
+
+/// One error a line: key, what was found, what is allowed.
+impl fmt::Display for RecipeError {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}: {} error(s)", self.source, self.errors.len())?;
+        self.errors.iter().try_for_each(|error| write!(f, "\n  {error}"))
+    }
+}
+
+impl std::error::Error for RecipeError {}
+
+/// The job of a recipe file, for training. `overrides` are the `key=value` of `--set`, the value in YAML.
+/// Relative paths in it are relative to the current directory.
+pub fn load(path: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
+    let fail = |errors| RecipeError { source: path.display().to_string(), errors };
+    let text = fs::read_to_string(path).map_err(|error| fail(vec![format!("cannot be read: {error}")]))?;
+    job::decide(Written::new(&text, overrides), Use::Train).map_err(fail)
+}
+
+/// The job of a command without a recipe file: `model` from the command line, no training data needed. Keys that
+/// only training looks at are refused.
+pub fn for_model(model: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
+    let fail = |errors| RecipeError { source: "command line".into(), errors };
+    let mut written = Written::new("", overrides);
+    if written.has(&keys::MODEL) {
+        written.errors.push("model: given by --model already, remove it from --set".into());
+    }
+    written.set(&keys::MODEL, model.to_string_lossy().into());
+    job::decide(written, Use::Model).map_err(fail)
+}
+
+/// All keys: default, what is allowed, what it does.
+pub fn help() -> String {
+    let width = keys::ALL.iter().map(|key| key.path.len()).max().unwrap_or_default();
+    let line = |key: &keys::KeyInfo| {
+        let keys::KeyInfo { path, default, allowed, help, .. } = key;
+        format!("{path:width$}  {help}\n{:width$}  default {default}; allowed: {}\n", "", allowed.join(", "))
+    };
+    keys::ALL.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::names::Projection;
+    use tempfile::TempDir;
+
+    fn recipe(yaml: &str, overrides: &[&str]) -> Result<Job, RecipeError> {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("recipe.yaml");
+        fs::write(&path, yaml.replace("MODEL", &dir.path().display().to_string())).unwrap();
+        load(&path, &overrides.iter().map(|text| text.to_string()).collect::<Vec<_>>())
+    }
+
+    fn errors(yaml: &str, overrides: &[&str]) -> Vec<String> {
+        recipe(yaml, overrides).expect_err("must be refused").errors
+    }
+
+    /// The errors of a recipe that is good but for `more` keys.
+    fn errors_of(more: &str) -> Vec<String> {
+        errors(&format!("{GOOD}{more}\n"), &[])
+    }
+
+    const GOOD: &str = "model: MODEL\ndata.train: t.jsonl\n";
+
+    #[test]
+    fn defaults_are_those_of_the_design() {
+        let job = recipe(GOOD, &[]).unwrap();
+        assert_eq!(job.data.train, [Path::new("t.jsonl")]);
+        assert_eq!((job.data.max_length, job.data.eval, job.shards), (1024, None, None));
+        assert_eq!((job.output_dir.as_path(), job.lora.r, job.lora.alpha), (Path::new("./out"), 16, 16.0));
+        assert_eq!((job.lora.dropout, job.lora.target_modules.len(), job.lora.use_rslora), (0.05, 7, false));
+        assert_eq!(job.quantization, QuantizationJob { load_in_4bit: true, double_quant: None });
+        let training = job.training;
+        assert_eq!((training.batch, training.learning_rate), (BatchSize::AccumulationSteps(8), 1e-4));
+        assert_eq!((training.lr_scheduler, training.warmup_steps), (LrScheduler::Cosine, 10));
+        assert_eq!((training.adam_beta1, training.adam_beta2, training.adam_epsilon), (0.9, 0.999, 1e-8));
+        assert_eq!((training.num_train_epochs, training.max_steps, training.max_grad_norm), (1.0, None, Some(1.0)));
+        assert_eq!((training.seed, training.logging_steps, training.eval_steps), (42, 1, None));
+        assert_eq!(
+            job.fsdp,
+            FsdpJob {
+                sharding_strategy: ShardingStrategy::FullShard,
+                accumulation: Accumulation::Layer,
+                activation_checkpointing: ActivationCheckpointing::Auto
+            }
+        );
+    }
+
+    #[test]
+    fn written_values_and_overrides_hold() {
+        let yaml = "
+model: MODEL
+data: {train: [a.jsonl, b], eval: 0.1, packing: wrapped}
+quantization: {load_in_4bit: false, bnb_4bit_use_double_quant: false}
+lora: {r: 8, target_modules: [v_proj, q_proj], adapter: null}
+training:
+  learning_rate: '1e-4'
+  max_grad_norm: null
+  num_train_epochs: 0.5
+  lr_scheduler_type: constant
+fsdp:
+";
+        let set = ["lora.r=4", "lora.r=32", "lora={lora_alpha: 64}", "training.max_steps=1e2", "data.eval=e.jsonl"];
+        let job = recipe(yaml, &set).unwrap();
+        assert_eq!((job.lora.r, job.lora.alpha, job.training.max_steps), (32, 64.0, Some(100)));
+        assert_eq!(job.lora.target_modules, [Projection::Q, Projection::V]);
+        assert_eq!((job.data.train.len(), job.data.eval), (2, Some(EvalData::File("e.jsonl".into()))));
+        assert_eq!(job.quantization, QuantizationJob { load_in_4bit: false, double_quant: Some(false) });
+        assert_eq!((job.training.learning_rate, job.training.max_grad_norm), (1e-4, None));
+        assert_eq!((job.training.num_train_epochs, job.training.warmup_steps), (0.5, 0));
+    }
+
+    #[test]
+    fn all_errors_come_at_once() {
+        let yaml = "
+model: meta-llama/Llama-3.1-8B
+lora: {r: 0, bias: all, lora_droput: 0.1}
+training: {learning_rate: fast, seed: -1, save_steps: 10}
+fsdp: 5
+max_steps: 3
+";
+        let found = recipe(yaml, &["x", "lora.r: 3=[", "fsdp.sharding_strategy=hybrid_shard"]).unwrap_err().to_string();
+        for expected in [
+            "recipe.yaml: 13 error(s)",
+            "model: found meta-llama/Llama-3.1-8B, which is not a directory; to use a model of the hub, `hf download",
+            "lora.r: found 0, allowed: an integer of at least 1",
+            "lora.bias: found \"all\", allowed: none",
+            "lora.lora_droput: unknown key, the nearest known one is lora.lora_dropout",
+            "training.learning_rate: found \"fast\", allowed: a number of at least 0",
+            "training.seed: found -1",
+            "training.save_steps: not supported yet",
+            "fsdp: found 5, this is a mapping of keys",
+            "max_steps: unknown key, the nearest known one is training.max_steps",
+            "--set x: expected key=value",
+            "fsdp.sharding_strategy: found \"hybrid_shard\" (not supported yet), allowed: full_shard, no_shard",
+            "data.train: missing",
+        ] {
+            assert!(found.contains(expected), "{expected} is not in {found}");
+        }
+        assert_eq!(found.lines().count(), 1 + 13, "{found}");
+    }
+
+    #[test]
+    fn what_cannot_be_honoured_is_refused() {
+        for (more, expected) in [
+            (
+                "quantization: {bnb_4bit_quant_type: fp4}",
+                "quantization.bnb_4bit_quant_type: found \"fp4\", allowed: nf4",
+            ),
+            ("quantization: {bnb_4bit_quant_storage: bfloat16}", "allowed: uint8"),
+            (
+                "quantization: {bnb_4bit_compute_dtype: bfloat16}",
+                "(not supported yet), allowed: auto, float32 (the CPU",
+            ),
+            ("fsdp: {activation_checkpointing: selective}", "(not supported yet), allowed: auto, full, none"),
+            ("fsdp: {vram_budget: 22GiB}", "fsdp.vram_budget: not supported yet"),
+            ("lora: {target_modules: lm_head}", "lora.target_modules: found \"lm_head\""),
+            ("lora: {lora_dropout: 1}", "from 0 to below 1"),
+            ("training: {max_grad_norm: 0}", "null (no clipping)"),
+            ("training: {lr_scheduler_type: polynomial}", "constant, constant_with_warmup, linear, cosine"),
+            ("data: {eval: 1.5}", "data.eval: found 1.5"),
+            ("data: {train: []}", "data.train: is there twice"),
+            ("lora: {r: null}", "lora.r: found null"),
+        ] {
+            let found = errors_of(more);
+            assert!(found.iter().any(|error| error.contains(expected)), "{expected} is not in {found:?}");
+        }
+        assert!(errors("[1]", &[])[0].contains("found [1], a recipe is a mapping"));
+        assert!(errors("a: b: c", &[])[0].contains("not valid YAML"));
+        assert!(errors("lora: {r: 1}\nlora: {r: 2}", &[])[0].contains("duplicate mapping key"));
+        assert!(load(Path::new("/nowhere.yaml"), &[]).unwrap_err().to_string().contains("cannot be read"));
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        let batch = errors_of("training: {global_batch_size: 16, gradient_accumulation_steps: 8}");
+        assert!(batch[0].starts_with("training.global_batch_size: training.gradient_accumulation_steps follows"));
+        recipe(&format!("{GOOD}training: {{global_batch_size: null, gradient_accumulation_steps: 8}}"), &[]).unwrap();
+        assert!(errors_of("training.eval_steps: 5")[0].contains("nothing to evaluate on"));
+        assert!(errors_of("training: {lr_scheduler_type: constant, warmup_steps: 5}")[0].contains("no warm-up"));
+        assert_eq!(errors_of("lora: {adapter: a, r: 8, use_rslora: true}").len(), 2);
+    }
+
+    #[test]
+    fn the_size_of_a_step_follows_from_either_key() {
+        let yaml = format!("{GOOD}training: {{per_device_train_batch_size: 2, global_batch_size: 9}}");
+        let training = recipe(&yaml, &[]).unwrap().training;
+        assert_eq!((training.global_batch_size(3), training.accumulation_steps(3)), (9, 2));
+        let training = recipe(GOOD, &[]).unwrap().training;
+        assert_eq!((training.global_batch_size(3), training.accumulation_steps(3)), (24, 8));
+    }
+
+    #[test]
+    fn other_commands_need_only_a_model() {
+        let dir = TempDir::new().unwrap();
+        let set = |text: &str| for_model(dir.path(), &[text.to_owned()]);
+        let job = set("quantization.load_in_4bit=false").unwrap();
+        assert_eq!((job.model.as_path(), job.quantization.load_in_4bit), (dir.path(), false));
+        set("fsdp.sharding_strategy=no_shard").unwrap();
+        assert!(set("training.learning_rate=1").unwrap_err().errors[0].contains("this command does not use it"));
+        assert!(set("model=x").unwrap_err().errors[0].contains("given by --model already"));
+        assert!(for_model(Path::new("/nowhere"), &[]).unwrap_err().errors[0].contains("not a directory"));
+    }
+
+    #[test]
+    fn help_has_every_key() {
+        assert_eq!(help().lines().count(), 2 * keys::ALL.len());
+        assert!(help().contains("default 1.0e-4; allowed: a number of at least 0"));
+    }
+}

@@ -1,0 +1,43 @@
+//! Mean loss over the target tokens of a data set.
+
+use anyhow::{Result, ensure};
+
+use crate::comm::Queue;
+use crate::device::Ops;
+use crate::fsdp::exec::{Engine, RunArgs};
+use crate::fsdp::schedule::Mode;
+use crate::model::batch::MicroBatch;
+
+/// A score over all ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Score {
+    /// Mean of −log p over target tokens.
+    pub loss: f64,
+    pub num_target_tokens: u64,
+}
+
+/// Scores this rank's micro-batches; every rank has the same number of them.
+pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBatch], adapter: bool) -> Result<Score> {
+    let (mut sum, mut num) = (0.0, 0.0);
+    let limits = engine.limits();
+    let at_once =
+        limits.inputs(crate::fsdp::unit::NumUnits::new(engine.config()), Mode::Score, limits.max_micro_batches);
+    for group in batches.chunks(at_once.num_live_micro_batches()) {
+        let args = RunArgs {
+            mode: Mode::Score,
+            num_micro_batches: group.len(),
+            coefficient: 0.0,
+            adapter,
+            dropout: None,
+            update: None,
+            num_past_tokens: 0,
+        };
+        for micro in engine.run(&args, group)?.log_probabilities {
+            sum -= micro.iter().sum::<f64>();
+            num += micro.len() as f64;
+        }
+    }
+    let total = engine.queue.all_reduce_f64("sum of losses", &[sum, num])?;
+    ensure!(total[1] > 0.0, "no token counts in the loss");
+    Ok(Score { loss: total[0] / total[1], num_target_tokens: total[1] as u64 })
+}

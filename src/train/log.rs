@@ -1,0 +1,51 @@
+//! Lines for people, on standard error, from rank 0.
+
+use std::time::Duration;
+
+/// Prints on rank 0 and is silent elsewhere.
+#[derive(Clone, Copy, Debug)]
+pub struct Log {
+    pub enabled: bool,
+}
+
+impl Log {
+    /// One line.
+    pub fn line(&self, text: impl AsRef<str>) {
+        if self.enabled {
+            eprintln!("{}", text.as_ref());
+        }
+    }
+}
+
+/// `1.5 GiB`
+pub fn bytes(n: usize) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let (mut value, mut unit) = (n as f64, 0);
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
+}
+
+/// `1h02m`, `3m07s`, `12s`
+pub fn duration(d: Duration) -> String {
+    let s = d.as_secs();
+    match (s / 3600, s / 60 % 60, s % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m{s:02}s"),
+        (h, m, _) => format!("{h}h{m:02}m"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn for_people() {
+        assert_eq!((bytes(12).as_str(), bytes(1536).as_str()), ("12 B", "1.5 KiB"));
+        assert_eq!(duration(Duration::from_secs(3725)), "1h02m");
+        assert_eq!(duration(Duration::from_secs(187)), "3m07s");
+    }
+}

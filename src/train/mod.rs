@@ -1,0 +1,10 @@
+//! The run: steps, evaluation, generation, what is logged and what is checked on the way.
+
+pub mod check;
+pub mod eval;
+pub mod fault;
+pub mod generate;
+pub mod log;
+pub mod metrics;
+pub mod run;
+pub mod step;

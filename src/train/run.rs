@@ -1,0 +1,166 @@
+//! The loop over steps.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::checkpoint::adapter::{Adapter, AdapterSettings};
+use crate::comm::Queue;
+use crate::data::{self, Dataset, Sampler};
+use crate::device::Ops;
+use crate::fsdp::exec::Engine;
+use crate::fsdp::grads::Values;
+use crate::model::batch::MicroBatch;
+use crate::optim::adamw::Update;
+use crate::recipe::TrainingJob;
+
+use super::log::{Log, duration};
+use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
+use super::step::{StepRecord, step};
+use super::{check, eval, fault};
+
+/// What a run works on.
+pub struct Run<'a, D: Ops, Q: Queue<D>> {
+    pub engine: &'a mut Engine<D, Q>,
+    pub job: &'a TrainingJob,
+    pub train: &'a Dataset,
+    pub eval: Option<&'a Dataset>,
+    /// Rank 0 only.
+    pub metrics: Option<MetricsFile>,
+    pub log: Log,
+}
+
+impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
+    /// Steps of the whole run.
+    pub fn num_steps(&self) -> usize {
+        let samples = self.job.num_train_epochs * self.train.sequences.len() as f64;
+        let of_epochs = (samples / self.global_batch_size() as f64).ceil().max(1.0) as usize;
+        self.job.max_steps.unwrap_or(of_epochs)
+    }
+
+    fn global_batch_size(&self) -> usize {
+        self.job.global_batch_size(self.engine.queue.world_size())
+    }
+
+    /// Trains from the first step to the last, with an evaluation before and after.
+    pub fn run(mut self) -> Result<()> {
+        let (num_steps, rank) = (self.num_steps(), self.engine.queue.rank());
+        let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
+        self.evaluate(0)?;
+        let start = Instant::now();
+        let mut updated_with_a_learning_rate = false;
+        let mut a_is_checked = false;
+        for step_idx in 0..num_steps {
+            fault::inject(rank, step_idx + 1)?;
+            let update = self.update(step_idx, num_steps);
+            let batches = self.batches(&mut sampler, step_idx);
+            let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
+            let record = step(self.engine, &batches, num_micro_batches, &update, self.job.seed)?;
+            if step_idx == 0 {
+                check::every_matrix_has_a_gradient(self.engine, "B")?;
+            }
+            if updated_with_a_learning_rate && !a_is_checked {
+                check::every_matrix_has_a_gradient(self.engine, "A")?;
+                a_is_checked = true;
+            }
+            updated_with_a_learning_rate |= update.learning_rate > 0.0;
+            self.record(step_idx + 1, num_steps, &update, &record, start.elapsed())?;
+            let last = step_idx + 1 == num_steps;
+            if last || self.job.eval_steps.is_some_and(|every| (step_idx + 1) % every == 0) {
+                self.evaluate(step_idx + 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn update(&self, step_idx: usize, num_steps: usize) -> Update {
+        let job = self.job;
+        Update {
+            learning_rate: job.learning_rate * job.lr_scheduler.factor(step_idx, job.warmup_steps, num_steps),
+            beta1: job.adam_beta1,
+            beta2: job.adam_beta2,
+            epsilon: job.adam_epsilon,
+            weight_decay: job.weight_decay,
+            max_grad_norm: job.max_grad_norm,
+            step: step_idx as u32 + 1,
+        }
+    }
+
+    fn batches(&self, sampler: &mut Sampler, step_idx: usize) -> Vec<MicroBatch> {
+        let global = self.global_batch_size();
+        let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
+        let per_device = self.job.per_device_train_batch_size;
+        let cursor = (step_idx * global) as u64;
+        data::step_micro_batches(self.train, sampler, cursor, global, per_device, world_size, rank)
+    }
+
+    fn epoch(&self, step: usize) -> f64 {
+        (step * self.global_batch_size()) as f64 / self.train.sequences.len() as f64
+    }
+
+    fn record(
+        &mut self,
+        step: usize,
+        num_steps: usize,
+        update: &Update,
+        record: &StepRecord,
+        elapsed: Duration,
+    ) -> Result<()> {
+        let tokens_per_second = record.num_tokens as f64 / (record.step_ms * 1e-3);
+        let line = StepMetrics {
+            step,
+            epoch: self.epoch(step),
+            loss: record.loss,
+            grad_norm: record.grad_norm,
+            learning_rate: update.learning_rate,
+            num_target_tokens: record.num_target_tokens,
+            tokens_per_second,
+            step_ms: record.step_ms,
+            compute_ms: record.compute_ms,
+            gather_wait_ms: record.gather_wait_ms,
+            copy_wait_ms: 0.0,
+            peak_device_bytes: self.engine.plan().total_bytes(),
+            peak_host_bytes: peak_host_bytes(),
+        };
+        if let Some(metrics) = &mut self.metrics {
+            metrics.write(&line)?;
+        }
+        if step.is_multiple_of(self.job.logging_steps) || step == num_steps {
+            let left = elapsed.mul_f64((num_steps - step) as f64 / step as f64);
+            let StepRecord { loss, grad_norm, .. } = record;
+            self.log.line(format!(
+                "step {step}/{num_steps}  loss {loss:.4}  grad_norm {grad_norm:.3}  lr {:.2e}  {tokens_per_second:.0} tok/s  {} left",
+                update.learning_rate,
+                duration(left)
+            ));
+        }
+        Ok(())
+    }
+
+    fn evaluate(&mut self, step: usize) -> Result<()> {
+        let Some(dataset) = self.eval else { return Ok(()) };
+        let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
+        let batches = data::eval_micro_batches(dataset, self.engine.limits().max_tokens, world_size, rank);
+        let score =
+            eval::score(self.engine, &batches, true).with_context(|| format!("evaluation after step {step}"))?;
+        self.log.line(format!("step {step}  eval_loss {:.4}  ({} target tokens)", score.loss, score.num_target_tokens));
+        let epoch = self.epoch(step);
+        match &mut self.metrics {
+            Some(metrics) => metrics.write(&EvalMetrics {
+                step,
+                epoch,
+                eval_loss: score.loss,
+                num_target_tokens: score.num_target_tokens,
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The adapter as it is now, whole, on every rank. Collective.
+pub fn adapter<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, settings: &AdapterSettings) -> Result<Adapter> {
+    let num_layers = engine.config().num_hidden_layers;
+    let layers =
+        (0..num_layers).map(|layer| engine.gather_trainable_to_host(layer, Values::Master)).collect::<Result<_>>()?;
+    Ok(Adapter { settings: settings.clone(), layers })
+}

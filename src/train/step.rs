@@ -1,0 +1,71 @@
+//! One optimizer step.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+
+use crate::comm::Queue;
+use crate::device::Ops;
+use crate::fsdp::exec::{Engine, RunArgs};
+use crate::fsdp::schedule::Mode;
+use crate::model::batch::MicroBatch;
+use crate::optim::adamw::Update;
+
+/// What one step was, over all ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepRecord {
+    /// Mean over target tokens.
+    pub loss: f64,
+    /// Before clipping.
+    pub grad_norm: f64,
+    pub num_target_tokens: u64,
+    pub num_tokens: u64,
+    pub step_ms: f64,
+    /// Of this rank: the step less its waits.
+    pub compute_ms: f64,
+    pub gather_wait_ms: f64,
+    /// Frozen bytes that this rank received.
+    pub gathered_bytes: usize,
+}
+
+/// Runs this rank's micro-batches of a step. `num_micro_batches` is that of the rank that has most.
+pub fn step<D: Ops, Q: Queue<D>>(
+    engine: &mut Engine<D, Q>,
+    batches: &[MicroBatch],
+    num_micro_batches: usize,
+    update: &Update,
+    seed: u64,
+) -> Result<StepRecord> {
+    let start = Instant::now();
+    let targets: usize = batches.iter().map(MicroBatch::num_target_tokens).sum();
+    let tokens: usize = batches.iter().map(MicroBatch::num_tokens).sum();
+    let counts = engine.queue.all_reduce_f64("count of target tokens", &[targets as f64, tokens as f64])?;
+    ensure!(counts[0] > 0.0, "step {}: no token of the global batch counts in the loss", update.step);
+    let output = engine.run(
+        &RunArgs {
+            mode: Mode::Train,
+            num_micro_batches,
+            coefficient: (1.0 / counts[0]) as f32,
+            adapter: true,
+            dropout: Some((seed, update.step)),
+            update: Some(update),
+            num_past_tokens: 0,
+        },
+        batches,
+    )?;
+    // One sum per micro-batch first, so that the order of additions is that of the global batch as far as it can be.
+    let loss: f64 = output.log_probabilities.iter().map(|micro| -micro.iter().sum::<f64>()).sum();
+    let loss = engine.queue.all_reduce_f64("sum of losses", &[loss])?[0] / counts[0];
+    ensure!(loss.is_finite(), "step {}: the loss is {loss}", update.step);
+    let ms = |d: std::time::Duration| d.as_secs_f64() * 1e3;
+    Ok(StepRecord {
+        loss,
+        grad_norm: output.grad_norm,
+        num_target_tokens: counts[0] as u64,
+        num_tokens: counts[1] as u64,
+        step_ms: ms(start.elapsed()),
+        compute_ms: ms(output.elapsed - output.wait),
+        gather_wait_ms: ms(output.wait),
+        gathered_bytes: output.gathered_bytes,
+    })
+}

@@ -1,0 +1,114 @@
+//! What the integration tests share: ranks as threads, and an engine on each.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use fsdp_qlora::checkpoint::adapter::{self, Adapter};
+use fsdp_qlora::checkpoint::load::{self, LoadOptions};
+use fsdp_qlora::comm::host_queue::{Delays, HostQueue};
+use fsdp_qlora::comm::local::LocalComm;
+use fsdp_qlora::device::cpu::Cpu;
+use fsdp_qlora::fsdp::exec::Engine;
+use fsdp_qlora::fsdp::memory::Limits;
+use fsdp_qlora::fsdp::schedule::{Accumulation, Mode, Recompute};
+use fsdp_qlora::model::layer::LayerLora;
+use fsdp_qlora::model::lora::LoraLayout;
+
+pub type CpuEngine = Engine<Cpu, HostQueue>;
+
+/// A file of tests/golden.
+pub fn golden(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
+}
+
+/// Calls `f` on every rank of a world of threads; the results in rank order.
+pub fn on_all_ranks<T: Send>(world_size: usize, f: impl Fn(LocalComm) -> T + Sync) -> Vec<T> {
+    std::thread::scope(|scope| {
+        let handles: Vec<_> = LocalComm::world(world_size).into_iter().map(|comm| scope.spawn(|| f(comm))).collect();
+        handles.into_iter().map(|h| h.join().expect("a rank panicked")).collect()
+    })
+}
+
+/// How a test wants its engine.
+#[derive(Clone)]
+pub struct EngineOptions {
+    pub model: PathBuf,
+    pub adapter: Option<Adapter>,
+    pub load_in_4bit: bool,
+    pub double_quant: Option<bool>,
+    pub replicated: bool,
+    pub mode: Mode,
+    pub max_tokens: usize,
+    pub max_micro_batches: usize,
+    pub accumulation: Accumulation,
+    pub recompute: Recompute,
+    pub delay: Duration,
+}
+
+impl EngineOptions {
+    pub fn new(model: &str, mode: Mode) -> EngineOptions {
+        EngineOptions {
+            model: golden(model),
+            adapter: None,
+            load_in_4bit: true,
+            double_quant: None,
+            replicated: false,
+            mode,
+            max_tokens: 256,
+            max_micro_batches: 1,
+            accumulation: Accumulation::Layer,
+            recompute: Recompute::All,
+            delay: Duration::ZERO,
+        }
+    }
+
+    pub fn with_adapter(mut self, dir: &str) -> EngineOptions {
+        let config = fsdp_qlora::model::config::ModelConfig::load(&self.model).unwrap();
+        self.adapter = Some(adapter::load(&golden(dir), &config).unwrap());
+        self
+    }
+
+    /// The engine of one rank; shard files go to `shards`.
+    pub fn engine(&self, mut comm: LocalComm, shards: &Path) -> CpuEngine {
+        use fsdp_qlora::comm::Comm;
+        let world_size = comm.world_size();
+        let options = LoadOptions {
+            load_in_4bit: self.load_in_4bit,
+            double_quant: self.double_quant,
+            shards: Some(shards.to_path_buf()),
+            num_shards: if self.replicated { 1 } else { world_size },
+        };
+        let opened = load::open(&self.model, &options).unwrap();
+        let writes = !self.replicated || comm.rank() == 0;
+        let base = opened.load(&mut comm, writes, &mut |_| ()).unwrap();
+        let limits = Limits {
+            mode: self.mode,
+            max_tokens: self.max_tokens,
+            max_micro_batches: self.max_micro_batches,
+            max_context: self.max_tokens,
+            accumulation: self.accumulation,
+            recompute: self.recompute,
+            num_slots: 2,
+        };
+        let lora = self.adapter.as_ref().map(|adapter| {
+            let config = adapter.settings.lora_config();
+            LayerLora { layout: LoraLayout::new(&base.config, &config), config }
+        });
+        let delays = Delays { before_gather: self.delay, before_reduce: self.delay };
+        let queue = HostQueue::new(Box::new(comm), delays).unwrap();
+        let mut engine = Engine::new(Cpu::new(1), queue, base, lora, limits).unwrap();
+        for (layer, values) in self.adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
+            engine.load_trainable(layer, values).unwrap();
+        }
+        engine
+    }
+}
+
+/// ‖a − b‖ / ‖b‖.
+pub fn relative_error(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(*a) - f64::from(*b)));
+    difference / norm(&mut b.iter().map(|b| f64::from(*b))).max(f64::MIN_POSITIVE)
+}
