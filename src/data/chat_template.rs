@@ -2,16 +2,16 @@
 
 use std::ops::Range;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, ensure};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
-/// Mark the assistant's spans in rendered text; private-use characters that no text holds.
-const SPAN_BEGIN: char = '\u{F8F0}';
-const SPAN_END: char = '\u{F8F1}';
+/// Mark the assistant's spans in rendered text: noncharacters of Unicode, refused in messages.
+const SPAN_BEGIN: char = '\u{FDD0}';
+const SPAN_END: char = '\u{FDD1}';
 
 /// A compiled template.
 pub struct ChatTemplate {
@@ -30,12 +30,13 @@ pub struct Rendered {
 impl ChatTemplate {
     /// `special_tokens` are variables of the template: `bos_token`, `eos_token`, …
     pub fn new(source: &str, special_tokens: Vec<(String, String)>) -> Result<ChatTemplate> {
-        let (source, marks_generation) = mark_generation(&source.replace("\r\n", "\n"));
+        let (source, marks_generation) = rewrite_generation(&source.replace("\r\n", "\n"));
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         environment.set_syntax(syntax.map_err(|e| anyhow!("{e:#}"))?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", to_json);
+        environment.add_filter("mark_generation", |text: String| format!("{SPAN_BEGIN}{text}{SPAN_END}"));
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -54,7 +55,13 @@ impl ChatTemplate {
     }
 
     /// Renders a conversation; `add_generation_prompt` ends it where the assistant begins to speak.
+    /// Errors: what the template refuses with `raise_exception`, or cannot do.
     pub fn render(&self, messages: &[serde_json::Value], add_generation_prompt: bool) -> Result<Rendered> {
+        let text = serde_json::to_string(messages)?;
+        ensure!(
+            !text.contains([SPAN_BEGIN, SPAN_END]),
+            "a message holds U+FDD0 or U+FDD1, which mark what the assistant says; allowed: characters of Unicode"
+        );
         let mut context = serde_json::Map::new();
         context.insert("messages".into(), messages.into());
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
@@ -70,24 +77,23 @@ impl ChatTemplate {
     }
 }
 
-/// `{% generation %}` is transformers' own tag: it becomes a block that marks its output.
-fn mark_generation(source: &str) -> (String, bool) {
+/// `{% generation %}` is transformers' own tag. It becomes a filter block, a block tag too, so that whitespace control
+/// (`-`, trim_blocks, lstrip_blocks) acts on it as on the original.
+fn rewrite_generation(source: &str) -> (String, bool) {
     let mut out = String::new();
     let mut rest = source;
     let mut found = false;
     while let Some(begin) = rest.find("{%") {
         let Some(len) = rest[begin..].find("%}") else { break };
         let tag = &rest[begin..begin + len + 2];
-        let inner = &tag[2..tag.len() - 2];
-        let (left, right) =
-            (if inner.starts_with('-') { "-" } else { "" }, if inner.ends_with('-') { "-" } else { "" });
+        let word = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
         out += &rest[..begin];
-        match inner.trim_matches('-').trim() {
+        match word {
             "generation" => {
                 found = true;
-                out += &format!("{{%{left} if true {right}%}}{{{{ '{SPAN_BEGIN}' }}}}");
+                out += &tag.replacen(word, "filter mark_generation", 1);
             }
-            "endgeneration" => out += &format!("{{{{ '{SPAN_END}' }}}}{{%{left} endif {right}%}}"),
+            "endgeneration" => out += &tag.replacen(word, "endfilter", 1),
             _ => out += tag,
         }
         rest = &rest[begin + len + 2..];
@@ -107,10 +113,13 @@ fn take_spans(marked: &str) -> Rendered {
     Rendered { text, assistant_spans }
 }
 
-/// `json.dumps(value, ensure_ascii=False, indent=…)`.
+/// `json.dumps(value, ensure_ascii=False, indent=…)`; other arguments are refused.
 fn to_json(_: &State, value: Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
-    let _: Option<bool> = kwargs.get("ensure_ascii")?;
+    let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
+    if ensure_ascii == Some(true) {
+        return Err(Error::new(ErrorKind::InvalidOperation, "tojson: ensure_ascii is true; allowed: false"));
+    }
     kwargs.assert_all_used()?;
     let fail = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
     let mut bytes = Vec::new();
@@ -139,5 +148,81 @@ impl Formatter for PythonFormatter {
     }
     fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
         writer.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn template(source: &str) -> ChatTemplate {
+        ChatTemplate::new(source, vec![("bos_token".into(), "<s>".into())]).unwrap()
+    }
+
+    fn golden() -> Vec<serde_json::Value> {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/chat_templates.json");
+        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn renders_as_transformers_does() {
+        let cases = golden();
+        assert!(!cases.is_empty());
+        for (i, case) in cases.iter().enumerate() {
+            let token = |key: &str| (key.to_string(), case[key].as_str().unwrap_or_default().to_string());
+            let template =
+                ChatTemplate::new(case["template"].as_str().unwrap(), vec![token("bos_token"), token("eos_token")]);
+            let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
+            let rendered = template.unwrap().render(case["messages"].as_array().unwrap(), add_generation_prompt);
+            let text = rendered.as_ref().ok().map(|r| r.text.as_str());
+            assert_eq!(text, case["rendered"].as_str(), "case {i}, {}", case["name"]);
+        }
+    }
+
+    #[test]
+    fn generation_blocks_keep_whitespace_control() {
+        let messages = [json!({"role": "assistant", "content": "é!"})];
+        for (source, before, said) in [
+            ("a{% generation %}\n  {{ messages[0].content }}{% endgeneration %}\nz", "a", "  é!"),
+            ("a\n  {%- generation -%}\n  {{ messages[0].content }}\n  {%- endgeneration -%}\n z", "a", "é!"),
+            ("a\n  {% generation %}\n{{ messages[0].content }}\n  {% endgeneration %}\nz", "a\n", "é!\n"),
+        ] {
+            let template = template(source);
+            assert!(template.marks_generation());
+            let rendered = template.render(&messages, false).unwrap();
+            assert_eq!(rendered.text, format!("{before}{said}z"), "{source:?}");
+            assert_eq!(rendered.assistant_spans, vec![before.len()..before.len() + said.len()], "{source:?}");
+        }
+    }
+
+    #[test]
+    fn to_json_is_pythons() {
+        let messages = [json!({"b": [1, "<ü>"], "a": {}})];
+        let plain = template("{{ messages[0] | tojson }}").render(&messages, false).unwrap().text;
+        assert_eq!(plain, r#"{"b": [1, "<ü>"], "a": {}}"#);
+        let indented = template("{{ messages[0] | tojson(indent=1, ensure_ascii=false) }}").render(&messages, false);
+        assert_eq!(indented.unwrap().text, "{\n \"b\": [\n  1,\n  \"<ü>\"\n ],\n \"a\": {}\n}");
+        let ascii = template("{{ messages[0] | tojson(ensure_ascii=true) }}").render(&messages, false);
+        assert!(format!("{:#}", ascii.unwrap_err()).contains("ensure_ascii"));
+    }
+
+    #[test]
+    fn refusals_say_why() {
+        let error = template("{{ raise_exception('no system role') }}").render(&[], false).unwrap_err();
+        assert!(format!("{error:#}").contains("no system role"));
+        let marked = template("{{ messages[0].content }}").render(&[json!({"content": "\u{FDD0}"})], false);
+        assert!(format!("{:#}", marked.unwrap_err()).contains("U+FDD0"));
+        assert!(ChatTemplate::new("{% if %}", Vec::new()).is_err());
+    }
+
+    #[test]
+    fn special_tokens_and_crlf() {
+        let rendered =
+            template("{{ bos_token }}\r\n{% if tools is none %}\r\nx{% endif %}").render(&[], false).unwrap();
+        assert_eq!(rendered, Rendered { text: "<s>\nx".into(), assistant_spans: vec![] });
+        let year = template("{{ strftime_now('%Y') }}").render(&[], false).unwrap().text;
+        assert!(year.parse::<u32>().is_ok_and(|y| y >= 2026), "{year}");
     }
 }

@@ -11,12 +11,12 @@ pub mod tokenizer;
 use std::fmt;
 use std::path::PathBuf;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::choices::choices;
 
-pub use sampler::{Sampler, eval_micro_batches, step_micro_batches};
+pub use sampler::{Sampler, eval_micro_batches, num_step_target_tokens, step_micro_batches};
 pub use tokenizer::TextTokenizer;
 
 use source::Row;
@@ -43,7 +43,7 @@ choices! {
         /// End to end, cut where a sequence is full.
         Wrapped = "wrapped",
         /// One document a sequence.
-        Off = "false",
+        None = "false",
     }
 }
 
@@ -100,11 +100,13 @@ impl Document {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub rows: usize,
+    /// Rows over max_length, with `overlong: truncate`.
     pub truncated: usize,
+    /// Rows over max_length, with `overlong: split`.
     pub split: usize,
-    /// Over max_length, with `overlong: drop`.
+    /// Rows over max_length, with `overlong: drop`.
     pub dropped: usize,
-    /// Fewer than two tokens, or none that counts in the loss.
+    /// Documents of fewer than two tokens, or with none that counts in the loss.
     pub without_target: usize,
     pub sequences: usize,
     pub tokens: usize,
@@ -172,8 +174,8 @@ impl Dataset {
             train.len(),
             held_out.len()
         );
-        let part = |rows: &[Row], options| Dataset::from_rows(rows, tokenizer, vocab_size, options);
-        Ok((part(&train, options)?, part(&held_out, options)?))
+        let part = |rows: &[Row]| Dataset::from_rows(rows, tokenizer, vocab_size, options);
+        Ok((part(&train)?, part(&held_out).context("data.eval: the held-out rows")?))
     }
 
     fn from_rows(
@@ -279,5 +281,113 @@ pub fn describe_sample(tokenizer: Option<&TextTokenizer>, document: &Document, m
     match text.char_indices().nth(max_chars) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const OPTIONS: DataOptions = DataOptions {
+        format: Format::Auto,
+        max_length: 4,
+        packing: Packing::None,
+        overlong: Overlong::Truncate,
+        loss_on: LossOn::Auto,
+    };
+
+    fn load(text: &str, options: DataOptions) -> Result<Dataset> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, text)?;
+        Dataset::load(&[path], None, 100, &options)
+    }
+
+    fn ids(dataset: &Dataset) -> Vec<&[u32]> {
+        dataset.documents.iter().map(|d| &d.input_ids[..]).collect()
+    }
+
+    fn error(text: &str, options: DataOptions) -> String {
+        format!("{:#}", load(text, options).unwrap_err())
+    }
+
+    const ROWS: &str =
+        "{\"input_ids\": [1, 2, 3, 4, 5, 6, 7, 8, 9]}\n\n{\"input_ids\": [10, 11]}\n{\"input_ids\": [12]}\n";
+
+    #[test]
+    fn overlong_rows_are_counted() {
+        let of = |overlong| load(ROWS, DataOptions { overlong, ..OPTIONS });
+        let truncated = of(Overlong::Truncate).unwrap();
+        assert_eq!(ids(&truncated), [&[1, 2, 3, 4][..], &[10, 11]]);
+        let said = "3 rows, 2 sequences, 6 tokens, 4 of them targets; 1 truncated to 4 tokens; \
+                    1 dropped because no token of them counts in the loss";
+        assert_eq!(truncated.counts.to_string(), said);
+        let split = of(Overlong::Split).unwrap();
+        // The last piece, [9], predicts nothing.
+        assert_eq!(ids(&split), [&[1, 2, 3, 4][..], &[5, 6, 7, 8], &[10, 11]]);
+        assert_eq!((split.counts.split, split.counts.without_target), (1, 2));
+        assert_eq!(split.documents.iter().map(|d| d.sample_idx).collect::<Vec<_>>(), [0, 1, 2]);
+        let dropped = of(Overlong::Drop).unwrap();
+        assert_eq!((ids(&dropped), dropped.counts.dropped), (vec![&[10, 11][..]], 1));
+        let refused = format!("{:#}", of(Overlong::Error).unwrap_err());
+        assert!(refused.contains("1 rows are longer") && refused.contains("rows.jsonl:1"), "{refused}");
+    }
+
+    #[test]
+    fn labels_and_padding() {
+        let row = r#"{"input_ids": [0, 5, 6, 7], "labels": [-100, -100, -100, 7], "attention_mask": [0, 1, 1, 1]}"#;
+        let data = load(row, OPTIONS).unwrap();
+        assert_eq!((ids(&data)[0], &data.documents[0].is_target), (&[5, 6, 7][..], &vec![false, false, true]));
+        assert_eq!(describe_sample(None, &data.documents[0], 100), "[5, 6]【[7]】");
+        assert_eq!(describe_sample(None, &data.documents[0], 3), "[5,…");
+    }
+
+    #[test]
+    fn bad_rows_are_refused_with_their_place() {
+        for (text, said) in [
+            ("{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 100]}", "rows.jsonl:2: token id 100"),
+            (r#"{"input_ids": [1, -2]}"#, "rows.jsonl:1: token id -2"),
+            (r#"{"input_ids": [1, 2], "labels": [1, 3]}"#, "rows.jsonl:1: labels[1] is 3"),
+            (r#"{"input_ids": [1, 2], "labels": [1]}"#, "rows.jsonl:1: labels: 1 entries for 2"),
+            (r#"{"input_ids": [1, 2], "labels": [1, -100]}"#, "no token of the 1 rows counts"),
+            (r#"{"text": "x"}"#, "rows.jsonl:1: the row is text, but there is no tokenizer"),
+        ] {
+            assert!(error(text, OPTIONS).contains(said), "{text}: {}", error(text, OPTIONS));
+        }
+        let completion = DataOptions { loss_on: LossOn::Completion, ..OPTIONS };
+        assert!(error(r#"{"input_ids": [1, 2]}"#, completion).contains("data.loss_on"));
+    }
+
+    #[test]
+    fn no_answer_is_in_both_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let row = |i: usize| format!(r#"{{"prompt": "question {i}", "completion": "answer {}"}}"#, i % 40);
+        std::fs::write(&path, (0..200).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN)).unwrap();
+        let options = DataOptions { max_length: 64, ..OPTIONS };
+        let split = |fraction| {
+            Dataset::load_with_held_out(std::slice::from_ref(&path), Some(&tokenizer), 320, &options, fraction)
+        };
+        let (train, held_out) = split(0.3).unwrap();
+        assert_eq!(train.documents.len() + held_out.documents.len(), 200);
+        let answer = |d: &Document| d.input_ids.iter().zip(&d.is_target).filter(|x| *x.1).map(|x| *x.0).collect();
+        let answers: Vec<Vec<u32>> = train.documents.iter().map(answer).collect();
+        assert!(held_out.documents.iter().all(|d| !answers.contains(&answer(d))));
+        assert!((20..100).contains(&held_out.documents.len()), "{}", held_out.documents.len());
+        assert!(split(0.0).unwrap_err().to_string().contains("data.eval"));
+    }
+
+    #[test]
+    fn a_sample_shows_its_targets() {
+        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN)).unwrap();
+        let input_ids = tokenizer.encode("the quick fox", false).unwrap();
+        let is_target = (0..input_ids.len()).map(|i| i == 0 || i + 1 == input_ids.len()).collect();
+        let document = Document { sample_idx: 0, is_target, input_ids };
+        let last = tokenizer.decode(&document.input_ids[document.input_ids.len() - 1..], false).unwrap();
+        let expected = format!("{}【{last}】", "the quick fox".strip_suffix(&last).unwrap());
+        assert_eq!(describe_sample(Some(&tokenizer), &document, 100), expected);
     }
 }

@@ -7,7 +7,7 @@ use super::{Document, Packing};
 /// Which documents make each sequence. `wrapped` cuts documents at the ends of sequences: the pieces replace them.
 pub fn pack(documents: &mut Vec<Document>, packing: Packing, max_length: usize) -> Vec<Vec<usize>> {
     match packing {
-        Packing::Off => (0..documents.len()).map(|i| vec![i]).collect(),
+        Packing::None => (0..documents.len()).map(|i| vec![i]).collect(),
         Packing::BestFit => best_fit(documents, max_length),
         Packing::Wrapped => {
             let (pieces, sequences) = wrap(std::mem::take(documents), max_length);

@@ -6,23 +6,27 @@ use super::Dataset;
 
 /// A seeded permutation of the sequences for each epoch.
 pub struct Sampler {
-    num_sequences: usize,
     seed: u64,
-    epoch: Option<(u64, Vec<usize>)>,
+    epoch: u64,
+    order: Vec<usize>,
 }
 
 impl Sampler {
+    /// Panics without a sequence.
     pub fn new(num_sequences: usize, seed: u64) -> Sampler {
-        Sampler { num_sequences, seed, epoch: None }
+        assert!(num_sequences > 0, "a sampler needs a sequence");
+        Sampler { seed, epoch: 0, order: permutation(num_sequences, seed, 0) }
     }
 
     /// The sequence at a place of the endless order; `cursor` counts sequences since the start of the run.
     pub fn sequence_at(&mut self, cursor: u64) -> usize {
-        let (epoch, place) = (cursor / self.num_sequences as u64, (cursor % self.num_sequences as u64) as usize);
-        if self.epoch.as_ref().is_none_or(|(e, _)| *e != epoch) {
-            self.epoch = Some((epoch, permutation(self.num_sequences, self.seed, epoch)));
+        let num_sequences = self.order.len() as u64;
+        let epoch = cursor / num_sequences;
+        if self.epoch != epoch {
+            self.epoch = epoch;
+            self.order = permutation(self.order.len(), self.seed, epoch);
         }
-        self.epoch.as_ref().map_or(place, |(_, order)| order[place])
+        self.order[(cursor % num_sequences) as usize]
     }
 }
 
@@ -67,8 +71,17 @@ pub fn step_micro_batches(
         .collect()
 }
 
+/// Tokens that count in the loss in the whole global batch that begins at `cursor`: the same on every rank, without
+/// asking the others.
+pub fn num_step_target_tokens(dataset: &Dataset, sampler: &mut Sampler, cursor: u64, global_batch: usize) -> usize {
+    (cursor..cursor + global_batch as u64)
+        .flat_map(|place| &dataset.sequences[sampler.sequence_at(place)])
+        .map(|&document| dataset.documents[document].num_target_tokens())
+        .sum()
+}
+
 /// A rank's micro-batches of a whole data set: sequences in order, as many as `max_tokens` takes, dealt round. Every rank
-/// gets the same number; the last ones may be empty.
+/// gets the same number; the last ones may be empty. A sequence over `max_tokens` is a micro-batch of its own.
 pub fn eval_micro_batches(dataset: &Dataset, max_tokens: usize, world_size: usize, rank: usize) -> Vec<MicroBatch> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;
@@ -143,6 +156,30 @@ mod tests {
                 assert_eq!(samples(world_size, per_device), samples(1, 1));
             }
         }
+    }
+
+    #[test]
+    fn target_tokens_of_a_step_are_those_of_all_ranks() {
+        let mut data = dataset(10);
+        data.documents[3].is_target = vec![true, false];
+        for cursor in [0, 7, 18] {
+            let expected: usize = (0..3)
+                .flat_map(|rank| step_micro_batches(&data, &mut Sampler::new(10, 1), cursor, 7, 2, 3, rank))
+                .map(|batch| batch.num_target_tokens())
+                .sum();
+            assert_eq!(num_step_target_tokens(&data, &mut Sampler::new(10, 1), cursor, 7), expected);
+        }
+    }
+
+    #[test]
+    fn places_past_the_global_batch_are_left_out() {
+        let lens = |rank: usize| {
+            let batches = step_micro_batches(&dataset(10), &mut Sampler::new(10, 1), 0, 3, 2, 2, rank);
+            batches.iter().map(|b| b.sample_idx.len()).collect::<Vec<_>>()
+        };
+        assert_eq!((lens(0), lens(1)), (vec![2], vec![1]));
+        let empty = step_micro_batches(&dataset(10), &mut Sampler::new(10, 1), 0, 1, 1, 2, 1);
+        assert_eq!(empty, vec![MicroBatch::new()]);
     }
 
     #[test]

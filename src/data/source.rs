@@ -58,7 +58,7 @@ impl Row {
                 .rev()
                 .find(of_assistant)
                 .or(messages.last())
-                .map(|m| m["content"].to_string())
+                .map(|m| m["content"].as_str().map_or_else(|| m["content"].to_string(), str::to_string))
                 .unwrap_or_default()
         };
         match &self.content {
@@ -134,6 +134,9 @@ fn detect(row: &Map<String, Value>) -> Result<Format> {
 }
 
 fn content(mut row: Map<String, Value>, format: Format) -> Result<Content> {
+    if let Some(tools) = row.get("tools").filter(|t| !t.is_null() && **t != json!([])) {
+        bail!("tools: found {tools}; allowed: none (tools are not given to the chat template)");
+    }
     let mut field = |key: &str| row.remove(key).with_context(|| format!("the field {key:?} is missing"));
     Ok(match format {
         Format::Text => Content::Text(string("text", field("text")?)?),
@@ -199,4 +202,82 @@ fn without_padding(input_ids: Vec<i64>, labels: Option<Vec<i64>>, mask: Option<V
     let Some(mask) = mask else { return Ok(Content::Tokenized { input_ids, labels }) };
     let keep = |values: Vec<i64>| values.into_iter().zip(&mask).filter(|&(_, &m)| m != 0).map(|(v, _)| v).collect();
     Ok(Content::Tokenized { input_ids: keep(input_ids), labels: labels.map(keep) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_text(text: &str, format: Format) -> Result<Vec<Row>> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, text)?;
+        read(&[path], format)
+    }
+
+    #[test]
+    fn the_format_is_that_of_the_first_row() {
+        for (text, expected) in [
+            (r#"{"text": "a"}"#, Content::Text("a".into())),
+            (
+                r#"{"prompt": "a", "completion": "b", "text": "c"}"#,
+                Content::PromptCompletion { prompt: "a".into(), completion: "b".into() },
+            ),
+            (
+                r#"{"instruction": "a", "input": null, "output": "b"}"#,
+                Content::Alpaca { instruction: "a".into(), input: String::new(), output: "b".into() },
+            ),
+            (r#"{"input_ids": [1, 2]}"#, Content::Tokenized { input_ids: vec![1, 2], labels: None }),
+        ] {
+            assert_eq!(read_text(text, Format::Auto).unwrap()[0].content, expected);
+        }
+        let rows = read_text("{\"text\": \"a\"}\n{\"instruction\": \"a\", \"output\": \"b\"}", Format::Auto);
+        assert!(format!("{:#}", rows.unwrap_err()).contains("rows.jsonl:2: the field \"text\" is missing"));
+    }
+
+    #[test]
+    fn errors_name_file_and_line() {
+        for (text, said) in [
+            ("{\"text\": \"a\"}\n\n{\"text\": ", "rows.jsonl:3: not a JSON object"),
+            ("[1]", "rows.jsonl:1: not a JSON object"),
+            (r#"{"text": 1}"#, "rows.jsonl:1: text: found 1; allowed: a string"),
+            (r#"{"body": "a"}"#, "rows.jsonl:1: found the keys [\"body\"]"),
+            (r#"{"messages": []}"#, "rows.jsonl:1: messages: the list is empty"),
+            (r#"{"messages": [{"content": "a"}]}"#, "rows.jsonl:1: messages: found"),
+            (r#"{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}"#, "rows.jsonl:1: completion: found"),
+            (r#"{"input_ids": [1.5]}"#, "rows.jsonl:1: input_ids: found [1.5]"),
+            (r#"{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}"#, "rows.jsonl:1: tools: found"),
+            ("\n \n", "rows.jsonl: has no rows"),
+            ("", "rows.jsonl: has no rows"),
+        ] {
+            let error = format!("{:#}", read_text(text, Format::Auto).unwrap_err());
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn folders_are_read_by_name_and_other_files_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(read(&[dir.path().into()], Format::Auto).unwrap_err().to_string().contains("no *.jsonl"));
+        for (name, text) in [("b.jsonl", r#"{"text": "2"}"#), ("a.jsonl", r#"{"text": "1"}"#), ("c.csv", "x")] {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        let answers: Vec<String> = read(&[dir.path().into()], Format::Auto).unwrap().iter().map(Row::answer).collect();
+        assert_eq!(answers, ["1", "2"]);
+        let error = read(&[dir.path().join("c.csv")], Format::Auto).unwrap_err().to_string();
+        assert!(error.contains("c.csv") && error.contains(".jsonl"), "{error}");
+    }
+
+    #[test]
+    fn the_answer_is_the_same_in_each_format() {
+        let answers = [
+            r#"{"prompt": "q", "completion": "a"}"#,
+            r#"{"instruction": "q", "output": "a"}"#,
+            r#"{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "thanks"}]}"#,
+            r#"{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}"#,
+        ];
+        for text in answers {
+            assert_eq!(read_text(text, Format::Auto).unwrap()[0].answer(), "a", "{text}");
+        }
+    }
 }

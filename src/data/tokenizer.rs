@@ -22,7 +22,7 @@ impl TextTokenizer {
     /// the eos ids of generation_config.json and config.json.
     pub fn load(dir: &Path) -> Result<TextTokenizer> {
         let path = dir.join("tokenizer.json");
-        ensure!(path.exists(), "{}: tokenizer.json is not there", dir.display());
+        ensure!(path.exists(), "{}: tokenizer.json is missing; other tokenizer files are not read", dir.display());
         let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         // What a data set or a prompt needs of either is decided here, not by whoever saved the file.
         tokenizer.with_padding(None);
@@ -62,10 +62,12 @@ impl TextTokenizer {
         Ok((encoding.get_ids().to_vec(), offsets))
     }
 
+    /// Text of token ids.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
         self.tokenizer.decode(ids, skip_special_tokens).map_err(|e| anyhow!("decoding: {e}"))
     }
 
+    /// Whether [`TextTokenizer::render`] can do anything.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
     }
@@ -75,6 +77,7 @@ impl TextTokenizer {
         self.template.as_ref().is_some_and(ChatTemplate::marks_generation)
     }
 
+    /// A conversation as the chat template writes it; see [`ChatTemplate::render`].
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<Rendered> {
         let Some(template) = &self.template else {
             bail!("the tokenizer has no chat template (tokenizer_config.json: chat_template, or chat_template.jinja)")
@@ -113,16 +116,83 @@ fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<Str
     if path.exists() {
         return std::fs::read_to_string(&path).map(Some).with_context(|| path.display().to_string());
     }
-    let named = |list: &Vec<Value>| {
-        list.iter()
-            .find(|t| t.get("name").is_some_and(|n| n == "default"))?
-            .get("template")?
-            .as_str()
-            .map(str::to_string)
-    };
-    Ok(match config.get("chat_template") {
-        Some(Value::String(source)) => Some(source.clone()),
-        Some(Value::Array(list)) => named(list),
-        _ => None,
-    })
+    let place = || format!("{}: chat_template", dir.join("tokenizer_config.json").display());
+    match config.get("chat_template") {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(source)) => Ok(Some(source.clone())),
+        Some(Value::Array(list)) => {
+            let default = list.iter().find(|t| t.get("name").is_some_and(|n| n == "default"));
+            let source = default.and_then(|t| t.get("template")?.as_str()).map(str::to_string);
+            source.map(Some).with_context(|| format!("{}: none of the list is named default", place()))
+        }
+        Some(other) => bail!("{}: found {other}; allowed: a string, or a list of {{name, template}}", place()),
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    pub const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/tokenizer");
+
+    /// A copy of the golden tokenizer with another tokenizer_config.json and other files beside it.
+    fn with_files(config: Value, files: &[(&str, &str)]) -> Result<TextTokenizer> {
+        let dir = tempfile::tempdir()?;
+        std::fs::copy(Path::new(GOLDEN).join("tokenizer.json"), dir.path().join("tokenizer.json"))?;
+        std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string())?;
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text)?;
+        }
+        TextTokenizer::load(dir.path())
+    }
+
+    /// The golden tokenizer with the chat template that marks what the assistant says.
+    pub fn with_generation() -> TextTokenizer {
+        let template = std::fs::read_to_string(Path::new(GOLDEN).join("generation_template.jinja")).unwrap();
+        let config = std::fs::read(Path::new(GOLDEN).join("tokenizer_config.json")).unwrap();
+        with_files(serde_json::from_slice(&config).unwrap(), &[("chat_template.jinja", &template)]).unwrap()
+    }
+
+    #[test]
+    fn encodes_and_decodes_as_tokenizers_does() {
+        let tokenizer = TextTokenizer::load(Path::new(GOLDEN)).unwrap();
+        let golden = std::fs::read(Path::new(GOLDEN).join("tokenized.json")).unwrap();
+        let golden: Value = serde_json::from_slice(&golden).unwrap();
+        for case in golden["texts"].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            let ids = tokenizer.encode(text, false).unwrap();
+            assert_eq!(json!(ids), case["ids"], "{text:?}");
+            assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+        }
+    }
+
+    #[test]
+    fn special_tokens_come_from_any_of_the_files() {
+        let map = ("special_tokens_map.json", r#"{"eos_token": {"content": "<|im_end|>"}}"#);
+        let generation = ("generation_config.json", r#"{"eos_token_id": [319, 318]}"#);
+        let tokenizer = with_files(json!({}), &[map, generation, ("config.json", r#"{"eos_token_id": 7}"#)]).unwrap();
+        assert_eq!((tokenizer.eos_token(), tokenizer.eos_token_ids()), (Some("<|im_end|>"), &[7, 318, 319][..]));
+        assert!(!tokenizer.has_chat_template());
+        assert!(tokenizer.render(&[], false).is_err());
+    }
+
+    #[test]
+    fn the_template_file_wins_over_the_default_of_a_list() {
+        let config = json!({"chat_template": [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]});
+        let render =
+            |files: &[(&str, &str)]| with_files(config.clone(), files).unwrap().render(&[], false).unwrap().text;
+        assert_eq!(render(&[]), "d");
+        assert_eq!(render(&[("chat_template.jinja", "j")]), "j");
+        let error = with_files(json!({"chat_template": [{"name": "rag", "template": "r"}]}), &[]).err().unwrap();
+        assert!(format!("{error:#}").contains("tokenizer_config.json: chat_template"), "{error:#}");
+    }
+
+    #[test]
+    fn a_missing_tokenizer_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = TextTokenizer::load(dir.path()).err().unwrap().to_string();
+        assert!(error.contains(&dir.path().display().to_string()) && error.contains("tokenizer.json"), "{error}");
+    }
 }

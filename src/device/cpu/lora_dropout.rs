@@ -6,7 +6,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::device::ops::{DropoutMask, LoraDropout};
+use crate::device::ops::LoraDropout;
 
 use super::Cpu;
 
@@ -83,6 +83,7 @@ fn philox(counter: [u32; 4], first: u32, seed: u64) -> [[u32; LANES]; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::ops::DropoutMask;
     use crate::device::{Arena, Device};
 
     #[test]
