@@ -146,10 +146,14 @@ impl OpenedBase {
         for i in 0..longest {
             wanted.push(all_gather_u64(comm, writes.get(i).map_or(u64::MAX, |&s| s as u64))?);
         }
-        let num_units = self.layouts.len();
+        let (num_units, mut last_tenth) = (self.layouts.len(), 0);
         for first in (0..num_units).step_by(world_size) {
             let round = first..(first + world_size).min(num_units);
-            tell(format!("quantizing {}–{} of {num_units} units", round.start + 1, round.end));
+            // At the start, and then about every tenth.
+            if first == 0 || last_tenth != first * 10 / num_units {
+                last_tenth = first * 10 / num_units;
+                tell(format!("quantizing unit {} of {num_units} to {}", first + 1, self.spec.dir.display()));
+            }
             let part = round.clone().map(|u| self.spec.unit_bytes[u]).max().unwrap_or(0);
             let flat = match round.clone().nth(rank) {
                 Some(unit) => self.sharded_flat(unit)?,

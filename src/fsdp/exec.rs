@@ -154,6 +154,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.lora.as_ref()
     }
 
+    /// Bytes of this rank's shards: of all layers, and of the head.
+    pub fn shard_bytes(&self) -> (usize, usize) {
+        let bytes = |layouts: &[UnitLayout]| layouts.iter().map(UnitLayout::shard_bytes).sum();
+        let (layers, head) = self.base.layouts.split_at(self.units.layers);
+        (bytes(layers), bytes(head))
+    }
+
     pub fn limits(&self) -> &Limits {
         &self.limits
     }

@@ -168,7 +168,7 @@ pub fn build(inputs: &Inputs) -> Vec<Action> {
         Accumulation::Layer => pass(inputs, &all, &mut visits),
         Accumulation::MicroBatch => all.chunks(1).for_each(|micro| pass(inputs, micro, &mut visits)),
     }
-    let mut actions = weave(&visits, inputs.num_slots);
+    let mut actions = weave(&merge(visits), inputs.num_slots);
     if inputs.mode == Mode::Train {
         let reduced_late = (0..inputs.units.layers).filter(|&layer| layer < inputs.num_grad_slots());
         actions
@@ -223,6 +223,23 @@ fn backward_visit(inputs: &Inputs, micros: &[usize], layer: usize) -> Visit {
         after.push(Action::Reduce { layer, grad_slot });
     }
     Visit { unit: Unit::Layer(layer), before, compute, after }
+}
+
+/// Visits of the same unit that follow each other become one: layer 0 ends a micro-batch's backward and begins the next
+/// one's forward.
+fn merge(visits: Vec<Visit>) -> Vec<Visit> {
+    let mut merged: Vec<Visit> = Vec::new();
+    for visit in visits {
+        match merged.last_mut() {
+            Some(last) if last.unit == visit.unit => {
+                last.compute.append(&mut last.after);
+                last.compute.extend(visit.before.into_iter().chain(visit.compute));
+                last.after = visit.after;
+            }
+            _ => merged.push(visit),
+        }
+    }
+    merged
 }
 
 /// Puts the gathers in, each as early as a slot is free: while a unit computes, the next is on its way.

@@ -1,0 +1,300 @@
+//! Options that must not change results, and the gates that prove streaming right.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{CpuEngine, EngineOptions, golden, on_all_ranks, relative_error};
+use fsdp_qlora::checkpoint::adapter;
+use fsdp_qlora::comm::Queue;
+use fsdp_qlora::data::{self, DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler};
+use fsdp_qlora::fsdp::check::check;
+use fsdp_qlora::fsdp::exec::RunArgs;
+use fsdp_qlora::fsdp::grads::Values;
+use fsdp_qlora::fsdp::schedule::{Accumulation, Action, Mode, Recompute, build};
+use fsdp_qlora::fsdp::unit::NumUnits;
+use fsdp_qlora::model::batch::MicroBatch;
+use fsdp_qlora::optim::adamw::Update;
+use fsdp_qlora::train::{eval, step};
+
+const LAYERS: usize = 2;
+
+fn update(step: u32, learning_rate: f64) -> Update {
+    Update { learning_rate, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1, max_grad_norm: Some(4.5), step }
+}
+
+/// The 24 rows of the golden steps.
+fn rows(packing: Packing) -> Dataset {
+    let options = DataOptions {
+        format: Format::Tokenized,
+        max_length: 128,
+        packing,
+        overlong: Overlong::Truncate,
+        loss_on: LossOn::Auto,
+    };
+    Dataset::load(&[golden("qlora_steps/rows.jsonl")], None, 320, &options).unwrap()
+}
+
+fn trainer() -> EngineOptions {
+    EngineOptions::new("tiny-bnb4-nested", Mode::Train).with_adapter("qlora_steps/start")
+}
+
+/// Losses, the gradients of step 1 by layer, and the final values by layer.
+#[derive(Clone, Debug, PartialEq)]
+struct Curve {
+    losses: Vec<f64>,
+    grads: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
+fn layers(engine: &mut CpuEngine, values: Values) -> Vec<Vec<f32>> {
+    (0..LAYERS).map(|layer| engine.gather_trainable_to_host(layer, values).unwrap()).collect()
+}
+
+/// Trains on a global batch of 6 (shuffled) rows a step.
+fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_steps: usize, dropout: f32) -> Curve {
+    let shards = tempfile::tempdir().unwrap();
+    let data = rows(Packing::None);
+    let mut options = options.clone();
+    options.max_micro_batches = 6usize.div_ceil(world_size * per_device);
+    options.adapter.as_mut().unwrap().settings.dropout = dropout;
+    let curves = on_all_ranks(world_size, |comm| {
+        let mut engine = options.engine(comm, shards.path());
+        let mut sampler = Sampler::new(data.sequences.len(), 42);
+        let mut curve = Curve { losses: Vec::new(), grads: Vec::new(), values: Vec::new() };
+        for i in 0..num_steps {
+            let rank = engine.queue.rank();
+            let batches = data::step_micro_batches(&data, &mut sampler, 6 * i as u64, 6, per_device, world_size, rank);
+            let update = update(i as u32 + 1, 1e-2);
+            let record = step::step(&mut engine, &batches, options.max_micro_batches, &update, 42).unwrap();
+            curve.losses.push(record.loss);
+            if i == 0 {
+                curve.grads = layers(&mut engine, Values::Grad);
+            }
+        }
+        curve.values = layers(&mut engine, Values::Master);
+        curve
+    });
+    assert!(curves.iter().all(|c| c == &curves[0]), "all ranks say the same");
+    curves[0].clone()
+}
+
+fn assert_close(a: &Curve, b: &Curve, what: &str) {
+    let relative = |i: usize| (a.losses[i] - b.losses[i]).abs() / b.losses[i];
+    assert!(relative(0) <= 1e-6, "{what}: step 1 {} for {}", a.losses[0], b.losses[0]);
+    for (layer, (x, y)) in a.grads.iter().zip(&b.grads).enumerate() {
+        let error = relative_error(x, y);
+        assert!(error <= 1e-5, "{what}: gradients of layer {layer} differ by {error:e}");
+    }
+    for i in 0..a.losses.len() {
+        assert!(relative(i) <= 1e-5, "{what}: step {} {} for {}", i + 1, a.losses[i], b.losses[i]);
+    }
+}
+
+#[test]
+fn six_steps_are_those_of_peft() {
+    let expected: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(golden("qlora_steps/steps.json")).unwrap()).unwrap();
+    let shards = tempfile::tempdir().unwrap();
+    let data = rows(Packing::None);
+    let mut options = trainer();
+    options.max_micro_batches = 2;
+    let config = fsdp_qlora::model::config::ModelConfig::load(&options.model).unwrap();
+    let final_adapter = adapter::load(&golden("qlora_steps/final"), &config).unwrap();
+    let grads_dir = tempfile::tempdir().unwrap();
+    std::fs::copy(golden("qlora_steps/final/adapter_config.json"), grads_dir.path().join("adapter_config.json"))
+        .unwrap();
+    std::fs::copy(golden("qlora_steps/grads.safetensors"), grads_dir.path().join("adapter_model.safetensors")).unwrap();
+    let grads = adapter::load(grads_dir.path(), &config).unwrap();
+    let layout = fsdp_qlora::model::lora::LoraLayout::new(&config, &final_adapter.settings.lora_config());
+    on_all_ranks(2, |comm| {
+        let mut engine = options.engine(comm, shards.path());
+        let rank = engine.queue.rank();
+        for (i, expected) in expected["steps"].as_array().unwrap().iter().enumerate() {
+            // Rows in the order of the file: 4 a step, one a micro-batch.
+            let micro = |m: usize| {
+                let document = &data.documents[4 * i + 2 * m + rank];
+                let mut batch = MicroBatch::new();
+                batch.push(document.sample_idx, &document.input_ids, &document.is_target);
+                batch
+            };
+            let update = update(i as u32 + 1, expected["learning_rate"].as_f64().unwrap());
+            let record = step::step(&mut engine, &[micro(0), micro(1)], 2, &update, 42).unwrap();
+            let close = |what: &str, ours: f64, tolerance: f64| {
+                let theirs = expected[what].as_f64().unwrap();
+                assert!((ours - theirs).abs() <= tolerance * theirs, "step {}: {what} {ours} for {theirs}", i + 1);
+            };
+            close("loss", record.loss, 1e-5);
+            close("grad_norm", record.grad_norm, 1e-5);
+            assert_eq!(record.num_target_tokens, expected["num_target_tokens"].as_u64().unwrap());
+            if i > 0 {
+                continue;
+            }
+            for (layer, ours) in layers(&mut engine, Values::Grad).iter().enumerate() {
+                for entry in layout.entries() {
+                    for range in [entry.a.clone(), entry.b.clone()] {
+                        let error = relative_error(&ours[range.clone()], &grads.layers[layer][range]);
+                        assert!(error <= 1e-5, "gradient of layer {layer} {}: off by {error:e}", entry.projection);
+                    }
+                }
+            }
+        }
+        for (layer, ours) in layers(&mut engine, Values::Master).iter().enumerate() {
+            let error = relative_error(ours, &final_adapter.layers[layer]);
+            assert!(error <= 1e-5, "final adapter of layer {layer} differs by {error:e}");
+        }
+    });
+}
+
+#[test]
+fn the_same_global_batch_on_any_number_of_ranks() {
+    let reference = train(&trainer(), 1, 6, 20, 0.1);
+    assert!(reference.losses[19] < reference.losses[0], "it learns: {:?}", reference.losses);
+    for (world_size, per_device) in [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)] {
+        let curve = train(&trainer(), world_size, per_device, 20, 0.1);
+        assert_close(&curve, &reference, &format!("{world_size} ranks, {per_device} a micro-batch"));
+    }
+}
+
+#[test]
+fn movement_and_lifetime_do_not_change_a_bit() {
+    for world_size in [1, 2, 3] {
+        let reference = train(&trainer(), world_size, 1, 4, 0.1);
+        for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
+            for recompute in [Recompute::All, Recompute::Nothing] {
+                for (replicated, delay) in [(false, 0), (true, 0), (false, 2)] {
+                    let mut options = trainer();
+                    (options.accumulation, options.recompute) = (accumulation, recompute);
+                    (options.replicated, options.delay) = (replicated, Duration::from_millis(delay));
+                    let curve = train(&options, world_size, 1, 4, 0.1);
+                    assert!(
+                        curve == reference,
+                        "{world_size} ranks, {accumulation:?}, {recompute:?}, no_shard {replicated}, delay {delay} ms: {:?} for {:?}",
+                        curve.losses,
+                        reference.losses
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_with_delays_are_those_of_the_unsharded_reference() {
+    let reference = train(&trainer(), 1, 6, 1, 0.0);
+    for world_size in [2, 3, 4] {
+        let mut options = trainer();
+        options.delay = Duration::from_millis(3);
+        assert_close(&train(&options, world_size, 1, 1, 0.0), &reference, &format!("{world_size} ranks"));
+    }
+}
+
+#[test]
+fn packed_documents_are_scored_as_if_they_were_alone() {
+    let shards = tempfile::tempdir().unwrap();
+    let mut options = trainer();
+    (options.mode, options.max_micro_batches) = (Mode::Score, 3);
+    on_all_ranks(2, |comm| {
+        let mut engine = options.engine(comm, shards.path());
+        let (world_size, rank) = (2, engine.queue.rank());
+        let mut score = |packing, max_tokens| {
+            let data = rows(packing);
+            let batches = data::eval_micro_batches(&data, max_tokens, world_size, rank);
+            eval::score(&mut engine, &batches, true).unwrap()
+        };
+        let (alone, packed, wide) =
+            (score(Packing::None, 1), score(Packing::BestFit, 128), score(Packing::BestFit, 256));
+        assert_eq!(alone.num_target_tokens, packed.num_target_tokens);
+        for other in [packed, wide] {
+            assert!((other.loss - alone.loss).abs() <= 1e-6 * alone.loss, "{} for {}", other.loss, alone.loss);
+        }
+    });
+}
+
+#[test]
+fn quantized_on_the_fly_or_by_bitsandbytes() {
+    let score = |model: &str, double_quant: bool| {
+        let shards = tempfile::tempdir().unwrap();
+        let mut options = EngineOptions::new(model, Mode::Score);
+        options.double_quant = Some(double_quant);
+        let data = rows(Packing::None);
+        on_all_ranks(1, |comm| {
+            let mut engine = options.engine(comm, shards.path());
+            eval::score(&mut engine, &data::eval_micro_batches(&data, 200, 1, 0), false).unwrap().loss
+        })[0]
+    };
+    assert_eq!(score("tiny", false).to_string(), score("tiny-bnb4", false).to_string());
+    let (ours, theirs) = (score("tiny", true), score("tiny-bnb4-nested", true));
+    assert!((ours - theirs).abs() <= 1e-5 * theirs, "{ours} for {theirs}");
+}
+
+#[test]
+fn a_rank_receives_only_the_others_shards() {
+    let shards = tempfile::tempdir().unwrap();
+    for (accumulation, passes) in [(Accumulation::Layer, 1), (Accumulation::MicroBatch, 3)] {
+        let mut options = trainer();
+        (options.accumulation, options.max_micro_batches) = (accumulation, 3);
+        let data = rows(Packing::None);
+        on_all_ranks(2, |comm| {
+            let mut engine = options.engine(comm, shards.path());
+            let rank = engine.queue.rank();
+            let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 6, 1, 2, rank);
+            let record = step::step(&mut engine, &batches, 3, &update(1, 1e-3), 42).unwrap();
+            // Its own file has one shard of each unit; each pass gathers layers twice and the head once.
+            let (layers, head) = engine.shard_bytes();
+            assert!(layers > 0 && head > 0);
+            // Between micro-batches layer 0 stays.
+            let kept = (passes - 1) * layers / LAYERS;
+            assert_eq!(record.gathered_bytes, passes * (2 * layers + head) - kept);
+        });
+    }
+}
+
+/// Runs one training step with a schedule that lacks an action; `Err` is the executor's or the checker's word.
+fn run_without(
+    removed: Option<usize>,
+    world_size: usize,
+) -> (Vec<Action>, Vec<anyhow::Result<()>>, anyhow::Result<()>) {
+    let shards = tempfile::tempdir().unwrap();
+    let mut options = trainer();
+    (options.max_micro_batches, options.delay) = (3, Duration::from_millis(2));
+    let data = rows(Packing::None);
+    let config = fsdp_qlora::model::config::ModelConfig::load(&options.model).unwrap();
+    let mut results = on_all_ranks(world_size, |comm| {
+        let mut engine = options.engine(comm, shards.path());
+        let inputs = engine.limits().inputs(NumUnits::new(&config), Mode::Train, 3);
+        let mut actions = build(&inputs);
+        if let Some(i) = removed {
+            actions.remove(i);
+        }
+        let checked = check(&actions, &inputs);
+        let update = update(1, 1e-2);
+        let args = RunArgs {
+            mode: Mode::Train,
+            num_micro_batches: 3,
+            coefficient: 0.01,
+            adapter: true,
+            dropout: None,
+            update: Some(&update),
+            num_past_tokens: 0,
+        };
+        let rank = engine.queue.rank();
+        let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 6, 1, world_size, rank);
+        (actions.clone(), engine.perform(&actions, &args, &batches).map(|_| ()), checked)
+    });
+    let (actions, _, checked) = results.pop().unwrap();
+    (actions, results.into_iter().map(|(_, performed, _)| performed).collect(), checked)
+}
+
+#[test]
+fn without_any_one_wait_the_checker_and_the_executor_fail() {
+    let (actions, performed, checked) = run_without(None, 2);
+    assert!(performed.iter().all(Result::is_ok) && checked.is_ok());
+    let waits: Vec<usize> = (0..actions.len()).filter(|&i| actions[i].is_wait()).collect();
+    assert_eq!(waits.len(), 2 * LAYERS + 1 + LAYERS, "gathers of two passes and the head, and reduces");
+    for i in waits {
+        let (_, performed, checked) = run_without(Some(i), 2);
+        assert!(checked.is_err(), "the checker passes without {:?}", actions[i]);
+        assert!(performed.iter().all(Result::is_err), "the executor runs without {:?}", actions[i]);
+    }
+}
