@@ -69,7 +69,7 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
     };
     let mut engine = start.engine(comm, threads, base, adapter.as_ref(), limits)?;
     let sampling = Sampling { temperature: args.temperature, seed: args.seed, max_new_tokens: args.max_new_tokens };
-    let tokens = generate(&mut engine, &prompt, &tokenizer.eos_token_ids(), &sampling, adapter.is_some())?;
+    let tokens = generate(&mut engine, &prompt, tokenizer.eos_token_ids(), &sampling, adapter.is_some())?;
     if start.log.enabled {
         println!("{}", tokenizer.decode(&tokens, true)?);
     }

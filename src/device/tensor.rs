@@ -26,14 +26,16 @@ pub struct Buffer<D: Device, T> {
 pub struct View<'a, D, T> {
     addr: usize,
     len: usize,
-    _borrow: PhantomData<(&'a T, fn() -> D)>,
+    _borrow: PhantomData<&'a T>,
+    _device: PhantomData<fn() -> D>,
 }
 
 /// An exclusive borrow of a range of device memory.
 pub struct ViewMut<'a, D, T> {
     addr: usize,
     len: usize,
-    _borrow: PhantomData<(&'a mut T, fn() -> D)>,
+    _borrow: PhantomData<&'a mut T>,
+    _device: PhantomData<fn() -> D>,
 }
 
 impl<D: Device, T: Element> Buffer<D, T> {
@@ -59,13 +61,13 @@ impl<D: Device, T: Element> Buffer<D, T> {
     /// The whole buffer, shared.
     pub fn view(&self) -> View<'_, D, T> {
         assert!(self.region.is_some(), "a buffer of a measuring arena has no memory");
-        View { addr: self.addr, len: self.len, _borrow: PhantomData }
+        View { addr: self.addr, len: self.len, _borrow: PhantomData, _device: PhantomData }
     }
 
     /// The whole buffer, exclusive.
     pub fn view_mut(&mut self) -> ViewMut<'_, D, T> {
         assert!(self.region.is_some(), "a buffer of a measuring arena has no memory");
-        ViewMut { addr: self.addr, len: self.len, _borrow: PhantomData }
+        ViewMut { addr: self.addr, len: self.len, _borrow: PhantomData, _device: PhantomData }
     }
 
     /// The first `len` elements, shared.
@@ -105,7 +107,12 @@ impl<'a, D: Device, T: Element> View<'a, D, T> {
     /// A part; panics when it does not lie inside.
     pub fn range(self, range: Range<usize>) -> View<'a, D, T> {
         check_range(&range, self.len);
-        View { addr: self.addr + range.start * size_of::<T>(), len: range.len(), _borrow: PhantomData }
+        View {
+            addr: self.addr + range.start * size_of::<T>(),
+            len: range.len(),
+            _borrow: PhantomData,
+            _device: PhantomData,
+        }
     }
 }
 
@@ -128,26 +135,41 @@ impl<'a, D: Device, T: Element> ViewMut<'a, D, T> {
     /// A part; panics when it does not lie inside.
     pub fn into_range(self, range: Range<usize>) -> ViewMut<'a, D, T> {
         check_range(&range, self.len);
-        ViewMut { addr: self.addr + range.start * size_of::<T>(), len: range.len(), _borrow: PhantomData }
+        ViewMut {
+            addr: self.addr + range.start * size_of::<T>(),
+            len: range.len(),
+            _borrow: PhantomData,
+            _device: PhantomData,
+        }
     }
 
     /// A shorter exclusive borrow of a part.
     pub fn range_mut(&mut self, range: Range<usize>) -> ViewMut<'_, D, T> {
         check_range(&range, self.len);
-        ViewMut { addr: self.addr + range.start * size_of::<T>(), len: range.len(), _borrow: PhantomData }
+        ViewMut {
+            addr: self.addr + range.start * size_of::<T>(),
+            len: range.len(),
+            _borrow: PhantomData,
+            _device: PhantomData,
+        }
     }
 
     /// The same range, shared for as long as this borrow is not used.
     pub fn view(&self) -> View<'_, D, T> {
-        View { addr: self.addr, len: self.len, _borrow: PhantomData }
+        View { addr: self.addr, len: self.len, _borrow: PhantomData, _device: PhantomData }
     }
 
     /// Two parts that do not overlap.
     pub fn split_at(self, mid: usize) -> (ViewMut<'a, D, T>, ViewMut<'a, D, T>) {
         check_range(&(0..mid), self.len);
         (
-            ViewMut { addr: self.addr, len: mid, _borrow: PhantomData },
-            ViewMut { addr: self.addr + mid * size_of::<T>(), len: self.len - mid, _borrow: PhantomData },
+            ViewMut { addr: self.addr, len: mid, _borrow: PhantomData, _device: PhantomData },
+            ViewMut {
+                addr: self.addr + mid * size_of::<T>(),
+                len: self.len - mid,
+                _borrow: PhantomData,
+                _device: PhantomData,
+            },
         )
     }
 }

@@ -29,9 +29,11 @@ pub struct Base {
     pub shards: Vec<SharedBytes>,
     /// `[hidden_size]`; every rank has it.
     pub final_norm: Vec<f32>,
-    /// Rows of the embedding table: `(ids, out [ids, hidden_size])`.
-    pub embed: Box<dyn Fn(&[u32], &mut [f32]) -> Result<()>>,
+    pub embed: Box<Embed>,
 }
+
+/// Copies rows of the embedding table: `(ids, out [ids, hidden_size])`.
+pub type Embed = dyn Fn(&[u32], &mut [f32]) -> Result<()>;
 
 /// What one run of a schedule is about, besides its micro-batches.
 #[derive(Clone, Copy, Debug)]

@@ -178,18 +178,17 @@ mod tests {
                     }
                 }
                 assert_eq!(layout.shard_range(num_shards - 1).end, layout.flat_bytes());
-                for idx in 0..tensors.len() {
+                for (idx, tensor) in tensors.iter().enumerate() {
                     let mut next = 0;
                     for segment in layout.segments(idx) {
                         assert_eq!(segment.weights.start, next);
                         assert!(
-                            segment.weights.end == tensors[idx].elements.len()
-                                || segment.weights.end % RECORD_WEIGHTS == 0
+                            segment.weights.end == tensor.elements.len() || segment.weights.end % RECORD_WEIGHTS == 0
                         );
-                        assert_eq!(tensors[idx].encoding.tensor_bytes(segment.weights.len()), segment.bytes.len());
+                        assert_eq!(tensor.encoding.tensor_bytes(segment.weights.len()), segment.bytes.len());
                         next = segment.weights.end;
                     }
-                    assert_eq!(next, tensors[idx].elements.len(), "every weight is somewhere");
+                    assert_eq!(next, tensor.elements.len(), "every weight is somewhere");
                 }
             }
         }
