@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use common::{EngineOptions, golden, on_all_ranks, relative_error};
 use fsdp_qlora::device::ops::Dequantize;
@@ -59,7 +59,7 @@ fn nf4_is_that_of_bitsandbytes() {
     assert_eq!(file["dynamic_map"], *DYNAMIC_MAP);
     let cases: Vec<&str> = file.keys().filter_map(|k| k.strip_suffix(".weight")).collect();
     assert!(cases.len() >= 7, "{cases:?}");
-    let (mut num_codes, mut num_off) = (0usize, 0usize);
+    let mut off = HashSet::new();
     for case in cases {
         let get = |part: &str| &file[&format!("{case}.{part}")];
         let weight = get("weight");
@@ -80,10 +80,11 @@ fn nf4_is_that_of_bitsandbytes() {
         let nested = quantize_absmax_around(get("absmax"), offset);
         assert_eq!(nested.nested_absmax, *get("dq.nested_absmax"), "{case}: nested absmax");
         assert_eq!(nested.codes, bytes_of(get("dq.nearest")), "{case}: nearest codes");
-        for (ours, theirs) in nested.codes.iter().zip(bytes_of(get("dq.absmax"))) {
+        for ((ours, theirs), absmax) in nested.codes.iter().zip(bytes_of(get("dq.absmax"))).zip(get("absmax")) {
             assert!(ours.abs_diff(theirs) <= 1, "{case}: 8-bit code {ours} for {theirs}");
-            num_codes += 1;
-            num_off += usize::from(*ours != theirs);
+            if *ours != theirs {
+                off.insert((case, absmax.to_bits()));
+            }
         }
         let theirs = fsdp_qlora::quant::double::NestedAbsmax { codes: bytes_of(get("dq.absmax")), ..nested };
         // Their codes too: a block of zeros, whose absmax is not quite zero after double quantization, shows its code.
@@ -91,8 +92,9 @@ fn nf4_is_that_of_bitsandbytes() {
         let theirs = Nf4Tensor { absmax: Absmax::Nested(theirs), codes, ..double };
         assert_eq!(dequantize(&theirs), *get("dq.dequantized"), "{case}: dequantized from nested absmax");
     }
-    // bitsandbytes' CPU table may land one code off in 0.3 % (at least one, of this few).
-    assert!(num_off <= (num_codes * 3).div_ceil(1000), "{num_off} of {num_codes} codes are off");
+    // bitsandbytes' CPU table lands one code off for some: for 3,807 of the 1,658,880 values of SmolLM2-135M (0.23 %), and for
+    // two values of this file.
+    assert_eq!(off.len(), 2, "{off:?} are off");
 }
 
 /// Equal, but for blocks of zeros (CPU 7, CUDA 0) and the last, short block, which the CPU code divides.
