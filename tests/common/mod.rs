@@ -1,6 +1,8 @@
 //! What the integration tests share: ranks as threads, and an engine on each.
 #![allow(dead_code)]
 
+pub mod cli;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

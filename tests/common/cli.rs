@@ -1,0 +1,127 @@
+//! The program as a user runs it: a tiny model in a temporary folder, and the binary, alone or under mpirun.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use tempfile::TempDir;
+
+/// A copy of the tiny model with its tokenizer, some rows, and a cache of its own.
+pub struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        let place = Place { dir: tempfile::tempdir().unwrap() };
+        std::fs::create_dir(place.path("model")).unwrap();
+        for file in [
+            "tiny/config.json",
+            "tiny/model.safetensors",
+            "tokenizer/tokenizer.json",
+            "tokenizer/tokenizer_config.json",
+        ] {
+            let to = place.path("model").join(Path::new(file).file_name().unwrap());
+            std::fs::copy(super::golden(file), to).unwrap();
+        }
+        std::fs::copy(super::golden("qlora_steps/rows.jsonl"), place.path("rows.jsonl")).unwrap();
+        place.write(
+            "recipe.yaml",
+            "model: model\noutput_dir: out\ndata: {train: rows.jsonl, max_length: 128, packing: false}\n\
+             lora: {r: 4, lora_dropout: 0.0}\n\
+             training: {global_batch_size: 6, max_steps: 3, learning_rate: 1.0e-2, warmup_steps: 0}\n",
+        );
+        place
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn write(&self, name: &str, content: impl AsRef<[u8]>) {
+        std::fs::write(self.path(name), content).unwrap();
+    }
+
+    pub fn read(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.path(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+    }
+
+    /// Changes config.json of the model.
+    pub fn config(&self, key: &str, value: serde_json::Value) {
+        let mut config: serde_json::Value = serde_json::from_slice(&self.read("model/config.json")).unwrap();
+        config[key] = value;
+        self.write("model/config.json", config.to_string());
+    }
+
+    /// The program with these arguments.
+    pub fn command(&self, args: &[&str]) -> Command {
+        self.with_environment(Command::new(env!("CARGO_BIN_EXE_fsdp-qlora")), args)
+    }
+
+    /// The program on some ranks.
+    pub fn mpirun(&self, ranks: usize, args: &[&str]) -> Command {
+        let mut command = Command::new(std::env::var("MPIEXEC").unwrap_or("mpirun".into()));
+        command.args(["-np", &ranks.to_string(), env!("CARGO_BIN_EXE_fsdp-qlora")]);
+        self.with_environment(command, args)
+    }
+
+    fn with_environment(&self, mut command: Command, args: &[&str]) -> Command {
+        command.args(args).current_dir(self.dir.path()).env("FSDP_QLORA_CACHE", self.path("cache"));
+        for (name, value) in [
+            ("RAYON_NUM_THREADS", "1"),
+            ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+            ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+            ("PRTE_ALLOW_RUN_AS_ROOT", "1"),
+            ("PRTE_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+            ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+            ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
+            ("OMPI_MCA_hwloc_base_binding_policy", "none"),
+            ("OMPI_MCA_mpi_yield_when_idle", "1"),
+        ] {
+            command.env(name, value);
+        }
+        command
+    }
+
+    /// Files below the folder whose names say that they are not finished, or that are results.
+    pub fn results(&self) -> Vec<String> {
+        fn walk(dir: &Path, found: &mut Vec<String>) {
+            for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    walk(&path, found);
+                } else if ["out", "cache", "shards"].iter().any(|d| path.components().any(|c| c.as_os_str() == *d)) {
+                    found.push(path.display().to_string());
+                }
+            }
+        }
+        let mut found = Vec::new();
+        walk(self.dir.path(), &mut found);
+        found
+    }
+}
+
+/// Standard error of a run that must end well.
+pub fn succeeds(mut command: Command) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e} (scripts/setup installs mpirun)"));
+    let text = stderr(&output);
+    assert!(output.status.success(), "{command:?}: {:?}\n{text}", output.status);
+    text
+}
+
+/// Standard error of a run that must fail with this status.
+pub fn fails(mut command: Command, status: i32) -> String {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e} (scripts/setup installs mpirun)"));
+    let text = stderr(&output);
+    assert_eq!(output.status.code(), Some(status), "{command:?}\n{text}");
+    text
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Lines of a metrics.jsonl.
+pub fn metrics(bytes: &[u8]) -> Vec<serde_json::Value> {
+    std::str::from_utf8(bytes).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}

@@ -1,0 +1,142 @@
+//! Real runs under mpirun: the same results on any number of ranks, and one way to die.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::cli::{Place, fails, metrics, succeeds};
+use serde_json::Value;
+
+const TRAIN: [&str; 3] = ["train", "-c", "recipe.yaml"];
+
+/// Everything must be gone after this.
+const END: Duration = Duration::from_secs(10);
+
+#[test]
+fn one_two_three_and_four_ranks() {
+    let losses = |ranks: usize| -> Vec<f64> {
+        let place = Place::new();
+        succeeds(place.mpirun(ranks, &TRAIN));
+        metrics(&place.read("out/metrics.jsonl")).iter().map(|line| line["loss"].as_f64().unwrap()).collect()
+    };
+    let reference = losses(1);
+    assert_eq!(reference.len(), 3);
+    for ranks in [2, 3, 4] {
+        for (step, (a, b)) in losses(ranks).iter().zip(&reference).enumerate() {
+            let tolerance = if step == 0 { 1e-6 } else { 1e-5 };
+            assert!((a - b).abs() <= tolerance * b, "{ranks} ranks, step {}: {a} for {b}", step + 1);
+        }
+    }
+}
+
+#[test]
+fn the_same_run_twice_gives_the_same_bytes() {
+    let run = || {
+        let place = Place::new();
+        let mut args = TRAIN.to_vec();
+        args.extend(["--set", "lora.lora_dropout=0.1", "--set", "data.eval=0.2"]);
+        succeeds(place.mpirun(2, &args));
+        let mut lines = metrics(&place.read("out/metrics.jsonl"));
+        for line in lines.iter_mut().filter_map(Value::as_object_mut) {
+            for key in ["tokens_per_second", "step_ms", "compute_ms", "gather_wait_ms", "peak_host_bytes"] {
+                line.remove(key);
+            }
+        }
+        assert!(
+            lines.len() == 5 && lines[0]["eval_loss"].is_number() && lines[4]["eval_loss"].is_number(),
+            "{lines:?}"
+        );
+        (place.read("out/adapter_model.safetensors"), lines)
+    };
+    assert!(run() == run());
+}
+
+#[test]
+fn shard_files_do_not_depend_on_who_computed_them() {
+    let place = Place::new();
+    let quantize = |output: &'static str| ["quantize", "--model", "model", "--world-size", "3", "--output", output];
+    succeeds(place.command(&quantize("alone")));
+    succeeds(place.mpirun(2, &quantize("two")));
+    succeeds(place.mpirun(3, &quantize("three")));
+    for shard in 0..3 {
+        let read = |dir: &str| place.read(&format!("{dir}/nf4-{shard:05}-of-00003.safetensors"));
+        assert!(read("alone") == read("two") && read("alone") == read("three"), "shard {shard}");
+    }
+    let mut args = TRAIN.to_vec();
+    args.extend(["--set", "shards=alone"]);
+    assert!(!succeeds(place.mpirun(3, &args)).contains("quantizing"), "training maps the files that are there");
+}
+
+#[test]
+fn evaluation_and_generation_on_two_ranks() {
+    let place = Place::new();
+    succeeds(place.mpirun(2, &TRAIN));
+    let eval = ["eval", "--model", "model", "--adapter", "out", "--dataset", "rows.jsonl", "--json"];
+    let generate = ["generate", "--model", "model", "--adapter", "out", "--prompt", "ab", "--max-new-tokens", "12"];
+    let stdout = |mut command: std::process::Command| {
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let loss = |text: String| serde_json::from_str::<Value>(&text).unwrap()["loss"].as_f64().unwrap();
+    let (one, two) = (loss(stdout(place.command(&eval))), loss(stdout(place.mpirun(2, &eval))));
+    assert!((one - two).abs() <= 1e-6 * one, "{one} and {two}");
+    assert_eq!(stdout(place.command(&generate)), stdout(place.mpirun(2, &generate)));
+}
+
+#[test]
+fn a_panic_or_an_error_of_one_rank_ends_all_with_its_cause_on_top() {
+    for (fault, cause) in [("panic:1:2", "a panic was asked for"), ("error:1:2", "an error was asked for")] {
+        let place = Place::new();
+        let mut command = place.mpirun(3, &TRAIN);
+        command.env("FSDP_QLORA_FAULT", fault);
+        let start = Instant::now();
+        let text = fails(command, 1);
+        assert!(start.elapsed() < END, "{:?}", start.elapsed());
+        let before_mpirun: Vec<&str> = text.lines().take_while(|l| !l.contains("MPI_ABORT was invoked")).collect();
+        let told: Vec<&&str> = before_mpirun.iter().filter(|l| l.contains(cause) || l.contains("rank 1: ")).collect();
+        assert!(!told.is_empty() && told[0].starts_with("rank 1: "), "{text}");
+        assert!(!place.path("out/adapter_model.safetensors").exists());
+        assert_eq!(ranks_of(&place), Vec::<u32>::new(), "left running");
+    }
+}
+
+#[test]
+fn a_killed_rank_ends_all() {
+    let place = Place::new();
+    let mut args = TRAIN.to_vec();
+    args.extend(["--set", "training.max_steps=100000"]);
+    let mut child =
+        place.mpirun(3, &args).stderr(std::process::Stdio::null()).spawn().expect("mpirun (scripts/setup installs it)");
+    let start = Instant::now();
+    while std::fs::read_to_string(place.path("out/metrics.jsonl")).unwrap_or_default().lines().count() < 2 {
+        assert!(start.elapsed() < Duration::from_secs(60), "no step was made");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let ranks = ranks_of(&place);
+    assert_eq!(ranks.len(), 3);
+    let killed = std::process::Command::new("kill").args(["-9", &ranks[1].to_string()]).status().unwrap();
+    assert!(killed.success());
+    let start = Instant::now();
+    let status = child.wait().unwrap();
+    assert!(!status.success() && start.elapsed() < END, "{status:?} after {:?}", start.elapsed());
+    assert_eq!(ranks_of(&place), Vec::<u32>::new(), "left running");
+}
+
+/// Processes of the program that work in this place.
+fn ranks_of(place: &Place) -> Vec<u32> {
+    let cache = format!("FSDP_QLORA_CACHE={}", place.path("cache").display());
+    let mut ranks: Vec<u32> = std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            let text = String::from_utf8_lossy(&environment).into_owned();
+            text.contains(&cache) && text.contains("OMPI_COMM_WORLD_RANK=")
+                || text.contains(&cache) && text.contains("PMI_RANK=")
+        })
+        .collect();
+    ranks.sort_unstable();
+    ranks
+}
