@@ -51,12 +51,15 @@ fn layers(engine: &mut CpuEngine, values: Values) -> Vec<Vec<f32>> {
     (0..LAYERS).map(|layer| engine.gather_trainable_to_host(layer, values).unwrap()).collect()
 }
 
-/// Trains on a global batch of 6 (shuffled) rows a step.
+/// Sequences of a step.
+const GLOBAL_BATCH: usize = 8;
+
+/// Trains on a global batch of shuffled rows a step.
 fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_steps: usize, dropout: f32) -> Curve {
     let shards = tempfile::tempdir().unwrap();
     let data = rows(Packing::None);
     let mut options = options.clone();
-    options.max_micro_batches = 6usize.div_ceil(world_size * per_device);
+    options.max_micro_batches = GLOBAL_BATCH.div_ceil(world_size * per_device);
     options.adapter.as_mut().unwrap().settings.dropout = dropout;
     let curves = on_all_ranks(world_size, |comm| {
         let mut engine = options.engine(comm, shards.path());
@@ -64,7 +67,7 @@ fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_step
         let mut curve = Curve { losses: Vec::new(), grads: Vec::new(), values: Vec::new() };
         for i in 0..num_steps {
             let rank = engine.queue.rank();
-            let batches = data::step_micro_batches(&data, &mut sampler, 6 * i as u64, 6, per_device, world_size, rank);
+            let batches = step_batches(&data, &mut sampler, i, per_device, world_size, rank);
             let update = update(i as u32 + 1, 1e-2);
             let record = step::step(&mut engine, &batches, options.max_micro_batches, &update, 42).unwrap();
             curve.losses.push(record.loss);
@@ -77,6 +80,18 @@ fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_step
     });
     assert!(curves.iter().all(|c| c == &curves[0]), "all ranks say the same");
     curves[0].clone()
+}
+
+fn step_batches(
+    data: &Dataset,
+    sampler: &mut Sampler,
+    step_idx: usize,
+    per_device: usize,
+    world_size: usize,
+    rank: usize,
+) -> Vec<MicroBatch> {
+    let cursor = (step_idx * GLOBAL_BATCH) as u64;
+    data::step_micro_batches(data, sampler, cursor, GLOBAL_BATCH, per_device, world_size, rank)
 }
 
 fn assert_close(a: &Curve, b: &Curve, what: &str) {
@@ -148,9 +163,9 @@ fn six_steps_are_those_of_peft() {
 
 #[test]
 fn the_same_global_batch_on_any_number_of_ranks() {
-    let reference = train(&trainer(), 1, 6, 20, 0.1);
+    let reference = train(&trainer(), 1, GLOBAL_BATCH, 20, 0.1);
     assert!(reference.losses[19] < reference.losses[0], "it learns: {:?}", reference.losses);
-    for (world_size, per_device) in [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)] {
+    for (world_size, per_device) in [(1, 1), (1, 4), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)] {
         let curve = train(&trainer(), world_size, per_device, 20, 0.1);
         assert_close(&curve, &reference, &format!("{world_size} ranks, {per_device} a micro-batch"));
     }
@@ -181,7 +196,7 @@ fn movement_and_lifetime_do_not_change_a_bit() {
 
 #[test]
 fn gradients_with_delays_are_those_of_the_unsharded_reference() {
-    let reference = train(&trainer(), 1, 6, 1, 0.0);
+    let reference = train(&trainer(), 1, GLOBAL_BATCH, 1, 0.0);
     for world_size in [2, 3, 4] {
         let mut options = trainer();
         options.delay = Duration::from_millis(3);

@@ -138,7 +138,7 @@ pub struct CrossEntropyPiece<'a, D: Device> {
     pub first_id: usize,
 }
 
-/// target_rows[i] = W[target] where the target of row i lies in this piece, `[N, H]`; other rows are left as they are. The
+/// `target_rows[i] = W[target]` where the target of row i lies in this piece, `[N, H]`; other rows are left as they are. The
 /// rows are kept apart from `acc`, which is rescaled until the last piece.
 pub struct GatherTargetRows<'a, D: Device> {
     pub target_rows: ViewMut<'a, D, D::Act>,
@@ -147,7 +147,7 @@ pub struct GatherTargetRows<'a, D: Device> {
     pub first_id: usize,
 }
 
-/// d_x = coefficient · (acc / sum − W[target]) per row, `[N, H]`: the gradient of −coefficient · log p(target).
+/// `d_x = coefficient · (acc / sum − W[target])` per row, `[N, H]`: the gradient of −coefficient · log p(target).
 pub struct CrossEntropyFinish<'a, D: Device> {
     pub d_x: ViewMut<'a, D, D::Act>,
     pub acc: View<'a, D, f32>,
@@ -233,7 +233,7 @@ pub trait Ops: Device {
     fn cast(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, f32>) -> Result<()>;
     /// f32 host values as activations.
     fn upload_activations(&self, y: ViewMut<'_, Self, Self::Act>, x: &[f32]) -> Result<()>;
-    /// y[i] = x[rows[i]]; rows of `width`.
+    /// `y[i] = x[rows[i]]`; rows of `width`.
     fn gather_rows(
         &self,
         y: ViewMut<'_, Self, Self::Act>,
@@ -241,7 +241,7 @@ pub trait Ops: Device {
         rows: View<'_, Self, u32>,
         width: usize,
     ) -> Result<()>;
-    /// y = 0, then y[rows[i]] = x[i]; rows of `width`, all different.
+    /// `y = 0`, then `y[rows[i]] = x[i]`; rows of `width`, all different.
     fn scatter_rows(
         &self,
         y: ViewMut<'_, Self, Self::Act>,

@@ -1,4 +1,4 @@
-//! Fully sharded data parallelism: where bytes lie ([`layout`], [`unit`]), what happens in which order ([`schedule`],
+//! Fully sharded data parallelism: where bytes lie ([`layout`], [`mod@unit`]), what happens in which order ([`schedule`],
 //! proved by [`check`]), and the loop that performs it ([`exec`]).
 
 pub mod check;

@@ -195,7 +195,7 @@ pub struct HeadState<D: Device> {
     pub max: Buffer<D, f32>,
     pub sum: Buffer<D, f32>,
     pub target_logit: Buffer<D, f32>,
-    /// Σ exp(logit − max) · W, and W[target]: `[N, hidden]`, with backward only.
+    /// `Σ exp(logit − max) · W`, and `W[target]`: `[N, hidden]`, with backward only.
     pub acc: Buffer<D, f32>,
     pub target_rows: Buffer<D, D::Act>,
     pub num_targets: usize,

@@ -57,7 +57,7 @@ impl EngineOptions {
             double_quant: None,
             replicated: false,
             mode,
-            max_tokens: 256,
+            max_tokens: 320,
             max_micro_batches: 1,
             accumulation: Accumulation::Layer,
             recompute: Recompute::All,
