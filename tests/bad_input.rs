@@ -45,10 +45,13 @@ fn with_weight(place: &Place, tensor: &str, value: f32) {
 
 const GATE: &str = "model.layers.1.mlp.gate_proj.weight";
 
+/// What is done to the model's folder.
+type Damage = Box<dyn Fn(&Place)>;
+
 #[test]
 fn damaged_safetensors() {
     let whole = Place::new().read("model/model.safetensors");
-    let cases: [(&str, Box<dyn Fn(&Place)>, &[&str]); 9] = [
+    let cases: [(&str, Damage, &[&str]); 9] = [
         (
             "missing",
             Box::new(|p| std::fs::remove_file(p.path("model/model.safetensors")).unwrap()),
