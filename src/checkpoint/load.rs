@@ -109,12 +109,18 @@ fn num_records(layout: &UnitLayout) -> usize {
 
 impl OpenedBase {
     /// Maps this rank's shard, after all ranks together have made the files if any of them lacks its own. `tell` gets
-    /// lines for people.
-    pub fn load(self, comm: &mut dyn Comm, writes: bool, tell: &mut dyn FnMut(String)) -> Result<Base> {
+    /// progress, the same on all ranks; `warn` what is wrong with this rank's file.
+    pub fn load(
+        self,
+        comm: &mut dyn Comm,
+        writes: bool,
+        tell: &mut dyn FnMut(String),
+        warn: &mut dyn FnMut(String),
+    ) -> Result<Base> {
         let shard = if self.spec.num_shards == 1 { 0 } else { comm.rank() };
         let found = self.spec.open(shard)?;
         if let Found::Invalid(reason) = &found {
-            tell(format!("{reason}; it is made again"));
+            warn(format!("{reason}; it is made again"));
         }
         let mut units = match found {
             Found::Valid(units) => Some(units),

@@ -30,8 +30,8 @@ pub struct EvalArgs {
     #[arg(long)]
     dataset: PathBuf,
     /// Longer rows are handled as data.overlong says (--set)
-    #[arg(long, default_value_t = 1024)]
-    max_length: usize,
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
+    max_length: u32,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -43,7 +43,8 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     let opened = start.open(&job)?;
     let config = opened.config.clone();
     let adapter = args.adapter.as_ref().map(|dir| adapter::load(dir, &config)).transpose().context("--adapter")?;
-    let options = data::DataOptions { max_length: args.max_length, ..super::train::data_options(&job) };
+    let options =
+        data::DataOptions { max_length: args.max_length as usize, ..super::train::data_options(&job).for_evaluation() };
     let tokenizer = match (TextTokenizer::load(&job.model), options.format) {
         (Err(_), data::Format::Tokenized) => None,
         (tokenizer, _) => Some(tokenizer?),

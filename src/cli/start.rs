@@ -76,7 +76,8 @@ impl Start<'_> {
         let mut comm = MpiComm::new(self.world);
         let threads = self.threads(&mut comm)?;
         let writes = opened.spec.num_shards > 1 || self.world.local_rank == 0;
-        let base = opened.load(&mut comm, writes, &mut |line| self.log.line(line))?;
+        let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
+        let base = opened.load(&mut comm, writes, &mut |line| self.log.line(line), &mut warn)?;
         Ok((comm, threads, base))
     }
 

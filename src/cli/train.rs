@@ -88,8 +88,8 @@ fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, 
     let (train, eval) = match &job.data.eval {
         None => (Dataset::load(paths, tokenizer, vocab_size, &options)?, None),
         Some(EvalData::File(file)) => {
-            let eval =
-                Dataset::load(std::slice::from_ref(file), tokenizer, vocab_size, &options).context("data.eval")?;
+            let eval = Dataset::load(std::slice::from_ref(file), tokenizer, vocab_size, &options.for_evaluation())
+                .context("data.eval")?;
             (Dataset::load(paths, tokenizer, vocab_size, &options).context("data.train")?, Some(eval))
         }
         Some(EvalData::Fraction(fraction)) => {

@@ -37,6 +37,8 @@ impl ChatTemplate {
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", to_json);
         environment.add_filter("mark_generation", |text: String| format!("{SPAN_BEGIN}{text}{SPAN_END}"));
+        // To minijinja none is iterable, to Jinja not; undefined is to both. Templates ask it of `tools`, which is none.
+        environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -206,6 +208,13 @@ mod tests {
         assert_eq!(indented.unwrap().text, "{\n \"b\": [\n  1,\n  \"<ü>\"\n ],\n \"a\": {}\n}");
         let ascii = template("{{ messages[0] | tojson(ensure_ascii=true) }}").render(&messages, false);
         assert!(format!("{:#}", ascii.unwrap_err()).contains("ensure_ascii"));
+    }
+
+    #[test]
+    fn what_is_iterable_is_pythons() {
+        let source = "{{ tools is iterable }} {{ nothing is iterable }} {{ messages is iterable }} {{ 1 is iterable }}";
+        let rendered = template(source).render(&[], false).unwrap();
+        assert_eq!(rendered.text.to_lowercase(), "false true true false");
     }
 
     #[test]

@@ -79,6 +79,16 @@ pub struct DataOptions {
     pub loss_on: LossOn,
 }
 
+impl DataOptions {
+    /// Documents are evaluated whole: what would be cut to fill sequences is packed by best fit.
+    pub fn for_evaluation(self) -> DataOptions {
+        match self.packing {
+            Packing::Wrapped => DataOptions { packing: Packing::BestFit, ..self },
+            Packing::BestFit | Packing::None => self,
+        }
+    }
+}
+
 /// Tokens that may attend to each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Document {
@@ -157,7 +167,7 @@ impl Dataset {
     }
 
     /// The same in two parts, training and held out. Rows are told apart by a hash of their answer, so that no answer is
-    /// in both.
+    /// in both. Held-out rows are never cut by packing: `wrapped` packs them as `true` does.
     pub fn load_with_held_out(
         paths: &[PathBuf],
         tokenizer: Option<&TextTokenizer>,
@@ -174,8 +184,9 @@ impl Dataset {
             train.len(),
             held_out.len()
         );
-        let part = |rows: &[Row]| Dataset::from_rows(rows, tokenizer, vocab_size, options);
-        Ok((part(&train)?, part(&held_out).context("data.eval: the held-out rows")?))
+        let whole = options.for_evaluation();
+        let part = |rows: &[Row], options| Dataset::from_rows(rows, tokenizer, vocab_size, options);
+        Ok((part(&train, options)?, part(&held_out, &whole).context("data.eval: the held-out rows")?))
     }
 
     fn from_rows(

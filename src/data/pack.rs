@@ -69,6 +69,7 @@ fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<
 
 #[cfg(test)]
 mod tests {
+    use super::super::{DataOptions, Dataset, Format, LossOn, Overlong};
     use super::*;
 
     fn documents(lengths: &[usize]) -> Vec<Document> {
@@ -107,5 +108,23 @@ mod tests {
         assert_eq!(sequences, vec![vec![0, 1], vec![2], vec![3]]);
         assert_eq!(docs.iter().map(|d| d.input_ids.len()).collect::<Vec<_>>(), [3, 2, 5, 2]);
         assert_eq!(docs[2].input_ids[0], 102);
+    }
+
+    #[test]
+    fn held_out_rows_are_never_cut() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let row = |i: usize| format!(r#"{{"input_ids": [{i}, 1, 2]}}"#);
+        std::fs::write(&path, (0..50).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        let options = DataOptions {
+            format: Format::Auto,
+            max_length: 4,
+            packing: Packing::Wrapped,
+            overlong: Overlong::Truncate,
+            loss_on: LossOn::Auto,
+        };
+        let (train, held_out) = Dataset::load_with_held_out(&[path], None, 100, &options, 0.5).unwrap();
+        let whole = |dataset: &Dataset| dataset.documents.iter().all(|d| d.input_ids.len() == 3);
+        assert!(whole(&held_out) && !whole(&train));
     }
 }

@@ -100,13 +100,15 @@ fn read_file(path: &Path, mut format: Format, rows: &mut Vec<Row>) -> Result<()>
         "{}: found .{extension}; allowed: .jsonl (json, parquet and txt are not supported yet)",
         path.display()
     );
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
     let file = Arc::new(path.to_path_buf());
     let before = rows.len();
-    for (i, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
+    // Not as text: what is no UTF-8 is refused with its line too.
+    let lines = bytes.split(|&byte| byte == b'\n').enumerate();
+    for (i, line) in lines.filter(|(_, line)| !line.trim_ascii().is_empty()) {
         let place = || format!("{}:{}", path.display(), i + 1);
         let object: Map<String, Value> =
-            serde_json::from_str(line).with_context(|| format!("{}: not a JSON object", place()))?;
+            serde_json::from_slice(line).with_context(|| format!("{}: not a JSON object", place()))?;
         if format == Format::Auto {
             format = detect(&object).with_context(place)?;
         }
@@ -240,6 +242,7 @@ mod tests {
         for (text, said) in [
             ("{\"text\": \"a\"}\n\n{\"text\": ", "rows.jsonl:3: not a JSON object"),
             ("[1]", "rows.jsonl:1: not a JSON object"),
+            ("{\"text\": \"a\"}\r\n{\"text\": ", "rows.jsonl:2: not a JSON object"),
             (r#"{"text": 1}"#, "rows.jsonl:1: text: found 1; allowed: a string"),
             (r#"{"body": "a"}"#, "rows.jsonl:1: found the keys [\"body\"]"),
             (r#"{"messages": []}"#, "rows.jsonl:1: messages: the list is empty"),
@@ -253,6 +256,15 @@ mod tests {
             let error = format!("{:#}", read_text(text, Format::Auto).unwrap_err());
             assert!(error.contains(said), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_refused_with_their_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, b"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n").unwrap();
+        let error = read(&[path], Format::Auto).unwrap_err();
+        assert!(format!("{error:#}").contains("rows.jsonl:2"), "{error:#}");
     }
 
     #[test]

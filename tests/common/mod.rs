@@ -83,7 +83,7 @@ impl EngineOptions {
         };
         let opened = load::open(&self.model, &options).unwrap();
         let writes = !self.replicated || comm.rank() == 0;
-        let base = opened.load(&mut comm, writes, &mut |_| ()).unwrap();
+        let base = opened.load(&mut comm, writes, &mut |_| (), &mut |_| ()).unwrap();
         let limits = Limits {
             mode: self.mode,
             max_tokens: self.max_tokens,
