@@ -115,7 +115,7 @@ fn a_killed_rank_ends_all() {
     }
     let ranks = ranks_of(&place);
     assert_eq!(ranks.len(), 3);
-    let killed = std::process::Command::new("kill").args(["-9", &ranks[1].to_string()]).status().unwrap();
+    let killed = std::process::Command::new("sh").args(["-c", &format!("kill -9 {}", ranks[1])]).status().unwrap();
     assert!(killed.success());
     let start = Instant::now();
     let status = child.wait().unwrap();
