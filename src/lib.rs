@@ -54,4 +54,5 @@ pub mod model;
 pub mod optim;
 pub mod quant;
 pub mod recipe;
+mod simd;
 pub mod train;

@@ -89,10 +89,10 @@ pub fn quantize(
 
 /// Codes and absmax of some blocks; `weights` may end inside a block.
 fn quantize_blocks(weights: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
-    pulp::Arch::new().dispatch(
+    crate::simd::vectorize(
         #[inline(always)]
         || {
-            for ((block, codes), absmax) in weights.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)).zip(absmax) {
+            for ((block, codes), absmax) in weights.chunks(BLOCK).zip(codes.chunks_mut(BLOCK / 2)).zip(&mut *absmax) {
                 let mut padded = [0f32; BLOCK];
                 padded[..block.len()].copy_from_slice(block);
                 let mut unpacked = [0u32; BLOCK];

@@ -206,7 +206,7 @@ fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_>, kv: usize) -> He
 
 /// Softmax of the first `visible` scores in place, the others 0; returns the log-sum-exp.
 fn softmax_row(row: &mut [f32], visible: usize) -> f32 {
-    pulp::Arch::new().dispatch(
+    crate::simd::vectorize(
         #[inline(always)]
         || {
             let (row, hidden) = row.split_at_mut(visible);
@@ -225,7 +225,7 @@ fn softmax_row(row: &mut [f32], visible: usize) -> f32 {
 
 /// p: scores → probabilities; d_p → d_scores = p · (d_p − delta); both 0 where nothing is seen.
 fn softmax_row_backward(p: &mut [f32], d_p: &mut [f32], visible: usize, lse: f32, delta: f32) {
-    pulp::Arch::new().dispatch(
+    crate::simd::vectorize(
         #[inline(always)]
         || {
             p[visible..].fill(0.0);

@@ -96,7 +96,7 @@ impl Cpu {
 
 /// Logits become exp(logit − new max); the running values and the row of acc are rescaled to the new maximum.
 fn update_row(logits: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
-    pulp::Arch::new().dispatch(
+    crate::simd::vectorize(
         #[inline(always)]
         || {
             let new_max = max.max(math::max(logits));

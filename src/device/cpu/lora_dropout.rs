@@ -27,7 +27,7 @@ impl Cpu {
         );
         let (threshold, scale) = threshold_and_scale(mask.probability);
         self.for_rows(y, features, |first, rows| {
-            pulp::Arch::new().dispatch(
+            crate::simd::vectorize(
                 #[inline(always)]
                 || {
                     for (i, y) in rows.chunks_exact_mut(features).enumerate() {

@@ -18,9 +18,9 @@ pub fn exp(x: f32) -> f32 {
         p = p * r + coefficient;
     }
     let y = p * r * r + r + 1.0;
-    // Two factors, because 2¹²⁸ is not an f32.
+    // Two factors, because 2¹²⁸ is not an f32. The integer is taken from the low bits: a cast would saturate, one by one.
     let half = (n * 0.5 + ROUND) - ROUND;
-    let power = |e: f32| f32::from_bits(((e as i32 + 127) << 23) as u32);
+    let power = |e: f32| f32::from_bits(((e + ROUND).to_bits() << 23).wrapping_add(127 << 23));
     let result = y * power(half) * power(n - half);
     if x < MIN_ARGUMENT { 0.0 } else { result }
 }
@@ -59,6 +59,21 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
         total += a * b;
     }
     total
+}
+
+/// Σ aᵢ·bᵢ·cᵢ, likewise.
+#[inline(always)]
+pub fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let chunks = a.chunks_exact(16).zip(b.chunks_exact(16)).zip(c.chunks_exact(16));
+    for ((a, b), c) in chunks {
+        for i in 0..16 {
+            lanes[i] += a[i] * b[i] * c[i];
+        }
+    }
+    let rest = a.len() / 16 * 16;
+    let products = a[rest..].iter().zip(&b[rest..]).zip(&c[rest..]).map(|((a, b), c)| a * b * c);
+    products.fold(lanes.iter().sum(), |total, product| total + product)
 }
 
 #[inline(always)]

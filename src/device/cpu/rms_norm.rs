@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
 use crate::device::ops::{RmsNormBackward, RmsNormForward};
+use crate::simd::vectorize;
 
 use super::{Cpu, math};
 
@@ -14,10 +15,15 @@ impl Cpu {
         let hidden = weight.len();
         ensure!(x.len() == y.len() && x.len() == rstd.len() * hidden, "rms_norm: x {} rstd {}", x.len(), rstd.len());
         let row = |((y, rstd), x): ((&mut [f32], &mut f32), &[f32])| {
-            *rstd = 1.0 / (math::dot(x, x) / hidden as f32 + eps).sqrt();
-            for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                *y = x * *rstd * w;
-            }
+            vectorize(
+                #[inline(always)]
+                || {
+                    *rstd = 1.0 / (math::dot(x, x) / hidden as f32 + eps).sqrt();
+                    for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                        *y = x * *rstd * w;
+                    }
+                },
+            )
         };
         y.par_chunks_mut(hidden).zip(rstd.par_iter_mut()).zip(x.par_chunks(hidden)).with_min_len(64).for_each(row);
         Ok(())
@@ -33,14 +39,15 @@ impl Cpu {
         );
         d_x.par_chunks_mut(hidden).enumerate().with_min_len(64).for_each(|(t, d_x)| {
             let (d_y, x, rstd) = (&d_y[t * hidden..][..hidden], &x[t * hidden..][..hidden], rstd[t]);
-            let mut lanes = [0f32; 16];
-            for (i, ((d, w), x)) in d_y.iter().zip(weight).zip(x).enumerate() {
-                lanes[i % 16] += d * w * x;
-            }
-            let scale = lanes.iter().sum::<f32>() * rstd * rstd / hidden as f32;
-            for (((d_x, d), w), x) in d_x.iter_mut().zip(d_y).zip(weight).zip(x) {
-                *d_x += rstd * (d * w - x * scale);
-            }
+            vectorize(
+                #[inline(always)]
+                || {
+                    let scale = math::dot3(d_y, weight, x) * rstd * rstd / hidden as f32;
+                    for (((d_x, d), w), x) in d_x.iter_mut().zip(d_y).zip(weight).zip(x) {
+                        *d_x += rstd * (d * w - x * scale);
+                    }
+                },
+            );
         });
         Ok(())
     }

@@ -12,7 +12,7 @@ impl Cpu {
         ensure!(y.len() == gate.len() && y.len() == up.len(), "swiglu: y {} gate {}", y.len(), gate.len());
         self.for_rows(y, 1, |first, y| {
             let (gate, up) = (&gate[first..first + y.len()], &up[first..first + y.len()]);
-            pulp::Arch::new().dispatch(
+            crate::simd::vectorize(
                 #[inline(always)]
                 || {
                     for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
@@ -33,10 +33,10 @@ impl Cpu {
         let part = |first: usize, d_gate: &mut [f32], d_up: &mut [f32]| {
             let end = first + d_gate.len();
             let (d_y, gate, up) = (&d_y[first..end], &gate[first..end], &up[first..end]);
-            pulp::Arch::new().dispatch(
+            crate::simd::vectorize(
                 #[inline(always)]
                 || {
-                    for ((((d_g, d_u), d), g), u) in d_gate.iter_mut().zip(d_up).zip(d_y).zip(gate).zip(up) {
+                    for ((((d_g, d_u), d), g), u) in d_gate.iter_mut().zip(&mut *d_up).zip(d_y).zip(gate).zip(up) {
                         let s = math::sigmoid(*g);
                         *d_u = d * g * s;
                         *d_g = d * u * s * (1.0 + g * (1.0 - s));
