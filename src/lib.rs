@@ -7,9 +7,9 @@
 //!
 //! | module | what is in it | what it does not know |
 //! |---|---|---|
-//! | [`device`] | memory, one op per kernel ([`device::ops`]); [`device::cpu`] is the reference | models, ranks |
+//! | [`device`] | memory, one op per kernel ([`device::ops`]); [`device::cpu`] is the reference, [`device::cuda`] the same on a GPU, its kernels in `kernels/` | models, ranks |
 //! | [`quant`] | NF4, double quantization, the record | devices, files |
-//! | [`comm`] | host collectives (MPI, threads) and the ordered queue of collectives on device memory | models |
+//! | [`comm`] | host collectives (MPI, threads), NCCL, and the ordered queue of collectives on device memory | models |
 //! | [`model`] | Llama math on device ops | that it is sharded: neither [`comm`] nor [`fsdp`] |
 //! | [`fsdp`] | layout, units, the schedule and its checker, the executor | files, data, the recipe |
 //! | [`optim`] | AdamW's numbers, learning rates, clipping | |
@@ -26,6 +26,9 @@
 //! is gathered into one of two slots by the communication thread while the unit before it computes; waited for;
 //! dequantized into the one set of dense weights; passed through by all micro-batches; resharded. [`model::layer`] is a
 //! flat list of ops forward, the same list cut short for a recompute, and a list backward.
+//!
+//! On a GPU the queue is a stream: starting a collective makes it wait for the compute stream, waiting makes the compute
+//! stream wait for it, and the host runs ahead.
 //!
 //! # Invariants
 //!

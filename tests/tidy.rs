@@ -8,9 +8,21 @@ const MAX_FUNCTION_LINES: usize = 70;
 const LONG_LISTS: [&str; 4] =
     ["fsdp/memory.rs:carve", "model/layer.rs:forward", "model/layer.rs:backward", "data/mod.rs:from_rows"];
 
-/// The only files that may be unsafe: mappings, allocations, MPI, and calls that take raw pointers.
-const UNSAFE: [&str; 5] =
-    ["checkpoint/shards.rs", "checkpoint/source.rs", "comm/mpi.rs", "device/cpu/gemm.rs", "device/cpu/memory.rs"];
+/// The only files that may be unsafe: mappings, allocations, MPI, NCCL, CUDA, and calls that take raw pointers.
+const UNSAFE: [&str; 12] = [
+    "checkpoint/shards.rs",
+    "checkpoint/source.rs",
+    "comm/mpi.rs",
+    "comm/nccl.rs",
+    "device/cpu/gemm.rs",
+    "device/cpu/memory.rs",
+    "device/cuda/compile.rs",
+    "device/cuda/gemm.rs",
+    "device/cuda/launch.rs",
+    "device/cuda/libraries.rs",
+    "device/cuda/memory.rs",
+    "device/cuda/mod.rs",
+];
 
 /// The only files that may print.
 const PRINTS: [&str; 6] = ["main.rs", "train/log.rs", "comm/mpi.rs", "cli/", "train/fault.rs", "cli/mod.rs"];

@@ -7,13 +7,17 @@ use clap::Args;
 use serde_json::json;
 
 use crate::checkpoint::adapter;
+use crate::comm::Queue;
 use crate::data::{self, Dataset, TextTokenizer};
+use crate::device::Ops;
+use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
+use crate::model::batch::MicroBatch;
 use crate::recipe;
-use crate::train::eval;
+use crate::train::eval::{self, Score};
 
-use super::start::{Start, check_file};
+use super::start::{Start, Work, check_file};
 
 /// Micro-batches that go through each layer together.
 const MICRO_BATCHES: usize = 4;
@@ -37,6 +41,18 @@ pub struct EvalArgs {
     json: bool,
 }
 
+struct Scoring {
+    batches: Vec<MicroBatch>,
+    adapter: bool,
+}
+
+impl Work for Scoring {
+    type Output = Score;
+    fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<Score> {
+        eval::score(&mut engine, &self.batches, self.adapter)
+    }
+}
+
 pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     let job = recipe::for_model(&args.model, overrides)?;
     check_file("--dataset", &args.dataset)?;
@@ -52,7 +68,7 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     let paths = std::slice::from_ref(&args.dataset);
     let dataset = Dataset::load(paths, tokenizer.as_ref(), config.vocab_size, &options)?;
     start.log.line(format!("data: {}", dataset.counts));
-    let (comm, threads, base) = start.base(opened)?;
+    let (comm, placement, base) = start.base(opened)?;
     let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
     let limits = Limits {
         mode: Mode::Score,
@@ -63,9 +79,9 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
         recompute: Recompute::All,
         num_slots: 2,
     };
-    let mut engine = start.engine(comm, threads, base, adapter.as_ref(), limits)?;
     let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
-    let score = eval::score(&mut engine, &batches, adapter.is_some())?;
+    let work = Scoring { batches, adapter: adapter.is_some() };
+    let score = start.with_engine(comm, placement, base, adapter.as_ref(), limits, work)?;
     if start.log.enabled {
         let (loss, perplexity, n) = (score.loss, score.loss.exp(), score.num_target_tokens);
         match args.json {

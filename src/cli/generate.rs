@@ -7,13 +7,16 @@ use clap::Args;
 use serde_json::json;
 
 use crate::checkpoint::adapter;
+use crate::comm::Queue;
 use crate::data::TextTokenizer;
+use crate::device::Ops;
+use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
 use crate::recipe;
 use crate::train::generate::{Sampling, generate};
 
-use super::start::Start;
+use super::start::{Start, Work};
 
 #[derive(Args)]
 pub struct GenerateArgs {
@@ -39,6 +42,20 @@ pub struct GenerateArgs {
     seed: u64,
 }
 
+struct Generation<'a> {
+    prompt: &'a [u32],
+    stop: &'a [u32],
+    sampling: Sampling,
+    adapter: bool,
+}
+
+impl Work for Generation<'_> {
+    type Output = Vec<u32>;
+    fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<Vec<u32>> {
+        generate(&mut engine, self.prompt, self.stop, &self.sampling, self.adapter)
+    }
+}
+
 pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<()> {
     ensure!(
         args.temperature >= 0.0 && args.temperature.is_finite(),
@@ -57,7 +74,7 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
         }
         false => tokenizer.encode(&args.prompt, true),
     }?;
-    let (comm, threads, base) = start.base(opened)?;
+    let (comm, placement, base) = start.base(opened)?;
     let limits = Limits {
         mode: Mode::Generate,
         max_tokens: prompt.len(),
@@ -67,9 +84,9 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
         recompute: Recompute::All,
         num_slots: 2,
     };
-    let mut engine = start.engine(comm, threads, base, adapter.as_ref(), limits)?;
     let sampling = Sampling { temperature: args.temperature, seed: args.seed, max_new_tokens: args.max_new_tokens };
-    let tokens = generate(&mut engine, &prompt, tokenizer.eos_token_ids(), &sampling, adapter.is_some())?;
+    let work = Generation { prompt: &prompt, stop: tokenizer.eos_token_ids(), sampling, adapter: adapter.is_some() };
+    let tokens = start.with_engine(comm, placement, base, adapter.as_ref(), limits, work)?;
     if start.log.enabled {
         println!("{}", tokenizer.decode(&tokens, true)?);
     }

@@ -30,6 +30,9 @@ struct Common {
     /// Where to compute
     #[arg(long, global = true, value_enum, default_value_t = DeviceKind::Auto)]
     device: DeviceKind,
+    /// Ranks that share a GPU: for trying things out, since they also share its memory
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    ranks_per_gpu: u32,
     /// Overrides a key of the recipe, e.g. --set training.max_steps=100
     #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
     overrides: Vec<String>,
@@ -41,6 +44,8 @@ enum DeviceKind {
     Auto,
     /// Ranks on the host's cores
     Cpu,
+    /// One NVIDIA GPU a rank
+    Cuda,
 }
 
 #[derive(Subcommand)]
@@ -75,8 +80,9 @@ enum Command {
 impl Cli {
     /// Runs the subcommand on this rank.
     pub fn run(self, world: &World) -> Result<()> {
-        let Common { device, overrides } = self.common;
-        let cli = start::Start { world, log: Log { enabled: world.rank == 0 }, chosen: device == DeviceKind::Cpu };
+        let Common { device, ranks_per_gpu, overrides } = self.common;
+        let log = Log { enabled: world.rank == 0 };
+        let cli = start::Start { world, log, device, ranks_per_gpu: ranks_per_gpu as usize };
         let command = self.command.unwrap_or(Command::Train { config: "fsdp-qlora.yaml".into(), help_recipe: false });
         match command {
             Command::Train { help_recipe: true, .. } => {

@@ -7,9 +7,8 @@ use anyhow::{Context, Result, ensure};
 use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
 use crate::checkpoint::{atomic, shards};
 use crate::comm::Queue;
-use crate::comm::host_queue::HostQueue;
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
-use crate::device::cpu::Cpu;
+use crate::device::Ops;
 use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Mode, Recompute};
@@ -21,7 +20,7 @@ use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::run::{self, Run};
 
-use super::start::{Start, available_host_bytes};
+use super::start::{Placement, Start, Work};
 
 /// Files of a tokenizer, copied beside the adapter.
 const TOKENIZER_FILES: [&str; 5] =
@@ -38,28 +37,47 @@ pub fn run(start: &Start, recipe: &Path, overrides: &[String]) -> Result<()> {
     let adapter = start_adapter(&job, &config)?;
     let (train, eval) = datasets(&job, &config, start)?;
     check_batch(&job, start.world.world_size)?;
-    let (comm, threads, base) = start.base(opened)?;
-    let limits = limits(&job, start, &base, &adapter, &train, eval.as_ref())?;
-    let mut engine = start.engine(comm, threads, base, Some(&adapter), limits)?;
-    let metrics = if is_first { Some(MetricsFile::create(&job.output_dir)?) } else { None };
-    let run =
-        Run { engine: &mut engine, job: &job.training, train: &train, eval: eval.as_ref(), metrics, log: start.log };
-    start.log.line(format!(
-        "{} steps of {} sequences, {} LoRA parameters",
-        run.num_steps(),
-        job.training.global_batch_size(start.world.world_size),
-        adapter.layers.iter().map(Vec::len).sum::<usize>()
-    ));
-    run.run()?;
-    let adapter = run::adapter(&mut engine, &adapter.settings)?;
-    if is_first {
-        save(&job, &adapter, &config)?;
-        start.log.line(format!("adapter: {}", job.output_dir.display()));
+    let (comm, placement, base) = start.base(opened)?;
+    let limits = limits(&job, start, &placement, &base, &adapter, &train, eval.as_ref())?;
+    let work = Training { start, job: &job, config: &config, adapter: &adapter, train: &train, eval: eval.as_ref() };
+    start.with_engine(comm, placement, base, Some(&adapter), limits, work)
+}
+
+/// A run from the first step to the saved adapter.
+struct Training<'a> {
+    start: &'a Start<'a>,
+    job: &'a Job,
+    config: &'a ModelConfig,
+    adapter: &'a Adapter,
+    train: &'a Dataset,
+    eval: Option<&'a Dataset>,
+}
+
+impl Work for Training<'_> {
+    type Output = ();
+
+    fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
+        let Training { start, job, config, adapter, train, eval } = self;
+        let is_first = start.world.rank == 0;
+        let metrics = if is_first { Some(MetricsFile::create(&job.output_dir)?) } else { None };
+        let run = Run { engine: &mut engine, job: &job.training, train, eval, metrics, log: start.log };
+        start.log.line(format!(
+            "{} steps of {} sequences, {} LoRA parameters",
+            run.num_steps(),
+            job.training.global_batch_size(start.world.world_size),
+            adapter.layers.iter().map(Vec::len).sum::<usize>()
+        ));
+        run.run()?;
+        let adapter = run::adapter(&mut engine, &adapter.settings)?;
+        if is_first {
+            save(job, &adapter, config)?;
+            start.log.line(format!("adapter: {}", job.output_dir.display()));
+        }
+        start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
+        // The other ranks end when the adapter is there: a launcher that sees them end may end the job.
+        engine.queue.all_gather_f64("end", &[])?;
+        Ok(())
     }
-    start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
-    // The other ranks end when the adapter is there: a launcher that sees them end may end the job.
-    engine.queue.all_gather_f64("end", &[])?;
-    Ok(())
 }
 
 fn start_adapter(job: &Job, config: &ModelConfig) -> Result<Adapter> {
@@ -134,6 +152,7 @@ fn check_batch(job: &Job, world_size: usize) -> Result<()> {
 fn limits(
     job: &Job,
     start: &Start,
+    placement: &Placement,
     base: &Base,
     adapter: &Adapter,
     train: &Dataset,
@@ -156,8 +175,11 @@ fn limits(
         ActivationCheckpointing::Auto => {
             let config = adapter.settings.lora_config();
             let lora = LayerLora { layout: LoraLayout::new(&base.config, &config), config };
-            let plan = Engine::<Cpu, HostQueue>::plan_for(base, Some(&lora), &limits, start.world.world_size)?;
-            plan.total_bytes() * start.world.local_size <= available_host_bytes() / 4
+            let (needed, free) = start.memory(placement, base, Some(&lora), &limits)?;
+            match placement {
+                Placement::Cpu { .. } => needed * start.world.local_size <= free / 4,
+                Placement::Cuda(_) => needed * start.ranks_per_gpu <= free / 4 * 3,
+            }
         }
     };
     if !keeps {

@@ -93,6 +93,11 @@ impl Drop for HostQueue {
 
 impl Queue<Cpu> for HostQueue {
     type Pending<T: Send + 'static> = Pending<T>;
+    type Shard = SharedBytes;
+
+    fn store(&mut self, shard: SharedBytes) -> Result<SharedBytes> {
+        Ok(shard)
+    }
 
     fn rank(&self) -> usize {
         self.rank
@@ -105,11 +110,11 @@ impl Queue<Cpu> for HostQueue {
     fn gather_frozen(
         &mut self,
         name: String,
-        shard: SharedBytes,
+        shard: &SharedBytes,
         num_shards: usize,
         mut out: Buffer<Cpu, u8>,
     ) -> Result<Pending<Buffer<Cpu, u8>>> {
-        let delay = self.delays.before_gather;
+        let (shard, delay) = (shard.clone(), self.delays.before_gather);
         self.start(name, move |comm| {
             std::thread::sleep(delay);
             let shard = (*shard).as_ref();

@@ -1,9 +1,11 @@
 //! Who talks to whom: [`Comm`] is blocking collectives on host memory, [`Queue`] the ordered queue of collectives on
 //! device memory that the executor uses.
 
+pub mod cuda_queue;
 pub mod host_queue;
 pub mod local;
 pub mod mpi;
+pub mod nccl;
 
 use std::sync::Arc;
 
@@ -33,6 +35,11 @@ pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 pub trait Queue<D: Device> {
     /// A collective that was started and not yet waited for.
     type Pending<T: Send + 'static>;
+    /// Where this rank's shard of a unit waits to be gathered.
+    type Shard;
+
+    /// Takes over this rank's shard of a unit, before the first gather.
+    fn store(&mut self, shard: SharedBytes) -> Result<Self::Shard>;
 
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
@@ -42,7 +49,7 @@ pub trait Queue<D: Device> {
     fn gather_frozen(
         &mut self,
         name: String,
-        shard: SharedBytes,
+        shard: &Self::Shard,
         num_shards: usize,
         out: Buffer<D, u8>,
     ) -> Result<Self::Pending<Buffer<D, u8>>>;

@@ -5,6 +5,7 @@
 
 pub mod arena;
 pub mod cpu;
+pub mod cuda;
 pub mod ops;
 pub mod tensor;
 

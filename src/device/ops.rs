@@ -84,16 +84,24 @@ pub struct SwigluBackward<'a, D: Device> {
 }
 
 /// Heads and documents of an attention.
-#[derive(Clone, Copy)]
-pub struct AttentionShape<'a> {
+pub struct AttentionShape<'a, D> {
     pub num_heads: usize,
     pub num_key_value_heads: usize,
     pub head_dim: usize,
     /// First token of each document, last T: a token sees itself and what is before it in its own document.
     pub documents: &'a [u32],
+    /// The same for a device that looks at tokens: position of each in its document, past ones counted, `[T]`.
+    pub positions: View<'a, D, u32>,
     /// Keys and values before the first query (generation, one document); 0 in training.
     pub num_past_tokens: usize,
 }
+
+impl<D> Clone for AttentionShape<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D> Copy for AttentionShape<'_, D> {}
 
 /// out = softmax(q·kᵀ / sqrt(head_dim), causal, per document) · v, and the log-sum-exp of each row.
 /// q, out `[T, heads · head_dim]`; k, v `[past + T, kv_heads · head_dim]`; lse `[T, heads]`.
@@ -103,21 +111,23 @@ pub struct AttentionForward<'a, D: Device> {
     pub q: View<'a, D, D::Act>,
     pub k: View<'a, D, D::Act>,
     pub v: View<'a, D, D::Act>,
-    pub shape: AttentionShape<'a>,
+    pub shape: AttentionShape<'a, D>,
 }
 
-/// Gradients of [`AttentionForward`] (no past): d_q like q, d_k and d_v like k; all are overwritten.
+/// Gradients of [`AttentionForward`] (no past): d_q like q, d_k and d_v like k; all are overwritten. delta `[T, heads]` is
+/// scratch for Σ d_out · out.
 pub struct AttentionBackward<'a, D: Device> {
     pub d_q: ViewMut<'a, D, D::Act>,
     pub d_k: ViewMut<'a, D, D::Act>,
     pub d_v: ViewMut<'a, D, D::Act>,
+    pub delta: ViewMut<'a, D, f32>,
     pub d_out: View<'a, D, D::Act>,
     pub out: View<'a, D, D::Act>,
     pub lse: View<'a, D, f32>,
     pub q: View<'a, D, D::Act>,
     pub k: View<'a, D, D::Act>,
     pub v: View<'a, D, D::Act>,
-    pub shape: AttentionShape<'a>,
+    pub shape: AttentionShape<'a, D>,
 }
 
 /// One piece of the vocabulary of a streaming cross-entropy, in the manner of flash attention. With logits = x · Wᵀ of
@@ -176,6 +186,13 @@ impl<D> Clone for DropoutMask<'_, D> {
     }
 }
 impl<D> Copy for DropoutMask<'_, D> {}
+
+impl<D> DropoutMask<'_, D> {
+    /// 16-bit threshold below which an element is dropped, and 1 / (1 − p).
+    pub fn threshold_and_scale(&self) -> (u32, f32) {
+        ((self.probability * 65_536.0).round() as u32, 1.0 / (1.0 - self.probability))
+    }
+}
 
 /// y = x · mask / (1 − p), or, with `accumulate`, y += x · mask / (1 − p). x, y `[T, features]`.
 pub struct LoraDropout<'a, D: Device> {

@@ -104,6 +104,12 @@ impl<'a, D: Device, T: Element> View<'a, D, T> {
         self.addr
     }
 
+    /// The same bytes as elements of another type, as many as are whole.
+    pub fn reinterpret<U: Element>(self) -> View<'a, D, U> {
+        let len = self.len * size_of::<T>() / size_of::<U>();
+        View { addr: self.addr, len, _borrow: PhantomData, _device: PhantomData }
+    }
+
     /// A part; panics when it does not lie inside.
     pub fn range(self, range: Range<usize>) -> View<'a, D, T> {
         check_range(&range, self.len);

@@ -25,7 +25,7 @@ pub struct Base {
     pub config: ModelConfig,
     /// By unit, in the order of [`NumUnits::all`].
     pub layouts: Vec<UnitLayout>,
-    /// This rank's shard of each unit.
+    /// This rank's shard of each unit; the engine hands them to its queue.
     pub shards: Vec<SharedBytes>,
     /// `[hidden_size]`; every rank has it.
     pub final_norm: Vec<f32>,
@@ -94,6 +94,7 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) device: D,
     pub queue: Q,
     pub(super) base: Base,
+    shards: Vec<Q::Shard>,
     pub(super) lora: Option<LayerLora>,
     pub(super) trainable: TrainableLayout,
     units: NumUnits,
@@ -116,7 +117,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     /// Takes all memory that will ever be used.
-    pub fn new(device: D, queue: Q, base: Base, lora: Option<LayerLora>, limits: Limits) -> Result<Self> {
+    pub fn new(device: D, mut queue: Q, mut base: Base, lora: Option<LayerLora>, limits: Limits) -> Result<Self> {
         let units = NumUnits::new(&base.config);
         let plan = Self::plan_for(&base, lora.as_ref(), &limits, queue.world_size())?;
         let adapter = adapter_memory(&base, lora.as_ref(), queue.world_size());
@@ -128,11 +129,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let slots = memory.slots.drain(..).map(|(flat, lora)| Slot::Free(flat, lora)).collect();
         let grads = memory.grads.drain(..).map(Grad::Here).collect();
         let embedding = vec![0.0; limits.max_tokens * base.config.hidden_size];
+        let shards = base.shards.drain(..).map(|shard| queue.store(shard)).collect::<Result<_>>()?;
         let (dense, wait) = (None, Duration::ZERO);
         Ok(Self {
             device,
             queue,
             base,
+            shards,
             lora,
             trainable,
             units,
@@ -239,7 +242,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.device.fill_bytes(flat.view_mut(), 0xFF)?;
         self.device.fill_bytes(full.view_mut(), 0xFF)?;
         let idx = self.units.idx(unit);
-        let (shard, num_shards) = (self.base.shards[idx].clone(), self.base.layouts[idx].num_shards());
+        let (shard, num_shards) = (&self.shards[idx], self.base.layouts[idx].num_shards());
         let frozen = self.queue.gather_frozen(format!("gather of {unit}"), shard, num_shards, flat)?;
         let lora = match unit {
             Unit::Layer(layer) if adapter && self.lora.is_some() => {

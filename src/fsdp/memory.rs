@@ -120,7 +120,7 @@ impl<D: Device> Memory<D> {
         let key_values = (0..num_kv)
             .map(|i| KeyValue::carve(arena, &format!("key_values/{i}"), &widths, kv_tokens))
             .collect::<Result<_>>()?;
-        let scratch = Scratch::carve(arena, &widths, tokens, train)?;
+        let scratch = Scratch::carve(arena, &widths, heads, tokens, train)?;
         let batches = (0..live)
             .map(|m| BatchBuffers::carve(arena, &format!("batches/{m}"), config, tokens))
             .collect::<Result<_>>()?;

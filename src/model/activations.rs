@@ -105,6 +105,8 @@ pub struct Scratch<D: Device> {
     pub d_q: Buffer<D, D::Act>,
     pub d_k: Buffer<D, D::Act>,
     pub d_v: Buffer<D, D::Act>,
+    /// Of attention's backward `[T, heads]`.
+    pub delta: Buffer<D, f32>,
     pub d_act: Buffer<D, D::Act>,
     pub d_gate: Buffer<D, D::Act>,
     pub d_up: Buffer<D, D::Act>,
@@ -112,7 +114,13 @@ pub struct Scratch<D: Device> {
 
 impl<D: Device> Scratch<D> {
     /// Without `backward` only what forward uses has a size.
-    pub fn carve(arena: &mut Arena<D>, widths: &Widths, tokens: usize, backward: bool) -> Result<Self> {
+    pub fn carve(
+        arena: &mut Arena<D>,
+        widths: &Widths,
+        num_heads: usize,
+        tokens: usize,
+        backward: bool,
+    ) -> Result<Self> {
         let back = if backward { tokens } else { 0 };
         let lora = if widths.lora_rank > 0 { tokens } else { 0 };
         Ok(Self {
@@ -123,6 +131,7 @@ impl<D: Device> Scratch<D> {
             d_q: arena.carve("scratch/d_q", back * widths.q)?,
             d_k: arena.carve("scratch/d_k", back * widths.kv)?,
             d_v: arena.carve("scratch/d_v", back * widths.kv)?,
+            delta: arena.carve("scratch/delta", back * num_heads)?,
             d_act: arena.carve("scratch/d_act", back * widths.intermediate)?,
             d_gate: arena.carve("scratch/d_gate", back * widths.intermediate)?,
             d_up: arena.carve("scratch/d_up", back * widths.intermediate)?,

@@ -49,12 +49,13 @@ impl<'a, D: Ops> LayerContext<'a, D> {
         LoraCall { config, mask }
     }
 
-    fn attention_shape(&self) -> AttentionShape<'a> {
+    fn attention_shape(&self) -> AttentionShape<'a, D> {
         AttentionShape {
             num_heads: self.config.num_attention_heads,
             num_key_value_heads: self.config.num_key_value_heads,
             head_dim: self.config.head_dim,
             documents: &self.batch.documents,
+            positions: self.batch.positions.first(self.batch.num_tokens),
             num_past_tokens: self.batch.num_past_tokens,
         }
     }
@@ -141,7 +142,7 @@ pub fn backward<D: Ops>(
     let q_len = t * config.num_attention_heads * config.head_dim;
     let kv_len = t * config.num_key_value_heads * config.head_dim;
     let inner = t * config.intermediate_size;
-    let Scratch { dropped, d_u, d_norm, d_attention, d_q, d_k, d_v, d_act, d_gate, d_up } = scratch;
+    let Scratch { dropped, d_u, d_norm, d_attention, d_q, d_k, d_v, delta, d_act, d_gate, d_up } = scratch;
     let mut project = |p: Projection,
                        d_x: ViewMut<'_, D, D::Act>,
                        accumulate: bool,
@@ -186,6 +187,7 @@ pub fn backward<D: Ops>(
         d_q: d_q.first_mut(q_len),
         d_k: d_k.first_mut(kv_len),
         d_v: d_v.first_mut(kv_len),
+        delta: delta.first_mut(t * config.num_attention_heads),
         d_out: d_attention.first(q_len),
         out: acts.attention.first(q_len),
         lse: acts.lse.first(t * config.num_attention_heads),

@@ -23,7 +23,7 @@ struct Strip {
     num_keys: usize,
 }
 
-fn strips(shape: &AttentionShape<'_>) -> Vec<Strip> {
+fn strips(shape: &AttentionShape<'_, Cpu>) -> Vec<Strip> {
     let past = shape.num_past_tokens;
     let mut strips = Vec::new();
     for document in shape.documents.windows(2) {
@@ -88,7 +88,7 @@ impl Cpu {
     }
 
     pub(super) fn attention_backward_f32(&self, args: AttentionBackward<'_, Cpu>) -> Result<()> {
-        let AttentionBackward { d_q, d_k, d_v, d_out, out, lse, q, k, v, shape } = args;
+        let AttentionBackward { d_q, d_k, d_v, d_out, out, lse, q, k, v, shape, .. } = args;
         let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = shape;
         let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
         let tokens = *shape.documents.last().unwrap_or(&0) as usize;
@@ -136,7 +136,7 @@ struct HeadGradients {
     d_v: Vec<f32>,
 }
 
-fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_>, kv: usize) -> HeadGradients {
+fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_, Cpu>, kv: usize) -> HeadGradients {
     let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = *shape;
     let (width, kv_width, group) =
         (num_heads * head_dim, num_key_value_heads * head_dim, num_heads / num_key_value_heads);

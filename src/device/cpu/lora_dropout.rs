@@ -25,7 +25,7 @@ impl Cpu {
             "lora_dropout: {features} features, module {}",
             mask.module
         );
-        let (threshold, scale) = threshold_and_scale(mask.probability);
+        let (threshold, scale) = mask.threshold_and_scale();
         self.for_rows(y, features, |first, rows| {
             crate::simd::vectorize(
                 #[inline(always)]
@@ -49,11 +49,6 @@ impl Cpu {
         });
         Ok(())
     }
-}
-
-/// 16-bit threshold below which an element is dropped, and 1 / (1 − p).
-fn threshold_and_scale(probability: f32) -> (u32, f32) {
-    ((probability * 65_536.0).round() as u32, 1.0 / (1.0 - probability))
 }
 
 /// Ten rounds on [`LANES`] neighbouring counters; `first` is added to word 0 of the first. Returns the four words.
@@ -103,7 +98,7 @@ mod tests {
             [mask.module << 20, mask.positions.host()[token], mask.sample_idx.host()[token] as u32, mask.step];
         let words = philox(counter, (feature / 8) as u32, mask.seed);
         let word = words[(feature % 8) / 2][0];
-        (if feature.is_multiple_of(2) { word & 0xFFFF } else { word >> 16 }) >= threshold_and_scale(mask.probability).0
+        (if feature.is_multiple_of(2) { word & 0xFFFF } else { word >> 16 }) >= mask.threshold_and_scale().0
     }
 
     #[test]

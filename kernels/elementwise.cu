@@ -1,0 +1,54 @@
+// Sums, biases, casts, rows picked by index, and the sum of squares.
+#include "common.cuh"
+
+// y += x
+extern "C" __global__ void add(Act8 *y, const Act8 *x, u64 num_eights) {
+    for (u64 i = thread_idx(); i < num_eights; i += num_threads()) {
+        Act8 a = y[i], b = x[i];
+        for (int j = 0; j < 8; j++) a.at[j] = to_act(to_f32(a.at[j]) + to_f32(b.at[j]));
+        y[i] = a;
+    }
+}
+
+// Each row of x [T, features] += bias [features]
+extern "C" __global__ void add_bias(Act *x, const float *bias, u64 len, u32 features) {
+    for (u64 i = thread_idx(); i < len; i += num_threads()) x[i] = to_act(to_f32(x[i]) + bias[i % features]);
+}
+
+// y = x as activations
+extern "C" __global__ void cast(Act *y, const float *x, u64 len) {
+    for (u64 i = thread_idx(); i < len; i += num_threads()) y[i] = to_act(x[i]);
+}
+
+// y[i] = x[rows[i]], rows of `width`
+extern "C" __global__ void gather_rows(Act *y, const Act *x, const u32 *rows, u64 len, u32 width) {
+    for (u64 i = thread_idx(); i < len; i += num_threads()) y[i] = x[(u64)rows[i / width] * width + i % width];
+}
+
+// y[rows[i]] = x[i], rows of `width`, all different
+extern "C" __global__ void scatter_rows(Act *y, const Act *x, const u32 *rows, u64 len, u32 width) {
+    for (u64 i = thread_idx(); i < len; i += num_threads()) y[(u64)rows[i / width] * width + i % width] = x[i];
+}
+
+// sum[i] = parts[i] + parts[len + i] + …, in that order
+extern "C" __global__ void sum_parts(float *sum, const float *parts, u64 len, u32 num_parts) {
+    for (u64 i = thread_idx(); i < len; i += num_threads()) {
+        float total = parts[i];
+        for (u32 part = 1; part < num_parts; part++) total += parts[part * len + i];
+        sum[i] = total;
+    }
+}
+
+// sum = Σ x² in f64, by one block of 1024 threads: always the same order.
+extern "C" __global__ void sum_of_squares(double *sum, const float *x, u64 len) {
+    __shared__ double partial[1024];
+    double own = 0.0;
+    for (u64 i = threadIdx.x; i < len; i += blockDim.x) own += (double)x[i] * (double)x[i];
+    partial[threadIdx.x] = own;
+    __syncthreads();
+    for (int half = 512; half > 0; half /= 2) {
+        if ((int)threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) *sum = partial[0];
+}

@@ -1,0 +1,88 @@
+// Records to dense weights (src/quant/record.rs has the byte layout). One block a record of up to 16,384 weights.
+#include "common.cuh"
+
+static const u32 BLOCK = 64, RECORD_WEIGHTS = 16384;
+
+__device__ __forceinline__ void store(Act *y, float value) { *y = to_act(value); }
+__device__ __forceinline__ void store(float *y, float value) { *y = value; }
+
+__device__ __forceinline__ u32 align16(u32 bytes) { return (bytes + 15) / 16 * 16; }
+
+// w = code · absmax, absmax = map[u8] · nested_absmax + offset, each product and sum rounded to f32 by itself: bitsandbytes
+// dequantizes the absmax in one kernel, adds the offset in another, and multiplies in a third.
+// codebook [16], map [256]: uploaded once by the host. A thread takes eight weights at a time.
+template <typename T>
+__device__ void dequantize_nf4_records(T *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 double_quant,
+                                       const float *codebook, const float *map) {
+    __shared__ float codes_to_f32[16];
+    __shared__ float absmax[RECORD_WEIGHTS / BLOCK];
+    u64 first = (u64)blockIdx.x * RECORD_WEIGHTS;
+    u32 count = (u32)(num_weights - first < RECORD_WEIGHTS ? num_weights - first : RECORD_WEIGHTS);
+    u32 num_blocks = (count + BLOCK - 1) / BLOCK;
+    const u8 *record = records + blockIdx.x * record_bytes;
+    const u8 *codes;
+    if (threadIdx.x < 16) codes_to_f32[threadIdx.x] = codebook[threadIdx.x];
+    if (double_quant) {
+        float scale = ((const float *)record)[0], offset = ((const float *)record)[1];
+        for (u32 i = threadIdx.x; i < num_blocks; i += blockDim.x) absmax[i] = __fadd_rn(__fmul_rn(map[record[16 + i]], scale), offset);
+        codes = record + align16(16 + num_blocks);
+    } else {
+        for (u32 i = threadIdx.x; i < num_blocks; i += blockDim.x) absmax[i] = ((const float *)record)[i];
+        codes = record + align16(4 * num_blocks);
+    }
+    __syncthreads();
+    T *out = weights + first;
+    u32 whole = count / 8 * 8;
+    for (u32 i = threadIdx.x * 8; i < whole; i += blockDim.x * 8) {
+        u32 bytes = *(const u32 *)(codes + i / 2);
+        float scale = absmax[i / BLOCK];
+        float values[8];
+        for (int j = 0; j < 8; j++) {
+            u32 nibble = bytes >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15;
+            values[j] = __fmul_rn(codes_to_f32[nibble], scale);
+        }
+        if (sizeof(T) == 2) {
+            uint4 packed = {pack_act(values[0], values[1]), pack_act(values[2], values[3]), pack_act(values[4], values[5]),
+                            pack_act(values[6], values[7])};
+            *(uint4 *)(out + i) = packed;
+        } else {
+            for (int j = 0; j < 8; j++) store(out + i + j, values[j]);
+        }
+    }
+    for (u32 i = whole + threadIdx.x; i < count; i += blockDim.x) {
+        u32 nibble = codes[i / 2] >> (i % 2 ? 0 : 4) & 15;
+        store(out + i, __fmul_rn(codes_to_f32[nibble], absmax[i / BLOCK]));
+    }
+}
+
+// Records of plain weights: dtype 0 f32, 1 f16, 2 bf16.
+template <typename T>
+__device__ void convert_records(T *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
+    for (u64 i = thread_idx(); i < num_weights; i += num_threads()) {
+        const u8 *record = records + i / RECORD_WEIGHTS * record_bytes;
+        u32 at = i % RECORD_WEIGHTS;
+        float value;
+        if (dtype == 0) value = ((const float *)record)[at];
+        else if (dtype == 1) value = f16_to_f32(((const u16 *)record)[at]);
+        else value = bf16_to_f32(((const u16 *)record)[at]);
+        store(weights + i, value);
+    }
+}
+
+extern "C" __global__ void dequantize_nf4(Act *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 double_quant,
+                                          const float *codebook, const float *map) {
+    dequantize_nf4_records(weights, records, num_weights, record_bytes, double_quant, codebook, map);
+}
+
+extern "C" __global__ void dequantize_nf4_f32(float *weights, const u8 *records, u64 num_weights, u64 record_bytes,
+                                              u32 double_quant, const float *codebook, const float *map) {
+    dequantize_nf4_records(weights, records, num_weights, record_bytes, double_quant, codebook, map);
+}
+
+extern "C" __global__ void convert(Act *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
+    convert_records(weights, records, num_weights, record_bytes, dtype);
+}
+
+extern "C" __global__ void convert_f32(float *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
+    convert_records(weights, records, num_weights, record_bytes, dtype);
+}

@@ -1,0 +1,37 @@
+//! One AdamW update.
+
+use anyhow::{Result, ensure};
+
+use crate::device::ops::AdamW;
+
+use super::Cuda;
+use super::launch::{Grid, args};
+
+impl Cuda {
+    pub(super) fn adamw_f32(&self, args: AdamW<'_, Cuda>) -> Result<()> {
+        let AdamW { param, exp_avg, exp_avg_sq, grad, grad_scale, learning_rate, beta1, beta2, epsilon, .. } = args;
+        let len = param.len();
+        ensure!([exp_avg.len(), exp_avg_sq.len(), grad.len()] == [len; 3], "adamw: param {len} grad {}", grad.len());
+        let bias_correction1 = 1.0 - beta1.powi(args.step as i32);
+        let bias_correction2_sqrt = (1.0 - beta2.powi(args.step as i32)).sqrt() as f32;
+        let step_size = (learning_rate / bias_correction1) as f32;
+        let decay = (1.0 - learning_rate * args.weight_decay) as f32;
+        let (weight1, weight2) = ((1.0 - beta1) as f32, (1.0 - beta2) as f32);
+        let args = args![
+            param,
+            exp_avg,
+            exp_avg_sq,
+            grad,
+            len as u64,
+            grad_scale,
+            step_size,
+            decay,
+            weight1,
+            beta2 as f32,
+            weight2,
+            bias_correction2_sqrt,
+            epsilon as f32
+        ];
+        self.launch("adamw", Grid::elements(len), args)
+    }
+}

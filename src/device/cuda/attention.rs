@@ -1,0 +1,82 @@
+//! Causal grouped-query attention over packed documents.
+
+use anyhow::{Result, ensure};
+
+use crate::device::ops::{AttentionBackward, AttentionForward, AttentionShape};
+
+use super::Cuda;
+use super::launch::{Grid, args};
+
+/// Widths of a head that the kernels are made for.
+const HEAD_DIMS: [usize; 3] = [64, 96, 128];
+/// Queries (or keys) of a block, and its threads.
+const TILE: usize = 64;
+const THREADS: u32 = 128;
+
+/// Dynamic shared memory of the kernel for d_k and d_v: tiles of 64 keys, 64 values, 32 queries and 32 rows of d_out.
+fn backward_keys_bytes(head_dim: usize) -> u32 {
+    ((2 * TILE + 2 * 32) * (head_dim + 8) * 2) as u32
+}
+
+fn grid(tokens: usize, heads: usize, shared_bytes: u32) -> Grid {
+    Grid { blocks: (tokens.div_ceil(TILE), heads), threads: THREADS, shared_bytes }
+}
+
+/// Checks what both directions share; returns the number of tokens.
+fn check(shape: &AttentionShape<'_, Cuda>, q: usize, k: usize, lse: usize) -> Result<usize> {
+    let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, .. } = *shape;
+    let tokens = shape.positions.len();
+    ensure!(HEAD_DIMS.contains(&head_dim), "attention: head_dim is {head_dim}; on a GPU it may be 64, 96 or 128");
+    ensure!(q == tokens * num_heads * head_dim, "attention: q {q} for {tokens} tokens");
+    ensure!(k == (num_past_tokens + tokens) * num_key_value_heads * head_dim, "attention: k {k} for {tokens} tokens");
+    ensure!(lse == tokens * num_heads, "attention: lse {lse} for {tokens} tokens");
+    Ok(tokens)
+}
+
+impl Cuda {
+    pub(super) fn attention_forward_bf16(&self, args: AttentionForward<'_, Cuda>) -> Result<()> {
+        let AttentionForward { out, lse, q, k, v, shape } = args;
+        let tokens = check(&shape, q.len(), k.len(), lse.len())?;
+        ensure!(out.len() == q.len() && v.len() == k.len(), "attention: out {} v {}", out.len(), v.len());
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, positions, .. } = shape;
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
+        let args = args![out, lse, q, k, v, positions, tokens as i32, heads, kv_heads, past, scale];
+        self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, 0), args)
+    }
+
+    pub(super) fn attention_backward_bf16(&self, args: AttentionBackward<'_, Cuda>) -> Result<()> {
+        let AttentionBackward { d_q, d_k, d_v, delta, d_out, out, lse, q, k, v, shape } = args;
+        let tokens = check(&shape, q.len(), k.len(), lse.len())?;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, positions, .. } = shape;
+        ensure!(
+            [d_q.len(), out.len(), d_out.len()] == [q.len(); 3] && [v.len(), d_k.len(), d_v.len()] == [k.len(); 3],
+            "attention backward: q {} k {}",
+            q.len(),
+            k.len()
+        );
+        ensure!(delta.len() == lse.len() && shape.num_past_tokens == 0, "attention backward: delta {}", delta.len());
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let (t, heads, kv_heads) = (tokens as i32, num_heads as i32, num_key_value_heads as i32);
+        let rows = tokens * num_heads;
+        let delta_args = args![delta.view(), d_out, out, rows as u64, head_dim as u32];
+        self.launch(
+            "attention_delta",
+            Grid { blocks: (rows.div_ceil(8), 1), threads: 256, shared_bytes: 0 },
+            delta_args,
+        )?;
+        let delta = delta.view();
+        let args = args![d_q, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
+        self.launch(&format!("attention_backward_queries_{head_dim}"), grid(tokens, num_heads, 0), args)?;
+        let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
+        let grid = grid(tokens, num_key_value_heads, backward_keys_bytes(head_dim));
+        self.launch(&format!("attention_backward_keys_{head_dim}"), grid, args)
+    }
+
+    pub(super) fn allow_attention_memory(&self) -> Result<()> {
+        for head_dim in HEAD_DIMS {
+            self.allow_shared_bytes(&format!("attention_backward_keys_{head_dim}"), backward_keys_bytes(head_dim))?;
+        }
+        Ok(())
+    }
+}

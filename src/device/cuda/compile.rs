@@ -1,0 +1,159 @@
+//! The kernels: compiled by NVRTC to machine code of one architecture, and kept in a folder for the next start.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use cudarc::nvrtc;
+use xxhash_rust::xxh3::xxh3_64;
+
+/// `kernels/*.cu` by stem, with the names of what they define.
+pub const SOURCES: [(&str, &str, &[&str]); 9] = [
+    ("adamw", include_str!("../../../kernels/adamw.cu"), &["adamw"]),
+    (
+        "attention",
+        include_str!("../../../kernels/attention.cu"),
+        &[
+            "attention_delta",
+            "attention_forward_64",
+            "attention_forward_96",
+            "attention_forward_128",
+            "attention_backward_queries_64",
+            "attention_backward_queries_96",
+            "attention_backward_queries_128",
+            "attention_backward_keys_64",
+            "attention_backward_keys_96",
+            "attention_backward_keys_128",
+        ],
+    ),
+    (
+        "cross_entropy",
+        include_str!("../../../kernels/cross_entropy.cu"),
+        &["cross_entropy_piece", "gather_target_rows", "cross_entropy_finish"],
+    ),
+    (
+        "elementwise",
+        include_str!("../../../kernels/elementwise.cu"),
+        &["add", "add_bias", "cast", "gather_rows", "scatter_rows", "sum_parts", "sum_of_squares"],
+    ),
+    ("lora_dropout", include_str!("../../../kernels/lora_dropout.cu"), &["lora_dropout"]),
+    (
+        "nf4",
+        include_str!("../../../kernels/nf4.cu"),
+        &["dequantize_nf4", "dequantize_nf4_f32", "convert", "convert_f32"],
+    ),
+    ("rms_norm", include_str!("../../../kernels/rms_norm.cu"), &["rms_norm_forward", "rms_norm_backward"]),
+    ("rope", include_str!("../../../kernels/rope.cu"), &["rope"]),
+    ("swiglu", include_str!("../../../kernels/swiglu.cu"), &["swiglu_forward", "swiglu_backward"]),
+];
+
+const COMMON: &str = include_str!("../../../kernels/common.cuh");
+
+/// Machine code, and what the assembler says about registers and memory.
+pub struct Cubin {
+    pub code: Vec<u8>,
+    pub log: String,
+}
+
+/// Compiles one source for `sm_<arch>`. NVRTC must be loaded.
+pub fn compile(stem: &str, source: &str, arch: u32) -> Result<Cubin> {
+    let text = std::ffi::CString::new(source.replace("#include \"common.cuh\"", COMMON))?;
+    let name = std::ffi::CString::new(format!("{stem}.cu"))?;
+    let options = [
+        format!("--gpu-architecture=sm_{arch}"),
+        "-std=c++17".into(),
+        "-default-device".into(),
+        "--ptxas-options=-v".into(),
+    ];
+    let program = nvrtc::result::create_program(&text, Some(&name)).map_err(|e| anyhow!("NVRTC: {e:?}"))?;
+    // SAFETY: the program is valid until it is destroyed below.
+    let (compiled, log) = unsafe {
+        let compiled = nvrtc::result::compile_program(program, &options);
+        let log = nvrtc::result::get_program_log(program).unwrap_or_default();
+        (compiled, log.iter().map(|&c| c as u8 as char).collect::<String>())
+    };
+    compiled.map_err(|e| anyhow!("kernels/{stem}.cu for sm_{arch}: {e:?}\n{log}"))?;
+    let mut len = 0;
+    // SAFETY: as above; the buffer is as long as NVRTC says that the code is.
+    let code = unsafe {
+        nvrtc::sys::nvrtcGetCUBINSize(program, &mut len).result().map_err(|e| anyhow!("NVRTC: {e:?}"))?;
+        let mut code = vec![0u8; len];
+        nvrtc::sys::nvrtcGetCUBIN(program, code.as_mut_ptr().cast()).result().map_err(|e| anyhow!("NVRTC: {e:?}"))?;
+        nvrtc::result::destroy_program(program).map_err(|e| anyhow!("NVRTC: {e:?}"))?;
+        code
+    };
+    Ok(Cubin { code, log })
+}
+
+/// Version of NVRTC, e.g. 13.0.
+pub fn nvrtc_version() -> Result<String> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: writes two integers.
+    unsafe { nvrtc::sys::nvrtcVersion(&mut major, &mut minor) }.result().map_err(|e| anyhow!("NVRTC: {e:?}"))?;
+    Ok(format!("{major}.{minor}"))
+}
+
+/// The code of one source, from the folder or compiled. One process compiles while the others wait for its lock; a file that
+/// is damaged is made anew.
+pub fn cached(folder: &Path, stem: &str, source: &str, arch: u32) -> Result<Vec<u8>> {
+    let key = xxh3_64(format!("{COMMON}\0{source}\0{arch}\0{}", nvrtc_version()?).as_bytes());
+    let path = folder.join(format!("{stem}-sm_{arch}-{key:016x}.cubin"));
+    if let Some(code) = read(&path) {
+        return Ok(code);
+    }
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    let lock = File::create(folder.join("lock")).with_context(|| folder.display().to_string())?;
+    lock.lock().with_context(|| folder.display().to_string())?;
+    if let Some(code) = read(&path) {
+        return Ok(code);
+    }
+    let code = compile(stem, source, arch)?.code;
+    let mut file = tempfile::NamedTempFile::new_in(folder)?;
+    file.write_all(&xxh3_64(&code).to_le_bytes())?;
+    file.write_all(&code)?;
+    file.persist(&path).with_context(|| path.display().to_string())?;
+    Ok(code)
+}
+
+/// A file's code when its checksum is right.
+fn read(path: &Path) -> Option<Vec<u8>> {
+    let mut bytes = std::fs::read(path).ok()?;
+    let code = bytes.split_off(8.min(bytes.len()));
+    (bytes == xxh3_64(&code).to_le_bytes()).then_some(code)
+}
+
+/// Registers, shared memory and spilled bytes of each kernel, from the assembler's report.
+pub fn resources(log: &str) -> Result<Vec<Resources>> {
+    let number_before = |line: &str, what: &str| -> Option<u32> {
+        let end = line.find(what)?;
+        line[..end].trim_end().rsplit([' ', ',']).next()?.parse().ok()
+    };
+    let mut all: Vec<Resources> = Vec::new();
+    for line in log.lines() {
+        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
+            let name = rest.split('\'').next().unwrap_or_default().to_string();
+            all.push(Resources { name, ..Resources::default() });
+        } else if let Some(last) = all.last_mut() {
+            if let Some(bytes) = number_before(line, "bytes spill stores") {
+                last.spill_bytes = bytes + number_before(line, "bytes spill loads").unwrap_or(0);
+            }
+            if let Some(registers) = number_before(line, "registers") {
+                last.registers = registers;
+                last.shared_bytes = number_before(line, "bytes smem").unwrap_or(0);
+            }
+        }
+    }
+    ensure!(all.iter().all(|r| r.registers > 0), "the assembler's report is not understood:\n{log}");
+    Ok(all)
+}
+
+/// What one kernel takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Resources {
+    pub name: String,
+    pub registers: u32,
+    pub shared_bytes: u32,
+    /// Stores and loads.
+    pub spill_bytes: u32,
+}

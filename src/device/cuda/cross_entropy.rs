@@ -1,0 +1,64 @@
+//! Cross-entropy over pieces of the vocabulary, with a running maximum and sum.
+
+use anyhow::{Result, ensure};
+
+use crate::device::ops::{CrossEntropyFinish, CrossEntropyPiece, GatherTargetRows, Ops, Transpose};
+
+use super::Cuda;
+use super::launch::{Grid, args};
+
+/// Vocabulary rows of a piece that the kernel holds in registers.
+const MAX_PIECE_ROWS: usize = 4096;
+
+impl Cuda {
+    pub(super) fn cross_entropy_piece_bf16(&self, args: CrossEntropyPiece<'_, Cuda>) -> Result<()> {
+        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id } = args;
+        let n = target_ids.len();
+        if n == 0 {
+            return Ok(());
+        }
+        let hidden = x.len() / n;
+        let rows = weight.len() / hidden;
+        ensure!(logits.len() == n * rows && [sum.len(), max.len()] == [n; 2], "cross_entropy: {n} tokens, {rows} rows");
+        ensure!(rows <= MAX_PIECE_ROWS, "cross_entropy: {rows} rows in a piece, at most {MAX_PIECE_ROWS}");
+        self.logits(logits.range_mut(0..n * rows), x, weight, hidden)?;
+        let (acc_addr, acc_hidden) = acc.as_ref().map_or((0, 0), |acc| (acc.addr() as u64, hidden as u32));
+        let (num_rows, first_id) = (rows as u32, first_id as u32);
+        let args = args![max, sum, target_logit, acc_addr, logits.view(), target_ids, num_rows, first_id, acc_hidden];
+        self.launch("cross_entropy_piece", Grid::rows(n), args)?;
+        let Some(acc) = acc else { return Ok(()) };
+        // Each row of logits now begins with its probabilities in half the bytes: rows are 2 · rows elements apart.
+        self.gemm_strided(
+            acc,
+            (logits.view().reinterpret(), 2 * rows, Transpose::No),
+            (weight, hidden, Transpose::No),
+            [n, hidden, rows],
+            1.0,
+            1.0,
+        )
+    }
+
+    pub(super) fn gather_target_rows_bf16(&self, args: GatherTargetRows<'_, Cuda>) -> Result<()> {
+        let GatherTargetRows { target_rows, weight, target_ids, first_id } = args;
+        let n = target_ids.len();
+        let Some(hidden) = target_rows.len().checked_div(n) else { return Ok(()) };
+        let rows = (weight.len() / hidden) as u32;
+        let args = args![target_rows, weight, target_ids, rows, first_id as u32, hidden as u32];
+        self.launch("gather_target_rows", Grid::rows(n), args)
+    }
+
+    pub(super) fn cross_entropy_finish_bf16(&self, args: CrossEntropyFinish<'_, Cuda>) -> Result<()> {
+        let CrossEntropyFinish { d_x, acc, sum, target_rows, coefficients } = args;
+        let (len, n) = (d_x.len(), sum.len());
+        ensure!(
+            [acc.len(), target_rows.len()] == [len; 2] && coefficients.len() == n,
+            "cross_entropy finish: d_x {len}"
+        );
+        let Some(hidden) = len.checked_div(n) else { return Ok(()) };
+        self.launch(
+            "cross_entropy_finish",
+            Grid::rows(n),
+            args![d_x, acc, sum, target_rows, coefficients, hidden as u32],
+        )
+    }
+}

@@ -1,0 +1,108 @@
+//! The one place that starts kernels.
+
+use std::ffi::c_void;
+
+use anyhow::{Context, Result, anyhow};
+use cudarc::driver::{CudaStream, result, sys};
+
+use crate::device::{Element, View, ViewMut};
+
+use super::Cuda;
+
+/// One argument of a kernel: an address or a number, in the low bytes.
+#[derive(Clone, Copy)]
+pub struct Arg(u64);
+
+macro_rules! number_args {
+    ($($t:ty: $bits:expr),*) => {
+        $(impl From<$t> for Arg {
+            fn from(value: $t) -> Arg {
+                let bits: fn($t) -> u64 = $bits;
+                Arg(bits(value))
+            }
+        })*
+    };
+}
+number_args!(u32: u64::from, u64: |v| v, i32: |v| u64::from(v as u32), f32: |v| u64::from(v.to_bits()));
+
+impl<T: Element> From<View<'_, Cuda, T>> for Arg {
+    fn from(view: View<'_, Cuda, T>) -> Arg {
+        Arg(view.addr() as u64)
+    }
+}
+
+impl<T: Element> From<ViewMut<'_, Cuda, T>> for Arg {
+    fn from(view: ViewMut<'_, Cuda, T>) -> Arg {
+        Arg(view.addr() as u64)
+    }
+}
+
+/// How many threads: blocks (x, y), threads of a block, dynamic shared memory.
+#[derive(Clone, Copy)]
+pub struct Grid {
+    pub blocks: (usize, usize),
+    pub threads: u32,
+    pub shared_bytes: u32,
+}
+
+impl Grid {
+    /// Blocks of 256 threads, one thread an element; the kernels loop over what is more.
+    pub fn elements(len: usize) -> Grid {
+        Grid { blocks: (len.div_ceil(256).min(1 << 20), 1), threads: 256, shared_bytes: 0 }
+    }
+
+    /// One block of 256 threads a row.
+    pub fn rows(num_rows: usize) -> Grid {
+        Grid { blocks: (num_rows, 1), threads: 256, shared_bytes: 0 }
+    }
+}
+
+/// An argument list for [`Cuda::launch`].
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => { [$(crate::device::cuda::launch::Arg::from($arg)),*] };
+}
+pub(super) use args;
+
+impl Cuda {
+    /// Starts a kernel on the compute stream; none for a grid without blocks.
+    pub(super) fn launch<const N: usize>(&self, name: &str, grid: Grid, args: [Arg; N]) -> Result<()> {
+        self.launch_on(&self.compute, name, grid, args)
+    }
+
+    pub(super) fn launch_on<const N: usize>(
+        &self,
+        stream: &CudaStream,
+        name: &str,
+        grid: Grid,
+        args: [Arg; N],
+    ) -> Result<()> {
+        if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
+            return Ok(());
+        }
+        let kernel = self.kernels.get(name).with_context(|| format!("no kernel is named {name}"))?;
+        let mut pointers = args.each_ref().map(|arg| std::ptr::from_ref(&arg.0).cast::<c_void>().cast_mut());
+        let (x, y) = (u32::try_from(grid.blocks.0)?, u32::try_from(grid.blocks.1)?);
+        // SAFETY: each op passes the arguments that its kernel declares, in order, and has checked that what the kernel
+        // reaches lies in the views that it was given; their memory lives until the stream has been synchronized.
+        let launched = unsafe {
+            result::launch_kernel(
+                kernel.cu_function(),
+                (x, y, 1),
+                (grid.threads, 1, 1),
+                grid.shared_bytes,
+                stream.cu_stream(),
+                &mut pointers,
+            )
+        };
+        launched.map_err(|e| anyhow!("kernel {name}: {e}"))
+    }
+
+    /// Allows a kernel more dynamic shared memory than the 48 KiB that every kernel may have.
+    pub(super) fn allow_shared_bytes(&self, name: &str, bytes: u32) -> Result<()> {
+        let kernel = self.kernels.get(name).with_context(|| format!("no kernel is named {name}"))?;
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        kernel
+            .set_attribute(attribute, bytes as i32)
+            .map_err(|e| anyhow!("{bytes} bytes of shared memory for {name}: {e}"))
+    }
+}

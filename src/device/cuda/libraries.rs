@@ -1,0 +1,117 @@
+//! Finds CUDA's libraries where they may lie, and loads them before `cudarc` looks for them.
+//!
+//! The driver (`libcuda.so.1`) is the system's. NVRTC and cuBLAS are searched in this order: the folder that
+//! `FSDP_QLORA_CUDA_PATH` names (or its `lib64`, `lib`), which then is the only one; the dynamic linker's own paths;
+//! `$CUDA_HOME`, `$CUDA_PATH`, `/usr/local/cuda`, `/usr/local/cuda-*`, `/opt/cuda`; `$CONDA_PREFIX/lib`; the `nvidia-*`
+//! packages of `$VIRTUAL_ENV`, or else of `python3`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use cudarc::{cublas, driver, nvrtc};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+
+/// Names the one folder to search.
+const PATH_VARIABLE: &str = "FSDP_QLORA_CUDA_PATH";
+
+/// True when the driver's library can be loaded.
+pub fn driver_is_there() -> bool {
+    // SAFETY: only opens libraries by name.
+    unsafe { driver::sys::is_culib_present() }
+}
+
+/// Loads NVRTC, or says what to install.
+pub fn load_nvrtc() -> Result<()> {
+    // SAFETY: only opens libraries by name.
+    load("nvrtc", "nvidia-cuda-nvrtc", || unsafe { nvrtc::sys::is_culib_present() })
+}
+
+/// Loads cuBLAS, or says what to install.
+pub fn load_cublas() -> Result<()> {
+    // cuBLAS needs its other half, which lies beside it.
+    folders().iter().any(|folder| open(folder, "cublasLt"));
+    // SAFETY: only opens libraries by name.
+    load("cublas", "nvidia-cublas", || unsafe { cublas::sys::is_culib_present() })
+}
+
+fn load(library: &str, package: &str, is_present: impl Fn() -> bool) -> Result<()> {
+    if std::env::var_os(PATH_VARIABLE).is_none() && is_present() {
+        return Ok(());
+    }
+    let folders = folders();
+    if folders.iter().any(|folder| open(folder, library)) && is_present() {
+        return Ok(());
+    }
+    let searched: Vec<String> = folders.iter().map(|f| f.display().to_string()).collect();
+    bail!(
+        "lib{library} is not there; searched: {}. Install the CUDA toolkit 12 or 13, or `pip install {package}`, or name \
+         the folder that has it in {PATH_VARIABLE}",
+        if searched.is_empty() { "the dynamic linker's paths".into() } else { searched.join(", ") }
+    )
+}
+
+/// Opens a library that `cudarc` cannot find by itself: by its name, else in the folders.
+pub fn open_first(name: &str) -> Option<Library> {
+    let mut files: Vec<PathBuf> = folders().iter().flat_map(|folder| files(folder, name)).collect();
+    let by_name = PathBuf::from(format!("lib{name}.so.2"));
+    if std::env::var_os(PATH_VARIABLE).is_some() {
+        files.push(by_name)
+    } else {
+        files.insert(0, by_name)
+    }
+    // SAFETY: CUDA's libraries have initializers that may run at any time.
+    files.iter().find_map(|file| unsafe { Library::open(Some(file), RTLD_NOW | RTLD_GLOBAL) }.ok())
+}
+
+/// Opens `lib<name>.so*` of a folder for everybody, and for good.
+fn open(folder: &Path, name: &str) -> bool {
+    files(folder, name).iter().any(|file| {
+        // SAFETY: CUDA's libraries have initializers that may run at any time.
+        let library = unsafe { Library::open(Some(file), RTLD_NOW | RTLD_GLOBAL) };
+        library.map(std::mem::forget).is_ok()
+    })
+}
+
+/// `lib<name>.so*` of a folder.
+fn files(folder: &Path, name: &str) -> Vec<PathBuf> {
+    let prefix = format!("lib{name}.so");
+    let is_it = |p: &PathBuf| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(&prefix));
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> = entries.map(|e| e.path()).filter(is_it).collect();
+    files.sort();
+    files
+}
+
+fn folders() -> Vec<PathBuf> {
+    let with_lib = |root: PathBuf| [root.clone(), root.join("lib64"), root.join("lib")];
+    if let Some(root) = std::env::var_os(PATH_VARIABLE) {
+        return with_lib(root.into()).to_vec();
+    }
+    let mut roots: Vec<PathBuf> =
+        ["CUDA_HOME", "CUDA_PATH"].iter().filter_map(std::env::var_os).map(PathBuf::from).collect();
+    roots.extend(["/usr/local/cuda".into(), "/opt/cuda".into()]);
+    let local = std::fs::read_dir("/usr/local").into_iter().flatten().flatten().map(|e| e.path());
+    let mut versions: Vec<PathBuf> = local.filter(|p| p.to_string_lossy().contains("/cuda-")).collect();
+    versions.sort_by(|a, b| b.cmp(a));
+    roots.extend(versions);
+    roots.extend(std::env::var_os("CONDA_PREFIX").map(PathBuf::from));
+    let mut folders: Vec<PathBuf> = roots.into_iter().flat_map(with_lib).collect();
+    for package in python_packages() {
+        let parts = std::fs::read_dir(package).into_iter().flatten().flatten();
+        folders.extend(parts.map(|part| part.path().join("lib")));
+    }
+    folders.retain(|f| f.is_dir());
+    folders
+}
+
+/// Folders of the namespace package `nvidia`.
+fn python_packages() -> Vec<PathBuf> {
+    let python = match std::env::var_os("VIRTUAL_ENV") {
+        Some(root) => Path::new(&root).join("bin/python3"),
+        None => "python3".into(),
+    };
+    let script = "import nvidia; print('\\n'.join(nvidia.__path__))";
+    let output = std::process::Command::new(python).args(["-c", script]).output();
+    let text = output.map(|o| String::from_utf8_lossy(&o.stdout).into_owned()).unwrap_or_default();
+    text.lines().map(PathBuf::from).collect()
+}

@@ -1,0 +1,149 @@
+//! Device memory, copies and fills.
+
+use anyhow::{Result, anyhow, ensure};
+use cudarc::driver::{CudaStream, result};
+
+use crate::device::{Device, Element, View, ViewMut};
+use crate::quant::double::DYNAMIC_MAP;
+use crate::quant::nf4::CODEBOOK;
+
+use super::{Cuda, gemm};
+
+/// One allocation, freed on drop.
+pub struct DeviceRegion {
+    addr: u64,
+    context: std::sync::Arc<cudarc::driver::CudaContext>,
+}
+
+impl Drop for DeviceRegion {
+    fn drop(&mut self) {
+        // Nothing can be done about an error here: the process ends, or has failed already.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated in `allocate`; `cuMemFree` waits for what still runs, and no `Buffer` is left.
+        let _ = unsafe { result::free_sync(self.addr) };
+    }
+}
+
+/// Small ranges of the device itself, in one allocation.
+pub struct Tables {
+    region: DeviceRegion,
+}
+
+/// Where they begin: the NF4 code book, the 8-bit dynamic map, a sum, the workspace of cuBLAS.
+const CODEBOOK_AT: u64 = 0;
+const MAP_AT: u64 = 256;
+const SUM_AT: u64 = MAP_AT + 1024;
+const WORKSPACE_AT: u64 = 2048;
+
+impl Tables {
+    /// Allocates and fills them; the context is bound to this thread.
+    pub fn new(context: &std::sync::Arc<cudarc::driver::CudaContext>) -> Result<Tables> {
+        // SAFETY: the sizes below are those of the allocation, and the copies are done when the calls return.
+        let addr = unsafe {
+            let addr = result::malloc_sync(WORKSPACE_AT as usize + gemm::WORKSPACE_BYTES)
+                .map_err(|e| anyhow!("GPU memory for the workspace of cuBLAS: {e}"))?;
+            result::memcpy_htod_sync(addr + CODEBOOK_AT, &CODEBOOK).map_err(|e| anyhow!("copy to the GPU: {e}"))?;
+            result::memcpy_htod_sync(addr + MAP_AT, &*DYNAMIC_MAP).map_err(|e| anyhow!("copy to the GPU: {e}"))?;
+            addr
+        };
+        Ok(Tables { region: DeviceRegion { addr, context: context.clone() } })
+    }
+
+    /// f32 `[16]`
+    pub fn codebook(&self) -> u64 {
+        self.region.addr + CODEBOOK_AT
+    }
+
+    /// f32 `[256]`
+    pub fn map(&self) -> u64 {
+        self.region.addr + MAP_AT
+    }
+
+    /// One f64.
+    pub fn sum(&self) -> u64 {
+        self.region.addr + SUM_AT
+    }
+
+    /// [`gemm::WORKSPACE_BYTES`]
+    pub fn workspace(&self) -> u64 {
+        self.region.addr + WORKSPACE_AT
+    }
+}
+
+impl Cuda {
+    /// Device to device on a stream; the lengths must be equal.
+    pub fn copy_on<T: Element>(
+        &self,
+        stream: &CudaStream,
+        dst: ViewMut<'_, Cuda, T>,
+        src: View<'_, Cuda, T>,
+    ) -> Result<()> {
+        ensure!(dst.len() == src.len(), "copy of {} into {}", src.len(), dst.len());
+        if src.is_empty() {
+            return Ok(());
+        }
+        let (to, from, bytes) = (dst.addr() as u64, src.addr() as u64, size_of::<T>() * src.len());
+        // SAFETY: the lengths are equal; the borrows keep the ranges apart.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }
+            .map_err(|e| anyhow!("copy on the GPU: {e}"))
+    }
+
+    /// The value that a kernel left in [`Tables::sum`]. Waits for the compute stream.
+    pub(super) fn read_sum(&self) -> Result<f64> {
+        let mut sum = [0f64];
+        // SAFETY: the range holds one f64, and the copy is waited for.
+        unsafe { result::memcpy_dtoh_async(&mut sum, self.tables.sum(), self.compute.cu_stream()) }
+            .map_err(|e| anyhow!("copy from the GPU: {e}"))?;
+        self.synchronize()?;
+        Ok(sum[0])
+    }
+}
+
+impl Device for Cuda {
+    type Act = half::bf16;
+    type Region = DeviceRegion;
+
+    fn allocate(&self, bytes: usize) -> Result<(DeviceRegion, usize)> {
+        let (free, total) = self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))?;
+        ensure!(bytes <= free, "{bytes} bytes of GPU memory are needed; {free} of {total} are free");
+        // SAFETY: the context is bound to this thread; the memory is freed by the region.
+        let addr = unsafe { result::malloc_sync(bytes) }.map_err(|e| anyhow!("{bytes} bytes of GPU memory: {e}"))?;
+        Ok((DeviceRegion { addr, context: self.context.clone() }, addr as usize))
+    }
+
+    fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()> {
+        ensure!(dst.len() == src.len(), "upload of {} into {}", src.len(), dst.len());
+        if src.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the lengths are equal; from memory that is not pinned the call returns when the source has been read.
+        unsafe { result::memcpy_htod_async(dst.addr() as u64, src, self.compute.cu_stream()) }
+            .map_err(|e| anyhow!("copy to the GPU: {e}"))
+    }
+
+    fn download<T: Element>(&self, dst: &mut [T], src: View<'_, Self, T>) -> Result<()> {
+        ensure!(dst.len() == src.len(), "download of {} into {}", src.len(), dst.len());
+        if dst.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the lengths are equal, and the copy is waited for below.
+        unsafe { result::memcpy_dtoh_async(dst, src.addr() as u64, self.compute.cu_stream()) }
+            .map_err(|e| anyhow!("copy from the GPU: {e}"))?;
+        self.synchronize()
+    }
+
+    fn copy<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: View<'_, Self, T>) -> Result<()> {
+        self.copy_on(&self.compute, dst, src)
+    }
+
+    fn fill_bytes<T: Element>(&self, dst: ViewMut<'_, Self, T>, byte: u8) -> Result<()> {
+        if dst.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the range is that of the view.
+        unsafe {
+            result::memset_d8_async(dst.addr() as u64, byte, size_of::<T>() * dst.len(), self.compute.cu_stream())
+        }
+        .map_err(|e| anyhow!("fill of GPU memory: {e}"))
+    }
+}

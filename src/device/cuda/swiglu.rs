@@ -1,0 +1,26 @@
+//! silu(gate) · up and its backward.
+
+use anyhow::{Result, ensure};
+
+use crate::device::ops::{SwigluBackward, SwigluForward};
+
+use super::Cuda;
+use super::launch::{Grid, args};
+
+impl Cuda {
+    pub(super) fn swiglu_forward_bf16(&self, args: SwigluForward<'_, Cuda>) -> Result<()> {
+        let SwigluForward { y, gate, up } = args;
+        let len = y.len();
+        ensure!([gate.len(), up.len()] == [len; 2] && len.is_multiple_of(8), "swiglu: y {len} gate {}", gate.len());
+        self.launch("swiglu_forward", Grid::elements(len / 8), args![y, gate, up, (len / 8) as u64])
+    }
+
+    pub(super) fn swiglu_backward_bf16(&self, args: SwigluBackward<'_, Cuda>) -> Result<()> {
+        let SwigluBackward { d_gate, d_up, d_y, gate, up } = args;
+        let len = d_y.len();
+        let lengths = [d_gate.len(), d_up.len(), gate.len(), up.len()];
+        ensure!(lengths == [len; 4] && len.is_multiple_of(8), "swiglu backward: d_y {len} gate {}", gate.len());
+        let args = args![d_gate, d_up, d_y, gate, up, (len / 8) as u64];
+        self.launch("swiglu_backward", Grid::elements(len / 8), args)
+    }
+}

@@ -1,0 +1,624 @@
+//! Every op of the CUDA device against that of the CPU device, on the same inputs (random, exact in bf16). Where bytes move
+//! the results are equal; else the error is at most twice that of the plain formula with its results rounded to bf16 (three
+//! times for gradients). Without a GPU the tests say so and pass, unless REQUIRE_GPU=1.
+
+use std::sync::{Mutex, MutexGuard};
+
+use fsdp_qlora::device::cpu::Cpu;
+use fsdp_qlora::device::cuda::{Cuda, compile, libraries};
+use fsdp_qlora::device::ops::*;
+use fsdp_qlora::device::{Arena, Buffer, Device, Element, Ops};
+use fsdp_qlora::quant::nf4;
+use fsdp_qlora::quant::record::{Dtype, Encoding};
+use half::bf16;
+
+/// The kernels' folder, and one test at a time: they share the GPU.
+static GPU: Mutex<()> = Mutex::new(());
+
+fn gpu() -> Option<(MutexGuard<'static, ()>, Cuda)> {
+    let required = std::env::var("REQUIRE_GPU").is_ok_and(|v| v == "1");
+    if !required && !libraries::driver_is_there() {
+        eprintln!("skipped: no GPU");
+        return None;
+    }
+    let guard = GPU.lock().unwrap_or_else(|e| e.into_inner());
+    let cache = std::env::temp_dir().join("fsdp-qlora-test-kernels");
+    match Cuda::new(0, &cache) {
+        Ok(cuda) => {
+            cuda.bind_to_thread().unwrap();
+            Some((guard, cuda))
+        }
+        Err(error) if required => panic!("REQUIRE_GPU=1: {error:#}"),
+        Err(error) => {
+            eprintln!("skipped: no GPU: {error:#}");
+            None
+        }
+    }
+}
+
+/// Architectures that are claimed: A100, RTX 30, RTX 40, H100, B200, RTX 50.
+const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
+
+/// Bytes of spilled registers that a kernel may have (stores and loads, the most of any architecture).
+const ALLOWED_SPILL_BYTES: [(&str, u32); 1] = [("attention_backward_keys_96", 8)];
+
+#[test]
+fn every_kernel_compiles_without_spills() {
+    if let Err(error) = libraries::load_nvrtc() {
+        assert!(!std::env::var("REQUIRE_NVRTC").is_ok_and(|v| v == "1"), "REQUIRE_NVRTC=1: {error:#}");
+        eprintln!("skipped: no NVRTC: {error:#}");
+        return;
+    }
+    println!("NVRTC {}", compile::nvrtc_version().unwrap());
+    println!("{:34} {:>6} {:>9} {:>13} {:>11}", "kernel", "sm", "registers", "shared bytes", "spill bytes");
+    let mut spilled = Vec::new();
+    for (stem, source, names) in compile::SOURCES {
+        for arch in ARCHITECTURES {
+            let mut resources = compile::resources(&compile::compile(stem, source, arch).unwrap().log).unwrap();
+            resources.sort_by(|a, b| a.name.cmp(&b.name));
+            let mut expected: Vec<&str> = names.to_vec();
+            expected.sort_unstable();
+            assert_eq!(resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), expected, "kernels/{stem}.cu");
+            for r in resources {
+                let allowed =
+                    ALLOWED_SPILL_BYTES.iter().find(|(name, _)| *name == r.name).map_or(0, |(_, bytes)| *bytes);
+                println!("{:34} {arch:6} {:9} {:13} {:11}", r.name, r.registers, r.shared_bytes, r.spill_bytes);
+                if r.spill_bytes > allowed {
+                    spilled.push(format!("{} for sm_{arch}: {} bytes, allowed {allowed}", r.name, r.spill_bytes));
+                }
+            }
+        }
+    }
+    assert!(spilled.is_empty(), "spilled registers: {}", spilled.join("; "));
+}
+
+/// A buffer of its own, every byte 0xFF: what is not written stays NaN.
+fn buffer<D: Device, T: Element>(device: &D, len: usize) -> Buffer<D, T> {
+    let mut measured = Arena::<D>::measure();
+    measured.carve::<T>("x", len).unwrap();
+    let mut arena = Arena::allocate(device, measured.into_plan()).unwrap();
+    let mut buffer = arena.carve("x", len).unwrap();
+    device.fill_bytes(buffer.view_mut(), 0xFF).unwrap();
+    buffer
+}
+
+fn put<D: Device, T: Element>(device: &D, values: &[T]) -> Buffer<D, T> {
+    let mut buffer = buffer(device, values.len());
+    device.upload(buffer.view_mut(), values).unwrap();
+    buffer
+}
+
+fn put_act<D: Ops>(device: &D, values: &[f32]) -> Buffer<D, D::Act> {
+    let mut buffer = buffer(device, values.len());
+    device.upload_activations(buffer.view_mut(), values).unwrap();
+    buffer
+}
+
+fn get<D: Device, T: Element>(device: &D, buffer: &Buffer<D, T>) -> Vec<T> {
+    let mut values = vec![T::zeroed(); buffer.len()];
+    device.download(&mut values, buffer.view()).unwrap();
+    values
+}
+
+fn get_act<D: Ops>(device: &D, buffer: &Buffer<D, D::Act>) -> Vec<f32>
+where
+    D::Act: Into<f32>,
+{
+    get(device, buffer).into_iter().map(Into::into).collect()
+}
+
+/// Numbers around 0 of a deviation near `scale`, exact in bf16.
+fn random(len: usize, scale: f32, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 40) as f32 / (1u64 << 24) as f32) - 0.5
+    };
+    (0..len).map(|_| rounded((uniform() + uniform() + uniform()) * 2.0 * scale)).collect()
+}
+
+fn rounded(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
+}
+
+/// ‖a − b‖ / ‖b‖; NaN when anything is NaN.
+fn error(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let difference: f64 = a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum();
+    let norm: f64 = b.iter().map(|b| f64::from(*b).powi(2)).sum();
+    if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() }
+}
+
+/// The result may be `times` as far from the reference as the reference rounded to bf16 is.
+fn close(what: &str, result: &[f32], reference: &[f32], times: f64) {
+    let plain: Vec<f32> = reference.iter().map(|&v| rounded(v)).collect();
+    close_as(what, result, &plain, reference, times);
+}
+
+/// The result may be `times` as far from the reference as the plain formula's result is.
+fn close_as(what: &str, result: &[f32], plain: &[f32], reference: &[f32], times: f64) {
+    let (error, allowed) = (error(result, reference), times * error(plain, reference));
+    assert!(error <= allowed, "{what}: error {error:e}, allowed {allowed:e}");
+}
+
+fn within(what: &str, result: &[f32], reference: &[f32], allowed: f64) {
+    let error = error(result, reference);
+    assert!(error <= allowed, "{what}: error {error:e}, allowed {allowed:e}");
+}
+
+const ROWS: [(usize, usize); 5] = [(1, 8), (7, 264), (13, 576), (257, 4096), (3, 8192)];
+
+#[test]
+fn rms_norm() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, rows: usize, hidden: usize) -> [Vec<f32>; 3]
+    where
+        D::Act: Into<f32>,
+    {
+        let (x, weight) = (put_act(d, &random(rows * hidden, 1.0, 1)), put(d, &random(hidden, 1.0, 2)));
+        let (mut y, mut rstd) = (buffer(d, rows * hidden), buffer(d, rows));
+        let args =
+            RmsNormForward { y: y.view_mut(), rstd: rstd.view_mut(), x: x.view(), weight: weight.view(), eps: 1e-5 };
+        d.rms_norm_forward(args).unwrap();
+        let (d_y, mut d_x) = (put_act(d, &random(rows * hidden, 1.0, 3)), put_act(d, &random(rows * hidden, 0.5, 4)));
+        let (weight, rstd_view) = (weight.view(), rstd.view());
+        d.rms_norm_backward(RmsNormBackward {
+            d_x: d_x.view_mut(),
+            d_y: d_y.view(),
+            x: x.view(),
+            rstd: rstd_view,
+            weight,
+        })
+        .unwrap();
+        [get_act(d, &y), get(d, &rstd), get_act(d, &d_x)]
+    }
+    for (rows, hidden) in ROWS {
+        let ([y, rstd, d_x], [y_ref, rstd_ref, d_x_ref]) = (run(&cuda, rows, hidden), run(&Cpu::new(1), rows, hidden));
+        close("y", &y, &y_ref, 2.0);
+        within("rstd", &rstd, &rstd_ref, 1e-6);
+        close("d_x", &d_x, &d_x_ref, 3.0);
+    }
+}
+
+#[test]
+fn rope() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, tokens: usize, num_heads: usize, head_dim: usize, inverse: bool) -> Vec<f32>
+    where
+        D::Act: Into<f32>,
+    {
+        let mut x = put_act(d, &random(tokens * num_heads * head_dim, 1.0, 1));
+        let angles = tokens * head_dim / 2;
+        let (cos, sin) = (put(d, &random(angles, 0.5, 2)), put(d, &random(angles, 0.5, 3)));
+        d.rope(Rope { x: x.view_mut(), cos: cos.view(), sin: sin.view(), num_heads, head_dim, inverse }).unwrap();
+        get_act(d, &x)
+    }
+    for (tokens, heads, head_dim) in [(1, 1, 64), (7, 9, 64), (131, 3, 96), (257, 32, 128)] {
+        for inverse in [false, true] {
+            let reference = run(&Cpu::new(1), tokens, heads, head_dim, inverse);
+            close("rope", &run(&cuda, tokens, heads, head_dim, inverse), &reference, 2.0);
+        }
+    }
+}
+
+#[test]
+fn swiglu() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, len: usize) -> [Vec<f32>; 3]
+    where
+        D::Act: Into<f32>,
+    {
+        let (gate, up, d_y) =
+            (put_act(d, &random(len, 3.0, 1)), put_act(d, &random(len, 1.0, 2)), put_act(d, &random(len, 1.0, 3)));
+        let (mut y, mut d_gate, mut d_up) = (buffer(d, len), buffer(d, len), buffer(d, len));
+        d.swiglu_forward(SwigluForward { y: y.view_mut(), gate: gate.view(), up: up.view() }).unwrap();
+        let (gate, up) = (gate.view(), up.view());
+        let args = SwigluBackward { d_gate: d_gate.view_mut(), d_up: d_up.view_mut(), d_y: d_y.view(), gate, up };
+        d.swiglu_backward(args).unwrap();
+        [get_act(d, &y), get_act(d, &d_gate), get_act(d, &d_up)]
+    }
+    for len in [8, 13 * 8, 257 * 8, 512 * 14_336] {
+        let (results, references) = (run(&cuda, len), run(&Cpu::new(1), len));
+        for (what, times, (result, reference)) in [("y", 2.0, 0), ("d_gate", 3.0, 1), ("d_up", 3.0, 2)]
+            .map(|(what, times, i)| (what, times, (&results[i], &references[i])))
+        {
+            close(what, result, reference, times);
+        }
+    }
+}
+
+#[test]
+fn elementwise() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, rows: usize, width: usize) -> [Vec<f32>; 5]
+    where
+        D::Act: Into<f32>,
+    {
+        let len = rows * width;
+        let (mut y, x) = (put_act(d, &random(len, 1.0, 1)), put_act(d, &random(len, 1.0, 2)));
+        d.add(y.view_mut(), x.view()).unwrap();
+        let sum = get_act(d, &y);
+        d.add_bias(y.view_mut(), put(d, &random(width, 1.0, 3)).view()).unwrap();
+        let biased = get_act(d, &y);
+        let f32s: Vec<f32> = random(len, 1.0, 4).iter().map(|v| v * 1.001).collect();
+        d.cast(y.view_mut(), put(d, &f32s).view()).unwrap();
+        let cast = get_act(d, &y);
+        let picked: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
+        let indices = put(d, &picked);
+        let mut some = buffer(d, picked.len() * width);
+        d.gather_rows(some.view_mut(), x.view(), indices.view(), width).unwrap();
+        let mut all = buffer(d, len);
+        d.scatter_rows(all.view_mut(), some.view(), indices.view(), width).unwrap();
+        [sum, biased, cast, get_act(d, &some), get_act(d, &all)]
+    }
+    for (rows, width) in ROWS {
+        let (results, references) = (run(&cuda, rows, width), run(&Cpu::new(1), rows, width));
+        close("add", &results[0], &references[0], 2.0);
+        close("add_bias", &results[1], &references[1], 3.0);
+        let cast: Vec<f32> = references[2].iter().map(|&v| rounded(v)).collect();
+        assert!(results[2] == cast && results[3] == references[3] && results[4] == references[4], "moved bytes");
+    }
+    for len in [1, 1023, 1025, 1_000_003] {
+        let x = random(len, 1.0, 9);
+        let sum = cuda.sum_of_squares(put(&cuda, &x).view()).unwrap();
+        let reference = Cpu::new(1).sum_of_squares(put(&Cpu::new(1), &x).view()).unwrap();
+        assert!((sum - reference).abs() <= 1e-12 * reference, "sum of squares {sum} {reference}");
+    }
+}
+
+#[test]
+fn gemm_of_all_transpositions() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    use Transpose::{No, Yes};
+    fn run<D: Ops>(d: &D, [m, n, k]: [usize; 3], transpose: [Transpose; 2], beta: f32) -> [Vec<f32>; 2]
+    where
+        D::Act: Into<f32>,
+    {
+        let (a, b) = (put_act(d, &random(m * k, 1.0, 1)), put_act(d, &random(k * n, 1.0, 2)));
+        let (mut c, mut grad) = (put_act(d, &random(m * n, 1.0, 3)), put(d, &random(m * n, 1.0, 4)));
+        let [transpose_a, transpose_b] = transpose;
+        let (a, b, alpha) = (a.view(), b.view(), 0.5);
+        d.gemm(Gemm { c: c.view_mut(), a, b, transpose_a, transpose_b, m, n, k, alpha, beta }).unwrap();
+        d.gemm_grad(Gemm { c: grad.view_mut(), a, b, transpose_a, transpose_b, m, n, k, alpha, beta }).unwrap();
+        [get_act(d, &c), get(d, &grad)]
+    }
+    for sizes in [[1, 8, 8], [7, 16, 576], [131, 1536, 576], [512, 4096, 64]] {
+        for transpose in [[No, No], [No, Yes], [Yes, No], [Yes, Yes]] {
+            let product = run(&Cpu::new(1), sizes, transpose, 0.0);
+            let before = random(sizes[0] * sizes[1], 1.0, 3);
+            for beta in [0.0, 1.0] {
+                let what = format!("gemm {sizes:?} {transpose:?} beta {beta}");
+                let results = run(&cuda, sizes, transpose, beta);
+                let references = run(&Cpu::new(1), sizes, transpose, beta);
+                // Plain: the product is rounded, then the sum.
+                let plain = product[0].iter().zip(&before).map(|(p, c)| rounded(rounded(*p) + beta * c));
+                close_as(&what, &results[0], &plain.collect::<Vec<_>>(), &references[0], 2.0);
+                within(&what, &results[1], &references[1], 1e-5);
+            }
+        }
+    }
+}
+
+#[test]
+fn dequantize_is_exact() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, records: &[u8], len: usize, encoding: Encoding) -> [Vec<f32>; 2]
+    where
+        D::Act: Into<f32>,
+    {
+        let records = put(d, records);
+        let (mut act, mut f32s) = (buffer(d, len), buffer(d, len));
+        d.dequantize(Dequantize { weights: act.view_mut(), records: records.view(), encoding }).unwrap();
+        d.dequantize_f32(Dequantize { weights: f32s.view_mut(), records: records.view(), encoding }).unwrap();
+        [get_act(d, &act), get(d, &f32s)]
+    }
+    for len in [1, 63, 64, 65, 16_383, 16_384, 16_385, 576 * 1536 + 7, 4096 * 4096] {
+        let weights = random(len, 0.02, len as u64);
+        for double_quant in [false, true] {
+            let encoding = Encoding::Nf4 { double_quant };
+            let read = |first: usize, out: &mut [f32]| {
+                out.copy_from_slice(&weights[first..first + out.len()]);
+                Ok(())
+            };
+            let tensor = nf4::quantize(len, double_quant, read).unwrap();
+            let mut records = vec![0u8; encoding.tensor_bytes(len)];
+            tensor.write_records(&mut records).unwrap();
+            compare(&run(&cuda, &records, len, encoding), &run(&Cpu::new(1), &records, len, encoding));
+        }
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let encoding = Encoding::Plain(dtype);
+            let mut records = vec![0u8; encoding.tensor_bytes(len)];
+            for (record, weights) in records.chunks_mut(encoding.parts(16_384).bytes).zip(weights.chunks(16_384)) {
+                for (i, &w) in weights.iter().enumerate() {
+                    match dtype {
+                        Dtype::F32 => record[4 * i..4 * i + 4].copy_from_slice(&w.to_le_bytes()),
+                        Dtype::F16 => record[2 * i..2 * i + 2].copy_from_slice(&half::f16::from_f32(w).to_le_bytes()),
+                        Dtype::Bf16 => record[2 * i..2 * i + 2].copy_from_slice(&bf16::from_f32(w).to_le_bytes()),
+                    }
+                }
+            }
+            compare(&run(&cuda, &records, len, encoding), &run(&Cpu::new(1), &records, len, encoding));
+        }
+    }
+    fn compare([act, f32s]: &[Vec<f32>; 2], [_, reference]: &[Vec<f32>; 2]) {
+        assert!(f32s == reference, "f32 weights of {}", f32s.len());
+        assert!(act.iter().zip(reference).all(|(a, &r)| *a == rounded(r)), "bf16 weights of {}", act.len());
+    }
+}
+
+#[test]
+fn lora_dropout_has_the_masks_of_the_cpu() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, tokens: usize, features: usize, probability: f32, accumulate: bool) -> Vec<f32>
+    where
+        D::Act: Into<f32>,
+    {
+        let (x, mut y) =
+            (put_act(d, &random(tokens * features, 1.0, 1)), put_act(d, &random(tokens * features, 1.0, 2)));
+        let positions: Vec<u32> = (0..tokens as u32).collect();
+        let sample_idx: Vec<u64> = (0..tokens as u64).map(|t| t / 3).collect();
+        let (positions, sample_idx) = (put(d, &positions), put(d, &sample_idx));
+        let (sample_idx, positions) = (sample_idx.view(), positions.view());
+        let mask = DropoutMask { probability, seed: 42 << 33, step: 7, module: 205, sample_idx, positions };
+        d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate }).unwrap();
+        get_act(d, &y)
+    }
+    for (tokens, features) in ROWS {
+        let plain = run(&cuda, tokens, features, 0.05, false);
+        let reference: Vec<f32> = run(&Cpu::new(1), tokens, features, 0.05, false).into_iter().map(rounded).collect();
+        assert!(plain == reference, "dropout of [{tokens}, {features}]");
+        let reference = run(&Cpu::new(1), tokens, features, 0.5, true);
+        close("accumulated", &run(&cuda, tokens, features, 0.5, true), &reference, 2.0);
+    }
+}
+
+#[test]
+fn adamw() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, len: usize) -> [Vec<f32>; 3] {
+        let mut state = [1, 2, 3].map(|i| put(d, &random(len, 0.1, i).iter().map(|v| v.abs()).collect::<Vec<_>>()));
+        let grad = put(d, &random(len, 1.0, 4));
+        let [param, exp_avg, exp_avg_sq] = &mut state;
+        d.adamw(AdamW {
+            param: param.view_mut(),
+            exp_avg: exp_avg.view_mut(),
+            exp_avg_sq: exp_avg_sq.view_mut(),
+            grad: grad.view(),
+            grad_scale: 0.7,
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.01,
+            step: 3,
+        })
+        .unwrap();
+        state.map(|buffer| get(d, &buffer))
+    }
+    for len in [1, 257, 100_003] {
+        for (result, reference) in run(&cuda, len).iter().zip(&run(&Cpu::new(1), len)) {
+            within("adamw", result, reference, 1e-6);
+        }
+    }
+}
+
+#[test]
+fn cross_entropy_over_pieces() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, n: usize, hidden: usize, vocab: usize) -> [Vec<f32>; 4]
+    where
+        D::Act: Into<f32>,
+    {
+        let x = put_act(d, &random(n * hidden, 1.0, 1));
+        let ids: Vec<u32> = (0..n as u32).map(|i| i * 7919 % vocab as u32).collect();
+        let ids = put(d, &ids);
+        let (mut max, mut sum) = (put(d, &vec![f32::NEG_INFINITY; n]), put(d, &vec![0f32; n]));
+        let mut acc = put(d, &vec![0f32; n * hidden]);
+        let (mut logit, mut rows): (_, Buffer<D, D::Act>) = (buffer(d, n), buffer(d, n * hidden));
+        let weights = random(vocab * hidden, 0.1, 2);
+        for first_id in (0..vocab).step_by(4096) {
+            let num_rows = 4096.min(vocab - first_id);
+            let weight = put_act(d, &weights[first_id * hidden..(first_id + num_rows) * hidden]);
+            let mut logits = buffer(d, n * num_rows);
+            d.cross_entropy_piece(CrossEntropyPiece {
+                max: max.view_mut(),
+                sum: sum.view_mut(),
+                target_logit: logit.view_mut(),
+                acc: Some(acc.view_mut()),
+                logits: logits.view_mut(),
+                x: x.view(),
+                weight: weight.view(),
+                target_ids: ids.view(),
+                first_id,
+            })
+            .unwrap();
+            let (target_rows, weight, target_ids) = (rows.view_mut(), weight.view(), ids.view());
+            d.gather_target_rows(GatherTargetRows { target_rows, weight, target_ids, first_id }).unwrap();
+        }
+        let coefficients = put(d, &vec![0.25f32; n]);
+        let mut d_x = buffer(d, n * hidden);
+        d.cross_entropy_finish(CrossEntropyFinish {
+            d_x: d_x.view_mut(),
+            acc: acc.view(),
+            sum: sum.view(),
+            target_rows: rows.view(),
+            coefficients: coefficients.view(),
+        })
+        .unwrap();
+        let (max, sum) = (get(d, &max), get(d, &sum));
+        let lse = max.iter().zip(&sum).map(|(m, s)| m + s.ln()).collect();
+        [lse, get(d, &logit), get_act(d, &d_x), get_act(d, &rows)]
+    }
+    for (n, hidden, vocab) in [(1, 8, 13), (7, 64, 4097), (131, 576, 49_152)] {
+        let (results, references) = (run(&cuda, n, hidden, vocab), run(&Cpu::new(1), n, hidden, vocab));
+        within("log-sum-exp", &results[0], &references[0], 1e-6);
+        within("target logit", &results[1], &references[1], 1e-5);
+        close("d_x", &results[2], &references[2], 3.0);
+        assert!(results[3] == references[3], "target rows");
+    }
+}
+
+/// Heads, key-value heads, width, and the lengths of the documents.
+type AttentionCase<'a> = (usize, usize, usize, &'a [usize]);
+
+struct AttentionInputs {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    d_out: Vec<f32>,
+    documents: Vec<u32>,
+    positions: Vec<u32>,
+}
+
+fn attention_inputs((heads, kv_heads, head_dim, lengths): AttentionCase<'_>) -> AttentionInputs {
+    let tokens: usize = lengths.iter().sum();
+    let mut documents = vec![0];
+    documents.extend(lengths.iter().scan(0, |at, &n| {
+        *at += n as u32;
+        Some(*at)
+    }));
+    AttentionInputs {
+        q: random(tokens * heads * head_dim, 1.0, 1),
+        k: random(tokens * kv_heads * head_dim, 1.0, 2),
+        v: random(tokens * kv_heads * head_dim, 1.0, 3),
+        d_out: random(tokens * heads * head_dim, 1.0, 4),
+        documents,
+        positions: lengths.iter().flat_map(|&n| 0..n as u32).collect(),
+    }
+}
+
+/// out, d_q, d_k, d_v and the log-sum-exp.
+fn run_attention<D: Ops>(d: &D, case: AttentionCase<'_>) -> [Vec<f32>; 5]
+where
+    D::Act: Into<f32>,
+{
+    let inputs = attention_inputs(case);
+    let (num_heads, num_key_value_heads, head_dim, _) = case;
+    let (q, k, v, d_out) =
+        (put_act(d, &inputs.q), put_act(d, &inputs.k), put_act(d, &inputs.v), put_act(d, &inputs.d_out));
+    let (positions, rows) = (put(d, &inputs.positions), inputs.positions.len() * num_heads);
+    let shape = AttentionShape {
+        num_heads,
+        num_key_value_heads,
+        head_dim,
+        documents: &inputs.documents,
+        positions: positions.view(),
+        num_past_tokens: 0,
+    };
+    let (mut out, mut lse) = (buffer(d, q.len()), buffer(d, rows));
+    let (q, k, v) = (q.view(), k.view(), v.view());
+    d.attention_forward(AttentionForward { out: out.view_mut(), lse: lse.view_mut(), q, k, v, shape }).unwrap();
+    let (mut d_q, mut d_k, mut d_v, mut delta) =
+        (buffer(d, q.len()), buffer(d, k.len()), buffer(d, v.len()), buffer(d, rows));
+    d.attention_backward(AttentionBackward {
+        d_q: d_q.view_mut(),
+        d_k: d_k.view_mut(),
+        d_v: d_v.view_mut(),
+        delta: delta.view_mut(),
+        d_out: d_out.view(),
+        out: out.view(),
+        lse: lse.view(),
+        q,
+        k,
+        v,
+        shape,
+    })
+    .unwrap();
+    [get_act(d, &out), get_act(d, &d_q), get_act(d, &d_k), get_act(d, &d_v), get(d, &lse)]
+}
+
+/// The plain formula of one head after the other, each matrix rounded to bf16 as a bf16 framework does: out, d_q, d_k, d_v.
+fn plain_attention(case: AttentionCase<'_>) -> [Vec<f32>; 4] {
+    let AttentionInputs { q, k, v, d_out, documents, positions } = attention_inputs(case);
+    let (heads, kv_heads, dim, _) = case;
+    let (width, kv_width, tokens) = (heads * dim, kv_heads * dim, positions.len());
+    let scale = 1.0 / (dim as f32).sqrt();
+    let mut out = [vec![0f32; q.len()], vec![0f32; q.len()], vec![0f32; k.len()], vec![0f32; k.len()]];
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+    assert_eq!(*documents.last().unwrap() as usize, tokens);
+    for head in 0..heads {
+        let kv = head / (heads / kv_heads);
+        for t in 0..tokens {
+            let keys = t - positions[t] as usize..t + 1;
+            let row = |x: &[f32], t: usize| -> Vec<f32> { x[t * width + head * dim..][..dim].to_vec() };
+            let kv_row = |x: &[f32], t: usize| -> Vec<f32> { x[t * kv_width + kv * dim..][..dim].to_vec() };
+            let (query, d_row) = (row(&q, t), row(&d_out, t));
+            let s: Vec<f32> = keys.clone().map(|j| rounded(dot(&query, &kv_row(&k, j)) * scale)).collect();
+            let max = s.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+            let sum: f32 = s.iter().map(|s| (s - max).exp()).sum();
+            let p: Vec<f32> = s.iter().map(|s| rounded((s - max).exp() / sum)).collect();
+            let d_p: Vec<f32> = keys.clone().map(|j| rounded(dot(&d_row, &kv_row(&v, j)))).collect();
+            let delta = dot(&p, &d_p);
+            for (i, j) in keys.enumerate() {
+                let d_s = rounded(p[i] * (d_p[i] - delta));
+                let (key, value) = (kv_row(&k, j), kv_row(&v, j));
+                for e in 0..dim {
+                    out[0][t * width + head * dim + e] += p[i] * value[e];
+                    out[1][t * width + head * dim + e] += scale * d_s * key[e];
+                    out[2][j * kv_width + kv * dim + e] += scale * d_s * query[e];
+                    out[3][j * kv_width + kv * dim + e] += p[i] * d_row[e];
+                }
+            }
+        }
+    }
+    out.map(|x| x.into_iter().map(rounded).collect())
+}
+
+#[test]
+fn attention() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    let cases: [AttentionCase<'_>; 7] = [
+        (1, 1, 64, &[2]),
+        (9, 3, 64, &[65]),
+        (4, 2, 96, &[7, 130, 1, 64]),
+        (4, 1, 128, &[257]),
+        (8, 2, 128, &[100, 31, 200]),
+        (2, 2, 64, &[3, 3, 3, 120, 63]),
+        (3, 3, 96, &[127, 129]),
+    ];
+    for case in cases {
+        let (results, references) = (run_attention(&cuda, case), run_attention(&Cpu::new(1), case));
+        let plain = plain_attention(case);
+        for (i, (what, times)) in [("out", 2.0), ("d_q", 3.0), ("d_k", 3.0), ("d_v", 3.0)].into_iter().enumerate() {
+            close_as(&format!("{what} of {case:?}"), &results[i], &plain[i], &references[i], times);
+        }
+        within("log-sum-exp", &results[4], &references[4], 1e-4);
+        assert!(results == run_attention(&cuda, case), "{case:?}: the same run twice");
+    }
+}
+
+/// The probability of a single key is 1: the value passes through, and the scores have no gradient.
+#[test]
+fn attention_of_one_token() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    let case = (2, 1, 64, &[1usize][..]);
+    let (inputs, [out, d_q, d_k, d_v, _]) = (attention_inputs(case), run_attention(&cuda, case));
+    assert_eq!(out, [&inputs.v[..], &inputs.v[..]].concat());
+    assert!(d_q.iter().chain(&d_k).all(|d| d.abs() < 1e-5), "{d_q:?} {d_k:?}");
+    let sum: Vec<f32> = inputs.d_out[..64].iter().zip(&inputs.d_out[64..]).map(|(a, b)| a + b).collect();
+    close("d_v", &d_v, &sum, 2.0);
+}
+
+#[test]
+fn attention_of_new_tokens_over_past_ones() {
+    let Some((_guard, cuda)) = gpu() else { return };
+    fn run<D: Ops>(d: &D, past: usize, new: usize) -> Vec<f32>
+    where
+        D::Act: Into<f32>,
+    {
+        let (num_heads, num_key_value_heads, head_dim) = (9, 3, 64);
+        let q = put_act(d, &random(new * num_heads * head_dim, 1.0, 1));
+        let [k, v] = [2, 3].map(|seed| put_act(d, &random((past + new) * num_key_value_heads * head_dim, 1.0, seed)));
+        let positions: Vec<u32> = (past as u32..(past + new) as u32).collect();
+        let (documents, positions) = ([0, new as u32], put(d, &positions));
+        let (documents, positions, num_past_tokens) = (&documents, positions.view(), past);
+        let shape = AttentionShape { num_heads, num_key_value_heads, head_dim, documents, positions, num_past_tokens };
+        let (mut out, mut lse) = (buffer(d, q.len()), buffer(d, new * num_heads));
+        let (q, k, v) = (q.view(), k.view(), v.view());
+        d.attention_forward(AttentionForward { out: out.view_mut(), lse: lse.view_mut(), q, k, v, shape }).unwrap();
+        get_act(d, &out)
+    }
+    for (past, new) in [(0, 5), (1, 1), (200, 1), (63, 70)] {
+        close("out", &run(&cuda, past, new), &run(&Cpu::new(1), past, new), 2.0);
+    }
+}
