@@ -8,3 +8,4 @@ mod inventory;
 pub mod load;
 pub mod shards;
 pub mod source;
+pub mod synthetic;

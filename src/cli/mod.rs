@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, no logic.
 
+mod bench;
 mod eval;
 mod generate;
 mod quantize;
@@ -75,6 +76,9 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Continue a prompt
     Generate(generate::GenerateArgs),
+    /// Measure this machine
+    #[command(subcommand)]
+    Bench(bench::Bench),
 }
 
 impl Cli {
@@ -97,6 +101,7 @@ impl Cli {
             }
             Command::Eval(args) => eval::run(&cli, &args, &overrides),
             Command::Generate(args) => generate::run(&cli, &args, &overrides),
+            Command::Bench(bench) => bench::run(&cli, &bench),
         }
     }
 }

@@ -86,8 +86,9 @@ impl Start<'_> {
         Ok(threads)
     }
 
-    /// Decides for the CPU or for the GPU of this rank, the same on every rank, and says so.
-    fn place(&self, comm: &mut dyn Comm, threads: usize) -> Result<Placement> {
+    /// Starts the threads and decides for the CPU or for the GPU of this rank, the same on every rank, and says so.
+    pub fn place(&self, comm: &mut dyn Comm) -> Result<Placement> {
+        let threads = self.threads(comm)?;
         let World { world_size, local_rank, local_size, .. } = *self.world;
         let cpu = |why: &str| {
             self.log.line(format!("device: cpu ({why}), {world_size} ranks x {threads} threads, f32"));
@@ -117,8 +118,7 @@ impl Start<'_> {
     /// Communicator, device and the base with its shard mapped.
     pub fn base(&self, opened: OpenedBase) -> Result<(MpiComm, Placement, Base)> {
         let mut comm = MpiComm::new(self.world);
-        let threads = self.threads(&mut comm)?;
-        let placement = self.place(&mut comm, threads)?;
+        let placement = self.place(&mut comm)?;
         let writes = opened.spec.num_shards > 1 || self.world.local_rank == 0;
         let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
         let base = opened.load(&mut comm, writes, &mut |line| self.log.line(line), &mut warn)?;

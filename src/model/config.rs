@@ -84,13 +84,18 @@ impl ModelConfig {
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let text = fs::read(&path).with_context(|| path.display().to_string())?;
-        let map = serde_json::from_slice(&text).with_context(|| format!("{}: not a JSON object", path.display()))?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Reads the text of a config.json that came from `source`.
+    pub fn parse(text: &[u8], source: &str) -> Result<Self> {
+        let map = serde_json::from_slice(text).with_context(|| format!("{source}: not a JSON object"))?;
         let mut fields = Fields { map, prefix: "", problems: Vec::new() };
         let config = Self::read(&mut fields);
         if fields.problems.is_empty() {
             return Ok(config);
         }
-        bail!("{}: this model cannot be used:\n  {}", path.display(), fields.problems.join("\n  "))
+        bail!("{source}: this model cannot be used:\n  {}", fields.problems.join("\n  "))
     }
 
     /// Reads all keys; what is wrong is in `fields.problems`, and then the value means nothing.

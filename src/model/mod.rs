@@ -11,4 +11,5 @@ pub mod linear;
 pub mod lora;
 pub mod names;
 pub mod rope;
+pub mod shapes;
 pub mod weights;
