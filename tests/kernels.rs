@@ -44,8 +44,9 @@ const ALLOWED_SPILL_BYTES: [(&str, u32); 1] = [("attention_backward_keys_96", 8)
 
 #[test]
 fn every_kernel_compiles_without_spills() {
+    let required = std::env::var("REQUIRE_NVRTC").is_ok_and(|v| v == "1");
     if let Err(error) = libraries::load_nvrtc() {
-        assert!(!std::env::var("REQUIRE_NVRTC").is_ok_and(|v| v == "1"), "REQUIRE_NVRTC=1: {error:#}");
+        assert!(!required, "REQUIRE_NVRTC=1: {error:#}");
         eprintln!("skipped: no NVRTC: {error:#}");
         return;
     }
@@ -55,6 +56,10 @@ fn every_kernel_compiles_without_spills() {
     for (stem, source, names) in compile::SOURCES {
         for arch in ARCHITECTURES {
             let mut resources = compile::resources(&compile::compile(stem, source, arch).unwrap().log).unwrap();
+            if resources.is_empty() && !required {
+                // NVRTC 13.0 keeps the assembler's report to itself; later ones hand it out.
+                continue;
+            }
             resources.sort_by(|a, b| a.name.cmp(&b.name));
             let mut expected: Vec<&str> = names.to_vec();
             expected.sort_unstable();
