@@ -89,6 +89,20 @@ fn files_and_functions_are_short() {
 }
 
 #[test]
+fn every_kernel_has_its_two_twins() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for entry in std::fs::read_dir(root.join("kernels")).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "cu") {
+            let stem = path.file_stem().unwrap().to_str().unwrap();
+            for twin in ["cpu", "cuda"].map(|device| root.join(format!("src/device/{device}/{stem}.rs"))) {
+                assert!(twin.exists(), "{} has no {}", path.display(), twin.display());
+            }
+        }
+    }
+}
+
+#[test]
 fn imports_go_one_way() {
     let mut wrong = Vec::new();
     for (name, text) in sources() {

@@ -170,7 +170,7 @@ impl Start<'_> {
         };
         ensure!(
             needed * sharing <= free,
-            "{} of {kind} memory are needed by each of {sharing} ranks that share it, {} are free; lower \
+            "{} of {kind} memory are needed by each rank, of which {sharing} share {}; lower \
              training.per_device_train_batch_size, training.gradient_accumulation_steps or data.max_length, or set \
              fsdp.activation_checkpointing: full, fsdp.accumulation: micro_batch",
             bytes(needed),

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow};
 use cudarc::nvrtc;
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -123,37 +123,22 @@ fn read(path: &Path) -> Option<Vec<u8>> {
     (bytes == xxh3_64(&code).to_le_bytes()).then_some(code)
 }
 
-/// Registers, shared memory and spilled bytes of each kernel, from the assembler's report.
-pub fn resources(log: &str) -> Result<Vec<Resources>> {
-    let number_before = |line: &str, what: &str| -> Option<u32> {
-        let end = line.find(what)?;
-        line[..end].trim_end().rsplit([' ', ',']).next()?.parse().ok()
-    };
-    let mut all: Vec<Resources> = Vec::new();
-    for line in log.lines() {
-        if let Some((_, rest)) = line.split_once("Compiling entry function '") {
-            let name = rest.split('\'').next().unwrap_or_default().to_string();
-            all.push(Resources { name, ..Resources::default() });
-        } else if let Some(last) = all.last_mut() {
-            if let Some(bytes) = number_before(line, "bytes spill stores") {
-                last.spill_bytes = bytes + number_before(line, "bytes spill loads").unwrap_or(0);
-            }
-            if let Some(registers) = number_before(line, "registers") {
-                last.registers = registers;
-                last.shared_bytes = number_before(line, "bytes smem").unwrap_or(0);
-            }
-        }
-    }
-    ensure!(all.iter().all(|r| r.registers > 0), "the assembler's report is not understood:\n{log}");
-    Ok(all)
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// What one kernel takes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Resources {
-    pub name: String,
-    pub registers: u32,
-    pub shared_bytes: u32,
-    /// Stores and loads.
-    pub spill_bytes: u32,
+    #[test]
+    fn a_damaged_entry_of_the_cache_is_not_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.cubin");
+        let mut bytes = xxh3_64(b"code").to_le_bytes().to_vec();
+        bytes.extend(b"code");
+        std::fs::write(&path, &bytes).unwrap();
+        assert_eq!(read(&path), Some(b"code".to_vec()));
+        for damaged in [&bytes[..11], &bytes[..3], b"", b"12345678code"] {
+            std::fs::write(&path, damaged).unwrap();
+            assert_eq!(read(&path), None, "{damaged:?}");
+        }
+        assert_eq!(read(&dir.path().join("absent")), None);
+    }
 }

@@ -38,7 +38,7 @@ const WORKSPACE_AT: u64 = 2048;
 impl Tables {
     /// Allocates and fills them; the context is bound to this thread.
     pub fn new(context: &std::sync::Arc<cudarc::driver::CudaContext>) -> Result<Tables> {
-        // SAFETY: the sizes below are those of the allocation, and the copies are done when the calls return.
+        // SAFETY: the sizes below are those of the allocation.
         let addr = unsafe {
             let addr = result::malloc_sync(WORKSPACE_AT as usize + gemm::WORKSPACE_BYTES)
                 .map_err(|e| anyhow!("GPU memory for the workspace of cuBLAS: {e}"))?;
@@ -46,6 +46,8 @@ impl Tables {
             result::memcpy_htod_sync(addr + MAP_AT, &*DYNAMIC_MAP).map_err(|e| anyhow!("copy to the GPU: {e}"))?;
             addr
         };
+        // A small copy may return while it is still on its way, and other streams do not wait for it.
+        context.synchronize().map_err(|e| anyhow!("copy to the GPU: {e}"))?;
         Ok(Tables { region: DeviceRegion { addr, context: context.clone() } })
     }
 
