@@ -140,7 +140,8 @@ impl Work for Steps<'_> {
                     "recompute": !args.keep, "step_ms": step_ms, "tokens_per_second": tokens / (step_ms * 1e-3),
                     "model_tflops_per_rank": model * tokens / seconds * 1e-12,
                     "hardware_tflops_per_rank": hardware * tokens / seconds * 1e-12,
-                    "planned_device_bytes": engine.plan().total_bytes(), "peak_host_bytes": peak_host_bytes(),
+                    "planned_device_bytes": engine.plan().total_bytes(),
+                    "shard_device_bytes": engine.queue.device_bytes(), "peak_host_bytes": peak_host_bytes(),
                     "losses": losses,
                 })
             );

@@ -19,6 +19,7 @@ pub struct CudaQueue {
     nccl: Option<Nccl>,
     /// What the other ranks send of a layer's gradients.
     received: Buffer<Cuda, f32>,
+    device_bytes: usize,
 }
 
 /// A collective under way on the stream.
@@ -33,7 +34,8 @@ impl CudaQueue {
     pub fn new(cuda: Cuda, mut comm: Box<dyn Comm>, max_gradients: usize, share_gpu: bool) -> Result<CudaQueue> {
         let nccl = if comm.world_size() > 1 { Some(Nccl::new(&mut *comm, share_gpu)?) } else { None };
         let received = buffer(&cuda, "received gradients", if nccl.is_some() { max_gradients } else { 0 })?;
-        Ok(CudaQueue { stream: cuda.new_stream()?, cuda, comm, nccl, received })
+        let device_bytes = received.len() * size_of::<f32>();
+        Ok(CudaQueue { stream: cuda.new_stream()?, cuda, comm, nccl, received, device_bytes })
     }
 
     /// Runs `f` on the stream after all that the compute stream has been given.
@@ -63,7 +65,12 @@ impl Queue<Cuda> for CudaQueue {
         let bytes: &[u8] = (*shard).as_ref();
         let mut stored = buffer(&self.cuda, "shard", bytes.len())?;
         self.cuda.upload(stored.view_mut(), bytes)?;
+        self.device_bytes += bytes.len();
         Ok(stored)
+    }
+
+    fn device_bytes(&self) -> usize {
+        self.device_bytes
     }
 
     fn rank(&self) -> usize {

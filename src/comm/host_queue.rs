@@ -99,6 +99,10 @@ impl Queue<Cpu> for HostQueue {
         Ok(shard)
     }
 
+    fn device_bytes(&self) -> usize {
+        0
+    }
+
     fn rank(&self) -> usize {
         self.rank
     }

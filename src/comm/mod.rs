@@ -41,6 +41,9 @@ pub trait Queue<D: Device> {
     /// Takes over this rank's shard of a unit, before the first gather.
     fn store(&mut self, shard: SharedBytes) -> Result<Self::Shard>;
 
+    /// Device memory that the queue has taken, stored shards included, besides the arena's plan.
+    fn device_bytes(&self) -> usize;
+
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
 

@@ -119,7 +119,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             compute_ms: record.compute_ms,
             gather_wait_ms: record.gather_wait_ms,
             copy_wait_ms: 0.0,
-            peak_device_bytes: self.engine.plan().total_bytes(),
+            peak_device_bytes: self.engine.plan().total_bytes() + self.engine.queue.device_bytes(),
             peak_host_bytes: peak_host_bytes(),
         };
         if let Some(metrics) = &mut self.metrics {
