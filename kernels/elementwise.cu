@@ -52,3 +52,11 @@ extern "C" __global__ void sum_of_squares(double *sum, const float *x, u64 len) 
     }
     if (threadIdx.x == 0) *sum = partial[0];
 }
+
+// Keeps a stream busy for some time: what should have been waited for shows.
+extern "C" __global__ void spin(u64 nanoseconds) {
+    u64 begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    while (now - begin < nanoseconds);
+}

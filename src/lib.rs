@@ -15,6 +15,7 @@
 //! | [`optim`] | AdamW's numbers, learning rates, clipping | |
 //! | [`data`] | rows to documents to sequences to micro-batches | devices |
 //! | [`checkpoint`] | base models, shard files, adapters | the recipe |
+//! | [`plan`] | what a run will use: memory | files, data, the recipe |
 //! | [`train`] | steps, evaluation, generation, logs | the command line |
 //! | [`recipe`] | what was written (the recipe) becomes what was decided (the job) | |
 //! | [`cli`] | one file per subcommand | |
@@ -55,6 +56,7 @@ pub mod device;
 pub mod fsdp;
 pub mod model;
 pub mod optim;
+pub mod plan;
 pub mod quant;
 pub mod recipe;
 mod simd;

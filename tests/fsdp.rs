@@ -11,16 +11,28 @@ use fsdp_qlora::data::{self, DataOptions, Dataset, Format, LossOn, Overlong, Pac
 use fsdp_qlora::fsdp::check::check;
 use fsdp_qlora::fsdp::exec::RunArgs;
 use fsdp_qlora::fsdp::grads::Values;
+use fsdp_qlora::fsdp::memory::Residency;
 use fsdp_qlora::fsdp::schedule::{Accumulation, Action, Mode, Recompute, build};
 use fsdp_qlora::fsdp::unit::NumUnits;
 use fsdp_qlora::model::batch::MicroBatch;
 use fsdp_qlora::optim::adamw::Update;
-use fsdp_qlora::train::{eval, step};
+use fsdp_qlora::train::eval;
+use fsdp_qlora::train::step::{StepArgs, StepRecord, step};
 
 const LAYERS: usize = 2;
 
+/// Everything that can streams from the host.
+const NOTHING_RESIDENT: Residency = Residency { units: 0, trainables: false, boundary_buffers: 0 };
+
 fn update(step: u32, learning_rate: f64) -> Update {
-    Update { learning_rate, beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.1, max_grad_norm: Some(4.5), step }
+    let (beta1, beta2, epsilon, weight_decay) = (0.9, 0.999, 1e-8, 0.1);
+    Update { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm: Some(4.5), loss_scale: 1.0, step }
+}
+
+/// One step with the same numbers everywhere but in what is given.
+fn take_step(engine: &mut CpuEngine, batches: &[MicroBatch], num_micro_batches: usize, update: &Update) -> StepRecord {
+    let args = StepArgs { step: update.step, num_micro_batches, update, seed: 42 };
+    step(engine, batches, &args).unwrap()
 }
 
 /// The 24 rows of the golden steps.
@@ -69,7 +81,7 @@ fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_step
             let rank = engine.queue.rank();
             let batches = step_batches(&data, &mut sampler, i, per_device, world_size, rank);
             let update = update(i as u32 + 1, 1e-2);
-            let record = step::step(&mut engine, &batches, options.max_micro_batches, &update, 42).unwrap();
+            let record = take_step(&mut engine, &batches, options.max_micro_batches, &update);
             curve.losses.push(record.loss);
             if i == 0 {
                 curve.grads = layers(&mut engine, Values::Grad);
@@ -134,7 +146,7 @@ fn six_steps_are_those_of_peft() {
                 batch
             };
             let update = update(i as u32 + 1, expected["learning_rate"].as_f64().unwrap());
-            let record = step::step(&mut engine, &[micro(0), micro(1)], 2, &update, 42).unwrap();
+            let record = take_step(&mut engine, &[micro(0), micro(1)], 2, &update);
             let close = |what: &str, ours: f64, tolerance: f64| {
                 let theirs = expected[what].as_f64().unwrap();
                 assert!((ours - theirs).abs() <= tolerance * theirs, "step {}: {what} {ours} for {theirs}", i + 1);
@@ -177,14 +189,23 @@ fn movement_and_lifetime_do_not_change_a_bit() {
         let reference = train(&trainer(), world_size, 1, 4, 0.1);
         for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
             for recompute in [Recompute::All, Recompute::Nothing] {
-                for (replicated, delay) in [(false, 0), (true, 0), (false, 2)] {
+                for (replicated, residency, delay) in [
+                    (false, Residency::ALL, 0),
+                    (true, Residency::ALL, 0),
+                    (false, Residency::ALL, 2),
+                    (false, NOTHING_RESIDENT, 0),
+                    (true, NOTHING_RESIDENT, 0),
+                    (false, NOTHING_RESIDENT, 2),
+                    (false, Residency { boundary_buffers: 13, ..Residency::ALL }, 1),
+                ] {
                     let mut options = trainer();
                     (options.accumulation, options.recompute) = (accumulation, recompute);
-                    (options.replicated, options.delay) = (replicated, Duration::from_millis(delay));
+                    (options.replicated, options.residency) = (replicated, residency);
+                    options.delay = Duration::from_millis(delay);
                     let curve = train(&options, world_size, 1, 4, 0.1);
                     assert!(
                         curve == reference,
-                        "{world_size} ranks, {accumulation:?}, {recompute:?}, no_shard {replicated}, delay {delay} ms: {:?} for {:?}",
+                        "{world_size} ranks, {accumulation:?}, {recompute:?}, no_shard {replicated}, {residency:?}, delay {delay} ms: {:?} for {:?}",
                         curve.losses,
                         reference.losses
                     );
@@ -254,7 +275,7 @@ fn a_rank_receives_only_the_others_shards() {
             let mut engine = options.engine(comm, shards.path());
             let rank = engine.queue.rank();
             let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 6, 1, 2, rank);
-            let record = step::step(&mut engine, &batches, 3, &update(1, 1e-3), 42).unwrap();
+            let record = take_step(&mut engine, &batches, 3, &update(1, 1e-3));
             // Its own file has one shard of each unit; each pass gathers layers twice and the head once.
             let (layers, head) = engine.shard_bytes();
             assert!(layers > 0 && head > 0);
@@ -269,10 +290,12 @@ fn a_rank_receives_only_the_others_shards() {
 fn run_without(
     removed: Option<usize>,
     world_size: usize,
+    residency: Residency,
 ) -> (Vec<Action>, Vec<anyhow::Result<()>>, anyhow::Result<()>) {
     let shards = tempfile::tempdir().unwrap();
     let mut options = trainer();
     (options.max_micro_batches, options.delay) = (3, Duration::from_millis(2));
+    options.residency = residency;
     let data = rows(Packing::None);
     let config = fsdp_qlora::model::config::ModelConfig::load(&options.model).unwrap();
     let mut results = on_all_ranks(world_size, |comm| {
@@ -303,13 +326,17 @@ fn run_without(
 
 #[test]
 fn without_any_one_wait_the_checker_and_the_executor_fail() {
-    let (actions, performed, checked) = run_without(None, 2);
-    assert!(performed.iter().all(Result::is_ok) && checked.is_ok());
-    let waits: Vec<usize> = (0..actions.len()).filter(|&i| actions[i].is_wait()).collect();
-    assert_eq!(waits.len(), 2 * LAYERS + 1 + LAYERS, "gathers of two passes and the head, and reduces");
-    for i in waits {
-        let (_, performed, checked) = run_without(Some(i), 2);
-        assert!(checked.is_err(), "the checker passes without {:?}", actions[i]);
-        assert!(performed.iter().all(Result::is_err), "the executor runs without {:?}", actions[i]);
+    // Gathers of two passes and the head, and reduces; where boundaries of three micro-batches are offloaded, a put and a
+    // fetch of each.
+    for (residency, copies) in [(Residency::ALL, 0), (NOTHING_RESIDENT, 2 * 3 * LAYERS)] {
+        let (actions, performed, checked) = run_without(None, 2, residency);
+        assert!(performed.iter().all(Result::is_ok) && checked.is_ok());
+        let waits: Vec<usize> = (0..actions.len()).filter(|&i| actions[i].is_wait()).collect();
+        assert_eq!(waits.len(), 2 * LAYERS + 1 + LAYERS + copies);
+        for i in waits {
+            let (_, performed, checked) = run_without(Some(i), 2, residency);
+            assert!(checked.is_err(), "the checker passes without {:?}", actions[i]);
+            assert!(performed.iter().all(Result::is_err), "the executor runs without {:?}", actions[i]);
+        }
     }
 }

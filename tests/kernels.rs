@@ -15,7 +15,7 @@ use half::bf16;
 /// The kernels' folder, and one test at a time: they share the GPU.
 static GPU: Mutex<()> = Mutex::new(());
 
-fn gpu() -> Option<(MutexGuard<'static, ()>, Cuda)> {
+fn gpu() -> Option<(MutexGuard<'static, ()>, Cuda<bf16>)> {
     let required = std::env::var("REQUIRE_GPU").is_ok_and(|v| v == "1");
     if !required && !libraries::driver_is_there() {
         eprintln!("skipped: no GPU");
@@ -55,7 +55,7 @@ fn every_kernel_compiles_without_spills() {
     let mut spilled = Vec::new();
     for (stem, source, names) in compile::SOURCES {
         for arch in ARCHITECTURES {
-            let mut resources = resources(&compile::compile(stem, source, arch).unwrap().log);
+            let mut resources = resources(&compile::compile(stem, source, arch, option).unwrap().log);
             if resources.is_empty() && !required {
                 // NVRTC 13.0 keeps the assembler's report to itself; later ones hand it out.
                 continue;

@@ -11,7 +11,7 @@ use crate::comm::Queue;
 use crate::data::{self, Dataset, TextTokenizer};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::Limits;
+use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
 use crate::model::batch::MicroBatch;
 use crate::recipe;
@@ -68,7 +68,7 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     let paths = std::slice::from_ref(&args.dataset);
     let dataset = Dataset::load(paths, tokenizer.as_ref(), config.vocab_size, &options)?;
     start.log.line(format!("data: {}", dataset.counts));
-    let (comm, placement, base) = start.base(opened)?;
+    let (comm, placement, base) = start.base(opened, &job)?;
     let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
     let limits = Limits {
         mode: Mode::Score,
@@ -78,10 +78,11 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
         accumulation: Accumulation::Layer,
         recompute: Recompute::All,
         num_slots: 2,
+        residency: Residency::ALL,
     };
     let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
     let work = Scoring { batches, adapter: adapter.is_some() };
-    let score = start.with_engine(comm, placement, base, adapter.as_ref(), limits, work)?;
+    let score = start.with_engine(comm, placement, base, adapter.as_ref(), limits, &job.fsdp, work)?;
     if start.log.enabled {
         let (loss, perplexity, n) = (score.loss, score.loss.exp(), score.num_target_tokens);
         match args.json {

@@ -11,7 +11,7 @@ use crate::comm::Queue;
 use crate::data::TextTokenizer;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::Limits;
+use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
 use crate::recipe;
 use crate::train::generate::{Sampling, generate};
@@ -74,7 +74,7 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
         }
         false => tokenizer.encode(&args.prompt, true),
     }?;
-    let (comm, placement, base) = start.base(opened)?;
+    let (comm, placement, base) = start.base(opened, &job)?;
     let limits = Limits {
         mode: Mode::Generate,
         max_tokens: prompt.len(),
@@ -83,10 +83,11 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
         accumulation: Accumulation::Layer,
         recompute: Recompute::All,
         num_slots: 2,
+        residency: Residency::ALL,
     };
     let sampling = Sampling { temperature: args.temperature, seed: args.seed, max_new_tokens: args.max_new_tokens };
     let work = Generation { prompt: &prompt, stop: tokenizer.eos_token_ids(), sampling, adapter: adapter.is_some() };
-    let tokens = start.with_engine(comm, placement, base, adapter.as_ref(), limits, work)?;
+    let tokens = start.with_engine(comm, placement, base, adapter.as_ref(), limits, &job.fsdp, work)?;
     if start.log.enabled {
         println!("{}", tokenizer.decode(&tokens, true)?);
     }

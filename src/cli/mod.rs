@@ -101,7 +101,7 @@ impl Cli {
             }
             Command::Eval(args) => eval::run(&cli, &args, &overrides),
             Command::Generate(args) => generate::run(&cli, &args, &overrides),
-            Command::Bench(bench) => bench::run(&cli, &bench),
+            Command::Bench(bench) => bench::run(&cli, &bench, &overrides),
         }
     }
 }

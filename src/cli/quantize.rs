@@ -16,7 +16,7 @@ pub fn run(start: &Start, model: &Path, output: &Path, world_size: u32, override
     let num_shards = world_size as usize;
     let options = LoadOptions { shards: Some(output.to_path_buf()), num_shards, ..start.load_options(&job) };
     let opened = load::open(&job.model, &options)?;
-    let mut comm = MpiComm::new(start.world);
+    let mut comm = MpiComm::new(start.world)?;
     start.threads(&mut comm)?;
     let own: Vec<usize> = (0..num_shards).filter(|s| s % start.world.world_size == start.world.rank).collect();
     opened.write(&mut comm, &own, &mut |line| start.log.line(line))?;

@@ -2,24 +2,26 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use half::{bf16, f16};
 
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::load::{self, LoadOptions, OpenedBase};
 use crate::checkpoint::shards;
-use crate::comm::cuda_queue::CudaQueue;
-use crate::comm::host_queue::{Delays, HostQueue};
+use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
+use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::{MpiComm, World};
-use crate::comm::{Comm, Queue, all_gather_u64};
-use crate::device::Ops;
+use crate::comm::{Comm, Delays, Queue, all_gather_u64, barrier};
 use crate::device::cpu::Cpu;
-use crate::device::cuda::{self, Cuda};
+use crate::device::cuda::{self, CONTEXT_BYTES, Cuda, HalfType, LIBRARY_BYTES};
+use crate::device::{MemoryPlan, Ops};
 use crate::fsdp::exec::{Base, Engine};
-use crate::fsdp::layout::{TrainableLayout, UnitLayout};
 use crate::fsdp::memory::Limits;
+use crate::fsdp::schedule::Recompute;
 use crate::model::layer::LayerLora;
 use crate::model::lora::LoraLayout;
-use crate::recipe::{Job, ShardingStrategy};
+use crate::plan::memory::{Budget, Sizes, Wishes, max_gradients};
+use crate::recipe::{ActivationCheckpointing, ComputeDtype, FsdpJob, Job, ShardingStrategy};
 use crate::train::log::{Log, bytes};
 
 use super::DeviceKind;
@@ -33,10 +35,11 @@ pub struct Start<'a> {
     pub ranks_per_gpu: usize,
 }
 
-/// Where a run computes.
+/// Where a run computes: on this share of the host's cores, or on a GPU that has them beside it.
 pub enum Placement {
-    Cpu { threads: usize },
-    Cuda(Cuda),
+    Cpu(Cpu),
+    Bf16(Cuda<bf16>, Cpu),
+    Fp16(Cuda<f16>, Cpu),
 }
 
 /// What a subcommand does with its engine, on whichever device.
@@ -87,12 +90,18 @@ impl Start<'_> {
     }
 
     /// Starts the threads and decides for the CPU or for the GPU of this rank, the same on every rank, and says so.
-    pub fn place(&self, comm: &mut dyn Comm) -> Result<Placement> {
+    pub fn place(&self, comm: &mut dyn Comm, dtype: ComputeDtype) -> Result<Placement> {
         let threads = self.threads(comm)?;
         let World { world_size, local_rank, local_size, .. } = *self.world;
+        let refused = |device: &str, allowed: &str| {
+            let key = "quantization.bnb_4bit_compute_dtype";
+            format!("{key}: the {device} computes in {allowed}; found {dtype:?}, allowed here: auto, {allowed}")
+        };
         let cpu = |why: &str| {
+            let allowed = matches!(dtype, ComputeDtype::Auto | ComputeDtype::Float32);
+            ensure!(allowed, "{} (device: cpu, {why})", refused("CPU", "float32"));
             self.log.line(format!("device: cpu ({why}), {world_size} ranks x {threads} threads, f32"));
-            Ok(Placement::Cpu { threads })
+            Ok(Placement::Cpu(Cpu::new(threads)))
         };
         if self.device == DeviceKind::Cpu {
             return cpu("as asked");
@@ -108,47 +117,35 @@ impl Start<'_> {
             "--device cuda: {local_size} ranks on this machine, {gpus} GPUs: start one rank a GPU, or let several share one \
              with --ranks-per-gpu"
         );
-        let cuda = Cuda::new(local_rank / self.ranks_per_gpu, &shards::cache_dir()?.join("kernels"))?;
+        let (host, gpu) = (Cpu::new(threads), local_rank / self.ranks_per_gpu);
+        match dtype {
+            ComputeDtype::Auto | ComputeDtype::Bfloat16 => Ok(Placement::Bf16(self.gpu(gpu)?, host)),
+            ComputeDtype::Float16 => Ok(Placement::Fp16(self.gpu(gpu)?, host)),
+            ComputeDtype::Float32 => bail!(refused("GPU", "bfloat16 or float16")),
+        }
+    }
+
+    fn gpu<A: HalfType>(&self, ordinal: usize) -> Result<Cuda<A>> {
+        let cuda = Cuda::new(ordinal, &shards::cache_dir()?.join("kernels"))?;
         let sharing =
             if self.ranks_per_gpu > 1 { format!(", {} ranks on each", self.ranks_per_gpu) } else { String::new() };
-        self.log.line(format!("device: cuda ({}), {world_size} ranks{sharing}, bf16", cuda.name()?));
-        Ok(Placement::Cuda(cuda))
+        let (name, world_size) = (cuda.name()?, self.world.world_size);
+        self.log.line(format!("device: cuda ({name}), {world_size} ranks{sharing}, {}", A::NAME));
+        Ok(cuda)
     }
 
     /// Communicator, device and the base with its shard mapped.
-    pub fn base(&self, opened: OpenedBase) -> Result<(MpiComm, Placement, Base)> {
-        let mut comm = MpiComm::new(self.world);
-        let placement = self.place(&mut comm)?;
+    pub fn base(&self, opened: OpenedBase, job: &Job) -> Result<(MpiComm, Placement, Base)> {
+        let mut comm = MpiComm::new(self.world)?;
+        let placement = self.place(&mut comm, job.quantization.compute_dtype)?;
         let writes = opened.spec.num_shards > 1 || self.world.local_rank == 0;
         let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
         let base = opened.load(&mut comm, writes, &mut |line| self.log.line(line), &mut warn)?;
         Ok((comm, placement, base))
     }
 
-    /// Bytes that each rank will take of its device, and what is free there for all ranks that share it.
-    pub fn memory(
-        &self,
-        placement: &Placement,
-        base: &Base,
-        lora: Option<&LayerLora>,
-        limits: &Limits,
-    ) -> Result<(usize, usize)> {
-        let world_size = self.world.world_size;
-        match placement {
-            Placement::Cpu { .. } => {
-                let plan = Engine::<Cpu, HostQueue>::plan_for(base, lora, limits, world_size)?;
-                Ok((plan.total_bytes(), available_host_bytes()))
-            }
-            Placement::Cuda(cuda) => {
-                let plan = Engine::<Cuda, CudaQueue>::plan_for(base, lora, limits, world_size)?;
-                let shards: usize = base.layouts.iter().map(UnitLayout::shard_bytes).sum();
-                let received = if world_size > 1 { 4 * max_gradients(lora, world_size) } else { 0 };
-                Ok((plan.total_bytes() + shards + received, cuda.free_bytes()?))
-            }
-        }
-    }
-
-    /// Makes the engine, loads the adapter's values, and does the work.
+    /// Decides what is kept where, makes the engine, loads the adapter's values, and does the work.
+    #[allow(clippy::too_many_arguments)]
     pub fn with_engine<W: Work>(
         &self,
         comm: MpiComm,
@@ -156,6 +153,7 @@ impl Start<'_> {
         base: Base,
         adapter: Option<&Adapter>,
         limits: Limits,
+        job: &FsdpJob,
         work: W,
     ) -> Result<W::Output> {
         let lora = adapter.map(|adapter| {
@@ -163,30 +161,74 @@ impl Start<'_> {
             let layout = LoraLayout::new(&base.config, &config);
             LayerLora { config, layout }
         });
-        let (needed, free) = self.memory(&placement, &base, lora.as_ref(), &limits)?;
-        let (kind, sharing) = match &placement {
-            Placement::Cpu { .. } => ("host", self.world.local_size),
-            Placement::Cuda(_) => ("GPU", self.ranks_per_gpu.min(self.world.local_size)),
-        };
-        ensure!(
-            needed * sharing <= free,
-            "{} of {kind} memory are needed by each rank, of which {sharing} share {}; lower \
-             training.per_device_train_batch_size, training.gradient_accumulation_steps or data.max_length, or set \
-             fsdp.activation_checkpointing: full, fsdp.accumulation: micro_batch",
-            bytes(needed),
-            bytes(free)
-        );
         match placement {
-            Placement::Cpu { threads } => {
+            Placement::Cpu(cpu) => {
+                let limits = self.decide_on_cpu(&base, lora.as_ref(), limits, job)?;
                 let queue = HostQueue::new(Box::new(comm), Delays::default())?;
-                self.run(Engine::new(Cpu::new(threads), queue, base, lora, limits)?, adapter, work)
+                self.run(Engine::new(cpu.clone(), cpu, queue, base, lora, limits)?, adapter, work)
             }
-            Placement::Cuda(cuda) => {
-                let max_gradients = max_gradients(lora.as_ref(), self.world.world_size);
-                let queue = CudaQueue::new(cuda.clone(), Box::new(comm), max_gradients, self.ranks_per_gpu > 1)?;
-                self.run(Engine::new(cuda, queue, base, lora, limits)?, adapter, work)
-            }
+            Placement::Bf16(cuda, host) => self.on_gpu(cuda, host, comm, base, (adapter, lora), limits, job, work),
+            Placement::Fp16(cuda, host) => self.on_gpu(cuda, host, comm, base, (adapter, lora), limits, job, work),
         }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn on_gpu<A: HalfType, W: Work>(
+        &self,
+        cuda: Cuda<A>,
+        host: Cpu,
+        mut comm: MpiComm,
+        base: Base,
+        (adapter, lora): (Option<&Adapter>, Option<LayerLora>),
+        limits: Limits,
+        job: &FsdpJob,
+        work: W,
+    ) -> Result<W::Output> {
+        let sizes = self.sizes(&base, lora.as_ref(), true);
+        let ranks = self.ranks_per_gpu.min(self.world.local_size);
+        // Ranks that share a GPU look before any of them takes.
+        let free = cuda.free_bytes()?;
+        barrier(&mut comm)?;
+        let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
+        let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(CONTEXT_BYTES + LIBRARY_BYTES).min(free));
+        let budget = Budget { device, host: self.host_budget(job) };
+        let limits = sizes.decide::<Cuda<A>>(limits, &wishes(job), budget)?;
+        let options = QueueOptions {
+            max_gradients: max_gradients(lora.as_ref(), self.world.world_size),
+            share_gpu: self.ranks_per_gpu > 1,
+            delays: Delays::default(),
+        };
+        let queue = CudaQueue::new(cuda.clone(), Box::new(comm), options)?;
+        self.run(Engine::new(cuda, host, queue, base, lora, limits)?, adapter, work)
+    }
+
+    /// Keeping activations on the CPU must leave room for everything else that the machine does.
+    fn decide_on_cpu(
+        &self,
+        base: &Base,
+        lora: Option<&LayerLora>,
+        limits: Limits,
+        job: &FsdpJob,
+    ) -> Result<Limits> {
+        let (sizes, mut wishes) = (self.sizes(base, lora, false), wishes(job));
+        let share = self.host_budget(job);
+        let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };
+        let keeps = Limits { recompute: Recompute::Nothing, ..limits };
+        if wishes.recompute.is_none() && sizes.cost::<Cpu>(&keeps)?.device.total_bytes() > budget.device / 4 {
+            wishes.recompute = Some(Recompute::All);
+        }
+        sizes.decide::<Cpu>(limits, &wishes, budget)
+    }
+
+    fn sizes<'a>(&self, base: &'a Base, lora: Option<&'a LayerLora>, pins_shards: bool) -> Sizes<'a> {
+        let (config, layouts, world_size) = (&base.config, &base.layouts[..], self.world.world_size);
+        Sizes { config, layouts, lora, world_size, pins_shards }
+    }
+
+    /// Host memory for a rank: what the recipe allows, or its share of what is available.
+    fn host_budget(&self, job: &FsdpJob) -> usize {
+        let share = available_host_bytes() / self.world.local_size;
+        job.host_budget.map_or(share, |budget| budget.min(share))
     }
 
     fn run<W: Work, D: Ops, Q: Queue<D>>(
@@ -198,16 +240,47 @@ impl Start<'_> {
         for (layer, values) in adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
             engine.load_trainable(layer, values)?;
         }
-        let owners: Vec<String> =
-            engine.plan().by_owner().into_iter().take(5).map(|(name, n)| format!("{name} {}", bytes(n))).collect();
-        self.log.line(format!("memory of a rank: {} ({})", bytes(engine.plan().total_bytes()), owners.join(", ")));
+        self.tell_memory(&engine);
         work.run(engine)
+    }
+
+    fn tell_memory<D: Ops, Q: Queue<D>>(&self, engine: &Engine<D, Q>) {
+        let (plan, queue) = (engine.plan(), &engine.queue);
+        let owners = |plan: &MemoryPlan| {
+            let largest = plan.by_owner().into_iter().take(5);
+            largest.map(|(name, n)| format!("{name} {}", bytes(n))).collect::<Vec<_>>().join(", ")
+        };
+        let device = plan.device.total_bytes() + queue.device_bytes();
+        let shards = match queue.device_bytes() {
+            0 => String::new(),
+            n => format!("shards and received gradients {}, ", bytes(n)),
+        };
+        self.log.line(format!("memory of a rank: {} ({shards}{})", bytes(device), owners(&plan.device)));
+        let pinned = plan.host.total_bytes() + queue.host_bytes();
+        if pinned > 0 {
+            let limits = engine.limits();
+            let resident = limits.residency.units.min(engine.num_units());
+            self.log.line(format!(
+                "streamed from the host: {} pinned (shards {}, {}); {resident} of {} units are resident",
+                bytes(pinned),
+                bytes(queue.host_bytes()),
+                owners(&plan.host),
+                engine.num_units()
+            ));
+        }
     }
 }
 
-/// Longest gradient buffer that will be reduced, in elements.
-fn max_gradients(lora: Option<&LayerLora>, world_size: usize) -> usize {
-    lora.map_or(0, |l| TrainableLayout { len: l.layout.len, num_parts: world_size }.padded_len())
+/// What the keys of a recipe ask of the memory.
+fn wishes(job: &FsdpJob) -> Wishes {
+    let recompute = match job.activation_checkpointing {
+        ActivationCheckpointing::Auto => None,
+        ActivationCheckpointing::Full => Some(Recompute::All),
+        ActivationCheckpointing::None => Some(Recompute::Nothing),
+    };
+    let units = job.resident_units.or(job.offload_params.map(|offload| if offload { 0 } else { usize::MAX }));
+    let trainables = job.offload_params.map(|offload| !offload);
+    Wishes { recompute, units, trainables, offload_boundaries: job.activation_offload }
 }
 
 /// MemAvailable; without /proc there is no limit to check.

@@ -9,18 +9,16 @@ use crate::checkpoint::{atomic, shards};
 use crate::comm::Queue;
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
 use crate::device::Ops;
-use crate::fsdp::exec::{Base, Engine};
-use crate::fsdp::memory::Limits;
+use crate::fsdp::exec::Engine;
+use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Mode, Recompute};
 use crate::model::config::ModelConfig;
-use crate::model::layer::LayerLora;
-use crate::model::lora::LoraLayout;
-use crate::recipe::{self, ActivationCheckpointing, EvalData, Job};
+use crate::recipe::{self, EvalData, Job};
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::run::{self, Run};
 
-use super::start::{Placement, Start, Work};
+use super::start::{Start, Work};
 
 /// Files of a tokenizer, copied beside the adapter.
 const TOKENIZER_FILES: [&str; 5] =
@@ -37,10 +35,10 @@ pub fn run(start: &Start, recipe: &Path, overrides: &[String]) -> Result<()> {
     let adapter = start_adapter(&job, &config)?;
     let (train, eval) = datasets(&job, &config, start)?;
     check_batch(&job, start.world.world_size)?;
-    let (comm, placement, base) = start.base(opened)?;
-    let limits = limits(&job, start, &placement, &base, &adapter, &train, eval.as_ref())?;
+    let (comm, placement, base) = start.base(opened, &job)?;
+    let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
     let work = Training { start, job: &job, config: &config, adapter: &adapter, train: &train, eval: eval.as_ref() };
-    start.with_engine(comm, placement, base, Some(&adapter), limits, work)
+    start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, work)
 }
 
 /// A run from the first step to the saved adapter.
@@ -149,43 +147,20 @@ fn check_batch(job: &Job, world_size: usize) -> Result<()> {
     Ok(())
 }
 
-fn limits(
-    job: &Job,
-    start: &Start,
-    placement: &Placement,
-    base: &Base,
-    adapter: &Adapter,
-    train: &Dataset,
-    eval: Option<&Dataset>,
-) -> Result<Limits> {
+/// What each step must hold; what of it is kept where is decided later.
+fn limits(job: &Job, world_size: usize, train: &Dataset, eval: Option<&Dataset>) -> Limits {
     let longest = |dataset: &Dataset| dataset.sequence_lengths().max().unwrap_or(0);
     let max_tokens = longest(train) * job.training.per_device_train_batch_size;
-    let mut limits = Limits {
+    Limits {
         mode: Mode::Train,
         max_tokens: max_tokens.max(eval.map_or(0, longest)),
-        max_micro_batches: job.training.accumulation_steps(start.world.world_size),
+        max_micro_batches: job.training.accumulation_steps(world_size),
         max_context: 0,
         accumulation: job.fsdp.accumulation,
-        recompute: Recompute::Nothing,
+        recompute: Recompute::All,
         num_slots: 2,
-    };
-    let keeps = match job.fsdp.activation_checkpointing {
-        ActivationCheckpointing::Full => false,
-        ActivationCheckpointing::None => true,
-        ActivationCheckpointing::Auto => {
-            let config = adapter.settings.lora_config();
-            let lora = LayerLora { layout: LoraLayout::new(&base.config, &config), config };
-            let (needed, free) = start.memory(placement, base, Some(&lora), &limits)?;
-            match placement {
-                Placement::Cpu { .. } => needed * start.world.local_size <= free / 4,
-                Placement::Cuda(_) => needed * start.ranks_per_gpu <= free / 4 * 3,
-            }
-        }
-    };
-    if !keeps {
-        limits.recompute = Recompute::All;
+        residency: Residency::ALL,
     }
-    Ok(limits)
 }
 
 fn save(job: &Job, adapter: &Adapter, config: &ModelConfig) -> Result<()> {

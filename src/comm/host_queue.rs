@@ -1,23 +1,16 @@
-//! Collectives of the CPU device: a thread of its own runs them one after the other, while the ranks compute.
+//! Collectives and copies of the CPU device: a thread of its own runs them one after the other, while the ranks compute.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use crate::device::Buffer;
 use crate::device::cpu::Cpu;
+use crate::device::{Buffer, Element, Place};
 
-use super::{Comm, Queue, SharedBytes, TrainableBuffers};
+use super::{Comm, Delays, HostCopy, Kind, Queue, SharedBytes, TrainableBuffers, Waits};
 
 type Job = Box<dyn FnOnce(&mut dyn Comm) + Send>;
-
-/// Tests set a sleep before each collective, so that a missing wait shows.
-#[derive(Clone, Copy, Default, Debug)]
-pub struct Delays {
-    pub before_gather: Duration,
-    pub before_reduce: Duration,
-}
 
 /// The queue and its thread, which ends when the queue is dropped.
 pub struct HostQueue {
@@ -26,11 +19,13 @@ pub struct HostQueue {
     rank: usize,
     world_size: usize,
     delays: Delays,
+    waits: Waits,
 }
 
-/// A collective under way on the queue's thread.
+/// An action under way on the queue's thread.
 pub struct Pending<T> {
     name: String,
+    kind: Kind,
     result: Receiver<Result<T>>,
 }
 
@@ -43,7 +38,7 @@ impl HostQueue {
             .name("communication".into())
             .spawn(move || queue.into_iter().for_each(|job| job(&mut *comm)))
             .context("starting the communication thread")?;
-        Ok(HostQueue { jobs: Some(jobs), thread: Some(thread), rank, world_size, delays })
+        Ok(HostQueue { jobs: Some(jobs), thread: Some(thread), rank, world_size, delays, waits: Waits::default() })
     }
 
     /// Runs `f` after what is in the queue; for what has no method of its own (start-up, quantizing, saving).
@@ -52,7 +47,7 @@ impl HostQueue {
         name: &str,
         f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let pending = self.start(name.to_string(), f)?;
+        let pending = self.start(name.to_string(), Kind::Collective, f)?;
         Queue::wait(self, pending)
     }
 
@@ -68,6 +63,7 @@ impl HostQueue {
     fn start<T: Send + 'static>(
         &mut self,
         name: String,
+        kind: Kind,
         f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
     ) -> Result<Pending<T>> {
         let (done, result) = channel();
@@ -77,7 +73,7 @@ impl HostQueue {
         });
         let jobs = self.jobs.as_ref().context("the communication queue is closed")?;
         jobs.send(job).map_err(|_| anyhow!("the communication thread has ended"))?;
-        Ok(Pending { name, result })
+        Ok(Pending { name, kind, result })
     }
 }
 
@@ -95,11 +91,16 @@ impl Queue<Cpu> for HostQueue {
     type Pending<T: Send + 'static> = Pending<T>;
     type Shard = SharedBytes;
 
-    fn store(&mut self, shard: SharedBytes) -> Result<SharedBytes> {
-        Ok(shard)
+    /// The mapped files are where they should be.
+    fn store(&mut self, shards: Vec<SharedBytes>, _resident: &[bool]) -> Result<Vec<SharedBytes>> {
+        Ok(shards)
     }
 
     fn device_bytes(&self) -> usize {
+        0
+    }
+
+    fn host_bytes(&self) -> usize {
         0
     }
 
@@ -119,7 +120,7 @@ impl Queue<Cpu> for HostQueue {
         mut out: Buffer<Cpu, u8>,
     ) -> Result<Pending<Buffer<Cpu, u8>>> {
         let (shard, delay) = (shard.clone(), self.delays.before_gather);
-        self.start(name, move |comm| {
+        self.start(name, Kind::Collective, move |comm| {
             std::thread::sleep(delay);
             let shard = (*shard).as_ref();
             gather(shard, out.first_mut(shard.len() * num_shards).host_mut(), comm)?;
@@ -133,9 +134,11 @@ impl Queue<Cpu> for HostQueue {
         mut buffers: TrainableBuffers<Cpu>,
     ) -> Result<Pending<TrainableBuffers<Cpu>>> {
         let delay = self.delays.before_gather;
-        self.start(name, move |comm| {
+        self.start(name, Kind::Collective, move |comm| {
             std::thread::sleep(delay);
-            let shard = bytemuck::cast_slice(buffers.shard.view().host());
+            let shard = match &buffers.shard {
+                Place::Device(shard) | Place::Host(shard) => bytemuck::cast_slice(shard.view().host()),
+            };
             gather(shard, bytemuck::cast_slice_mut(buffers.full.view_mut().host_mut()), comm)?;
             Ok(buffers)
         })
@@ -143,17 +146,47 @@ impl Queue<Cpu> for HostQueue {
 
     fn reduce(&mut self, name: String, mut buffers: TrainableBuffers<Cpu>) -> Result<Pending<TrainableBuffers<Cpu>>> {
         let delay = self.delays.before_reduce;
-        self.start(name, move |comm| {
+        self.start(name, Kind::Collective, move |comm| {
             std::thread::sleep(delay);
             let full = buffers.full.view_mut().host_mut();
-            reduce_scatter(full, buffers.shard.view_mut().host_mut(), comm)?;
+            let shard = match &mut buffers.shard {
+                Place::Device(shard) | Place::Host(shard) => shard.view_mut().host_mut(),
+            };
+            reduce_scatter(full, shard, comm)?;
             Ok(buffers)
         })
     }
 
+    fn put<T: Element>(&mut self, name: String, mut copy: HostCopy<Cpu, T>) -> Result<Pending<HostCopy<Cpu, T>>> {
+        let delay = self.delays.before_put;
+        self.start(name, Kind::Copy, move |_| {
+            std::thread::sleep(delay);
+            copy.host.first_mut(copy.len).host_mut().copy_from_slice(copy.device.first(copy.len).host());
+            Ok(copy)
+        })
+    }
+
+    fn fetch<T: Element>(&mut self, name: String, mut copy: HostCopy<Cpu, T>) -> Result<Pending<HostCopy<Cpu, T>>> {
+        let delay = self.delays.before_fetch;
+        self.start(name, Kind::Copy, move |_| {
+            std::thread::sleep(delay);
+            copy.device.first_mut(copy.len).host_mut().copy_from_slice(copy.host.first(copy.len).host());
+            Ok(copy)
+        })
+    }
+
     fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {
+        let start = Instant::now();
         let result = pending.result.recv().map_err(|_| anyhow!("the communication thread has ended"));
+        match pending.kind {
+            Kind::Collective => self.waits.gather += start.elapsed(),
+            Kind::Copy => self.waits.copy += start.elapsed(),
+        }
         result.and_then(|r| r).with_context(|| pending.name)
+    }
+
+    fn take_waits(&mut self) -> Result<Waits> {
+        Ok(std::mem::take(&mut self.waits))
     }
 
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {

@@ -1,17 +1,19 @@
-//! Who talks to whom: [`Comm`] is blocking collectives on host memory, [`Queue`] the ordered queue of collectives on
-//! device memory that the executor uses.
+//! Who talks to whom: [`Comm`] is blocking collectives on host memory, [`Queue`] what the executor uses: ordered queues of
+//! collectives on device memory, and of copies between device and host.
 
 pub mod cuda_queue;
 pub mod host_queue;
 pub mod local;
 pub mod mpi;
 pub mod nccl;
+mod watchdog;
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result, ensure};
 
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Element, HostBuffer, Place};
 
 /// Blocking collectives on host memory. All ranks call the same ones in the same order, from one thread each.
 pub trait Comm: Send {
@@ -21,28 +23,70 @@ pub trait Comm: Send {
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
     /// Part r of `send` goes to rank r; part r of `recv` comes from rank r. Both have world_size equal parts.
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
-    /// Seconds that a collective may take before it is an error; a rank that died is noticed by MPI long before.
-    fn timeout_seconds(&self) -> u64 {
-        1800
-    }
+}
+
+/// Names the seconds that a collective may take.
+const TIMEOUT_VARIABLE: &str = "FSDP_QLORA_TIMEOUT_S";
+
+/// How long a collective may take before it is an error: `$FSDP_QLORA_TIMEOUT_S` seconds, else half an hour. A rank that died is
+/// noticed by MPI long before; this is for one that hangs.
+pub fn timeout() -> Result<Duration> {
+    let Ok(text) = std::env::var(TIMEOUT_VARIABLE) else { return Ok(Duration::from_secs(1800)) };
+    let seconds: u64 = text.parse().with_context(|| format!("{TIMEOUT_VARIABLE} is {text:?}, allowed: seconds"))?;
+    ensure!(seconds > 0, "{TIMEOUT_VARIABLE} is 0, allowed: 1 or more");
+    Ok(Duration::from_secs(seconds))
 }
 
 /// Bytes of a shard that stay valid while a collective reads them: a range of a mapped shard file.
 pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
-/// One ordered queue of collectives on device memory. Starting one hands its buffers over; waiting gives them back, so
-/// that nobody can read a buffer that is still being filled.
+/// Tests set a pause before each action, so that a missing wait shows.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Delays {
+    pub before_gather: Duration,
+    pub before_reduce: Duration,
+    pub before_fetch: Duration,
+    pub before_put: Duration,
+}
+
+impl Delays {
+    /// The same pause before everything.
+    pub fn all(delay: Duration) -> Delays {
+        Delays { before_gather: delay, before_reduce: delay, before_fetch: delay, before_put: delay }
+    }
+}
+
+/// How long the computation stood still, waiting for other ranks and for copies.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Waits {
+    pub gather: Duration,
+    pub copy: Duration,
+}
+
+/// What an action waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Collective,
+    Copy,
+}
+
+/// Ordered queues of collectives on device memory and of copies. Starting an action hands its buffers over; waiting gives them
+/// back, so that nobody can read a buffer that is still being filled.
 pub trait Queue<D: Device> {
-    /// A collective that was started and not yet waited for.
+    /// An action that was started and not yet waited for.
     type Pending<T: Send + 'static>;
     /// Where this rank's shard of a unit waits to be gathered.
     type Shard;
 
-    /// Takes over this rank's shard of a unit, before the first gather.
-    fn store(&mut self, shard: SharedBytes) -> Result<Self::Shard>;
+    /// Takes over this rank's shards, before the first gather. Those that are not resident stay in host memory and are fetched
+    /// by each gather.
+    fn store(&mut self, shards: Vec<SharedBytes>, resident: &[bool]) -> Result<Vec<Self::Shard>>;
 
-    /// Device memory that the queue has taken, stored shards included, besides the arena's plan.
+    /// Device memory that the queue has taken, resident shards included, besides the arena's plan.
     fn device_bytes(&self) -> usize;
+
+    /// Host memory that holds shards, besides what is mapped from files.
+    fn host_bytes(&self) -> usize;
 
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
@@ -68,8 +112,17 @@ pub trait Queue<D: Device> {
     /// (no_shard) every rank gets everything; the order of sums is the same.
     fn reduce(&mut self, name: String, buffers: TrainableBuffers<D>) -> Result<Self::Pending<TrainableBuffers<D>>>;
 
-    /// Blocks until the collective is done and returns its buffers.
+    /// Copies the first `len` elements to the host.
+    fn put<T: Element>(&mut self, name: String, copy: HostCopy<D, T>) -> Result<Self::Pending<HostCopy<D, T>>>;
+
+    /// Copies the first `len` elements from the host.
+    fn fetch<T: Element>(&mut self, name: String, copy: HostCopy<D, T>) -> Result<Self::Pending<HostCopy<D, T>>>;
+
+    /// What the compute queue does from here on comes after the action, whose buffers come back.
     fn wait<T: Send + 'static>(&mut self, pending: Self::Pending<T>) -> Result<T>;
+
+    /// How long waits have taken since the last call. The compute queue is done.
+    fn take_waits(&mut self) -> Result<Waits>;
 
     /// Every rank's `values`, in rank order. Blocks.
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>>;
@@ -89,8 +142,16 @@ pub trait Queue<D: Device> {
 
 /// A unit's trainable values (or gradients): one rank's shard and the whole.
 pub struct TrainableBuffers<D: Device> {
-    pub shard: Buffer<D, f32>,
+    pub shard: Place<D, f32>,
     pub full: Buffer<D, f32>,
+}
+
+/// A buffer of the device and its place on the host.
+pub struct HostCopy<D: Device, T> {
+    pub device: Buffer<D, T>,
+    pub host: HostBuffer<T>,
+    /// Elements that are copied.
+    pub len: usize,
 }
 
 /// Every rank's `value`, in rank order.

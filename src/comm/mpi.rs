@@ -82,6 +82,7 @@ pub struct MpiComm {
     world: SimpleCommunicator,
     rank: usize,
     world_size: usize,
+    timeout: Duration,
 }
 
 // SAFETY: the handle of MPI_COMM_WORLD is the same on every thread; MPI runs at thread level Serialized or Multiple and
@@ -90,10 +91,10 @@ unsafe impl Send for MpiComm {}
 
 impl MpiComm {
     /// `_world` proves that MPI is initialized.
-    pub fn new(_world: &World) -> MpiComm {
+    pub fn new(_world: &World) -> Result<MpiComm> {
         let world = SimpleCommunicator::world();
         let (rank, world_size) = (world.rank() as usize, world.size() as usize);
-        MpiComm { world, rank, world_size }
+        Ok(MpiComm { world, rank, world_size, timeout: super::timeout()? })
     }
 }
 
@@ -105,7 +106,7 @@ fn check_count(bytes: usize) -> Result<()> {
 fn poll<'a, T: ?Sized>(
     what: &str,
     mut request: mpi::request::Request<'a, T, &mpi::request::LocalScope<'a>>,
-    limit: u64,
+    limit: Duration,
 ) -> Result<()> {
     let start = Instant::now();
     loop {
@@ -113,7 +114,7 @@ fn poll<'a, T: ?Sized>(
             Ok(_) => return Ok(()),
             Err(request) => request,
         };
-        if start.elapsed().as_secs() > limit {
+        if start.elapsed() > limit {
             abort_after_timeout(what, limit);
         }
         std::thread::sleep(POLL);
@@ -121,8 +122,8 @@ fn poll<'a, T: ?Sized>(
 }
 
 /// MPI owns the buffers of a request that did not end, so there is nothing to return to.
-fn abort_after_timeout(what: &str, limit: u64) -> ! {
-    eprintln!("error: {what} did not end within {limit} s: another rank is stuck or gone");
+fn abort_after_timeout(what: &str, limit: Duration) -> ! {
+    eprintln!("error: {what} did not end within {} s: another rank is stuck or gone", limit.as_secs());
     abort(1)
 }
 
@@ -138,7 +139,7 @@ impl Comm for MpiComm {
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
         ensure!(recv.len() == send.len() * self.world_size, "all_gather: {} into {} bytes", send.len(), recv.len());
         check_count(recv.len())?;
-        let limit = self.timeout_seconds();
+        let limit = self.timeout;
         mpi::request::scope(|scope| poll("all_gather", self.world.immediate_all_gather_into(scope, send, recv), limit))
     }
 
@@ -149,7 +150,7 @@ impl Comm for MpiComm {
             send.len()
         );
         check_count(recv.len())?;
-        let limit = self.timeout_seconds();
+        let limit = self.timeout;
         mpi::request::scope(|scope| poll("all_to_all", self.world.immediate_all_to_all_into(scope, send, recv), limit))
     }
 }

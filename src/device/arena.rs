@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 
 use super::Device;
+use super::cpu::Cpu;
 use super::tensor::{Buffer, Element};
 
 /// Every range begins at a multiple of this (a cache line and a GPU's widest transaction both divide it).
@@ -64,8 +65,12 @@ impl<D: Device> Arena<D> {
 
     /// Allocates the whole plan on the device, in one piece.
     pub fn allocate(device: &D, plan: MemoryPlan) -> Result<Self> {
-        let (region, addr) = device.allocate(plan.total_bytes().max(ALIGN_BYTES))?;
-        Ok(Self { memory: Some((Arc::new(region), addr, plan)), carved: MemoryPlan::default(), used_bytes: 0 })
+        let memory = device.allocate(plan.total_bytes().max(ALIGN_BYTES))?;
+        Ok(Self::over(memory, plan))
+    }
+
+    fn over((region, addr): (D::Region, usize), plan: MemoryPlan) -> Self {
+        Self { memory: Some((Arc::new(region), addr, plan)), carved: MemoryPlan::default(), used_bytes: 0 }
     }
 
     /// The next range: `len` elements of `T`. Fails when it is not what the plan has at this place.
@@ -91,10 +96,17 @@ impl<D: Device> Arena<D> {
     }
 }
 
+impl Arena<Cpu> {
+    /// Allocates the whole plan on the host, for copies to and from `device`.
+    pub fn allocate_host<D: Device>(device: &D, plan: MemoryPlan) -> Result<Self> {
+        let memory = device.allocate_host(plan.total_bytes().max(ALIGN_BYTES))?;
+        Ok(Self::over(memory, plan))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::cpu::Cpu;
 
     #[test]
     fn the_run_allocates_exactly_the_plan() {

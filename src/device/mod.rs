@@ -12,8 +12,9 @@ pub mod tensor;
 use anyhow::Result;
 
 pub use arena::{Arena, MemoryPlan};
+use cpu::HostRegion;
 pub use ops::Ops;
-pub use tensor::{Buffer, Element, View, ViewMut};
+pub use tensor::{Buffer, Element, HostBuffer, Place, View, ViewMut};
 
 /// Memory of one device, and copies to and from the host.
 pub trait Device: Sized + Send + Sync + 'static {
@@ -22,8 +23,15 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Keeps one allocation alive.
     type Region: Send + Sync;
 
+    /// Whether activations are so narrow that the loss is scaled, so that gradients do not vanish (fp16).
+    const NEEDS_LOSS_SCALING: bool;
+
     /// Allocates `bytes`; returns what keeps them alive and the address of the first.
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)>;
+    /// Allocates `bytes` of host memory that copies to and from this device run at full speed on: on a GPU pinned.
+    fn allocate_host(&self, bytes: usize) -> Result<(HostRegion, usize)>;
+    /// Returns when the compute queue has done all that it was given.
+    fn synchronize(&self) -> Result<()>;
     /// Host to device; the lengths must be equal.
     fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()>;
     /// Device to host; the lengths must be equal. Waits for the compute queue.

@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::Device;
+use super::cpu::Cpu;
 
 /// What can lie in device memory.
 pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {}
@@ -20,6 +21,30 @@ pub struct Buffer<D: Device, T> {
     addr: usize,
     len: usize,
     _element: PhantomData<T>,
+}
+
+/// A range of the host's memory.
+pub type HostBuffer<T> = Buffer<Cpu, T>;
+
+/// A buffer on the device, or on the host when the device streams it.
+pub enum Place<D: Device, T> {
+    Device(Buffer<D, T>),
+    Host(HostBuffer<T>),
+}
+
+impl<D: Device, T: Element> Place<D, T> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Place::Device(buffer) => buffer.len(),
+            Place::Host(buffer) => buffer.len(),
+        }
+    }
+
+    /// True for a buffer of no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// A shared borrow of a range of device memory.

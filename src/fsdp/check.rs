@@ -13,6 +13,16 @@ enum Slot {
     Unsharded(Unit),
 }
 
+/// Where a boundary is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Boundary {
+    Nowhere,
+    Here,
+    Putting,
+    Away,
+    Fetching,
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Grad {
     Free,
@@ -33,6 +43,9 @@ struct State<'a> {
     /// The layer whose output gradient each micro-batch has, counted as the layers that are left.
     backward: Vec<Option<usize>>,
     recomputed: Vec<Option<usize>>,
+    /// By layer whose input it is, and live micro-batch.
+    boundaries: Vec<Boundary>,
+    free_boundary_buffers: usize,
     grads: Vec<Grad>,
     reduced: Vec<bool>,
     updated: bool,
@@ -49,6 +62,8 @@ pub fn check(actions: &[Action], inputs: &Inputs) -> Result<()> {
         pieces: vec![None; m],
         backward: vec![None; m],
         recomputed: vec![None; m],
+        boundaries: vec![Boundary::Nowhere; (inputs.units.layers + 1) * inputs.num_live_micro_batches()],
+        free_boundary_buffers: inputs.num_boundary_buffers,
         grads: vec![Grad::Free; inputs.num_grad_slots()],
         reduced: vec![false; inputs.units.layers],
         updated: false,
@@ -73,9 +88,17 @@ impl State<'_> {
                 self.dense = None;
                 self.change(slot, Slot::Unsharded(unit), Slot::Free)
             }
-            Action::Embed { micro } => advance(&mut self.forward[micro], None, 0),
+            Action::Embed { micro } => {
+                self.new_boundary(0, micro)?;
+                advance(&mut self.forward[micro], None, 0)
+            }
             Action::Forward { layer, micro } => {
                 self.needs(Unit::Layer(layer))?;
+                self.boundary(layer, micro, Boundary::Here, Boundary::Here)?;
+                self.new_boundary(layer + 1, micro)?;
+                if self.inputs.mode != Mode::Train {
+                    self.free_boundary(layer, micro)?;
+                }
                 advance(&mut self.forward[micro], Some(layer), layer + 1)
             }
             Action::HeadBegin { micro } => {
@@ -90,13 +113,28 @@ impl State<'_> {
             Action::HeadFinish { micro } => {
                 let pieces = self.inputs.units.head_pieces;
                 ensure!(self.pieces[micro] == Some(pieces), "a head piece is missing");
+                let layers = self.inputs.units.layers;
+                self.boundary(layers, micro, Boundary::Here, Boundary::Here)?;
+                if self.inputs.mode != Mode::Train {
+                    self.free_boundary(layers, micro)?;
+                }
                 advance(&mut self.backward[micro], None, self.inputs.units.layers)
             }
             Action::Recompute { layer, micro } => {
                 self.needs(Unit::Layer(layer))?;
                 self.recomputed[micro] = Some(layer);
-                Ok(())
+                self.boundary(layer, micro, Boundary::Here, Boundary::Here)
             }
+            Action::Put { layer, micro } => self.boundary(layer, micro, Boundary::Here, Boundary::Putting),
+            Action::WaitPut { layer, micro } => {
+                self.free_boundary_buffers += 1;
+                self.boundary(layer, micro, Boundary::Putting, Boundary::Away)
+            }
+            Action::Fetch { layer, micro } => {
+                self.take_buffer()?;
+                self.boundary(layer, micro, Boundary::Away, Boundary::Fetching)
+            }
+            Action::WaitFetch { layer, micro } => self.boundary(layer, micro, Boundary::Fetching, Boundary::Here),
             Action::Backward { layer, micro, grad_slot, first } => self.backward(layer, micro, grad_slot, first),
             Action::Reduce { layer, grad_slot } => {
                 let all = Grad::Accumulating(layer, self.inputs.num_micro_batches);
@@ -125,6 +163,30 @@ impl State<'_> {
         Ok(())
     }
 
+    fn boundary(&mut self, layer: usize, micro: usize, from: Boundary, to: Boundary) -> Result<()> {
+        let live = self.inputs.num_live_micro_batches();
+        let at = &mut self.boundaries[layer * live + micro % live];
+        ensure!(*at == from, "boundary {layer} of micro-batch {micro} is {at:?}, should be {from:?}");
+        *at = to;
+        Ok(())
+    }
+
+    fn take_buffer(&mut self) -> Result<()> {
+        ensure!(self.free_boundary_buffers > 0, "no boundary buffer is free");
+        self.free_boundary_buffers -= 1;
+        Ok(())
+    }
+
+    fn new_boundary(&mut self, layer: usize, micro: usize) -> Result<()> {
+        self.take_buffer()?;
+        self.boundary(layer, micro, Boundary::Nowhere, Boundary::Here)
+    }
+
+    fn free_boundary(&mut self, layer: usize, micro: usize) -> Result<()> {
+        self.free_boundary_buffers += 1;
+        self.boundary(layer, micro, Boundary::Here, Boundary::Nowhere)
+    }
+
     fn needs(&self, unit: Unit) -> Result<()> {
         ensure!(self.dense == Some(unit), "{unit} is not dequantized, but {:?}", self.dense);
         Ok(())
@@ -136,6 +198,12 @@ impl State<'_> {
             ensure!(self.recomputed[micro].take() == Some(layer), "its activations are not recomputed");
         }
         advance(&mut self.backward[micro], Some(layer + 1), layer)?;
+        // The gradient takes the place of the layer's input, and the buffer of its output.
+        self.boundary(layer, micro, Boundary::Here, Boundary::Here)?;
+        self.free_boundary(layer + 1, micro)?;
+        if layer == 0 {
+            self.free_boundary(0, micro)?;
+        }
         let grad = &mut self.grads[grad_slot];
         *grad = match (*grad, first) {
             (Grad::Free, true) => Grad::Accumulating(layer, 1),
@@ -148,6 +216,7 @@ impl State<'_> {
     fn finish(&self) -> Result<()> {
         ensure!(self.slots.iter().all(|s| *s == Slot::Free), "slots are left: {:?}", self.slots);
         ensure!(self.grads.iter().all(|g| *g == Grad::Free), "gradients are left: {:?}", self.grads);
+        ensure!(self.boundaries.iter().all(|b| *b == Boundary::Nowhere), "boundaries are left: {:?}", self.boundaries);
         let left = if self.inputs.mode == Mode::Train { 0 } else { self.inputs.units.layers };
         ensure!(self.backward.iter().all(|b| *b == Some(left)), "micro-batches are not done: {:?}", self.backward);
         ensure!(self.updated == (self.inputs.mode == Mode::Train), "the update is missing");
@@ -176,7 +245,22 @@ pub fn all_small_inputs() -> Vec<Inputs> {
             for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
                 for recompute in [Recompute::All, Recompute::Nothing] {
                     let units = super::unit::NumUnits { layers, head_pieces };
-                    all.push(Inputs { units, mode, num_micro_batches, accumulation, recompute, num_slots });
+                    let mut inputs = Inputs {
+                        units,
+                        mode,
+                        num_micro_batches,
+                        accumulation,
+                        recompute,
+                        num_slots,
+                        num_boundary_buffers: 0,
+                    };
+                    let (min, max) = (inputs.min_boundary_buffers(), inputs.max_boundary_buffers());
+                    let mut numbers = vec![min, (min + max) / 2, max.saturating_sub(1).max(min), max];
+                    numbers.dedup();
+                    for num_boundary_buffers in numbers {
+                        inputs.num_boundary_buffers = num_boundary_buffers;
+                        all.push(inputs);
+                    }
                 }
             }
         }

@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::comm::{Queue, SharedBytes, TrainableBuffers};
+use crate::comm::{Queue, SharedBytes, TrainableBuffers, Waits};
+use crate::device::cpu::Cpu;
 use crate::device::ops::Dequantize;
 use crate::device::{Arena, Buffer, MemoryPlan, Ops, ViewMut};
 use crate::model::batch::MicroBatch;
@@ -17,6 +18,7 @@ use crate::quant::record::Encoding;
 use super::check;
 use super::layout::{TrainableLayout, UnitLayout};
 use super::memory::{Limits, Memory};
+use super::offload::Boundaries;
 use super::schedule::{Action, Mode, build};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits, Unit};
 
@@ -60,8 +62,8 @@ pub struct RunOutput {
     pub log_probabilities: Vec<Vec<f64>>,
     /// Global norm before clipping (training).
     pub grad_norm: f64,
-    /// Time spent waiting for gathers and reduces.
-    pub wait: Duration,
+    /// Time that the computation stood still.
+    pub waits: Waits,
     pub elapsed: Duration,
     /// Bytes of frozen shards received from other ranks.
     pub gathered_bytes: usize,
@@ -92,6 +94,8 @@ pub(super) enum Grad<D: Ops, Q: Queue<D>> {
 /// A rank: device, queue, base, adapter and all memory.
 pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) device: D,
+    /// Computes on what is offloaded.
+    pub(super) host: Cpu,
     pub queue: Q,
     pub(super) base: Base,
     shards: Vec<Q::Shard>,
@@ -102,37 +106,60 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) memory: Memory<D>,
     slots: Vec<Slot<D, Q>>,
     pub(super) grads: Vec<Grad<D, Q>>,
+    boundaries: Boundaries<D, Q>,
     dense: Option<Unit>,
     embedding: Vec<f32>,
-    plan: MemoryPlan,
-    pub(super) wait: Duration,
+    plan: Plans,
+}
+
+/// What an engine allocates, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plans {
+    pub device: MemoryPlan,
+    /// Host memory that the device copies from and to.
+    pub host: MemoryPlan,
 }
 
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     /// What [`Engine::new`] will allocate.
-    pub fn plan_for(base: &Base, lora: Option<&LayerLora>, limits: &Limits, world_size: usize) -> Result<MemoryPlan> {
-        let mut measured = Arena::measure();
-        Memory::<D>::carve(&mut measured, &base.config, adapter_memory(base, lora, world_size), &base.layouts, limits)?;
-        Ok(measured.into_plan())
+    fn plan_for(base: &Base, lora: Option<&LayerLora>, limits: &Limits, world_size: usize) -> Result<Plans> {
+        let (mut device, mut host) = (Arena::measure(), Arena::measure());
+        let adapter = adapter_memory(&base.layouts, lora, world_size);
+        Memory::<D>::carve(&mut device, &mut host, &base.config, adapter, &base.layouts, limits)?;
+        Ok(Plans { device: device.into_plan(), host: host.into_plan() })
     }
 
-    /// Takes all memory that will ever be used.
-    pub fn new(device: D, mut queue: Q, mut base: Base, lora: Option<LayerLora>, limits: Limits) -> Result<Self> {
+    /// Takes all memory that will ever be used. `host` computes on what is offloaded.
+    pub fn new(
+        device: D,
+        host: Cpu,
+        mut queue: Q,
+        mut base: Base,
+        lora: Option<LayerLora>,
+        limits: Limits,
+    ) -> Result<Self> {
         let units = NumUnits::new(&base.config);
         let plan = Self::plan_for(&base, lora.as_ref(), &limits, queue.world_size())?;
-        let adapter = adapter_memory(&base, lora.as_ref(), queue.world_size());
+        let adapter = adapter_memory(&base.layouts, lora.as_ref(), queue.world_size());
         let trainable =
             TrainableLayout { len: lora.as_ref().map_or(0, |l| l.layout.len), num_parts: queue.world_size() };
-        let mut arena = Arena::allocate(&device, plan.clone())?;
-        let mut memory = Memory::carve(&mut arena, &base.config, adapter, &base.layouts, &limits)?;
+        let mut arena = Arena::allocate(&device, plan.device.clone())?;
+        let mut on_host = match plan.host.total_bytes() {
+            0 => Arena::measure(),
+            _ => Arena::allocate_host(&device, plan.host.clone())?,
+        };
+        let mut memory = Memory::carve(&mut arena, &mut on_host, &base.config, adapter, &base.layouts, &limits)?;
         device.upload(memory.final_norm.view_mut(), &base.final_norm)?;
         let slots = memory.slots.drain(..).map(|(flat, lora)| Slot::Free(flat, lora)).collect();
         let grads = memory.grads.drain(..).map(Grad::Here).collect();
+        let boundaries =
+            Boundaries::new(std::mem::take(&mut memory.boundaries), std::mem::take(&mut memory.host_boundaries));
         let embedding = vec![0.0; limits.max_tokens * base.config.hidden_size];
-        let shards = base.shards.drain(..).map(|shard| queue.store(shard)).collect::<Result<_>>()?;
-        let (dense, wait) = (None, Duration::ZERO);
+        let shards = queue.store(std::mem::take(&mut base.shards), &limits.residency.of_units(units.count()))?;
+        let dense = None;
         Ok(Self {
             device,
+            host,
             queue,
             base,
             shards,
@@ -143,10 +170,10 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             memory,
             slots,
             grads,
+            boundaries,
             dense,
             embedding,
             plan,
-            wait,
         })
     }
 
@@ -166,12 +193,17 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         (bytes(layers), bytes(head))
     }
 
+    /// Layers and head pieces.
+    pub fn num_units(&self) -> usize {
+        self.units.count()
+    }
+
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
-    /// All device memory, by name.
-    pub fn plan(&self) -> &MemoryPlan {
+    /// All memory, by name.
+    pub fn plan(&self) -> &Plans {
         &self.plan
     }
 
@@ -186,7 +218,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     /// Performs any list of actions.
     pub fn perform(&mut self, actions: &[Action], args: &RunArgs<'_>, batches: &[MicroBatch]) -> Result<RunOutput> {
         let start = Instant::now();
-        self.wait = Duration::ZERO;
         let empty = MicroBatch::new();
         let mut output =
             RunOutput { log_probabilities: vec![Vec::new(); args.num_micro_batches], ..Default::default() };
@@ -194,8 +225,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             let batch = |micro: usize| batches.get(micro).unwrap_or(&empty);
             self.act(action, args, batch, &mut output).with_context(|| format!("{action:?}"))?;
         }
+        self.device.synchronize()?;
         output.elapsed = start.elapsed();
-        output.wait = self.wait;
+        output.waits = self.queue.take_waits()?;
         Ok(output)
     }
 
@@ -227,6 +259,22 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Action::Backward { layer, micro, grad_slot, first } => self.backward(layer, micro, args, grad_slot, first),
             Action::Reduce { layer, grad_slot } => self.reduce(layer, grad_slot),
             Action::WaitReduce { layer, grad_slot } => self.wait_reduce(layer, grad_slot),
+            Action::Put { layer, micro } => {
+                let (m, len) = (self.live(micro), self.boundary_len(micro));
+                self.boundaries.put(&mut self.queue, layer, m, len)
+            }
+            Action::WaitPut { layer, micro } => {
+                let m = self.live(micro);
+                self.boundaries.wait_put(&mut self.queue, layer, m)
+            }
+            Action::Fetch { layer, micro } => {
+                let (m, len) = (self.live(micro), self.boundary_len(micro));
+                self.boundaries.fetch(&mut self.queue, layer, m, len)
+            }
+            Action::WaitFetch { layer, micro } => {
+                let m = self.live(micro);
+                self.boundaries.wait_fetch(&mut self.queue, layer, m)
+            }
             Action::Optimizer => {
                 output.grad_norm = self.update(args.update.context("no update was given")?)?;
                 Ok(())
@@ -257,7 +305,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     fn wait_gather(&mut self, unit: Unit, slot: usize) -> Result<()> {
-        let start = Instant::now();
         let Slot::Gathering(gathering, frozen, lora) = std::mem::replace(&mut self.slots[slot], Slot::Moving) else {
             bail!("slot {slot} is not being gathered");
         };
@@ -273,7 +320,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             (LoraPart::Gathering(_), Unit::HeadPiece(_)) => bail!("a head piece has no LoRA"),
         };
         self.slots[slot] = Slot::Unsharded(unit, flat, full);
-        self.wait += start.elapsed();
         Ok(())
     }
 
@@ -321,9 +367,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         micro % self.memory.batches.len()
     }
 
-    /// Boundaries before and after a layer. Without backward two take turns.
-    fn boundary(&self, layer: usize) -> usize {
-        layer % self.memory.boundaries.len()
+    /// Elements of a boundary of a micro-batch.
+    fn boundary_len(&self, micro: usize) -> usize {
+        self.memory.batches[self.live(micro)].num_tokens * self.base.config.hidden_size
     }
 
     fn embed(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
@@ -332,15 +378,19 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.memory.batches[m].load(&self.device, &self.base.config, batch, args.num_past_tokens)?;
         let rows = &mut self.embedding[..tokens * self.base.config.hidden_size];
         (self.base.embed)(&batch.input_ids, rows)?;
-        self.device.upload_activations(self.memory.boundaries[0][m].first_mut(rows.len()), rows)
+        let mut boundary = self.boundaries.take_free()?;
+        self.device.upload_activations(boundary.first_mut(rows.len()), rows)?;
+        self.boundaries.insert(0, m, boundary);
+        Ok(())
     }
 
     fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, whole: bool) -> Result<()> {
         ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
         let (m, acts, kv) =
             (self.live(micro), self.kept(layer_idx, micro), self.key_value(layer_idx, micro, args.mode));
-        let (from, to) = (self.boundary(layer_idx), self.boundary(layer_idx + 1));
-        let Memory { layer, boundaries, activations, key_values, scratch, batches, .. } = &mut self.memory;
+        let (len, x) = (self.boundary_len(micro), self.boundaries.take(layer_idx, m)?);
+        let mut out = if whole { Some(self.boundaries.take_free()?) } else { None };
+        let Memory { layer, activations, key_values, scratch, batches, .. } = &mut self.memory;
         let ctx = LayerContext {
             ops: &self.device,
             config: &self.base.config,
@@ -350,14 +400,16 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             layer_idx,
             dropout: args.dropout,
         };
-        let mut out = whole.then(|| take(&mut boundaries[to][m]));
-        let len = batches[m].num_tokens * self.base.config.hidden_size;
-        let x = boundaries[from][m].first(len);
-        let done = layer::forward(&ctx, out.as_mut(), &mut activations[acts], &mut key_values[kv], x, scratch);
+        layer::forward(&ctx, out.as_mut(), &mut activations[acts], &mut key_values[kv], x.first(len), scratch)?;
         if let Some(out) = out {
-            boundaries[to][m] = out;
+            self.boundaries.insert(layer_idx + 1, m, out);
         }
-        done
+        // Only backward needs it again.
+        match args.mode {
+            Mode::Train => self.boundaries.insert(layer_idx, m, x),
+            Mode::Score | Mode::Generate => self.boundaries.release(x),
+        }
+        Ok(())
     }
 
     fn backward(
@@ -377,7 +429,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         if first {
             self.device.fill_bytes(grads.view_mut(), 0)?;
         }
-        let Memory { layer, boundaries, activations, key_values, scratch, batches, .. } = &mut self.memory;
+        let len = self.memory.batches[m].num_tokens * self.base.config.hidden_size;
+        let (x, mut d) = (self.boundaries.take(layer_idx, m)?, self.boundaries.take(layer_idx + 1, m)?);
+        let Memory { layer, activations, key_values, scratch, batches, .. } = &mut self.memory;
         let ctx = LayerContext {
             ops: &self.device,
             config: &self.base.config,
@@ -387,12 +441,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             layer_idx,
             dropout: args.dropout,
         };
-        let len = batches[m].num_tokens * self.base.config.hidden_size;
-        let (before, after) = boundaries.split_at_mut(layer_idx + 1);
-        let (x, d) = (&mut before[layer_idx][m], &mut after[0][m]);
-        layer::backward(&ctx, d, grads, &activations[acts], &key_values[kv], x.first(len), scratch)?;
-        // The gradient takes the place of the boundary that backward has consumed.
-        std::mem::swap(x, d);
+        layer::backward(&ctx, &mut d, grads, &activations[acts], &key_values[kv], x.first(len), scratch)?;
+        // The gradient takes the place of the boundary that backward has consumed; the first layer's nobody needs.
+        self.boundaries.release(x);
+        match layer_idx {
+            0 => self.boundaries.release(d),
+            _ => self.boundaries.insert(layer_idx, m, d),
+        }
         Ok(())
     }
 
@@ -409,10 +464,11 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     fn head_begin(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
-        let (m, last) = (self.live(micro), self.boundary(self.units.layers));
-        let Memory { boundaries, heads, final_norm, .. } = &mut self.memory;
+        let m = self.live(micro);
+        let boundary = self.boundaries.get_mut(self.units.layers, m)?;
+        let Memory { heads, final_norm, .. } = &mut self.memory;
         heads[m].load(&self.device, batch, args.coefficient)?;
-        head::begin(&self.device, &self.base.config, &mut heads[m], &boundaries[last][m], final_norm)
+        head::begin(&self.device, &self.base.config, &mut heads[m], boundary, final_norm)
     }
 
     fn head_piece(&mut self, piece: usize, micro: usize, args: &RunArgs<'_>) -> Result<()> {
@@ -431,14 +487,18 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     fn head_finish(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Vec<f64>> {
+        let (m, last) = (self.live(micro), self.units.layers);
+        if args.mode != Mode::Train {
+            let boundary = self.boundaries.take(last, m)?;
+            self.boundaries.release(boundary);
+        }
         if args.mode == Mode::Generate {
             return Ok(Vec::new());
         }
-        let (m, last) = (self.live(micro), self.boundary(self.units.layers));
-        let Memory { boundaries, heads, final_norm, batches, .. } = &mut self.memory;
+        let Memory { heads, final_norm, batches, .. } = &mut self.memory;
         let log_probabilities = head::log_probabilities(&self.device, &heads[m])?;
         if args.mode == Mode::Train {
-            let (d, tokens) = (&mut boundaries[last][m], batches[m].num_tokens);
+            let (d, tokens) = (self.boundaries.get_mut(last, m)?, batches[m].num_tokens);
             head::finish(&self.device, &self.base.config, &mut heads[m], d, final_norm, tokens)?;
         }
         Ok(log_probabilities)
@@ -453,18 +513,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
 }
 
 /// An adapter, the layout of its values, and whether a rank holds a part of them or all.
-fn adapter_memory<'a>(
-    base: &Base,
+pub fn adapter_memory<'a>(
+    layouts: &[UnitLayout],
     lora: Option<&'a LayerLora>,
     world_size: usize,
 ) -> Option<(&'a LayerLora, TrainableLayout, bool)> {
-    let sharded = base.layouts[0].num_shards() == world_size;
+    let sharded = layouts[0].num_shards() == world_size;
     lora.map(|l| (l, TrainableLayout { len: l.layout.len, num_parts: world_size }, sharded))
-}
-
-/// Moves a boundary out for the time that it is written while another is read.
-fn take<D: Ops>(buffer: &mut Buffer<D, D::Act>) -> Buffer<D, D::Act> {
-    std::mem::replace(buffer, Buffer::none())
 }
 
 fn act_tensor<D: Ops>(

@@ -1,11 +1,9 @@
 //! Trainable values of an engine: reduce-scatter of gradients, global norm, update, and moving them to and from the host.
 
-use std::time::Instant;
-
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::comm::{Queue, TrainableBuffers};
-use crate::device::Ops;
+use crate::device::{Device, Ops, Place};
 use crate::optim::adamw::Update;
 use crate::optim::clip;
 
@@ -30,7 +28,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     pub(super) fn wait_reduce(&mut self, layer: usize, grad_slot: usize) -> Result<()> {
-        let start = Instant::now();
         let Grad::Reducing(reducing, pending) = std::mem::replace(&mut self.grads[grad_slot], Grad::Moving) else {
             bail!("gradient buffer {grad_slot} is not being reduced");
         };
@@ -38,12 +35,14 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let TrainableBuffers { shard, full } = self.queue.wait(pending)?;
         self.memory.trainables[layer].grad = Some(shard);
         self.grads[grad_slot] = Grad::Here(full);
-        self.wait += start.elapsed();
         Ok(())
     }
 
-    /// Clips by the global norm and updates; returns the norm before clipping.
+    /// Clips by the global norm and updates; returns the norm before clipping. Where the loss is scaled, a norm that is not
+    /// finite means that some gradient was too large for the scale: all ranks see the same norm, and none updates.
     pub(super) fn update(&mut self, update: &Update) -> Result<f64> {
+        // Gradients that were put to the host are there from here on.
+        self.device.synchronize()?;
         let mut sum_of_squares = 0.0;
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
@@ -53,17 +52,33 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             } else {
                 self.trainable.part_range(self.queue.rank())
             };
-            sum_of_squares += self.device.sum_of_squares(grad.view().range(own))?;
+            sum_of_squares += match grad {
+                Place::Device(grad) => self.device.sum_of_squares(grad.view().range(own))?,
+                Place::Host(grad) => self.host.sum_of_squares(grad.view().range(own))?,
+            };
         }
-        let norm = self.queue.all_reduce_f64("global gradient norm", &[sum_of_squares])?[0].sqrt();
+        let loss_scale = f64::from(update.loss_scale);
+        let norm = self.queue.all_reduce_f64("global gradient norm", &[sum_of_squares])?[0].sqrt() / loss_scale;
+        if !norm.is_finite() && D::NEEDS_LOSS_SCALING {
+            return Ok(norm);
+        }
         ensure!(norm.is_finite(), "the gradient norm is {norm}");
-        let grad_scale = clip::coefficient(norm, update.max_grad_norm);
+        let grad_scale = clip::coefficient(norm, update.max_grad_norm) / update.loss_scale;
         for (layer, trainable) in self.memory.trainables.iter_mut().enumerate() {
             let master =
                 trainable.master.as_mut().with_context(|| format!("the LoRA of layer {layer} is being gathered"))?;
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
-            let (exp_avg, exp_avg_sq) = (trainable.exp_avg.view_mut(), trainable.exp_avg_sq.view_mut());
-            self.device.adamw(update.args(master.view_mut(), exp_avg, exp_avg_sq, grad.view(), grad_scale))?;
+            match (master, &mut trainable.exp_avg, &mut trainable.exp_avg_sq, grad) {
+                (Place::Device(master), Place::Device(exp_avg), Place::Device(exp_avg_sq), Place::Device(grad)) => {
+                    let (exp_avg, exp_avg_sq) = (exp_avg.view_mut(), exp_avg_sq.view_mut());
+                    self.device.adamw(update.args(master.view_mut(), exp_avg, exp_avg_sq, grad.view(), grad_scale))?;
+                }
+                (Place::Host(master), Place::Host(exp_avg), Place::Host(exp_avg_sq), Place::Host(grad)) => {
+                    let (exp_avg, exp_avg_sq) = (exp_avg.view_mut(), exp_avg_sq.view_mut());
+                    self.host.adamw(update.args(master.view_mut(), exp_avg, exp_avg_sq, grad.view(), grad_scale))?;
+                }
+                _ => bail!("the values of layer {layer} are in two places"),
+            }
         }
         Ok(norm)
     }
@@ -75,12 +90,18 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         padded.resize(self.trainable.padded_len(), 0.0);
         let trainable = &mut self.memory.trainables[layer];
         for state in [&mut trainable.exp_avg, &mut trainable.exp_avg_sq] {
-            self.device.fill_bytes(state.view_mut(), 0)?;
+            match state {
+                Place::Device(state) => self.device.fill_bytes(state.view_mut(), 0)?,
+                Place::Host(state) => self.host.fill_bytes(state.view_mut(), 0)?,
+            }
         }
         let master = trainable.master.as_mut().context("the LoRA shard is being gathered")?;
         let own =
             if master.len() == padded.len() { 0..padded.len() } else { self.trainable.part_range(self.queue.rank()) };
-        self.device.upload(master.view_mut(), &padded[own])
+        match master {
+            Place::Device(master) => self.device.upload(master.view_mut(), &padded[own]),
+            Place::Host(master) => self.host.upload(master.view_mut(), &padded[own]),
+        }
     }
 
     /// A layer's whole values on every rank, as the layout has them.
@@ -91,7 +112,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         };
         let shard = shard.as_ref().with_context(|| not_waited_for(layer))?;
         let mut own = vec![0f32; shard.len()];
-        self.device.download(&mut own, shard.view())?;
+        match shard {
+            Place::Device(shard) => self.device.download(&mut own, shard.view())?,
+            Place::Host(shard) => {
+                self.device.synchronize()?;
+                self.host.download(&mut own, shard.view())?
+            }
+        }
         if own.len() < self.trainable.padded_len() {
             own = self.queue.all_gather_f32("trainable values", &own)?;
         }

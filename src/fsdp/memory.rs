@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 
-use crate::device::{Arena, Buffer, Device};
+use crate::device::cpu::Cpu;
+use crate::device::{Arena, Buffer, Device, HostBuffer, Place};
 use crate::model::activations::{BatchBuffers, HeadState, KeyValue, LayerActivations, Scratch, Widths};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
@@ -13,7 +14,7 @@ use super::schedule::{Accumulation, Inputs, Mode, Recompute};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits};
 
 /// What the memory must hold; decided once, before the first step.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// [`Mode::Train`] has room for scoring too.
     pub mode: Mode,
@@ -26,22 +27,60 @@ pub struct Limits {
     pub accumulation: Accumulation,
     pub recompute: Recompute,
     pub num_slots: usize,
+    /// What is kept on the device and what streams from the host.
+    pub residency: Residency,
+}
+
+/// What is kept on the device; the rest waits in host memory until it is needed. No choice changes a bit of the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Residency {
+    /// Units whose shards are on the device.
+    pub units: usize,
+    /// LoRA values, gradients and AdamW moments are on the device, and updated there.
+    pub trainables: bool,
+    /// Device buffers for boundaries.
+    pub boundary_buffers: usize,
+}
+
+impl Residency {
+    /// Everything on the device.
+    pub const ALL: Residency =
+        Residency { units: usize::MAX, trainables: true, boundary_buffers: usize::MAX };
+
+    /// Which of `num_units` units are resident: spread evenly, so that a fetch always has computation to hide behind.
+    pub fn of_units(&self, num_units: usize) -> Vec<bool> {
+        let resident = self.units.min(num_units);
+        (0..num_units).map(|i| (i + 1) * resident / num_units > i * resident / num_units).collect()
+    }
 }
 
 impl Limits {
     /// The schedule's inputs for a step of M micro-batches.
     pub fn inputs(&self, units: NumUnits, mode: Mode, num_micro_batches: usize) -> Inputs {
-        let Limits { accumulation, recompute, num_slots, .. } = *self;
-        Inputs { units, mode, num_micro_batches, accumulation, recompute, num_slots }
+        let Limits { accumulation, recompute, num_slots, residency, .. } = *self;
+        let mut inputs = Inputs {
+            units,
+            mode,
+            num_micro_batches,
+            accumulation,
+            recompute,
+            num_slots,
+            num_boundary_buffers: residency.boundary_buffers,
+        };
+        // The buffers are those of the largest step that trains; a smaller one keeps more of its boundaries.
+        let planned = Inputs { mode: self.mode, num_micro_batches: self.max_micro_batches, ..inputs };
+        let (least, most) = (planned.min_boundary_buffers(), planned.max_boundary_buffers());
+        inputs.num_boundary_buffers = residency.boundary_buffers.clamp(least, most);
+        inputs
     }
 }
 
 /// A rank's trainable values of one layer and what belongs to them. The buffers are away while a collective has them.
 pub struct Trainable<D: Device> {
-    pub master: Option<Buffer<D, f32>>,
-    pub grad: Option<Buffer<D, f32>>,
-    pub exp_avg: Buffer<D, f32>,
-    pub exp_avg_sq: Buffer<D, f32>,
+    pub master: Option<Place<D, f32>>,
+    pub grad: Option<Place<D, f32>>,
+    pub exp_avg: Place<D, f32>,
+    pub exp_avg_sq: Place<D, f32>,
 }
 
 /// All device memory of a run.
@@ -54,8 +93,9 @@ pub struct Memory<D: Device> {
     pub trainables: Vec<Trainable<D>>,
     /// Whole gradients of a layer, by gradient slot.
     pub grads: Vec<Buffer<D, f32>>,
-    /// `[layers + 1][live micro-batches]`; without backward two take turns.
-    pub boundaries: Vec<Vec<Buffer<D, D::Act>>>,
+    /// Device buffers for boundaries, and the host's for those that wait there.
+    pub boundaries: Vec<Buffer<D, D::Act>>,
+    pub host_boundaries: Vec<HostBuffer<D::Act>>,
     /// One, or, when everything is kept, `[layers · live micro-batches]`.
     pub activations: Vec<LayerActivations<D>>,
     /// As `activations`; in generation one for each layer.
@@ -68,9 +108,10 @@ pub struct Memory<D: Device> {
 }
 
 impl<D: Device> Memory<D> {
-    /// The first call, on a measuring arena, is the plan; the second takes the memory.
+    /// The first call, on measuring arenas, is the plan; the second takes the memory.
     pub fn carve(
         arena: &mut Arena<D>,
+        host: &mut Arena<Cpu>,
         config: &ModelConfig,
         lora: Option<(&LayerLora, TrainableLayout, bool)>,
         layouts: &[UnitLayout],
@@ -100,15 +141,20 @@ impl<D: Device> Memory<D> {
             None => Vec::new(),
             Some((_, layout, sharded)) => {
                 let len = if sharded { layout.part_len() } else { layout.padded_len() };
-                (0..units.layers).map(|layer| Trainable::carve(arena, layer, len, train)).collect::<Result<_>>()?
+                let on_device = limits.residency.trainables;
+                (0..units.layers)
+                    .map(|layer| Trainable::carve(arena, host, layer, len, train, on_device))
+                    .collect::<Result<_>>()?
             }
         };
         let grads = (0..inputs.num_grad_slots())
             .map(|i| arena.carve(&format!("gradients/{i}"), padded_len))
             .collect::<Result<_>>()?;
-        let num_boundaries = if train { units.layers + 1 } else { 2 };
-        let boundaries = (0..num_boundaries)
-            .map(|l| (0..live).map(|m| arena.carve(&format!("boundaries/{l}/{m}"), tokens * hidden)).collect())
+        let boundaries = (0..inputs.num_boundary_buffers)
+            .map(|i| arena.carve(&format!("boundaries/{i}"), tokens * hidden))
+            .collect::<Result<_>>()?;
+        let host_boundaries = (0..inputs.num_offloaded_boundaries())
+            .map(|i| host.carve(&format!("boundaries/{i}"), tokens * hidden))
             .collect::<Result<_>>()?;
         let kept = if train && limits.recompute == Recompute::Nothing { units.layers * live } else { 1 };
         let heads = config.num_attention_heads;
@@ -138,6 +184,7 @@ impl<D: Device> Memory<D> {
             trainables,
             grads,
             boundaries,
+            host_boundaries,
             activations,
             key_values,
             scratch,
@@ -149,9 +196,19 @@ impl<D: Device> Memory<D> {
 }
 
 impl<D: Device> Trainable<D> {
-    fn carve(arena: &mut Arena<D>, layer: usize, len: usize, train: bool) -> Result<Self> {
+    fn carve(
+        arena: &mut Arena<D>,
+        host: &mut Arena<Cpu>,
+        layer: usize,
+        len: usize,
+        train: bool,
+        on_device: bool,
+    ) -> Result<Self> {
         let state_len = if train { len } else { 0 };
-        let mut carve = |part: &str, len: usize| arena.carve(&format!("trainable/{layer}/{part}"), len);
+        let mut carve = |part: &str, len: usize| -> Result<Place<D, f32>> {
+            let name = format!("trainable/{layer}/{part}");
+            Ok(if on_device { Place::Device(arena.carve(&name, len)?) } else { Place::Host(host.carve(&name, len)?) })
+        };
         Ok(Trainable {
             master: Some(carve("master", len)?),
             grad: Some(carve("grad", state_len)?),

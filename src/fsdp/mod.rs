@@ -6,5 +6,6 @@ pub mod exec;
 pub mod grads;
 pub mod layout;
 pub mod memory;
+mod offload;
 pub mod schedule;
 pub mod unit;

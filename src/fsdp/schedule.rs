@@ -6,6 +6,7 @@
 
 use crate::choices::choices;
 
+use super::offload;
 use super::unit::{NumUnits, Unit};
 
 /// What the schedule is for.
@@ -49,6 +50,8 @@ pub struct Inputs {
     pub recompute: Recompute,
     /// Buffers for gathered units.
     pub num_slots: usize,
+    /// Buffers for boundaries on the device, see [`Inputs::min_boundary_buffers`].
+    pub num_boundary_buffers: usize,
 }
 
 /// Gradient buffers of a layer-major schedule: one accumulates while the other is reduced.
@@ -117,14 +120,35 @@ pub enum Action {
         layer: usize,
         grad_slot: usize,
     },
+    /// Starts copying a micro-batch's input of a layer to the host; its device buffer is not free yet.
+    Put {
+        layer: usize,
+        micro: usize,
+    },
+    /// The boundary is on the host; its device buffer is free.
+    WaitPut {
+        layer: usize,
+        micro: usize,
+    },
+    /// Starts copying a boundary back, into a free device buffer.
+    Fetch {
+        layer: usize,
+        micro: usize,
+    },
+    /// The boundary is on the device.
+    WaitFetch {
+        layer: usize,
+        micro: usize,
+    },
     /// Global norm, clipping, AdamW.
     Optimizer,
 }
 
 impl Action {
-    /// True for what waits on the communication queue.
+    /// True for what waits for another queue.
     pub fn is_wait(&self) -> bool {
-        matches!(self, Action::Wait { .. } | Action::WaitReduce { .. })
+        use Action::{Wait, WaitFetch, WaitPut, WaitReduce};
+        matches!(self, Wait { .. } | WaitReduce { .. } | WaitPut { .. } | WaitFetch { .. })
     }
 }
 
@@ -144,6 +168,32 @@ impl Inputs {
             Accumulation::Layer => self.num_micro_batches,
             Accumulation::MicroBatch => 1,
         }
+    }
+
+    /// Device buffers that hold all boundaries of a step; without backward a micro-batch needs one, and one is written.
+    pub fn max_boundary_buffers(&self) -> usize {
+        let live = self.num_live_micro_batches();
+        if self.mode == Mode::Train { live * (self.units.layers + 1) } else { live + 1 }
+    }
+
+    /// The fewest device buffers: those of one layer, and two that are on their way to or from the host.
+    pub fn min_boundary_buffers(&self) -> usize {
+        (self.num_live_micro_batches() + 2).min(self.max_boundary_buffers())
+    }
+
+    /// Boundaries that wait for backward on the host.
+    pub fn num_offloaded_boundaries(&self) -> usize {
+        match self.mode == Mode::Train && self.num_boundary_buffers < self.max_boundary_buffers() {
+            true => self.max_boundary_buffers() - self.num_live_micro_batches() + self.min_boundary_buffers()
+                - self.num_boundary_buffers,
+            false => 0,
+        }
+    }
+
+    /// Whether a micro-batch's input of a layer waits on the host. Those that backward needs first stay on the device.
+    pub fn is_offloaded(&self, layer: usize, micro: usize) -> bool {
+        let live = self.num_live_micro_batches();
+        layer * live + micro % live < self.num_offloaded_boundaries()
     }
 
     fn grad_slot(&self, layer: usize) -> usize {
@@ -175,7 +225,7 @@ pub fn build(inputs: &Inputs) -> Vec<Action> {
             .extend(reduced_late.rev().map(|layer| Action::WaitReduce { layer, grad_slot: inputs.grad_slot(layer) }));
         actions.push(Action::Optimizer);
     }
-    actions
+    offload::with_copies(&actions, inputs)
 }
 
 /// Forward (and backward) of some micro-batches through the whole model.

@@ -13,6 +13,8 @@ pub struct Update {
     pub weight_decay: f64,
     /// `None`: no clipping.
     pub max_grad_norm: Option<f64>,
+    /// Gradients are this many times too large.
+    pub loss_scale: f32,
     /// 1 at the first update.
     pub step: u32,
 }

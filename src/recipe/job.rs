@@ -32,6 +32,17 @@ choices! {
     }
 }
 
+choices! {
+    /// What the arithmetic is done in; sums are f32 everywhere.
+    ComputeDtype {
+        /// bfloat16 on a GPU, float32 on the CPU.
+        Auto = "auto",
+        Bfloat16 = "bfloat16",
+        Float16 = "float16",
+        Float32 = "float32",
+    }
+}
+
 /// All decisions of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
@@ -72,6 +83,7 @@ pub struct QuantizationJob {
     pub load_in_4bit: bool,
     /// Nothing: as a checkpoint that is in 4 bit already has it, else true.
     pub double_quant: Option<bool>,
+    pub compute_dtype: ComputeDtype,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -139,6 +151,13 @@ pub struct FsdpJob {
     pub sharding_strategy: ShardingStrategy,
     pub accumulation: Accumulation,
     pub activation_checkpointing: ActivationCheckpointing,
+    /// Nothing: what fits, here and below.
+    pub offload_params: Option<bool>,
+    pub resident_units: Option<usize>,
+    pub activation_offload: Option<bool>,
+    /// Bytes of a rank.
+    pub vram_budget: Option<usize>,
+    pub host_budget: Option<usize>,
 }
 
 /// Whether a command trains.
@@ -146,11 +165,16 @@ pub struct FsdpJob {
 pub(super) enum Use {
     Train,
     Model,
+    Bench,
 }
 
 /// Checks all that was written and decides. Errors: all of them.
 pub(super) fn decide(mut written: Written, usage: Use) -> Result<Job, Vec<String>> {
-    written.check((usage == Use::Model).then_some(keys::KEYS_OF_ANY_COMMAND));
+    written.check(match usage {
+        Use::Train => None,
+        Use::Model => Some(keys::KEYS_OF_ANY_COMMAND),
+        Use::Bench => Some(keys::KEYS_OF_BENCH),
+    });
     check_required(&mut written, usage);
     check_conflicts(&mut written);
     // A value that cannot be read has been reported, so nothing comes without an error.
@@ -191,6 +215,13 @@ fn check_conflicts(written: &mut Written) {
     if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
         conflicts.push("training.warmup_steps: constant has no warm-up, use constant_with_warmup or remove it".into());
     }
+    let units = written.get(&keys::RESIDENT_UNITS).flatten();
+    if let (Some(Some(offload)), Some(units)) = (written.get(&keys::OFFLOAD_PARAMS), units)
+        && offload == (units > 0)
+    {
+        let (a, b) = (keys::OFFLOAD_PARAMS.path, keys::RESIDENT_UNITS.path);
+        conflicts.push(format!("{a}: found {offload}, which contradicts {b}: {units}, remove one of the two"));
+    }
     if matches!(written.get(&keys::ADAPTER), Some(Some(_))) {
         let of_adapter = [
             (keys::LORA_R.path, written.has(&keys::LORA_R)),
@@ -222,6 +253,7 @@ fn build(written: &Written) -> Option<Job> {
         quantization: QuantizationJob {
             load_in_4bit: written.get(&keys::LOAD_IN_4BIT)?,
             double_quant: written.get(&keys::DOUBLE_QUANT)?,
+            compute_dtype: written.get(&keys::COMPUTE_DTYPE)?,
         },
         lora: LoraJob {
             r: written.get(&keys::LORA_R)?,
@@ -236,6 +268,11 @@ fn build(written: &Written) -> Option<Job> {
             sharding_strategy: written.get(&keys::SHARDING_STRATEGY)?,
             accumulation: written.get(&keys::ACCUMULATION)?,
             activation_checkpointing: written.get(&keys::ACTIVATION_CHECKPOINTING)?,
+            offload_params: written.get(&keys::OFFLOAD_PARAMS)?,
+            resident_units: written.get(&keys::RESIDENT_UNITS)?,
+            activation_offload: written.get(&keys::ACTIVATION_OFFLOAD)?,
+            vram_budget: written.get(&keys::VRAM_BUDGET)?,
+            host_budget: written.get(&keys::HOST_BUDGET)?,
         },
     })
 }

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use serde_json::Value;
 
-use super::job::{Accumulation, ActivationCheckpointing, EvalData, LrScheduler, ShardingStrategy};
+use super::job::{Accumulation, ActivationCheckpointing, ComputeDtype, EvalData, LrScheduler, ShardingStrategy};
 use crate::data::{Format, LossOn, Overlong, Packing};
 use crate::model::names::Projection;
 
@@ -66,8 +66,8 @@ keys! {
     QUANT_TYPE: () = "quantization.bnb_4bit_quant_type", "nf4", |v| only(v, &["nf4"]), &["nf4"], "the 4-bit type";
     DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", |v| nullable(v, Value::as_bool),
         &["true", "false", "null"], "quantize the scales too; null: as a 4-bit checkpoint is, else true";
-    COMPUTE_DTYPE: () = "quantization.bnb_4bit_compute_dtype", "auto", |v| only(v, &["auto", "float32"]),
-        &["auto", "float32 (the CPU computes in float32)"], "dtype of the arithmetic";
+    COMPUTE_DTYPE: ComputeDtype = "quantization.bnb_4bit_compute_dtype", "auto", choice,
+        ComputeDtype::ALLOWED, "dtype of the arithmetic: a GPU's is bfloat16 (auto) or float16, the CPU's float32 (auto)";
     QUANT_STORAGE: () = "quantization.bnb_4bit_quant_storage", "uint8", |v| only(v, &["uint8"]),
         &["uint8"], "dtype of the packed codes";
 
@@ -124,6 +124,17 @@ keys! {
         Accumulation::ALLOWED, "layer: each layer is gathered once for all micro-batches";
     ACTIVATION_CHECKPOINTING: ActivationCheckpointing = "fsdp.activation_checkpointing", "auto", choice,
         ActivationCheckpointing::ALLOWED, "full: layers run forward again in backward; none: everything is kept";
+    OFFLOAD_PARAMS: Option<bool> = "fsdp.offload_params", "auto", auto_or_bool,
+        &["auto", "true", "false"],
+        "true: shards, adapter and its optimizer state wait in host memory; false: on the device; auto: what fits there";
+    RESIDENT_UNITS: Option<usize> = "fsdp.resident_units", "auto", |v| auto_or(v, |v| integer(v, 0)),
+        &["auto", "an integer of at least 0"], "units (layers, and pieces of the head) whose shards stay on the device";
+    ACTIVATION_OFFLOAD: Option<bool> = "fsdp.activation_offload", "auto", auto_or_bool,
+        &["auto", "true", "false"], "whether the layers' inputs wait for backward in host memory";
+    VRAM_BUDGET: Option<usize> = "fsdp.vram_budget", "auto", |v| auto_or(v, size),
+        &["auto", "a size, e.g. 22GiB"], "device memory that a rank may take, driver and libraries included; auto: what is free";
+    HOST_BUDGET: Option<usize> = "fsdp.host_budget", "auto", |v| auto_or(v, size),
+        &["auto", "a size, e.g. 60GiB"], "host memory that a rank may pin; auto: what is available";
 }
 
 /// Keys of the design that nothing honours yet.
@@ -132,19 +143,12 @@ pub(super) const KEYS_NOT_YET: &[&str] = &[
     "training.save_total_limit",
     "training.resume",
     "training.max_time",
-    "fsdp.offload_params",
-    "fsdp.resident_units",
-    "fsdp.activation_offload",
     "fsdp.gather",
-    "fsdp.vram_budget",
-    "fsdp.host_budget",
 ];
 
 /// Values of the design that nothing honours yet.
 pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[
     ("data.format", "sharegpt"),
-    ("quantization.bnb_4bit_compute_dtype", "bfloat16"),
-    ("quantization.bnb_4bit_compute_dtype", "float16"),
     ("fsdp.sharding_strategy", "hybrid_shard"),
     ("fsdp.activation_checkpointing", "selective"),
 ];
@@ -164,6 +168,9 @@ pub(super) const KEYS_OF_ANY_COMMAND: &[&str] = &[
     "training.seed",
     "fsdp.",
 ];
+
+/// Keys that benchmarks on made-up weights look at.
+pub(super) const KEYS_OF_BENCH: &[&str] = &["model", "quantization.bnb_4bit_compute_dtype", "fsdp."];
 
 /// Whether this is the name of a mapping of keys, e.g. `lora`.
 pub(super) fn is_section(path: &str) -> bool {
@@ -205,6 +212,40 @@ fn integer(value: &Value, min: usize) -> Option<usize> {
 
 fn below_1(x: &f64) -> bool {
     (0.0..1.0).contains(x)
+}
+
+fn auto_or<T>(value: &Value, read: fn(&Value) -> Option<T>) -> Option<Option<T>> {
+    if value.as_str() == Some("auto") { Some(None) } else { read(value).map(Some) }
+}
+
+fn auto_or_bool(value: &Value) -> Option<Option<bool>> {
+    auto_or(value, Value::as_bool)
+}
+
+/// Bytes: a number with a unit of 1024 (KiB, MiB, GiB, TiB) or of 1000 (KB, MB, GB, TB), or a plain number of bytes.
+fn size(value: &Value) -> Option<usize> {
+    const UNITS: [(&str, f64); 9] = [
+        ("KiB", 1024.0),
+        ("MiB", 1_048_576.0),
+        ("GiB", 1_073_741_824.0),
+        ("TiB", 1_099_511_627_776.0),
+        ("KB", 1e3),
+        ("MB", 1e6),
+        ("GB", 1e9),
+        ("TB", 1e12),
+        ("B", 1.0),
+    ];
+    let bytes = match value.as_str() {
+        None => number(value)?,
+        Some(text) => {
+            let (text, unit) = UNITS
+                .iter()
+                .find_map(|(name, unit)| Some((text.trim().strip_suffix(name)?, *unit)))
+                .unwrap_or((text, 1.0));
+            text.trim().parse::<f64>().ok()? * unit
+        }
+    };
+    (1.0..9e15).contains(&bytes).then_some(bytes as usize)
 }
 
 fn path(value: &Value) -> Option<PathBuf> {
@@ -270,6 +311,13 @@ mod tests {
         assert_eq!([json!("inf"), json!("NaN"), json!("x"), json!(true), json!(null)].map(|v| number(&v)), [None; 5]);
         assert_eq!(integer(&json!("1e3"), 1), Some(1000));
         assert_eq!([json!(1.5), json!(-1), json!(0), json!(1e300)].map(|v| integer(&v, 1)), [None; 4]);
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        assert_eq!(size(&json!("22GiB")), Some(22 << 30));
+        assert_eq!([json!("1.5 MB"), json!("512B"), json!(7)].map(|v| size(&v)), [Some(1_500_000), Some(512), Some(7)]);
+        assert_eq!([json!("GiB"), json!("-1GiB"), json!("22 G"), json!(0), json!(true)].map(|v| size(&v)), [None; 5]);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::path::Path;
 
 use job::Use;
 pub use job::{
-    Accumulation, ActivationCheckpointing, BatchSize, DataJob, EvalData, FsdpJob, Job, LoraJob, LrScheduler,
+    Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Job, LoraJob, LrScheduler,
     QuantizationJob, ShardingStrategy, TrainingJob,
 };
 use overrides::Written;
@@ -54,6 +54,13 @@ pub fn for_model(model: &Path, overrides: &[String]) -> Result<Job, RecipeError>
     }
     written.set(&keys::MODEL, model.to_string_lossy().into());
     job::decide(written, Use::Model).map_err(fail)
+}
+
+/// What a benchmark on made-up weights takes from `--set`.
+pub fn for_bench(overrides: &[String]) -> Result<Job, RecipeError> {
+    let mut written = Written::new("", overrides);
+    written.set(&keys::MODEL, ".".into());
+    job::decide(written, Use::Bench).map_err(|errors| RecipeError { source: "command line".into(), errors })
 }
 
 /// All keys: default, what is allowed, what it does.
@@ -97,7 +104,8 @@ mod tests {
         assert_eq!((job.data.max_length, job.data.eval, job.shards), (1024, None, None));
         assert_eq!((job.output_dir.as_path(), job.lora.r, job.lora.alpha), (Path::new("./out"), 16, 16.0));
         assert_eq!((job.lora.dropout, job.lora.target_modules.len(), job.lora.use_rslora), (0.05, 7, false));
-        assert_eq!(job.quantization, QuantizationJob { load_in_4bit: true, double_quant: None });
+        let compute_dtype = ComputeDtype::Auto;
+        assert_eq!(job.quantization, QuantizationJob { load_in_4bit: true, double_quant: None, compute_dtype });
         let training = job.training;
         assert_eq!((training.batch, training.learning_rate), (BatchSize::AccumulationSteps(8), 1e-4));
         assert_eq!((training.lr_scheduler, training.warmup_steps), (LrScheduler::Cosine, 10));
@@ -109,7 +117,12 @@ mod tests {
             FsdpJob {
                 sharding_strategy: ShardingStrategy::FullShard,
                 accumulation: Accumulation::Layer,
-                activation_checkpointing: ActivationCheckpointing::Auto
+                activation_checkpointing: ActivationCheckpointing::Auto,
+                offload_params: None,
+                resident_units: None,
+                activation_offload: None,
+                vram_budget: None,
+                host_budget: None,
             }
         );
     }
@@ -133,7 +146,9 @@ fsdp:
         assert_eq!((job.lora.r, job.lora.alpha, job.training.max_steps), (32, 64.0, Some(100)));
         assert_eq!(job.lora.target_modules, [Projection::Q, Projection::V]);
         assert_eq!((job.data.train.len(), job.data.eval), (2, Some(EvalData::File("e.jsonl".into()))));
-        assert_eq!(job.quantization, QuantizationJob { load_in_4bit: false, double_quant: Some(false) });
+        let compute_dtype = ComputeDtype::Auto;
+        let quantization = QuantizationJob { load_in_4bit: false, double_quant: Some(false), compute_dtype };
+        assert_eq!(job.quantization, quantization);
         assert_eq!((job.training.learning_rate, job.training.max_grad_norm), (1e-4, None));
         assert_eq!((job.training.num_train_epochs, job.training.warmup_steps), (0.5, 0));
     }
@@ -176,12 +191,10 @@ max_steps: 3
                 "quantization.bnb_4bit_quant_type: found \"fp4\", allowed: nf4",
             ),
             ("quantization: {bnb_4bit_quant_storage: bfloat16}", "allowed: uint8"),
-            (
-                "quantization: {bnb_4bit_compute_dtype: bfloat16}",
-                "(not supported yet), allowed: auto, float32 (the CPU",
-            ),
+            ("quantization: {bnb_4bit_compute_dtype: bf16}", "allowed: auto, bfloat16, float16, float32"),
             ("fsdp: {activation_checkpointing: selective}", "(not supported yet), allowed: auto, full, none"),
-            ("fsdp: {vram_budget: 22GiB}", "fsdp.vram_budget: not supported yet"),
+            ("fsdp: {vram_budget: 22 gigs}", "a size, e.g. 22GiB"),
+            ("fsdp: {gather: host}", "fsdp.gather: not supported yet"),
             ("lora: {target_modules: lm_head}", "lora.target_modules: found \"lm_head\""),
             ("lora: {lora_dropout: 1}", "from 0 to below 1"),
             ("training: {max_grad_norm: 0}", "null (no clipping)"),
@@ -206,6 +219,7 @@ max_steps: 3
         recipe(&format!("{GOOD}training: {{global_batch_size: null, gradient_accumulation_steps: 8}}"), &[]).unwrap();
         assert!(errors_of("training.eval_steps: 5")[0].contains("nothing to evaluate on"));
         assert!(errors_of("training: {lr_scheduler_type: constant, warmup_steps: 5}")[0].contains("no warm-up"));
+        assert!(errors_of("fsdp: {offload_params: true, resident_units: 3}")[0].contains("contradicts"));
         assert_eq!(errors_of("lora: {adapter: a, r: 8, use_rslora: true}").len(), 2);
     }
 

@@ -17,16 +17,7 @@ impl Log {
     }
 }
 
-/// `1.5 GiB`
-pub fn bytes(n: usize) -> String {
-    let units = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let (mut value, mut unit) = (n as f64, 0);
-    while value >= 1024.0 && unit + 1 < units.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", units[unit]) }
-}
+pub use crate::plan::memory::text as bytes;
 
 /// `1h02m`, `3m07s`, `12s`
 pub fn duration(d: Duration) -> String {

@@ -22,6 +22,9 @@ pub struct StepMetrics {
     pub gather_wait_ms: f64,
     /// Host to device and back; 0 where the device is the host.
     pub copy_wait_ms: f64,
+    /// Of fp16 only. A step whose `grad_norm` is null overflowed and updated nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f32>,
     pub peak_device_bytes: usize,
     pub peak_host_bytes: usize,
 }

@@ -12,11 +12,12 @@ use crate::fsdp::exec::Engine;
 use crate::fsdp::grads::Values;
 use crate::model::batch::MicroBatch;
 use crate::optim::adamw::Update;
+use crate::optim::loss_scale::LossScaler;
 use crate::recipe::TrainingJob;
 
 use super::log::{Log, duration};
 use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
-use super::step::{StepRecord, step};
+use super::step::{StepArgs, StepRecord, step};
 use super::{check, eval, fault};
 
 /// What a run works on.
@@ -48,22 +49,32 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
         self.evaluate(0)?;
         let start = Instant::now();
-        let mut updated_with_a_learning_rate = false;
-        let mut a_is_checked = false;
+        let mut scaler = LossScaler::new(D::NEEDS_LOSS_SCALING);
+        let (mut num_updates, mut updated_with_a_learning_rate) = (0, false);
+        let (mut a_is_checked, mut b_is_checked) = (false, false);
         for step_idx in 0..num_steps {
             fault::inject(rank, step_idx + 1)?;
-            let update = self.update(step_idx, num_steps);
+            let update = self.update(step_idx, num_steps, num_updates, scaler.scale());
             let batches = self.batches(&mut sampler, step_idx);
             let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
-            let record = step(self.engine, &batches, num_micro_batches, &update, self.job.seed)?;
-            if step_idx == 0 {
+            let args =
+                StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
+            let record = step(self.engine, &batches, &args)?;
+            if record.updated && !b_is_checked {
                 check::every_matrix_has_a_gradient(self.engine, "B")?;
+                b_is_checked = true;
             }
-            if updated_with_a_learning_rate && !a_is_checked {
+            if record.updated && updated_with_a_learning_rate && !a_is_checked {
                 check::every_matrix_has_a_gradient(self.engine, "A")?;
                 a_is_checked = true;
             }
-            updated_with_a_learning_rate |= update.learning_rate > 0.0;
+            if scaler.update(record.grad_norm) {
+                num_updates += 1;
+                updated_with_a_learning_rate |= update.learning_rate > 0.0;
+            } else {
+                let (step, scale) = (step_idx + 1, scaler.scale());
+                self.log.line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
+            }
             self.record(step_idx + 1, num_steps, &update, &record, start.elapsed())?;
             let last = step_idx + 1 == num_steps;
             if last || self.job.eval_steps.is_some_and(|every| (step_idx + 1) % every == 0) {
@@ -73,7 +84,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(())
     }
 
-    fn update(&self, step_idx: usize, num_steps: usize) -> Update {
+    fn update(&self, step_idx: usize, num_steps: usize, num_updates: u32, loss_scale: f32) -> Update {
         let job = self.job;
         Update {
             learning_rate: job.learning_rate * job.lr_scheduler.factor(step_idx, job.warmup_steps, num_steps),
@@ -82,7 +93,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             epsilon: job.adam_epsilon,
             weight_decay: job.weight_decay,
             max_grad_norm: job.max_grad_norm,
-            step: step_idx as u32 + 1,
+            loss_scale,
+            step: num_updates + 1,
         }
     }
 
@@ -118,8 +130,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             step_ms: record.step_ms,
             compute_ms: record.compute_ms,
             gather_wait_ms: record.gather_wait_ms,
-            copy_wait_ms: 0.0,
-            peak_device_bytes: self.engine.plan().total_bytes() + self.engine.queue.device_bytes(),
+            copy_wait_ms: record.copy_wait_ms,
+            loss_scale: D::NEEDS_LOSS_SCALING.then_some(update.loss_scale),
+            peak_device_bytes: self.engine.plan().device.total_bytes() + self.engine.queue.device_bytes(),
             peak_host_bytes: peak_host_bytes(),
         };
         if let Some(metrics) = &mut self.metrics {

@@ -16,38 +16,53 @@ use crate::optim::adamw::Update;
 pub struct StepRecord {
     /// Mean over target tokens.
     pub loss: f64,
-    /// Before clipping.
+    /// Before clipping; not finite when fp16 overflowed.
     pub grad_norm: f64,
+    /// False when the gradients were not finite, so that nothing was updated (fp16).
+    pub updated: bool,
     pub num_target_tokens: u64,
     pub num_tokens: u64,
     pub step_ms: f64,
     /// Of this rank: the step less its waits.
     pub compute_ms: f64,
     pub gather_wait_ms: f64,
+    pub copy_wait_ms: f64,
     /// Frozen bytes that this rank received.
     pub gathered_bytes: usize,
 }
 
-/// Runs this rank's micro-batches of a step. `num_micro_batches` is that of the rank that has most.
+/// What a step is, besides its micro-batches.
+#[derive(Clone, Copy, Debug)]
+pub struct StepArgs<'a> {
+    /// From 1 on.
+    pub step: u32,
+    /// Of the rank that has most.
+    pub num_micro_batches: usize,
+    /// How many steps have updated so far goes in, and the scale of the loss.
+    pub update: &'a Update,
+    /// Of dropout.
+    pub seed: u64,
+}
+
+/// Runs this rank's micro-batches of a step.
 pub fn step<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
     batches: &[MicroBatch],
-    num_micro_batches: usize,
-    update: &Update,
-    seed: u64,
+    args: &StepArgs<'_>,
 ) -> Result<StepRecord> {
+    let StepArgs { step, num_micro_batches, update, seed } = *args;
     let start = Instant::now();
     let targets: usize = batches.iter().map(MicroBatch::num_target_tokens).sum();
     let tokens: usize = batches.iter().map(MicroBatch::num_tokens).sum();
     let counts = engine.queue.all_reduce_f64("count of target tokens", &[targets as f64, tokens as f64])?;
-    ensure!(counts[0] > 0.0, "step {}: no token of the global batch counts in the loss", update.step);
+    ensure!(counts[0] > 0.0, "step {step}: no token of the global batch counts in the loss");
     let output = engine.run(
         &RunArgs {
             mode: Mode::Train,
             num_micro_batches,
-            coefficient: (1.0 / counts[0]) as f32,
+            coefficient: (f64::from(update.loss_scale) / counts[0]) as f32,
             adapter: true,
-            dropout: Some((seed, update.step)),
+            dropout: Some((seed, step)),
             update: Some(update),
             num_past_tokens: 0,
         },
@@ -56,16 +71,18 @@ pub fn step<D: Ops, Q: Queue<D>>(
     // One sum per micro-batch first, so that the order of additions is that of the global batch as far as it can be.
     let loss: f64 = output.log_probabilities.iter().map(|micro| -micro.iter().sum::<f64>()).sum();
     let loss = engine.queue.all_reduce_f64("sum of losses", &[loss])?[0] / counts[0];
-    ensure!(loss.is_finite(), "step {}: the loss is {loss}", update.step);
+    ensure!(loss.is_finite(), "step {step}: the loss is {loss}");
     let ms = |d: std::time::Duration| d.as_secs_f64() * 1e3;
     Ok(StepRecord {
         loss,
         grad_norm: output.grad_norm,
+        updated: output.grad_norm.is_finite(),
         num_target_tokens: counts[0] as u64,
         num_tokens: counts[1] as u64,
         step_ms: ms(start.elapsed()),
-        compute_ms: ms(output.elapsed - output.wait),
-        gather_wait_ms: ms(output.wait),
+        compute_ms: ms(output.elapsed.saturating_sub(output.waits.gather + output.waits.copy)),
+        gather_wait_ms: ms(output.waits.gather),
+        copy_wait_ms: ms(output.waits.copy),
         gathered_bytes: output.gathered_bytes,
     })
 }

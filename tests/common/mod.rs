@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use fsdp_qlora::checkpoint::adapter::{self, Adapter};
 use fsdp_qlora::checkpoint::load::{self, LoadOptions};
-use fsdp_qlora::comm::host_queue::{Delays, HostQueue};
+use fsdp_qlora::comm::Delays;
+use fsdp_qlora::comm::host_queue::HostQueue;
 use fsdp_qlora::comm::local::LocalComm;
 use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::fsdp::exec::Engine;
-use fsdp_qlora::fsdp::memory::Limits;
+use fsdp_qlora::fsdp::memory::{Limits, Residency};
 use fsdp_qlora::fsdp::schedule::{Accumulation, Mode, Recompute};
 use fsdp_qlora::model::layer::LayerLora;
 use fsdp_qlora::model::lora::LoraLayout;
@@ -45,6 +46,7 @@ pub struct EngineOptions {
     pub max_micro_batches: usize,
     pub accumulation: Accumulation,
     pub recompute: Recompute,
+    pub residency: Residency,
     pub delay: Duration,
 }
 
@@ -61,6 +63,7 @@ impl EngineOptions {
             max_micro_batches: 1,
             accumulation: Accumulation::Layer,
             recompute: Recompute::All,
+            residency: Residency::ALL,
             delay: Duration::ZERO,
         }
     }
@@ -92,14 +95,14 @@ impl EngineOptions {
             accumulation: self.accumulation,
             recompute: self.recompute,
             num_slots: 2,
+            residency: self.residency,
         };
         let lora = self.adapter.as_ref().map(|adapter| {
             let config = adapter.settings.lora_config();
             LayerLora { layout: LoraLayout::new(&base.config, &config), config }
         });
-        let delays = Delays { before_gather: self.delay, before_reduce: self.delay };
-        let queue = HostQueue::new(Box::new(comm), delays).unwrap();
-        let mut engine = Engine::new(Cpu::new(1), queue, base, lora, limits).unwrap();
+        let queue = HostQueue::new(Box::new(comm), Delays::all(self.delay)).unwrap();
+        let mut engine = Engine::new(Cpu::new(1), Cpu::new(1), queue, base, lora, limits).unwrap();
         for (layer, values) in self.adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
             engine.load_trainable(layer, values).unwrap();
         }

@@ -1,10 +1,15 @@
 //! One AdamW update, in the order of operations of `torch.optim.AdamW`.
 
 use anyhow::{Result, ensure};
+use rayon::prelude::*;
 
 use crate::device::ops::AdamW;
+use crate::simd::vectorize;
 
 use super::Cpu;
+
+/// Elements that one thread updates at a time.
+const CHUNK: usize = 1 << 14;
 
 impl Cpu {
     pub(super) fn adamw_f32(&self, args: AdamW<'_, Cpu>) -> Result<()> {
@@ -17,12 +22,25 @@ impl Cpu {
         let decay = (1.0 - args.learning_rate * args.weight_decay) as f32;
         let (beta2, epsilon) = (args.beta2 as f32, args.epsilon as f32);
         let (weight1, weight2) = ((1.0 - args.beta1) as f32, (1.0 - args.beta2) as f32);
-        for (((p, m), v), g) in param.iter_mut().zip(m).zip(v).zip(grad) {
-            let g = g * args.grad_scale;
-            *p *= decay;
-            *m += weight1 * (g - *m);
-            *v = *v * beta2 + weight2 * g * g;
-            *p -= step_size * (*m / (v.sqrt() / bias_correction2_sqrt + epsilon));
+        let update = |(((param, m), v), grad): (((&mut [f32], &mut [f32]), &mut [f32]), &[f32])| {
+            vectorize(
+                #[inline(always)]
+                || {
+                    for (((p, m), v), g) in param.iter_mut().zip(&mut *m).zip(&mut *v).zip(grad) {
+                        let g = g * args.grad_scale;
+                        *p *= decay;
+                        *m += weight1 * (g - *m);
+                        *v = *v * beta2 + weight2 * g * g;
+                        *p -= step_size * (*m / (v.sqrt() / bias_correction2_sqrt + epsilon));
+                    }
+                },
+            );
+        };
+        if self.num_threads == 1 {
+            update((((param, m), v), grad));
+        } else {
+            let (m, v) = (m.par_chunks_mut(CHUNK), v.par_chunks_mut(CHUNK));
+            param.par_chunks_mut(CHUNK).zip(m).zip(v).zip(grad.par_chunks(CHUNK)).for_each(update);
         }
         Ok(())
     }

@@ -1,45 +1,43 @@
 //! Host memory behind the device-neutral buffers: the one place of the CPU device that is unsafe.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::any::Any;
 
-use crate::device::arena::ALIGN_BYTES;
+use anyhow::{Context, Result};
+use memmap2::MmapMut;
+
 use crate::device::{Element, View, ViewMut};
 
 use super::Cpu;
 
-/// One zeroed allocation, freed on drop.
+/// One anonymous mapping of exact size, zeroed, unmapped on drop. Pages that are never touched are never resident.
 pub struct HostRegion {
-    ptr: *mut u8,
-    layout: Layout,
+    memory: MmapMut,
+    /// What keeps the pages pinned for a GPU, let go before they are unmapped.
+    pin: Option<Box<dyn Any + Send + Sync>>,
 }
 
-// SAFETY: a region is only a lifetime: the memory is reached through `Buffer`s, which own disjoint ranges of it.
-unsafe impl Send for HostRegion {}
-// SAFETY: as above; a shared region gives access to nothing.
-unsafe impl Sync for HostRegion {}
-
 impl HostRegion {
-    /// `bytes` > 0; zero pages that are never touched are never resident.
-    pub fn new(bytes: usize) -> Self {
-        let layout = Layout::from_size_align(bytes, ALIGN_BYTES).expect("a size below isize::MAX");
-        // SAFETY: the layout's size is not zero (the arena asks for at least ALIGN_BYTES).
-        let ptr = unsafe { alloc_zeroed(layout) };
-        if ptr.is_null() {
-            handle_alloc_error(layout);
-        }
-        Self { ptr, layout }
+    /// `bytes` > 0.
+    pub fn new(bytes: usize) -> Result<Self> {
+        let memory = MmapMut::map_anon(bytes).with_context(|| format!("{bytes} bytes of host memory"))?;
+        Ok(Self { memory, pin: None })
+    }
+
+    /// Keeps `pin` for as long as the memory is mapped.
+    pub fn pinned_by(mut self, pin: impl Any + Send + Sync) -> Self {
+        self.pin = Some(Box::new(pin));
+        self
     }
 
     /// Address of the first byte.
     pub fn addr(&self) -> usize {
-        self.ptr as usize
+        self.memory.as_ptr() as usize
     }
 }
 
 impl Drop for HostRegion {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this layout; every `Buffer` holds an `Arc` of the region, so none is left.
-        unsafe { dealloc(self.ptr, self.layout) }
+        self.pin = None;
     }
 }
 

@@ -16,12 +16,14 @@ mod rope;
 mod swiglu;
 
 use anyhow::Result;
+pub use memory::HostRegion;
 use rayon::prelude::*;
 
 use super::ops::*;
 use super::{Device, Element, Ops, View, ViewMut};
 
 /// A share of the host's cores.
+#[derive(Clone)]
 pub struct Cpu {
     num_threads: usize,
 }
@@ -49,12 +51,22 @@ impl Cpu {
 
 impl Device for Cpu {
     type Act = f32;
-    type Region = memory::HostRegion;
+    type Region = HostRegion;
+
+    const NEEDS_LOSS_SCALING: bool = false;
 
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)> {
-        let region = memory::HostRegion::new(bytes);
+        self.allocate_host(bytes)
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<(HostRegion, usize)> {
+        let region = HostRegion::new(bytes)?;
         let addr = region.addr();
         Ok((region, addr))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
     }
 
     fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()> {
@@ -128,7 +140,7 @@ impl Ops for Cpu {
         self.adamw_f32(args)
     }
     fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64> {
-        Ok(x.host().iter().map(|&v| f64::from(v) * f64::from(v)).sum())
+        Ok(self.sum_of_squares_f64(x.host()))
     }
     fn add(&self, y: ViewMut<'_, Self, f32>, x: View<'_, Self, f32>) -> Result<()> {
         self.add_f32(y.host_mut(), x.host())

@@ -4,11 +4,11 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::AdamW;
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
 
-impl Cuda {
-    pub(super) fn adamw_f32(&self, args: AdamW<'_, Cuda>) -> Result<()> {
+impl<A: HalfType> Cuda<A> {
+    pub(super) fn adamw_f32(&self, args: AdamW<'_, Cuda<A>>) -> Result<()> {
         let AdamW { param, exp_avg, exp_avg_sq, grad, grad_scale, learning_rate, beta1, beta2, epsilon, .. } = args;
         let len = param.len();
         ensure!([exp_avg.len(), exp_avg_sq.len(), grad.len()] == [len; 3], "adamw: param {len} grad {}", grad.len());

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::{AttentionBackward, AttentionForward, AttentionShape};
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
 
 /// Widths of a head that the kernels are made for.
@@ -23,7 +23,7 @@ fn grid(tokens: usize, heads: usize, shared_bytes: u32) -> Grid {
 }
 
 /// Checks what both directions share; returns the number of tokens.
-fn check(shape: &AttentionShape<'_, Cuda>, q: usize, k: usize, lse: usize) -> Result<usize> {
+fn check<A: HalfType>(shape: &AttentionShape<'_, Cuda<A>>, q: usize, k: usize, lse: usize) -> Result<usize> {
     let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, .. } = *shape;
     let tokens = shape.positions.len();
     ensure!(HEAD_DIMS.contains(&head_dim), "attention: head_dim is {head_dim}; on a GPU it may be 64, 96 or 128");
@@ -33,8 +33,8 @@ fn check(shape: &AttentionShape<'_, Cuda>, q: usize, k: usize, lse: usize) -> Re
     Ok(tokens)
 }
 
-impl Cuda {
-    pub(super) fn attention_forward_bf16(&self, args: AttentionForward<'_, Cuda>) -> Result<()> {
+impl<A: HalfType> Cuda<A> {
+    pub(super) fn attention_forward_act(&self, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
         let AttentionForward { out, lse, q, k, v, shape } = args;
         let tokens = check(&shape, q.len(), k.len(), lse.len())?;
         ensure!(out.len() == q.len() && v.len() == k.len(), "attention: out {} v {}", out.len(), v.len());
@@ -45,7 +45,7 @@ impl Cuda {
         self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, 0), args)
     }
 
-    pub(super) fn attention_backward_bf16(&self, args: AttentionBackward<'_, Cuda>) -> Result<()> {
+    pub(super) fn attention_backward_act(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
         let AttentionBackward { d_q, d_k, d_v, delta, d_out, out, lse, q, k, v, shape } = args;
         let tokens = check(&shape, q.len(), k.len(), lse.len())?;
         let AttentionShape { num_heads, num_key_value_heads, head_dim, positions, .. } = shape;

@@ -35,7 +35,7 @@ pub const SOURCES: [(&str, &str, &[&str]); 9] = [
     (
         "elementwise",
         include_str!("../../../kernels/elementwise.cu"),
-        &["add", "add_bias", "cast", "gather_rows", "scatter_rows", "sum_parts", "sum_of_squares"],
+        &["add", "add_bias", "cast", "gather_rows", "scatter_rows", "sum_parts", "sum_of_squares", "spin"],
     ),
     ("lora_dropout", include_str!("../../../kernels/lora_dropout.cu"), &["lora_dropout"]),
     (
@@ -56,16 +56,17 @@ pub struct Cubin {
     pub log: String,
 }
 
-/// Compiles one source for `sm_<arch>`. NVRTC must be loaded.
-pub fn compile(stem: &str, source: &str, arch: u32) -> Result<Cubin> {
+/// Compiles one source for `sm_<arch>`, with one more option when there is one. NVRTC must be loaded.
+pub fn compile(stem: &str, source: &str, arch: u32, option: Option<&str>) -> Result<Cubin> {
     let text = std::ffi::CString::new(source.replace("#include \"common.cuh\"", COMMON))?;
     let name = std::ffi::CString::new(format!("{stem}.cu"))?;
-    let options = [
+    let mut options = vec![
         format!("--gpu-architecture=sm_{arch}"),
         "-std=c++17".into(),
         "-default-device".into(),
         "--ptxas-options=-v".into(),
     ];
+    options.extend(option.map(String::from));
     let program = nvrtc::result::create_program(&text, Some(&name)).map_err(|e| anyhow!("NVRTC: {e:?}"))?;
     // SAFETY: the program is valid until it is destroyed below.
     let (compiled, log) = unsafe {
@@ -96,8 +97,8 @@ pub fn nvrtc_version() -> Result<String> {
 
 /// The code of one source, from the folder or compiled. One process compiles while the others wait for its lock; a file that
 /// is damaged is made anew.
-pub fn cached(folder: &Path, stem: &str, source: &str, arch: u32) -> Result<Vec<u8>> {
-    let key = xxh3_64(format!("{COMMON}\0{source}\0{arch}\0{}", nvrtc_version()?).as_bytes());
+pub fn cached(folder: &Path, stem: &str, source: &str, arch: u32, option: Option<&str>) -> Result<Vec<u8>> {
+    let key = xxh3_64(format!("{COMMON}\0{source}\0{arch}\0{option:?}\0{}", nvrtc_version()?).as_bytes());
     let path = folder.join(format!("{stem}-sm_{arch}-{key:016x}.cubin"));
     if let Some(code) = read(&path) {
         return Ok(code);
@@ -108,7 +109,7 @@ pub fn cached(folder: &Path, stem: &str, source: &str, arch: u32) -> Result<Vec<
     if let Some(code) = read(&path) {
         return Ok(code);
     }
-    let code = compile(stem, source, arch)?.code;
+    let code = compile(stem, source, arch, option)?.code;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(&xxh3_64(&code).to_le_bytes())?;
     file.write_all(&code)?;

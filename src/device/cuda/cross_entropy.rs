@@ -4,14 +4,14 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::{CrossEntropyFinish, CrossEntropyPiece, GatherTargetRows, Ops, Transpose};
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
 
 /// Vocabulary rows of a piece that the kernel holds in registers.
 const MAX_PIECE_ROWS: usize = 4096;
 
-impl Cuda {
-    pub(super) fn cross_entropy_piece_bf16(&self, args: CrossEntropyPiece<'_, Cuda>) -> Result<()> {
+impl<A: HalfType> Cuda<A> {
+    pub(super) fn cross_entropy_piece_act(&self, args: CrossEntropyPiece<'_, Cuda<A>>) -> Result<()> {
         let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id } = args;
         let n = target_ids.len();
         if n == 0 {
@@ -38,7 +38,7 @@ impl Cuda {
         )
     }
 
-    pub(super) fn gather_target_rows_bf16(&self, args: GatherTargetRows<'_, Cuda>) -> Result<()> {
+    pub(super) fn gather_target_rows_act(&self, args: GatherTargetRows<'_, Cuda<A>>) -> Result<()> {
         let GatherTargetRows { target_rows, weight, target_ids, first_id } = args;
         let n = target_ids.len();
         let Some(hidden) = target_rows.len().checked_div(n) else { return Ok(()) };
@@ -47,7 +47,7 @@ impl Cuda {
         self.launch("gather_target_rows", Grid::rows(n), args)
     }
 
-    pub(super) fn cross_entropy_finish_bf16(&self, args: CrossEntropyFinish<'_, Cuda>) -> Result<()> {
+    pub(super) fn cross_entropy_finish_act(&self, args: CrossEntropyFinish<'_, Cuda<A>>) -> Result<()> {
         let CrossEntropyFinish { d_x, acc, sum, target_rows, coefficients } = args;
         let (len, n) = (d_x.len(), sum.len());
         ensure!(

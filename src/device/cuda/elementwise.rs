@@ -2,44 +2,42 @@
 
 use anyhow::{Result, ensure};
 use cudarc::driver::CudaStream;
-use half::bf16;
-use half::slice::HalfFloatSliceExt;
 
 use crate::device::{Device, View, ViewMut};
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
 
-impl Cuda {
-    pub(super) fn add_bf16(&self, y: ViewMut<'_, Cuda, bf16>, x: View<'_, Cuda, bf16>) -> Result<()> {
+impl<A: HalfType> Cuda<A> {
+    pub(super) fn add_act(&self, y: ViewMut<'_, Cuda<A>, A>, x: View<'_, Cuda<A>, A>) -> Result<()> {
         let len = y.len();
         ensure!(x.len() == len && len.is_multiple_of(8), "add: y {len} x {}", x.len());
         self.launch("add", Grid::elements(len / 8), args![y, x, (len / 8) as u64])
     }
 
-    pub(super) fn add_bias_bf16(&self, x: ViewMut<'_, Cuda, bf16>, bias: View<'_, Cuda, f32>) -> Result<()> {
+    pub(super) fn add_bias_act(&self, x: ViewMut<'_, Cuda<A>, A>, bias: View<'_, Cuda<A>, f32>) -> Result<()> {
         let (len, features) = (x.len(), bias.len());
         ensure!(features > 0 && len.is_multiple_of(features), "add_bias: x {len} bias {features}");
         self.launch("add_bias", Grid::elements(len), args![x, bias, len as u64, features as u32])
     }
 
-    pub(super) fn cast_to_bf16(&self, y: ViewMut<'_, Cuda, bf16>, x: View<'_, Cuda, f32>) -> Result<()> {
+    pub(super) fn cast_to_act(&self, y: ViewMut<'_, Cuda<A>, A>, x: View<'_, Cuda<A>, f32>) -> Result<()> {
         let len = y.len();
         ensure!(x.len() == len, "cast: y {len} x {}", x.len());
         self.launch("cast", Grid::elements(len), args![y, x, len as u64])
     }
 
-    pub(super) fn upload_as_bf16(&self, y: ViewMut<'_, Cuda, bf16>, x: &[f32]) -> Result<()> {
-        let mut rounded = vec![bf16::ZERO; x.len()];
-        rounded.convert_from_f32_slice(x);
+    pub(super) fn upload_as_act(&self, y: ViewMut<'_, Cuda<A>, A>, x: &[f32]) -> Result<()> {
+        let mut rounded = vec![A::zeroed(); x.len()];
+        A::round(&mut rounded, x);
         self.upload(y, &rounded)
     }
 
-    pub(super) fn gather_rows_bf16(
+    pub(super) fn gather_rows_act(
         &self,
-        y: ViewMut<'_, Cuda, bf16>,
-        x: View<'_, Cuda, bf16>,
-        rows: View<'_, Cuda, u32>,
+        y: ViewMut<'_, Cuda<A>, A>,
+        x: View<'_, Cuda<A>, A>,
+        rows: View<'_, Cuda<A>, u32>,
         width: usize,
     ) -> Result<()> {
         let len = y.len();
@@ -47,11 +45,11 @@ impl Cuda {
         self.launch("gather_rows", Grid::elements(len), args![y, x, rows, len as u64, width as u32])
     }
 
-    pub(super) fn scatter_rows_bf16(
+    pub(super) fn scatter_rows_act(
         &self,
-        mut y: ViewMut<'_, Cuda, bf16>,
-        x: View<'_, Cuda, bf16>,
-        rows: View<'_, Cuda, u32>,
+        mut y: ViewMut<'_, Cuda<A>, A>,
+        x: View<'_, Cuda<A>, A>,
+        rows: View<'_, Cuda<A>, u32>,
         width: usize,
     ) -> Result<()> {
         let (all, len) = (y.len(), x.len());
@@ -64,8 +62,8 @@ impl Cuda {
     pub fn sum_parts_on(
         &self,
         stream: &CudaStream,
-        sum: ViewMut<'_, Cuda, f32>,
-        parts: View<'_, Cuda, f32>,
+        sum: ViewMut<'_, Cuda<A>, f32>,
+        parts: View<'_, Cuda<A>, f32>,
     ) -> Result<()> {
         let len = sum.len();
         ensure!(len > 0 && parts.len().is_multiple_of(len), "sum_parts: sum {len} parts {}", parts.len());
@@ -73,7 +71,7 @@ impl Cuda {
         self.launch_on(stream, "sum_parts", Grid::elements(len), args![sum, parts, len as u64, num_parts])
     }
 
-    pub(super) fn sum_of_squares_f64(&self, x: View<'_, Cuda, f32>) -> Result<f64> {
+    pub(super) fn sum_of_squares_f64(&self, x: View<'_, Cuda<A>, f32>) -> Result<f64> {
         let grid = Grid { blocks: (1, 1), threads: 1024, shared_bytes: 0 };
         self.launch("sum_of_squares", grid, args![self.tables.sum(), x, x.len() as u64])?;
         self.read_sum()

@@ -1,4 +1,4 @@
-//! Matrix products, by cuBLAS: bf16 operands, f32 accumulation.
+//! Matrix products, by cuBLAS: 16-bit operands, f32 accumulation.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use cudarc::driver::CudaStream;
 use crate::device::ops::{Gemm, Transpose};
 use crate::device::{Element, View, ViewMut};
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::memory::Tables;
 
 /// Workspace of cuBLAS; one of a fixed size makes its choice of algorithm the same on every run.
@@ -38,7 +38,7 @@ impl Blas {
             sys::cublasSetWorkspace_v2(handle, tables.workspace() as *mut c_void, WORKSPACE_BYTES)
                 .result()
                 .map_err(|e| anyhow!("cuBLAS: {e:?}"))?;
-            // Partial sums of a product split over k stay f32: rounded to bf16 they would cost three times its error.
+            // Partial sums of a product split over k stay f32: rounded to 16 bits they would cost three times its error.
             sys::cublasSetMathMode(handle, sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)
                 .result()
                 .map_err(|e| anyhow!("cuBLAS: {e:?}"))?;
@@ -61,13 +61,16 @@ pub trait BlasType: Element {
 impl BlasType for half::bf16 {
     const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_16BF;
 }
+impl BlasType for half::f16 {
+    const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_16F;
+}
 impl BlasType for f32 {
     const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_32F;
 }
 
-impl Cuda {
+impl<A: HalfType> Cuda<A> {
     /// See [`Gemm`].
-    pub(super) fn gemm_bf16<C: BlasType>(&self, args: Gemm<'_, Cuda, half::bf16, half::bf16, C>) -> Result<()> {
+    pub(super) fn gemm_act<C: BlasType>(&self, args: Gemm<'_, Cuda<A>, A, A, C>) -> Result<()> {
         let Gemm { c, a, b, transpose_a, transpose_b, m, n, k, alpha, beta } = args;
         ensure!(
             (c.len(), a.len(), b.len()) == (m * n, m * k, k * n),
@@ -84,9 +87,9 @@ impl Cuda {
     /// [`Gemm`] with operands whose rows are apart by a stride; the lengths are the caller's business.
     pub(super) fn gemm_strided<C: BlasType>(
         &self,
-        c: ViewMut<'_, Cuda, C>,
-        (a, a_stride, transpose_a): (View<'_, Cuda, half::bf16>, usize, Transpose),
-        (b, b_stride, transpose_b): (View<'_, Cuda, half::bf16>, usize, Transpose),
+        c: ViewMut<'_, Cuda<A>, C>,
+        (a, a_stride, transpose_a): (View<'_, Cuda<A>, A>, usize, Transpose),
+        (b, b_stride, transpose_b): (View<'_, Cuda<A>, A>, usize, Transpose),
         [m, n, k]: [usize; 3],
         alpha: f32,
         beta: f32,
@@ -99,7 +102,7 @@ impl Cuda {
             Transpose::Yes => sys::cublasOperation_t::CUBLAS_OP_T,
         };
         let int = |size: usize| i32::try_from(size);
-        let bf16 = <half::bf16 as BlasType>::TYPE;
+        let operand = A::TYPE;
         // SAFETY: cuBLAS counts in columns, so that it sees Cᵀ = op(B)ᵀ · op(A)ᵀ of the same memory; sizes and strides were
         // checked against the views; alpha and beta are read before the call returns.
         unsafe {
@@ -112,10 +115,10 @@ impl Cuda {
                 int(k)?,
                 std::ptr::from_ref(&alpha).cast(),
                 b.addr() as *const c_void,
-                bf16,
+                operand,
                 int(b_stride)?,
                 a.addr() as *const c_void,
-                bf16,
+                operand,
                 int(a_stride)?,
                 std::ptr::from_ref(&beta).cast(),
                 c.addr() as *mut c_void,

@@ -7,7 +7,7 @@ use cudarc::driver::{CudaStream, result, sys};
 
 use crate::device::{Element, View, ViewMut};
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 
 /// One argument of a kernel: an address or a number, in the low bytes.
 #[derive(Clone, Copy)]
@@ -25,14 +25,14 @@ macro_rules! number_args {
 }
 number_args!(u32: u64::from, u64: |v| v, i32: |v| u64::from(v as u32), f32: |v| u64::from(v.to_bits()));
 
-impl<T: Element> From<View<'_, Cuda, T>> for Arg {
-    fn from(view: View<'_, Cuda, T>) -> Arg {
+impl<A: HalfType, T: Element> From<View<'_, Cuda<A>, T>> for Arg {
+    fn from(view: View<'_, Cuda<A>, T>) -> Arg {
         Arg(view.addr() as u64)
     }
 }
 
-impl<T: Element> From<ViewMut<'_, Cuda, T>> for Arg {
-    fn from(view: ViewMut<'_, Cuda, T>) -> Arg {
+impl<A: HalfType, T: Element> From<ViewMut<'_, Cuda<A>, T>> for Arg {
+    fn from(view: ViewMut<'_, Cuda<A>, T>) -> Arg {
         Arg(view.addr() as u64)
     }
 }
@@ -63,7 +63,7 @@ macro_rules! args {
 }
 pub(super) use args;
 
-impl Cuda {
+impl<A: HalfType> Cuda<A> {
     /// Starts a kernel on the compute stream; none for a grid without blocks.
     pub(super) fn launch<const N: usize>(&self, name: &str, grid: Grid, args: [Arg; N]) -> Result<()> {
         self.launch_on(&self.compute, name, grid, args)

@@ -6,6 +6,7 @@
 //! packages of `$VIRTUAL_ENV`, or else of `python3`.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use anyhow::{Result, bail};
 use cudarc::{cublas, driver, nvrtc};
@@ -18,6 +19,15 @@ const PATH_VARIABLE: &str = "FSDP_QLORA_CUDA_PATH";
 pub fn driver_is_there() -> bool {
     // SAFETY: only opens libraries by name.
     unsafe { driver::sys::is_culib_present() }
+}
+
+/// Whether the driver has the function that gives the time between two events.
+pub fn driver_times_events() -> bool {
+    static KNOWN: OnceLock<bool> = OnceLock::new();
+    *KNOWN.get_or_init(|| {
+        // SAFETY: the symbol is looked up, not called.
+        unsafe { driver::sys::culib().get::<unsafe extern "C" fn()>(b"cuEventElapsedTime_v2").is_ok() }
+    })
 }
 
 /// Loads NVRTC, or says what to install.

@@ -4,11 +4,11 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::LoraDropout;
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
 
-impl Cuda {
-    pub(super) fn lora_dropout_bf16(&self, args: LoraDropout<'_, Cuda>) -> Result<()> {
+impl<A: HalfType> Cuda<A> {
+    pub(super) fn lora_dropout_act(&self, args: LoraDropout<'_, Cuda<A>>) -> Result<()> {
         let LoraDropout { y, x, mask, accumulate } = args;
         let (len, tokens) = (x.len(), mask.positions.len());
         ensure!(y.len() == len && mask.sample_idx.len() == tokens, "lora_dropout: y {} x {len}", y.len());

@@ -1,18 +1,22 @@
 //! Device memory, copies and fills.
 
-use anyhow::{Result, anyhow, ensure};
-use cudarc::driver::{CudaStream, result};
+use std::ffi::c_void;
+use std::sync::Arc;
 
+use anyhow::{Result, anyhow, ensure};
+use cudarc::driver::{CudaContext, CudaStream, result, sys};
+
+use crate::device::cpu::{Cpu, HostRegion};
 use crate::device::{Device, Element, View, ViewMut};
 use crate::quant::double::DYNAMIC_MAP;
 use crate::quant::nf4::CODEBOOK;
 
-use super::{Cuda, gemm};
+use super::{Cuda, HalfType, gemm};
 
 /// One allocation, freed on drop.
 pub struct DeviceRegion {
     addr: u64,
-    context: std::sync::Arc<cudarc::driver::CudaContext>,
+    context: Arc<CudaContext>,
 }
 
 impl Drop for DeviceRegion {
@@ -21,6 +25,31 @@ impl Drop for DeviceRegion {
         let _ = self.context.bind_to_thread();
         // SAFETY: allocated in `allocate`; `cuMemFree` waits for what still runs, and no `Buffer` is left.
         let _ = unsafe { result::free_sync(self.addr) };
+    }
+}
+
+/// Host memory that the driver holds in place; let go on drop.
+struct Pin {
+    addr: usize,
+    context: Arc<CudaContext>,
+}
+
+impl Pin {
+    fn new(context: &Arc<CudaContext>, addr: usize, bytes: usize) -> Result<Pin> {
+        context.bind_to_thread().map_err(|e| anyhow!("GPU: {e}"))?;
+        // SAFETY: the range is that of an anonymous mapping, which outlives the pin (`HostRegion`).
+        let status = unsafe { sys::cuMemHostRegister_v2(addr as *mut c_void, bytes, 0) };
+        status.result().map_err(|e| anyhow!("the driver cannot pin {bytes} bytes of host memory: {e}"))?;
+        Ok(Pin { addr, context: context.clone() })
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        // Nothing can be done about an error here: the process ends, or has failed already.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: registered in `new`; no copy is under way, as no buffer of the memory is left.
+        let _ = unsafe { sys::cuMemHostUnregister(self.addr as *mut c_void) };
     }
 }
 
@@ -37,7 +66,7 @@ const WORKSPACE_AT: u64 = 2048;
 
 impl Tables {
     /// Allocates and fills them; the context is bound to this thread.
-    pub fn new(context: &std::sync::Arc<cudarc::driver::CudaContext>) -> Result<Tables> {
+    pub fn new(context: &Arc<CudaContext>) -> Result<Tables> {
         // SAFETY: the sizes below are those of the allocation.
         let addr = unsafe {
             let addr = result::malloc_sync(WORKSPACE_AT as usize + gemm::WORKSPACE_BYTES)
@@ -72,13 +101,13 @@ impl Tables {
     }
 }
 
-impl Cuda {
+impl<A: HalfType> Cuda<A> {
     /// Device to device on a stream; the lengths must be equal.
     pub fn copy_on<T: Element>(
         &self,
         stream: &CudaStream,
-        dst: ViewMut<'_, Cuda, T>,
-        src: View<'_, Cuda, T>,
+        dst: ViewMut<'_, Cuda<A>, T>,
+        src: View<'_, Cuda<A>, T>,
     ) -> Result<()> {
         ensure!(dst.len() == src.len(), "copy of {} into {}", src.len(), dst.len());
         if src.is_empty() {
@@ -88,6 +117,39 @@ impl Cuda {
         // SAFETY: the lengths are equal; the borrows keep the ranges apart.
         unsafe { result::memcpy_dtod_async(to, from, bytes, stream.cu_stream()) }
             .map_err(|e| anyhow!("copy on the GPU: {e}"))
+    }
+
+    /// Pinned host memory to the device, on a stream; the lengths must be equal, and nobody touches either until the stream has
+    /// passed the copy.
+    pub fn fetch_on<T: Element>(
+        &self,
+        stream: &CudaStream,
+        dst: ViewMut<'_, Cuda<A>, T>,
+        src: View<'_, Cpu, T>,
+    ) -> Result<()> {
+        ensure!(dst.len() == src.len(), "fetch of {} into {}", src.len(), dst.len());
+        if src.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the lengths are equal; the queue owns both buffers until the copy has been waited for.
+        unsafe { result::memcpy_htod_async(dst.addr() as u64, src.host(), stream.cu_stream()) }
+            .map_err(|e| anyhow!("copy to the GPU: {e}"))
+    }
+
+    /// The device to pinned host memory, on a stream; as for [`Cuda::fetch_on`].
+    pub fn put_on<T: Element>(
+        &self,
+        stream: &CudaStream,
+        dst: ViewMut<'_, Cpu, T>,
+        src: View<'_, Cuda<A>, T>,
+    ) -> Result<()> {
+        ensure!(dst.len() == src.len(), "put of {} into {}", src.len(), dst.len());
+        if src.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: as in `fetch_on`.
+        unsafe { result::memcpy_dtoh_async(dst.host_mut(), src.addr() as u64, stream.cu_stream()) }
+            .map_err(|e| anyhow!("copy from the GPU: {e}"))
     }
 
     /// The value that a kernel left in [`Tables::sum`]. Waits for the compute stream.
@@ -101,9 +163,11 @@ impl Cuda {
     }
 }
 
-impl Device for Cuda {
-    type Act = half::bf16;
+impl<A: HalfType> Device for Cuda<A> {
+    type Act = A;
     type Region = DeviceRegion;
+
+    const NEEDS_LOSS_SCALING: bool = <A as HalfType>::NEEDS_LOSS_SCALING;
 
     fn allocate(&self, bytes: usize) -> Result<(DeviceRegion, usize)> {
         let (free, total) = self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))?;
@@ -111,6 +175,16 @@ impl Device for Cuda {
         // SAFETY: the context is bound to this thread; the memory is freed by the region.
         let addr = unsafe { result::malloc_sync(bytes) }.map_err(|e| anyhow!("{bytes} bytes of GPU memory: {e}"))?;
         Ok((DeviceRegion { addr, context: self.context.clone() }, addr as usize))
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<(HostRegion, usize)> {
+        let region = HostRegion::new(bytes)?;
+        let addr = region.addr();
+        Ok((region.pinned_by(Pin::new(&self.context, addr, bytes)?), addr))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.compute.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))
     }
 
     fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()> {

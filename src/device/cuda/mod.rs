@@ -1,4 +1,5 @@
-//! The CUDA device: bf16 activations and dense weights, f32 sums, one compute stream.
+//! The CUDA device: 16-bit activations and dense weights (bf16, or fp16 for GPUs and recipes that want it), f32 sums, one compute
+//! stream.
 //!
 //! The binary needs nothing of CUDA to be built or started: driver, NVRTC and cuBLAS are loaded at run time
 //! ([`libraries`]), the kernels (`kernels/*.cu`) compiled at first start ([`compile`]). Each op is that of `cpu/<stem>.rs`.
@@ -19,34 +20,82 @@ mod rope;
 mod swiglu;
 
 use std::collections::HashMap;
+use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, sys};
 use cudarc::nvrtc::Ptx;
-use half::bf16;
+use half::{bf16, f16};
+use half::slice::HalfFloatSliceExt;
 
 use super::ops::*;
+use launch::{Grid, args};
 use super::{Ops, View, ViewMut};
+
+/// What a process takes of a GPU's memory before it has allocated anything: the driver's context, the kernels, cuBLAS and its
+/// workspace.
+pub const CONTEXT_BYTES: usize = 640 << 20;
+
+/// What libraries still take when they are first used: kernels that cuBLAS loads late, NCCL's buffers.
+pub const LIBRARY_BYTES: usize = 256 << 20;
 
 /// The oldest GPUs that have what the kernels use: bf16 matrix instructions.
 const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 
-/// One GPU of this process; clones are the same GPU.
-#[derive(Clone)]
-pub struct Cuda {
+/// A type of activations and dense weights on a GPU.
+pub trait HalfType: gemm::BlasType {
+    const NAME: &'static str;
+    /// What the kernels are compiled with.
+    const COMPILE_OPTION: Option<&'static str>;
+    /// Whether gradients are so small for its exponent that the loss must be scaled.
+    const NEEDS_LOSS_SCALING: bool;
+    /// Rounds to nearest; the lengths are equal.
+    fn round(to: &mut [Self], from: &[f32]);
+}
+
+impl HalfType for bf16 {
+    const NAME: &'static str = "bf16";
+    const COMPILE_OPTION: Option<&'static str> = None;
+    const NEEDS_LOSS_SCALING: bool = false;
+    fn round(to: &mut [bf16], from: &[f32]) {
+        to.convert_from_f32_slice(from);
+    }
+}
+
+impl HalfType for f16 {
+    const NAME: &'static str = "fp16";
+    const COMPILE_OPTION: Option<&'static str> = Some("-DACT_F16");
+    const NEEDS_LOSS_SCALING: bool = true;
+    fn round(to: &mut [f16], from: &[f32]) {
+        to.convert_from_f32_slice(from);
+    }
+}
+
+/// One GPU of this process, computing in `A`; clones are the same GPU.
+pub struct Cuda<A: HalfType> {
     blas: Arc<gemm::Blas>,
     kernels: Arc<HashMap<&'static str, CudaFunction>>,
     tables: Arc<memory::Tables>,
     compute: Arc<CudaStream>,
     context: Arc<CudaContext>,
+    _act: PhantomData<fn() -> A>,
 }
 
-impl Cuda {
+impl<A: HalfType> Clone for Cuda<A> {
+    fn clone(&self) -> Self {
+        let Cuda { blas, kernels, tables, compute, context, _act } = self;
+        let (blas, kernels, tables) = (blas.clone(), kernels.clone(), tables.clone());
+        Cuda { blas, kernels, tables, compute: compute.clone(), context: context.clone(), _act: PhantomData }
+    }
+}
+
+impl<A: HalfType> Cuda<A> {
     /// The GPU of this index. `cache` is a folder for compiled kernels. Fails with what to install or change when there is no
     /// driver, library or GPU, or it is too old.
-    pub fn new(ordinal: usize, cache: &Path) -> Result<Cuda> {
+    pub fn new(ordinal: usize, cache: &Path) -> Result<Cuda<A>> {
         ensure!(libraries::driver_is_there(), "no NVIDIA driver: libcuda.so.1 cannot be loaded");
         let count = CudaContext::device_count().map_err(|e| anyhow!("the NVIDIA driver finds no GPU: {e}"))?;
         ensure!((ordinal as i32) < count, "GPU {ordinal} is asked for, {count} are there");
@@ -63,10 +112,10 @@ impl Cuda {
             capability.1
         );
         let compute = context.new_stream().map_err(|e| anyhow!("GPU {ordinal}: {e}"))?;
-        let kernels = Arc::new(load_kernels(&context, (capability.0 * 10 + capability.1) as u32, cache)?);
+        let kernels = Arc::new(load_kernels::<A>(&context, (capability.0 * 10 + capability.1) as u32, cache)?);
         let tables = Arc::new(memory::Tables::new(&context)?);
         let blas = Arc::new(gemm::Blas::new(compute.clone(), tables.clone())?);
-        let cuda = Cuda { blas, kernels, tables, compute, context };
+        let cuda = Cuda { blas, kernels, tables, compute, context, _act: PhantomData };
         cuda.allow_attention_memory()?;
         Ok(cuda)
     }
@@ -92,6 +141,30 @@ impl Cuda {
             .map_err(|e| anyhow!("GPU event: {e}"))
     }
 
+    /// An event of the compute stream that has a time.
+    pub fn timed_event(&self) -> Result<CudaEvent> {
+        let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        self.compute.record_event(flags).map_err(|e| anyhow!("GPU event: {e}"))
+    }
+
+    /// Time between two events of [`Cuda::timed_event`] that have passed; 0 with a driver (before 12.8) that cannot tell.
+    pub fn elapsed(&self, first: &CudaEvent, then: &CudaEvent) -> Result<Duration> {
+        if !libraries::driver_times_events() {
+            return Ok(Duration::ZERO);
+        }
+        let ms = first.elapsed_ms(then).map_err(|e| anyhow!("GPU event: {e}"))?;
+        Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) * 1e-3))
+    }
+
+    /// Keeps a stream busy, for tests of the order of streams.
+    pub fn spin_on(&self, stream: &CudaStream, time: Duration) -> Result<()> {
+        if time.is_zero() {
+            return Ok(());
+        }
+        let grid = Grid { blocks: (1, 1), threads: 1, shared_bytes: 0 };
+        self.launch_on(stream, "spin", grid, args![time.as_nanos() as u64])
+    }
+
     /// Bytes of GPU memory that are free.
     pub fn free_bytes(&self) -> Result<usize> {
         Ok(self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))?.0)
@@ -100,11 +173,6 @@ impl Cuda {
     /// Makes this GPU the one of the calling thread.
     pub fn bind_to_thread(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| anyhow!("GPU: {e}"))
-    }
-
-    /// Waits for the compute stream; an error of a kernel comes out here at the latest.
-    pub fn synchronize(&self) -> Result<()> {
-        self.compute.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))
     }
 }
 
@@ -120,10 +188,14 @@ pub fn num_devices() -> Result<usize> {
     }
 }
 
-fn load_kernels(context: &Arc<CudaContext>, arch: u32, cache: &Path) -> Result<HashMap<&'static str, CudaFunction>> {
+fn load_kernels<A: HalfType>(
+    context: &Arc<CudaContext>,
+    arch: u32,
+    cache: &Path,
+) -> Result<HashMap<&'static str, CudaFunction>> {
     let mut kernels = HashMap::new();
     for (stem, source, names) in compile::SOURCES {
-        let code = compile::cached(cache, stem, source, arch).context("compiling the kernels")?;
+        let code = compile::cached(cache, stem, source, arch, A::COMPILE_OPTION).context("compiling the kernels")?;
         let module =
             context.load_module(Ptx::from_binary(code)).map_err(|e| anyhow!("loading kernels/{stem}.cu: {e}"))?;
         for &name in names {
@@ -134,51 +206,51 @@ fn load_kernels(context: &Arc<CudaContext>, arch: u32, cache: &Path) -> Result<H
     Ok(kernels)
 }
 
-impl Ops for Cuda {
-    fn gemm(&self, args: Gemm<'_, Self, bf16, bf16, bf16>) -> Result<()> {
-        self.gemm_bf16(args)
+impl<A: HalfType> Ops for Cuda<A> {
+    fn gemm(&self, args: Gemm<'_, Self, A, A, A>) -> Result<()> {
+        self.gemm_act(args)
     }
-    fn gemm_grad(&self, args: Gemm<'_, Self, bf16, bf16, f32>) -> Result<()> {
-        self.gemm_bf16(args)
+    fn gemm_grad(&self, args: Gemm<'_, Self, A, A, f32>) -> Result<()> {
+        self.gemm_act(args)
     }
-    fn dequantize(&self, args: Dequantize<'_, Self, bf16>) -> Result<()> {
+    fn dequantize(&self, args: Dequantize<'_, Self, A>) -> Result<()> {
         self.dequantize_records(args, "dequantize_nf4", "convert")
     }
     fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()> {
         self.dequantize_records(args, "dequantize_nf4_f32", "convert_f32")
     }
     fn rms_norm_forward(&self, args: RmsNormForward<'_, Self>) -> Result<()> {
-        self.rms_norm_forward_bf16(args)
+        self.rms_norm_forward_act(args)
     }
     fn rms_norm_backward(&self, args: RmsNormBackward<'_, Self>) -> Result<()> {
-        self.rms_norm_backward_bf16(args)
+        self.rms_norm_backward_act(args)
     }
     fn rope(&self, args: Rope<'_, Self>) -> Result<()> {
-        self.rope_bf16(args)
+        self.rope_act(args)
     }
     fn swiglu_forward(&self, args: SwigluForward<'_, Self>) -> Result<()> {
-        self.swiglu_forward_bf16(args)
+        self.swiglu_forward_act(args)
     }
     fn swiglu_backward(&self, args: SwigluBackward<'_, Self>) -> Result<()> {
-        self.swiglu_backward_bf16(args)
+        self.swiglu_backward_act(args)
     }
     fn attention_forward(&self, args: AttentionForward<'_, Self>) -> Result<()> {
-        self.attention_forward_bf16(args)
+        self.attention_forward_act(args)
     }
     fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> Result<()> {
-        self.attention_backward_bf16(args)
+        self.attention_backward_act(args)
     }
     fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Self>) -> Result<()> {
-        self.cross_entropy_piece_bf16(args)
+        self.cross_entropy_piece_act(args)
     }
     fn gather_target_rows(&self, args: GatherTargetRows<'_, Self>) -> Result<()> {
-        self.gather_target_rows_bf16(args)
+        self.gather_target_rows_act(args)
     }
     fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Self>) -> Result<()> {
-        self.cross_entropy_finish_bf16(args)
+        self.cross_entropy_finish_act(args)
     }
     fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()> {
-        self.lora_dropout_bf16(args)
+        self.lora_dropout_act(args)
     }
     fn adamw(&self, args: AdamW<'_, Self>) -> Result<()> {
         self.adamw_f32(args)
@@ -186,45 +258,45 @@ impl Ops for Cuda {
     fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64> {
         self.sum_of_squares_f64(x)
     }
-    fn add(&self, y: ViewMut<'_, Self, bf16>, x: View<'_, Self, bf16>) -> Result<()> {
-        self.add_bf16(y, x)
+    fn add(&self, y: ViewMut<'_, Self, A>, x: View<'_, Self, A>) -> Result<()> {
+        self.add_act(y, x)
     }
-    fn add_bias(&self, x: ViewMut<'_, Self, bf16>, bias: View<'_, Self, f32>) -> Result<()> {
-        self.add_bias_bf16(x, bias)
+    fn add_bias(&self, x: ViewMut<'_, Self, A>, bias: View<'_, Self, f32>) -> Result<()> {
+        self.add_bias_act(x, bias)
     }
-    fn cast(&self, y: ViewMut<'_, Self, bf16>, x: View<'_, Self, f32>) -> Result<()> {
-        self.cast_to_bf16(y, x)
+    fn cast(&self, y: ViewMut<'_, Self, A>, x: View<'_, Self, f32>) -> Result<()> {
+        self.cast_to_act(y, x)
     }
-    fn upload_activations(&self, y: ViewMut<'_, Self, bf16>, x: &[f32]) -> Result<()> {
-        self.upload_as_bf16(y, x)
+    fn upload_activations(&self, y: ViewMut<'_, Self, A>, x: &[f32]) -> Result<()> {
+        self.upload_as_act(y, x)
     }
     fn gather_rows(
         &self,
-        y: ViewMut<'_, Self, bf16>,
-        x: View<'_, Self, bf16>,
+        y: ViewMut<'_, Self, A>,
+        x: View<'_, Self, A>,
         rows: View<'_, Self, u32>,
         width: usize,
     ) -> Result<()> {
-        self.gather_rows_bf16(y, x, rows, width)
+        self.gather_rows_act(y, x, rows, width)
     }
     fn scatter_rows(
         &self,
-        y: ViewMut<'_, Self, bf16>,
-        x: View<'_, Self, bf16>,
+        y: ViewMut<'_, Self, A>,
+        x: View<'_, Self, A>,
         rows: View<'_, Self, u32>,
         width: usize,
     ) -> Result<()> {
-        self.scatter_rows_bf16(y, x, rows, width)
+        self.scatter_rows_act(y, x, rows, width)
     }
     fn logits(
         &self,
         logits: ViewMut<'_, Self, f32>,
-        x: View<'_, Self, bf16>,
-        weight: View<'_, Self, bf16>,
+        x: View<'_, Self, A>,
+        weight: View<'_, Self, A>,
         hidden_size: usize,
     ) -> Result<()> {
         let (m, n, k) = (x.len() / hidden_size, weight.len() / hidden_size, hidden_size);
         let (transpose_a, transpose_b) = (Transpose::No, Transpose::Yes);
-        self.gemm_bf16(Gemm { c: logits, a: x, b: weight, transpose_a, transpose_b, m, n, k, alpha: 1.0, beta: 0.0 })
+        self.gemm_act(Gemm { c: logits, a: x, b: weight, transpose_a, transpose_b, m, n, k, alpha: 1.0, beta: 0.0 })
     }
 }

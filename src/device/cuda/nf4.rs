@@ -6,14 +6,14 @@ use crate::device::Element;
 use crate::device::ops::Dequantize;
 use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
 
-impl Cuda {
+impl<A: HalfType> Cuda<A> {
     /// `nf4` and `plain` name the kernels for T.
     pub(super) fn dequantize_records<T: Element>(
         &self,
-        args: Dequantize<'_, Cuda, T>,
+        args: Dequantize<'_, Cuda<A>, T>,
         nf4: &str,
         plain: &str,
     ) -> Result<()> {

@@ -4,11 +4,11 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::Rope;
 
-use super::Cuda;
+use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
 
-impl Cuda {
-    pub(super) fn rope_bf16(&self, args: Rope<'_, Cuda>) -> Result<()> {
+impl<A: HalfType> Cuda<A> {
+    pub(super) fn rope_act(&self, args: Rope<'_, Cuda<A>>) -> Result<()> {
         let Rope { x, cos, sin, num_heads, head_dim, inverse } = args;
         let (pairs, half) = (x.len() / 2, head_dim / 2);
         ensure!(pairs == cos.len() * num_heads && cos.len() == sin.len(), "rope: x {} cos {}", x.len(), cos.len());

@@ -1,9 +1,9 @@
-//! `bench`
+//! `bench step`: training steps on made-up weights of a shape.
 
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use clap::{Args, Subcommand};
+use clap::Args;
 use serde_json::json;
 
 use crate::checkpoint::adapter::{self, AdapterSettings};
@@ -12,26 +12,22 @@ use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::Limits;
-use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
+use crate::fsdp::memory::{Limits, Residency};
+use crate::fsdp::schedule::{Mode, Recompute};
 use crate::model::batch::MicroBatch;
 use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::model::shapes;
 use crate::optim::adamw::Update;
+use crate::optim::loss_scale::LossScaler;
+use crate::recipe::{self, ShardingStrategy};
 use crate::train::metrics::peak_host_bytes;
-use crate::train::step::step;
+use crate::train::step::{StepArgs, StepRecord, step};
 
-use super::start::{Start, Work};
-
-#[derive(Subcommand)]
-pub enum Bench {
-    /// Training steps on made-up weights of a shape; prints one JSON object
-    Step(StepArgs),
-}
+use super::super::start::{Start, Work};
 
 #[derive(Args)]
-pub struct StepArgs {
+pub struct StepBench {
     /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
     #[arg(long)]
     shape: String,
@@ -52,15 +48,12 @@ pub struct StepArgs {
     steps: u32,
     #[arg(long, default_value_t = 0.05)]
     dropout: f32,
-    /// Keep all activations instead of recomputing them
-    #[arg(long)]
-    keep: bool,
 }
 
 const WARM_UP_STEPS: u32 = 2;
 
-pub fn run(start: &Start, bench: &Bench) -> Result<()> {
-    let Bench::Step(args) = bench;
+pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> {
+    let job = recipe::for_bench(overrides)?;
     ensure!((0.0..1.0).contains(&args.dropout), "--dropout: found {}; allowed: 0 to below 1", args.dropout);
     let folder = PathBuf::from(&args.shape);
     let config = match folder.join("config.json").exists() {
@@ -70,10 +63,13 @@ pub fn run(start: &Start, bench: &Bench) -> Result<()> {
         }
         false => shapes::named(&args.shape, args.layers)?,
     };
-    let mut comm = MpiComm::new(start.world);
-    let placement = start.place(&mut comm)?;
-    let (rank, world_size) = (start.world.rank, start.world.world_size);
-    let base = synthetic::base(config.clone(), rank, world_size, &mut |line| start.log.line(line))?;
+    let mut comm = MpiComm::new(start.world)?;
+    let placement = start.place(&mut comm, job.quantization.compute_dtype)?;
+    let (shard, num_shards) = match job.fsdp.sharding_strategy {
+        ShardingStrategy::FullShard => (start.world.rank, start.world.world_size),
+        ShardingStrategy::NoShard => (0, 1),
+    };
+    let base = synthetic::base(config.clone(), shard, num_shards, &mut |line| start.log.line(line))?;
     let settings = AdapterSettings {
         lora_rank: 16,
         alpha: 16.0,
@@ -87,16 +83,17 @@ pub fn run(start: &Start, bench: &Bench) -> Result<()> {
         max_tokens: (args.micro_batch * args.seq) as usize,
         max_micro_batches: args.accum as usize,
         max_context: 0,
-        accumulation: Accumulation::Layer,
-        recompute: if args.keep { Recompute::Nothing } else { Recompute::All },
+        accumulation: job.fsdp.accumulation,
+        recompute: Recompute::All,
         num_slots: 2,
+        residency: Residency::ALL,
     };
-    start.with_engine(comm, placement, base, Some(&adapter), limits, Steps { start, args })
+    start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, Steps { start, args })
 }
 
 struct Steps<'a> {
     start: &'a Start<'a>,
-    args: &'a StepArgs,
+    args: &'a StepBench,
 }
 
 impl Work for Steps<'_> {
@@ -105,7 +102,9 @@ impl Work for Steps<'_> {
     fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
         let Steps { start, args } = self;
         let (config, world_size) = (engine.config().clone(), start.world.world_size);
-        let (mut ms, mut losses) = (Vec::new(), Vec::new());
+        let (mut records, mut losses) = (Vec::new(), Vec::new());
+        let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
+        let recompute = engine.limits().recompute == Recompute::All;
         for step_idx in 1..=WARM_UP_STEPS + args.steps {
             let batches: Vec<MicroBatch> = (0..args.accum)
                 .map(|m| batch(args, &config, u64::from(step_idx * args.accum + m), start.world.rank as u64))
@@ -117,31 +116,43 @@ impl Work for Steps<'_> {
                 epsilon: 1e-8,
                 weight_decay: 0.0,
                 max_grad_norm: Some(1.0),
-                step: step_idx,
+                loss_scale: scaler.scale(),
+                step: num_updates + 1,
             };
-            let record = step(&mut engine, &batches, args.accum as usize, &update, 42)?;
+            let num_micro_batches = args.accum as usize;
+            let step_args = StepArgs { step: step_idx, num_micro_batches, update: &update, seed: 42 };
+            let record = step(&mut engine, &batches, &step_args)?;
+            num_updates += u32::from(scaler.update(record.grad_norm));
             start.log.line(format!("step {step_idx}  loss {:.4}  {:.1} ms", record.loss, record.step_ms));
             losses.push(record.loss);
             if step_idx > WARM_UP_STEPS {
-                ms.push(record.step_ms);
+                records.push(record);
             }
         }
-        ms.sort_by(f64::total_cmp);
-        let step_ms = ms[ms.len() / 2];
+        let median = |of: fn(&StepRecord) -> f64| {
+            let mut values: Vec<f64> = records.iter().map(of).collect();
+            values.sort_by(f64::total_cmp);
+            values[values.len() / 2]
+        };
+        let step_ms = median(|r| r.step_ms);
         let tokens = f64::from(args.micro_batch * args.seq * args.accum) * world_size as f64;
         let seconds = step_ms * 1e-3 * world_size as f64;
-        let (model, hardware) = flops_per_token(&config, f64::from(args.seq), !args.keep);
+        let (model, hardware) = flops_per_token(&config, f64::from(args.seq), recompute);
         if start.log.enabled {
             println!(
                 "{}",
                 json!({
                     "shape": args.shape, "layers": config.num_hidden_layers, "micro_batch": args.micro_batch,
                     "seq": args.seq, "accum": args.accum, "world_size": world_size, "dropout": args.dropout,
-                    "recompute": !args.keep, "step_ms": step_ms, "tokens_per_second": tokens / (step_ms * 1e-3),
+                    "recompute": recompute, "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),
+                    "gather_wait_ms": median(|r| r.gather_wait_ms), "copy_wait_ms": median(|r| r.copy_wait_ms),
+                    "gathered_bytes": median(|r| r.gathered_bytes as f64), "tokens_per_second": tokens / (step_ms * 1e-3),
                     "model_tflops_per_rank": model * tokens / seconds * 1e-12,
                     "hardware_tflops_per_rank": hardware * tokens / seconds * 1e-12,
-                    "planned_device_bytes": engine.plan().total_bytes(),
-                    "shard_device_bytes": engine.queue.device_bytes(), "peak_host_bytes": peak_host_bytes(),
+                    "device_bytes": engine.plan().device.total_bytes() + engine.queue.device_bytes(),
+                    "pinned_bytes": engine.plan().host.total_bytes() + engine.queue.host_bytes(),
+                    "resident_units": engine.limits().residency.units.min(engine.num_units()),
+                    "peak_host_bytes": peak_host_bytes(),
                     "losses": losses,
                 })
             );
@@ -151,7 +162,7 @@ impl Work for Steps<'_> {
 }
 
 /// Sequences of ids that look random; every token but the first of a sequence counts.
-fn batch(args: &StepArgs, config: &ModelConfig, micro: u64, rank: u64) -> MicroBatch {
+fn batch(args: &StepBench, config: &ModelConfig, micro: u64, rank: u64) -> MicroBatch {
     let mut batch = MicroBatch::new();
     for row in 0..u64::from(args.micro_batch) {
         let sample = (rank << 32) + micro * u64::from(args.micro_batch) + row;

@@ -1,0 +1,234 @@
+//! Boundaries that wait for backward in host memory: when they are put there and fetched again, and where each of them is.
+//!
+//! In forward a boundary is put as soon as its layer has read it. In backward the ones that are needed next are fetched into
+//! whatever device buffers are free. The device holds as many as it has buffers for, those that backward needs first.
+
+use std::collections::{HashMap, VecDeque};
+
+use anyhow::{Context, Result, bail};
+
+use crate::comm::{HostCopy, Queue};
+use crate::device::{Buffer, HostBuffer, Ops};
+
+use super::schedule::{Action, Inputs};
+
+/// Inserts the copies of offloaded boundaries into a schedule without them.
+pub(super) fn with_copies(actions: &[Action], inputs: &Inputs) -> Vec<Action> {
+    if inputs.num_offloaded_boundaries() == 0 {
+        return actions.to_vec();
+    }
+    let mut weaver = Weaver {
+        inputs,
+        free: inputs.num_boundary_buffers,
+        putting: VecDeque::new(),
+        to_fetch: to_fetch(actions, inputs),
+        fetched: HashMap::new(),
+        woven: Vec::new(),
+    };
+    for (i, &action) in actions.iter().enumerate() {
+        weaver.weave(i, action);
+    }
+    weaver.woven
+}
+
+/// Offloaded boundaries in the order in which backward needs them, each with the forward action before which its fetch may
+/// start: the last one before its backward.
+fn to_fetch(actions: &[Action], inputs: &Inputs) -> VecDeque<(usize, usize, usize)> {
+    let mut last_forward = 0;
+    let mut wanted = VecDeque::new();
+    for (i, action) in actions.iter().enumerate() {
+        match *action {
+            Action::Forward { .. } => last_forward = i,
+            Action::Backward { layer, micro, .. } if inputs.is_offloaded(layer, micro) => {
+                wanted.push_back((last_forward, layer, micro));
+            }
+            _ => {}
+        }
+    }
+    wanted
+}
+
+struct Weaver<'a> {
+    inputs: &'a Inputs,
+    /// Device buffers that nothing holds.
+    free: usize,
+    putting: VecDeque<(usize, usize)>,
+    to_fetch: VecDeque<(usize, usize, usize)>,
+    /// Whether a fetched boundary has been waited for.
+    fetched: HashMap<(usize, usize), bool>,
+    woven: Vec<Action>,
+}
+
+impl Weaver<'_> {
+    fn weave(&mut self, i: usize, action: Action) {
+        match action {
+            Action::Embed { .. } => self.needs_a_buffer(),
+            Action::Forward { layer, micro } => {
+                self.needs_a_buffer();
+                self.woven.push(action);
+                if self.inputs.is_offloaded(layer, micro) {
+                    self.woven.push(Action::Put { layer, micro });
+                    self.putting.push_back((layer, micro));
+                }
+                return;
+            }
+            Action::Recompute { layer, micro } => self.needs_boundary(layer, micro),
+            Action::Backward { layer, micro, .. } => {
+                self.needs_boundary(layer, micro);
+                self.woven.push(action);
+                self.fetched.remove(&(layer, micro));
+                // Of the first layer's the gradient is not needed either.
+                self.free += if layer == 0 { 2 } else { 1 };
+                return self.fetch_ahead(i);
+            }
+            Action::HeadFinish { .. } => {
+                self.woven.push(action);
+                return self.fetch_ahead(i);
+            }
+            _ => {}
+        }
+        self.woven.push(action);
+    }
+
+    fn needs_a_buffer(&mut self) {
+        while self.free == 0 {
+            self.wait_for_a_put();
+        }
+        self.free -= 1;
+    }
+
+    fn wait_for_a_put(&mut self) {
+        let (layer, micro) = self.putting.pop_front().expect("min_boundary_buffers leaves two for what is on its way");
+        self.woven.push(Action::WaitPut { layer, micro });
+        self.free += 1;
+    }
+
+    fn needs_boundary(&mut self, layer: usize, micro: usize) {
+        if let Some(waited @ false) = self.fetched.get_mut(&(layer, micro)) {
+            *waited = true;
+            self.woven.push(Action::WaitFetch { layer, micro });
+        }
+    }
+
+    /// Starts fetches, as many as there are free buffers, of boundaries whose forward has passed.
+    fn fetch_ahead(&mut self, now: usize) {
+        while let Some(&(_, layer, micro)) = self.to_fetch.front().filter(|(forward, ..)| *forward < now) {
+            // Its own put must have ended, and those that hold the last buffers.
+            while self.putting.contains(&(layer, micro)) || self.free == 0 && !self.putting.is_empty() {
+                self.wait_for_a_put();
+            }
+            if self.free == 0 {
+                return;
+            }
+            self.to_fetch.pop_front();
+            self.free -= 1;
+            self.fetched.insert((layer, micro), false);
+            self.woven.push(Action::Fetch { layer, micro });
+        }
+    }
+}
+
+type Copy<D> = HostCopy<D, <D as crate::device::Device>::Act>;
+
+/// Where a boundary is.
+enum Held<D: Ops, Q: Queue<D>> {
+    Here(Buffer<D, D::Act>),
+    Putting(Q::Pending<Copy<D>>),
+    Away(HostBuffer<D::Act>),
+    Fetching(Q::Pending<Copy<D>>),
+}
+
+/// All boundaries, by layer (whose input it is) and live micro-batch, and the buffers that hold none.
+pub(super) struct Boundaries<D: Ops, Q: Queue<D>> {
+    free: Vec<Buffer<D, D::Act>>,
+    free_on_host: Vec<HostBuffer<D::Act>>,
+    held: HashMap<(usize, usize), Held<D, Q>>,
+}
+
+impl<D: Ops, Q: Queue<D>> Boundaries<D, Q> {
+    pub fn new(free: Vec<Buffer<D, D::Act>>, free_on_host: Vec<HostBuffer<D::Act>>) -> Self {
+        Self { free, free_on_host, held: HashMap::new() }
+    }
+
+    /// A buffer for a new boundary.
+    pub fn take_free(&mut self) -> Result<Buffer<D, D::Act>> {
+        self.free.pop().context("no boundary buffer is free: a put was not waited for")
+    }
+
+    /// Gives back a buffer whose boundary is not needed any more.
+    pub fn release(&mut self, buffer: Buffer<D, D::Act>) {
+        self.free.push(buffer);
+    }
+
+    pub fn insert(&mut self, layer: usize, live: usize, buffer: Buffer<D, D::Act>) {
+        self.held.insert((layer, live), Held::Here(buffer));
+    }
+
+    /// The boundary, which must be on the device.
+    pub fn get_mut(&mut self, layer: usize, live: usize) -> Result<&mut Buffer<D, D::Act>> {
+        match self.held.get_mut(&(layer, live)) {
+            Some(Held::Here(buffer)) => Ok(buffer),
+            other => bail!("boundary {layer} is {}", name(other.as_deref())),
+        }
+    }
+
+    /// Takes the boundary, which must be on the device.
+    pub fn take(&mut self, layer: usize, live: usize) -> Result<Buffer<D, D::Act>> {
+        self.get_mut(layer, live)?;
+        match self.held.remove(&(layer, live)) {
+            Some(Held::Here(buffer)) => Ok(buffer),
+            _ => bail!("boundary {layer} is gone"),
+        }
+    }
+
+    pub fn put(&mut self, queue: &mut Q, layer: usize, live: usize, len: usize) -> Result<()> {
+        let device = self.take(layer, live)?;
+        let host = self.free_on_host.pop().context("no host buffer is free for a boundary")?;
+        let pending = queue.put(format!("put of boundary {layer}"), HostCopy { device, host, len })?;
+        self.held.insert((layer, live), Held::Putting(pending));
+        Ok(())
+    }
+
+    pub fn wait_put(&mut self, queue: &mut Q, layer: usize, live: usize) -> Result<()> {
+        let pending = match self.held.remove(&(layer, live)) {
+            Some(Held::Putting(pending)) => pending,
+            other => bail!("boundary {layer} is {}, not being put", name(other.as_ref())),
+        };
+        let HostCopy { device, host, .. } = queue.wait(pending)?;
+        self.free.push(device);
+        self.held.insert((layer, live), Held::Away(host));
+        Ok(())
+    }
+
+    pub fn fetch(&mut self, queue: &mut Q, layer: usize, live: usize, len: usize) -> Result<()> {
+        let host = match self.held.remove(&(layer, live)) {
+            Some(Held::Away(host)) => host,
+            other => bail!("boundary {layer} is {}: its put was not waited for", name(other.as_ref())),
+        };
+        let device = self.take_free()?;
+        let pending = queue.fetch(format!("fetch of boundary {layer}"), HostCopy { device, host, len })?;
+        self.held.insert((layer, live), Held::Fetching(pending));
+        Ok(())
+    }
+
+    pub fn wait_fetch(&mut self, queue: &mut Q, layer: usize, live: usize) -> Result<()> {
+        let pending = match self.held.remove(&(layer, live)) {
+            Some(Held::Fetching(pending)) => pending,
+            other => bail!("boundary {layer} is {}, not being fetched", name(other.as_ref())),
+        };
+        let HostCopy { device, host, .. } = queue.wait(pending)?;
+        self.free_on_host.push(host);
+        self.insert(layer, live, device);
+        Ok(())
+    }
+}
+
+fn name<D: Ops, Q: Queue<D>>(held: Option<&Held<D, Q>>) -> &'static str {
+    match held {
+        None => "not there",
+        Some(Held::Here(_)) => "on the device",
+        Some(Held::Putting(_)) => "on its way to the host",
+        Some(Held::Away(_)) => "on the host",
+        Some(Held::Fetching(_)) => "on its way to the device: that was not waited for",
+    }
+}
