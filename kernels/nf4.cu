@@ -86,3 +86,57 @@ extern "C" __global__ void convert(Act *weights, const u8 *records, u64 num_weig
 extern "C" __global__ void convert_f32(float *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
     convert_records(weights, records, num_weights, record_bytes, dtype);
 }
+
+// Codes and absmax of the blocks of a tensor, as bitsandbytes' kQuantizeBlockwise finds them: the code of w is the number of
+// thresholds (midpoints of neighbouring codes) below w · (1 / absmax). One warp a block, one byte a lane.
+extern "C" __global__ void quantize_nf4(u8 *codes, float *absmax, const float *weights, u64 num_weights, const float *codebook) {
+    u64 block = thread_idx() / 32, first = block * BLOCK;
+    u32 lane = threadIdx.x % 32;
+    if (first >= num_weights) return;
+    u64 at = first + 2 * lane;
+    float pair[2] = {at < num_weights ? weights[at] : 0.0f, at + 1 < num_weights ? weights[at + 1] : 0.0f};
+    float largest = fmaxf(fabsf(pair[0]), fabsf(pair[1]));
+    for (int offset = 16; offset > 0; offset /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
+    if (lane == 0) absmax[block] = largest;
+    float reciprocal = __fdiv_rn(1.0f, largest);
+    u32 code[2] = {0, 0};
+    for (int i = 0; i < 15; i++) {
+        float threshold = __fmul_rn(__fadd_rn(codebook[i], codebook[i + 1]), 0.5f);
+        code[0] += __fmul_rn(pair[0], reciprocal) > threshold;
+        code[1] += __fmul_rn(pair[1], reciprocal) > threshold;
+    }
+    // An odd count leaves a low nibble that stands for no weight: 7, the code of zero.
+    if (at + 1 >= num_weights) code[1] = 7;
+    if (at < num_weights) codes[at / 2] = (u8)(code[0] << 4 | code[1]);
+}
+
+// absmax − offset in 8 bits, superblocks of 256 that share their largest magnitude: one thread block each, of 256 threads.
+extern "C" __global__ void quantize_absmax(u8 *codes, float *nested_absmax, const float *absmax, u64 num_blocks, float offset,
+                                           const float *map) {
+    __shared__ float values[256];
+    values[threadIdx.x] = map[threadIdx.x];
+    u64 i = thread_idx();
+    float centered = i < num_blocks ? __fsub_rn(absmax[i], offset) : 0.0f;
+    float scale = block_max(fabsf(centered));
+    if (threadIdx.x == 0) nested_absmax[blockIdx.x] = scale;
+    if (i >= num_blocks) return;
+    // The path of bitsandbytes' binary search, which decides ties.
+    float x = __fmul_rn(centered, __fdiv_rn(1.0f, scale));
+    int lower = 0, pivot = 127, upper = 255;
+    for (int step = 64; step > 0; step /= 2) {
+        if (x > values[pivot]) {
+            lower = pivot;
+            pivot += step;
+        } else {
+            upper = pivot;
+            pivot -= step;
+        }
+    }
+    int code = pivot;
+    if (x > values[pivot]) {
+        if (x > __fmul_rn(__fadd_rn(values[upper], values[pivot]), 0.5f)) code = upper;
+    } else if (x < __fmul_rn(__fadd_rn(values[lower], values[pivot]), 0.5f)) {
+        code = lower;
+    }
+    codes[i] = (u8)code;
+}

@@ -102,6 +102,18 @@ fn a_panic_or_an_error_of_one_rank_ends_all_with_its_cause_on_top() {
 }
 
 #[test]
+fn a_rank_that_hangs_is_noticed_by_the_others() {
+    let place = Place::new();
+    let mut command = place.mpirun(3, &TRAIN);
+    command.env("FSDP_QLORA_FAULT", "hang:1:2").env("FSDP_QLORA_TIMEOUT_S", "2");
+    let start = Instant::now();
+    let text = fails(command, 1);
+    assert!(start.elapsed() < END, "{:?}", start.elapsed());
+    assert!(text.contains("did not end within 2 s: another rank is stuck or gone"), "{text}");
+    assert_eq!(ranks_of(&place), Vec::<u32>::new(), "left running");
+}
+
+#[test]
 fn a_killed_rank_ends_all() {
     let place = Place::new();
     let mut args = TRAIN.to_vec();

@@ -4,17 +4,23 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::comm::SharedBytes;
+use crate::device::ops::{QuantizeAbsmax, QuantizeNf4, Uniform};
+use crate::device::{Arena, Buffer, Ops};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::unit::{self, Encodings, NumUnits};
 use crate::model::config::ModelConfig;
-use crate::quant::nf4;
-use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
+use crate::quant::double::{self, NestedAbsmax};
+use crate::quant::nf4::{Absmax, Nf4Tensor};
+use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
 
 /// Rows of the embedding table; token ids beyond begin again.
 const EMBEDDING_ROWS: usize = 4096;
+const EMBEDDING_SEED: u64 = (1 << 24) - 1;
+const HALF_WIDTH: f32 = 0.035;
 
 /// NF4 with double quantization for projections, bf16 for the rest.
 struct AsQlora;
@@ -28,21 +34,33 @@ impl Encodings for AsQlora {
     }
 }
 
-/// Shard `shard` of `num_shards` of a model of this shape. Weights are uniform in ±0.035 (deviation 0.02), norms 1; they depend
-/// on unit, tensor and element alone.
-pub fn base(config: ModelConfig, shard: usize, num_shards: usize, tell: &mut dyn FnMut(String)) -> Result<Base> {
+/// Shard `shard` of `num_shards` of a model of this shape, drawn by a device. Weights are uniform in ±0.035 (deviation 0.02),
+/// norms 1; they depend on unit, tensor and element alone.
+pub fn base<D: Ops>(
+    device: &D,
+    config: ModelConfig,
+    shard: usize,
+    num_shards: usize,
+    tell: &mut dyn FnMut(String),
+) -> Result<Base> {
     let units = NumUnits::new(&config);
     let (mut layouts, mut shards) = (Vec::new(), Vec::new());
-    for (i, unit) in units.all().enumerate() {
-        let layout = UnitLayout::new(unit::tensors(&config, &AsQlora, unit)?, num_shards);
+    for unit in units.all() {
+        layouts.push(UnitLayout::new(unit::tensors(&config, &AsQlora, unit)?, num_shards));
+    }
+    let largest = layouts.iter().flat_map(UnitLayout::tensors).map(|t| t.elements.len()).max().unwrap_or(0);
+    let hidden_size = config.hidden_size;
+    let mut drawing = Drawing::new(device, largest.max(EMBEDDING_ROWS * hidden_size))?;
+    for (i, layout) in layouts.iter().enumerate() {
         if (i * 10).is_multiple_of(units.count().next_multiple_of(10)) {
             tell(format!("drawing unit {} of {}", i + 1, units.count()));
         }
-        shards.push(draw(&layout, i as u64, shard)?);
-        layouts.push(layout);
+        shards.push(drawing.shard(layout, i as u64, shard)?);
     }
-    let hidden_size = config.hidden_size;
-    let table: Vec<f32> = (0..EMBEDDING_ROWS * hidden_size).map(|i| weight(u64::MAX, i)).collect();
+    let table_len = EMBEDDING_ROWS * hidden_size;
+    drawing.draw(EMBEDDING_SEED, table_len)?;
+    let mut table = vec![0f32; table_len];
+    device.download(&mut table, drawing.weights.first(table_len))?;
     let embed = move |ids: &[u32], out: &mut [f32]| -> Result<()> {
         for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden_size)) {
             row.copy_from_slice(&table[id as usize % EMBEDDING_ROWS * hidden_size..][..hidden_size]);
@@ -52,40 +70,101 @@ pub fn base(config: ModelConfig, shard: usize, num_shards: usize, tell: &mut dyn
     Ok(Base { final_norm: vec![1.0; hidden_size], config, layouts, shards, embed: Box::new(embed) })
 }
 
-fn draw(layout: &UnitLayout, unit: u64, shard: usize) -> Result<SharedBytes> {
-    let mut flat = vec![0u8; layout.flat_bytes()];
-    for (idx, tensor) in layout.tensors().iter().enumerate() {
-        let (num_weights, out) = (tensor.elements.len(), &mut flat[layout.tensor_range(idx)]);
-        let seed = unit << 8 | idx as u64;
-        let one = tensor.name.ends_with("norm.weight");
-        match tensor.encoding {
-            Encoding::Nf4 { double_quant } => {
-                let read = |first: usize, weights: &mut [f32]| {
-                    weights.iter_mut().enumerate().for_each(|(i, w)| *w = weight(seed, first + i));
-                    Ok(())
-                };
-                nf4::quantize(num_weights, double_quant, read)?.write_records(out)?;
-            }
-            Encoding::Plain(_) => {
-                let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
-                for i in 0..num_weights {
-                    let value = bf16::from_f32(if one { 1.0 } else { weight(seed, i) });
-                    let at = i / RECORD_WEIGHTS * record_bytes + i % RECORD_WEIGHTS * 2;
-                    out[at..at + 2].copy_from_slice(&value.to_le_bytes());
+/// Device buffers for one tensor at a time.
+struct Drawing<'a, D: Ops> {
+    device: &'a D,
+    weights: Buffer<D, f32>,
+    codes: Buffer<D, u8>,
+    absmax: Buffer<D, f32>,
+    absmax_codes: Buffer<D, u8>,
+    nested_absmax: Buffer<D, f32>,
+    /// What was downloaded last; its memory is used again.
+    tensor: Nf4Tensor,
+}
+
+impl<'a, D: Ops> Drawing<'a, D> {
+    fn new(device: &'a D, num_weights: usize) -> Result<Self> {
+        let blocks = num_weights.div_ceil(BLOCK);
+        let carve = |arena: &mut Arena<D>| -> Result<Self> {
+            Ok(Drawing {
+                device,
+                weights: arena.carve("weights", num_weights)?,
+                codes: arena.carve("codes", num_weights.div_ceil(2))?,
+                absmax: arena.carve("absmax", blocks)?,
+                absmax_codes: arena.carve("absmax_codes", blocks)?,
+                nested_absmax: arena.carve("nested_absmax", blocks.div_ceil(SUPERBLOCK))?,
+                tensor: Nf4Tensor { num_weights: 0, codes: Vec::new(), absmax: Absmax::F32(Vec::new()) },
+            })
+        };
+        let mut measured = Arena::measure();
+        carve(&mut measured)?;
+        carve(&mut Arena::allocate(device, measured.into_plan())?)
+    }
+
+    fn draw(&mut self, seed: u64, num_weights: usize) -> Result<()> {
+        let y = self.weights.first_mut(num_weights);
+        self.device.uniform(Uniform { y, seed, first: 0, half_width: HALF_WIDTH })
+    }
+
+    /// Quantizes what was drawn into `self.tensor`.
+    fn quantize(&mut self, num_weights: usize) -> Result<()> {
+        let (device, blocks) = (self.device, num_weights.div_ceil(BLOCK));
+        let (num_bytes, superblocks) = (num_weights.div_ceil(2), blocks.div_ceil(SUPERBLOCK));
+        device.quantize_nf4(QuantizeNf4 {
+            codes: self.codes.first_mut(num_bytes),
+            absmax: self.absmax.first_mut(blocks),
+            weights: self.weights.first(num_weights),
+        })?;
+        let mut absmax = vec![0f32; blocks];
+        device.download(&mut absmax, self.absmax.first(blocks))?;
+        let offset = double::mean(&absmax);
+        device.quantize_absmax(QuantizeAbsmax {
+            codes: self.absmax_codes.first_mut(blocks),
+            nested_absmax: self.nested_absmax.first_mut(superblocks),
+            absmax: self.absmax.first(blocks),
+            offset,
+        })?;
+        let mut nested = NestedAbsmax { codes: vec![0; blocks], nested_absmax: vec![0.0; superblocks], offset };
+        device.download(&mut nested.codes, self.absmax_codes.first(blocks))?;
+        device.download(&mut nested.nested_absmax, self.nested_absmax.first(superblocks))?;
+        self.tensor.codes.resize(num_bytes, 0);
+        device.download(&mut self.tensor.codes, self.codes.first(num_bytes))?;
+        (self.tensor.num_weights, self.tensor.absmax) = (num_weights, Absmax::Nested(nested));
+        Ok(())
+    }
+
+    fn shard(&mut self, layout: &UnitLayout, unit: u64, shard: usize) -> Result<SharedBytes> {
+        let mut flat = vec![0u8; layout.flat_bytes()];
+        for (idx, tensor) in layout.tensors().iter().enumerate() {
+            let (num_weights, out) = (tensor.elements.len(), &mut flat[layout.tensor_range(idx)]);
+            self.draw(unit << 8 | idx as u64, num_weights)?;
+            match tensor.encoding {
+                Encoding::Nf4 { .. } => {
+                    self.quantize(num_weights)?;
+                    self.tensor.write_records(out)?;
+                }
+                Encoding::Plain(_) => {
+                    let mut values = vec![1f32; num_weights];
+                    if !tensor.name.ends_with("norm.weight") {
+                        self.device.download(&mut values, self.weights.first(num_weights))?;
+                    }
+                    let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
+                    out.par_chunks_mut(record_bytes).zip(values.par_chunks(RECORD_WEIGHTS)).for_each(
+                        |(out, values)| {
+                            for (bytes, value) in out.chunks_exact_mut(2).zip(values) {
+                                bytes.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
+                            }
+                        },
+                    );
                 }
             }
         }
+        if layout.num_shards() == 1 {
+            return Ok(Arc::new(flat));
+        }
+        let mut own = vec![0u8; layout.shard_bytes()];
+        let range = layout.shard_range(shard);
+        own[..range.len()].copy_from_slice(&flat[range]);
+        Ok(Arc::new(own))
     }
-    let mut own = vec![0u8; layout.shard_bytes()];
-    let range = layout.shard_range(shard);
-    own[..range.len()].copy_from_slice(&flat[range]);
-    Ok(Arc::new(own))
-}
-
-/// A number that looks random, of a tensor and an element (the finalizer of MurmurHash3, Appleby 2011).
-fn weight(seed: u64, element: usize) -> f32 {
-    let mut z = (element as u64).wrapping_add(seed << 40);
-    z = (z ^ (z >> 33)).wrapping_mul(0xFF51_AFD7_ED55_8CCD);
-    z = (z ^ (z >> 33)).wrapping_mul(0xC4CE_B9FE_1A85_EC53);
-    ((z >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 0.07
 }

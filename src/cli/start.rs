@@ -190,7 +190,8 @@ impl Start<'_> {
         let free = cuda.free_bytes()?;
         barrier(&mut comm)?;
         let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
-        let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(CONTEXT_BYTES + LIBRARY_BYTES).min(free));
+        let device =
+            job.vram_budget.map_or(free, |budget| budget.saturating_sub(CONTEXT_BYTES + LIBRARY_BYTES).min(free));
         let budget = Budget { device, host: self.host_budget(job) };
         let limits = sizes.decide::<Cuda<A>>(limits, &wishes(job), budget)?;
         let options = QueueOptions {
@@ -203,13 +204,7 @@ impl Start<'_> {
     }
 
     /// Keeping activations on the CPU must leave room for everything else that the machine does.
-    fn decide_on_cpu(
-        &self,
-        base: &Base,
-        lora: Option<&LayerLora>,
-        limits: Limits,
-        job: &FsdpJob,
-    ) -> Result<Limits> {
+    fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &FsdpJob) -> Result<Limits> {
         let (sizes, mut wishes) = (self.sizes(base, lora, false), wishes(job));
         let share = self.host_budget(job);
         let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };

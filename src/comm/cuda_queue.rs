@@ -7,12 +7,16 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaEvent, CudaStream};
+use rayon::prelude::*;
 
 use super::nccl::Nccl;
 use super::watchdog::Watchdog;
 use super::{Comm, Delays, HostCopy, Kind, Queue, SharedBytes, TrainableBuffers, Waits};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, Element, MemoryPlan, Place};
+
+/// Bytes that one thread copies at a time.
+const COPY_BYTES: usize = 1 << 20;
 
 /// What a queue is made for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -189,7 +193,8 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
                 return Ok(Place::Device(stored));
             }
             let mut stored: Buffer<_, u8> = host.carve(&name, bytes.len())?;
-            stored.view_mut().host_mut().copy_from_slice(bytes);
+            let parts = stored.view_mut().host_mut().par_chunks_mut(COPY_BYTES);
+            parts.zip(bytes.par_chunks(COPY_BYTES)).for_each(|(to, from)| to.copy_from_slice(from));
             Ok(Place::Host(stored))
         });
         stored.collect()

@@ -4,6 +4,7 @@
 //! non-blocking: a call that waits for other ranks returns, and is polled until it is done or has taken too long.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -59,6 +60,8 @@ pub struct Nccl {
     rank: usize,
     world_size: usize,
     timeout: Duration,
+    /// One thread at a time: who asks for an error also completes the calls that are under way.
+    turn: Mutex<()>,
     all_gather: Symbol<AllGather>,
     send: Symbol<Send>,
     recv: Symbol<Recv>,
@@ -70,8 +73,8 @@ pub struct Nccl {
     _library: Library,
 }
 
-// SAFETY: collectives are issued by the one thread that owns the queue; the watchdog asks for asynchronous errors only, which
-// NCCL allows from any thread.
+// SAFETY: collectives are issued by the one thread that owns the queue; the watchdog only asks for errors, and `turn` keeps the
+// two apart.
 unsafe impl std::marker::Send for Nccl {}
 // SAFETY: as above.
 unsafe impl Sync for Nccl {}
@@ -100,6 +103,7 @@ impl Nccl {
                 rank,
                 world_size,
                 timeout: super::timeout()?,
+                turn: Mutex::new(()),
                 all_gather: library.get(b"ncclAllGather")?,
                 send: library.get(b"ncclSend")?,
                 recv: library.get(b"ncclRecv")?,
@@ -132,8 +136,7 @@ impl Nccl {
             split_share: UNDEFINED,
         };
         // SAFETY: handle and configuration live through the call, which copies the latter.
-        let status =
-            unsafe { init(&mut nccl.handle, world_size as c_int, id, rank as c_int, &mut config) };
+        let status = unsafe { init(&mut nccl.handle, world_size as c_int, id, rank as c_int, &mut config) };
         nccl.check("ncclCommInitRankConfig", status)?;
         nccl.settle("ncclCommInitRankConfig")?;
         Ok(nccl)
@@ -170,6 +173,7 @@ impl Nccl {
         bytes: usize,
         stream: &cudarc::driver::CudaStream,
     ) -> Result<()> {
+        let _turn = self.turn();
         // SAFETY: the callers checked that `send` is `bytes` long and `recv` world_size times that; both stay where they are
         // until the stream has passed the collective.
         let status = unsafe {
@@ -196,6 +200,7 @@ impl Nccl {
         let len = send.len();
         ensure!(recv.len() == len && len.is_multiple_of(self.world_size), "all-to-all of {len} into {}", recv.len());
         let bytes = len / self.world_size * size_of::<T>();
+        let _turn = self.turn();
         // SAFETY: as for `all_gather_bytes`; each part lies in its range.
         unsafe {
             self.check("ncclGroupStart", (self.group_start)())?;
@@ -214,8 +219,20 @@ impl Nccl {
         self.rank
     }
 
-    /// Fails when something has gone wrong since the last look; false while a call has not been taken up yet.
-    pub fn is_settled(&self, call: &str) -> Result<bool> {
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fails when something has gone wrong on the way; does not look while a call is being made.
+    pub fn check_errors(&self) -> Result<()> {
+        match self.turn.try_lock() {
+            Ok(_turn) => self.is_settled("NCCL").map(drop),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// False while a call has not been taken up yet.
+    fn is_settled(&self, call: &str) -> Result<bool> {
         let mut status = 0;
         // SAFETY: the handle is that of a communicator, finished or not.
         let asked = unsafe { (self.async_error)(self.handle, &mut status) };

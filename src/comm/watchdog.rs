@@ -62,7 +62,7 @@ fn watch(actions: Receiver<Watched>, nccl: Option<&Nccl>, timeout: Duration, giv
     for (name, done) in actions {
         let start = Instant::now();
         while !gives_up.load(Ordering::Relaxed) {
-            if let Some(Err(error)) = nccl.map(|nccl| nccl.is_settled("NCCL")) {
+            if let Some(Err(error)) = nccl.map(Nccl::check_errors) {
                 end_all_ranks(&format!("{name}: {error:#}"));
             }
             match done.try_is_complete() {

@@ -38,6 +38,30 @@ pub struct Dequantize<'a, D, T> {
     pub encoding: Encoding,
 }
 
+/// Codes and absmax of a tensor of n weights ([`crate::quant::nf4`]): codes u8 `[ceil(n / 2)]`, the first weight in the high
+/// nibble; absmax f32 `[ceil(n / 64)]`.
+pub struct QuantizeNf4<'a, D> {
+    pub codes: ViewMut<'a, D, u8>,
+    pub absmax: ViewMut<'a, D, f32>,
+    pub weights: View<'a, D, f32>,
+}
+
+/// absmax − offset in 8 bits ([`crate::quant::double`]): codes u8 and absmax f32 `[n]`, nested_absmax f32 `[ceil(n / 256)]`.
+pub struct QuantizeAbsmax<'a, D> {
+    pub codes: ViewMut<'a, D, u8>,
+    pub nested_absmax: ViewMut<'a, D, f32>,
+    pub absmax: View<'a, D, f32>,
+    pub offset: f32,
+}
+
+/// `y[i]` = a number in ±half_width that looks random and depends on seed (below 2²⁴) and first + i alone.
+pub struct Uniform<'a, D> {
+    pub y: ViewMut<'a, D, f32>,
+    pub seed: u64,
+    pub first: u64,
+    pub half_width: f32,
+}
+
 /// y = x · rstd · weight per row, rstd = 1 / sqrt(mean(x²) + eps). x, y `[T, H]`; rstd `[T]`; weight `[H]`.
 pub struct RmsNormForward<'a, D: Device> {
     pub y: ViewMut<'a, D, D::Act>,
@@ -228,6 +252,9 @@ pub trait Ops: Device {
     fn dequantize(&self, args: Dequantize<'_, Self, Self::Act>) -> Result<()>;
     /// The same to f32: norms and biases.
     fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()>;
+    fn quantize_nf4(&self, args: QuantizeNf4<'_, Self>) -> Result<()>;
+    fn quantize_absmax(&self, args: QuantizeAbsmax<'_, Self>) -> Result<()>;
+    fn uniform(&self, args: Uniform<'_, Self>) -> Result<()>;
     fn rms_norm_forward(&self, args: RmsNormForward<'_, Self>) -> Result<()>;
     fn rms_norm_backward(&self, args: RmsNormBackward<'_, Self>) -> Result<()>;
     fn rope(&self, args: Rope<'_, Self>) -> Result<()>;

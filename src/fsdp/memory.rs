@@ -44,8 +44,7 @@ pub struct Residency {
 
 impl Residency {
     /// Everything on the device.
-    pub const ALL: Residency =
-        Residency { units: usize::MAX, trainables: true, boundary_buffers: usize::MAX };
+    pub const ALL: Residency = Residency { units: usize::MAX, trainables: true, boundary_buffers: usize::MAX };
 
     /// Which of `num_units` units are resident: spread evenly, so that a fetch always has computation to hide behind.
     pub fn of_units(&self, num_units: usize) -> Vec<bool> {

@@ -184,8 +184,10 @@ impl Inputs {
     /// Boundaries that wait for backward on the host.
     pub fn num_offloaded_boundaries(&self) -> usize {
         match self.mode == Mode::Train && self.num_boundary_buffers < self.max_boundary_buffers() {
-            true => self.max_boundary_buffers() - self.num_live_micro_batches() + self.min_boundary_buffers()
-                - self.num_boundary_buffers,
+            true => {
+                self.max_boundary_buffers() - self.num_live_micro_batches() + self.min_boundary_buffers()
+                    - self.num_boundary_buffers
+            }
             false => 0,
         }
     }

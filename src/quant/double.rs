@@ -50,8 +50,13 @@ pub struct NestedAbsmax {
 
 /// Quantizes the absmax values of a whole tensor. The mean is summed in f64 and rounded once.
 pub fn quantize_absmax(absmax: &[f32]) -> NestedAbsmax {
+    quantize_absmax_around(absmax, mean(absmax))
+}
+
+/// The offset of double quantization.
+pub fn mean(absmax: &[f32]) -> f32 {
     let sum: f64 = absmax.iter().map(|&a| f64::from(a)).sum();
-    quantize_absmax_around(absmax, (sum / absmax.len() as f64) as f32)
+    (sum / absmax.len() as f64) as f32
 }
 
 /// The same with a given offset.

@@ -88,7 +88,7 @@ pub fn quantize(
 }
 
 /// Codes and absmax of some blocks; `weights` may end inside a block.
-fn quantize_blocks(weights: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
+pub fn quantize_blocks(weights: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
     crate::simd::vectorize(
         #[inline(always)]
         || {
@@ -130,24 +130,22 @@ impl Nf4Tensor {
     pub fn write_records(&self, out: &mut [u8]) -> Result<()> {
         let encoding = self.encoding();
         ensure!(out.len() == encoding.tensor_bytes(self.num_weights), "records of {} bytes", out.len());
-        let mut begin = 0;
-        for first in (0..self.num_weights).step_by(RECORD_WEIGHTS) {
+        out.par_chunks_mut(encoding.parts(RECORD_WEIGHTS).bytes).enumerate().for_each(|(i, record)| {
+            let first = i * RECORD_WEIGHTS;
             let num = RECORD_WEIGHTS.min(self.num_weights - first);
             let parts = encoding.parts(num);
-            let record = &mut out[begin..begin + parts.bytes];
             record.fill(0);
             record[parts.codes].copy_from_slice(&self.codes[first / 2..first / 2 + num.div_ceil(2)]);
             let blocks = first / BLOCK..first / BLOCK + num.div_ceil(BLOCK);
             match &self.absmax {
                 Absmax::F32(absmax) => record[parts.absmax].copy_from_slice(bytemuck::cast_slice(&absmax[blocks])),
                 Absmax::Nested(nested) => {
-                    let scale = [nested.nested_absmax[first / RECORD_WEIGHTS], nested.offset];
+                    let scale = [nested.nested_absmax[i], nested.offset];
                     record[parts.scale].copy_from_slice(bytemuck::cast_slice(&scale));
                     record[parts.absmax].copy_from_slice(&nested.codes[blocks]);
                 }
             }
-            begin += parts.bytes;
-        }
+        });
         Ok(())
     }
 

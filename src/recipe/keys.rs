@@ -138,13 +138,8 @@ keys! {
 }
 
 /// Keys of the design that nothing honours yet.
-pub(super) const KEYS_NOT_YET: &[&str] = &[
-    "training.save_steps",
-    "training.save_total_limit",
-    "training.resume",
-    "training.max_time",
-    "fsdp.gather",
-];
+pub(super) const KEYS_NOT_YET: &[&str] =
+    &["training.save_steps", "training.save_total_limit", "training.resume", "training.max_time", "fsdp.gather"];
 
 /// Values of the design that nothing honours yet.
 pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[

@@ -13,8 +13,8 @@ use std::path::Path;
 
 use job::Use;
 pub use job::{
-    Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Job, LoraJob, LrScheduler,
-    QuantizationJob, ShardingStrategy, TrainingJob,
+    Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Job, LoraJob,
+    LrScheduler, QuantizationJob, ShardingStrategy, TrainingJob,
 };
 use overrides::Written;
 

@@ -57,8 +57,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             let update = self.update(step_idx, num_steps, num_updates, scaler.scale());
             let batches = self.batches(&mut sampler, step_idx);
             let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
-            let args =
-                StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
+            let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
             let record = step(self.engine, &batches, &args)?;
             if record.updated && !b_is_checked {
                 check::every_matrix_has_a_gradient(self.engine, "B")?;
@@ -73,7 +72,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 updated_with_a_learning_rate |= update.learning_rate > 0.0;
             } else {
                 let (step, scale) = (step_idx + 1, scaler.scale());
-                self.log.line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
+                self.log
+                    .line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
             }
             self.record(step_idx + 1, num_steps, &update, &record, start.elapsed())?;
             let last = step_idx + 1 == num_steps;

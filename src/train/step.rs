@@ -68,9 +68,11 @@ pub fn step<D: Ops, Q: Queue<D>>(
         },
         batches,
     )?;
-    // One sum per micro-batch first, so that the order of additions is that of the global batch as far as it can be.
-    let loss: f64 = output.log_probabilities.iter().map(|micro| -micro.iter().sum::<f64>()).sum();
-    let loss = engine.queue.all_reduce_f64("sum of losses", &[loss])?[0] / counts[0];
+    // One sum per micro-batch, and these added in the order of the global batch: the same bits on any number of ranks.
+    let own: Vec<f64> = output.log_probabilities.iter().map(|micro| -micro.iter().sum::<f64>()).collect();
+    let sums = engine.queue.all_gather_f64("losses", &own)?;
+    let in_order = (0..num_micro_batches).flat_map(|m| sums.iter().map(move |of_rank| of_rank[m]));
+    let loss = in_order.sum::<f64>() / counts[0];
     ensure!(loss.is_finite(), "step {step}: the loss is {loss}");
     let ms = |d: std::time::Duration| d.as_secs_f64() * 1e3;
     Ok(StepRecord {

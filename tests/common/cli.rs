@@ -6,6 +6,23 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 
+/// With which mpirun works as root, and with more ranks than cores.
+pub const MPI_ENVIRONMENT: [(&str, &str); 8] = [
+    ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+    ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+    ("PRTE_ALLOW_RUN_AS_ROOT", "1"),
+    ("PRTE_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+    ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+    ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
+    ("OMPI_MCA_hwloc_base_binding_policy", "none"),
+    ("OMPI_MCA_mpi_yield_when_idle", "1"),
+];
+
+/// The program: `$FSDP_QLORA_PROGRAM` where the tests were carried to another machine.
+pub fn program() -> PathBuf {
+    std::env::var_os("FSDP_QLORA_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_fsdp-qlora").into(), PathBuf::from)
+}
+
 /// A copy of the tiny model with its tokenizer, some rows, and a cache of its own.
 pub struct Place {
     dir: TempDir,
@@ -55,31 +72,19 @@ impl Place {
 
     /// The program with these arguments.
     pub fn command(&self, args: &[&str]) -> Command {
-        self.with_environment(Command::new(env!("CARGO_BIN_EXE_fsdp-qlora")), args)
+        self.with_environment(Command::new(program()), args)
     }
 
     /// The program on some ranks.
     pub fn mpirun(&self, ranks: usize, args: &[&str]) -> Command {
         let mut command = Command::new(std::env::var("MPIEXEC").unwrap_or("mpirun".into()));
-        command.args(["-np", &ranks.to_string(), env!("CARGO_BIN_EXE_fsdp-qlora")]);
+        command.args(["-np", &ranks.to_string()]).arg(program());
         self.with_environment(command, args)
     }
 
     fn with_environment(&self, mut command: Command, args: &[&str]) -> Command {
         command.args(args).current_dir(self.dir.path()).env("FSDP_QLORA_CACHE", self.path("cache"));
-        for (name, value) in [
-            ("RAYON_NUM_THREADS", "1"),
-            ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
-            ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
-            ("PRTE_ALLOW_RUN_AS_ROOT", "1"),
-            ("PRTE_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
-            ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
-            ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
-            ("OMPI_MCA_hwloc_base_binding_policy", "none"),
-            ("OMPI_MCA_mpi_yield_when_idle", "1"),
-        ] {
-            command.env(name, value);
-        }
+        command.env("RAYON_NUM_THREADS", "1").envs(MPI_ENVIRONMENT);
         command
     }
 

@@ -1,7 +1,5 @@
 //! `bench step`: training steps on made-up weights of a shape.
 
-use std::path::PathBuf;
-
 use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
@@ -17,14 +15,14 @@ use crate::fsdp::schedule::{Mode, Recompute};
 use crate::model::batch::MicroBatch;
 use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
-use crate::model::shapes;
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::recipe::{self, ShardingStrategy};
+use crate::train::fault;
 use crate::train::metrics::peak_host_bytes;
 use crate::train::step::{StepArgs, StepRecord, step};
 
-use super::super::start::{Start, Work};
+use super::super::start::{Placement, Start, Work};
 
 #[derive(Args)]
 pub struct StepBench {
@@ -55,21 +53,19 @@ const WARM_UP_STEPS: u32 = 2;
 pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> {
     let job = recipe::for_bench(overrides)?;
     ensure!((0.0..1.0).contains(&args.dropout), "--dropout: found {}; allowed: 0 to below 1", args.dropout);
-    let folder = PathBuf::from(&args.shape);
-    let config = match folder.join("config.json").exists() {
-        true => {
-            let config = ModelConfig::load(&folder)?;
-            ModelConfig { num_hidden_layers: args.layers.unwrap_or(config.num_hidden_layers), ..config }
-        }
-        false => shapes::named(&args.shape, args.layers)?,
-    };
+    let config = super::shape(&args.shape, args.layers)?;
     let mut comm = MpiComm::new(start.world)?;
     let placement = start.place(&mut comm, job.quantization.compute_dtype)?;
     let (shard, num_shards) = match job.fsdp.sharding_strategy {
         ShardingStrategy::FullShard => (start.world.rank, start.world.world_size),
         ShardingStrategy::NoShard => (0, 1),
     };
-    let base = synthetic::base(config.clone(), shard, num_shards, &mut |line| start.log.line(line))?;
+    let mut tell = |line| start.log.line(line);
+    let base = match &placement {
+        Placement::Cpu(cpu) => synthetic::base(cpu, config.clone(), shard, num_shards, &mut tell),
+        Placement::Bf16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, &mut tell),
+        Placement::Fp16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, &mut tell),
+    }?;
     let settings = AdapterSettings {
         lora_rank: 16,
         alpha: 16.0,
@@ -106,6 +102,7 @@ impl Work for Steps<'_> {
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
         let recompute = engine.limits().recompute == Recompute::All;
         for step_idx in 1..=WARM_UP_STEPS + args.steps {
+            fault::inject(start.world.rank, step_idx as usize)?;
             let batches: Vec<MicroBatch> = (0..args.accum)
                 .map(|m| batch(args, &config, u64::from(step_idx * args.accum + m), start.world.rank as u64))
                 .collect();

@@ -22,7 +22,8 @@ impl Cpu {
         let decay = (1.0 - args.learning_rate * args.weight_decay) as f32;
         let (beta2, epsilon) = (args.beta2 as f32, args.epsilon as f32);
         let (weight1, weight2) = ((1.0 - args.beta1) as f32, (1.0 - args.beta2) as f32);
-        let update = |(((param, m), v), grad): (((&mut [f32], &mut [f32]), &mut [f32]), &[f32])| {
+        type Chunk<'a> = (((&'a mut [f32], &'a mut [f32]), &'a mut [f32]), &'a [f32]);
+        let update = |(((param, m), v), grad): Chunk<'_>| {
             vectorize(
                 #[inline(always)]
                 || {

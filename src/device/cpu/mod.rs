@@ -14,6 +14,7 @@ mod nf4;
 mod rms_norm;
 mod rope;
 mod swiglu;
+mod uniform;
 
 use anyhow::Result;
 pub use memory::HostRegion;
@@ -102,6 +103,15 @@ impl Ops for Cpu {
     }
     fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()> {
         self.dequantize_records(args)
+    }
+    fn quantize_nf4(&self, args: QuantizeNf4<'_, Self>) -> Result<()> {
+        self.quantize_blocks(args)
+    }
+    fn quantize_absmax(&self, args: QuantizeAbsmax<'_, Self>) -> Result<()> {
+        self.quantize_superblocks(args)
+    }
+    fn uniform(&self, args: Uniform<'_, Self>) -> Result<()> {
+        self.uniform_f32(args)
     }
     fn rms_norm_forward(&self, args: RmsNormForward<'_, Self>) -> Result<()> {
         self.rms_norm_forward_f32(args)

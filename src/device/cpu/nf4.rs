@@ -1,13 +1,13 @@
-//! Records to dense f32 weights.
+//! Records to dense f32 weights, and weights to codes.
 
 use anyhow::{Result, ensure};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use crate::device::ops::Dequantize;
-use crate::quant::double::DYNAMIC_MAP;
-use crate::quant::nf4::CODEBOOK;
-use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, RecordParts};
+use crate::device::ops::{Dequantize, QuantizeAbsmax, QuantizeNf4};
+use crate::quant::double::{DYNAMIC_MAP, quantize_absmax_around};
+use crate::quant::nf4::{self, CODEBOOK};
+use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, RecordParts, SUPERBLOCK};
 
 use super::Cpu;
 
@@ -23,6 +23,28 @@ const PAIRS: [[f32; 2]; 256] = {
 };
 
 impl Cpu {
+    pub(super) fn quantize_blocks(&self, args: QuantizeNf4<'_, Cpu>) -> Result<()> {
+        let QuantizeNf4 { codes, absmax, weights } = args;
+        let (codes, absmax, weights) = (codes.host_mut(), absmax.host_mut(), weights.host());
+        let n = weights.len();
+        ensure!(codes.len() == n.div_ceil(2) && absmax.len() == n.div_ceil(BLOCK), "quantize: {n} weights");
+        (codes.par_chunks_mut(RECORD_WEIGHTS / 2), absmax.par_chunks_mut(RECORD_WEIGHTS / BLOCK))
+            .into_par_iter()
+            .zip(weights.par_chunks(RECORD_WEIGHTS))
+            .for_each(|((codes, absmax), weights)| nf4::quantize_blocks(weights, codes, absmax));
+        Ok(())
+    }
+
+    pub(super) fn quantize_superblocks(&self, args: QuantizeAbsmax<'_, Cpu>) -> Result<()> {
+        let QuantizeAbsmax { codes, nested_absmax, absmax, offset } = args;
+        let n = absmax.len();
+        ensure!(codes.len() == n && nested_absmax.len() == n.div_ceil(SUPERBLOCK), "quantize: {n} absmax values");
+        let quantized = quantize_absmax_around(absmax.host(), offset);
+        codes.host_mut().copy_from_slice(&quantized.codes);
+        nested_absmax.host_mut().copy_from_slice(&quantized.nested_absmax);
+        Ok(())
+    }
+
     pub(super) fn dequantize_records(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
         let Dequantize { weights, records, encoding } = args;
         let (weights, records) = (weights.host_mut(), records.host());

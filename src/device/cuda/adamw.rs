@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::AdamW;
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
     pub(super) fn adamw_f32(&self, args: AdamW<'_, Cuda<A>>) -> Result<()> {

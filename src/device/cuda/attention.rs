@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::{AttentionBackward, AttentionForward, AttentionShape};
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 /// Widths of a head that the kernels are made for.
 const HEAD_DIMS: [usize; 3] = [64, 96, 128];

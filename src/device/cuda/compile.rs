@@ -9,7 +9,7 @@ use cudarc::nvrtc;
 use xxhash_rust::xxh3::xxh3_64;
 
 /// `kernels/*.cu` by stem, with the names of what they define.
-pub const SOURCES: [(&str, &str, &[&str]); 9] = [
+pub const SOURCES: [(&str, &str, &[&str]); 10] = [
     ("adamw", include_str!("../../../kernels/adamw.cu"), &["adamw"]),
     (
         "attention",
@@ -41,11 +41,12 @@ pub const SOURCES: [(&str, &str, &[&str]); 9] = [
     (
         "nf4",
         include_str!("../../../kernels/nf4.cu"),
-        &["dequantize_nf4", "dequantize_nf4_f32", "convert", "convert_f32"],
+        &["dequantize_nf4", "dequantize_nf4_f32", "convert", "convert_f32", "quantize_nf4", "quantize_absmax"],
     ),
     ("rms_norm", include_str!("../../../kernels/rms_norm.cu"), &["rms_norm_forward", "rms_norm_backward"]),
     ("rope", include_str!("../../../kernels/rope.cu"), &["rope"]),
     ("swiglu", include_str!("../../../kernels/swiglu.cu"), &["swiglu_forward", "swiglu_backward"]),
+    ("uniform", include_str!("../../../kernels/uniform.cu"), &["uniform"]),
 ];
 
 const COMMON: &str = include_str!("../../../kernels/common.cuh");

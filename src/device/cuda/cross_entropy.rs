@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::{CrossEntropyFinish, CrossEntropyPiece, GatherTargetRows, Ops, Transpose};
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 /// Vocabulary rows of a piece that the kernel holds in registers.
 const MAX_PIECE_ROWS: usize = 4096;

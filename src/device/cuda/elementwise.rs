@@ -5,8 +5,8 @@ use cudarc::driver::CudaStream;
 
 use crate::device::{Device, View, ViewMut};
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
     pub(super) fn add_act(&self, y: ViewMut<'_, Cuda<A>, A>, x: View<'_, Cuda<A>, A>) -> Result<()> {

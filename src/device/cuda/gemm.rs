@@ -10,8 +10,8 @@ use cudarc::driver::CudaStream;
 use crate::device::ops::{Gemm, Transpose};
 use crate::device::{Element, View, ViewMut};
 
-use super::{Cuda, HalfType};
 use super::memory::Tables;
+use super::{Cuda, HalfType};
 
 /// Workspace of cuBLAS; one of a fixed size makes its choice of algorithm the same on every run.
 pub const WORKSPACE_BYTES: usize = 32 << 20;

@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::LoraDropout;
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
     pub(super) fn lora_dropout_act(&self, args: LoraDropout<'_, Cuda<A>>) -> Result<()> {

@@ -18,6 +18,7 @@ mod nf4;
 mod rms_norm;
 mod rope;
 mod swiglu;
+mod uniform;
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -28,12 +29,12 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, sys};
 use cudarc::nvrtc::Ptx;
-use half::{bf16, f16};
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 use super::ops::*;
-use launch::{Grid, args};
 use super::{Ops, View, ViewMut};
+use launch::{Grid, args};
 
 /// What a process takes of a GPU's memory before it has allocated anything: the driver's context, the kernels, cuBLAS and its
 /// workspace.
@@ -218,6 +219,15 @@ impl<A: HalfType> Ops for Cuda<A> {
     }
     fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()> {
         self.dequantize_records(args, "dequantize_nf4_f32", "convert_f32")
+    }
+    fn quantize_nf4(&self, args: QuantizeNf4<'_, Self>) -> Result<()> {
+        self.quantize_blocks(args)
+    }
+    fn quantize_absmax(&self, args: QuantizeAbsmax<'_, Self>) -> Result<()> {
+        self.quantize_superblocks(args)
+    }
+    fn uniform(&self, args: Uniform<'_, Self>) -> Result<()> {
+        self.uniform_f32(args)
     }
     fn rms_norm_forward(&self, args: RmsNormForward<'_, Self>) -> Result<()> {
         self.rms_norm_forward_act(args)

@@ -1,15 +1,32 @@
-//! Records to dense weights.
+//! Records to dense weights, and weights to codes.
 
 use anyhow::{Result, ensure};
 
 use crate::device::Element;
-use crate::device::ops::Dequantize;
-use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
+use crate::device::ops::{Dequantize, QuantizeAbsmax, QuantizeNf4};
+use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
+    pub(super) fn quantize_blocks(&self, args: QuantizeNf4<'_, Cuda<A>>) -> Result<()> {
+        let QuantizeNf4 { codes, absmax, weights } = args;
+        let (n, blocks) = (weights.len(), absmax.len());
+        ensure!(codes.len() == n.div_ceil(2) && blocks == n.div_ceil(BLOCK), "quantize: {n} weights");
+        // Eight warps a thread block.
+        let args = args![codes, absmax, weights, n as u64, self.tables.codebook()];
+        self.launch("quantize_nf4", Grid::rows(blocks.div_ceil(8)), args)
+    }
+
+    pub(super) fn quantize_superblocks(&self, args: QuantizeAbsmax<'_, Cuda<A>>) -> Result<()> {
+        let QuantizeAbsmax { codes, nested_absmax, absmax, offset } = args;
+        let (n, superblocks) = (absmax.len(), nested_absmax.len());
+        ensure!(codes.len() == n && superblocks == n.div_ceil(SUPERBLOCK), "quantize: {n} absmax values");
+        let args = args![codes, nested_absmax, absmax, n as u64, offset, self.tables.map()];
+        self.launch("quantize_absmax", Grid::rows(superblocks), args)
+    }
+
     /// `nf4` and `plain` name the kernels for T.
     pub(super) fn dequantize_records<T: Element>(
         &self,

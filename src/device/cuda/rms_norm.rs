@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::{RmsNormBackward, RmsNormForward};
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
     pub(super) fn rms_norm_forward_act(&self, args: RmsNormForward<'_, Cuda<A>>) -> Result<()> {

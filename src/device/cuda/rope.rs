@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::Rope;
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
     pub(super) fn rope_act(&self, args: Rope<'_, Cuda<A>>) -> Result<()> {

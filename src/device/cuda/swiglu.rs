@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::{SwigluBackward, SwigluForward};
 
-use super::{Cuda, HalfType};
 use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
     pub(super) fn swiglu_forward_act(&self, args: SwigluForward<'_, Cuda<A>>) -> Result<()> {

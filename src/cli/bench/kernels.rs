@@ -1,0 +1,334 @@
+//! `bench kernels`: each op at the sizes of a layer, against the rates that this device reaches on a large copy and a large
+//! matrix product.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use clap::Args;
+use serde_json::json;
+
+use super::super::start::{Placement, Start};
+use crate::comm::mpi::MpiComm;
+use crate::device::ops::*;
+use crate::device::{Arena, Buffer, Element, Ops, View, ViewMut};
+use crate::model::config::ModelConfig;
+use crate::model::names::Projection;
+use crate::quant::record::Encoding;
+use crate::recipe;
+
+#[derive(Args)]
+pub struct KernelBench {
+    /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
+    #[arg(long)]
+    shape: String,
+    /// Tokens of one sequence
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    seq: u32,
+}
+
+const LORA_RANK: usize = 16;
+/// Timed batches of calls, of which the median counts, and about how long one lasts.
+const BATCHES: usize = 5;
+const BATCH_SECONDS: f64 = 0.02;
+
+pub fn run(start: &Start, args: &KernelBench, overrides: &[String]) -> Result<()> {
+    let job = recipe::for_bench(overrides)?;
+    let config = super::shape(&args.shape, None)?;
+    let mut comm = MpiComm::new(start.world)?;
+    let placement = start.place(&mut comm, job.quantization.compute_dtype)?;
+    if !start.log.enabled {
+        return Ok(());
+    }
+    match placement {
+        Placement::Cpu(cpu) => Timer::new(&cpu)?.all(&config, args.seq as usize),
+        Placement::Bf16(cuda, _) => Timer::new(&cuda)?.all(&config, args.seq as usize),
+        Placement::Fp16(cuda, _) => Timer::new(&cuda)?.all(&config, args.seq as usize),
+    }
+}
+
+/// What a call does, to be held against the device's peak.
+#[derive(Clone, Copy)]
+enum Amount {
+    Flops(f64),
+    /// Read and written.
+    Bytes(f64),
+}
+
+struct Timer<'a, D: Ops> {
+    device: &'a D,
+    /// FLOP/s of a large matrix product, bytes/s of a large copy.
+    peak_flops: f64,
+    peak_bytes: f64,
+}
+
+impl<'a, D: Ops> Timer<'a, D> {
+    fn new(device: &'a D) -> Result<Self> {
+        let mut timer = Timer { device, peak_flops: f64::INFINITY, peak_bytes: f64::INFINITY };
+        let n = if size_of::<D::Act>() == 2 { 8192 } else { 1024 };
+        let (a, b, mut c) = (timer.act(n * n)?, timer.act(n * n)?, timer.act(n * n)?);
+        let seconds = timer.seconds(|| {
+            let (transpose_a, transpose_b) = (Transpose::No, Transpose::Yes);
+            let (c, a, b) = (c.view_mut(), a.view(), b.view());
+            device.gemm(Gemm { c, a, b, transpose_a, transpose_b, m: n, n, k: n, alpha: 1.0, beta: 0.0 })
+        })?;
+        timer.peak_flops = timer.tell(&format!("matrix product {n}"), seconds, Amount::Flops(2.0 * (n as f64).powi(3)));
+        let bytes = c.len() * size_of::<D::Act>();
+        let seconds = timer.seconds(|| device.copy(c.view_mut(), a.view()))?;
+        timer.peak_bytes = timer.tell("copy", seconds, Amount::Bytes(2.0 * bytes as f64));
+        Ok(timer)
+    }
+
+    fn buffer<T: Element>(&self, len: usize) -> Result<Buffer<D, T>> {
+        let mut measured = Arena::<D>::measure();
+        measured.carve::<T>("bench", len)?;
+        let mut buffer = Arena::allocate(self.device, measured.into_plan())?.carve("bench", len)?;
+        self.device.fill_bytes(buffer.view_mut(), 0)?;
+        Ok(buffer)
+    }
+
+    fn f32s(&self, len: usize) -> Result<Buffer<D, f32>> {
+        let mut buffer = self.buffer(len)?;
+        self.device.uniform(Uniform { y: buffer.view_mut(), seed: len as u64 % 1009, first: 0, half_width: 1.0 })?;
+        Ok(buffer)
+    }
+
+    fn act(&self, len: usize) -> Result<Buffer<D, D::Act>> {
+        let mut buffer = self.buffer(len)?;
+        self.device.cast(buffer.view_mut(), self.f32s(len)?.view())?;
+        Ok(buffer)
+    }
+
+    /// Median time of a call.
+    fn seconds(&self, mut call: impl FnMut() -> Result<()>) -> Result<f64> {
+        let mut batch = |calls: usize| -> Result<f64> {
+            let start = Instant::now();
+            (0..calls).try_for_each(|_| call())?;
+            self.device.synchronize()?;
+            Ok(start.elapsed().as_secs_f64() / calls as f64)
+        };
+        batch(1)?;
+        let calls = (BATCH_SECONDS / batch(1)?).clamp(1.0, 1000.0) as usize;
+        let mut times = (0..BATCHES).map(|_| batch(calls)).collect::<Result<Vec<f64>>>()?;
+        times.sort_by(f64::total_cmp);
+        Ok(times[BATCHES / 2])
+    }
+
+    /// Prints a line; returns the rate.
+    fn tell(&self, name: &str, seconds: f64, amount: Amount) -> f64 {
+        let (rate, unit, scale, peak) = match amount {
+            Amount::Flops(flops) => (flops / seconds, "TFLOP/s", 1e12, self.peak_flops),
+            Amount::Bytes(bytes) => (bytes / seconds, "GB/s", 1e9, self.peak_bytes),
+        };
+        let share = if peak.is_finite() { rate / peak } else { 1.0 };
+        let line =
+            json!({"kernel": name, "ms": seconds * 1e3, "rate": rate / scale, "unit": unit, "share_of_peak": share});
+        println!("{line}");
+        rate
+    }
+
+    fn time(&self, name: &str, amount: Amount, call: impl FnMut() -> Result<()>) -> Result<()> {
+        let seconds = self.seconds(call)?;
+        self.tell(name, seconds, amount);
+        Ok(())
+    }
+
+    fn all(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+        self.products(config, tokens)?;
+        self.dequantize(config)?;
+        self.rows(config, tokens)?;
+        self.mlp(config, tokens)?;
+        self.attention(config, tokens)?;
+        self.head(config, tokens)
+    }
+
+    /// c = a · b + beta · c, b transposed or not.
+    fn product(
+        &self,
+        c: ViewMut<'_, D, D::Act>,
+        a: View<'_, D, D::Act>,
+        b: View<'_, D, D::Act>,
+        transpose_b: Transpose,
+        [m, n, k]: [usize; 3],
+        beta: f32,
+    ) -> Result<()> {
+        self.device.gemm(Gemm { c, a, b, transpose_a: Transpose::No, transpose_b, m, n, k, alpha: 1.0, beta })
+    }
+
+    fn products(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+        use Transpose::{No, Yes};
+        let (d, alpha, r) = (self.device, 1.0, LORA_RANK);
+        for projection in [Projection::Q, Projection::Gate, Projection::Down] {
+            let [n, k] = projection.shape(config);
+            let (x, mut y) = (self.act(tokens * k)?, self.act(tokens * n)?);
+            let (w, a, b, mut u) = (self.act(n * k)?, self.act(r * k)?, self.act(n * r)?, self.act(tokens * r)?);
+            let mut grad = self.f32s(n * r)?;
+            let flops = |k: usize, n: usize| Amount::Flops(2.0 * (tokens * k * n) as f64);
+            self.time(&format!("{projection} x·Wᵀ"), flops(k, n), || {
+                self.product(y.view_mut(), x.view(), w.view(), Yes, [tokens, n, k], 0.0)
+            })?;
+            self.time(&format!("{projection} u = x·Aᵀ"), flops(k, r), || {
+                self.product(u.view_mut(), x.view(), a.view(), Yes, [tokens, r, k], 0.0)
+            })?;
+            self.time(&format!("{projection} y += u·Bᵀ"), flops(r, n), || {
+                self.product(y.view_mut(), u.view(), b.view(), Yes, [tokens, n, r], 1.0)
+            })?;
+            let mut d_x = self.act(tokens * k)?;
+            self.time(&format!("{projection} d_y·W"), flops(n, k), || {
+                self.product(d_x.view_mut(), y.view(), w.view(), No, [tokens, k, n], 0.0)
+            })?;
+            self.time(&format!("{projection} dB += d_yᵀ·u"), flops(n, r), || {
+                let (c, a, b) = (grad.view_mut(), y.view(), u.view());
+                d.gemm_grad(Gemm {
+                    c,
+                    a,
+                    b,
+                    transpose_a: Yes,
+                    transpose_b: No,
+                    m: n,
+                    n: r,
+                    k: tokens,
+                    alpha,
+                    beta: 1.0,
+                })
+            })?;
+        }
+        Ok(())
+    }
+
+    fn dequantize(&self, config: &ModelConfig) -> Result<()> {
+        let (len, encoding) =
+            (Projection::Gate.shape(config).iter().product::<usize>(), Encoding::Nf4 { double_quant: true });
+        let (records, mut weights) = (self.buffer::<u8>(encoding.tensor_bytes(len))?, self.buffer::<D::Act>(len)?);
+        let bytes = (records.len() + len * size_of::<D::Act>()) as f64;
+        self.time("dequantize gate_proj", Amount::Bytes(bytes), || {
+            self.device.dequantize(Dequantize { weights: weights.view_mut(), records: records.view(), encoding })
+        })
+    }
+
+    /// Ops on `[tokens, hidden]`.
+    fn rows(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+        let (d, hidden) = (self.device, config.hidden_size);
+        let len = tokens * hidden;
+        let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
+        let (x, mut y, weight, mut rstd) = (self.act(len)?, self.act(len)?, self.f32s(hidden)?, self.f32s(tokens)?);
+        self.time("rms_norm forward", moved(2.0), || {
+            let (y, rstd, x, weight) = (y.view_mut(), rstd.view_mut(), x.view(), weight.view());
+            d.rms_norm_forward(RmsNormForward { y, rstd, x, weight, eps: 1e-5 })
+        })?;
+        let mut d_x = self.act(len)?;
+        self.time("rms_norm backward", moved(4.0), || {
+            let (d_x, d_y, x) = (d_x.view_mut(), y.view(), x.view());
+            d.rms_norm_backward(RmsNormBackward { d_x, d_y, x, rstd: rstd.view(), weight: weight.view() })
+        })?;
+        self.time("add", moved(3.0), || d.add(y.view_mut(), x.view()))?;
+        let (head_dim, num_heads) = (config.head_dim, config.num_attention_heads);
+        let (cos, sin) = (self.f32s(tokens * head_dim / 2)?, self.f32s(tokens * head_dim / 2)?);
+        let mut q = self.act(tokens * num_heads * head_dim)?;
+        self.time("rope", Amount::Bytes((2 * q.len() * size_of::<D::Act>()) as f64), || {
+            let (cos, sin) = (cos.view(), sin.view());
+            d.rope(Rope { x: q.view_mut(), cos, sin, num_heads, head_dim, inverse: false })
+        })?;
+        let (positions, sample_idx) = (self.buffer::<u32>(tokens)?, self.buffer::<u64>(tokens)?);
+        self.time("lora_dropout", moved(2.0), || {
+            let (sample_idx, positions) = (sample_idx.view(), positions.view());
+            let mask = DropoutMask { probability: 0.05, seed: 1, step: 1, module: 1, sample_idx, positions };
+            d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate: false })
+        })
+    }
+
+    fn mlp(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+        let (d, len) = (self.device, tokens * config.intermediate_size);
+        let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
+        let (gate, up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
+        self.time("swiglu forward", moved(3.0), || {
+            d.swiglu_forward(SwigluForward { y: y.view_mut(), gate: gate.view(), up: up.view() })
+        })?;
+        let (mut d_gate, mut d_up) = (self.act(len)?, self.act(len)?);
+        self.time("swiglu backward", moved(5.0), || {
+            let (d_gate, d_up, d_y) = (d_gate.view_mut(), d_up.view_mut(), y.view());
+            d.swiglu_backward(SwigluBackward { d_gate, d_up, d_y, gate: gate.view(), up: up.view() })
+        })
+    }
+
+    fn attention(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+        let (d, heads, kv_heads) = (self.device, config.num_attention_heads, config.num_key_value_heads);
+        let (q_len, kv_len) = (tokens * heads * config.head_dim, tokens * kv_heads * config.head_dim);
+        let (q, k, v) = (self.act(q_len)?, self.act(kv_len)?, self.act(kv_len)?);
+        let (mut out, mut lse) = (self.act(q_len)?, self.f32s(tokens * heads)?);
+        let mut positions = self.buffer::<u32>(tokens)?;
+        d.upload(positions.view_mut(), &(0..tokens as u32).collect::<Vec<_>>())?;
+        let shape = AttentionShape {
+            num_heads: heads,
+            num_key_value_heads: kv_heads,
+            head_dim: config.head_dim,
+            documents: &[0, tokens as u32],
+            positions: positions.view(),
+            num_past_tokens: 0,
+        };
+        // Causal: half of the scores. Two products forward, five backward.
+        let product = (tokens * tokens * heads * config.head_dim) as f64;
+        self.time("attention forward", Amount::Flops(2.0 * product), || {
+            let (out, lse, q, k, v) = (out.view_mut(), lse.view_mut(), q.view(), k.view(), v.view());
+            d.attention_forward(AttentionForward { out, lse, q, k, v, shape })
+        })?;
+        let (mut d_q, mut d_k, mut d_v) = (self.act(q_len)?, self.act(kv_len)?, self.act(kv_len)?);
+        let (d_out, mut delta) = (self.act(q_len)?, self.f32s(tokens * heads)?);
+        self.time("attention backward", Amount::Flops(5.0 * product), || {
+            d.attention_backward(AttentionBackward {
+                d_q: d_q.view_mut(),
+                d_k: d_k.view_mut(),
+                d_v: d_v.view_mut(),
+                delta: delta.view_mut(),
+                d_out: d_out.view(),
+                out: out.view(),
+                lse: lse.view(),
+                q: q.view(),
+                k: k.view(),
+                v: v.view(),
+                shape,
+            })
+        })
+    }
+
+    fn head(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+        let (d, hidden) = (self.device, config.hidden_size);
+        let rows = crate::fsdp::unit::HEAD_PIECE_ROWS.min(config.vocab_size);
+        let (x, weight, target_ids) =
+            (self.act(tokens * hidden)?, self.act(rows * hidden)?, self.buffer::<u32>(tokens)?);
+        let (mut max, mut sum, mut target_logit) = (self.f32s(tokens)?, self.f32s(tokens)?, self.f32s(tokens)?);
+        let (mut acc, mut logits) = (self.f32s(tokens * hidden)?, self.f32s(tokens * rows)?);
+        // Logits, and their part of the gradient.
+        self.time("cross_entropy piece", Amount::Flops(4.0 * (tokens * rows * hidden) as f64), || {
+            d.cross_entropy_piece(CrossEntropyPiece {
+                max: max.view_mut(),
+                sum: sum.view_mut(),
+                target_logit: target_logit.view_mut(),
+                acc: Some(acc.view_mut()),
+                logits: logits.view_mut(),
+                x: x.view(),
+                weight: weight.view(),
+                target_ids: target_ids.view(),
+                first_id: 0,
+            })
+        })?;
+        let len = Projection::Gate.shape(config).iter().sum::<usize>() * LORA_RANK;
+        let mut state = [self.f32s(len)?, self.f32s(len)?, self.f32s(len)?];
+        let grad = self.f32s(len)?;
+        self.time("adamw", Amount::Bytes((7 * 4 * len) as f64), || {
+            let [param, exp_avg, exp_avg_sq] = &mut state;
+            d.adamw(AdamW {
+                param: param.view_mut(),
+                exp_avg: exp_avg.view_mut(),
+                exp_avg_sq: exp_avg_sq.view_mut(),
+                grad: grad.view(),
+                grad_scale: 1.0,
+                learning_rate: 1e-4,
+                beta1: 0.9,
+                beta2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.0,
+                step: 1,
+            })
+        })
+    }
+}

@@ -1,0 +1,22 @@
+//! Numbers that look random.
+
+use anyhow::Result;
+
+use crate::device::ops::Uniform;
+
+use super::Cpu;
+
+impl Cpu {
+    pub(super) fn uniform_f32(&self, args: Uniform<'_, Cpu>) -> Result<()> {
+        let Uniform { y, seed, first, half_width } = args;
+        self.for_rows(y.host_mut(), 1, |begin, part| {
+            for (i, y) in part.iter_mut().enumerate() {
+                let mut z = (first + (begin + i) as u64).wrapping_add(seed << 40);
+                z = (z ^ (z >> 33)).wrapping_mul(0xFF51_AFD7_ED55_8CCD);
+                z = (z ^ (z >> 33)).wrapping_mul(0xC4CE_B9FE_1A85_EC53);
+                *y = ((z >> 40) as f32 / 8_388_608.0 - 1.0) * half_width;
+            }
+        });
+        Ok(())
+    }
+}

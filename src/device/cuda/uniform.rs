@@ -1,0 +1,16 @@
+//! Numbers that look random.
+
+use anyhow::Result;
+
+use crate::device::ops::Uniform;
+
+use super::launch::{Grid, args};
+use super::{Cuda, HalfType};
+
+impl<A: HalfType> Cuda<A> {
+    pub(super) fn uniform_f32(&self, args: Uniform<'_, Cuda<A>>) -> Result<()> {
+        let Uniform { y, seed, first, half_width } = args;
+        let len = y.len();
+        self.launch("uniform", Grid::elements(len), args![y, len as u64, first, seed, half_width])
+    }
+}
