@@ -88,8 +88,8 @@ extern "C" __global__ void convert_f32(float *weights, const u8 *records, u64 nu
 }
 
 // Codes and absmax of the blocks of a tensor, as bitsandbytes' kQuantizeBlockwise finds them: the code of w is the number of
-// thresholds (midpoints of neighbouring codes) below w · (1 / absmax). One warp a block, one byte a lane.
-extern "C" __global__ void quantize_nf4(u8 *codes, float *absmax, const float *weights, u64 num_weights, const float *codebook) {
+// thresholds [15] below w · (1 / absmax). One warp a block, one byte a lane.
+extern "C" __global__ void quantize_nf4(u8 *codes, float *absmax, const float *weights, u64 num_weights, const float *thresholds) {
     u64 block = thread_idx() / 32, first = block * BLOCK;
     u32 lane = threadIdx.x % 32;
     if (first >= num_weights) return;
@@ -101,9 +101,8 @@ extern "C" __global__ void quantize_nf4(u8 *codes, float *absmax, const float *w
     float reciprocal = __fdiv_rn(1.0f, largest);
     u32 code[2] = {0, 0};
     for (int i = 0; i < 15; i++) {
-        float threshold = __fmul_rn(__fadd_rn(codebook[i], codebook[i + 1]), 0.5f);
-        code[0] += __fmul_rn(pair[0], reciprocal) > threshold;
-        code[1] += __fmul_rn(pair[1], reciprocal) > threshold;
+        code[0] += __fmul_rn(pair[0], reciprocal) > thresholds[i];
+        code[1] += __fmul_rn(pair[1], reciprocal) > thresholds[i];
     }
     // An odd count leaves a low nibble that stands for no weight: 7, the code of zero.
     if (at + 1 >= num_weights) code[1] = 7;

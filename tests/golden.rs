@@ -11,7 +11,7 @@ use fsdp_qlora::fsdp::exec::RunArgs;
 use fsdp_qlora::fsdp::schedule::Mode;
 use fsdp_qlora::model::batch::{MicroBatch, NO_TARGET};
 use fsdp_qlora::quant::double::{DYNAMIC_MAP, quantize_absmax_around};
-use fsdp_qlora::quant::nf4::{Absmax, CODEBOOK, Nf4Tensor, quantize};
+use fsdp_qlora::quant::nf4::{Absmax, CODEBOOK, Nf4Tensor, THRESHOLDS, quantize};
 use safetensors::{Dtype, SafeTensors};
 
 /// All tensors of a file, as numbers.
@@ -69,8 +69,10 @@ fn nf4_is_that_of_bitsandbytes() {
         };
         let plain = quantize(weight.len(), false, read).unwrap();
         assert_eq!(plain.absmax, Absmax::F32(get("absmax").clone()), "{case}: absmax");
-        assert_codes(case, &plain.codes, &bytes_of(get("codes")), get("absmax"));
-        assert_eq!(dequantize(&plain), *get("dequantized"), "{case}: dequantized");
+        assert_codes(case, &plain.codes, &bytes_of(get("codes")), weight, get("absmax"));
+        // Their codes: a block of zeros, and values beside a threshold, have others.
+        let theirs = Nf4Tensor { codes: bytes_of(get("codes")), ..plain };
+        assert_eq!(dequantize(&theirs), *get("dequantized"), "{case}: dequantized");
 
         let double = quantize(weight.len(), true, read).unwrap();
         let Absmax::Nested(nested) = &double.absmax else { panic!("{case}") };
@@ -97,12 +99,44 @@ fn nf4_is_that_of_bitsandbytes() {
     assert_eq!(off.len(), 2, "{off:?} are off");
 }
 
-/// Equal, but for blocks of zeros (CPU 7, CUDA 0) and the last, short block, which the CPU code divides.
-fn assert_codes(case: &str, ours: &[u8], theirs: &[u8], absmax: &[f32]) {
+#[test]
+fn nf4_is_that_of_bitsandbytes_on_a_gpu() {
+    let file = tensors("nf4_cuda.safetensors");
+    let cases: Vec<&str> = file.keys().filter_map(|k| k.strip_suffix(".weight")).collect();
+    assert!(cases.len() >= 7, "{cases:?}");
+    for case in cases {
+        let get = |part: &str| &file[&format!("{case}.{part}")];
+        let weight = get("weight");
+        let read = |first: usize, out: &mut [f32]| {
+            out.copy_from_slice(&weight[first..first + out.len()]);
+            Ok(())
+        };
+        let plain = quantize(weight.len(), false, read).unwrap();
+        assert_eq!(plain.absmax, Absmax::F32(get("absmax").clone()), "{case}: absmax");
+        assert_eq!(plain.codes, bytes_of(get("codes")), "{case}: codes");
+        assert_eq!(dequantize(&plain), *get("dequantized"), "{case}: dequantized");
+        let nested = quantize_absmax_around(get("absmax"), get("dq.offset")[0]);
+        assert_eq!(nested.codes, bytes_of(get("dq.absmax")), "{case}: 8-bit codes");
+        assert_eq!(nested.nested_absmax, *get("dq.nested_absmax"), "{case}: nested absmax");
+        let double = Nf4Tensor { absmax: Absmax::Nested(nested), ..plain };
+        assert_eq!(dequantize(&double), *get("dq.dequantized"), "{case}: dequantized from nested absmax");
+    }
+}
+
+/// Equal, but for blocks of zeros (CPU 7, CUDA 0), and values between bitsandbytes' threshold on a GPU and the midpoint that
+/// its CPU code takes.
+fn assert_codes(case: &str, ours: &[u8], theirs: &[u8], weights: &[f32], absmax: &[f32]) {
     assert_eq!(ours.len(), theirs.len());
-    for (i, (o, t)) in ours.iter().zip(theirs).enumerate() {
-        let zero_block = absmax[i / 32] == 0.0;
-        assert!(o == t || zero_block && (*o, *t) == (0x00, 0x77), "{case}: byte {i} is {o:#04x}, should be {t:#04x}");
+    for (i, weight) in weights.iter().enumerate() {
+        let [o, t] = [ours, theirs].map(|codes| usize::from(codes[i / 2] >> if i % 2 == 0 { 4 } else { 0 } & 15));
+        let scale = absmax[i / 64];
+        let is_between = || {
+            let (low, x) = (o.min(t), weight * (1.0 / scale));
+            let midpoint = (CODEBOOK[low] + CODEBOOK[low + 1]) / 2.0;
+            o.abs_diff(t) == 1 && (midpoint.min(THRESHOLDS[low])..=midpoint.max(THRESHOLDS[low])).contains(&x)
+        };
+        let is_zero = scale == 0.0 && (o, t) == (0, 7);
+        assert!(o == t || is_zero || is_between(), "{case}: code of weight {i} is {o}, should be {t}");
     }
 }
 

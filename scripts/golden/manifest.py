@@ -10,6 +10,7 @@ from common import ROOT, write_json
 # what made a file, by the first part of its path
 MADE_BY = {
     "nf4.safetensors": "nf4.py",
+    "nf4_cuda.safetensors": "nf4.py",
     "tiny": "tiny.py",
     "tiny-bias": "tiny.py",
     "tiny-bnb4": "tiny.py",

@@ -1,4 +1,5 @@
-"""tests/golden/nf4.safetensors: weights quantized to NF4 by bitsandbytes on the CPU.
+"""tests/golden/nf4.safetensors: weights quantized to NF4 by bitsandbytes on the CPU; with `cuda` as argument, on a GPU:
+tests/golden/nf4_cuda.safetensors.
 
 Per case, n weights in blocks of 64 (nb blocks):
   weight              f32 or bf16, two-dimensional
@@ -7,12 +8,14 @@ Per case, n weights in blocks of 64 (nb blocks):
   dq.absmax           u8 [nb]: with double quantization (the same codes); dq.nested_absmax f32 [ceil(nb/256)]; dq.offset f32 [1]
   dq.nearest          u8 [nb]: dq.absmax as rounding to the nearest code gives it (numpy, from dq.offset)
   dequantized         f32, shape of weight, from codes and absmax
-  dq.dequantized      f32, shape of weight, from codes and dq.absmax as bitsandbytes rounded them
+  dq.dequantized      f32, shape of weight, from codes and dq.absmax as bitsandbytes rounded them; on a GPU by its own kernels
 and `dynamic_map` f32 [256], `codebook` f32 [16].
 
 bitsandbytes' CPU code stores nibble 7 in an all-zero block where its CUDA code stores 0, and divides in a short last block
 where CUDA multiplies with the reciprocal: compare those dequantized.
 """
+
+import sys
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -64,6 +67,25 @@ def dequantize(codes, absmax, codebook, shape):
     return (codebook[nibbles.int()] * absmax.repeat_interleave(BLOCK)[: shape.numel()]).reshape(shape)
 
 
+def one_case_on_gpu(weight):
+    weight = weight.cuda()
+    codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+    dq_codes, dq = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(codes, dq_codes)
+    state.dtype = dq.dtype = torch.float32
+    case = {
+        "weight": weight,
+        "codes": codes,
+        "absmax": state.absmax,
+        "dq.absmax": dq.absmax,
+        "dq.nested_absmax": dq.state2.absmax,
+        "dq.offset": dq.offset.reshape(1),
+        "dequantized": bnb.dequantize_4bit(codes, state),
+        "dq.dequantized": bnb.dequantize_4bit(dq_codes, dq),
+    }
+    return {part: tensor.cpu() for part, tensor in case.items()}
+
+
 def one_case(weight, codebook):
     codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
     dq_codes, dq = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
@@ -86,6 +108,9 @@ def one_case(weight, codebook):
 
 
 def main():
+    if sys.argv[1:] == ["cuda"]:
+        tensors = {f"{name}.{part}": tensor for name, weight in cases().items() for part, tensor in one_case_on_gpu(weight).items()}
+        return write_tensors(folder() / "nf4_cuda.safetensors", tensors)
     codebook = bnb.get_4bit_type("nf4", device="cpu")
     tensors = {"codebook": codebook, "dynamic_map": bnb.create_dynamic_map()}
     for name, weight in cases().items():

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::comm::{Comm, all_gather_u64, barrier};
+use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_u64, barrier};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::{UnitLayout, UnitTensor};
 use crate::fsdp::unit::{self, Encodings, NumUnits};
@@ -236,7 +236,7 @@ impl OpenedBase {
         Ok(Nf4Tensor { num_weights: tensor.elements.len(), codes: found.codes.to_vec(), absmax })
     }
 
-    fn into_base(self, shards: Vec<crate::comm::SharedBytes>) -> Result<Base> {
+    fn into_base(self, shards: Vec<SharedBytes>) -> Result<Base> {
         let hidden_size = self.config.hidden_size;
         let mut final_norm = vec![0.0; hidden_size];
         self.model.tensor(names::NORM)?.to_f32(0, &mut final_norm)?;
@@ -248,6 +248,7 @@ impl OpenedBase {
             }
             Ok(())
         };
+        let shards = shards.into_iter().map(ShardSource::ready).collect();
         Ok(Base { config: self.config, layouts: self.layouts, shards, final_norm, embed: Box::new(embed) })
     }
 }

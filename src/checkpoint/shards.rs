@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use tempfile::NamedTempFile;
@@ -146,6 +146,15 @@ fn unit_name(idx: usize) -> String {
 struct MappedUnit {
     file: Arc<Mmap>,
     range: Range<usize>,
+}
+
+impl Drop for MappedUnit {
+    /// What was copied to pinned memory need not stay resident here; the page cache may keep it.
+    fn drop(&mut self) {
+        let (begin, len) = (self.range.start, self.range.len());
+        // SAFETY: the mapping is read-only and backed by the file: pages that are let go come back as they were.
+        let _ = unsafe { self.file.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, len) };
+    }
 }
 
 impl AsRef<[u8]> for MappedUnit {

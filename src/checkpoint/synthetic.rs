@@ -1,12 +1,14 @@
 //! A base of made-up weights, drawn and quantized tensor by tensor: nothing of the size of the model in 16 bits ever exists.
 
+use std::cell::RefCell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::Result;
 use half::bf16;
 use rayon::prelude::*;
 
-use crate::comm::SharedBytes;
+use crate::comm::{ShardSource, SharedBytes};
 use crate::device::ops::{QuantizeAbsmax, QuantizeNf4, Uniform};
 use crate::device::{Arena, Buffer, Ops};
 use crate::fsdp::exec::Base;
@@ -34,30 +36,24 @@ impl Encodings for AsQlora {
     }
 }
 
-/// Shard `shard` of `num_shards` of a model of this shape, drawn by a device. Weights are uniform in ±0.035 (deviation 0.02),
-/// norms 1; they depend on unit, tensor and element alone.
-pub fn base<D: Ops>(
+/// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform in ±0.035
+/// (deviation 0.02), norms 1; they depend on unit, tensor and element alone.
+pub fn base<D: Ops + Clone>(
     device: &D,
     config: ModelConfig,
     shard: usize,
     num_shards: usize,
-    tell: &mut dyn FnMut(String),
+    tell: impl Fn(String) + Copy + 'static,
 ) -> Result<Base> {
     let units = NumUnits::new(&config);
-    let (mut layouts, mut shards) = (Vec::new(), Vec::new());
+    let mut layouts = Vec::new();
     for unit in units.all() {
         layouts.push(UnitLayout::new(unit::tensors(&config, &AsQlora, unit)?, num_shards));
     }
     let largest = layouts.iter().flat_map(UnitLayout::tensors).map(|t| t.elements.len()).max().unwrap_or(0);
     let hidden_size = config.hidden_size;
-    let mut drawing = Drawing::new(device, largest.max(EMBEDDING_ROWS * hidden_size))?;
-    for (i, layout) in layouts.iter().enumerate() {
-        if (i * 10).is_multiple_of(units.count().next_multiple_of(10)) {
-            tell(format!("drawing unit {} of {}", i + 1, units.count()));
-        }
-        shards.push(drawing.shard(layout, i as u64, shard)?);
-    }
     let table_len = EMBEDDING_ROWS * hidden_size;
+    let mut drawing = Drawing::new(device.clone(), largest.max(table_len))?;
     drawing.draw(EMBEDDING_SEED, table_len)?;
     let mut table = vec![0f32; table_len];
     device.download(&mut table, drawing.weights.first(table_len))?;
@@ -67,12 +63,25 @@ pub fn base<D: Ops>(
         }
         Ok(())
     };
+    // The last shard that is drawn lets the device's buffers go.
+    let (drawing, num_units) = (Rc::new(RefCell::new(drawing)), units.count());
+    let shards = layouts.iter().cloned().enumerate().map(|(i, layout)| {
+        let (bytes, drawing) = (layout.shard_bytes(), drawing.clone());
+        let read = move || {
+            if (i * 10).is_multiple_of(num_units.next_multiple_of(10)) {
+                tell(format!("drawing unit {} of {num_units}", i + 1));
+            }
+            drawing.borrow_mut().shard(&layout, i as u64, shard)
+        };
+        ShardSource { bytes, read: Box::new(read) }
+    });
+    let shards = shards.collect();
     Ok(Base { final_norm: vec![1.0; hidden_size], config, layouts, shards, embed: Box::new(embed) })
 }
 
 /// Device buffers for one tensor at a time.
-struct Drawing<'a, D: Ops> {
-    device: &'a D,
+struct Drawing<D: Ops> {
+    device: D,
     weights: Buffer<D, f32>,
     codes: Buffer<D, u8>,
     absmax: Buffer<D, f32>,
@@ -82,12 +91,12 @@ struct Drawing<'a, D: Ops> {
     tensor: Nf4Tensor,
 }
 
-impl<'a, D: Ops> Drawing<'a, D> {
-    fn new(device: &'a D, num_weights: usize) -> Result<Self> {
+impl<D: Ops + Clone> Drawing<D> {
+    fn new(device: D, num_weights: usize) -> Result<Self> {
         let blocks = num_weights.div_ceil(BLOCK);
         let carve = |arena: &mut Arena<D>| -> Result<Self> {
             Ok(Drawing {
-                device,
+                device: device.clone(),
                 weights: arena.carve("weights", num_weights)?,
                 codes: arena.carve("codes", num_weights.div_ceil(2))?,
                 absmax: arena.carve("absmax", blocks)?,
@@ -98,7 +107,7 @@ impl<'a, D: Ops> Drawing<'a, D> {
         };
         let mut measured = Arena::measure();
         carve(&mut measured)?;
-        carve(&mut Arena::allocate(device, measured.into_plan())?)
+        carve(&mut Arena::allocate(&device, measured.into_plan())?)
     }
 
     fn draw(&mut self, seed: u64, num_weights: usize) -> Result<()> {
@@ -108,7 +117,7 @@ impl<'a, D: Ops> Drawing<'a, D> {
 
     /// Quantizes what was drawn into `self.tensor`.
     fn quantize(&mut self, num_weights: usize) -> Result<()> {
-        let (device, blocks) = (self.device, num_weights.div_ceil(BLOCK));
+        let (device, blocks) = (self.device.clone(), num_weights.div_ceil(BLOCK));
         let (num_bytes, superblocks) = (num_weights.div_ceil(2), blocks.div_ceil(SUPERBLOCK));
         device.quantize_nf4(QuantizeNf4 {
             codes: self.codes.first_mut(num_bytes),

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::nccl::Nccl;
 use super::watchdog::Watchdog;
-use super::{Comm, Delays, HostCopy, Kind, Queue, SharedBytes, TrainableBuffers, Waits};
+use super::{Comm, Delays, HostCopy, Kind, Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, Element, MemoryPlan, Place};
 
@@ -163,10 +163,10 @@ impl<A: HalfType> CudaQueue<A> {
 }
 
 /// The plan of shards that go to one place.
-fn shard_plan(shards: &[SharedBytes], chosen: impl Fn(usize) -> bool) -> MemoryPlan {
+fn shard_plan(shards: &[ShardSource], chosen: impl Fn(usize) -> bool) -> MemoryPlan {
     let mut arena = Arena::<crate::device::cpu::Cpu>::measure();
     for (i, shard) in shards.iter().enumerate().filter(|(i, _)| chosen(*i)) {
-        arena.carve::<u8>(&format!("shards/{i}"), (**shard).as_ref().len()).expect("measuring does not fail");
+        arena.carve::<u8>(&format!("shards/{i}"), shard.bytes).expect("measuring does not fail");
     }
     arena.into_plan()
 }
@@ -176,7 +176,7 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
     type Shard = Place<Cuda<A>, u8>;
 
     /// Resident shards go to the GPU, the others to pinned memory; either way the mapped file is let go.
-    fn store(&mut self, shards: Vec<SharedBytes>, resident: &[bool]) -> Result<Vec<Self::Shard>> {
+    fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool]) -> Result<Vec<Self::Shard>> {
         let (on_device, on_host) = (shard_plan(&shards, |i| resident[i]), shard_plan(&shards, |i| !resident[i]));
         self.device_bytes += on_device.total_bytes();
         self.host_bytes += on_host.total_bytes();
@@ -186,7 +186,9 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
             _ => Arena::allocate_host(&self.cuda, on_host).context("shards in pinned host memory")?,
         };
         let stored = shards.into_iter().enumerate().map(|(i, shard)| {
+            let (expected, shard) = (shard.bytes, (shard.read)()?);
             let (bytes, name): (&[u8], _) = ((*shard).as_ref(), format!("shards/{i}"));
+            ensure!(bytes.len() == expected, "shard {i} has {} bytes, expected {expected}", bytes.len());
             if resident[i] {
                 let mut stored = device.carve(&name, bytes.len())?;
                 self.cuda.upload(stored.view_mut(), bytes)?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use crate::device::cpu::Cpu;
 use crate::device::{Buffer, Element, Place};
 
-use super::{Comm, Delays, HostCopy, Kind, Queue, SharedBytes, TrainableBuffers, Waits};
+use super::{Comm, Delays, HostCopy, Kind, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits};
 
 type Job = Box<dyn FnOnce(&mut dyn Comm) + Send>;
 
@@ -92,8 +92,8 @@ impl Queue<Cpu> for HostQueue {
     type Shard = SharedBytes;
 
     /// The mapped files are where they should be.
-    fn store(&mut self, shards: Vec<SharedBytes>, _resident: &[bool]) -> Result<Vec<SharedBytes>> {
-        Ok(shards)
+    fn store(&mut self, shards: Vec<ShardSource>, _resident: &[bool]) -> Result<Vec<SharedBytes>> {
+        shards.into_iter().map(|shard| (shard.read)()).collect()
     }
 
     fn device_bytes(&self) -> usize {

@@ -40,6 +40,19 @@ pub fn timeout() -> Result<Duration> {
 /// Bytes of a shard that stay valid while a collective reads them: a range of a mapped shard file.
 pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
 
+/// A shard that is read, or made, when it is stored: no two need be in memory at a time.
+pub struct ShardSource {
+    pub bytes: usize,
+    pub read: Box<dyn FnOnce() -> Result<SharedBytes>>,
+}
+
+impl ShardSource {
+    /// One that is there already.
+    pub fn ready(shard: SharedBytes) -> ShardSource {
+        ShardSource { bytes: (*shard).as_ref().len(), read: Box::new(move || Ok(shard)) }
+    }
+}
+
 /// Tests set a pause before each action, so that a missing wait shows.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Delays {
@@ -80,7 +93,7 @@ pub trait Queue<D: Device> {
 
     /// Takes over this rank's shards, before the first gather. Those that are not resident stay in host memory and are fetched
     /// by each gather.
-    fn store(&mut self, shards: Vec<SharedBytes>, resident: &[bool]) -> Result<Vec<Self::Shard>>;
+    fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool]) -> Result<Vec<Self::Shard>>;
 
     /// Device memory that the queue has taken, resident shards included, besides the arena's plan.
     fn device_bytes(&self) -> usize;

@@ -66,9 +66,34 @@ pub struct Uniform<'a, D> {
 pub struct RmsNormForward<'a, D: Device> {
     pub y: ViewMut<'a, D, D::Act>,
     pub rstd: ViewMut<'a, D, f32>,
-    pub x: View<'a, D, D::Act>,
+    pub x: Normed<'a, D>,
     pub weight: View<'a, D, f32>,
     pub eps: f32,
+}
+
+/// The input of a norm, `[T, H]`.
+pub enum Normed<'a, D: Device> {
+    Plain(View<'a, D, D::Act>),
+    /// sum += addend first: the residual stream.
+    Sum {
+        sum: ViewMut<'a, D, D::Act>,
+        addend: View<'a, D, D::Act>,
+    },
+}
+
+impl<D: Device> Normed<'_, D> {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            Normed::Plain(x) => x.len(),
+            Normed::Sum { sum, .. } => sum.len(),
+        }
+    }
+
+    /// True for an input of no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
 }
 
 /// d_x += rstd · (d_y·w − x · rstd² · mean(d_y·w·x)) per row. All `[T, H]`; d_x holds the residual's gradient before.

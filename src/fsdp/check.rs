@@ -4,7 +4,7 @@
 use anyhow::{Result, bail, ensure};
 
 use super::schedule::{Accumulation, Action, Inputs, Mode, Recompute};
-use super::unit::Unit;
+use super::unit::{NumUnits, Unit};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Slot {
@@ -110,30 +110,15 @@ impl State<'_> {
                 self.needs(Unit::HeadPiece(piece))?;
                 advance(&mut self.pieces[micro], Some(piece), piece + 1)
             }
-            Action::HeadFinish { micro } => {
-                let pieces = self.inputs.units.head_pieces;
-                ensure!(self.pieces[micro] == Some(pieces), "a head piece is missing");
-                let layers = self.inputs.units.layers;
-                self.boundary(layers, micro, Boundary::Here, Boundary::Here)?;
-                if self.inputs.mode != Mode::Train {
-                    self.free_boundary(layers, micro)?;
-                }
-                advance(&mut self.backward[micro], None, self.inputs.units.layers)
-            }
+            Action::HeadFinish { micro } => self.head_finish(micro),
             Action::Recompute { layer, micro } => {
                 self.needs(Unit::Layer(layer))?;
                 self.recomputed[micro] = Some(layer);
                 self.boundary(layer, micro, Boundary::Here, Boundary::Here)
             }
             Action::Put { layer, micro } => self.boundary(layer, micro, Boundary::Here, Boundary::Putting),
-            Action::WaitPut { layer, micro } => {
-                self.free_boundary_buffers += 1;
-                self.boundary(layer, micro, Boundary::Putting, Boundary::Away)
-            }
-            Action::Fetch { layer, micro } => {
-                self.take_buffer()?;
-                self.boundary(layer, micro, Boundary::Away, Boundary::Fetching)
-            }
+            Action::WaitPut { layer, micro } => self.wait_put(layer, micro),
+            Action::Fetch { layer, micro } => self.fetch(layer, micro),
             Action::WaitFetch { layer, micro } => self.boundary(layer, micro, Boundary::Fetching, Boundary::Here),
             Action::Backward { layer, micro, grad_slot, first } => self.backward(layer, micro, grad_slot, first),
             Action::Reduce { layer, grad_slot } => {
@@ -190,6 +175,26 @@ impl State<'_> {
     fn needs(&self, unit: Unit) -> Result<()> {
         ensure!(self.dense == Some(unit), "{unit} is not dequantized, but {:?}", self.dense);
         Ok(())
+    }
+
+    fn head_finish(&mut self, micro: usize) -> Result<()> {
+        let NumUnits { layers, head_pieces } = self.inputs.units;
+        ensure!(self.pieces[micro] == Some(head_pieces), "a head piece is missing");
+        self.boundary(layers, micro, Boundary::Here, Boundary::Here)?;
+        if self.inputs.mode != Mode::Train {
+            self.free_boundary(layers, micro)?;
+        }
+        advance(&mut self.backward[micro], None, layers)
+    }
+
+    fn wait_put(&mut self, layer: usize, micro: usize) -> Result<()> {
+        self.free_boundary_buffers += 1;
+        self.boundary(layer, micro, Boundary::Putting, Boundary::Away)
+    }
+
+    fn fetch(&mut self, layer: usize, micro: usize) -> Result<()> {
+        self.take_buffer()?;
+        self.boundary(layer, micro, Boundary::Away, Boundary::Fetching)
     }
 
     fn backward(&mut self, layer: usize, micro: usize, grad_slot: usize, first: bool) -> Result<()> {

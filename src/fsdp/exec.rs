@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::comm::{Queue, SharedBytes, TrainableBuffers, Waits};
+use crate::comm::{Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cpu::Cpu;
 use crate::device::ops::Dequantize;
 use crate::device::{Arena, Buffer, MemoryPlan, Ops, ViewMut};
@@ -28,7 +28,7 @@ pub struct Base {
     /// By unit, in the order of [`NumUnits::all`].
     pub layouts: Vec<UnitLayout>,
     /// This rank's shard of each unit; the engine hands them to its queue.
-    pub shards: Vec<SharedBytes>,
+    pub shards: Vec<ShardSource>,
     /// `[hidden_size]`; every rank has it.
     pub final_norm: Vec<f32>,
     pub embed: Box<Embed>,
@@ -143,6 +143,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let adapter = adapter_memory(&base.layouts, lora.as_ref(), queue.world_size());
         let trainable =
             TrainableLayout { len: lora.as_ref().map_or(0, |l| l.layout.len), num_parts: queue.world_size() };
+        let shards = queue.store(std::mem::take(&mut base.shards), &limits.residency.of_units(units.count()))?;
         let mut arena = Arena::allocate(&device, plan.device.clone())?;
         let mut on_host = match plan.host.total_bytes() {
             0 => Arena::measure(),
@@ -155,7 +156,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let boundaries =
             Boundaries::new(std::mem::take(&mut memory.boundaries), std::mem::take(&mut memory.host_boundaries));
         let embedding = vec![0.0; limits.max_tokens * base.config.hidden_size];
-        let shards = queue.store(std::mem::take(&mut base.shards), &limits.residency.of_units(units.count()))?;
         let dense = None;
         Ok(Self {
             device,

@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::quant::record::{Encoding, RECORD_WEIGHTS};
 
 /// Version of the layout in shard files.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// One tensor of a unit.
 #[derive(Clone, Debug, PartialEq, Eq)]

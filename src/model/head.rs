@@ -21,7 +21,7 @@ pub fn begin<D: Ops>(
     ops.rms_norm_forward(RmsNormForward {
         y: state.normed.first_mut(len),
         rstd: state.rstd.first_mut(n),
-        x: state.x.first(len),
+        x: Normed::Plain(state.x.first(len)),
         weight: final_norm.view(),
         eps: config.rms_norm_eps,
     })?;

@@ -93,7 +93,13 @@ pub fn forward<D: Ops>(
     };
     // 1. Norm.
     let weight = ctx.weights.input_norm.view();
-    ops.rms_norm_forward(RmsNormForward { y: norm1.first_mut(t * hidden), rstd: rstd1.first_mut(t), x, weight, eps })?;
+    ops.rms_norm_forward(RmsNormForward {
+        y: norm1.first_mut(t * hidden),
+        rstd: rstd1.first_mut(t),
+        x: Normed::Plain(x),
+        weight,
+        eps,
+    })?;
     // 2. Queries, keys, values; the new keys and values go behind the past ones.
     project(Projection::Q, Some(q.first_mut(q_len)), norm1.first(t * hidden))?;
     project(Projection::K, Some(kv.k.view_mut().into_range(new.clone())), norm1.first(t * hidden))?;
@@ -112,10 +118,10 @@ pub fn forward<D: Ops>(
     })?;
     // 5. Output projection onto the residual stream.
     project(Projection::O, Some(h.first_mut(t * hidden)), attention.first(q_len))?;
-    ops.add(h.first_mut(t * hidden), x)?;
-    // 6. Norm.
+    // 6. Norm of the residual stream, which the projection is added to.
     let weight = ctx.weights.post_attention_norm.view();
-    let (y, x, rstd) = (norm2.first_mut(t * hidden), h.first(t * hidden), rstd2.first_mut(t));
+    let (y, rstd) = (norm2.first_mut(t * hidden), rstd2.first_mut(t));
+    let x = Normed::Sum { sum: h.first_mut(t * hidden), addend: x };
     ops.rms_norm_forward(RmsNormForward { y, rstd, x, weight, eps })?;
     // 7. MLP.
     project(Projection::Gate, Some(gate.first_mut(inner)), norm2.first(t * hidden))?;

@@ -29,16 +29,27 @@ pub const CODEBOOK: [f32; 16] = [
     1.0,
 ];
 
-/// Midpoints of neighbouring values; a value equal to one takes the lower code.
-const THRESHOLDS: [f32; 15] = {
-    let mut thresholds = [0.0; 15];
-    let mut i = 0;
-    while i < 15 {
-        thresholds[i] = (CODEBOOK[i] + CODEBOOK[i + 1]) / 2.0;
-        i += 1;
-    }
-    thresholds
-};
+/// A weight's code is the number of these below it; a value equal to one takes the lower code. They are the constants of
+/// `dQuantizeNF4`: midpoints of neighbouring values, some of which are a bit beside the midpoint that f32 gives (and that
+/// bitsandbytes takes on the CPU).
+#[allow(clippy::excessive_precision)]
+pub const THRESHOLDS: [f32; 15] = [
+    -0.848_096_400_499_343_9,
+    -0.610_632_926_225_662_2,
+    -0.459_995_269_775_390_6,
+    -0.339_679_434_895_515_44,
+    -0.234_607_405_960_559_84,
+    -0.137_911_733_239_889_14,
+    -0.045_525_018_125_772_476,
+    0.039_790_149_778_127_67,
+    0.120_255_250_483_751_3,
+    0.203_521_251_678_466_8,
+    0.292_013_771_831_989_3,
+    0.389_312_535_524_368_3,
+    0.501_663_416_624_069_2,
+    0.642_786_920_070_648_2,
+    0.861_478_418_111_801_1,
+];
 
 /// One quantized tensor before it is laid into records.
 #[derive(Clone, Debug, PartialEq)]

@@ -12,7 +12,7 @@ use super::super::start::{Placement, Start};
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::MpiComm;
-use crate::comm::{Delays, Queue, SharedBytes, TrainableBuffers};
+use crate::comm::{Delays, Queue, ShardSource, TrainableBuffers};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Element, Ops, Place};
 use crate::recipe;
@@ -52,7 +52,7 @@ fn all_sizes<D: Ops, Q: Queue<D>>(start: &Start, args: &CollectiveBench, device:
     let mut mib = 1;
     while mib <= args.max_mib as usize {
         let bytes = mib << 20;
-        let shard = queue.store(vec![Arc::new(vec![7u8; bytes]) as SharedBytes], &[true])?.remove(0);
+        let shard = queue.store(vec![ShardSource::ready(Arc::new(vec![7u8; bytes]))], &[true])?.remove(0);
         let mut slot = Some(buffer::<D, u8>(device, bytes * world_size)?);
         let seconds = median(device, || {
             let pending =

@@ -46,6 +46,13 @@ pub fn run(start: &Start, args: &KernelBench, overrides: &[String]) -> Result<()
     }
 }
 
+/// FLOP/s of a large matrix product.
+pub fn matrix_rate<D: Ops>(device: &D) -> Result<f64> {
+    let timer = Timer { device, peak_flops: f64::INFINITY, peak_bytes: f64::INFINITY };
+    let (n, seconds) = timer.matrix_product()?;
+    Ok(2.0 * (n as f64).powi(3) / seconds)
+}
+
 /// What a call does, to be held against the device's peak.
 #[derive(Clone, Copy)]
 enum Amount {
@@ -64,18 +71,22 @@ struct Timer<'a, D: Ops> {
 impl<'a, D: Ops> Timer<'a, D> {
     fn new(device: &'a D) -> Result<Self> {
         let mut timer = Timer { device, peak_flops: f64::INFINITY, peak_bytes: f64::INFINITY };
-        let n = if size_of::<D::Act>() == 2 { 8192 } else { 1024 };
-        let (a, b, mut c) = (timer.act(n * n)?, timer.act(n * n)?, timer.act(n * n)?);
-        let seconds = timer.seconds(|| {
-            let (transpose_a, transpose_b) = (Transpose::No, Transpose::Yes);
-            let (c, a, b) = (c.view_mut(), a.view(), b.view());
-            device.gemm(Gemm { c, a, b, transpose_a, transpose_b, m: n, n, k: n, alpha: 1.0, beta: 0.0 })
-        })?;
+        let (n, seconds) = timer.matrix_product()?;
+        let (a, mut c) = (timer.act(n * n)?, timer.act(n * n)?);
         timer.peak_flops = timer.tell(&format!("matrix product {n}"), seconds, Amount::Flops(2.0 * (n as f64).powi(3)));
         let bytes = c.len() * size_of::<D::Act>();
         let seconds = timer.seconds(|| device.copy(c.view_mut(), a.view()))?;
         timer.peak_bytes = timer.tell("copy", seconds, Amount::Bytes(2.0 * bytes as f64));
         Ok(timer)
+    }
+
+    /// Size and time of a large matrix product.
+    fn matrix_product(&self) -> Result<(usize, f64)> {
+        let n = if size_of::<D::Act>() == 2 { 8192 } else { 1024 };
+        let (a, b, mut c) = (self.act(n * n)?, self.act(n * n)?, self.act(n * n)?);
+        let seconds =
+            self.seconds(|| self.product(c.view_mut(), a.view(), b.view(), Transpose::Yes, [n, n, n], 0.0))?;
+        Ok((n, seconds))
     }
 
     fn buffer<T: Element>(&self, len: usize) -> Result<Buffer<D, T>> {
@@ -212,7 +223,7 @@ impl<'a, D: Ops> Timer<'a, D> {
         let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
         let (x, mut y, weight, mut rstd) = (self.act(len)?, self.act(len)?, self.f32s(hidden)?, self.f32s(tokens)?);
         self.time("rms_norm forward", moved(2.0), || {
-            let (y, rstd, x, weight) = (y.view_mut(), rstd.view_mut(), x.view(), weight.view());
+            let (y, rstd, x, weight) = (y.view_mut(), rstd.view_mut(), Normed::Plain(x.view()), weight.view());
             d.rms_norm_forward(RmsNormForward { y, rstd, x, weight, eps: 1e-5 })
         })?;
         let mut d_x = self.act(len)?;

@@ -23,6 +23,7 @@ use crate::train::metrics::peak_host_bytes;
 use crate::train::step::{StepArgs, StepRecord, step};
 
 use super::super::start::{Placement, Start, Work};
+use super::kernels;
 
 #[derive(Args)]
 pub struct StepBench {
@@ -60,11 +61,17 @@ pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> 
         ShardingStrategy::FullShard => (start.world.rank, start.world.world_size),
         ShardingStrategy::NoShard => (0, 1),
     };
-    let mut tell = |line| start.log.line(line);
+    let log = start.log;
+    let tell = move |line: String| log.line(line);
+    let matrix_rate = match &placement {
+        Placement::Cpu(cpu) => kernels::matrix_rate(cpu),
+        Placement::Bf16(cuda, _) => kernels::matrix_rate(cuda),
+        Placement::Fp16(cuda, _) => kernels::matrix_rate(cuda),
+    }?;
     let base = match &placement {
-        Placement::Cpu(cpu) => synthetic::base(cpu, config.clone(), shard, num_shards, &mut tell),
-        Placement::Bf16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, &mut tell),
-        Placement::Fp16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, &mut tell),
+        Placement::Cpu(cpu) => synthetic::base(cpu, config.clone(), shard, num_shards, tell),
+        Placement::Bf16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, tell),
+        Placement::Fp16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, tell),
     }?;
     let settings = AdapterSettings {
         lora_rank: 16,
@@ -84,19 +91,21 @@ pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> 
         num_slots: 2,
         residency: Residency::ALL,
     };
-    start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, Steps { start, args })
+    start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, Steps { start, args, matrix_rate })
 }
 
 struct Steps<'a> {
     start: &'a Start<'a>,
     args: &'a StepBench,
+    /// FLOP/s of a large matrix product on this device.
+    matrix_rate: f64,
 }
 
 impl Work for Steps<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
-        let Steps { start, args } = self;
+        let Steps { start, args, matrix_rate } = self;
         let (config, world_size) = (engine.config().clone(), start.world.world_size);
         let (mut records, mut losses) = (Vec::new(), Vec::new());
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
@@ -146,6 +155,8 @@ impl Work for Steps<'_> {
                     "gathered_bytes": median(|r| r.gathered_bytes as f64), "tokens_per_second": tokens / (step_ms * 1e-3),
                     "model_tflops_per_rank": model * tokens / seconds * 1e-12,
                     "hardware_tflops_per_rank": hardware * tokens / seconds * 1e-12,
+                    "matrix_tflops": matrix_rate * 1e-12, "share_of_matrix_rate": hardware * tokens / seconds / matrix_rate,
+                    "flops": "a token: 4 a weight and head weight, 3.5 causal attention; hardware: and what is recomputed",
                     "device_bytes": engine.plan().device.total_bytes() + engine.queue.device_bytes(),
                     "pinned_bytes": engine.plan().host.total_bytes() + engine.queue.host_bytes(),
                     "resident_units": engine.limits().residency.units.min(engine.num_units()),

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use rayon::prelude::*;
 
-use crate::device::ops::{RmsNormBackward, RmsNormForward};
+use crate::device::ops::{Normed, RmsNormBackward, RmsNormForward};
 use crate::simd::vectorize;
 
 use super::{Cpu, math};
@@ -11,7 +11,15 @@ use super::{Cpu, math};
 impl Cpu {
     pub(super) fn rms_norm_forward_f32(&self, args: RmsNormForward<'_, Cpu>) -> Result<()> {
         let RmsNormForward { y, rstd, x, weight, eps } = args;
-        let (y, rstd, x, weight) = (y.host_mut(), rstd.host_mut(), x.host(), weight.host());
+        let x = match x {
+            Normed::Plain(x) => x.host(),
+            Normed::Sum { sum, addend } => {
+                let sum = sum.host_mut();
+                self.add_f32(sum, addend.host())?;
+                &*sum
+            }
+        };
+        let (y, rstd, weight) = (y.host_mut(), rstd.host_mut(), weight.host());
         let hidden = weight.len();
         ensure!(x.len() == y.len() && x.len() == rstd.len() * hidden, "rms_norm: x {} rstd {}", x.len(), rstd.len());
         let row = |((y, rstd), x): ((&mut [f32], &mut f32), &[f32])| {

@@ -9,7 +9,7 @@ use cudarc::driver::{CudaContext, CudaStream, result, sys};
 use crate::device::cpu::{Cpu, HostRegion};
 use crate::device::{Device, Element, View, ViewMut};
 use crate::quant::double::DYNAMIC_MAP;
-use crate::quant::nf4::CODEBOOK;
+use crate::quant::nf4::{CODEBOOK, THRESHOLDS};
 
 use super::{Cuda, HalfType, gemm};
 
@@ -58,8 +58,9 @@ pub struct Tables {
     region: DeviceRegion,
 }
 
-/// Where they begin: the NF4 code book, the 8-bit dynamic map, a sum, the workspace of cuBLAS.
+/// Where they begin: the NF4 code book, its thresholds, the 8-bit dynamic map, a sum, the workspace of cuBLAS.
 const CODEBOOK_AT: u64 = 0;
+const THRESHOLDS_AT: u64 = 64;
 const MAP_AT: u64 = 256;
 const SUM_AT: u64 = MAP_AT + 1024;
 const WORKSPACE_AT: u64 = 2048;
@@ -72,6 +73,7 @@ impl Tables {
             let addr = result::malloc_sync(WORKSPACE_AT as usize + gemm::WORKSPACE_BYTES)
                 .map_err(|e| anyhow!("GPU memory for the workspace of cuBLAS: {e}"))?;
             result::memcpy_htod_sync(addr + CODEBOOK_AT, &CODEBOOK).map_err(|e| anyhow!("copy to the GPU: {e}"))?;
+            result::memcpy_htod_sync(addr + THRESHOLDS_AT, &THRESHOLDS).map_err(|e| anyhow!("copy to the GPU: {e}"))?;
             result::memcpy_htod_sync(addr + MAP_AT, &*DYNAMIC_MAP).map_err(|e| anyhow!("copy to the GPU: {e}"))?;
             addr
         };
@@ -83,6 +85,11 @@ impl Tables {
     /// f32 `[16]`
     pub fn codebook(&self) -> u64 {
         self.region.addr + CODEBOOK_AT
+    }
+
+    /// f32 `[15]`
+    pub fn thresholds(&self) -> u64 {
+        self.region.addr + THRESHOLDS_AT
     }
 
     /// f32 `[256]`

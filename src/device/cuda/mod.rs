@@ -106,12 +106,7 @@ impl<A: HalfType> Cuda<A> {
         // SAFETY: before any allocation; order between streams is the executor's business.
         unsafe { context.disable_event_tracking() };
         let capability = context.compute_capability().map_err(|e| anyhow!("GPU {ordinal}: {e}"))?;
-        ensure!(
-            capability >= MIN_COMPUTE_CAPABILITY,
-            "GPU {ordinal} has compute capability {}.{}; 8.0 or newer is needed (Ampere, 2020)",
-            capability.0,
-            capability.1
-        );
+        check_capability(ordinal, capability)?;
         let compute = context.new_stream().map_err(|e| anyhow!("GPU {ordinal}: {e}"))?;
         let kernels = Arc::new(load_kernels::<A>(&context, (capability.0 * 10 + capability.1) as u32, cache)?);
         let tables = Arc::new(memory::Tables::new(&context)?);
@@ -175,6 +170,16 @@ impl<A: HalfType> Cuda<A> {
     pub fn bind_to_thread(&self) -> Result<()> {
         self.context.bind_to_thread().map_err(|e| anyhow!("GPU: {e}"))
     }
+}
+
+fn check_capability(ordinal: usize, (major, minor): (i32, i32)) -> Result<()> {
+    let (least_major, least_minor) = MIN_COMPUTE_CAPABILITY;
+    ensure!(
+        (major, minor) >= MIN_COMPUTE_CAPABILITY,
+        "GPU {ordinal} has compute capability {major}.{minor}; {least_major}.{least_minor} or newer is needed (Ampere, 2020); \
+         --device cpu does without"
+    );
+    Ok(())
 }
 
 /// GPUs that the driver shows to this process; 0 without a driver.
@@ -308,5 +313,17 @@ impl<A: HalfType> Ops for Cuda<A> {
         let (m, n, k) = (x.len() / hidden_size, weight.len() / hidden_size, hidden_size);
         let (transpose_a, transpose_b) = (Transpose::No, Transpose::Yes);
         self.gemm_act(Gemm { c: logits, a: x, b: weight, transpose_a, transpose_b, m, n, k, alpha: 1.0, beta: 0.0 })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_gpus_are_refused_with_what_is_needed() {
+        assert!(check_capability(0, (8, 0)).is_ok() && check_capability(0, (12, 0)).is_ok());
+        let error = check_capability(1, (7, 5)).unwrap_err().to_string();
+        assert!(error.starts_with("GPU 1 has compute capability 7.5; 8.0 or newer is needed"), "{error}");
     }
 }

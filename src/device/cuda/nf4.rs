@@ -15,7 +15,7 @@ impl<A: HalfType> Cuda<A> {
         let (n, blocks) = (weights.len(), absmax.len());
         ensure!(codes.len() == n.div_ceil(2) && blocks == n.div_ceil(BLOCK), "quantize: {n} weights");
         // Eight warps a thread block.
-        let args = args![codes, absmax, weights, n as u64, self.tables.codebook()];
+        let args = args![codes, absmax, weights, n as u64, self.tables.thresholds()];
         self.launch("quantize_nf4", Grid::rows(blocks.div_ceil(8)), args)
     }
 
