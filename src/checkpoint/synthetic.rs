@@ -36,6 +36,12 @@ impl Encodings for AsQlora {
     }
 }
 
+/// Layouts of all units of a model of this shape.
+pub fn layouts(config: &ModelConfig, num_shards: usize) -> Result<Vec<UnitLayout>> {
+    let layout = |unit| Ok(UnitLayout::new(unit::tensors(config, &AsQlora, unit)?, num_shards));
+    NumUnits::new(config).all().map(layout).collect()
+}
+
 /// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform in ±0.035
 /// (deviation 0.02), norms 1; they depend on unit, tensor and element alone.
 pub fn base<D: Ops + Clone>(
@@ -46,10 +52,7 @@ pub fn base<D: Ops + Clone>(
     tell: impl Fn(String) + Copy + 'static,
 ) -> Result<Base> {
     let units = NumUnits::new(&config);
-    let mut layouts = Vec::new();
-    for unit in units.all() {
-        layouts.push(UnitLayout::new(unit::tensors(&config, &AsQlora, unit)?, num_shards));
-    }
+    let layouts = layouts(&config, num_shards)?;
     let largest = layouts.iter().flat_map(UnitLayout::tensors).map(|t| t.elements.len()).max().unwrap_or(0);
     let hidden_size = config.hidden_size;
     let table_len = EMBEDDING_ROWS * hidden_size;

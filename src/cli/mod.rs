@@ -3,6 +3,7 @@
 mod bench;
 mod eval;
 mod generate;
+mod plan;
 mod quantize;
 mod start;
 mod train;
@@ -76,6 +77,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Continue a prompt
     Generate(generate::GenerateArgs),
+    /// What a run would use on some GPUs: memory and time, decided and predicted without any of them
+    Plan(plan::PlanArgs),
     /// Measure this machine
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -101,6 +104,12 @@ impl Cli {
             }
             Command::Eval(args) => eval::run(&cli, &args, &overrides),
             Command::Generate(args) => generate::run(&cli, &args, &overrides),
+            Command::Plan(args) => {
+                if world.rank == 0 {
+                    plan::run(&args, &overrides)?;
+                }
+                Ok(())
+            }
             Command::Bench(bench) => bench::run(&cli, &bench, &overrides),
         }
     }

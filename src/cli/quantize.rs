@@ -9,12 +9,13 @@ use crate::comm::mpi::MpiComm;
 use crate::recipe;
 use crate::train::log::bytes;
 
-use super::start::Start;
+use super::start::{Start, load_options};
 
 pub fn run(start: &Start, model: &Path, output: &Path, world_size: u32, overrides: &[String]) -> Result<()> {
     let job = recipe::for_model(model, overrides)?;
     let num_shards = world_size as usize;
-    let options = LoadOptions { shards: Some(output.to_path_buf()), num_shards, ..start.load_options(&job) };
+    let options =
+        LoadOptions { shards: Some(output.to_path_buf()), num_shards, ..load_options(&job, start.world.world_size) };
     let opened = load::open(&job.model, &options)?;
     let mut comm = MpiComm::new(start.world)?;
     start.threads(&mut comm)?;

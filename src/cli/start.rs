@@ -49,22 +49,9 @@ pub trait Work {
 }
 
 impl Start<'_> {
-    /// How a job holds its base.
-    pub fn load_options(&self, job: &Job) -> LoadOptions {
-        LoadOptions {
-            load_in_4bit: job.quantization.load_in_4bit,
-            double_quant: job.quantization.double_quant,
-            shards: job.shards.clone(),
-            num_shards: match job.fsdp.sharding_strategy {
-                ShardingStrategy::FullShard => self.world.world_size,
-                ShardingStrategy::NoShard => 1,
-            },
-        }
-    }
-
     /// Opens and checks a job's model.
     pub fn open(&self, job: &Job) -> Result<OpenedBase> {
-        load::open(&job.model, &self.load_options(job))
+        load::open(&job.model, &load_options(job, self.world.world_size))
     }
 
     /// Starts this rank's threads: its share of the cores that it may use.
@@ -184,22 +171,25 @@ impl Start<'_> {
         job: &FsdpJob,
         work: W,
     ) -> Result<W::Output> {
-        let sizes = self.sizes(&base, lora.as_ref(), true);
         let ranks = self.ranks_per_gpu.min(self.world.local_size);
-        // Ranks that share a GPU look before any of them takes.
-        let free = cuda.free_bytes()?;
-        barrier(&mut comm)?;
-        let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
-        let device =
-            job.vram_budget.map_or(free, |budget| budget.saturating_sub(CONTEXT_BYTES + LIBRARY_BYTES).min(free));
-        let budget = Budget { device, host: self.host_budget(job) };
-        let limits = sizes.decide::<Cuda<A>>(limits, &wishes(job), budget)?;
         let options = QueueOptions {
             max_gradients: max_gradients(lora.as_ref(), self.world.world_size),
             share_gpu: self.ranks_per_gpu > 1,
             delays: Delays::default(),
         };
-        let queue = CudaQueue::new(cuda.clone(), Box::new(comm), options)?;
+        // What NCCL takes is known when its communicator is there. Ranks that share a GPU look before any of them takes more.
+        barrier(&mut comm)?;
+        let before = cuda.free_bytes()?;
+        barrier(&mut comm)?;
+        let mut queue = CudaQueue::new(cuda.clone(), Box::new(comm), options)?;
+        queue.all_gather_f64("start", &[0.0])?;
+        let free = cuda.free_bytes()?;
+        queue.all_gather_f64("look", &[0.0])?;
+        let taken = CONTEXT_BYTES + LIBRARY_BYTES + before.saturating_sub(free) / ranks;
+        let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
+        let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(taken).min(free));
+        let budget = Budget { device, host: self.host_budget(job) };
+        let limits = self.sizes(&base, lora.as_ref(), true).decide::<Cuda<A>>(limits, &wishes(job), budget)?;
         self.run(Engine::new(cuda, host, queue, base, lora, limits)?, adapter, work)
     }
 
@@ -266,8 +256,21 @@ impl Start<'_> {
     }
 }
 
+/// How a job holds its base.
+pub fn load_options(job: &Job, world_size: usize) -> LoadOptions {
+    LoadOptions {
+        load_in_4bit: job.quantization.load_in_4bit,
+        double_quant: job.quantization.double_quant,
+        shards: job.shards.clone(),
+        num_shards: match job.fsdp.sharding_strategy {
+            ShardingStrategy::FullShard => world_size,
+            ShardingStrategy::NoShard => 1,
+        },
+    }
+}
+
 /// What the keys of a recipe ask of the memory.
-fn wishes(job: &FsdpJob) -> Wishes {
+pub fn wishes(job: &FsdpJob) -> Wishes {
     let recompute = match job.activation_checkpointing {
         ActivationCheckpointing::Auto => None,
         ActivationCheckpointing::Full => Some(Recompute::All),

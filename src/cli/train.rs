@@ -73,7 +73,7 @@ impl Work for Training<'_> {
         }
         start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
         // The other ranks end when the adapter is there: a launcher that sees them end may end the job.
-        engine.queue.all_gather_f64("end", &[])?;
+        engine.queue.all_gather_f64("end", &[0.0])?;
         Ok(())
     }
 }

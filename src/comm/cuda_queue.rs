@@ -65,9 +65,13 @@ impl<A: HalfType> CudaQueue<A> {
         let mut plan = Arena::<Cuda<A>>::measure();
         plan.carve::<f32>("received gradients", received)?;
         let received = Arena::allocate(&cuda, plan.into_plan())?.carve("received gradients", received)?;
+        let communication = cuda.new_stream()?;
+        if let Some(nccl) = &nccl {
+            connect(&cuda, nccl, &communication)?;
+        }
         Ok(CudaQueue {
             watchdog: Watchdog::new(nccl.clone())?,
-            communication: cuda.new_stream()?,
+            communication,
             fetch: cuda.new_stream()?,
             put: cuda.new_stream()?,
             cuda,
@@ -160,6 +164,25 @@ impl<A: HalfType> CudaQueue<A> {
     fn wait_event(&self) -> Result<CudaEvent> {
         self.cuda.timed_event()
     }
+}
+
+/// Runs each collective once on a few bytes: NCCL takes its buffers at the first use, and they should be there before memory is
+/// planned.
+fn connect<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Result<()> {
+    const BYTES_OF_A_RANK: usize = 256;
+    let len = nccl.world_size() * BYTES_OF_A_RANK;
+    let carve = |arena: &mut Arena<Cuda<A>>| -> Result<[Buffer<Cuda<A>, u8>; 2]> {
+        Ok([arena.carve("sent", len)?, arena.carve("received", len)?])
+    };
+    let mut plan = Arena::measure();
+    carve(&mut plan)?;
+    let [mut sent, mut received] = carve(&mut Arena::allocate(cuda, plan.into_plan())?)?;
+    cuda.fill_bytes(sent.view_mut(), 0)?;
+    cuda.order(cuda.compute(), stream)?;
+    nccl.all_gather_in_place(sent.view_mut(), stream)?;
+    nccl.all_to_all(sent.view(), received.view_mut(), stream)?;
+    cuda.order(stream, cuda.compute())?;
+    cuda.synchronize()
 }
 
 /// The plan of shards that go to one place.

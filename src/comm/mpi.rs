@@ -17,7 +17,7 @@ const LAUNCHER_SIZES: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCA
 /// Time between two looks at a collective that is under way: a rank that waits leaves its core to the computation.
 const POLL: Duration = Duration::from_micros(50);
 
-/// Whether any thread may call MPI_Abort.
+/// Whether there are others to end, and any thread may call MPI_Abort.
 static ANY_THREAD_MAY_ABORT: AtomicBool = AtomicBool::new(false);
 
 /// The MPI world. Dropping it finalizes MPI, which waits for all ranks.
@@ -36,9 +36,10 @@ impl World {
         let (universe, provided) =
             mpi::initialize_with_threading(Threading::Multiple).context("MPI is initialized already")?;
         ensure!(provided >= Threading::Serialized, "this MPI gives thread level {provided:?}; Serialized is needed");
-        ANY_THREAD_MAY_ABORT.store(provided == Threading::Multiple, Ordering::Relaxed);
         let world = universe.world();
         let (rank, world_size) = (world.rank() as usize, world.size() as usize);
+        // A rank alone just exits.
+        ANY_THREAD_MAY_ABORT.store(provided == Threading::Multiple && world_size > 1, Ordering::Relaxed);
         if world_size == 1 {
             check_launcher()?;
         }
@@ -67,7 +68,7 @@ fn check_launcher() -> Result<()> {
     Ok(())
 }
 
-/// Ends every rank of the job with this exit status. Does nothing but exit when MPI is not initialized.
+/// Ends every rank of the job with this exit status. Does nothing but exit when there is no other rank.
 pub fn abort(status: i32) -> ! {
     if ANY_THREAD_MAY_ABORT.load(Ordering::Relaxed) {
         // SAFETY: MPI was initialized with thread level Multiple, so any thread may call it at any time.

@@ -219,6 +219,10 @@ impl Nccl {
         self.rank
     }
 
+    pub fn world_size(&self) -> usize {
+        self.world_size
+    }
+
     fn turn(&self) -> MutexGuard<'_, ()> {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -32,7 +32,7 @@ pub fn run(start: &Start, bench: &Bench, overrides: &[String]) -> Result<()> {
 }
 
 /// The configuration that `--shape` names, with fewer layers when `layers` says so.
-fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
+pub fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
     let folder = PathBuf::from(name);
     if !folder.join("config.json").exists() {
         return shapes::named(name, layers);

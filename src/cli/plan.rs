@@ -1,0 +1,255 @@
+//! `plan`: what a run would use, without a GPU and without MPI.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use half::bf16;
+use serde_json::json;
+
+use crate::checkpoint::adapter::{self, AdapterSettings};
+use crate::checkpoint::{load, synthetic};
+use crate::device::cuda::{CONTEXT_BYTES, Cuda, LIBRARY_BYTES, NCCL_BYTES};
+use crate::fsdp::layout::UnitLayout;
+use crate::fsdp::memory::{Limits, Residency};
+use crate::fsdp::schedule::{Mode, Recompute};
+use crate::model::config::ModelConfig;
+use crate::model::layer::LayerLora;
+use crate::model::lora::{LoraConfig, LoraLayout};
+use crate::model::names::Projection;
+use crate::plan::hardware::Hardware;
+use crate::plan::memory::{Budget, Cost, Sizes};
+use crate::plan::throughput::{Timeline, Workload};
+use crate::plan::trace;
+use crate::recipe::{self, FsdpJob, ShardingStrategy};
+use crate::train::log::bytes;
+
+use super::start::{load_options, wishes};
+
+#[derive(Args)]
+pub struct PlanArgs {
+    /// The recipe; or --shape
+    #[arg(short, long, conflicts_with = "shape")]
+    config: Option<PathBuf>,
+    /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
+    #[arg(long, required_unless_present = "config")]
+    shape: Option<String>,
+    /// With --shape: sequences of a micro-batch
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    micro_batch: u32,
+    /// With --shape: tokens of a sequence
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
+    seq: u32,
+    /// With --shape: micro-batches of a step on each rank
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    accum: u32,
+    /// rtx3060, rtx3090, rtx4090, rtx5090, a100, h100 or h200
+    #[arg(long)]
+    gpu: String,
+    /// Ranks: GPUs of all nodes
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    world_size: u32,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    nodes: u32,
+    /// GB a second between nodes
+    #[arg(long, default_value_t = 1.25)]
+    network: f64,
+    /// Host memory of a node in GiB
+    #[arg(long)]
+    host_gib: Option<f64>,
+    /// Write the predicted step as a trace for <https://ui.perfetto.dev>
+    #[arg(long)]
+    trace: Option<PathBuf>,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// What is trained, from a recipe or a shape.
+struct Job {
+    name: String,
+    config: ModelConfig,
+    layouts: Vec<UnitLayout>,
+    lora: LoraConfig,
+    limits: Limits,
+    seq: usize,
+    fsdp: FsdpJob,
+}
+
+/// Decides and predicts; `overrides` are those of `--set`.
+pub fn run(args: &PlanArgs, overrides: &[String]) -> Result<()> {
+    let hardware = Hardware::named(&args.gpu)?;
+    let world_size = args.world_size as usize;
+    ensure!(args.world_size.is_multiple_of(args.nodes), "--nodes: {world_size} ranks do not divide by {}", args.nodes);
+    ensure!(args.network > 0.0, "--network: found {}, allowed: above 0", args.network);
+    let job = match (&args.config, &args.shape) {
+        (Some(recipe), _) => from_recipe(recipe, overrides, world_size)?,
+        (None, Some(shape)) => from_shape(args, shape, overrides, world_size)?,
+        (None, None) => unreachable!("clap asks for one of them"),
+    };
+    let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
+    let sizes = Sizes { config: &job.config, layouts: &job.layouts, lora: Some(&lora), world_size, pins_shards: true };
+    let libraries = CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 };
+    let limits =
+        sizes.decide::<Cuda<bf16>>(job.limits, &wishes(&job.fsdp), budget(args, &job, &hardware, libraries))?;
+    let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
+    let workload = Workload {
+        config: &job.config,
+        layouts: &job.layouts,
+        limits: &limits,
+        world_size,
+        lora_rank: job.lora.lora_rank,
+        lora_values: lora.layout.len,
+        dropout: job.lora.dropout > 0.0,
+        seq: job.seq,
+        link_bytes_per_s: if args.nodes > 1 { args.network * 1e9 } else { hardware.peer_bytes_per_s },
+    };
+    let timeline = workload.predict(&hardware);
+    if let Some(path) = &args.trace {
+        trace::write(path, &timeline.spans)?;
+    }
+    let report = Report { args, job: &job, limits: &limits, cost: &cost, libraries, timeline: &timeline };
+    if args.json {
+        report.json()
+    } else {
+        report.text()
+    }
+    Ok(())
+}
+
+fn budget(args: &PlanArgs, job: &Job, hardware: &Hardware, libraries: usize) -> Budget {
+    let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.vram_bytes as usize);
+    let ranks_of_a_node = f64::from(args.world_size / args.nodes);
+    let host = args.host_gib.map_or(usize::MAX, |gib| (gib * f64::from(1 << 30) / ranks_of_a_node) as usize);
+    Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
+}
+
+fn limits(fsdp: &FsdpJob, max_tokens: usize, max_micro_batches: usize) -> Limits {
+    Limits {
+        mode: Mode::Train,
+        max_tokens,
+        max_micro_batches,
+        max_context: 0,
+        accumulation: fsdp.accumulation,
+        recompute: Recompute::All,
+        num_slots: 2,
+        residency: Residency::ALL,
+    }
+}
+
+/// Micro-batches are taken to be full.
+fn from_recipe(path: &Path, overrides: &[String], world_size: usize) -> Result<Job> {
+    let job = recipe::load(path, overrides)?;
+    let opened = load::open(&job.model, &load_options(&job, world_size))?;
+    let lora = match &job.lora.adapter {
+        Some(dir) => adapter::load(dir, &opened.config).context("lora.adapter")?.settings,
+        None => AdapterSettings {
+            lora_rank: job.lora.r,
+            alpha: job.lora.alpha,
+            dropout: job.lora.dropout,
+            use_rslora: job.lora.use_rslora,
+            targets: job.lora.target_modules.clone(),
+        },
+    };
+    let max_tokens = job.data.max_length * job.training.per_device_train_batch_size;
+    Ok(Job {
+        name: job.model.display().to_string(),
+        limits: limits(&job.fsdp, max_tokens, job.training.accumulation_steps(world_size)),
+        config: opened.config,
+        layouts: opened.layouts,
+        lora: lora.lora_config(),
+        seq: job.data.max_length,
+        fsdp: job.fsdp,
+    })
+}
+
+fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: usize) -> Result<Job> {
+    let fsdp = recipe::for_bench(overrides)?.fsdp;
+    let config = super::bench::shape(shape, None)?;
+    let num_shards = if fsdp.sharding_strategy == ShardingStrategy::FullShard { world_size } else { 1 };
+    Ok(Job {
+        name: shape.to_string(),
+        layouts: synthetic::layouts(&config, num_shards)?,
+        config,
+        lora: LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() },
+        limits: limits(&fsdp, (args.micro_batch * args.seq) as usize, args.accum as usize),
+        seq: args.seq as usize,
+        fsdp,
+    })
+}
+
+struct Report<'a> {
+    args: &'a PlanArgs,
+    job: &'a Job,
+    limits: &'a Limits,
+    cost: &'a Cost,
+    libraries: usize,
+    timeline: &'a Timeline,
+}
+
+impl Report<'_> {
+    fn tokens_per_second(&self) -> f64 {
+        let micro_batches = self.limits.max_micro_batches * self.args.world_size as usize;
+        (self.limits.max_tokens * micro_batches) as f64 / self.timeline.seconds
+    }
+
+    fn resident_units(&self) -> usize {
+        self.limits.residency.units.min(self.job.layouts.len())
+    }
+
+    fn json(&self) {
+        let Report { args, job, limits, cost, libraries, timeline } = self;
+        let owners = |plan: &crate::device::MemoryPlan| -> serde_json::Map<String, serde_json::Value> {
+            plan.by_owner().into_iter().map(|(name, bytes)| (name, bytes.into())).collect()
+        };
+        println!(
+            "{}",
+            json!({
+                "model": job.name, "gpu": args.gpu, "world_size": args.world_size, "nodes": args.nodes,
+                "tokens_of_a_micro_batch": limits.max_tokens, "micro_batches": limits.max_micro_batches,
+                "recompute": limits.recompute == Recompute::All, "resident_units": self.resident_units(),
+                "units": job.layouts.len(), "trainables_on_device": limits.residency.trainables,
+                "libraries_bytes": libraries, "device": owners(&cost.device), "host": owners(&cost.host),
+                "device_bytes": cost.device.total_bytes() + libraries, "pinned_bytes": cost.host.total_bytes(),
+                "step_s": timeline.seconds, "tokens_per_second": self.tokens_per_second(),
+                "gather_wait_s": timeline.gather_wait, "copy_wait_s": timeline.copy_wait,
+                "fetched_bytes": timeline.fetched_bytes, "put_bytes": timeline.put_bytes,
+                "received_bytes": timeline.received_bytes, "bound_by": timeline.bound_by(),
+            })
+        );
+    }
+
+    fn text(&self) {
+        let Report { args, job, limits, cost, libraries, timeline } = self;
+        println!(
+            "{} on {} x {}, {} node(s): {} micro-batches of {} tokens a rank and step",
+            job.name, args.world_size, args.gpu, args.nodes, limits.max_micro_batches, limits.max_tokens
+        );
+        println!("\nGPU memory of a rank: {}", bytes(cost.device.total_bytes() + libraries));
+        println!("  {:24} {:>10}", "driver and libraries", bytes(*libraries));
+        for (name, n) in cost.device.by_owner() {
+            println!("  {name:24} {:>10}", bytes(n));
+        }
+        println!("\npinned host memory of a rank: {}", bytes(cost.host.total_bytes()));
+        for (name, n) in cost.host.by_owner() {
+            println!("  {name:24} {:>10}", bytes(n));
+        }
+        let (resident, all) = (self.resident_units(), job.layouts.len());
+        let recompute = if limits.recompute == Recompute::All { "recomputed" } else { "kept" };
+        println!("\n{resident} of {all} units are resident; activations are {recompute}");
+        println!(
+            "a step: {:.2} s, {:.0} tokens/s, bound by {}; waits {:.2} s for other ranks, {:.2} s for copies",
+            timeline.seconds,
+            self.tokens_per_second(),
+            timeline.bound_by(),
+            timeline.gather_wait,
+            timeline.copy_wait
+        );
+        println!(
+            "moved by a rank and step: {} from the host, {} to the host, {} from other ranks",
+            bytes(timeline.fetched_bytes as usize),
+            bytes(timeline.put_bytes as usize),
+            bytes(timeline.received_bytes as usize)
+        );
+    }
+}

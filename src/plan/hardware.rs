@@ -1,0 +1,56 @@
+//! What GPUs can do, for predictions of cards that are not there.
+
+use anyhow::{Context, Result};
+
+/// Rates of one GPU and of what connects it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Hardware {
+    pub name: String,
+    pub vram_bytes: f64,
+    /// FLOP/s of 16-bit matrix products with f32 sums.
+    pub matrix_flops: f64,
+    pub memory_bytes_per_s: f64,
+    /// Host to device, and as much device to host at the same time.
+    pub host_bytes_per_s: f64,
+    /// Between the GPUs of a node.
+    pub peer_bytes_per_s: f64,
+}
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// Name, GiB, TFLOP/s, GB/s of memory, GB/s over PCIe, GB/s between GPUs.
+///
+/// Memory and bandwidths are those of NVIDIA's data sheets; matrix rates of data-centre cards are those that large products reach
+/// (H100 and H200: measured with `bench kernels`; A100: 85 % of the data sheet's 312), of GeForce cards the data sheets' dense
+/// rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access: NCCL goes
+/// through the host.
+const GPUS: [(&str, [f64; 5]); 7] = [
+    ("rtx3060", [12.0, 25.0, 360.0, 25.0, 8.0]),
+    ("rtx3090", [24.0, 71.0, 936.0, 25.0, 10.0]),
+    ("rtx4090", [24.0, 165.0, 1008.0, 25.0, 10.0]),
+    ("rtx5090", [32.0, 209.0, 1792.0, 55.0, 20.0]),
+    ("a100", [80.0, 265.0, 2039.0, 25.0, 200.0]),
+    ("h100", [80.0, 723.0, 3350.0, 55.0, 300.0]),
+    ("h200", [141.0, 790.0, 4800.0, 55.0, 300.0]),
+];
+
+impl Hardware {
+    pub fn names() -> Vec<&'static str> {
+        GPUS.iter().map(|(name, _)| *name).collect()
+    }
+
+    pub fn named(name: &str) -> Result<Hardware> {
+        let (name, [gib, tflops, memory, host, peer]) = GPUS
+            .iter()
+            .find(|(n, _)| *n == name)
+            .with_context(|| format!("--gpu: found {name}; allowed: {}", Hardware::names().join(", ")))?;
+        Ok(Hardware {
+            name: name.to_string(),
+            vram_bytes: gib * GIB,
+            matrix_flops: tflops * 1e12,
+            memory_bytes_per_s: memory * 1e9,
+            host_bytes_per_s: host * 1e9,
+            peer_bytes_per_s: peer * 1e9,
+        })
+    }
+}
