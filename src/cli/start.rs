@@ -183,8 +183,9 @@ impl Start<'_> {
         barrier(&mut comm)?;
         let mut queue = CudaQueue::new(cuda.clone(), Box::new(comm), options)?;
         queue.all_gather_f64("start", &[0.0])?;
-        let free = cuda.free_bytes()?;
-        queue.all_gather_f64("look", &[0.0])?;
+        // The least of all ranks: they decide alike.
+        let of_ranks = queue.all_gather_f64("free GPU memory", &[cuda.free_bytes()? as f64])?;
+        let free = of_ranks.iter().map(|free| free[0] as usize).min().unwrap_or(0);
         let taken = CONTEXT_BYTES + LIBRARY_BYTES + before.saturating_sub(free) / ranks;
         let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
         let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(taken).min(free));
@@ -281,15 +282,54 @@ pub fn wishes(job: &FsdpJob) -> Wishes {
     Wishes { recompute, units, trainables, offload_boundaries: job.activation_offload }
 }
 
-/// MemAvailable; without /proc there is no limit to check.
+/// MemAvailable, or what the control group leaves when that is less; without /proc there is no limit to check.
 pub fn available_host_bytes() -> usize {
-    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let meminfo = text("/proc/meminfo");
     let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<usize>().ok()).map_or(usize::MAX, |kib| kib * 1024)
+    let available = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<usize>().ok());
+    let group = text("/proc/self/cgroup").lines().find_map(|l| l.strip_prefix("0::/").map(String::from));
+    let left = group_bytes(Path::new("/sys/fs/cgroup"), &group.unwrap_or_default());
+    available.map_or(usize::MAX, |kib| kib * 1024).min(left)
+}
+
+/// What the limits of a control group (version 2) and of those around it leave; page cache can be given back.
+fn group_bytes(root: &Path, group: &str) -> usize {
+    let number = |path: &Path, file: &str| -> Option<usize> {
+        std::fs::read_to_string(path.join(file)).ok()?.trim().parse().ok()
+    };
+    let left = |path: &Path| -> Option<usize> {
+        let stat = std::fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
+        let cache = stat.lines().find_map(|l| l.strip_prefix("file ")?.parse::<usize>().ok()).unwrap_or(0);
+        let used = number(path, "memory.current")?.saturating_sub(cache);
+        Some(number(path, "memory.max")?.saturating_sub(used))
+    };
+    let path = root.join(group);
+    path.ancestors().take_while(|p| p.starts_with(root)).filter_map(left).min().unwrap_or(usize::MAX)
 }
 
 /// Fails when a path that should be a file is none.
 pub fn check_file(key: &str, path: &Path) -> Result<()> {
     ensure!(path.exists(), "{key}: {} is not there", path.display());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tightest_control_group_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let inner = root.path().join("job/step");
+        std::fs::create_dir_all(&inner).unwrap();
+        assert_eq!(group_bytes(root.path(), "job/step"), usize::MAX, "no limit is set");
+        let write = |path: &Path, file: &str, text: &str| std::fs::write(path.join(file), text).unwrap();
+        for (path, max, current, cache) in [(&inner, "max", "5", "0"), (&root.path().join("job"), "100", "30", "10")] {
+            write(path, "memory.max", max);
+            write(path, "memory.current", current);
+            write(path, "memory.stat", &format!("anon 1\nfile {cache}\n"));
+        }
+        assert_eq!(group_bytes(root.path(), "job/step"), 100 - (30 - 10));
+    }
 }

@@ -160,10 +160,6 @@ impl<A: HalfType> CudaQueue<A> {
             .with_context(|| name.to_string())?;
         Ok(received)
     }
-
-    fn wait_event(&self) -> Result<CudaEvent> {
-        self.cuda.timed_event()
-    }
 }
 
 /// Runs each collective once on a few bytes: NCCL takes its buffers at the first use, and they should be there before memory is
@@ -314,9 +310,9 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
 
     /// The compute stream waits; the host does not.
     fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {
-        let before = self.wait_event()?;
+        let before = self.cuda.timed_event()?;
         self.cuda.compute().wait(&pending.done).map_err(|e| anyhow!("GPU event: {e}"))?;
-        self.waits.push((pending.kind, before, self.wait_event()?));
+        self.waits.push((pending.kind, before, self.cuda.timed_event()?));
         Ok(pending.value)
     }
 
