@@ -52,6 +52,43 @@ fn the_same_run_twice_gives_the_same_bytes() {
 }
 
 #[test]
+fn a_trace_has_every_queue_and_no_overlap_within_one() {
+    let place = Place::new();
+    let mut args = TRAIN.to_vec();
+    args.extend([
+        "--trace",
+        "trace.json",
+        "--set",
+        "fsdp.activation_offload=true",
+        "--set",
+        "fsdp.offload_params=true",
+    ]);
+    succeeds(place.mpirun(2, &args));
+    let trace: Value = serde_json::from_slice(&place.read("trace.json")).unwrap();
+    let events = trace["traceEvents"].as_array().unwrap();
+    let name = |e: &Value| e["name"].as_str().unwrap().to_string();
+    let lanes: Vec<u64> = (0..4).collect();
+    for lane in lanes {
+        let mut spans: Vec<(f64, f64, String)> = events
+            .iter()
+            .filter(|e| e["ph"] == "X" && e["tid"] == lane)
+            .map(|e| (e["ts"].as_f64().unwrap(), e["dur"].as_f64().unwrap(), name(e)))
+            .collect();
+        assert!(!spans.is_empty(), "lane {lane}");
+        spans.sort_by(|a, b| a.0.total_cmp(&b.0));
+        for pair in spans.windows(2) {
+            assert!(pair[0].0 + pair[0].1 <= pair[1].0 + 1.0, "{pair:?}");
+        }
+    }
+    let has = |part: &str| events.iter().any(|e| name(e).contains(part));
+    assert!(
+        ["gather of layer 1", "reduce of layer 0", "put of boundary 0", "fetch of boundary 1", "Backward"]
+            .iter()
+            .all(|p| has(p))
+    );
+}
+
+#[test]
 fn shard_files_do_not_depend_on_who_computed_them() {
     let place = Place::new();
     let quantize = |output: &'static str| ["quantize", "--model", "model", "--world-size", "3", "--output", output];

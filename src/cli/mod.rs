@@ -57,6 +57,9 @@ enum Command {
         /// The recipe
         #[arg(short, long, default_value = "fsdp-qlora.yaml")]
         config: PathBuf,
+        /// Write a trace of the second step for <https://ui.perfetto.dev>
+        #[arg(long)]
+        trace: Option<PathBuf>,
         /// Print all keys of the recipe, and stop
         #[arg(long)]
         help_recipe: bool,
@@ -90,7 +93,11 @@ impl Cli {
         let Common { device, ranks_per_gpu, overrides } = self.common;
         let log = Log { enabled: world.rank == 0 };
         let cli = start::Start { world, log, device, ranks_per_gpu: ranks_per_gpu as usize };
-        let command = self.command.unwrap_or(Command::Train { config: "fsdp-qlora.yaml".into(), help_recipe: false });
+        let command = self.command.unwrap_or(Command::Train {
+            config: "fsdp-qlora.yaml".into(),
+            trace: None,
+            help_recipe: false,
+        });
         match command {
             Command::Train { help_recipe: true, .. } => {
                 if world.rank == 0 {
@@ -98,7 +105,7 @@ impl Cli {
                 }
                 Ok(())
             }
-            Command::Train { config, .. } => train::run(&cli, &config, &overrides),
+            Command::Train { config, trace, .. } => train::run(&cli, &config, trace.as_deref(), &overrides),
             Command::Quantize { model, output, world_size } => {
                 quantize::run(&cli, &model, &output, world_size, &overrides)
             }

@@ -24,7 +24,7 @@ use super::start::{Start, Work};
 const TOKENIZER_FILES: [&str; 5] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"];
 
-pub fn run(start: &Start, recipe: &Path, overrides: &[String]) -> Result<()> {
+pub fn run(start: &Start, recipe: &Path, trace: Option<&Path>, overrides: &[String]) -> Result<()> {
     let job = recipe::load(recipe, overrides)?;
     let is_first = start.world.rank == 0;
     if is_first {
@@ -37,7 +37,8 @@ pub fn run(start: &Start, recipe: &Path, overrides: &[String]) -> Result<()> {
     check_batch(&job, start.world.world_size)?;
     let (comm, placement, base) = start.base(opened, &job)?;
     let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
-    let work = Training { start, job: &job, config: &config, adapter: &adapter, train: &train, eval: eval.as_ref() };
+    let work =
+        Training { start, job: &job, config: &config, adapter: &adapter, train: &train, eval: eval.as_ref(), trace };
     start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, work)
 }
 
@@ -49,16 +50,17 @@ struct Training<'a> {
     adapter: &'a Adapter,
     train: &'a Dataset,
     eval: Option<&'a Dataset>,
+    trace: Option<&'a Path>,
 }
 
 impl Work for Training<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
-        let Training { start, job, config, adapter, train, eval } = self;
+        let Training { start, job, config, adapter, train, eval, trace } = self;
         let is_first = start.world.rank == 0;
         let metrics = if is_first { Some(MetricsFile::create(&job.output_dir)?) } else { None };
-        let run = Run { engine: &mut engine, job: &job.training, train, eval, metrics, log: start.log };
+        let run = Run { engine: &mut engine, job: &job.training, train, eval, metrics, log: start.log, trace };
         start.log.line(format!(
             "{} steps of {} sequences, {} LoRA parameters",
             run.num_steps(),

@@ -10,6 +10,7 @@ use cudarc::driver::{CudaEvent, CudaStream};
 use rayon::prelude::*;
 
 use super::nccl::Nccl;
+use super::spans::{Lane, Span};
 use super::watchdog::Watchdog;
 use super::{Comm, Delays, HostCopy, Kind, Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cuda::{Cuda, HalfType};
@@ -45,7 +46,12 @@ pub struct CudaQueue<A: HalfType> {
     host_bytes: usize,
     /// Before and after each wait, on the compute stream.
     waits: Vec<(Kind, CudaEvent, CudaEvent)>,
+    /// What the other streams did; nothing while that is not recorded.
+    spans: Option<Vec<(Lane, String, CudaEvent, CudaEvent)>>,
 }
+
+/// Begin and end of an action's part on a stream, where spans are recorded.
+type Marks = Vec<(Lane, CudaEvent, CudaEvent)>;
 
 /// An action under way on a stream.
 pub struct Pending<T> {
@@ -82,66 +88,103 @@ impl<A: HalfType> CudaQueue<A> {
             delays: options.delays,
             host_bytes: 0,
             waits: Vec::new(),
+            spans: None,
         })
     }
 
-    /// An action whose last part is on `stream`.
-    fn pending<T>(&self, name: String, kind: Kind, stream: &CudaStream, value: T) -> Result<Pending<T>> {
-        let done = Arc::new(stream.record_event(None).map_err(|e| anyhow!("GPU event: {e}"))?);
+    /// An action that ends on `lane`.
+    fn pending<T>(&mut self, name: String, kind: Kind, lane: Lane, marks: Marks, value: T) -> Result<Pending<T>> {
+        let done = Arc::new(self.stream(lane).record_event(None).map_err(|e| anyhow!("GPU event: {e}"))?);
+        if let Some(spans) = &mut self.spans {
+            spans.extend(marks.into_iter().map(|(lane, begin, end)| (lane, name.clone(), begin, end)));
+        }
         self.watchdog.watch(name, done.clone());
         Ok(Pending { value, kind, done })
     }
 
-    /// What comes on `stream` follows all that the compute stream has been given.
-    fn begin(&self, stream: &CudaStream, delay: Duration) -> Result<()> {
-        self.cuda.order(self.cuda.compute(), stream)?;
-        self.cuda.spin_on(stream, delay)
+    fn stream(&self, lane: Lane) -> &CudaStream {
+        match lane {
+            Lane::Compute => self.cuda.compute(),
+            Lane::Communication => &self.communication,
+            Lane::Fetch => &self.fetch,
+            Lane::Put => &self.put,
+        }
+    }
+
+    /// Does `f` on a lane, after all that `after` has been given.
+    fn on(
+        &self,
+        lane: Lane,
+        after: Lane,
+        delay: Duration,
+        marks: &mut Marks,
+        f: impl FnOnce(&CudaStream) -> Result<()>,
+    ) -> Result<()> {
+        let stream = self.stream(lane);
+        self.cuda.order(self.stream(after), stream)?;
+        let begin = self.spans.as_ref().map(|_| self.cuda.mark_on(stream)).transpose()?;
+        self.cuda.spin_on(stream, delay)?;
+        f(stream)?;
+        if let Some(begin) = begin {
+            marks.push((lane, begin, self.cuda.mark_on(stream)?));
+        }
+        Ok(())
     }
 
     fn nccl(&self) -> Result<&Nccl> {
         self.nccl.as_deref().context("a collective of one rank has other ranks' parts")
     }
 
-    /// Gathers `shard` into `whole`, on whichever streams it takes; returns the last one.
+    /// Gathers `shard` into `whole`, on whichever lanes it takes; returns the last one.
     fn gather<T: Element>(
         &self,
         shard: &Place<Cuda<A>, T>,
         num_shards: usize,
         whole: &mut Buffer<Cuda<A>, T>,
-    ) -> Result<Arc<CudaStream>> {
+        marks: &mut Marks,
+    ) -> Result<Lane> {
         let (len, delays) = (shard.len(), &self.delays);
         let mut whole = whole.first_mut(len * num_shards);
         match shard {
             Place::Device(shard) => {
-                self.begin(&self.communication, delays.before_gather)?;
-                match num_shards {
-                    1 => self.cuda.copy_on(&self.communication, whole, shard.view())?,
-                    _ => self.nccl()?.all_gather(shard.view(), whole, &self.communication)?,
-                }
-                Ok(self.communication.clone())
+                self.on(Lane::Communication, Lane::Compute, delays.before_gather, marks, |stream| match num_shards {
+                    1 => self.cuda.copy_on(stream, whole, shard.view()),
+                    _ => self.nccl()?.all_gather(shard.view(), whole, stream),
+                })?;
+                Ok(Lane::Communication)
             }
             Place::Host(shard) => {
-                self.begin(&self.fetch, delays.before_fetch)?;
                 let own = if num_shards == 1 { 0 } else { self.comm.rank() * len };
-                self.cuda.fetch_on(&self.fetch, whole.range_mut(own..own + len), shard.view())?;
+                self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, marks, |stream| {
+                    self.cuda.fetch_on(stream, whole.range_mut(own..own + len), shard.view())
+                })?;
                 if num_shards == 1 {
-                    return Ok(self.fetch.clone());
+                    return Ok(Lane::Fetch);
                 }
-                self.cuda.order(&self.fetch, &self.communication)?;
-                self.cuda.spin_on(&self.communication, delays.before_gather)?;
-                self.nccl()?.all_gather_in_place(whole, &self.communication)?;
-                Ok(self.communication.clone())
+                self.on(Lane::Communication, Lane::Fetch, delays.before_gather, marks, |stream| {
+                    self.nccl()?.all_gather_in_place(whole, stream)
+                })?;
+                Ok(Lane::Communication)
             }
         }
     }
 
-    /// Sums `full` over ranks into this rank's part of it, or, where every rank keeps all, into every part.
-    fn sum_over_ranks(&mut self, full: &mut Buffer<Cuda<A>, f32>, everywhere: bool) -> Result<()> {
-        let (len, world_size) = (full.len(), self.comm.world_size());
-        let part = len / world_size;
-        ensure!(part * world_size == len && len <= self.received.len(), "{len} gradients, {world_size} ranks");
-        let mut received = std::mem::replace(&mut self.received, Buffer::none());
-        let (nccl, stream) = (self.nccl()?, &self.communication);
+    /// Sums `full` over ranks into this rank's part of it, or, where every rank keeps all, into every part. `received` is for
+    /// what the other ranks send.
+    fn sum_over_ranks(
+        &self,
+        full: &mut Buffer<Cuda<A>, f32>,
+        received: &mut Buffer<Cuda<A>, f32>,
+        everywhere: bool,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let (len, nccl) = (full.len(), self.nccl()?);
+        let part = len / nccl.world_size();
+        ensure!(
+            part * nccl.world_size() == len && len <= received.len(),
+            "{len} gradients, {} planned",
+            received.len()
+        );
         nccl.all_to_all(full.view(), received.first_mut(len), stream)?;
         // The sum takes the place of this rank's own part of the gradients, which has been sent.
         let own = nccl.rank() * part..(nccl.rank() + 1) * part;
@@ -149,7 +192,6 @@ impl<A: HalfType> CudaQueue<A> {
         if everywhere {
             nccl.all_gather_in_place(full.view_mut(), stream)?;
         }
-        self.received = received;
         Ok(())
     }
 
@@ -244,8 +286,9 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         num_shards: usize,
         mut out: Buffer<Cuda<A>, u8>,
     ) -> Result<Pending<Buffer<Cuda<A>, u8>>> {
-        let stream = self.gather(shard, num_shards, &mut out).with_context(|| name.clone())?;
-        self.pending(name, Kind::Collective, &stream, out)
+        let mut marks = Marks::new();
+        let lane = self.gather(shard, num_shards, &mut out, &mut marks).with_context(|| name.clone())?;
+        self.pending(name, Kind::Collective, lane, marks, out)
     }
 
     fn gather_trainable(
@@ -254,9 +297,9 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut buffers: TrainableBuffers<Cuda<A>>,
     ) -> Result<Pending<TrainableBuffers<Cuda<A>>>> {
         let TrainableBuffers { shard, full } = &mut buffers;
-        let num_shards = full.len() / shard.len().max(1);
-        let stream = self.gather(shard, num_shards, full).with_context(|| name.clone())?;
-        self.pending(name, Kind::Collective, &stream, buffers)
+        let (num_shards, mut marks) = (full.len() / shard.len().max(1), Marks::new());
+        let lane = self.gather(shard, num_shards, full, &mut marks).with_context(|| name.clone())?;
+        self.pending(name, Kind::Collective, lane, marks, buffers)
     }
 
     fn reduce(
@@ -267,25 +310,29 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         let TrainableBuffers { shard, full } = &mut buffers;
         let (len, world_size, rank) = (full.len(), self.comm.world_size(), self.comm.rank());
         ensure!(shard.len() == len / world_size || shard.len() == len, "{len} gradients into {}", shard.len());
-        self.begin(&self.communication, self.delays.before_reduce)?;
-        if world_size > 1 {
-            self.sum_over_ranks(full, shard.len() == len).with_context(|| name.clone())?;
-        }
-        let own = if shard.len() == len { 0..len } else { rank * shard.len()..(rank + 1) * shard.len() };
+        let (everywhere, mut marks) = (shard.len() == len, Marks::new());
+        let mut received = std::mem::replace(&mut self.received, Buffer::none());
+        self.on(Lane::Communication, Lane::Compute, self.delays.before_reduce, &mut marks, |stream| match world_size {
+            1 => Ok(()),
+            _ => self.sum_over_ranks(full, &mut received, everywhere, stream),
+        })
+        .with_context(|| name.clone())?;
+        self.received = received;
+        let own = if everywhere { 0..len } else { rank * shard.len()..(rank + 1) * shard.len() };
         let sum = full.view().range(own);
-        let stream = match shard {
+        let lane = match shard {
             Place::Device(shard) => {
                 self.cuda.copy_on(&self.communication, shard.view_mut(), sum)?;
-                &self.communication
+                Lane::Communication
             }
             Place::Host(shard) => {
-                self.cuda.order(&self.communication, &self.put)?;
-                self.cuda.spin_on(&self.put, self.delays.before_put)?;
-                self.cuda.put_on(&self.put, shard.view_mut(), sum)?;
-                &self.put
+                self.on(Lane::Put, Lane::Communication, self.delays.before_put, &mut marks, |stream| {
+                    self.cuda.put_on(stream, shard.view_mut(), sum)
+                })?;
+                Lane::Put
             }
         };
-        self.pending(name, Kind::Collective, stream, buffers)
+        self.pending(name, Kind::Collective, lane, marks, buffers)
     }
 
     fn put<T: Element>(
@@ -293,9 +340,11 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         name: String,
         mut copy: HostCopy<Cuda<A>, T>,
     ) -> Result<Pending<HostCopy<Cuda<A>, T>>> {
-        self.begin(&self.put, self.delays.before_put)?;
-        self.cuda.put_on(&self.put, copy.host.first_mut(copy.len), copy.device.first(copy.len))?;
-        self.pending(name, Kind::Copy, &self.put, copy)
+        let (mut marks, HostCopy { device, host, len }) = (Marks::new(), &mut copy);
+        self.on(Lane::Put, Lane::Compute, self.delays.before_put, &mut marks, |stream| {
+            self.cuda.put_on(stream, host.first_mut(*len), device.first(*len))
+        })?;
+        self.pending(name, Kind::Copy, Lane::Put, marks, copy)
     }
 
     fn fetch<T: Element>(
@@ -303,29 +352,44 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         name: String,
         mut copy: HostCopy<Cuda<A>, T>,
     ) -> Result<Pending<HostCopy<Cuda<A>, T>>> {
-        self.begin(&self.fetch, self.delays.before_fetch)?;
-        self.cuda.fetch_on(&self.fetch, copy.device.first_mut(copy.len), copy.host.first(copy.len))?;
-        self.pending(name, Kind::Copy, &self.fetch, copy)
+        let (mut marks, HostCopy { device, host, len }) = (Marks::new(), &mut copy);
+        self.on(Lane::Fetch, Lane::Compute, self.delays.before_fetch, &mut marks, |stream| {
+            self.cuda.fetch_on(stream, device.first_mut(*len), host.first(*len))
+        })?;
+        self.pending(name, Kind::Copy, Lane::Fetch, marks, copy)
     }
 
     /// The compute stream waits; the host does not.
     fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {
-        let before = self.cuda.timed_event()?;
+        let before = self.cuda.mark()?;
         self.cuda.compute().wait(&pending.done).map_err(|e| anyhow!("GPU event: {e}"))?;
-        self.waits.push((pending.kind, before, self.cuda.timed_event()?));
+        self.waits.push((pending.kind, before, self.cuda.mark()?));
         Ok(pending.value)
     }
 
     fn take_waits(&mut self) -> Result<Waits> {
         let mut waits = Waits::default();
         for (kind, before, after) in self.waits.drain(..) {
-            let elapsed = self.cuda.elapsed(&before, &after)?;
+            let elapsed = Duration::from_secs_f64(self.cuda.seconds_between(&before, &after)?.max(0.0));
             match kind {
                 Kind::Collective => waits.gather += elapsed,
                 Kind::Copy => waits.copy += elapsed,
             }
         }
         Ok(waits)
+    }
+
+    fn record_spans(&mut self, on: bool) {
+        self.spans = on.then(Vec::new);
+    }
+
+    fn take_spans(&mut self, begin: &CudaEvent) -> Result<Vec<Span>> {
+        let Some(spans) = &mut self.spans else { return Ok(Vec::new()) };
+        let seconds = |at: &CudaEvent| self.cuda.seconds_between(begin, at);
+        let spans = std::mem::take(spans).into_iter();
+        spans
+            .map(|(lane, name, from, to)| Ok(Span { lane, name, begin: seconds(&from)?, end: seconds(&to)? }))
+            .collect()
     }
 
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {

@@ -1,6 +1,7 @@
 //! Collectives and copies of the CPU device: a thread of its own runs them one after the other, while the ranks compute.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -8,6 +9,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use crate::device::cpu::Cpu;
 use crate::device::{Buffer, Element, Place};
 
+use super::spans::{Lane, Span};
 use super::{Comm, Delays, HostCopy, Kind, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits};
 
 type Job = Box<dyn FnOnce(&mut dyn Comm) + Send>;
@@ -20,7 +22,12 @@ pub struct HostQueue {
     world_size: usize,
     delays: Delays,
     waits: Waits,
+    /// What the thread did when; nothing while that is not recorded.
+    spans: Option<Arc<Mutex<Done>>>,
 }
+
+/// Actions with their begin and end.
+type Done = Vec<(Lane, String, Instant, Instant)>;
 
 /// An action under way on the queue's thread.
 pub struct Pending<T> {
@@ -38,7 +45,15 @@ impl HostQueue {
             .name("communication".into())
             .spawn(move || queue.into_iter().for_each(|job| job(&mut *comm)))
             .context("starting the communication thread")?;
-        Ok(HostQueue { jobs: Some(jobs), thread: Some(thread), rank, world_size, delays, waits: Waits::default() })
+        Ok(HostQueue {
+            jobs: Some(jobs),
+            thread: Some(thread),
+            rank,
+            world_size,
+            delays,
+            waits: Waits::default(),
+            spans: None,
+        })
     }
 
     /// Runs `f` after what is in the queue; for what has no method of its own (start-up, quantizing, saving).
@@ -67,9 +82,20 @@ impl HostQueue {
         f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
     ) -> Result<Pending<T>> {
         let (done, result) = channel();
+        let (spans, span_name) = (self.spans.clone(), name.clone());
         let job: Job = Box::new(move |comm| {
+            let begin = Instant::now();
+            let value = f(comm);
+            if let Some(spans) = spans {
+                let lane = match kind {
+                    Kind::Collective => Lane::Communication,
+                    Kind::Copy if span_name.starts_with("put") => Lane::Put,
+                    Kind::Copy => Lane::Fetch,
+                };
+                spans.lock().unwrap_or_else(PoisonError::into_inner).push((lane, span_name, begin, Instant::now()));
+            }
             // Nobody listens any more when the executor failed first: its error is the one that is told.
-            let _ = done.send(f(comm));
+            let _ = done.send(value);
         });
         let jobs = self.jobs.as_ref().context("the communication queue is closed")?;
         jobs.send(job).map_err(|_| anyhow!("the communication thread has ended"))?;
@@ -187,6 +213,20 @@ impl Queue<Cpu> for HostQueue {
 
     fn take_waits(&mut self) -> Result<Waits> {
         Ok(std::mem::take(&mut self.waits))
+    }
+
+    fn record_spans(&mut self, on: bool) {
+        self.spans = on.then(Default::default);
+    }
+
+    fn take_spans(&mut self, begin: &Instant) -> Result<Vec<Span>> {
+        let Some(spans) = &self.spans else { return Ok(Vec::new()) };
+        let spans = std::mem::take(&mut *spans.lock().unwrap_or_else(PoisonError::into_inner));
+        let seconds = |at: Instant| at.saturating_duration_since(*begin).as_secs_f64();
+        Ok(spans
+            .into_iter()
+            .map(|(lane, name, from, to)| Span { lane, name, begin: seconds(from), end: seconds(to) })
+            .collect())
     }
 
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {

@@ -6,6 +6,7 @@ pub mod host_queue;
 pub mod local;
 pub mod mpi;
 pub mod nccl;
+pub mod spans;
 mod watchdog;
 
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use crate::device::{Buffer, Device, Element, HostBuffer, Place};
+use spans::Span;
 
 /// Blocking collectives on host memory. All ranks call the same ones in the same order, from one thread each.
 pub trait Comm: Send {
@@ -136,6 +138,12 @@ pub trait Queue<D: Device> {
 
     /// How long waits have taken since the last call. The compute queue is done.
     fn take_waits(&mut self) -> Result<Waits>;
+
+    /// From here on, keeps what happens when; or stops.
+    fn record_spans(&mut self, on: bool);
+
+    /// What was kept, in seconds since `begin`. The compute queue is done.
+    fn take_spans(&mut self, begin: &D::Mark) -> Result<Vec<Span>>;
 
     /// Every rank's `values`, in rank order. Blocks.
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>>;

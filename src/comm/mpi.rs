@@ -17,6 +17,9 @@ const LAUNCHER_SIZES: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCA
 /// Time between two looks at a collective that is under way: a rank that waits leaves its core to the computation.
 const POLL: Duration = Duration::from_micros(50);
 
+/// How long the launcher gets to pass on what was printed, before it prints its own message about the abort.
+const MESSAGE_FIRST: Duration = Duration::from_millis(200);
+
 /// Whether there are others to end, and any thread may call MPI_Abort.
 static ANY_THREAD_MAY_ABORT: AtomicBool = AtomicBool::new(false);
 
@@ -71,6 +74,7 @@ fn check_launcher() -> Result<()> {
 /// Ends every rank of the job with this exit status. Does nothing but exit when there is no other rank.
 pub fn abort(status: i32) -> ! {
     if ANY_THREAD_MAY_ABORT.load(Ordering::Relaxed) {
+        std::thread::sleep(MESSAGE_FIRST);
         // SAFETY: MPI was initialized with thread level Multiple, so any thread may call it at any time.
         unsafe { mpi::ffi::MPI_Abort(mpi::ffi::RSMPI_COMM_WORLD, status) };
     }

@@ -22,6 +22,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     type Act: Element;
     /// Keeps one allocation alive.
     type Region: Send + Sync;
+    /// A point in time of the compute queue.
+    type Mark;
 
     /// Whether activations are so narrow that the loss is scaled, so that gradients do not vanish (fp16).
     const NEEDS_LOSS_SCALING: bool;
@@ -32,6 +34,10 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn allocate_host(&self, bytes: usize) -> Result<(HostRegion, usize)>;
     /// Returns when the compute queue has done all that it was given.
     fn synchronize(&self) -> Result<()>;
+    /// When the compute queue gets here.
+    fn mark(&self) -> Result<Self::Mark>;
+    /// Seconds between two marks that have passed; negative when `then` was first.
+    fn seconds_between(&self, first: &Self::Mark, then: &Self::Mark) -> Result<f64>;
     /// Host to device; the lengths must be equal.
     fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()>;
     /// Device to host; the lengths must be equal. Waits for the compute queue.

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::comm::spans::{Lane, Span};
 use crate::comm::{Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cpu::Cpu;
 use crate::device::ops::Dequantize;
@@ -110,6 +111,8 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     dense: Option<Unit>,
     embedding: Vec<f32>,
     plan: Plans,
+    /// What the last run did when, if that is recorded.
+    spans: Option<Vec<Span>>,
 }
 
 /// What an engine allocates, by name.
@@ -174,6 +177,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             dense,
             embedding,
             plan,
+            spans: None,
         })
     }
 
@@ -215,17 +219,42 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.perform(&actions, args, batches)
     }
 
+    /// Keeps what the next runs do when, or no longer.
+    pub fn record_spans(&mut self, on: bool) {
+        self.spans = on.then(Vec::new);
+        self.queue.record_spans(on);
+    }
+
+    /// What the last run did when; nothing if that was not recorded.
+    pub fn spans(&self) -> &[Span] {
+        self.spans.as_deref().unwrap_or_default()
+    }
+
     /// Performs any list of actions.
     pub fn perform(&mut self, actions: &[Action], args: &RunArgs<'_>, batches: &[MicroBatch]) -> Result<RunOutput> {
         let start = Instant::now();
         let empty = MicroBatch::new();
         let mut output =
             RunOutput { log_probabilities: vec![Vec::new(); args.num_micro_batches], ..Default::default() };
+        let begin = self.device.mark()?;
+        let mut marks = Vec::new();
         for action in actions {
             let batch = |micro: usize| batches.get(micro).unwrap_or(&empty);
+            let before = if self.spans.is_some() { Some(self.device.mark()?) } else { None };
             self.act(action, args, batch, &mut output).with_context(|| format!("{action:?}"))?;
+            if let Some(before) = before {
+                marks.push((action, before, self.device.mark()?));
+            }
         }
         self.device.synchronize()?;
+        if let Some(spans) = &mut self.spans {
+            *spans = self.queue.take_spans(&begin)?;
+            for (action, from, to) in marks {
+                let seconds = |at| self.device.seconds_between(&begin, at);
+                let (name, begin, end) = (format!("{action:?}"), seconds(&from)?, seconds(&to)?);
+                spans.push(Span { lane: Lane::Compute, name, begin, end });
+            }
+        }
         output.elapsed = start.elapsed();
         output.waits = self.queue.take_waits()?;
         Ok(output)

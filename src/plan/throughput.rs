@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::comm::spans::{Lane, Span};
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Action, build};
@@ -42,24 +43,6 @@ pub struct Workload<'a> {
     pub seq: usize,
     /// Bytes a second from rank to rank.
     pub link_bytes_per_s: f64,
-}
-
-/// The queues of a rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Lane {
-    Compute,
-    Communication,
-    Fetch,
-    Put,
-}
-
-/// One action on its queue, in seconds since the step's begin.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Span {
-    pub lane: Lane,
-    pub name: String,
-    pub begin: f64,
-    pub end: f64,
 }
 
 /// A predicted step.

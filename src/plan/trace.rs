@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::throughput::{Lane, Span};
+use crate::comm::spans::{Lane, Span};
 
 /// Writes spans in the JSON format of Chrome's trace viewer ("Trace Event Format", Google 2016); times in microseconds.
 pub fn write(path: &Path, spans: &[Span]) -> Result<()> {

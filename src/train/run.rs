@@ -1,5 +1,6 @@
 //! The loop over steps.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -13,6 +14,7 @@ use crate::fsdp::grads::Values;
 use crate::model::batch::MicroBatch;
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
+use crate::plan::trace;
 use crate::recipe::TrainingJob;
 
 use super::log::{Log, duration};
@@ -29,6 +31,8 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     /// Rank 0 only.
     pub metrics: Option<MetricsFile>,
     pub log: Log,
+    /// Where rank 0 writes a trace of the second step, or of the only one.
+    pub trace: Option<&'a Path>,
 }
 
 impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
@@ -58,7 +62,13 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             let batches = self.batches(&mut sampler, step_idx);
             let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
             let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
+            let is_traced = self.trace.is_some() && step_idx == 1.min(num_steps - 1);
+            self.engine.record_spans(is_traced);
             let record = step(self.engine, &batches, &args)?;
+            if let Some(path) = self.trace.filter(|_| is_traced && rank == 0) {
+                trace::write(path, self.engine.spans())?;
+                self.log.line(format!("trace of step {}: {}", step_idx + 1, path.display()));
+            }
             if record.updated && !b_is_checked {
                 check::every_matrix_has_a_gradient(self.engine, "B")?;
                 b_is_checked = true;

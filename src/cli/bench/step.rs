@@ -1,5 +1,7 @@
 //! `bench step`: training steps on made-up weights of a shape.
 
+use std::path::PathBuf;
+
 use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
@@ -17,6 +19,7 @@ use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
+use crate::plan::trace;
 use crate::recipe::{self, ShardingStrategy};
 use crate::train::fault;
 use crate::train::metrics::peak_host_bytes;
@@ -47,6 +50,9 @@ pub struct StepBench {
     steps: u32,
     #[arg(long, default_value_t = 0.05)]
     dropout: f32,
+    /// Write a trace of the last step, which is not timed, for <https://ui.perfetto.dev>
+    #[arg(long)]
+    trace: Option<PathBuf>,
 }
 
 const WARM_UP_STEPS: u32 = 2;
@@ -110,7 +116,9 @@ impl Work for Steps<'_> {
         let (mut records, mut losses) = (Vec::new(), Vec::new());
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
         let recompute = engine.limits().recompute == Recompute::All;
-        for step_idx in 1..=WARM_UP_STEPS + args.steps {
+        let num_steps = WARM_UP_STEPS + args.steps;
+        for step_idx in 1..=num_steps + u32::from(args.trace.is_some()) {
+            engine.record_spans(step_idx > num_steps);
             fault::inject(start.world.rank, step_idx as usize)?;
             let batches: Vec<MicroBatch> = (0..args.accum)
                 .map(|m| batch(args, &config, u64::from(step_idx * args.accum + m), start.world.rank as u64))
@@ -131,9 +139,12 @@ impl Work for Steps<'_> {
             num_updates += u32::from(scaler.update(record.grad_norm));
             start.log.line(format!("step {step_idx}  loss {:.4}  {:.1} ms", record.loss, record.step_ms));
             losses.push(record.loss);
-            if step_idx > WARM_UP_STEPS {
+            if (WARM_UP_STEPS + 1..=num_steps).contains(&step_idx) {
                 records.push(record);
             }
+        }
+        if let Some(path) = args.trace.as_deref().filter(|_| start.log.enabled) {
+            trace::write(path, engine.spans())?;
         }
         let median = |of: fn(&StepRecord) -> f64| {
             let mut values: Vec<f64> = records.iter().map(of).collect();

@@ -16,6 +16,8 @@ mod rope;
 mod swiglu;
 mod uniform;
 
+use std::time::Instant;
+
 use anyhow::Result;
 pub use memory::HostRegion;
 use rayon::prelude::*;
@@ -53,6 +55,7 @@ impl Cpu {
 impl Device for Cpu {
     type Act = f32;
     type Region = HostRegion;
+    type Mark = Instant;
 
     const NEEDS_LOSS_SCALING: bool = false;
 
@@ -68,6 +71,15 @@ impl Device for Cpu {
 
     fn synchronize(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn mark(&self) -> Result<Instant> {
+        Ok(Instant::now())
+    }
+
+    fn seconds_between(&self, first: &Instant, then: &Instant) -> Result<f64> {
+        let later = then.saturating_duration_since(*first).as_secs_f64();
+        Ok(later - first.saturating_duration_since(*then).as_secs_f64())
     }
 
     fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()> {

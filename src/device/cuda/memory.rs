@@ -4,14 +4,14 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, ensure};
-use cudarc::driver::{CudaContext, CudaStream, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
 use crate::device::cpu::{Cpu, HostRegion};
 use crate::device::{Device, Element, View, ViewMut};
 use crate::quant::double::DYNAMIC_MAP;
 use crate::quant::nf4::{CODEBOOK, THRESHOLDS};
 
-use super::{Cuda, HalfType, gemm};
+use super::{Cuda, HalfType, gemm, libraries};
 
 /// One allocation, freed on drop.
 pub struct DeviceRegion {
@@ -173,6 +173,7 @@ impl<A: HalfType> Cuda<A> {
 impl<A: HalfType> Device for Cuda<A> {
     type Act = A;
     type Region = DeviceRegion;
+    type Mark = CudaEvent;
 
     const NEEDS_LOSS_SCALING: bool = <A as HalfType>::NEEDS_LOSS_SCALING;
 
@@ -192,6 +193,18 @@ impl<A: HalfType> Device for Cuda<A> {
 
     fn synchronize(&self) -> Result<()> {
         self.compute.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))
+    }
+
+    fn mark(&self) -> Result<CudaEvent> {
+        self.mark_on(&self.compute)
+    }
+
+    fn seconds_between(&self, first: &CudaEvent, then: &CudaEvent) -> Result<f64> {
+        if !libraries::driver_times_events() {
+            return Ok(0.0);
+        }
+        let ms = first.elapsed_ms(then).map_err(|e| anyhow!("GPU event: {e}"))?;
+        Ok(f64::from(ms) * 1e-3)
     }
 
     fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()> {

@@ -140,19 +140,10 @@ impl<A: HalfType> Cuda<A> {
             .map_err(|e| anyhow!("GPU event: {e}"))
     }
 
-    /// An event of the compute stream that has a time.
-    pub fn timed_event(&self) -> Result<CudaEvent> {
+    /// An event of a stream that has a time, with drivers from 12.8 on.
+    pub fn mark_on(&self, stream: &CudaStream) -> Result<CudaEvent> {
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        self.compute.record_event(flags).map_err(|e| anyhow!("GPU event: {e}"))
-    }
-
-    /// Time between two events of [`Cuda::timed_event`] that have passed; 0 with a driver (before 12.8) that cannot tell.
-    pub fn elapsed(&self, first: &CudaEvent, then: &CudaEvent) -> Result<Duration> {
-        if !libraries::driver_times_events() {
-            return Ok(Duration::ZERO);
-        }
-        let ms = first.elapsed_ms(then).map_err(|e| anyhow!("GPU event: {e}"))?;
-        Ok(Duration::from_secs_f64(f64::from(ms.max(0.0)) * 1e-3))
+        stream.record_event(flags).map_err(|e| anyhow!("GPU event: {e}"))
     }
 
     /// Keeps a stream busy, for tests of the order of streams.
