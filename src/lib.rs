@@ -9,13 +9,13 @@
 //! |---|---|---|
 //! | [`device`] | memory, one op per kernel ([`device::ops`]); [`device::cpu`] is the reference, [`device::cuda`] the same on a GPU, its kernels in `kernels/` | models, ranks |
 //! | [`quant`] | NF4, double quantization, the record | devices, files |
-//! | [`comm`] | host collectives (MPI, threads), NCCL, and the ordered queue of collectives on device memory | models |
+//! | [`comm`] | host collectives (MPI, threads), NCCL, and the ordered queues of collectives on device memory and of copies to and from the host | models |
 //! | [`model`] | Llama math on device ops | that it is sharded: neither [`comm`] nor [`fsdp`] |
 //! | [`fsdp`] | layout, units, the schedule and its checker, the executor | files, data, the recipe |
 //! | [`optim`] | AdamW's numbers, learning rates, clipping | |
 //! | [`data`] | rows to documents to sequences to micro-batches | devices |
 //! | [`checkpoint`] | base models, shard files, adapters | the recipe |
-//! | [`plan`] | what a run will use: memory | files, data, the recipe |
+//! | [`plan`] | what a run will use: which memory is kept where, and how long a step takes, for this machine or another | files, data, the recipe |
 //! | [`train`] | steps, evaluation, generation, logs | the command line |
 //! | [`recipe`] | what was written (the recipe) becomes what was decided (the job) | |
 //! | [`cli`] | one file per subcommand | |
@@ -28,8 +28,17 @@
 //! dequantized into the one set of dense weights; passed through by all micro-batches; resharded. [`model::layer`] is a
 //! flat list of ops forward, the same list cut short for a recompute, and a list backward.
 //!
-//! On a GPU the queue is a stream: starting a collective makes it wait for the compute stream, waiting makes the compute
-//! stream wait for it, and the host runs ahead.
+//! On a GPU each queue is a stream: starting an action makes its stream wait for the compute stream, waiting makes the compute
+//! stream wait for the action, and the host runs ahead. A watchdog thread ends all ranks when an action takes too long.
+//!
+//! # What streams
+//!
+//! [`plan::memory`] decides what stays on the device ([`fsdp::memory::Residency`]); the rest waits in one mapping of exact size
+//! that the driver pins ([`device::cpu::HostRegion`]), never in a mapped file. A *shard* is fetched as the first half of its
+//! gather, into its own place in the slot, so that the all-gather is in place. A *boundary* (a layer's input) is put when its layer
+//! has read it and fetched into whatever buffer is free when backward comes near: `fsdp::offload` weaves these copies into the
+//! schedule, where the checker sees them. *LoRA values* are fetched like shards, their gradients put after the reduction, and
+//! AdamW runs on the host, in the arithmetic of its kernel to the bit.
 //!
 //! # Invariants
 //!
@@ -38,14 +47,15 @@
 //!   every byte from the start of a gather on.
 //! - All device memory is carved at start, by name, from a plan ([`device::arena`]); the loop allocates none.
 //! - Random numbers depend on seed, step, sample, position, layer, module and feature: never on ranks or packing.
-//! - Reductions over ranks are sums in rank order. Layer- or micro-batch-major, recomputed or kept, sharded or not: the
-//!   same bits (tests/fsdp.rs).
+//! - Reductions over ranks are sums in rank order. Layer- or micro-batch-major, recomputed or kept, sharded or not, resident or
+//!   streamed: the same bits (tests/fsdp.rs on CPU ranks, tests/gpu.rs on GPUs).
 //! - Any error or panic on any rank ends all ranks ([`comm::mpi::abort`]); nothing half-written has a final name
 //!   ([`checkpoint::atomic`]).
 //!
-//! Two places where bitsandbytes' CPU and CUDA code differ are decided for CUDA: a block of zeros gets code 0 (so that with
-//! double quantization it dequantizes to minus the error of its absmax, as there), and a short last block is multiplied by
-//! the reciprocal of its absmax like all others.
+//! Where bitsandbytes' CPU and CUDA code differ, CUDA is followed (tests/golden/nf4_cuda.safetensors was made there): a block of
+//! zeros gets code 0 (so that with double quantization it dequantizes to minus the error of its absmax, as there), a short last
+//! block is multiplied by the reciprocal of its absmax like all others, and the thresholds between codes are the kernel's constants,
+//! not the midpoints that f32 gives.
 
 pub mod checkpoint;
 mod choices;

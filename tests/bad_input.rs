@@ -188,6 +188,43 @@ fn recipes() {
 }
 
 #[test]
+fn budgets_that_are_too_small_are_refused_with_the_numbers() {
+    let place = Place::new();
+    let refused = |overrides: &[&str], words: &[&str]| {
+        let args: Vec<&str> = TRAIN.into_iter().chain(overrides.iter().flat_map(|o| ["--set", o])).collect();
+        let text = fails(place.command(&args), 1);
+        assert!(words.iter().all(|word| text.contains(word)), "{words:?} in\n{text}");
+        // Shard files may be there, whole: they serve the next start.
+        assert!(!place.path("out/metrics.jsonl").exists(), "no step was to be made");
+    };
+    refused(&["fsdp.vram_budget=100KB"], &["a rank needs at least", "and may take 97.7 KiB", "raise fsdp.vram_budget"]);
+    // The adapter and its moments on the host, which may not take them.
+    refused(
+        &["fsdp.offload_params=true", "fsdp.host_budget=1KB"],
+        &["of host memory (trainable", "and may take 1000 B", "fsdp.host_budget"],
+    );
+    refused(
+        &["quantization.bnb_4bit_compute_dtype=float16"],
+        &["quantization.bnb_4bit_compute_dtype", "the CPU computes in float32"],
+    );
+}
+
+#[test]
+fn what_plan_is_asked_for_must_exist() {
+    let place = Place::new();
+    let plan = |args: &[&str], status: i32, word: &str| {
+        let args = [&["plan"], args].concat();
+        let text = fails(place.command(&args), status);
+        assert!(text.contains(word), "{text}");
+    };
+    plan(&["--shape", "llama-3.1-8b", "--gpu", "gtx"], 1, "--gpu: found gtx; allowed: rtx3060, rtx3090");
+    plan(&["--shape", "x", "--gpu", "h100"], 1, "--shape: found x; allowed: llama-3.1-8b");
+    plan(&["--gpu", "h100"], 2, "--shape");
+    plan(&["--shape", "llama-3.1-405b", "--gpu", "rtx3060", "--host-gib", "64"], 1, "a rank needs at least");
+    plan(&["-c", "recipe.yaml", "--gpu", "h100", "--world-size", "3", "--nodes", "2"], 1, "3 ranks do not divide by 2");
+}
+
+#[test]
 fn an_output_directory_that_cannot_be_written() {
     let place = Place::new();
     place.write("file", "");

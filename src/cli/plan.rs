@@ -44,8 +44,11 @@ pub struct PlanArgs {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     accum: u32,
     /// rtx3060, rtx3090, rtx4090, rtx5090, a100, h100 or h200
-    #[arg(long)]
-    gpu: String,
+    #[arg(long, required_unless_present = "sweep")]
+    gpu: Option<String>,
+    /// For each of these cards, the fewest of them in one node that can do it
+    #[arg(long, conflicts_with_all = ["gpu", "world_size", "nodes", "trace", "json"])]
+    sweep: bool,
     /// Ranks: GPUs of all nodes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     world_size: u32,
@@ -78,37 +81,14 @@ struct Job {
 
 /// Decides and predicts; `overrides` are those of `--set`.
 pub fn run(args: &PlanArgs, overrides: &[String]) -> Result<()> {
-    let hardware = Hardware::named(&args.gpu)?;
-    let world_size = args.world_size as usize;
-    ensure!(args.world_size.is_multiple_of(args.nodes), "--nodes: {world_size} ranks do not divide by {}", args.nodes);
     ensure!(args.network > 0.0, "--network: found {}, allowed: above 0", args.network);
-    let job = match (&args.config, &args.shape) {
-        (Some(recipe), _) => from_recipe(recipe, overrides, world_size)?,
-        (None, Some(shape)) => from_shape(args, shape, overrides, world_size)?,
-        (None, None) => unreachable!("clap asks for one of them"),
-    };
-    let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
-    let sizes = Sizes { config: &job.config, layouts: &job.layouts, lora: Some(&lora), world_size, pins_shards: true };
-    let libraries = CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 };
-    let limits =
-        sizes.decide::<Cuda<bf16>>(job.limits, &wishes(&job.fsdp), budget(args, &job, &hardware, libraries))?;
-    let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
-    let workload = Workload {
-        config: &job.config,
-        layouts: &job.layouts,
-        limits: &limits,
-        world_size,
-        lora_rank: job.lora.lora_rank,
-        lora_values: lora.layout.len,
-        dropout: job.lora.dropout > 0.0,
-        seq: job.seq,
-        link_bytes_per_s: if args.nodes > 1 { args.network * 1e9 } else { hardware.peer_bytes_per_s },
-    };
-    let timeline = workload.predict(&hardware);
+    let Some(gpu) = &args.gpu else { return sweep(args, overrides) };
+    let (hardware, world_size) = (Hardware::named(gpu)?, args.world_size as usize);
+    ensure!(args.world_size.is_multiple_of(args.nodes), "--nodes: {world_size} ranks do not divide by {}", args.nodes);
+    let report = Report::new(args, &hardware, world_size, overrides)?;
     if let Some(path) = &args.trace {
-        trace::write(path, &timeline.spans)?;
+        trace::write(path, &report.timeline.spans)?;
     }
-    let report = Report { args, job: &job, limits: &limits, cost: &cost, libraries, timeline: &timeline };
     if args.json {
         report.json()
     } else {
@@ -117,9 +97,33 @@ pub fn run(args: &PlanArgs, overrides: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn budget(args: &PlanArgs, job: &Job, hardware: &Hardware, libraries: usize) -> Budget {
+/// One line for each kind of card.
+fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
+    println!("{:8} {:>5} {:>12} {:>12} {:>10}", "card", "cards", "GPU memory", "host memory", "tokens/s");
+    for gpu in Hardware::names() {
+        let hardware = Hardware::named(gpu)?;
+        let mut last = None;
+        let fitting = [1, 2, 4, 8].into_iter().find_map(|world_size| {
+            Report::new(args, &hardware, world_size, overrides).map_err(|error| last = Some(error)).ok()
+        });
+        match (fitting, last) {
+            (Some(report), _) => println!(
+                "{gpu:8} {:5} {:>12} {:>12} {:>10.0}",
+                report.world_size,
+                bytes(report.cost.device.total_bytes() + report.libraries),
+                bytes(report.cost.host.total_bytes() * report.world_size),
+                report.tokens_per_second()
+            ),
+            (None, Some(error)) => println!("{gpu:8} does not fit on 8: {error:#}"),
+            (None, None) => unreachable!("a world size was tried"),
+        }
+    }
+    Ok(())
+}
+
+fn budget(args: &PlanArgs, job: &Job, hardware: &Hardware, world_size: usize, libraries: usize) -> Budget {
     let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.vram_bytes as usize);
-    let ranks_of_a_node = f64::from(args.world_size / args.nodes);
+    let ranks_of_a_node = (world_size / args.nodes as usize) as f64;
     let host = args.host_gib.map_or(usize::MAX, |gib| (gib * f64::from(1 << 30) / ranks_of_a_node) as usize);
     Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
 }
@@ -180,16 +184,46 @@ fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: us
 
 struct Report<'a> {
     args: &'a PlanArgs,
-    job: &'a Job,
-    limits: &'a Limits,
-    cost: &'a Cost,
+    gpu: &'a str,
+    world_size: usize,
+    job: Job,
+    limits: Limits,
+    cost: Cost,
     libraries: usize,
-    timeline: &'a Timeline,
+    timeline: Timeline,
 }
 
-impl Report<'_> {
+impl<'a> Report<'a> {
+    fn new(args: &'a PlanArgs, hardware: &'a Hardware, world_size: usize, overrides: &[String]) -> Result<Self> {
+        let job = match (&args.config, &args.shape) {
+            (Some(recipe), _) => from_recipe(recipe, overrides, world_size)?,
+            (None, Some(shape)) => from_shape(args, shape, overrides, world_size)?,
+            (None, None) => unreachable!("clap asks for one of them"),
+        };
+        let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
+        let (config, layouts) = (&job.config, &job.layouts[..]);
+        let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
+        let libraries = CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 };
+        let budget = budget(args, &job, hardware, world_size, libraries);
+        let limits = sizes.decide::<Cuda<bf16>>(job.limits, &wishes(&job.fsdp), budget)?;
+        let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
+        let workload = Workload {
+            config,
+            layouts,
+            limits: &limits,
+            world_size,
+            lora_rank: job.lora.lora_rank,
+            lora_values: lora.layout.len,
+            dropout: job.lora.dropout > 0.0,
+            seq: job.seq,
+            link_bytes_per_s: if args.nodes > 1 { args.network * 1e9 } else { hardware.peer_bytes_per_s },
+        };
+        let timeline = workload.predict(hardware);
+        Ok(Report { args, gpu: &hardware.name, world_size, job, limits, cost, libraries, timeline })
+    }
+
     fn tokens_per_second(&self) -> f64 {
-        let micro_batches = self.limits.max_micro_batches * self.args.world_size as usize;
+        let micro_batches = self.limits.max_micro_batches * self.world_size;
         (self.limits.max_tokens * micro_batches) as f64 / self.timeline.seconds
     }
 
@@ -198,14 +232,14 @@ impl Report<'_> {
     }
 
     fn json(&self) {
-        let Report { args, job, limits, cost, libraries, timeline } = self;
+        let Report { args, gpu, world_size, job, limits, cost, libraries, timeline } = self;
         let owners = |plan: &crate::device::MemoryPlan| -> serde_json::Map<String, serde_json::Value> {
             plan.by_owner().into_iter().map(|(name, bytes)| (name, bytes.into())).collect()
         };
         println!(
             "{}",
             json!({
-                "model": job.name, "gpu": args.gpu, "world_size": args.world_size, "nodes": args.nodes,
+                "model": job.name, "gpu": gpu, "world_size": world_size, "nodes": args.nodes,
                 "tokens_of_a_micro_batch": limits.max_tokens, "micro_batches": limits.max_micro_batches,
                 "recompute": limits.recompute == Recompute::All, "resident_units": self.resident_units(),
                 "units": job.layouts.len(), "trainables_on_device": limits.residency.trainables,
@@ -220,10 +254,10 @@ impl Report<'_> {
     }
 
     fn text(&self) {
-        let Report { args, job, limits, cost, libraries, timeline } = self;
+        let Report { args, gpu, world_size, job, limits, cost, libraries, timeline } = self;
         println!(
             "{} on {} x {}, {} node(s): {} micro-batches of {} tokens a rank and step",
-            job.name, args.world_size, args.gpu, args.nodes, limits.max_micro_batches, limits.max_tokens
+            job.name, world_size, gpu, args.nodes, limits.max_micro_batches, limits.max_tokens
         );
         println!("\nGPU memory of a rank: {}", bytes(cost.device.total_bytes() + libraries));
         println!("  {:24} {:>10}", "driver and libraries", bytes(*libraries));

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, sys};
 use cudarc::nvrtc::Ptx;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -166,6 +166,19 @@ impl<A: HalfType> Cuda<A> {
     }
 }
 
+/// Machine code of a newer CUDA than the driver's is refused by it.
+fn not_loaded(stem: &str, error: &DriverError) -> anyhow::Error {
+    let mut driver = 0;
+    // SAFETY: writes one integer.
+    let _ = unsafe { sys::cuDriverGetVersion(&mut driver) };
+    anyhow!(
+        "loading kernels/{stem}.cu: {error}. The driver is of CUDA {}.{}, NVRTC of {}: they should have the same major version",
+        driver / 1000,
+        driver % 1000 / 10,
+        compile::nvrtc_version().unwrap_or_default()
+    )
+}
+
 fn check_capability(ordinal: usize, (major, minor): (i32, i32)) -> Result<()> {
     let (least_major, least_minor) = MIN_COMPUTE_CAPABILITY;
     ensure!(
@@ -196,8 +209,7 @@ fn load_kernels<A: HalfType>(
     let mut kernels = HashMap::new();
     for (stem, source, names) in compile::SOURCES {
         let code = compile::cached(cache, stem, source, arch, A::COMPILE_OPTION).context("compiling the kernels")?;
-        let module =
-            context.load_module(Ptx::from_binary(code)).map_err(|e| anyhow!("loading kernels/{stem}.cu: {e}"))?;
+        let module = context.load_module(Ptx::from_binary(code)).map_err(|e| not_loaded(stem, &e))?;
         for &name in names {
             let function = module.load_function(name).map_err(|e| anyhow!("kernel {name}: {e}"))?;
             kernels.insert(name, function);
