@@ -21,9 +21,9 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Name, GiB, TFLOP/s, GB/s of memory, GB/s over PCIe, GB/s between GPUs.
 ///
 /// Memory and bandwidths are those of NVIDIA's data sheets; matrix rates of data-centre cards are those that large products reach
-/// (H100 and H200: measured with `bench kernels`; A100: 85 % of the data sheet's 312), of GeForce cards the data sheets' dense
-/// rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access: NCCL goes
-/// through the host.
+/// (H100: measured with `bench kernels`; A100 and H200: 85 and 80 % of the data sheets' 312 and 989), of GeForce cards the data
+/// sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access:
+/// NCCL goes through the host.
 const GPUS: [(&str, [f64; 5]); 7] = [
     ("rtx3060", [12.0, 25.0, 360.0, 25.0, 8.0]),
     ("rtx3090", [24.0, 71.0, 936.0, 25.0, 10.0]),
