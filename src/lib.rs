@@ -70,4 +70,5 @@ pub mod plan;
 pub mod quant;
 pub mod recipe;
 mod simd;
+pub mod stderr;
 pub mod train;

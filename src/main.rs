@@ -1,11 +1,13 @@
 //! Parses, dispatches, prints the error chain once, and ends every rank.
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::time::Duration;
 
 use clap::Parser;
 use fsdp_qlora::cli::Cli;
 use fsdp_qlora::comm::mpi::{World, abort};
 use fsdp_qlora::recipe::RecipeError;
+use fsdp_qlora::stderr;
 
 /// How long the other ranks leave the word to rank 0 when all fail alike.
 const RANK_0_FIRST: Duration = Duration::from_secs(1);
@@ -20,7 +22,7 @@ fn main() {
     let world = match World::init() {
         Ok(world) => world,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            stderr::line(&format!("error: {error:#}"));
             std::process::exit(1);
         }
     };
@@ -36,7 +38,7 @@ fn main() {
         };
         match error.downcast_ref::<clap::Error>() {
             Some(usage) => eprint!("{}", usage.render().ansi()),
-            None => eprintln!("{}error: {error:#}", prefix(world.rank, world.world_size)),
+            None => stderr::line(&format!("{}error: {error:#}", prefix(world.rank, world.world_size))),
         }
         abort(status);
     }
@@ -49,10 +51,16 @@ fn prefix(rank: usize, world_size: usize) -> String {
 
 /// A panic on any thread of any rank ends the job: unwinding would wait for the other ranks in MPI_Finalize.
 fn end_all_ranks_on_panic(rank: usize, world_size: usize) {
-    let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        eprint!("{}", prefix(rank, world_size));
-        print(info);
+        let thread = std::thread::current();
+        let name = thread.name().unwrap_or("unnamed");
+        let mut text = format!("{}thread '{name}' {info}", prefix(rank, world_size));
+        let backtrace = Backtrace::capture();
+        match backtrace.status() {
+            BacktraceStatus::Captured => text += &format!("\n{backtrace}"),
+            _ => text += "\nnote: RUST_BACKTRACE=1 shows where it came from",
+        }
+        stderr::line(&text);
         abort(1);
     }));
 }

@@ -128,7 +128,10 @@ fn poll<'a, T: ?Sized>(
 
 /// MPI owns the buffers of a request that did not end, so there is nothing to return to.
 fn abort_after_timeout(what: &str, limit: Duration) -> ! {
-    eprintln!("error: {what} did not end within {} s: another rank is stuck or gone", limit.as_secs());
+    crate::stderr::line(&format!(
+        "error: {what} did not end within {} s: another rank is stuck or gone",
+        limit.as_secs()
+    ));
     abort(1)
 }
 

@@ -80,6 +80,6 @@ fn watch(actions: Receiver<Watched>, nccl: Option<&Nccl>, timeout: Duration, giv
 
 /// The executor may be waiting for the very action, so there is nothing to return to.
 fn end_all_ranks(message: &str) -> ! {
-    eprintln!("error: {message}");
+    crate::stderr::line(&format!("error: {message}"));
     abort(1)
 }

@@ -245,6 +245,18 @@ max_steps: 3
     }
 
     #[test]
+    fn the_recipes_that_ship_are_good() {
+        let dir = TempDir::new().unwrap();
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/recipes");
+        let recipes: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        assert!(!recipes.is_empty());
+        for path in recipes {
+            let model = format!("model={}", dir.path().display());
+            load(&path, &[model]).unwrap_or_else(|error| panic!("{error}"));
+        }
+    }
+
+    #[test]
     fn help_has_every_key() {
         assert_eq!(help().lines().count(), 2 * keys::ALL.len());
         assert!(help().contains("default 1.0e-4; allowed: a number of at least 0"));

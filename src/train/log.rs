@@ -12,7 +12,7 @@ impl Log {
     /// One line.
     pub fn line(&self, text: impl AsRef<str>) {
         if self.enabled {
-            eprintln!("{}", text.as_ref());
+            crate::stderr::line(text.as_ref());
         }
     }
 }
