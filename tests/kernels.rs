@@ -127,10 +127,7 @@ fn is_run(elements: usize) -> bool {
 
 /// A buffer of its own, every byte 0xFF: what is not written stays NaN.
 fn buffer<D: Device, T: Element>(device: &D, len: usize) -> Buffer<D, T> {
-    let mut measured = Arena::<D>::measure();
-    measured.carve::<T>("x", len).unwrap();
-    let mut arena = Arena::allocate(device, measured.into_plan()).unwrap();
-    let mut buffer = arena.carve("x", len).unwrap();
+    let mut buffer = Arena::carved(device, |arena| arena.carve("x", len)).unwrap();
     device.fill_bytes(buffer.view_mut(), 0xFF).unwrap();
     buffer
 }

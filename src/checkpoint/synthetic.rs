@@ -97,7 +97,7 @@ struct Drawing<D: Ops> {
 impl<D: Ops + Clone> Drawing<D> {
     fn new(device: D, num_weights: usize) -> Result<Self> {
         let blocks = num_weights.div_ceil(BLOCK);
-        let carve = |arena: &mut Arena<D>| -> Result<Self> {
+        Arena::carved(&device, |arena| {
             Ok(Drawing {
                 device: device.clone(),
                 weights: arena.carve("weights", num_weights)?,
@@ -107,10 +107,7 @@ impl<D: Ops + Clone> Drawing<D> {
                 nested_absmax: arena.carve("nested_absmax", blocks.div_ceil(SUPERBLOCK))?,
                 tensor: Nf4Tensor { num_weights: 0, codes: Vec::new(), absmax: Absmax::F32(Vec::new()) },
             })
-        };
-        let mut measured = Arena::measure();
-        carve(&mut measured)?;
-        carve(&mut Arena::allocate(&device, measured.into_plan())?)
+        })
     }
 
     fn draw(&mut self, seed: u64, num_weights: usize) -> Result<()> {

@@ -35,13 +35,13 @@ pub struct PlanArgs {
     #[arg(long, required_unless_present = "config")]
     shape: Option<String>,
     /// With --shape: sequences of a micro-batch
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, conflicts_with = "config", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     micro_batch: u32,
     /// With --shape: tokens of a sequence
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, conflicts_with = "config", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
     seq: u32,
     /// With --shape: micro-batches of a step on each rank
-    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, conflicts_with = "config", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     accum: u32,
     /// rtx3060, rtx3090, rtx4090, rtx5090, a100, h100 or h200
     #[arg(long, required_unless_present = "sweep")]
@@ -212,7 +212,6 @@ impl<'a> Report<'a> {
             layouts,
             limits: &limits,
             world_size,
-            lora_rank: job.lora.lora_rank,
             lora_values: lora.layout.len,
             dropout: job.lora.dropout > 0.0,
             seq: job.seq,

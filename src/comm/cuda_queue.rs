@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::nccl::Nccl;
 use super::spans::{Lane, Span};
 use super::watchdog::Watchdog;
-use super::{Comm, Delays, HostCopy, Kind, Queue, ShardSource, TrainableBuffers, Waits};
+use super::{Comm, Delays, HostCopy, Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, Element, MemoryPlan, Place};
 
@@ -27,6 +27,13 @@ pub struct QueueOptions {
     /// Several ranks on one GPU.
     pub share_gpu: bool,
     pub delays: Delays,
+}
+
+/// What is waited for: a gather of one rank is a copy too, on the lane of fetches.
+#[derive(Clone, Copy)]
+enum Kind {
+    Collective,
+    Copy,
 }
 
 /// The queues of one rank.
@@ -68,9 +75,7 @@ impl<A: HalfType> CudaQueue<A> {
             _ => Some(Arc::new(Nccl::new(&mut *comm, options.share_gpu)?)),
         };
         let received = if nccl.is_some() { options.max_gradients } else { 0 };
-        let mut plan = Arena::<Cuda<A>>::measure();
-        plan.carve::<f32>("received gradients", received)?;
-        let received = Arena::allocate(&cuda, plan.into_plan())?.carve("received gradients", received)?;
+        let received = Arena::carved(&cuda, |arena| arena.carve::<f32>("received gradients", received))?;
         let communication = cuda.new_stream()?;
         if let Some(nccl) = &nccl {
             connect(&cuda, nccl, &communication)?;
@@ -212,9 +217,7 @@ fn connect<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Res
     let carve = |arena: &mut Arena<Cuda<A>>| -> Result<[Buffer<Cuda<A>, u8>; 2]> {
         Ok([arena.carve("sent", len)?, arena.carve("received", len)?])
     };
-    let mut plan = Arena::measure();
-    carve(&mut plan)?;
-    let [mut sent, mut received] = carve(&mut Arena::allocate(cuda, plan.into_plan())?)?;
+    let [mut sent, mut received] = Arena::carved(cuda, carve)?;
     cuda.fill_bytes(sent.view_mut(), 0)?;
     cuda.order(cuda.compute(), stream)?;
     nccl.all_gather_in_place(sent.view_mut(), stream)?;

@@ -10,7 +10,7 @@ use crate::device::cpu::Cpu;
 use crate::device::{Buffer, Element, Place};
 
 use super::spans::{Lane, Span};
-use super::{Comm, Delays, HostCopy, Kind, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits};
+use super::{Comm, Delays, HostCopy, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits};
 
 type Job = Box<dyn FnOnce(&mut dyn Comm) + Send>;
 
@@ -32,7 +32,7 @@ type Done = Vec<(Lane, String, Instant, Instant)>;
 /// An action under way on the queue's thread.
 pub struct Pending<T> {
     name: String,
-    kind: Kind,
+    lane: Lane,
     result: Receiver<Result<T>>,
 }
 
@@ -62,7 +62,7 @@ impl HostQueue {
         name: &str,
         f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let pending = self.start(name.to_string(), Kind::Collective, f)?;
+        let pending = self.start(name.to_string(), Lane::Communication, f)?;
         Queue::wait(self, pending)
     }
 
@@ -78,7 +78,7 @@ impl HostQueue {
     fn start<T: Send + 'static>(
         &mut self,
         name: String,
-        kind: Kind,
+        lane: Lane,
         f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
     ) -> Result<Pending<T>> {
         let (done, result) = channel();
@@ -87,11 +87,6 @@ impl HostQueue {
             let begin = Instant::now();
             let value = f(comm);
             if let Some(spans) = spans {
-                let lane = match kind {
-                    Kind::Collective => Lane::Communication,
-                    Kind::Copy if span_name.starts_with("put") => Lane::Put,
-                    Kind::Copy => Lane::Fetch,
-                };
                 spans.lock().unwrap_or_else(PoisonError::into_inner).push((lane, span_name, begin, Instant::now()));
             }
             // Nobody listens any more when the executor failed first: its error is the one that is told.
@@ -99,7 +94,7 @@ impl HostQueue {
         });
         let jobs = self.jobs.as_ref().context("the communication queue is closed")?;
         jobs.send(job).map_err(|_| anyhow!("the communication thread has ended"))?;
-        Ok(Pending { name, kind, result })
+        Ok(Pending { name, lane, result })
     }
 }
 
@@ -146,7 +141,7 @@ impl Queue<Cpu> for HostQueue {
         mut out: Buffer<Cpu, u8>,
     ) -> Result<Pending<Buffer<Cpu, u8>>> {
         let (shard, delay) = (shard.clone(), self.delays.before_gather);
-        self.start(name, Kind::Collective, move |comm| {
+        self.start(name, Lane::Communication, move |comm| {
             std::thread::sleep(delay);
             let shard = (*shard).as_ref();
             gather(shard, out.first_mut(shard.len() * num_shards).host_mut(), comm)?;
@@ -160,7 +155,7 @@ impl Queue<Cpu> for HostQueue {
         mut buffers: TrainableBuffers<Cpu>,
     ) -> Result<Pending<TrainableBuffers<Cpu>>> {
         let delay = self.delays.before_gather;
-        self.start(name, Kind::Collective, move |comm| {
+        self.start(name, Lane::Communication, move |comm| {
             std::thread::sleep(delay);
             let shard = match &buffers.shard {
                 Place::Device(shard) | Place::Host(shard) => bytemuck::cast_slice(shard.view().host()),
@@ -172,7 +167,7 @@ impl Queue<Cpu> for HostQueue {
 
     fn reduce(&mut self, name: String, mut buffers: TrainableBuffers<Cpu>) -> Result<Pending<TrainableBuffers<Cpu>>> {
         let delay = self.delays.before_reduce;
-        self.start(name, Kind::Collective, move |comm| {
+        self.start(name, Lane::Communication, move |comm| {
             std::thread::sleep(delay);
             let full = buffers.full.view_mut().host_mut();
             let shard = match &mut buffers.shard {
@@ -185,7 +180,7 @@ impl Queue<Cpu> for HostQueue {
 
     fn put<T: Element>(&mut self, name: String, mut copy: HostCopy<Cpu, T>) -> Result<Pending<HostCopy<Cpu, T>>> {
         let delay = self.delays.before_put;
-        self.start(name, Kind::Copy, move |_| {
+        self.start(name, Lane::Put, move |_| {
             std::thread::sleep(delay);
             copy.host.first_mut(copy.len).host_mut().copy_from_slice(copy.device.first(copy.len).host());
             Ok(copy)
@@ -194,7 +189,7 @@ impl Queue<Cpu> for HostQueue {
 
     fn fetch<T: Element>(&mut self, name: String, mut copy: HostCopy<Cpu, T>) -> Result<Pending<HostCopy<Cpu, T>>> {
         let delay = self.delays.before_fetch;
-        self.start(name, Kind::Copy, move |_| {
+        self.start(name, Lane::Fetch, move |_| {
             std::thread::sleep(delay);
             copy.device.first_mut(copy.len).host_mut().copy_from_slice(copy.host.first(copy.len).host());
             Ok(copy)
@@ -204,9 +199,9 @@ impl Queue<Cpu> for HostQueue {
     fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {
         let start = Instant::now();
         let result = pending.result.recv().map_err(|_| anyhow!("the communication thread has ended"));
-        match pending.kind {
-            Kind::Collective => self.waits.gather += start.elapsed(),
-            Kind::Copy => self.waits.copy += start.elapsed(),
+        match pending.lane {
+            Lane::Fetch | Lane::Put => self.waits.copy += start.elapsed(),
+            Lane::Communication | Lane::Compute => self.waits.gather += start.elapsed(),
         }
         result.and_then(|r| r).with_context(|| pending.name)
     }

@@ -78,13 +78,6 @@ pub struct Waits {
     pub copy: Duration,
 }
 
-/// What an action waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Collective,
-    Copy,
-}
-
 /// Ordered queues of collectives on device memory and of copies. Starting an action hands its buffers over; waiting gives them
 /// back, so that nobody can read a buffer that is still being filled.
 pub trait Queue<D: Device> {

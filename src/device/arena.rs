@@ -69,6 +69,13 @@ impl<D: Device> Arena<D> {
         Ok(Self::over(memory, plan))
     }
 
+    /// What `carve` takes, in an allocation of its own: it is called once to measure and once to take.
+    pub fn carved<T>(device: &D, carve: impl Fn(&mut Self) -> Result<T>) -> Result<T> {
+        let mut measured = Self::measure();
+        carve(&mut measured)?;
+        carve(&mut Self::allocate(device, measured.into_plan())?)
+    }
+
     fn over((region, addr): (D::Region, usize), plan: MemoryPlan) -> Self {
         Self { memory: Some((Arc::new(region), addr, plan)), carved: MemoryPlan::default(), used_bytes: 0 }
     }

@@ -12,7 +12,8 @@ use crate::model::names::Projection;
 
 use super::hardware::Hardware;
 
-/// Shares of the card's rates that a step reaches, measured with `bench kernels` on an H100 (2026-11-25).
+/// Shares of the card's rates that a step reaches: products and attention measured with `bench kernels` on an H100 (2026-11-25),
+/// memory fitted to the steps of benches/results.md.
 const PRODUCTS: f64 = 0.95;
 const MEMORY: f64 = 0.56;
 const ATTENTION_FORWARD: f64 = 0.19;
@@ -35,7 +36,6 @@ pub struct Workload<'a> {
     pub layouts: &'a [UnitLayout],
     pub limits: &'a Limits,
     pub world_size: usize,
-    pub lora_rank: usize,
     /// LoRA values of a layer.
     pub lora_values: usize,
     pub dropout: bool,
@@ -108,16 +108,14 @@ impl Workload<'_> {
     /// Elements that a layer's forward moves for a token, besides its matrix products.
     fn forward_elements(&self) -> f64 {
         let [h, q, kv, i, inputs, outputs] = self.widths();
-        let lora = if self.lora_rank > 0 { inputs + 2.0 * outputs } else { 0.0 };
         let dropout = if self.dropout { 2.0 * inputs } else { 0.0 };
-        9.0 * h + 4.0 * q + 2.0 * kv + 3.0 * i + lora + dropout
+        9.0 * h + 4.0 * q + 2.0 * kv + 3.0 * i + inputs + 2.0 * outputs + dropout
     }
 
     fn backward_elements(&self) -> f64 {
         let [h, q, kv, i, inputs, outputs] = self.widths();
-        let lora = if self.lora_rank > 0 { inputs + 2.0 * outputs } else { 0.0 };
         let dropout = if self.dropout { 6.0 * inputs } else { 0.0 };
-        8.0 * h + 8.0 * q + 6.0 * kv + 5.0 * i + lora + dropout
+        8.0 * h + 8.0 * q + 6.0 * kv + 5.0 * i + inputs + 2.0 * outputs + dropout
     }
 
     fn compute_seconds(&self, action: &Action, hw: &Hardware) -> f64 {
@@ -344,7 +342,6 @@ mod tests {
                 layouts: &layouts,
                 limits: &limits,
                 world_size,
-                lora_rank: 16,
                 lora_values: lora.layout.len,
                 dropout: true,
                 seq,
@@ -378,19 +375,10 @@ mod tests {
         };
         let received = |accumulation, link_bytes_per_s| {
             let limits = Limits { accumulation, ..limits };
-            let (lora_rank, lora_values, dropout, seq, world_size) = (16, 1 << 20, true, 512, 2);
+            let (lora_values, dropout, seq, world_size) = (1 << 20, true, 512, 2);
             let (config, layouts, limits) = (&config, &layouts[..], &limits);
-            let workload = Workload {
-                config,
-                layouts,
-                limits,
-                world_size,
-                lora_rank,
-                lora_values,
-                dropout,
-                seq,
-                link_bytes_per_s,
-            };
+            let workload =
+                Workload { config, layouts, limits, world_size, lora_values, dropout, seq, link_bytes_per_s };
             workload.predict(&Hardware::named("h100").unwrap())
         };
         let slow = received(Accumulation::Layer, 0.85e9);

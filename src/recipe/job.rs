@@ -166,6 +166,7 @@ pub(super) enum Use {
     Train,
     Model,
     Bench,
+    DeviceBench,
 }
 
 /// Checks all that was written and decides. Errors: all of them.
@@ -174,6 +175,7 @@ pub(super) fn decide(mut written: Written, usage: Use) -> Result<Job, Vec<String
         Use::Train => None,
         Use::Model => Some(keys::KEYS_OF_ANY_COMMAND),
         Use::Bench => Some(keys::KEYS_OF_BENCH),
+        Use::DeviceBench => Some(keys::KEYS_OF_DEVICE_BENCH),
     });
     check_required(&mut written, usage);
     check_conflicts(&mut written);

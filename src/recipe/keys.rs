@@ -167,6 +167,9 @@ pub(super) const KEYS_OF_ANY_COMMAND: &[&str] = &[
 /// Keys that benchmarks on made-up weights look at.
 pub(super) const KEYS_OF_BENCH: &[&str] = &["model", "quantization.bnb_4bit_compute_dtype", "fsdp."];
 
+/// Keys that benchmarks of single ops and collectives look at.
+pub(super) const KEYS_OF_DEVICE_BENCH: &[&str] = &["model", "quantization.bnb_4bit_compute_dtype"];
+
 /// Whether this is the name of a mapping of keys, e.g. `lora`.
 pub(super) fn is_section(path: &str) -> bool {
     ALL.iter().any(|key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))

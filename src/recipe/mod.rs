@@ -58,9 +58,18 @@ pub fn for_model(model: &Path, overrides: &[String]) -> Result<Job, RecipeError>
 
 /// What a benchmark on made-up weights takes from `--set`.
 pub fn for_bench(overrides: &[String]) -> Result<Job, RecipeError> {
+    without_model(overrides, Use::Bench)
+}
+
+/// What a benchmark of single ops or collectives takes from `--set`.
+pub fn for_device_bench(overrides: &[String]) -> Result<Job, RecipeError> {
+    without_model(overrides, Use::DeviceBench)
+}
+
+fn without_model(overrides: &[String], usage: Use) -> Result<Job, RecipeError> {
     let mut written = Written::new("", overrides);
     written.set(&keys::MODEL, ".".into());
-    job::decide(written, Use::Bench).map_err(|errors| RecipeError { source: "command line".into(), errors })
+    job::decide(written, usage).map_err(|errors| RecipeError { source: "command line".into(), errors })
 }
 
 /// All keys: default, what is allowed, what it does.
@@ -242,6 +251,15 @@ max_steps: 3
         assert!(set("training.learning_rate=1").unwrap_err().errors[0].contains("this command does not use it"));
         assert!(set("model=x").unwrap_err().errors[0].contains("given by --model already"));
         assert!(for_model(Path::new("/nowhere"), &[]).unwrap_err().errors[0].contains("not a directory"));
+    }
+
+    #[test]
+    fn benchmarks_refuse_keys_that_they_do_not_use() {
+        let set = ["fsdp.accumulation=micro_batch".to_string()];
+        assert_eq!(for_bench(&set).unwrap().fsdp.accumulation, Accumulation::MicroBatch);
+        assert!(for_device_bench(&set).unwrap_err().errors[0].starts_with("fsdp.accumulation: this command"));
+        let set = ["quantization.bnb_4bit_compute_dtype=float16".to_string()];
+        assert_eq!(for_device_bench(&set).unwrap().quantization.compute_dtype, ComputeDtype::Float16);
     }
 
     #[test]

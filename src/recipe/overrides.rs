@@ -103,7 +103,7 @@ fn check_value(key: &KeyInfo, value: &Value) -> Option<String> {
 
 fn check_used(path: &str, only: &[&str]) -> Option<String> {
     let is_used = only.iter().any(|known| path == *known || known.ends_with('.') && path.starts_with(known));
-    (!is_used).then(|| format!("{path}: this command does not use it, only train does"))
+    (!is_used).then(|| format!("{path}: this command does not use it"))
 }
 
 /// The known key that takes the fewest edits, its section counted or not.

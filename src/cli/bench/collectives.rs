@@ -9,12 +9,13 @@ use clap::Args;
 use serde_json::json;
 
 use super::super::start::{Placement, Start};
+use super::buffer;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::MpiComm;
 use crate::comm::{Delays, Queue, ShardSource, TrainableBuffers};
 use crate::device::cuda::{Cuda, HalfType};
-use crate::device::{Arena, Buffer, Element, Ops, Place};
+use crate::device::{Ops, Place};
 use crate::recipe;
 
 #[derive(Args)]
@@ -27,7 +28,7 @@ pub struct CollectiveBench {
 const REPEATS: usize = 5;
 
 pub fn run(start: &Start, args: &CollectiveBench, overrides: &[String]) -> Result<()> {
-    let job = recipe::for_bench(overrides)?;
+    let job = recipe::for_device_bench(overrides)?;
     ensure!(start.world.world_size > 1, "bench collectives: one rank; start several, e.g. mpirun -np 2");
     let mut comm = MpiComm::new(start.world)?;
     match start.place(&mut comm, job.quantization.compute_dtype)? {
@@ -77,14 +78,6 @@ fn all_sizes<D: Ops, Q: Queue<D>>(start: &Start, args: &CollectiveBench, device:
     }
     // The other ranks end when rank 0 has told all.
     queue.all_gather_f64("end", &[0.0]).map(drop)
-}
-
-fn buffer<D: Ops, T: Element>(device: &D, len: usize) -> Result<Buffer<D, T>> {
-    let mut measured = Arena::<D>::measure();
-    measured.carve::<T>("bench", len)?;
-    let mut buffer = Arena::allocate(device, measured.into_plan())?.carve("bench", len)?;
-    device.fill_bytes(buffer.view_mut(), 0)?;
-    Ok(buffer)
 }
 
 fn median<D: Ops>(device: &D, mut call: impl FnMut() -> Result<()>) -> Result<f64> {

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::super::start::{Placement, Start};
 use crate::comm::mpi::MpiComm;
 use crate::device::ops::*;
-use crate::device::{Arena, Buffer, Element, Ops, View, ViewMut};
+use crate::device::{Buffer, Element, Ops, View, ViewMut};
 use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::quant::record::Encoding;
@@ -32,7 +32,7 @@ const BATCHES: usize = 5;
 const BATCH_SECONDS: f64 = 0.02;
 
 pub fn run(start: &Start, args: &KernelBench, overrides: &[String]) -> Result<()> {
-    let job = recipe::for_bench(overrides)?;
+    let job = recipe::for_device_bench(overrides)?;
     let config = super::shape(&args.shape, None)?;
     let mut comm = MpiComm::new(start.world)?;
     let placement = start.place(&mut comm, job.quantization.compute_dtype)?;
@@ -90,11 +90,7 @@ impl<'a, D: Ops> Timer<'a, D> {
     }
 
     fn buffer<T: Element>(&self, len: usize) -> Result<Buffer<D, T>> {
-        let mut measured = Arena::<D>::measure();
-        measured.carve::<T>("bench", len)?;
-        let mut buffer = Arena::allocate(self.device, measured.into_plan())?.carve("bench", len)?;
-        self.device.fill_bytes(buffer.view_mut(), 0)?;
-        Ok(buffer)
+        super::buffer(self.device, len)
     }
 
     fn f32s(&self, len: usize) -> Result<Buffer<D, f32>> {

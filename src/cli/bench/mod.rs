@@ -10,6 +10,7 @@ use anyhow::Result;
 use clap::Subcommand;
 
 use super::start::Start;
+use crate::device::{Arena, Buffer, Element, Ops};
 use crate::model::config::ModelConfig;
 use crate::model::shapes;
 
@@ -39,4 +40,11 @@ pub fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
     }
     let config = ModelConfig::load(&folder)?;
     Ok(ModelConfig { num_hidden_layers: layers.unwrap_or(config.num_hidden_layers), ..config })
+}
+
+/// A buffer of its own, cleared.
+fn buffer<D: Ops, T: Element>(device: &D, len: usize) -> Result<Buffer<D, T>> {
+    let mut buffer = Arena::carved(device, |arena| arena.carve("bench", len))?;
+    device.fill_bytes(buffer.view_mut(), 0)?;
+    Ok(buffer)
 }
