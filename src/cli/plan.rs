@@ -11,14 +11,14 @@ use crate::checkpoint::adapter::{self, AdapterSettings};
 use crate::checkpoint::{load, synthetic};
 use crate::device::cuda::{CONTEXT_BYTES, Cuda, LIBRARY_BYTES, NCCL_BYTES};
 use crate::fsdp::layout::UnitLayout;
-use crate::fsdp::memory::{Limits, Residency};
+use crate::fsdp::memory::{Limits, Plans, Residency};
 use crate::fsdp::schedule::{Mode, Recompute};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 use crate::model::lora::{LoraConfig, LoraLayout};
 use crate::model::names::Projection;
 use crate::plan::hardware::Hardware;
-use crate::plan::memory::{Budget, Cost, Sizes};
+use crate::plan::memory::{Budget, Sizes};
 use crate::plan::throughput::{Timeline, Workload};
 use crate::plan::trace;
 use crate::recipe::{self, FsdpJob, ShardingStrategy};
@@ -188,7 +188,7 @@ struct Report<'a> {
     world_size: usize,
     job: Job,
     limits: Limits,
-    cost: Cost,
+    cost: Plans,
     libraries: usize,
     timeline: Timeline,
 }

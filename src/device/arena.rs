@@ -30,6 +30,11 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
+    /// One more range.
+    pub fn push(&mut self, name: &str, bytes: usize) {
+        self.entries.push(PlanEntry { name: name.to_string(), bytes: bytes.next_multiple_of(ALIGN_BYTES) });
+    }
+
     /// Sum over all entries, in bytes.
     pub fn total_bytes(&self) -> usize {
         self.entries.iter().map(|e| e.bytes).sum()

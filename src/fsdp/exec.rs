@@ -8,7 +8,7 @@ use crate::comm::spans::{Lane, Span};
 use crate::comm::{Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cpu::Cpu;
 use crate::device::ops::Dequantize;
-use crate::device::{Arena, Buffer, MemoryPlan, Ops, ViewMut};
+use crate::device::{Arena, Buffer, Ops, ViewMut};
 use crate::model::batch::MicroBatch;
 use crate::model::config::ModelConfig;
 use crate::model::head;
@@ -18,7 +18,7 @@ use crate::quant::record::Encoding;
 
 use super::check;
 use super::layout::{TrainableLayout, UnitLayout};
-use super::memory::{Limits, Memory};
+use super::memory::{Limits, Memory, Plans};
 use super::offload::Boundaries;
 use super::schedule::{Action, Mode, build};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits, Unit};
@@ -115,23 +115,7 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     spans: Option<Vec<Span>>,
 }
 
-/// What an engine allocates, by name.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Plans {
-    pub device: MemoryPlan,
-    /// Host memory that the device copies from and to.
-    pub host: MemoryPlan,
-}
-
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
-    /// What [`Engine::new`] will allocate.
-    fn plan_for(base: &Base, lora: Option<&LayerLora>, limits: &Limits, world_size: usize) -> Result<Plans> {
-        let (mut device, mut host) = (Arena::measure(), Arena::measure());
-        let adapter = adapter_memory(&base.layouts, lora, world_size);
-        Memory::<D>::carve(&mut device, &mut host, &base.config, adapter, &base.layouts, limits)?;
-        Ok(Plans { device: device.into_plan(), host: host.into_plan() })
-    }
-
     /// Takes all memory that will ever be used. `host` computes on what is offloaded.
     pub fn new(
         device: D,
@@ -142,8 +126,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         limits: Limits,
     ) -> Result<Self> {
         let units = NumUnits::new(&base.config);
-        let plan = Self::plan_for(&base, lora.as_ref(), &limits, queue.world_size())?;
         let adapter = adapter_memory(&base.layouts, lora.as_ref(), queue.world_size());
+        let plan = Memory::<D>::plan(&base.config, adapter, &base.layouts, &limits)?;
         let trainable =
             TrainableLayout { len: lora.as_ref().map_or(0, |l| l.layout.len), num_parts: queue.world_size() };
         let shards = queue.store(std::mem::take(&mut base.shards), &limits.residency.of_units(units.count()))?;

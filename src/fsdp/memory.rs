@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::device::cpu::Cpu;
-use crate::device::{Arena, Buffer, Device, HostBuffer, Place};
+use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Place};
 use crate::model::activations::{BatchBuffers, HeadState, KeyValue, LayerActivations, Scratch, Widths};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
@@ -106,7 +106,27 @@ pub struct Memory<D: Device> {
     pub logits: Buffer<D, f32>,
 }
 
+/// What a rank takes, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plans {
+    pub device: MemoryPlan,
+    /// Host memory that the device copies from and to.
+    pub host: MemoryPlan,
+}
+
 impl<D: Device> Memory<D> {
+    /// What [`Memory::carve`] takes.
+    pub fn plan(
+        config: &ModelConfig,
+        lora: Option<(&LayerLora, TrainableLayout, bool)>,
+        layouts: &[UnitLayout],
+        limits: &Limits,
+    ) -> Result<Plans> {
+        let (mut device, mut host) = (Arena::measure(), Arena::measure());
+        Self::carve(&mut device, &mut host, config, lora, layouts, limits)?;
+        Ok(Plans { device: device.into_plan(), host: host.into_plan() })
+    }
+
     /// The first call, on measuring arenas, is the plan; the second takes the memory.
     pub fn carve(
         arena: &mut Arena<D>,

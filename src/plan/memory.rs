@@ -2,10 +2,10 @@
 
 use anyhow::{Result, bail};
 
-use crate::device::{Arena, Device, MemoryPlan};
+use crate::device::{Device, MemoryPlan};
 use crate::fsdp::exec::adapter_memory;
 use crate::fsdp::layout::{TrainableLayout, UnitLayout};
-use crate::fsdp::memory::{Limits, Memory, Residency};
+use crate::fsdp::memory::{Limits, Memory, Plans, Residency};
 use crate::fsdp::schedule::Recompute;
 use crate::fsdp::unit::NumUnits;
 use crate::model::config::ModelConfig;
@@ -20,13 +20,6 @@ pub struct Sizes<'a> {
     pub world_size: usize,
     /// Whether shards that are not resident take pinned memory; else they are mapped files.
     pub pins_shards: bool,
-}
-
-/// What a rank takes, by name, in bytes.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Cost {
-    pub device: MemoryPlan,
-    pub host: MemoryPlan,
 }
 
 /// What a rank may take, in bytes.
@@ -52,23 +45,21 @@ impl Sizes<'_> {
     }
 
     /// All memory of a run with these limits, in the activation type of `D`.
-    pub fn cost<D: Device>(&self, limits: &Limits) -> Result<Cost> {
-        let (mut device, mut host) = (Arena::<D>::measure(), Arena::measure());
+    pub fn cost<D: Device>(&self, limits: &Limits) -> Result<Plans> {
         let adapter = adapter_memory(self.layouts, self.lora, self.world_size);
-        Memory::<D>::carve(&mut device, &mut host, self.config, adapter, self.layouts, limits)?;
-        if self.pins_shards {
-            for (layout, resident) in self.layouts.iter().zip(limits.residency.of_units(self.layouts.len())) {
-                let name = "shards/of units";
-                match resident {
-                    true => device.carve::<u8>(name, layout.shard_bytes()).map(drop)?,
-                    false => host.carve::<u8>(name, layout.shard_bytes()).map(drop)?,
-                }
-            }
-            if self.world_size > 1 {
-                device.carve::<f32>("received gradients", max_gradients(self.lora, self.world_size))?;
-            }
+        let mut plans = Memory::<D>::plan(self.config, adapter, self.layouts, limits)?;
+        if !self.pins_shards {
+            return Ok(plans);
         }
-        Ok(Cost { device: device.into_plan(), host: host.into_plan() })
+        for (layout, resident) in self.layouts.iter().zip(limits.residency.of_units(self.layouts.len())) {
+            let plan = if resident { &mut plans.device } else { &mut plans.host };
+            plan.push("shards", layout.shard_bytes());
+        }
+        if self.world_size > 1 {
+            let bytes = max_gradients(self.lora, self.world_size) * size_of::<f32>();
+            plans.device.push("received gradients", bytes);
+        }
+        Ok(plans)
     }
 
     /// The limits that cost least time among those that fit: everything on the device; else layers are recomputed; else shards
@@ -101,7 +92,7 @@ impl Sizes<'_> {
         )
     }
 
-    fn fits(&self, cost: &Cost, budget: Budget) -> bool {
+    fn fits(&self, cost: &Plans, budget: Budget) -> bool {
         cost.device.total_bytes() <= budget.device && cost.host.total_bytes() <= budget.host
     }
 
