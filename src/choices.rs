@@ -10,6 +10,13 @@ macro_rules! choices {
         impl $name {
             /// The words of a recipe for it.
             pub const ALLOWED: &[&str] = &[$($word),*];
+
+            /// Its word.
+            pub fn word(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $word),*
+                }
+            }
         }
 
         impl std::str::FromStr for $name {

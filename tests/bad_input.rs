@@ -197,7 +197,14 @@ fn budgets_that_are_too_small_are_refused_with_the_numbers() {
         // Shard files may be there, whole: they serve the next start.
         assert!(!place.path("out/metrics.jsonl").exists(), "no step was to be made");
     };
-    refused(&["fsdp.vram_budget=100KB"], &["a rank needs at least", "and may take 97.7 KiB", "raise fsdp.vram_budget"]);
+    refused(
+        &["fsdp.vram_budget=100KB"],
+        &[
+            "a rank needs at least",
+            "and may take 97.7 KiB",
+            "more of device memory (a larger machine, or fsdp.vram_budget)",
+        ],
+    );
     // The adapter and its moments on the host, which may not take them.
     refused(
         &["fsdp.offload_params=true", "fsdp.host_budget=1KB"],

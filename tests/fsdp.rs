@@ -4,15 +4,15 @@ mod common;
 
 use std::time::Duration;
 
-use common::{CpuEngine, EngineOptions, golden, on_all_ranks, relative_error};
+use common::{CpuEngine, EngineOptions, golden, on_all_ranks, on_groups, relative_error};
 use fsdp_qlora::checkpoint::adapter;
-use fsdp_qlora::comm::Queue;
+use fsdp_qlora::comm::{Gather, Queue};
 use fsdp_qlora::data::{self, DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler};
 use fsdp_qlora::fsdp::check::check;
 use fsdp_qlora::fsdp::exec::RunArgs;
 use fsdp_qlora::fsdp::grads::Values;
 use fsdp_qlora::fsdp::memory::Residency;
-use fsdp_qlora::fsdp::schedule::{Accumulation, Action, Mode, Recompute, build};
+use fsdp_qlora::fsdp::schedule::{Accumulation, Action, Keep, Mode, build};
 use fsdp_qlora::fsdp::unit::NumUnits;
 use fsdp_qlora::model::batch::MicroBatch;
 use fsdp_qlora::optim::adamw::Update;
@@ -66,15 +66,26 @@ fn layers(engine: &mut CpuEngine, values: Values) -> Vec<Vec<f32>> {
 /// Sequences of a step.
 const GLOBAL_BATCH: usize = 8;
 
-/// Trains on a global batch of shuffled rows a step.
+/// Trains on a global batch of shuffled rows a step, all ranks holding one base.
 fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_steps: usize, dropout: f32) -> Curve {
+    train_in_groups(options, (world_size, world_size), per_device, num_steps, dropout)
+}
+
+/// The same where groups of `num_shards` ranks each hold a base.
+fn train_in_groups(
+    options: &EngineOptions,
+    (world_size, num_shards): (usize, usize),
+    per_device: usize,
+    num_steps: usize,
+    dropout: f32,
+) -> Curve {
     let shards = tempfile::tempdir().unwrap();
     let data = rows(Packing::None);
     let mut options = options.clone();
     options.max_micro_batches = GLOBAL_BATCH.div_ceil(world_size * per_device);
     options.adapter.as_mut().unwrap().settings.dropout = dropout;
-    let curves = on_all_ranks(world_size, |comm| {
-        let mut engine = options.engine(comm, shards.path());
+    let curves = on_groups(world_size, num_shards, |groups| {
+        let mut engine = options.engine(groups, shards.path());
         let mut sampler = Sampler::new(data.sequences.len(), 42);
         let mut curve = Curve { losses: Vec::new(), grads: Vec::new(), values: Vec::new() };
         for i in 0..num_steps {
@@ -87,6 +98,7 @@ fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_step
                 curve.grads = layers(&mut engine, Values::Grad);
             }
         }
+        engine.check_replicas().unwrap();
         curve.values = layers(&mut engine, Values::Master);
         curve
     });
@@ -134,8 +146,8 @@ fn six_steps_are_those_of_peft() {
     std::fs::copy(golden("qlora_steps/grads.safetensors"), grads_dir.path().join("adapter_model.safetensors")).unwrap();
     let grads = adapter::load(grads_dir.path(), &config).unwrap();
     let layout = fsdp_qlora::model::lora::LoraLayout::new(&config, &final_adapter.settings.lora_config());
-    on_all_ranks(2, |comm| {
-        let mut engine = options.engine(comm, shards.path());
+    on_all_ranks(2, |groups| {
+        let mut engine = options.engine(groups, shards.path());
         let rank = engine.queue.rank();
         for (i, expected) in expected["steps"].as_array().unwrap().iter().enumerate() {
             // Rows in the order of the file: 4 a step, one a micro-batch.
@@ -183,29 +195,39 @@ fn the_same_global_batch_on_any_number_of_ranks() {
     }
 }
 
+/// What may be kept: nothing, parts of some layers or of all, everything.
+const KEEPS: [Keep; 5] = [
+    Keep::NOTHING,
+    Keep { attention: 1, mlp: 0, rest: 0 },
+    Keep { attention: 0, mlp: 2, rest: 1 },
+    Keep::DEAREST,
+    Keep::EVERYTHING,
+];
+
 #[test]
 fn movement_and_lifetime_do_not_change_a_bit() {
+    let partly = Residency { boundary_buffers: 13, ..Residency::ALL };
     for world_size in [1, 2, 3] {
         let reference = train(&trainer(), world_size, 1, 4, 0.1);
         for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
-            for recompute in [Recompute::All, Recompute::Nothing] {
-                for (replicated, residency, delay) in [
-                    (false, Residency::ALL, 0),
-                    (true, Residency::ALL, 0),
-                    (false, Residency::ALL, 2),
-                    (false, NOTHING_RESIDENT, 0),
-                    (true, NOTHING_RESIDENT, 0),
-                    (false, NOTHING_RESIDENT, 2),
-                    (false, Residency { boundary_buffers: 13, ..Residency::ALL }, 1),
+            for keep in KEEPS {
+                for (num_shards, gather, residency, delay) in [
+                    (world_size, Gather::Collective, Residency::ALL, 0),
+                    (1, Gather::Collective, Residency::ALL, 0),
+                    (world_size, Gather::Host, Residency::ALL, 2),
+                    (world_size, Gather::Collective, NOTHING_RESIDENT, 0),
+                    (1, Gather::Collective, NOTHING_RESIDENT, 0),
+                    (world_size, Gather::Host, NOTHING_RESIDENT, 2),
+                    (world_size, Gather::Collective, partly, 1),
                 ] {
                     let mut options = trainer();
-                    (options.accumulation, options.recompute) = (accumulation, recompute);
-                    (options.replicated, options.residency) = (replicated, residency);
+                    (options.accumulation, options.keep) = (accumulation, keep);
+                    (options.gather, options.residency) = (gather, residency);
                     options.delay = Duration::from_millis(delay);
-                    let curve = train(&options, world_size, 1, 4, 0.1);
+                    let curve = train_in_groups(&options, (world_size, num_shards), 1, 4, 0.1);
                     assert!(
                         curve == reference,
-                        "{world_size} ranks, {accumulation:?}, {recompute:?}, no_shard {replicated}, {residency:?}, delay {delay} ms: {:?} for {:?}",
+                        "{world_size} ranks, {num_shards} shards, {gather:?}, {accumulation:?}, {keep:?}, {residency:?}, delay {delay} ms: {:?} for {:?}",
                         curve.losses,
                         reference.losses
                     );
@@ -213,6 +235,40 @@ fn movement_and_lifetime_do_not_change_a_bit() {
             }
         }
     }
+}
+
+#[test]
+fn nodes_that_each_hold_a_base() {
+    for (world_size, num_shards) in [(4, 2), (6, 2), (6, 3)] {
+        let reference = train(&trainer(), world_size, 1, 4, 0.1);
+        let hybrid = train_in_groups(&trainer(), (world_size, num_shards), 1, 4, 0.1);
+        // Sums inside a node come first: another order than that of all ranks.
+        assert_close(&hybrid, &reference, &format!("{world_size} ranks in nodes of {num_shards}"));
+        let mut streamed = trainer();
+        (streamed.gather, streamed.residency) = (Gather::Host, NOTHING_RESIDENT);
+        streamed.delay = Duration::from_millis(1);
+        assert!(
+            train_in_groups(&streamed, (world_size, num_shards), 1, 4, 0.1) == hybrid,
+            "{world_size}, {num_shards}"
+        );
+    }
+}
+
+#[test]
+fn replicas_that_differ_are_found() {
+    let shards = tempfile::tempdir().unwrap();
+    let errors = on_groups(4, 2, |groups| {
+        let mut engine = trainer().engine(groups, shards.path());
+        if engine.queue.rank() == 3 {
+            let mut values = trainer().adapter.unwrap().layers[1].clone();
+            *values.last_mut().unwrap() += 1e-6;
+            engine.load_trainable(1, &values).unwrap();
+        }
+        engine.check_replicas().map_err(|e| e.to_string())
+    });
+    assert_eq!([&errors[0], &errors[2]], [&Ok(()); 2], "they hold the first half");
+    assert!(errors[1].as_ref().unwrap_err().starts_with("ranks 3 and 1 should hold the same"), "{errors:?}");
+    assert!(errors[3].as_ref().unwrap_err().starts_with("ranks 1 and 3 should hold the same"), "{errors:?}");
 }
 
 #[test]
@@ -230,8 +286,8 @@ fn packed_documents_are_scored_as_if_they_were_alone() {
     let shards = tempfile::tempdir().unwrap();
     let mut options = trainer();
     (options.mode, options.max_micro_batches) = (Mode::Score, 3);
-    on_all_ranks(2, |comm| {
-        let mut engine = options.engine(comm, shards.path());
+    on_all_ranks(2, |groups| {
+        let mut engine = options.engine(groups, shards.path());
         let (world_size, rank) = (2, engine.queue.rank());
         let mut score = |packing, max_tokens| {
             let data = rows(packing);
@@ -254,8 +310,8 @@ fn quantized_on_the_fly_or_by_bitsandbytes() {
         let mut options = EngineOptions::new(model, Mode::Score);
         options.double_quant = Some(double_quant);
         let data = rows(Packing::None);
-        on_all_ranks(1, |comm| {
-            let mut engine = options.engine(comm, shards.path());
+        on_all_ranks(1, |groups| {
+            let mut engine = options.engine(groups, shards.path());
             eval::score(&mut engine, &data::eval_micro_batches(&data, 200, 1, 0), false).unwrap().loss
         })[0]
     };
@@ -271,8 +327,8 @@ fn a_rank_receives_only_the_others_shards() {
         let mut options = trainer();
         (options.accumulation, options.max_micro_batches) = (accumulation, 3);
         let data = rows(Packing::None);
-        on_all_ranks(2, |comm| {
-            let mut engine = options.engine(comm, shards.path());
+        on_all_ranks(2, |groups| {
+            let mut engine = options.engine(groups, shards.path());
             let rank = engine.queue.rank();
             let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 6, 1, 2, rank);
             let record = take_step(&mut engine, &batches, 3, &update(1, 1e-3));
@@ -298,8 +354,8 @@ fn run_without(
     options.residency = residency;
     let data = rows(Packing::None);
     let config = fsdp_qlora::model::config::ModelConfig::load(&options.model).unwrap();
-    let mut results = on_all_ranks(world_size, |comm| {
-        let mut engine = options.engine(comm, shards.path());
+    let mut results = on_all_ranks(world_size, |groups| {
+        let mut engine = options.engine(groups, shards.path());
         let inputs = engine.limits().inputs(NumUnits::new(&config), Mode::Train, 3);
         let mut actions = build(&inputs);
         if let Some(i) = removed {

@@ -171,8 +171,8 @@ fn logits_error(model: &std::path::Path, input_ids: &[u32], positions: &[usize],
     let shards = tempfile::tempdir().unwrap();
     let mut options = EngineOptions::new("tiny", Mode::Generate);
     (options.model, options.load_in_4bit) = (model.to_path_buf(), false);
-    let errors = on_all_ranks(2, |comm| {
-        let mut engine = options.engine(comm, shards.path());
+    let errors = on_all_ranks(2, |groups| {
+        let mut engine = options.engine(groups, shards.path());
         let vocab = engine.config().vocab_size;
         let mut worst = 0f32;
         for (i, &position) in positions.iter().enumerate() {
@@ -226,8 +226,8 @@ fn logits_with_biases_tied_embeddings_and_a_given_head_dim() {
 fn generation_with_kept_keys_gives_the_logits_of_the_whole_sequence() {
     let shards = tempfile::tempdir().unwrap();
     let ids: Vec<u32> = (0..40).map(|i| i * 7 % 320).collect();
-    on_all_ranks(1, |comm| {
-        let mut engine = EngineOptions::new("tiny", Mode::Generate).engine(comm, shards.path());
+    on_all_ranks(1, |groups| {
+        let mut engine = EngineOptions::new("tiny", Mode::Generate).engine(groups, shards.path());
         engine.run(&generate_args(), &[batch_for(&ids)]).unwrap();
         let whole = engine.last_logits().unwrap();
         for (past, len) in [(0, 30), (30, 1), (31, 9)] {

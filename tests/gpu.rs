@@ -11,22 +11,22 @@ use common::relative_error;
 use fsdp_qlora::checkpoint::adapter::{self, Adapter, AdapterSettings};
 use fsdp_qlora::checkpoint::synthetic;
 use fsdp_qlora::comm::cuda_queue::{CudaQueue, QueueOptions};
-use fsdp_qlora::comm::local::LocalComm;
+use fsdp_qlora::comm::local;
 use fsdp_qlora::comm::mpi::{MpiComm, World};
-use fsdp_qlora::comm::{Comm, Delays, barrier};
+use fsdp_qlora::comm::{Delays, Gather, Groups, Position, barrier};
 use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::device::cuda::{Cuda, libraries};
 use fsdp_qlora::fsdp::exec::Engine;
 use fsdp_qlora::fsdp::grads::Values;
 use fsdp_qlora::fsdp::memory::{Limits, Residency};
-use fsdp_qlora::fsdp::schedule::{Accumulation, Mode, Recompute};
+use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
 use fsdp_qlora::model::batch::MicroBatch;
 use fsdp_qlora::model::config::ModelConfig;
 use fsdp_qlora::model::layer::LayerLora;
 use fsdp_qlora::model::lora::LoraLayout;
 use fsdp_qlora::model::names::Projection;
 use fsdp_qlora::optim::adamw::Update;
-use fsdp_qlora::plan::memory::max_gradients;
+use fsdp_qlora::plan::memory::Sizes;
 use fsdp_qlora::train::step::{StepArgs, step};
 use half::bf16;
 
@@ -80,9 +80,11 @@ fn start_adapter(config: &ModelConfig) -> Adapter {
 #[derive(Clone, Copy, Debug)]
 struct Options {
     accumulation: Accumulation,
-    recompute: Recompute,
+    keep: Keep,
+    gather: Gather,
     residency: Residency,
-    replicated: bool,
+    /// Ranks that hold a base together; nothing: all.
+    num_shards: Option<usize>,
     /// Takes the micro-batches of a step in the opposite order: the same step but for the order of sums.
     reversed: bool,
     delay: Duration,
@@ -90,9 +92,10 @@ struct Options {
 
 const PLAIN: Options = Options {
     accumulation: Accumulation::Layer,
-    recompute: Recompute::All,
+    keep: Keep::NOTHING,
+    gather: Gather::Collective,
     residency: Residency::ALL,
-    replicated: false,
+    num_shards: None,
     reversed: false,
     delay: Duration::ZERO,
 };
@@ -121,27 +124,25 @@ fn micro_batch(step_idx: usize, index: usize) -> MicroBatch {
     unreachable!("a micro-batch is filled")
 }
 
-fn train(cuda: &Cuda<bf16>, comm: Box<dyn Comm>, options: &Options, num_steps: usize) -> Curve {
-    let (rank, world_size, config) = (comm.rank(), comm.world_size(), config());
-    let (shard, num_shards) = if options.replicated { (0, 1) } else { (rank, world_size) };
+fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -> Curve {
+    let (groups, config) = (ranks(options.num_shards), config());
+    let Position { rank, world_size, shard, num_shards, .. } = groups.position();
     let base = synthetic::base(cuda, config.clone(), shard, num_shards, |_| ()).unwrap();
     let adapter = start_adapter(&config);
     let lora_config = adapter.settings.lora_config();
     let lora = LayerLora { layout: LoraLayout::new(&config, &lora_config), config: lora_config };
     let num_micro_batches = GLOBAL_MICRO_BATCHES / world_size;
     let limits = Limits {
-        mode: Mode::Train,
-        max_tokens: TOKENS,
-        max_micro_batches: num_micro_batches,
-        max_context: 0,
         accumulation: options.accumulation,
-        recompute: options.recompute,
-        num_slots: 2,
+        keep: options.keep,
+        gather: options.gather,
         residency: options.residency,
+        ..Limits::new(Mode::Train, TOKENS, num_micro_batches)
     };
-    let max_gradients = max_gradients(Some(&lora), world_size);
+    let sizes = Sizes { config: &config, layouts: &base.layouts, lora: Some(&lora), world_size, pins_shards: true };
+    let max_gradients = sizes.max_gradients();
     let queue_options = QueueOptions { max_gradients, share_gpu: shares_gpu(), delays: Delays::all(options.delay) };
-    let queue = CudaQueue::new(cuda.clone(), comm, queue_options).unwrap();
+    let queue = CudaQueue::new(cuda.clone(), groups, queue_options).unwrap();
     let mut engine = Engine::new(cuda.clone(), Cpu::new(2), queue, base, Some(lora), limits).unwrap();
     for (layer, values) in adapter.layers.iter().enumerate() {
         engine.load_trainable(layer, values).unwrap();
@@ -179,39 +180,45 @@ fn shares_gpu() -> bool {
     fsdp_qlora::device::cuda::num_devices().unwrap() < 2
 }
 
-fn alone() -> Box<dyn Comm> {
-    Box::new(LocalComm::world(1).remove(0))
+/// The ranks of a run, in groups of so many; nothing: in one.
+type Ranks<'a> = &'a dyn Fn(Option<usize>) -> Groups;
+
+fn alone(_: Option<usize>) -> Groups {
+    local::groups(1, 1).remove(0)
 }
 
 /// Everything that may not change a bit.
 fn variants() -> Vec<Options> {
     let mut all = Vec::new();
+    let partly = Residency { units: 3, boundary_buffers: 13, ..Residency::ALL };
     for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
-        for recompute in [Recompute::All, Recompute::Nothing] {
-            for (residency, delay_ms) in [
-                (Residency::ALL, 0),
-                (NOTHING_RESIDENT, 0),
-                (NOTHING_RESIDENT, 2),
-                (Residency { units: 3, boundary_buffers: 13, ..Residency::ALL }, 1),
+        for keep in [Keep::NOTHING, Keep { attention: 2, mlp: 3, rest: 1 }, Keep::DEAREST, Keep::EVERYTHING] {
+            for (gather, residency, delay_ms) in [
+                (Gather::Collective, Residency::ALL, 0),
+                (Gather::Host, Residency::ALL, 0),
+                (Gather::Collective, NOTHING_RESIDENT, 2),
+                (Gather::Host, NOTHING_RESIDENT, 2),
+                (Gather::Collective, partly, 1),
+                (Gather::Host, partly, 0),
             ] {
                 let delay = Duration::from_millis(delay_ms);
-                all.push(Options { accumulation, recompute, residency, delay, ..PLAIN });
+                all.push(Options { accumulation, keep, gather, residency, delay, ..PLAIN });
             }
         }
     }
-    all.push(Options { replicated: true, ..PLAIN });
-    all.push(Options { replicated: true, residency: NOTHING_RESIDENT, ..PLAIN });
+    all.push(Options { num_shards: Some(1), ..PLAIN });
+    all.push(Options { num_shards: Some(1), residency: NOTHING_RESIDENT, ..PLAIN });
     all
 }
 
 #[test]
 fn streaming_and_lifetime_do_not_change_a_bit() {
     let Some(cuda) = gpu() else { return };
-    let reference = train(&cuda, alone(), &PLAIN, 3);
+    let reference = train(&cuda, &alone, &PLAIN, 3);
     assert!(reference.grads.iter().flatten().all(|g| g.is_finite()));
     assert!(reference.losses[2] < reference.losses[0], "it learns: {:?}", reference.losses);
     for options in variants() {
-        assert!(train(&cuda, alone(), &options, 3) == reference, "{options:?}");
+        assert!(train(&cuda, &alone, &options, 3) == reference, "{options:?}");
     }
 }
 
@@ -241,9 +248,11 @@ fn as_one_of_two_ranks() {
     let world = World::init().unwrap();
     let gpu = if shares_gpu() { 0 } else { world.local_rank };
     let cuda = Cuda::new(gpu, &std::env::temp_dir().join("fsdp-qlora-test-kernels")).unwrap();
-    let comm = || -> Box<dyn Comm> { Box::new(MpiComm::new(&world).unwrap()) };
-    let one = train(&cuda, alone(), &PLAIN, STEPS);
-    let two = train(&cuda, comm(), &PLAIN, STEPS);
+    let comm = |num_shards: Option<usize>| {
+        MpiComm::new(&world).unwrap().into_groups(num_shards.unwrap_or(world.world_size)).unwrap()
+    };
+    let one = train(&cuda, &alone, &PLAIN, STEPS);
+    let two = train(&cuda, &comm, &PLAIN, STEPS);
     assert_eq!(two.losses[0].to_bits(), one.losses[0].to_bits(), "the loss of step 1");
     for (layer, (a, b)) in two.grads.iter().zip(&one.grads).enumerate() {
         let error = relative_error(a, b);
@@ -253,19 +262,19 @@ fn as_one_of_two_ranks() {
         let relative = curve.losses.iter().zip(&one.losses).map(|(a, b)| ((a - b) / b).abs());
         relative.fold(0.0, f64::max)
     };
-    let (ranks, order) = (spread(&two), spread(&train(&cuda, alone(), &Options { reversed: true, ..PLAIN }, STEPS)));
+    let (ranks, order) = (spread(&two), spread(&train(&cuda, &alone, &Options { reversed: true, ..PLAIN }, STEPS)));
     println!(
         "rank {}: {STEPS} steps differ by {ranks:e} for two ranks, {order:e} for another order of sums",
         world.rank
     );
     // bf16 feeds the order of sums back into the losses: two samples of the same spread.
     assert!(ranks <= 2.0 * order, "losses {:?} and {:?}", two.losses, one.losses);
-    assert!(train(&cuda, comm(), &PLAIN, STEPS) == two, "the same run twice");
-    let short = train(&cuda, comm(), &PLAIN, 3);
+    assert!(train(&cuda, &comm, &PLAIN, STEPS) == two, "the same run twice");
+    let short = train(&cuda, &comm, &PLAIN, 3);
     for options in variants() {
-        assert!(train(&cuda, comm(), &options, 3) == short, "{options:?}");
+        assert!(train(&cuda, &comm, &options, 3) == short, "{options:?}");
     }
-    barrier(&mut *comm()).unwrap();
+    barrier(&mut MpiComm::new(&world).unwrap()).unwrap();
 }
 
 #[test]
@@ -291,7 +300,7 @@ fn as_a_stuck_rank() {
     let gpu = if shares_gpu() { 0 } else { world.local_rank };
     let cuda = Cuda::new(gpu, &std::env::temp_dir().join("fsdp-qlora-test-kernels")).unwrap();
     let delay = if world.rank == 1 { Duration::from_secs(30) } else { Duration::ZERO };
-    train(&cuda, Box::new(MpiComm::new(&world).unwrap()), &Options { delay, ..PLAIN }, 1);
+    train(&cuda, &|_| MpiComm::new(&world).unwrap().into_groups(2).unwrap(), &Options { delay, ..PLAIN }, 1);
 }
 
 #[test]

@@ -31,7 +31,7 @@ pub struct LoadOptions {
     pub double_quant: Option<bool>,
     /// Folder of the shard files; `None`: the cache.
     pub shards: Option<PathBuf>,
-    /// Number of shards of each unit: the world size, or 1 where every rank keeps all.
+    /// Number of shards of each unit: how many ranks hold a base together.
     pub num_shards: usize,
 }
 
@@ -117,7 +117,7 @@ impl OpenedBase {
         tell: &mut dyn FnMut(String),
         warn: &mut dyn FnMut(String),
     ) -> Result<Base> {
-        let shard = if self.spec.num_shards == 1 { 0 } else { comm.rank() };
+        let shard = comm.rank() % self.spec.num_shards;
         let found = self.spec.open(shard)?;
         if let Found::Invalid(reason) = &found {
             warn(format!("{reason}; it is made again"));

@@ -11,8 +11,8 @@ use crate::comm::Queue;
 use crate::data::{self, Dataset, TextTokenizer};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::{Limits, Residency};
-use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
+use crate::fsdp::memory::Limits;
+use crate::fsdp::schedule::Mode;
 use crate::model::batch::MicroBatch;
 use crate::recipe;
 use crate::train::eval::{self, Score};
@@ -70,16 +70,7 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     start.log.line(format!("data: {}", dataset.counts));
     let (comm, placement, base) = start.base(opened, &job)?;
     let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
-    let limits = Limits {
-        mode: Mode::Score,
-        max_tokens,
-        max_micro_batches: MICRO_BATCHES,
-        max_context: 0,
-        accumulation: Accumulation::Layer,
-        recompute: Recompute::All,
-        num_slots: 2,
-        residency: Residency::ALL,
-    };
+    let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
     let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
     let work = Scoring { batches, adapter: adapter.is_some() };
     let score = start.with_engine(comm, placement, base, adapter.as_ref(), limits, &job.fsdp, work)?;

@@ -11,8 +11,8 @@ use crate::comm::Queue;
 use crate::data::TextTokenizer;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::{Limits, Residency};
-use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
+use crate::fsdp::memory::Limits;
+use crate::fsdp::schedule::Mode;
 use crate::recipe;
 use crate::train::generate::{Sampling, generate};
 
@@ -75,16 +75,8 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
         false => tokenizer.encode(&args.prompt, true),
     }?;
     let (comm, placement, base) = start.base(opened, &job)?;
-    let limits = Limits {
-        mode: Mode::Generate,
-        max_tokens: prompt.len(),
-        max_micro_batches: 1,
-        max_context: prompt.len() + args.max_new_tokens,
-        accumulation: Accumulation::Layer,
-        recompute: Recompute::All,
-        num_slots: 2,
-        residency: Residency::ALL,
-    };
+    let max_context = prompt.len() + args.max_new_tokens;
+    let limits = Limits { max_context, ..Limits::new(Mode::Generate, prompt.len(), 1) };
     let sampling = Sampling { temperature: args.temperature, seed: args.seed, max_new_tokens: args.max_new_tokens };
     let work = Generation { prompt: &prompt, stop: tokenizer.eos_token_ids(), sampling, adapter: adapter.is_some() };
     let tokens = start.with_engine(comm, placement, base, adapter.as_ref(), limits, &job.fsdp, work)?;

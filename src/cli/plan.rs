@@ -9,17 +9,19 @@ use serde_json::json;
 
 use crate::checkpoint::adapter::{self, AdapterSettings};
 use crate::checkpoint::{load, synthetic};
+use crate::comm::Gather;
 use crate::device::cuda::{CONTEXT_BYTES, Cuda, LIBRARY_BYTES, NCCL_BYTES};
 use crate::fsdp::layout::UnitLayout;
-use crate::fsdp::memory::{Limits, Plans, Residency};
-use crate::fsdp::schedule::{Mode, Recompute};
+use crate::fsdp::memory::{Limits, Plans};
+use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 use crate::model::lora::{LoraConfig, LoraLayout};
 use crate::model::names::Projection;
+use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::Hardware;
-use crate::plan::memory::{Budget, Sizes};
-use crate::plan::throughput::{Timeline, Workload};
+use crate::plan::memory::Sizes;
+use crate::plan::throughput::{Links, Timeline, Workload};
 use crate::plan::trace;
 use crate::recipe::{self, FsdpJob, ShardingStrategy};
 use crate::train::log::bytes;
@@ -75,7 +77,6 @@ struct Job {
     layouts: Vec<UnitLayout>,
     lora: LoraConfig,
     limits: Limits,
-    seq: usize,
     fsdp: FsdpJob,
 }
 
@@ -128,23 +129,23 @@ fn budget(args: &PlanArgs, job: &Job, hardware: &Hardware, world_size: usize, li
     Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
 }
 
-fn limits(fsdp: &FsdpJob, max_tokens: usize, max_micro_batches: usize) -> Limits {
-    Limits {
-        mode: Mode::Train,
-        max_tokens,
-        max_micro_batches,
-        max_context: 0,
-        accumulation: fsdp.accumulation,
-        recompute: Recompute::All,
-        num_slots: 2,
-        residency: Residency::ALL,
+fn limits(fsdp: &FsdpJob, max_tokens: usize, max_length: usize, max_micro_batches: usize) -> Limits {
+    Limits { max_length, accumulation: fsdp.accumulation, ..Limits::new(Mode::Train, max_tokens, max_micro_batches) }
+}
+
+/// How many ranks hold a base together.
+fn num_shards(args: &PlanArgs, fsdp: &FsdpJob, world_size: usize) -> usize {
+    match fsdp.sharding_strategy {
+        ShardingStrategy::FullShard => world_size,
+        ShardingStrategy::HybridShard => world_size / args.nodes as usize,
+        ShardingStrategy::NoShard => 1,
     }
 }
 
 /// Micro-batches are taken to be full.
-fn from_recipe(path: &Path, overrides: &[String], world_size: usize) -> Result<Job> {
+fn from_recipe(args: &PlanArgs, path: &Path, overrides: &[String], world_size: usize) -> Result<Job> {
     let job = recipe::load(path, overrides)?;
-    let opened = load::open(&job.model, &load_options(&job, world_size))?;
+    let opened = load::open(&job.model, &load_options(&job, num_shards(args, &job.fsdp, world_size)))?;
     let lora = match &job.lora.adapter {
         Some(dir) => adapter::load(dir, &opened.config).context("lora.adapter")?.settings,
         None => AdapterSettings {
@@ -158,11 +159,10 @@ fn from_recipe(path: &Path, overrides: &[String], world_size: usize) -> Result<J
     let max_tokens = job.data.max_length * job.training.per_device_train_batch_size;
     Ok(Job {
         name: job.model.display().to_string(),
-        limits: limits(&job.fsdp, max_tokens, job.training.accumulation_steps(world_size)),
+        limits: limits(&job.fsdp, max_tokens, job.data.max_length, job.training.accumulation_steps(world_size)),
         config: opened.config,
         layouts: opened.layouts,
         lora: lora.lora_config(),
-        seq: job.data.max_length,
         fsdp: job.fsdp,
     })
 }
@@ -170,14 +170,13 @@ fn from_recipe(path: &Path, overrides: &[String], world_size: usize) -> Result<J
 fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: usize) -> Result<Job> {
     let fsdp = recipe::for_bench(overrides)?.fsdp;
     let config = super::bench::shape(shape, None)?;
-    let num_shards = if fsdp.sharding_strategy == ShardingStrategy::FullShard { world_size } else { 1 };
+    let num_shards = num_shards(args, &fsdp, world_size);
     Ok(Job {
         name: shape.to_string(),
         layouts: synthetic::layouts(&config, num_shards)?,
         config,
         lora: LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() },
-        limits: limits(&fsdp, (args.micro_batch * args.seq) as usize, args.accum as usize),
-        seq: args.seq as usize,
+        limits: limits(&fsdp, (args.micro_batch * args.seq) as usize, args.seq as usize, args.accum as usize),
         fsdp,
     })
 }
@@ -196,28 +195,27 @@ struct Report<'a> {
 impl<'a> Report<'a> {
     fn new(args: &'a PlanArgs, hardware: &'a Hardware, world_size: usize, overrides: &[String]) -> Result<Self> {
         let job = match (&args.config, &args.shape) {
-            (Some(recipe), _) => from_recipe(recipe, overrides, world_size)?,
+            (Some(recipe), _) => from_recipe(args, recipe, overrides, world_size)?,
             (None, Some(shape)) => from_shape(args, shape, overrides, world_size)?,
             (None, None) => unreachable!("clap asks for one of them"),
         };
         let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
-        let (config, layouts) = (&job.config, &job.layouts[..]);
+        let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
         let libraries = CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 };
         let budget = budget(args, &job, hardware, world_size, libraries);
-        let limits = sizes.decide::<Cuda<bf16>>(job.limits, &wishes(&job.fsdp), budget)?;
-        let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
-        let workload = Workload {
-            config,
-            layouts,
-            limits: &limits,
-            world_size,
-            lora_values: lora.layout.len,
-            dropout: job.lora.dropout > 0.0,
-            seq: job.seq,
-            link_bytes_per_s: if args.nodes > 1 { args.network * 1e9 } else { hardware.peer_bytes_per_s },
+        let between_nodes = if args.nodes > 1 { args.network * 1e9 } else { hardware.peer_bytes_per_s };
+        let in_a_node = num_shards <= world_size / args.nodes as usize;
+        let links = Links {
+            shards_bytes_per_s: if in_a_node { hardware.peer_bytes_per_s } else { between_nodes },
+            replicas_bytes_per_s: between_nodes,
         };
-        let timeline = workload.predict(hardware);
+        let workload = Workload { sizes, hardware, links };
+        let gather = if num_shards > 1 && in_a_node { job.fsdp.gather } else { Some(Gather::Collective) };
+        let wishes = Wishes { gather, ..wishes(&job.fsdp) };
+        let limits = workload.decide::<Cuda<bf16>>(job.limits, &wishes, budget)?;
+        let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
+        let timeline = workload.predict(&limits);
         Ok(Report { args, gpu: &hardware.name, world_size, job, limits, cost, libraries, timeline })
     }
 
@@ -240,8 +238,9 @@ impl<'a> Report<'a> {
             json!({
                 "model": job.name, "gpu": gpu, "world_size": world_size, "nodes": args.nodes,
                 "tokens_of_a_micro_batch": limits.max_tokens, "micro_batches": limits.max_micro_batches,
-                "recompute": limits.recompute == Recompute::All, "resident_units": self.resident_units(),
-                "units": job.layouts.len(), "trainables_on_device": limits.residency.trainables,
+                "keep": limits.keep.clamped(job.config.num_hidden_layers), "gather": limits.gather.word(),
+                "resident_units": self.resident_units(), "units": job.layouts.len(),
+                "trainables_on_device": limits.residency.trainables,
                 "libraries_bytes": libraries, "device": owners(&cost.device), "host": owners(&cost.host),
                 "device_bytes": cost.device.total_bytes() + libraries, "pinned_bytes": cost.host.total_bytes(),
                 "step_s": timeline.seconds, "tokens_per_second": self.tokens_per_second(),
@@ -268,8 +267,12 @@ impl<'a> Report<'a> {
             println!("  {name:24} {:>10}", bytes(n));
         }
         let (resident, all) = (self.resident_units(), job.layouts.len());
-        let recompute = if limits.recompute == Recompute::All { "recomputed" } else { "kept" };
-        println!("\n{resident} of {all} units are resident; activations are {recompute}");
+        let layers = job.config.num_hidden_layers;
+        let Keep { attention, mlp, rest } = limits.keep.clamped(layers);
+        println!("\n{resident} of {all} units are resident; gathers by {}", limits.gather.word());
+        println!(
+            "of {layers} layers, attention is kept in {attention}, large projections in {mlp}, the rest in {rest}"
+        );
         println!(
             "a step: {:.2} s, {:.0} tokens/s, bound by {}; waits {:.2} s for other ranks, {:.2} s for copies",
             timeline.seconds,

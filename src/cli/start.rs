@@ -8,23 +8,32 @@ use half::{bf16, f16};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::load::{self, LoadOptions, OpenedBase};
 use crate::checkpoint::shards;
-use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
+use crate::comm::cuda_queue::{CudaQueue, QueueOptions, Rates};
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::{MpiComm, World};
-use crate::comm::{Comm, Delays, Queue, all_gather_u64, barrier};
+use crate::comm::{Comm, Delays, Gather, Queue, all_gather_u64, barrier};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, CONTEXT_BYTES, Cuda, HalfType, LIBRARY_BYTES};
 use crate::device::{MemoryPlan, Ops};
 use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Limits;
-use crate::fsdp::schedule::Recompute;
+use crate::fsdp::schedule::Keep;
 use crate::model::layer::LayerLora;
 use crate::model::lora::LoraLayout;
-use crate::plan::memory::{Budget, Sizes, Wishes, max_gradients};
+use crate::plan::decide::{Budget, Wishes};
+use crate::plan::hardware::Hardware;
+use crate::plan::memory::Sizes;
+use crate::plan::throughput::{Links, Workload};
 use crate::recipe::{ActivationCheckpointing, ComputeDtype, FsdpJob, Job, ShardingStrategy};
 use crate::train::log::{Log, bytes};
 
 use super::DeviceKind;
+
+/// What is assumed of the network between nodes when choices are weighed: 10 Gbit/s.
+const NETWORK_BYTES_PER_S: f64 = 1.25e9;
+
+const HOST_GATHER_NEEDS_A_NODE: &str = "fsdp.gather: host needs the whole base in the memory of each node: one node, or \
+                                        fsdp.sharding_strategy: hybrid_shard";
 
 /// A rank that has been started.
 pub struct Start<'a> {
@@ -51,7 +60,19 @@ pub trait Work {
 impl Start<'_> {
     /// Opens and checks a job's model.
     pub fn open(&self, job: &Job) -> Result<OpenedBase> {
-        load::open(&job.model, &load_options(job, self.world.world_size))
+        load::open(&job.model, &load_options(job, self.num_shards(&job.fsdp)?))
+    }
+
+    /// How many ranks hold a base together.
+    pub fn num_shards(&self, job: &FsdpJob) -> Result<usize> {
+        match job.sharding_strategy {
+            ShardingStrategy::FullShard => Ok(self.world.world_size),
+            ShardingStrategy::NoShard => Ok(1),
+            ShardingStrategy::HybridShard => self.world.node_size.context(
+                "fsdp.sharding_strategy: hybrid_shard needs as many ranks on every node, one node after the other: mpirun --map-by \
+                 slot, or srun --distribution=block with --ntasks-per-node",
+            ),
+        }
     }
 
     /// Starts this rank's threads: its share of the cores that it may use.
@@ -125,7 +146,7 @@ impl Start<'_> {
     pub fn base(&self, opened: OpenedBase, job: &Job) -> Result<(MpiComm, Placement, Base)> {
         let mut comm = MpiComm::new(self.world)?;
         let placement = self.place(&mut comm, job.quantization.compute_dtype)?;
-        let writes = opened.spec.num_shards > 1 || self.world.local_rank == 0;
+        let writes = self.world.local_rank < opened.spec.num_shards;
         let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
         let base = opened.load(&mut comm, writes, &mut |line| self.log.line(line), &mut warn)?;
         Ok((comm, placement, base))
@@ -151,7 +172,7 @@ impl Start<'_> {
         match placement {
             Placement::Cpu(cpu) => {
                 let limits = self.decide_on_cpu(&base, lora.as_ref(), limits, job)?;
-                let queue = HostQueue::new(Box::new(comm), Delays::default())?;
+                let queue = HostQueue::new(comm.into_groups(base.layouts[0].num_shards())?, Delays::default())?;
                 self.run(Engine::new(cpu.clone(), cpu, queue, base, lora, limits)?, adapter, work)
             }
             Placement::Bf16(cuda, host) => self.on_gpu(cuda, host, comm, base, (adapter, lora), limits, job, work),
@@ -172,8 +193,9 @@ impl Start<'_> {
         work: W,
     ) -> Result<W::Output> {
         let ranks = self.ranks_per_gpu.min(self.world.local_size);
+        let sizes = self.sizes(&base, lora.as_ref(), true);
         let options = QueueOptions {
-            max_gradients: max_gradients(lora.as_ref(), self.world.world_size),
+            max_gradients: sizes.max_gradients(),
             share_gpu: self.ranks_per_gpu > 1,
             delays: Delays::default(),
         };
@@ -181,29 +203,76 @@ impl Start<'_> {
         barrier(&mut comm)?;
         let before = cuda.free_bytes()?;
         barrier(&mut comm)?;
-        let mut queue = CudaQueue::new(cuda.clone(), Box::new(comm), options)?;
+        let mut queue = CudaQueue::new(cuda.clone(), comm.into_groups(sizes.num_shards())?, options)?;
+        let mut hardware = Hardware::of_device(&cuda.name()?)?;
+        let wishes = Wishes { gather: self.gathers(&mut queue, job, &mut hardware)?, ..wishes(job) };
         queue.all_gather_f64("start", &[0.0])?;
         // The least of all ranks: they decide alike.
-        let of_ranks = queue.all_gather_f64("free GPU memory", &[cuda.free_bytes()? as f64])?;
-        let free = of_ranks.iter().map(|free| free[0] as usize).min().unwrap_or(0);
+        let own = [cuda.free_bytes()? as f64, self.host_budget(job) as f64];
+        let of_ranks = queue.all_gather_f64("free memory", &own)?;
+        let least = |i: usize| of_ranks.iter().map(|own| own[i] as usize).min().unwrap_or(0);
+        let (free, host_budget) = (least(0), least(1));
         let taken = CONTEXT_BYTES + LIBRARY_BYTES + before.saturating_sub(free) / ranks;
         let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
         let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(taken).min(free));
-        let budget = Budget { device, host: self.host_budget(job) };
-        let limits = self.sizes(&base, lora.as_ref(), true).decide::<Cuda<A>>(limits, &wishes(job), budget)?;
+        let budget = Budget { device, host: host_budget };
+        let links = Links { shards_bytes_per_s: hardware.peer_bytes_per_s, replicas_bytes_per_s: NETWORK_BYTES_PER_S };
+        let workload = Workload { sizes, hardware: &hardware, links };
+        let limits = workload.decide::<Cuda<A>>(limits, &wishes, budget)?;
         self.run(Engine::new(cuda, host, queue, base, lora, limits)?, adapter, work)
+    }
+
+    /// Which ways to gather are possible, after measuring both where the recipe leaves it open; nothing: both.
+    fn gathers<A: HalfType>(
+        &self,
+        queue: &mut CudaQueue<A>,
+        job: &FsdpJob,
+        hardware: &mut Hardware,
+    ) -> Result<Option<Gather>> {
+        let num_shards = queue.position().num_shards;
+        let in_a_node = self.world.fits_a_node(num_shards);
+        if job.gather == Some(Gather::Host) && !in_a_node {
+            bail!(HOST_GATHER_NEEDS_A_NODE);
+        }
+        if job.gather.is_some() || num_shards == 1 || !in_a_node {
+            return Ok(Some(job.gather.unwrap_or(Gather::Collective)));
+        }
+        let Rates { nccl, host } = queue.measure_gathers()?;
+        hardware.peer_bytes_per_s = nccl;
+        let Some(host) = host else {
+            self.log.line(format!("gather: NCCL, {:.1} GB/s; the ranks cannot share host memory", nccl * 1e-9));
+            return Ok(Some(Gather::Collective));
+        };
+        hardware.host_bytes_per_s = host;
+        self.log.line(format!(
+            "gather: NCCL brings {:.1} GB/s to a rank, shared host memory {:.1}",
+            nccl * 1e-9,
+            host * 1e-9
+        ));
+        Ok(None)
     }
 
     /// Keeping activations on the CPU must leave room for everything else that the machine does.
     fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &FsdpJob) -> Result<Limits> {
-        let (sizes, mut wishes) = (self.sizes(base, lora, false), wishes(job));
+        let (sizes, hardware) = (self.sizes(base, lora, false), Hardware::of_cores(1));
+        let mut wishes = wishes(job);
+        wishes.gather = match job.gather {
+            None => Some(Gather::Collective),
+            Some(Gather::Collective) => {
+                bail!("fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host")
+            }
+            Some(Gather::Host) if !self.world.fits_a_node(sizes.num_shards()) => bail!(HOST_GATHER_NEEDS_A_NODE),
+            Some(Gather::Host) => Some(Gather::Host),
+        };
         let share = self.host_budget(job);
         let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };
-        let keeps = Limits { recompute: Recompute::Nothing, ..limits };
-        if wishes.recompute.is_none() && sizes.cost::<Cpu>(&keeps)?.device.total_bytes() > budget.device / 4 {
-            wishes.recompute = Some(Recompute::All);
+        let keeps = Limits { keep: Keep::EVERYTHING, ..limits };
+        if wishes.keep.is_none() && sizes.cost::<Cpu>(&keeps)?.device.total_bytes() > budget.device / 4 {
+            wishes.keep = Some(Keep::NOTHING);
         }
-        sizes.decide::<Cpu>(limits, &wishes, budget)
+        let link = hardware.peer_bytes_per_s;
+        let links = Links { shards_bytes_per_s: link, replicas_bytes_per_s: link };
+        Workload { sizes, hardware: &hardware, links }.decide::<Cpu>(limits, &wishes, budget)
     }
 
     fn sizes<'a>(&self, base: &'a Base, lora: Option<&'a LayerLora>, pins_shards: bool) -> Sizes<'a> {
@@ -258,28 +327,26 @@ impl Start<'_> {
 }
 
 /// How a job holds its base.
-pub fn load_options(job: &Job, world_size: usize) -> LoadOptions {
+pub fn load_options(job: &Job, num_shards: usize) -> LoadOptions {
     LoadOptions {
         load_in_4bit: job.quantization.load_in_4bit,
         double_quant: job.quantization.double_quant,
         shards: job.shards.clone(),
-        num_shards: match job.fsdp.sharding_strategy {
-            ShardingStrategy::FullShard => world_size,
-            ShardingStrategy::NoShard => 1,
-        },
+        num_shards,
     }
 }
 
 /// What the keys of a recipe ask of the memory.
 pub fn wishes(job: &FsdpJob) -> Wishes {
-    let recompute = match job.activation_checkpointing {
+    let keep = match job.activation_checkpointing {
         ActivationCheckpointing::Auto => None,
-        ActivationCheckpointing::Full => Some(Recompute::All),
-        ActivationCheckpointing::None => Some(Recompute::Nothing),
+        ActivationCheckpointing::Full => Some(Keep::NOTHING),
+        ActivationCheckpointing::Selective => Some(Keep::DEAREST),
+        ActivationCheckpointing::None => Some(Keep::EVERYTHING),
     };
     let units = job.resident_units.or(job.offload_params.map(|offload| if offload { 0 } else { usize::MAX }));
     let trainables = job.offload_params.map(|offload| !offload);
-    Wishes { recompute, units, trainables, offload_boundaries: job.activation_offload }
+    Wishes { keep, units, trainables, offload_boundaries: job.activation_offload, gather: job.gather }
 }
 
 /// MemAvailable, or what the control group leaves when that is less; without /proc there is no limit to check.
@@ -300,7 +367,10 @@ fn group_bytes(root: &Path, group: &str) -> usize {
     };
     let left = |path: &Path| -> Option<usize> {
         let stat = std::fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
-        let cache = stat.lines().find_map(|l| l.strip_prefix("file ")?.parse::<usize>().ok()).unwrap_or(0);
+        let of =
+            |name: &str| stat.lines().find_map(|l| l.strip_prefix(name)?.trim().parse::<usize>().ok()).unwrap_or(0);
+        // Shared memory counts as file, and stays.
+        let cache = of("file ").saturating_sub(of("shmem "));
         let used = number(path, "memory.current")?.saturating_sub(cache);
         Some(number(path, "memory.max")?.saturating_sub(used))
     };

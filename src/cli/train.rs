@@ -10,8 +10,8 @@ use crate::comm::Queue;
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::{Limits, Residency};
-use crate::fsdp::schedule::{Mode, Recompute};
+use crate::fsdp::memory::Limits;
+use crate::fsdp::schedule::Mode;
 use crate::model::config::ModelConfig;
 use crate::recipe::{self, EvalData, Job};
 use crate::train::log::bytes;
@@ -152,16 +152,12 @@ fn check_batch(job: &Job, world_size: usize) -> Result<()> {
 /// What each step must hold; what of it is kept where is decided later.
 fn limits(job: &Job, world_size: usize, train: &Dataset, eval: Option<&Dataset>) -> Limits {
     let longest = |dataset: &Dataset| dataset.sequence_lengths().max().unwrap_or(0);
-    let max_tokens = longest(train) * job.training.per_device_train_batch_size;
+    let max_length = longest(train).max(eval.map_or(0, longest));
+    let max_tokens = (longest(train) * job.training.per_device_train_batch_size).max(max_length);
     Limits {
-        mode: Mode::Train,
-        max_tokens: max_tokens.max(eval.map_or(0, longest)),
-        max_micro_batches: job.training.accumulation_steps(world_size),
-        max_context: 0,
+        max_length,
         accumulation: job.fsdp.accumulation,
-        recompute: Recompute::All,
-        num_slots: 2,
-        residency: Residency::ALL,
+        ..Limits::new(Mode::Train, max_tokens, job.training.accumulation_steps(world_size))
     }
 }
 

@@ -3,21 +3,18 @@
 //! over MPI.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaEvent, CudaStream};
-use rayon::prelude::*;
 
+use super::cuda_store::{self, Stored};
 use super::nccl::Nccl;
 use super::spans::{Lane, Span};
 use super::watchdog::Watchdog;
-use super::{Comm, Delays, HostCopy, Queue, ShardSource, TrainableBuffers, Waits};
+use super::{Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cuda::{Cuda, HalfType};
-use crate::device::{Arena, Buffer, Device, Element, MemoryPlan, Place};
-
-/// Bytes that one thread copies at a time.
-const COPY_BYTES: usize = 1 << 20;
+use crate::device::{Arena, Buffer, Device, Element, Place, ViewMut};
 
 /// What a queue is made for.
 #[derive(Clone, Copy, Debug, Default)]
@@ -28,6 +25,18 @@ pub struct QueueOptions {
     pub share_gpu: bool,
     pub delays: Delays,
 }
+
+/// Bytes a second that come to a rank, the least of all ranks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rates {
+    pub nccl: f64,
+    /// Nothing where the ranks cannot share host memory.
+    pub host: Option<f64>,
+}
+
+/// Bytes of a rank, and repeats, in [`CudaQueue::measure_gathers`].
+const PROBE_BYTES: usize = 32 << 20;
+const PROBES: usize = 3;
 
 /// What is waited for: a gather of one rank is a copy too, on the lane of fetches.
 #[derive(Clone, Copy)]
@@ -44,8 +53,8 @@ pub struct CudaQueue<A: HalfType> {
     communication: Arc<CudaStream>,
     fetch: Arc<CudaStream>,
     put: Arc<CudaStream>,
-    comm: Box<dyn Comm>,
-    nccl: Option<Arc<Nccl>>,
+    groups: Groups,
+    nccl: Communicators,
     /// What the other ranks send of a layer's gradients.
     received: Buffer<Cuda<A>, f32>,
     delays: Delays,
@@ -55,6 +64,26 @@ pub struct CudaQueue<A: HalfType> {
     waits: Vec<(Kind, CudaEvent, CudaEvent)>,
     /// What the other streams did; nothing while that is not recorded.
     spans: Option<Vec<(Lane, String, CudaEvent, CudaEvent)>>,
+}
+
+/// NCCL's communicators between the ranks that hold a base together, and between those that hold the same shard; none where that
+/// is one rank.
+struct Communicators {
+    shards: Option<Arc<Nccl>>,
+    replicas: Option<Arc<Nccl>>,
+}
+
+impl Communicators {
+    fn all(&self) -> Vec<Arc<Nccl>> {
+        self.shards.iter().chain(&self.replicas).cloned().collect()
+    }
+}
+
+fn connect(comm: &mut dyn Comm) -> Result<Option<Arc<Nccl>>> {
+    match comm.world_size() {
+        1 => Ok(None),
+        _ => Ok(Some(Arc::new(Nccl::new(comm)?))),
+    }
 }
 
 /// Begin and end of an action's part on a stream, where spans are recorded.
@@ -69,24 +98,22 @@ pub struct Pending<T> {
 
 impl<A: HalfType> CudaQueue<A> {
     /// Collective.
-    pub fn new(cuda: Cuda<A>, mut comm: Box<dyn Comm>, options: QueueOptions) -> Result<Self> {
-        let nccl = match comm.world_size() {
-            1 => None,
-            _ => Some(Arc::new(Nccl::new(&mut *comm, options.share_gpu)?)),
-        };
-        let received = if nccl.is_some() { options.max_gradients } else { 0 };
+    pub fn new(cuda: Cuda<A>, mut groups: Groups, options: QueueOptions) -> Result<Self> {
+        if options.share_gpu {
+            Nccl::hide_host(groups.world.rank());
+        }
+        let nccl = Communicators { shards: connect(&mut *groups.shards)?, replicas: connect(&mut *groups.replicas)? };
+        let received = if nccl.all().is_empty() { 0 } else { options.max_gradients };
         let received = Arena::carved(&cuda, |arena| arena.carve::<f32>("received gradients", received))?;
         let communication = cuda.new_stream()?;
-        if let Some(nccl) = &nccl {
-            connect(&cuda, nccl, &communication)?;
-        }
+        nccl.all().iter().try_for_each(|nccl| first_use(&cuda, nccl, &communication))?;
         Ok(CudaQueue {
-            watchdog: Watchdog::new(nccl.clone())?,
+            watchdog: Watchdog::new(nccl.all())?,
             communication,
             fetch: cuda.new_stream()?,
             put: cuda.new_stream()?,
             cuda,
-            comm,
+            groups,
             nccl,
             device_bytes: received.len() * size_of::<f32>(),
             received,
@@ -95,6 +122,29 @@ impl<A: HalfType> CudaQueue<A> {
             waits: Vec::new(),
             spans: None,
         })
+    }
+
+    /// Measures both ways to gather, all ranks at once. Collective.
+    pub fn measure_gathers(&mut self) -> Result<Rates> {
+        let position = self.position();
+        let host = cuda_store::host_bytes_per_s(&self.cuda, &mut *self.groups.shards);
+        let nccl = self.nccl.shards.as_deref().context("one rank gathers nothing")?;
+        let (part, parts) = (PROBE_BYTES, position.num_shards);
+        let mut whole = Arena::carved(&self.cuda, |arena| arena.carve::<u8>("probe", part * parts))?;
+        let mut start = Instant::now();
+        // The first time connects the ranks.
+        for i in 0..=PROBES {
+            nccl.all_gather_in_place(whole.view_mut(), &self.communication)?;
+            if i == 0 {
+                self.communication.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))?;
+                start = Instant::now();
+            }
+        }
+        self.communication.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))?;
+        let nccl = (PROBES * (parts - 1) * part) as f64 / start.elapsed().as_secs_f64();
+        let rates = self.all_gather_f64("rates of gathers", &[nccl, host.unwrap_or(0.0)])?;
+        let least = |i: usize| rates.iter().map(|of_rank| of_rank[i]).fold(f64::INFINITY, f64::min);
+        Ok(Rates { nccl: least(0), host: Some(least(1)).filter(|&host| host > 0.0) })
     }
 
     /// An action that ends on `lane`.
@@ -136,82 +186,82 @@ impl<A: HalfType> CudaQueue<A> {
         Ok(())
     }
 
-    fn nccl(&self) -> Result<&Nccl> {
-        self.nccl.as_deref().context("a collective of one rank has other ranks' parts")
-    }
-
-    /// Gathers `shard` into `whole`, on whichever lanes it takes; returns the last one.
+    /// Gathers `shard` into `whole` by NCCL, on whichever lanes it takes; returns the last one.
     fn gather<T: Element>(
         &self,
         shard: &Place<Cuda<A>, T>,
-        num_shards: usize,
         whole: &mut Buffer<Cuda<A>, T>,
         marks: &mut Marks,
     ) -> Result<Lane> {
-        let (len, delays) = (shard.len(), &self.delays);
-        let mut whole = whole.first_mut(len * num_shards);
-        match shard {
-            Place::Device(shard) => {
-                self.on(Lane::Communication, Lane::Compute, delays.before_gather, marks, |stream| match num_shards {
-                    1 => self.cuda.copy_on(stream, whole, shard.view()),
-                    _ => self.nccl()?.all_gather(shard.view(), whole, stream),
+        let (len, delays, position) = (shard.len(), &self.delays, self.position());
+        let mut whole = whole.first_mut(len * position.num_shards);
+        match (shard, &self.nccl.shards) {
+            (Place::Device(shard), nccl) => {
+                self.on(Lane::Communication, Lane::Compute, delays.before_gather, marks, |stream| match nccl {
+                    None => self.cuda.copy_on(stream, whole, shard.view()),
+                    Some(nccl) => nccl.all_gather(shard.view(), whole, stream),
                 })?;
                 Ok(Lane::Communication)
             }
-            Place::Host(shard) => {
-                let own = if num_shards == 1 { 0 } else { self.comm.rank() * len };
+            (Place::Host(shard), nccl) => {
+                let own = position.shard * len..(position.shard + 1) * len;
                 self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, marks, |stream| {
-                    self.cuda.fetch_on(stream, whole.range_mut(own..own + len), shard.view())
+                    self.cuda.fetch_on(stream, whole.range_mut(own), shard.view())
                 })?;
-                if num_shards == 1 {
-                    return Ok(Lane::Fetch);
-                }
+                let Some(nccl) = nccl else { return Ok(Lane::Fetch) };
                 self.on(Lane::Communication, Lane::Fetch, delays.before_gather, marks, |stream| {
-                    self.nccl()?.all_gather_in_place(whole, stream)
+                    nccl.all_gather_in_place(whole, stream)
                 })?;
                 Ok(Lane::Communication)
             }
         }
     }
 
-    /// Sums `full` over ranks into this rank's part of it, or, where every rank keeps all, into every part. `received` is for
-    /// what the other ranks send.
+    /// The part of `values` that this rank has to sum becomes the sum of all ranks' values; `received` is for what they send.
+    fn sum_part(
+        &self,
+        nccl: &Nccl,
+        mut values: ViewMut<'_, Cuda<A>, f32>,
+        received: &mut Buffer<Cuda<A>, f32>,
+        stream: &CudaStream,
+    ) -> Result<()> {
+        let (len, ranks, rank) = (values.len(), nccl.world_size(), nccl.rank());
+        ensure!(len.is_multiple_of(ranks) && len <= received.len(), "{len} gradients, {} planned", received.len());
+        nccl.all_to_all(values.view(), received.first_mut(len), stream)?;
+        // The sum takes the place of this rank's own part, which has been sent.
+        let own = rank * (len / ranks)..(rank + 1) * (len / ranks);
+        self.cuda.sum_parts_on(stream, values.range_mut(own), received.first(len))
+    }
+
+    /// This rank's shard of `full` becomes the sum over all ranks.
     fn sum_over_ranks(
         &self,
         full: &mut Buffer<Cuda<A>, f32>,
         received: &mut Buffer<Cuda<A>, f32>,
-        everywhere: bool,
         stream: &CudaStream,
     ) -> Result<()> {
-        let (len, nccl) = (full.len(), self.nccl()?);
-        let part = len / nccl.world_size();
-        ensure!(
-            part * nccl.world_size() == len && len <= received.len(),
-            "{len} gradients, {} planned",
-            received.len()
-        );
-        nccl.all_to_all(full.view(), received.first_mut(len), stream)?;
-        // The sum takes the place of this rank's own part of the gradients, which has been sent.
-        let own = nccl.rank() * part..(nccl.rank() + 1) * part;
-        self.cuda.sum_parts_on(stream, full.view_mut().into_range(own), received.first(len))?;
-        if everywhere {
-            nccl.all_gather_in_place(full.view_mut(), stream)?;
+        let Position { shard, num_shards, .. } = self.position();
+        if let Some(nccl) = &self.nccl.shards {
+            self.sum_part(nccl, full.view_mut(), received, stream)?;
         }
-        Ok(())
+        let Some(nccl) = &self.nccl.replicas else { return Ok(()) };
+        let part = full.len() / num_shards;
+        let mut own = full.view_mut().into_range(shard * part..(shard + 1) * part);
+        self.sum_part(nccl, own.range_mut(0..part), received, stream)?;
+        nccl.all_gather_in_place(own, stream)
     }
+}
 
-    fn all_gather_values<T: bytemuck::Pod>(&mut self, name: &str, values: &[T]) -> Result<Vec<T>> {
-        let mut received = vec![T::zeroed(); values.len() * self.comm.world_size()];
-        self.comm
-            .all_gather(bytemuck::cast_slice(values), bytemuck::cast_slice_mut(&mut received))
-            .with_context(|| name.to_string())?;
-        Ok(received)
-    }
+fn all_gather_values<T: bytemuck::Pod>(comm: &mut dyn Comm, name: &str, values: &[T]) -> Result<Vec<T>> {
+    let mut received = vec![T::zeroed(); values.len() * comm.world_size()];
+    comm.all_gather(bytemuck::cast_slice(values), bytemuck::cast_slice_mut(&mut received))
+        .with_context(|| name.to_string())?;
+    Ok(received)
 }
 
 /// Runs each collective once on a few bytes: NCCL takes its buffers at the first use, and they should be there before memory is
 /// planned.
-fn connect<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Result<()> {
+fn first_use<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Result<()> {
     const BYTES_OF_A_RANK: usize = 256;
     let len = nccl.world_size() * BYTES_OF_A_RANK;
     let carve = |arena: &mut Arena<Cuda<A>>| -> Result<[Buffer<Cuda<A>, u8>; 2]> {
@@ -226,44 +276,15 @@ fn connect<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Res
     cuda.synchronize()
 }
 
-/// The plan of shards that go to one place.
-fn shard_plan(shards: &[ShardSource], chosen: impl Fn(usize) -> bool) -> MemoryPlan {
-    let mut arena = Arena::<crate::device::cpu::Cpu>::measure();
-    for (i, shard) in shards.iter().enumerate().filter(|(i, _)| chosen(*i)) {
-        arena.carve::<u8>(&format!("shards/{i}"), shard.bytes).expect("measuring does not fail");
-    }
-    arena.into_plan()
-}
-
 impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
     type Pending<T: Send + 'static> = Pending<T>;
-    type Shard = Place<Cuda<A>, u8>;
+    type Shard = Stored<A>;
 
-    /// Resident shards go to the GPU, the others to pinned memory; either way the mapped file is let go.
-    fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool]) -> Result<Vec<Self::Shard>> {
-        let (on_device, on_host) = (shard_plan(&shards, |i| resident[i]), shard_plan(&shards, |i| !resident[i]));
-        self.device_bytes += on_device.total_bytes();
-        self.host_bytes += on_host.total_bytes();
-        let mut device = Arena::allocate(&self.cuda, on_device).context("resident shards")?;
-        let mut host = match on_host.total_bytes() {
-            0 => Arena::measure(),
-            _ => Arena::allocate_host(&self.cuda, on_host).context("shards in pinned host memory")?,
-        };
-        let stored = shards.into_iter().enumerate().map(|(i, shard)| {
-            let (expected, shard) = (shard.bytes, (shard.read)()?);
-            let (bytes, name): (&[u8], _) = ((*shard).as_ref(), format!("shards/{i}"));
-            ensure!(bytes.len() == expected, "shard {i} has {} bytes, expected {expected}", bytes.len());
-            if resident[i] {
-                let mut stored = device.carve(&name, bytes.len())?;
-                self.cuda.upload(stored.view_mut(), bytes)?;
-                return Ok(Place::Device(stored));
-            }
-            let mut stored: Buffer<_, u8> = host.carve(&name, bytes.len())?;
-            let parts = stored.view_mut().host_mut().par_chunks_mut(COPY_BYTES);
-            parts.zip(bytes.par_chunks(COPY_BYTES)).for_each(|(to, from)| to.copy_from_slice(from));
-            Ok(Place::Host(stored))
-        });
-        stored.collect()
+    fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool], gather: Gather) -> Result<Vec<Self::Shard>> {
+        let stored = cuda_store::store(&self.cuda, &mut *self.groups.shards, shards, resident, gather)?;
+        self.device_bytes += stored.device_bytes;
+        self.host_bytes += stored.host_bytes;
+        Ok(stored.units)
     }
 
     fn device_bytes(&self) -> usize {
@@ -274,23 +295,37 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         self.host_bytes
     }
 
-    fn rank(&self) -> usize {
-        self.comm.rank()
-    }
-
-    fn world_size(&self) -> usize {
-        self.comm.world_size()
+    fn position(&self) -> Position {
+        self.groups.position()
     }
 
     fn gather_frozen(
         &mut self,
         name: String,
         shard: &Self::Shard,
-        num_shards: usize,
         mut out: Buffer<Cuda<A>, u8>,
     ) -> Result<Pending<Buffer<Cuda<A>, u8>>> {
-        let mut marks = Marks::new();
-        let lane = self.gather(shard, num_shards, &mut out, &mut marks).with_context(|| name.clone())?;
+        let (mut marks, delays) = (Marks::new(), self.delays);
+        let gathered = match shard {
+            Stored::Shard(shard) => self.gather(shard, &mut out, &mut marks),
+            Stored::Whole(unit) => self
+                .on(Lane::Communication, Lane::Compute, delays.before_gather, &mut marks, |stream| {
+                    self.cuda.copy_on(stream, out.first_mut(unit.len()), unit.view())
+                })
+                .map(|()| Lane::Communication),
+            Stored::Node(shards) => self
+                .on(Lane::Fetch, Lane::Compute, delays.before_fetch, &mut marks, |stream| {
+                    let mut rest = out.view_mut();
+                    for shard in shards {
+                        let (part, after) = rest.split_at(shard.len());
+                        self.cuda.fetch_on(stream, part, shard.view())?;
+                        rest = after;
+                    }
+                    Ok(())
+                })
+                .map(|()| Lane::Fetch),
+        };
+        let lane = gathered.with_context(|| name.clone())?;
         self.pending(name, Kind::Collective, lane, marks, out)
     }
 
@@ -299,9 +334,8 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         name: String,
         mut buffers: TrainableBuffers<Cuda<A>>,
     ) -> Result<Pending<TrainableBuffers<Cuda<A>>>> {
-        let TrainableBuffers { shard, full } = &mut buffers;
-        let (num_shards, mut marks) = (full.len() / shard.len().max(1), Marks::new());
-        let lane = self.gather(shard, num_shards, full, &mut marks).with_context(|| name.clone())?;
+        let (TrainableBuffers { shard, full }, mut marks) = (&mut buffers, Marks::new());
+        let lane = self.gather(shard, full, &mut marks).with_context(|| name.clone())?;
         self.pending(name, Kind::Collective, lane, marks, buffers)
     }
 
@@ -311,18 +345,15 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut buffers: TrainableBuffers<Cuda<A>>,
     ) -> Result<Pending<TrainableBuffers<Cuda<A>>>> {
         let TrainableBuffers { shard, full } = &mut buffers;
-        let (len, world_size, rank) = (full.len(), self.comm.world_size(), self.comm.rank());
-        ensure!(shard.len() == len / world_size || shard.len() == len, "{len} gradients into {}", shard.len());
-        let (everywhere, mut marks) = (shard.len() == len, Marks::new());
+        let (len, position, mut marks) = (full.len(), self.position(), Marks::new());
+        ensure!(shard.len() * position.num_shards == len, "{len} gradients into {}", shard.len());
         let mut received = std::mem::replace(&mut self.received, Buffer::none());
-        self.on(Lane::Communication, Lane::Compute, self.delays.before_reduce, &mut marks, |stream| match world_size {
-            1 => Ok(()),
-            _ => self.sum_over_ranks(full, &mut received, everywhere, stream),
+        self.on(Lane::Communication, Lane::Compute, self.delays.before_reduce, &mut marks, |stream| {
+            self.sum_over_ranks(full, &mut received, stream)
         })
         .with_context(|| name.clone())?;
         self.received = received;
-        let own = if everywhere { 0..len } else { rank * shard.len()..(rank + 1) * shard.len() };
-        let sum = full.view().range(own);
+        let sum = full.view().range(position.shard * shard.len()..(position.shard + 1) * shard.len());
         let lane = match shard {
             Place::Device(shard) => {
                 self.cuda.copy_on(&self.communication, shard.view_mut(), sum)?;
@@ -396,11 +427,11 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
     }
 
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
-        let received = self.all_gather_values(name, values)?;
+        let received = all_gather_values(&mut *self.groups.world, name, values)?;
         Ok(received.chunks(values.len().max(1)).map(<[f64]>::to_vec).collect())
     }
 
-    fn all_gather_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
-        self.all_gather_values(name, values)
+    fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
+        all_gather_values(&mut *self.groups.shards, name, values)
     }
 }

@@ -7,23 +7,35 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::device::cpu::Cpu;
-use crate::device::{Buffer, Element, Place};
+use crate::device::{Arena, Buffer, Element, HostBuffer, MemoryPlan, Place};
 
 use super::spans::{Lane, Span};
-use super::{Comm, Delays, HostCopy, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits};
+use super::{
+    Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits,
+    barrier, node,
+};
 
-type Job = Box<dyn FnOnce(&mut dyn Comm) + Send>;
+type Job = Box<dyn FnOnce(&mut Groups) + Send>;
 
 /// The queue and its thread, which ends when the queue is dropped.
 pub struct HostQueue {
     jobs: Option<Sender<Job>>,
     thread: Option<std::thread::JoinHandle<()>>,
-    rank: usize,
-    world_size: usize,
+    position: Position,
     delays: Delays,
     waits: Waits,
+    host_bytes: usize,
     /// What the thread did when; nothing while that is not recorded.
     spans: Option<Arc<Mutex<Done>>>,
+}
+
+/// A unit of the base, as a rank has it.
+#[derive(Clone)]
+pub enum Stored {
+    /// This rank's shard; the others' come by MPI.
+    Shard(SharedBytes),
+    /// All shards, in memory that the ranks of the node share.
+    Node(Arc<Vec<HostBuffer<u8>>>),
 }
 
 /// Actions with their begin and end.
@@ -37,21 +49,21 @@ pub struct Pending<T> {
 }
 
 impl HostQueue {
-    /// Hands the communicator to a new thread.
-    pub fn new(mut comm: Box<dyn Comm>, delays: Delays) -> Result<HostQueue> {
-        let (rank, world_size) = (comm.rank(), comm.world_size());
+    /// Hands the communicators to a new thread.
+    pub fn new(mut groups: Groups, delays: Delays) -> Result<HostQueue> {
+        let position = groups.position();
         let (jobs, queue) = channel::<Job>();
         let thread = std::thread::Builder::new()
             .name("communication".into())
-            .spawn(move || queue.into_iter().for_each(|job| job(&mut *comm)))
+            .spawn(move || queue.into_iter().for_each(|job| job(&mut groups)))
             .context("starting the communication thread")?;
         Ok(HostQueue {
             jobs: Some(jobs),
             thread: Some(thread),
-            rank,
-            world_size,
+            position,
             delays,
             waits: Waits::default(),
+            host_bytes: 0,
             spans: None,
         })
     }
@@ -60,15 +72,22 @@ impl HostQueue {
     pub fn run<T: Send + 'static>(
         &mut self,
         name: &str,
-        f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
+        f: impl FnOnce(&mut Groups) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let pending = self.start(name.to_string(), Lane::Communication, f)?;
         Queue::wait(self, pending)
     }
 
-    fn all_gather_values<T: bytemuck::Pod + Send>(&mut self, name: &str, values: &[T]) -> Result<Vec<T>> {
+    /// Over all ranks, or over the shards.
+    fn all_gather_values<T: bytemuck::Pod + Send>(
+        &mut self,
+        name: &str,
+        values: &[T],
+        comm: fn(&mut Groups) -> &mut dyn Comm,
+    ) -> Result<Vec<T>> {
         let values = values.to_vec();
-        self.run(name, move |comm| {
+        self.run(name, move |groups| {
+            let comm = comm(groups);
             let mut received = vec![T::zeroed(); values.len() * comm.world_size()];
             comm.all_gather(bytemuck::cast_slice(&values), bytemuck::cast_slice_mut(&mut received))?;
             Ok(received)
@@ -79,13 +98,13 @@ impl HostQueue {
         &mut self,
         name: String,
         lane: Lane,
-        f: impl FnOnce(&mut dyn Comm) -> Result<T> + Send + 'static,
+        f: impl FnOnce(&mut Groups) -> Result<T> + Send + 'static,
     ) -> Result<Pending<T>> {
         let (done, result) = channel();
         let (spans, span_name) = (self.spans.clone(), name.clone());
-        let job: Job = Box::new(move |comm| {
+        let job: Job = Box::new(move |groups| {
             let begin = Instant::now();
-            let value = f(comm);
+            let value = f(groups);
             if let Some(spans) = spans {
                 spans.lock().unwrap_or_else(PoisonError::into_inner).push((lane, span_name, begin, Instant::now()));
             }
@@ -110,11 +129,30 @@ impl Drop for HostQueue {
 
 impl Queue<Cpu> for HostQueue {
     type Pending<T: Send + 'static> = Pending<T>;
-    type Shard = SharedBytes;
+    type Shard = Stored;
 
-    /// The mapped files are where they should be.
-    fn store(&mut self, shards: Vec<ShardSource>, _resident: &[bool]) -> Result<Vec<SharedBytes>> {
-        shards.into_iter().map(|shard| (shard.read)()).collect()
+    /// The mapped files are where they should be; what ranks read of each other lies in memory that they share.
+    fn store(&mut self, shards: Vec<ShardSource>, _resident: &[bool], gather: Gather) -> Result<Vec<Stored>> {
+        if gather == Gather::Collective {
+            return shards.into_iter().map(|shard| Ok(Stored::Shard((shard.read)()?))).collect();
+        }
+        let (mut plan, own) = (MemoryPlan::default(), self.position.shard);
+        shards.iter().enumerate().for_each(|(i, shard)| plan.push(&format!("shards/{i}"), shard.bytes));
+        let bytes = plan.total_bytes();
+        let regions = self.run("shared shards", move |groups| node::share(&mut *groups.shards, bytes))?;
+        let mut arenas: Vec<_> = regions.into_iter().map(|region| Arena::over_host(region, plan.clone())).collect();
+        let units = shards.into_iter().enumerate().map(|(i, shard)| {
+            let (expected, shard) = (shard.bytes, (shard.read)()?);
+            let carve = |arena: &mut Arena<Cpu>| arena.carve::<u8>(&format!("shards/{i}"), expected);
+            let mut all = arenas.iter_mut().map(carve).collect::<Result<Vec<_>>>()?;
+            all[own].view_mut().host_mut().copy_from_slice((*shard).as_ref());
+            Ok(Stored::Node(Arc::new(all)))
+        });
+        let units = units.collect::<Result<_>>()?;
+        self.host_bytes = bytes;
+        // Nobody reads what another rank has not written yet.
+        self.run("shared shards", |groups| barrier(&mut *groups.shards))?;
+        Ok(units)
     }
 
     fn device_bytes(&self) -> usize {
@@ -122,29 +160,32 @@ impl Queue<Cpu> for HostQueue {
     }
 
     fn host_bytes(&self) -> usize {
-        0
+        self.host_bytes
     }
 
-    fn rank(&self) -> usize {
-        self.rank
-    }
-
-    fn world_size(&self) -> usize {
-        self.world_size
+    fn position(&self) -> Position {
+        self.position
     }
 
     fn gather_frozen(
         &mut self,
         name: String,
-        shard: &SharedBytes,
-        num_shards: usize,
+        shard: &Stored,
         mut out: Buffer<Cpu, u8>,
     ) -> Result<Pending<Buffer<Cpu, u8>>> {
-        let (shard, delay) = (shard.clone(), self.delays.before_gather);
-        self.start(name, Lane::Communication, move |comm| {
+        let (shard, delay, num_shards) = (shard.clone(), self.delays.before_gather, self.position.num_shards);
+        self.start(name, Lane::Communication, move |groups| {
             std::thread::sleep(delay);
-            let shard = (*shard).as_ref();
-            gather(shard, out.first_mut(shard.len() * num_shards).host_mut(), comm)?;
+            match shard {
+                Stored::Shard(shard) => {
+                    let shard = (*shard).as_ref();
+                    gather(shard, out.first_mut(shard.len() * num_shards).host_mut(), &mut *groups.shards)?;
+                }
+                Stored::Node(shards) => {
+                    let parts = out.view_mut().host_mut().chunks_exact_mut(shards[0].len());
+                    parts.zip(&*shards).for_each(|(to, from)| to.copy_from_slice(from.view().host()));
+                }
+            }
             Ok(out)
         })
     }
@@ -155,25 +196,26 @@ impl Queue<Cpu> for HostQueue {
         mut buffers: TrainableBuffers<Cpu>,
     ) -> Result<Pending<TrainableBuffers<Cpu>>> {
         let delay = self.delays.before_gather;
-        self.start(name, Lane::Communication, move |comm| {
+        self.start(name, Lane::Communication, move |groups| {
             std::thread::sleep(delay);
             let shard = match &buffers.shard {
                 Place::Device(shard) | Place::Host(shard) => bytemuck::cast_slice(shard.view().host()),
             };
-            gather(shard, bytemuck::cast_slice_mut(buffers.full.view_mut().host_mut()), comm)?;
+            gather(shard, bytemuck::cast_slice_mut(buffers.full.view_mut().host_mut()), &mut *groups.shards)?;
             Ok(buffers)
         })
     }
 
     fn reduce(&mut self, name: String, mut buffers: TrainableBuffers<Cpu>) -> Result<Pending<TrainableBuffers<Cpu>>> {
         let delay = self.delays.before_reduce;
-        self.start(name, Lane::Communication, move |comm| {
+        self.start(name, Lane::Communication, move |groups| {
             std::thread::sleep(delay);
             let full = buffers.full.view_mut().host_mut();
             let shard = match &mut buffers.shard {
                 Place::Device(shard) | Place::Host(shard) => shard.view_mut().host_mut(),
             };
-            reduce_scatter(full, shard, comm)?;
+            reduce_scatter(full, shard, &mut *groups.shards)?;
+            all_reduce(shard, &mut *groups.replicas)?;
             Ok(buffers)
         })
     }
@@ -225,12 +267,12 @@ impl Queue<Cpu> for HostQueue {
     }
 
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>> {
-        let received = self.all_gather_values(name, values)?;
+        let received = self.all_gather_values(name, values, |groups| &mut *groups.world)?;
         Ok(received.chunks(values.len().max(1)).map(<[f64]>::to_vec).collect())
     }
 
-    fn all_gather_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
-        self.all_gather_values(name, values)
+    fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
+        self.all_gather_values(name, values, |groups| &mut *groups.shards)
     }
 }
 
@@ -245,25 +287,27 @@ fn gather(shard: &[u8], out: &mut [u8], comm: &mut dyn Comm) -> Result<()> {
     comm.all_gather(shard, out)
 }
 
-/// Sum in rank order. `full` is used up. It has world_size equal parts; `shard` is one of them, or as long as `full`.
-fn reduce_scatter(full: &mut [f32], shard: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
-    let (rank, world_size) = (comm.rank(), comm.world_size());
-    let part = full.len() / world_size;
-    ensure!(part * world_size == full.len(), "{} gradients do not divide by {world_size} ranks", full.len());
-    ensure!(shard.len() == part || shard.len() == full.len(), "{} gradients into {}", full.len(), shard.len());
+/// Part r of `full`, summed over ranks in rank order, becomes rank r's `shard`.
+fn reduce_scatter(full: &[f32], shard: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
+    let ranks = comm.world_size();
+    ensure!(shard.len() * ranks == full.len(), "{} gradients into {} of {ranks} ranks", full.len(), shard.len());
     let mut received = vec![0f32; full.len()];
     comm.all_to_all(bytemuck::cast_slice(full), bytemuck::cast_slice_mut(&mut received))?;
-    let own = if shard.len() == part { 0..part } else { rank * part..(rank + 1) * part };
-    let sum = &mut shard[own];
-    sum.copy_from_slice(&received[..part]);
-    for from in received.chunks_exact(part).skip(1) {
-        sum.iter_mut().zip(from).for_each(|(s, v)| *s += v);
-    }
-    if shard.len() > part {
-        let sum = shard[rank * part..(rank + 1) * part].to_vec();
-        comm.all_gather(bytemuck::cast_slice(&sum), bytemuck::cast_slice_mut(shard))?;
+    shard.copy_from_slice(&received[..shard.len()]);
+    for from in received.chunks_exact(shard.len().max(1)).skip(1) {
+        shard.iter_mut().zip(from).for_each(|(s, v)| *s += v);
     }
     Ok(())
+}
+
+/// `values` becomes its sum over ranks, in rank order.
+fn all_reduce(values: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
+    if comm.world_size() == 1 {
+        return Ok(());
+    }
+    let mut part = vec![0f32; values.len() / comm.world_size()];
+    reduce_scatter(values, &mut part, comm)?;
+    comm.all_gather(bytemuck::cast_slice(&part), bytemuck::cast_slice_mut(values))
 }
 
 #[cfg(test)]
@@ -280,14 +324,14 @@ mod tests {
     }
 
     #[test]
-    fn reduce_scatter_sums_in_rank_order() {
+    fn sums_are_in_rank_order() {
         // In f32, (1e8 + 1) - 1e8 is 0 and (1e8 - 1e8) + 1 is 1: only one order gives each.
         let shards = on_all_ranks(3, |mut comm| {
             let value = [1e8f32, 1.0, -1e8][comm.rank()];
             let mut shard = [f32::NAN; 2];
-            reduce_scatter(&mut [value; 6], &mut shard, &mut comm).unwrap();
-            let mut whole = [f32::NAN; 6];
-            reduce_scatter(&mut [value; 6], &mut whole, &mut comm).unwrap();
+            reduce_scatter(&[value; 6], &mut shard, &mut comm).unwrap();
+            let mut whole = [value; 6];
+            all_reduce(&mut whole, &mut comm).unwrap();
             (shard, whole)
         });
         assert!(shards.iter().all(|(shard, whole)| shard == &[0.0; 2] && whole == &[0.0; 6]));

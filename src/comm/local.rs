@@ -4,7 +4,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use anyhow::{Context, Result, ensure};
 
-use super::Comm;
+use super::{Comm, Groups};
 
 /// One rank of a world of threads. A rank that goes away makes the others' next collective fail.
 pub struct LocalComm {
@@ -27,6 +27,23 @@ impl LocalComm {
         }
         to.into_iter().zip(from).enumerate().map(|(rank, (to, from))| LocalComm { rank, to, from }).collect()
     }
+}
+
+/// All ranks of a world whose base is held by groups of `num_shards` ranks.
+pub fn groups(world_size: usize, num_shards: usize) -> Vec<Groups> {
+    let num_replicas = world_size / num_shards;
+    assert_eq!(num_shards * num_replicas, world_size, "groups of one size");
+    let boxed = |comms: Vec<LocalComm>| comms.into_iter().map(|comm| Box::new(comm) as Box<dyn Comm>);
+    let shards = (0..num_replicas).flat_map(|_| boxed(LocalComm::world(num_shards)));
+    let mut replicas: Vec<_> = (0..num_shards).map(|_| boxed(LocalComm::world(num_replicas))).collect();
+    boxed(LocalComm::world(world_size))
+        .zip(shards)
+        .enumerate()
+        .map(|(rank, (world, shards))| {
+            let replicas = replicas[rank % num_shards].next().expect("one for each replica");
+            Groups { world, shards, replicas }
+        })
+        .collect()
 }
 
 impl Comm for LocalComm {

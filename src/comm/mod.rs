@@ -2,10 +2,12 @@
 //! collectives on device memory, and of copies between device and host.
 
 pub mod cuda_queue;
+pub mod cuda_store;
 pub mod host_queue;
 pub mod local;
 pub mod mpi;
 pub mod nccl;
+mod node;
 pub mod spans;
 mod watchdog;
 
@@ -14,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::choices::choices;
 use crate::device::{Buffer, Device, Element, HostBuffer, Place};
 use spans::Span;
 
@@ -25,6 +28,51 @@ pub trait Comm: Send {
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
     /// Part r of `send` goes to rank r; part r of `recv` comes from rank r. Both have world_size equal parts.
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
+}
+
+/// The ranks of a job, as a sharding strategy groups them.
+pub struct Groups {
+    /// All ranks.
+    pub world: Box<dyn Comm>,
+    /// The ranks that hold one base together, each a shard: all of them (full_shard), those of a node (hybrid_shard), or each rank
+    /// alone (no_shard).
+    pub shards: Box<dyn Comm>,
+    /// The ranks that hold the same shard.
+    pub replicas: Box<dyn Comm>,
+}
+
+impl Groups {
+    pub fn position(&self) -> Position {
+        Position {
+            rank: self.world.rank(),
+            world_size: self.world.world_size(),
+            shard: self.shards.rank(),
+            num_shards: self.shards.world_size(),
+            replica: self.replicas.rank(),
+            num_replicas: self.replicas.world_size(),
+        }
+    }
+}
+
+/// Where a rank stands among the others: rank = replica · num_shards + shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub rank: usize,
+    pub world_size: usize,
+    pub shard: usize,
+    pub num_shards: usize,
+    pub replica: usize,
+    pub num_replicas: usize,
+}
+
+choices! {
+    /// How a rank gets the other ranks' shards of the base.
+    Gather {
+        /// By an all-gather: NCCL's between GPUs, MPI's between CPU ranks.
+        Collective = "nccl",
+        /// From where they wait: memory that the ranks of a node share.
+        Host = "host",
+    }
 }
 
 /// Names the seconds that a collective may take.
@@ -86,9 +134,9 @@ pub trait Queue<D: Device> {
     /// Where this rank's shard of a unit waits to be gathered.
     type Shard;
 
-    /// Takes over this rank's shards, before the first gather. Those that are not resident stay in host memory and are fetched
-    /// by each gather.
-    fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool]) -> Result<Vec<Self::Shard>>;
+    /// Takes over this rank's shards, before the first gather. What is not resident stays in host memory and is fetched by each
+    /// gather. Collective.
+    fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool], gather: Gather) -> Result<Vec<Self::Shard>>;
 
     /// Device memory that the queue has taken, resident shards included, besides the arena's plan.
     fn device_bytes(&self) -> usize;
@@ -96,16 +144,21 @@ pub trait Queue<D: Device> {
     /// Host memory that holds shards, besides what is mapped from files.
     fn host_bytes(&self) -> usize;
 
-    fn rank(&self) -> usize;
-    fn world_size(&self) -> usize;
+    fn position(&self) -> Position;
 
-    /// Gathers a unit's frozen shards: rank r's bytes land at `r · shard_len` of `out`, which may be longer. One shard
-    /// is copied; else there are as many as ranks.
+    fn rank(&self) -> usize {
+        self.position().rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.position().world_size
+    }
+
+    /// Gathers a unit's frozen shards: shard s lands at `s · shard_len` of `out`, which may be longer.
     fn gather_frozen(
         &mut self,
         name: String,
         shard: &Self::Shard,
-        num_shards: usize,
         out: Buffer<D, u8>,
     ) -> Result<Self::Pending<Buffer<D, u8>>>;
 
@@ -116,8 +169,8 @@ pub trait Queue<D: Device> {
         buffers: TrainableBuffers<D>,
     ) -> Result<Self::Pending<TrainableBuffers<D>>>;
 
-    /// Sums `full` over ranks, in rank order, into each rank's `shard`. When the shard is as long as the whole
-    /// (no_shard) every rank gets everything; the order of sums is the same.
+    /// Sums `full` over all ranks into each rank's `shard`: over the ranks of its group in their order, then over the groups in
+    /// theirs. `full` has num_shards equal parts, each of num_replicas equal ones.
     fn reduce(&mut self, name: String, buffers: TrainableBuffers<D>) -> Result<Self::Pending<TrainableBuffers<D>>>;
 
     /// Copies the first `len` elements to the host.
@@ -141,8 +194,8 @@ pub trait Queue<D: Device> {
     /// Every rank's `values`, in rank order. Blocks.
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>>;
 
-    /// Every rank's equally many `values`, one after the other in rank order. Blocks.
-    fn all_gather_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>>;
+    /// The equally many `values` of each shard, one after the other. Blocks.
+    fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>>;
 
     /// Element-wise sum over ranks in rank order. Blocks.
     fn all_reduce_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<f64>> {

@@ -1,15 +1,16 @@
 //! Ranks started by `mpirun` or `srun`: bootstrap, host collectives, and the end of all ranks when one fails.
 
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use mpi::Threading;
 use mpi::environment::Universe;
-use mpi::topology::SimpleCommunicator;
+use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::*;
 
-use super::Comm;
+use super::{Comm, Groups};
 
 /// Variables in which a launcher says how many ranks it started.
 const LAUNCHER_SIZES: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"];
@@ -30,7 +31,12 @@ pub struct World {
     pub world_size: usize,
     pub local_rank: usize,
     pub local_size: usize,
+    /// Ranks of each node, where all have as many and rank = node · node_size + local rank.
+    pub node_size: Option<usize>,
 }
+
+/// Makes several nodes of one, for tests: the ranks of each.
+const NODE_SIZE_VARIABLE: &str = "FSDP_QLORA_RANKS_PER_NODE";
 
 impl World {
     /// Initializes MPI. Fails when the launcher speaks of more ranks than this MPI sees: an MPI that does not belong to
@@ -48,7 +54,26 @@ impl World {
         }
         let node = world.split_shared(rank as i32);
         let (local_rank, local_size) = (node.rank() as usize, node.size() as usize);
-        Ok(World { _universe: universe, rank, world_size, local_rank, local_size })
+        let (mut places, place) = (vec![[0u64; 2]; world_size], [local_rank as u64, local_size as u64]);
+        world.all_gather_into(&place[..], places.as_flattened_mut());
+        let in_order = |(rank, [local, size]): (usize, &[u64; 2])| *size == place[1] && rank as u64 % size == *local;
+        let node_size = places.iter().enumerate().all(in_order).then_some(local_size);
+        let node_size = match std::env::var(NODE_SIZE_VARIABLE) {
+            Err(_) => node_size,
+            Ok(text) => {
+                Some(text.parse().ok().filter(|n| *n > 0 && local_size.is_multiple_of(*n)).with_context(|| {
+                    format!(
+                        "{NODE_SIZE_VARIABLE} is {text:?}, allowed: a divisor of the {local_size} ranks of this machine"
+                    )
+                })?)
+            }
+        };
+        Ok(World { _universe: universe, rank, world_size, local_rank, local_size, node_size })
+    }
+
+    /// Whether groups of this many ranks that follow each other lie inside a node.
+    pub fn fits_a_node(&self, num_ranks: usize) -> bool {
+        self.node_size.is_some_and(|size| size.is_multiple_of(num_ranks))
     }
 }
 
@@ -82,9 +107,10 @@ pub fn abort(status: i32) -> ! {
     std::process::exit(status)
 }
 
-/// Host collectives over MPI_COMM_WORLD; all calls come from the queue's thread.
+/// Host collectives over an MPI communicator; all calls come from the queue's thread.
 pub struct MpiComm {
-    world: SimpleCommunicator,
+    /// Never freed: that would be one more collective, and a rank that fails does not come to it.
+    world: ManuallyDrop<SimpleCommunicator>,
     rank: usize,
     world_size: usize,
     timeout: Duration,
@@ -97,9 +123,28 @@ unsafe impl Send for MpiComm {}
 impl MpiComm {
     /// `_world` proves that MPI is initialized.
     pub fn new(_world: &World) -> Result<MpiComm> {
-        let world = SimpleCommunicator::world();
-        let (rank, world_size) = (world.rank() as usize, world.size() as usize);
-        Ok(MpiComm { world, rank, world_size, timeout: super::timeout()? })
+        Self::over(SimpleCommunicator::world())
+    }
+
+    fn over(comm: SimpleCommunicator) -> Result<MpiComm> {
+        let (rank, world_size) = (comm.rank() as usize, comm.size() as usize);
+        Ok(MpiComm { world: ManuallyDrop::new(comm), rank, world_size, timeout: super::timeout()? })
+    }
+
+    /// This communicator, and those of the base's shards and replicas, where groups of `num_shards` ranks hold a base. Collective.
+    pub fn into_groups(self, num_shards: usize) -> Result<Groups> {
+        ensure!(
+            num_shards > 0 && self.world_size.is_multiple_of(num_shards),
+            "{} ranks do not divide into groups of {num_shards}",
+            self.world_size
+        );
+        let split = |color: usize| -> Result<Box<dyn Comm>> {
+            let part =
+                self.world.split_by_color(Color::with_value(color as i32)).context("MPI made no communicator")?;
+            Ok(Box::new(MpiComm::over(part)?))
+        };
+        let (shards, replicas) = (split(self.rank / num_shards)?, split(self.rank % num_shards)?);
+        Ok(Groups { world: Box::new(self), shards, replicas })
     }
 }
 

@@ -54,7 +54,7 @@ type Group = unsafe extern "C" fn() -> c_int;
 type Init = unsafe extern "C" fn(*mut Handle, c_int, UniqueId, c_int, *mut Config) -> c_int;
 type AsyncError = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
 
-/// One communicator over all ranks.
+/// One communicator.
 pub struct Nccl {
     handle: Handle,
     rank: usize,
@@ -80,14 +80,15 @@ unsafe impl std::marker::Send for Nccl {}
 unsafe impl Sync for Nccl {}
 
 impl Nccl {
-    /// Makes the communicator; the id goes from rank 0 over `comm`. Collective. The GPU is that of the calling thread. With
-    /// `share_gpu` the ranks look like hosts of their own, because NCCL refuses two ranks of one host on one GPU; they then
-    /// talk through sockets.
-    pub fn new(comm: &mut dyn Comm, share_gpu: bool) -> Result<Nccl> {
-        if share_gpu {
-            // SAFETY: the threads that run now (rayon's and MPI's) do not touch the environment.
-            unsafe { std::env::set_var("NCCL_HOSTID", format!("fsdp-qlora-{}", comm.rank())) };
-        }
+    /// From now on this rank looks to NCCL like a host of its own, which talks to others through sockets: NCCL refuses two ranks
+    /// of one host on one GPU.
+    pub fn hide_host(rank: usize) {
+        // SAFETY: the threads that run now (rayon's and MPI's) do not touch the environment.
+        unsafe { std::env::set_var("NCCL_HOSTID", format!("fsdp-qlora-{rank}")) };
+    }
+
+    /// Makes the communicator; the id goes from rank 0 over `comm`. Collective. The GPU is that of the calling thread.
+    pub fn new(comm: &mut dyn Comm) -> Result<Nccl> {
         let library = libraries::open_first("nccl").context(
             "libnccl.so.2 is not there: several ranks on GPUs need NCCL 2.17 or newer. `pip install nvidia-nccl-cu13` (or \
              -cu12), or install libnccl2",

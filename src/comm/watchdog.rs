@@ -27,13 +27,13 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    pub fn new(nccl: Option<Arc<Nccl>>) -> Result<Watchdog> {
+    pub fn new(nccl: Vec<Arc<Nccl>>) -> Result<Watchdog> {
         let (actions, watched) = channel();
         let (gives_up, timeout) = (Arc::new(AtomicBool::new(false)), super::timeout()?);
         let stop = gives_up.clone();
         let thread = std::thread::Builder::new()
             .name("watchdog".into())
-            .spawn(move || watch(watched, nccl.as_deref(), timeout, &stop))
+            .spawn(move || watch(watched, &nccl, timeout, &stop))
             .context("starting the watchdog")?;
         Ok(Watchdog { actions: Some(actions), gives_up, thread: Some(thread) })
     }
@@ -58,11 +58,11 @@ impl Drop for Watchdog {
     }
 }
 
-fn watch(actions: Receiver<Watched>, nccl: Option<&Nccl>, timeout: Duration, gives_up: &AtomicBool) {
+fn watch(actions: Receiver<Watched>, nccl: &[Arc<Nccl>], timeout: Duration, gives_up: &AtomicBool) {
     for (name, done) in actions {
         let start = Instant::now();
         while !gives_up.load(Ordering::Relaxed) {
-            if let Some(Err(error)) = nccl.map(Nccl::check_errors) {
+            if let Err(error) = nccl.iter().try_for_each(|nccl| nccl.check_errors()) {
                 end_all_ranks(&format!("{name}: {error:#}"));
             }
             match done.try_is_complete() {

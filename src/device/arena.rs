@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 
 use super::Device;
-use super::cpu::Cpu;
+use super::cpu::{Cpu, HostRegion};
 use super::tensor::{Buffer, Element};
 
 /// Every range begins at a multiple of this (a cache line and a GPU's widest transaction both divide it).
@@ -111,8 +111,14 @@ impl<D: Device> Arena<D> {
 impl Arena<Cpu> {
     /// Allocates the whole plan on the host, for copies to and from `device`.
     pub fn allocate_host<D: Device>(device: &D, plan: MemoryPlan) -> Result<Self> {
-        let memory = device.allocate_host(plan.total_bytes().max(ALIGN_BYTES))?;
-        Ok(Self::over(memory, plan))
+        let region = device.pin(HostRegion::new(plan.total_bytes().max(ALIGN_BYTES))?)?;
+        Ok(Self::over_host(region, plan))
+    }
+
+    /// Carves the plan from memory that is there.
+    pub fn over_host(region: HostRegion, plan: MemoryPlan) -> Self {
+        let addr = region.addr();
+        Self::over((region, addr), plan)
     }
 }
 

@@ -30,8 +30,8 @@ pub trait Device: Sized + Send + Sync + 'static {
 
     /// Allocates `bytes`; returns what keeps them alive and the address of the first.
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)>;
-    /// Allocates `bytes` of host memory that copies to and from this device run at full speed on: on a GPU pinned.
-    fn allocate_host(&self, bytes: usize) -> Result<(HostRegion, usize)>;
+    /// Makes copies to and from this device run at full speed on host memory: on a GPU, pins it.
+    fn pin(&self, region: HostRegion) -> Result<HostRegion>;
     /// Returns when the compute queue has done all that it was given.
     fn synchronize(&self) -> Result<()>;
     /// When the compute queue gets here.

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::schedule::{Accumulation, Action, Inputs, Mode, Recompute};
+use super::schedule::{Accumulation, Action, Inputs, Keep, Mode};
 use super::unit::{NumUnits, Unit};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,7 +199,7 @@ impl State<'_> {
 
     fn backward(&mut self, layer: usize, micro: usize, grad_slot: usize, first: bool) -> Result<()> {
         self.needs(Unit::Layer(layer))?;
-        if self.inputs.recompute == Recompute::All {
+        if self.inputs.recomputes(layer) {
             ensure!(self.recomputed[micro].take() == Some(layer), "its activations are not recomputed");
         }
         advance(&mut self.backward[micro], Some(layer + 1), layer)?;
@@ -248,14 +248,14 @@ pub fn all_small_inputs() -> Vec<Inputs> {
     {
         for mode in [Mode::Train, Mode::Score, Mode::Generate] {
             for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
-                for recompute in [Recompute::All, Recompute::Nothing] {
+                for keep in [Keep::NOTHING, Keep::DEAREST, Keep { attention: 0, mlp: 1, rest: 1 }, Keep::EVERYTHING] {
                     let units = super::unit::NumUnits { layers, head_pieces };
                     let mut inputs = Inputs {
                         units,
                         mode,
                         num_micro_batches,
                         accumulation,
-                        recompute,
+                        keep,
                         num_slots,
                         num_boundary_buffers: 0,
                     };

@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::comm::spans::{Lane, Span};
-use crate::comm::{Queue, ShardSource, TrainableBuffers, Waits};
+use crate::comm::{Gather, Position, Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cpu::Cpu;
 use crate::device::ops::Dequantize;
 use crate::device::{Arena, Buffer, Ops, ViewMut};
+use crate::model::activations::Parts;
 use crate::model::batch::MicroBatch;
 use crate::model::config::ModelConfig;
 use crate::model::head;
@@ -126,11 +127,16 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         limits: Limits,
     ) -> Result<Self> {
         let units = NumUnits::new(&base.config);
-        let adapter = adapter_memory(&base.layouts, lora.as_ref(), queue.world_size());
+        let Position { num_shards, num_replicas, .. } = queue.position();
+        ensure!(
+            base.layouts.iter().all(|layout| layout.num_shards() == num_shards),
+            "the base has other shards than the {num_shards} ranks that are to hold it"
+        );
+        let trainable = TrainableLayout { len: lora.as_ref().map_or(0, |l| l.layout.len), num_shards, num_replicas };
+        let adapter = lora.as_ref().map(|lora| (lora, trainable));
         let plan = Memory::<D>::plan(&base.config, adapter, &base.layouts, &limits)?;
-        let trainable =
-            TrainableLayout { len: lora.as_ref().map_or(0, |l| l.layout.len), num_parts: queue.world_size() };
-        let shards = queue.store(std::mem::take(&mut base.shards), &limits.residency.of_units(units.count()))?;
+        let resident = limits.residency.of_units(units.count());
+        let shards = queue.store(std::mem::take(&mut base.shards), &resident, limits.gather)?;
         let mut arena = Arena::allocate(&device, plan.device.clone())?;
         let mut on_host = match plan.host.total_bytes() {
             0 => Arena::measure(),
@@ -254,7 +260,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         match *action {
             Action::Gather { unit, slot } => {
                 let layout = &self.base.layouts[self.units.idx(unit)];
-                output.gathered_bytes += layout.shard_bytes() * (layout.num_shards() - 1);
+                if self.limits.gather == Gather::Collective {
+                    output.gathered_bytes += layout.shard_bytes() * (layout.num_shards() - 1);
+                }
                 self.gather(unit, slot, args.adapter)
             }
             Action::Wait { unit, slot } => self.wait_gather(unit, slot),
@@ -302,9 +310,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         // Until the wait, whatever reads the slot reads NaNs: codes, scales, and plain weights of every type.
         self.device.fill_bytes(flat.view_mut(), 0xFF)?;
         self.device.fill_bytes(full.view_mut(), 0xFF)?;
-        let idx = self.units.idx(unit);
-        let (shard, num_shards) = (&self.shards[idx], self.base.layouts[idx].num_shards());
-        let frozen = self.queue.gather_frozen(format!("gather of {unit}"), shard, num_shards, flat)?;
+        let shard = &self.shards[self.units.idx(unit)];
+        let frozen = self.queue.gather_frozen(format!("gather of {unit}"), shard, flat)?;
         let lora = match unit {
             Unit::Layer(layer) if adapter && self.lora.is_some() => {
                 let shard = self.memory.trainables[layer].master.take().context("the LoRA shard is being gathered")?;
@@ -399,11 +406,11 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
 
     fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, whole: bool) -> Result<()> {
         ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
-        let (m, acts, kv) =
-            (self.live(micro), self.kept(layer_idx, micro), self.key_value(layer_idx, micro, args.mode));
+        let m = self.live(micro);
         let (len, x) = (self.boundary_len(micro), self.boundaries.take(layer_idx, m)?);
+        let kept = self.limits.keep.of(layer_idx, self.units.layers);
         let mut out = if whole { Some(self.boundaries.take_free()?) } else { None };
-        let Memory { layer, activations, key_values, scratch, batches, .. } = &mut self.memory;
+        let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
         let ctx = LayerContext {
             ops: &self.device,
             config: &self.base.config,
@@ -413,7 +420,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             layer_idx,
             dropout: args.dropout,
         };
-        layer::forward(&ctx, out.as_mut(), &mut activations[acts], &mut key_values[kv], x.first(len), scratch)?;
+        let there = if whole { Parts::NONE } else { kept };
+        layer::forward(&ctx, out.as_mut(), activations.of(layer_idx, m), there, x.first(len), scratch)?;
         if let Some(out) = out {
             self.boundaries.insert(layer_idx + 1, m, out);
         }
@@ -434,8 +442,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         first: bool,
     ) -> Result<()> {
         ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
-        let (m, acts, kv) =
-            (self.live(micro), self.kept(layer_idx, micro), self.key_value(layer_idx, micro, args.mode));
+        let m = self.live(micro);
         let Grad::Here(grads) = &mut self.grads[grad_slot] else {
             bail!("gradient buffer {grad_slot} is being reduced: that was not waited for");
         };
@@ -444,7 +451,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         }
         let len = self.memory.batches[m].num_tokens * self.base.config.hidden_size;
         let (x, mut d) = (self.boundaries.take(layer_idx, m)?, self.boundaries.take(layer_idx + 1, m)?);
-        let Memory { layer, activations, key_values, scratch, batches, .. } = &mut self.memory;
+        let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
         let ctx = LayerContext {
             ops: &self.device,
             config: &self.base.config,
@@ -454,7 +461,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             layer_idx,
             dropout: args.dropout,
         };
-        layer::backward(&ctx, &mut d, grads, &activations[acts], &key_values[kv], x.first(len), scratch)?;
+        layer::backward(&ctx, &mut d, grads, activations.of(layer_idx, m), x.first(len), scratch)?;
         // The gradient takes the place of the boundary that backward has consumed; the first layer's nobody needs.
         self.boundaries.release(x);
         match layer_idx {
@@ -462,18 +469,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             _ => self.boundaries.insert(layer_idx, m, d),
         }
         Ok(())
-    }
-
-    /// Which kept activations are those of a layer and micro-batch.
-    fn kept(&self, layer_idx: usize, micro: usize) -> usize {
-        match self.memory.activations.len() {
-            1 => 0,
-            _ => layer_idx * self.memory.batches.len() + self.live(micro),
-        }
-    }
-
-    fn key_value(&self, layer_idx: usize, micro: usize, mode: Mode) -> usize {
-        if mode == Mode::Generate { layer_idx } else { self.kept(layer_idx, micro) }
     }
 
     fn head_begin(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
@@ -523,16 +518,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.device.download(&mut logits, self.memory.logits.first(self.base.config.vocab_size))?;
         Ok(logits)
     }
-}
-
-/// An adapter, the layout of its values, and whether a rank holds a part of them or all.
-pub fn adapter_memory<'a>(
-    layouts: &[UnitLayout],
-    lora: Option<&'a LayerLora>,
-    world_size: usize,
-) -> Option<(&'a LayerLora, TrainableLayout, bool)> {
-    let sharded = layouts[0].num_shards() == world_size;
-    lora.map(|l| (l, TrainableLayout { len: l.layout.len, num_parts: world_size }, sharded))
 }
 
 fn act_tensor<D: Ops>(

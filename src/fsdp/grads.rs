@@ -1,6 +1,7 @@
 //! Trainable values of an engine: reduce-scatter of gradients, global norm, update, and moving them to and from the host.
 
 use anyhow::{Context, Result, bail, ensure};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::comm::{Queue, TrainableBuffers};
 use crate::device::{Device, Ops, Place};
@@ -46,12 +47,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let mut sum_of_squares = 0.0;
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
-            // Where every rank has everything, each sums the part that would be its shard: the same sums, the same bits.
-            let own = if grad.len() == self.trainable.part_len() {
-                0..grad.len()
-            } else {
-                self.trainable.part_range(self.queue.rank())
-            };
+            // Of what several ranks have, each sums its part.
+            let own = self.trainable.replica_range(self.queue.position().replica);
             sum_of_squares += match grad {
                 Place::Device(grad) => self.device.sum_of_squares(grad.view().range(own))?,
                 Place::Host(grad) => self.host.sum_of_squares(grad.view().range(own))?,
@@ -96,8 +93,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             }
         }
         let master = trainable.master.as_mut().context("the LoRA shard is being gathered")?;
-        let own =
-            if master.len() == padded.len() { 0..padded.len() } else { self.trainable.part_range(self.queue.rank()) };
+        let own = self.trainable.shard_range(self.queue.position().shard);
         match master {
             Place::Device(master) => self.device.upload(master.view_mut(), &padded[own]),
             Place::Host(master) => self.host.upload(master.view_mut(), &padded[own]),
@@ -110,20 +106,47 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Values::Master => &self.memory.trainables[layer].master,
             Values::Grad => &self.memory.trainables[layer].grad,
         };
-        let shard = shard.as_ref().with_context(|| not_waited_for(layer))?;
-        let mut own = vec![0f32; shard.len()];
-        match shard {
-            Place::Device(shard) => self.device.download(&mut own, shard.view())?,
-            Place::Host(shard) => {
+        let own = self.on_host(shard.as_ref().with_context(|| not_waited_for(layer))?)?;
+        let mut all = self.queue.gather_shards_f32("trainable values", &own)?;
+        all.truncate(self.trainable.len);
+        Ok(all)
+    }
+
+    fn on_host(&self, values: &Place<D, f32>) -> Result<Vec<f32>> {
+        let mut copy = vec![0f32; values.len()];
+        match values {
+            Place::Device(values) => self.device.download(&mut copy, values.view())?,
+            Place::Host(values) => {
                 self.device.synchronize()?;
-                self.host.download(&mut own, shard.view())?
+                self.host.download(&mut copy, values.view())?
             }
         }
-        if own.len() < self.trainable.padded_len() {
-            own = self.queue.all_gather_f32("trainable values", &own)?;
+        Ok(copy)
+    }
+
+    /// Fails where ranks that hold the same shard of the adapter do not hold the same bytes. Collective.
+    pub fn check_replicas(&mut self) -> Result<()> {
+        let position = self.queue.position();
+        if position.num_replicas == 1 {
+            return Ok(());
         }
-        own.truncate(self.trainable.len);
-        Ok(own)
+        let mut hash = Xxh3::new();
+        for (layer, trainable) in self.memory.trainables.iter().enumerate() {
+            let master = trainable.master.as_ref().with_context(|| not_waited_for(layer))?;
+            hash.update(bytemuck::cast_slice(&self.on_host(master)?));
+        }
+        let digest = hash.digest();
+        // Two halves, each exact in f64.
+        let halves = [(digest >> 32) as f64, (digest & u64::from(u32::MAX)) as f64];
+        let all = self.queue.all_gather_f64("checksums of replicas", &halves)?;
+        for (rank, other) in all.iter().enumerate().filter(|(rank, _)| rank % position.num_shards == position.shard) {
+            ensure!(
+                *other == halves,
+                "ranks {rank} and {} should hold the same part of the adapter and do not: a rank has computed something else",
+                position.rank
+            );
+        }
+        Ok(())
     }
 }
 

@@ -118,27 +118,34 @@ fn boundary_at_or_after(tensors: &[UnitTensor], begins: &[usize], byte: usize) -
     begins[idx + 1].min(begins[idx] + (byte - begins[idx]).next_multiple_of(record_bytes))
 }
 
-/// Trainable values of a unit: `len` f32, padded to equal shards.
+/// Trainable values of a unit: `len` f32, padded to equal shards, each of which divides into equal parts for the ranks that hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrainableLayout {
     pub len: usize,
-    pub num_parts: usize,
+    pub num_shards: usize,
+    pub num_replicas: usize,
 }
 
 impl TrainableLayout {
-    /// Values of one part, padding included.
-    pub fn part_len(&self) -> usize {
-        self.len.div_ceil(self.num_parts).next_multiple_of(4)
+    /// Values of one shard, padding included.
+    pub fn shard_len(&self) -> usize {
+        self.len.div_ceil(self.num_shards).next_multiple_of(4 * self.num_replicas)
     }
 
-    /// Values of all parts.
+    /// Values of all shards.
     pub fn padded_len(&self) -> usize {
-        self.part_len() * self.num_parts
+        self.shard_len() * self.num_shards
     }
 
-    /// The padded values that a part holds.
-    pub fn part_range(&self, part: usize) -> Range<usize> {
-        part * self.part_len()..(part + 1) * self.part_len()
+    /// The padded values that a shard holds.
+    pub fn shard_range(&self, shard: usize) -> Range<usize> {
+        shard * self.shard_len()..(shard + 1) * self.shard_len()
+    }
+
+    /// The part of a shard that a replica answers for where one rank must.
+    pub fn replica_range(&self, replica: usize) -> Range<usize> {
+        let len = self.shard_len() / self.num_replicas;
+        replica * len..(replica + 1) * len
     }
 }
 
@@ -226,11 +233,12 @@ mod tests {
     }
 
     #[test]
-    fn trainable_parts_are_equal_and_cover_everything() {
+    fn trainable_shards_are_equal_and_cover_everything() {
         for len in [1, 3, 4, 17, 1000] {
-            for num_parts in 1..=9 {
-                let layout = TrainableLayout { len, num_parts };
-                assert!(layout.padded_len() >= len && layout.part_range(num_parts - 1).end == layout.padded_len());
+            for (num_shards, num_replicas) in (1..=9).flat_map(|shards| [1, 2, 3].map(|replicas| (shards, replicas))) {
+                let layout = TrainableLayout { len, num_shards, num_replicas };
+                assert!(layout.padded_len() >= len && layout.shard_range(num_shards - 1).end == layout.padded_len());
+                assert_eq!(layout.replica_range(num_replicas - 1).end, layout.shard_len());
             }
         }
     }

@@ -1,16 +1,20 @@
 //! Every buffer of the executor, carved by name in one place.
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
+use crate::comm::Gather;
 use crate::device::cpu::Cpu;
 use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Place};
-use crate::model::activations::{BatchBuffers, HeadState, KeyValue, LayerActivations, Scratch, Widths};
+use crate::model::activations::{
+    AttentionPart, BatchBuffers, HeadState, KeyValue, LayerActivations, MlpPart, RestPart, Scratch, Widths,
+};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 use crate::model::weights::LayerWeights;
 
 use super::layout::{TrainableLayout, UnitLayout};
-use super::schedule::{Accumulation, Inputs, Mode, Recompute};
+use super::schedule::{Accumulation, Inputs, Keep, Mode};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits};
 
 /// What the memory must hold; decided once, before the first step.
@@ -18,21 +22,23 @@ use super::unit::{HEAD_PIECE_ROWS, NumUnits};
 pub struct Limits {
     /// [`Mode::Train`] has room for scoring too.
     pub mode: Mode,
-    /// Tokens of the largest micro-batch.
+    /// Tokens of the largest micro-batch, and of the longest sequence in it.
     pub max_tokens: usize,
+    pub max_length: usize,
     /// M of the largest step.
     pub max_micro_batches: usize,
     /// Tokens whose keys and values are kept in generation.
     pub max_context: usize,
     pub accumulation: Accumulation,
-    pub recompute: Recompute,
+    pub keep: Keep,
+    pub gather: Gather,
     pub num_slots: usize,
     /// What is kept on the device and what streams from the host.
     pub residency: Residency,
 }
 
 /// What is kept on the device; the rest waits in host memory until it is needed. No choice changes a bit of the result.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Residency {
     /// Units whose shards are on the device.
     pub units: usize,
@@ -54,15 +60,31 @@ impl Residency {
 }
 
 impl Limits {
+    /// Layer-major with two slots; nothing is kept that can be computed again, and everything is on the device.
+    pub fn new(mode: Mode, max_tokens: usize, max_micro_batches: usize) -> Limits {
+        Limits {
+            mode,
+            max_tokens,
+            max_length: max_tokens,
+            max_micro_batches,
+            max_context: 0,
+            accumulation: Accumulation::Layer,
+            keep: Keep::NOTHING,
+            gather: Gather::Collective,
+            num_slots: 2,
+            residency: Residency::ALL,
+        }
+    }
+
     /// The schedule's inputs for a step of M micro-batches.
     pub fn inputs(&self, units: NumUnits, mode: Mode, num_micro_batches: usize) -> Inputs {
-        let Limits { accumulation, recompute, num_slots, residency, .. } = *self;
+        let Limits { accumulation, keep, num_slots, residency, .. } = *self;
         let mut inputs = Inputs {
             units,
             mode,
             num_micro_batches,
             accumulation,
-            recompute,
+            keep,
             num_slots,
             num_boundary_buffers: residency.boundary_buffers,
         };
@@ -95,10 +117,7 @@ pub struct Memory<D: Device> {
     /// Device buffers for boundaries, and the host's for those that wait there.
     pub boundaries: Vec<Buffer<D, D::Act>>,
     pub host_boundaries: Vec<HostBuffer<D::Act>>,
-    /// One, or, when everything is kept, `[layers · live micro-batches]`.
-    pub activations: Vec<LayerActivations<D>>,
-    /// As `activations`; in generation one for each layer.
-    pub key_values: Vec<KeyValue<D>>,
+    pub activations: Activations<D>,
     pub scratch: Scratch<D>,
     pub batches: Vec<BatchBuffers<D>>,
     pub heads: Vec<HeadState<D>>,
@@ -118,7 +137,7 @@ impl<D: Device> Memory<D> {
     /// What [`Memory::carve`] takes.
     pub fn plan(
         config: &ModelConfig,
-        lora: Option<(&LayerLora, TrainableLayout, bool)>,
+        lora: Option<(&LayerLora, TrainableLayout)>,
         layouts: &[UnitLayout],
         limits: &Limits,
     ) -> Result<Plans> {
@@ -132,7 +151,7 @@ impl<D: Device> Memory<D> {
         arena: &mut Arena<D>,
         host: &mut Arena<Cpu>,
         config: &ModelConfig,
-        lora: Option<(&LayerLora, TrainableLayout, bool)>,
+        lora: Option<(&LayerLora, TrainableLayout)>,
         layouts: &[UnitLayout],
         limits: &Limits,
     ) -> Result<Memory<D>> {
@@ -142,7 +161,7 @@ impl<D: Device> Memory<D> {
         let live = inputs.num_live_micro_batches();
         let (tokens, hidden) = (limits.max_tokens, config.hidden_size);
         let widths = Widths::new(config, lora.map(|(l, ..)| &l.config));
-        let padded_len = lora.map_or(0, |(_, layout, _)| layout.padded_len());
+        let padded_len = lora.map_or(0, |(_, layout)| layout.padded_len());
         let flat_bytes = layouts.iter().map(UnitLayout::gathered_bytes).max().unwrap_or(0);
         let slots = (0..limits.num_slots)
             .map(|i| {
@@ -158,9 +177,8 @@ impl<D: Device> Memory<D> {
         let final_norm = arena.carve("weights/final_norm", hidden)?;
         let trainables = match lora {
             None => Vec::new(),
-            Some((_, layout, sharded)) => {
-                let len = if sharded { layout.part_len() } else { layout.padded_len() };
-                let on_device = limits.residency.trainables;
+            Some((_, layout)) => {
+                let (len, on_device) = (layout.shard_len(), limits.residency.trainables);
                 (0..units.layers)
                     .map(|layer| Trainable::carve(arena, host, layer, len, train, on_device))
                     .collect::<Result<_>>()?
@@ -175,17 +193,8 @@ impl<D: Device> Memory<D> {
         let host_boundaries = (0..inputs.num_offloaded_boundaries())
             .map(|i| host.carve(&format!("boundaries/{i}"), tokens * hidden))
             .collect::<Result<_>>()?;
-        let kept = if train && limits.recompute == Recompute::Nothing { units.layers * live } else { 1 };
-        let heads = config.num_attention_heads;
-        let activations = (0..kept)
-            .map(|i| LayerActivations::carve(arena, &format!("activations/{i}"), &widths, heads, tokens))
-            .collect::<Result<_>>()?;
-        let (num_kv, kv_tokens) =
-            if limits.mode == Mode::Generate { (units.layers, limits.max_context) } else { (kept, tokens) };
-        let key_values = (0..num_kv)
-            .map(|i| KeyValue::carve(arena, &format!("key_values/{i}"), &widths, kv_tokens))
-            .collect::<Result<_>>()?;
-        let scratch = Scratch::carve(arena, &widths, heads, tokens, train)?;
+        let activations = Activations::carve(arena, units.layers, live, &widths, limits)?;
+        let scratch = Scratch::carve(arena, &widths, tokens, train)?;
         let batches = (0..live)
             .map(|m| BatchBuffers::carve(arena, &format!("batches/{m}"), config, tokens))
             .collect::<Result<_>>()?;
@@ -205,12 +214,80 @@ impl<D: Device> Memory<D> {
             boundaries,
             host_boundaries,
             activations,
-            key_values,
             scratch,
             batches,
             heads,
             logits,
         })
+    }
+}
+
+/// Activations of all layers and live micro-batches.
+pub struct Activations<D: Device> {
+    attention: Kept<AttentionPart<D>>,
+    mlp: Kept<MlpPart<D>>,
+    rest: Kept<RestPart<D>>,
+    /// In generation every layer keeps its own.
+    key_values: Kept<KeyValue<D>>,
+}
+
+/// One part of the activations.
+struct Kept<T> {
+    /// Of the layer that computes, where it keeps none of its own.
+    shared: Option<T>,
+    /// Of layer `first_layer` and those after it, by layer and live micro-batch.
+    kept: Vec<T>,
+    first_layer: usize,
+    live: usize,
+}
+
+impl<T> Kept<T> {
+    /// Buffers of which the last `num_kept` of `layers` layers have their own.
+    fn new(layers: usize, num_kept: usize, live: usize, mut carve: impl FnMut(usize) -> Result<T>) -> Result<Self> {
+        let first_layer = layers.saturating_sub(num_kept);
+        let shared = if first_layer > 0 { Some(carve(0)?) } else { None };
+        let kept = (1..=(layers - first_layer) * live).map(carve).collect::<Result<_>>()?;
+        Ok(Kept { shared, kept, first_layer, live })
+    }
+
+    fn of(&mut self, layer: usize, micro: usize) -> &mut T {
+        match &mut self.shared {
+            Some(shared) if layer < self.first_layer => shared,
+            _ => &mut self.kept[(layer - self.first_layer) * self.live + micro],
+        }
+    }
+}
+
+impl<D: Device> Activations<D> {
+    fn carve(arena: &mut Arena<D>, layers: usize, live: usize, widths: &Widths, limits: &Limits) -> Result<Self> {
+        let (tokens, mode) = (limits.max_tokens, limits.mode);
+        let keep = if mode == Mode::Train { limits.keep } else { Keep::NOTHING };
+        let name = |part: &str, i: usize| format!("activations/{part}{i}");
+        Ok(Activations {
+            attention: Kept::new(layers, keep.attention, live, |i| {
+                AttentionPart::carve(arena, &name("attention", i), widths, tokens)
+            })?,
+            mlp: Kept::new(layers, keep.mlp, live, |i| MlpPart::carve(arena, &name("mlp", i), widths, tokens))?,
+            rest: Kept::new(layers, keep.rest, live, |i| RestPart::carve(arena, &name("rest", i), widths, tokens))?,
+            key_values: match mode {
+                Mode::Generate => Kept::new(layers, layers, 1, |i| {
+                    KeyValue::carve(arena, &format!("key_values/{i}"), widths, limits.max_context)
+                })?,
+                Mode::Train | Mode::Score => Kept::new(layers, keep.rest, live, |i| {
+                    KeyValue::carve(arena, &name("key_value", i), widths, tokens)
+                })?,
+            },
+        })
+    }
+
+    /// Those of a layer and live micro-batch.
+    pub fn of(&mut self, layer: usize, micro: usize) -> LayerActivations<'_, D> {
+        LayerActivations {
+            attention: self.attention.of(layer, micro),
+            mlp: self.mlp.of(layer, micro),
+            rest: self.rest.of(layer, micro),
+            key_value: self.key_values.of(layer, micro),
+        }
     }
 }
 

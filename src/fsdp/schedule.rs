@@ -4,7 +4,10 @@
 //! the boundaries of all of them. *Micro-batch-major*: one micro-batch after the other goes through the whole model, which
 //! gathers everything 2·M times; its gradients are summed in the same order, so the results are the same bits.
 
+use serde::{Deserialize, Serialize};
+
 use crate::choices::choices;
+use crate::model::activations::Parts;
 
 use super::offload;
 use super::unit::{NumUnits, Unit};
@@ -30,13 +33,33 @@ choices! {
     }
 }
 
-/// What forward keeps for backward.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Recompute {
-    /// The boundaries; the rest is computed again.
-    All,
-    /// Everything.
-    Nothing,
+/// What forward keeps for backward besides boundaries, part by part: of how many layers, counted from the last. What is not kept is
+/// computed again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keep {
+    pub attention: usize,
+    pub mlp: usize,
+    pub rest: usize,
+}
+
+impl Keep {
+    /// All layers are recomputed.
+    pub const NOTHING: Keep = Keep { attention: 0, mlp: 0, rest: 0 };
+    /// What is dearest to compute again.
+    pub const DEAREST: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: 0 };
+    /// Nothing is recomputed.
+    pub const EVERYTHING: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: usize::MAX };
+
+    /// The same for a model of so many layers.
+    pub fn clamped(self, layers: usize) -> Keep {
+        Keep { attention: self.attention.min(layers), mlp: self.mlp.min(layers), rest: self.rest.min(layers) }
+    }
+
+    /// The parts that a layer of `layers` keeps.
+    pub fn of(&self, layer: usize, layers: usize) -> Parts {
+        let kept = |num: usize| layers - layer <= num;
+        Parts { attention: kept(self.attention), mlp: kept(self.mlp), rest: kept(self.rest) }
+    }
 }
 
 /// What a schedule is made from. The same on every rank.
@@ -47,7 +70,7 @@ pub struct Inputs {
     /// M, the largest of any rank: a rank that has fewer runs empty ones.
     pub num_micro_batches: usize,
     pub accumulation: Accumulation,
-    pub recompute: Recompute,
+    pub keep: Keep,
     /// Buffers for gathered units.
     pub num_slots: usize,
     /// Buffers for boundaries on the device, see [`Inputs::min_boundary_buffers`].
@@ -198,6 +221,11 @@ impl Inputs {
         layer * live + micro % live < self.num_offloaded_boundaries()
     }
 
+    /// Whether some of a layer's activations are computed again.
+    pub fn recomputes(&self, layer: usize) -> bool {
+        !self.keep.of(layer, self.units.layers).all()
+    }
+
     fn grad_slot(&self, layer: usize) -> usize {
         layer % self.num_grad_slots().max(1)
     }
@@ -266,7 +294,7 @@ fn backward_visit(inputs: &Inputs, micros: &[usize], layer: usize) -> Visit {
         before.push(Action::WaitReduce { layer: reused, grad_slot });
     }
     for &micro in micros {
-        if inputs.recompute == Recompute::All {
+        if inputs.recomputes(layer) {
             compute.push(Action::Recompute { layer, micro });
         }
         compute.push(Action::Backward { layer, micro, grad_slot, first: micro == 0 });

@@ -16,6 +16,8 @@ pub struct Widths {
     pub kv: usize,
     pub intermediate: usize,
     pub lora_rank: usize,
+    /// Attention heads.
+    pub heads: usize,
 }
 
 impl Widths {
@@ -26,6 +28,7 @@ impl Widths {
             kv: config.num_key_value_heads * config.head_dim,
             intermediate: config.intermediate_size,
             lora_rank: lora.map_or(0, |l| l.lora_rank),
+            heads: config.num_attention_heads,
         }
     }
 
@@ -35,61 +38,117 @@ impl Widths {
     }
 }
 
+/// Which parts of a layer's activations are there: one flag for each of [`LayerActivations`]' parts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    pub attention: bool,
+    pub mlp: bool,
+    pub rest: bool,
+}
+
+impl Parts {
+    pub const NONE: Parts = Parts { attention: false, mlp: false, rest: false };
+
+    pub fn all(self) -> bool {
+        self.attention && self.mlp && self.rest
+    }
+}
+
+/// What a layer's backward needs besides its input, in parts that are kept or computed again each for itself.
+pub struct LayerActivations<'a, D: Device> {
+    pub attention: &'a mut AttentionPart<D>,
+    pub mlp: &'a mut MlpPart<D>,
+    pub rest: &'a mut RestPart<D>,
+    pub key_value: &'a mut KeyValue<D>,
+}
+
+/// Attention's output `[T, q]` and log-sum-exp `[T, heads]`.
+pub struct AttentionPart<D: Device> {
+    pub out: Buffer<D, D::Act>,
+    pub lse: Buffer<D, f32>,
+}
+
+/// What the large projections after attention give.
+pub struct MlpPart<D: Device> {
+    /// The residual stream after attention `[T, hidden]`.
+    pub h: Buffer<D, D::Act>,
+    /// `[T, intermediate]`
+    pub gate: Buffer<D, D::Act>,
+    pub up: Buffer<D, D::Act>,
+    /// A · dropout(x) of the output, gate, up and down projections, `[4][T, r]`.
+    pub lora_u: [Buffer<D, D::Act>; 4],
+}
+
+/// Norms, the projections before attention, and act = silu(gate) · up: what is computed again most cheaply for its size. Keys and
+/// values are kept with it, in buffers of their own.
+pub struct RestPart<D: Device> {
+    /// Normed input of attention `[T, hidden]`, its 1/rms `[T]`.
+    pub norm1: Buffer<D, D::Act>,
+    pub rstd1: Buffer<D, f32>,
+    /// Rotated queries `[T, q]`.
+    pub q: Buffer<D, D::Act>,
+    pub norm2: Buffer<D, D::Act>,
+    pub rstd2: Buffer<D, f32>,
+    /// `[T, intermediate]`
+    pub act: Buffer<D, D::Act>,
+    /// A · dropout(x) of the projections before attention, `[3][T, r]`.
+    pub lora_u: [Buffer<D, D::Act>; 3],
+}
+
 /// Rotated keys, and values: `[T, kv]`, or `[past + T, kv]` in generation.
 pub struct KeyValue<D: Device> {
     pub k: Buffer<D, D::Act>,
     pub v: Buffer<D, D::Act>,
 }
 
-impl<D: Device> KeyValue<D> {
+impl<D: Device> AttentionPart<D> {
     pub fn carve(arena: &mut Arena<D>, name: &str, widths: &Widths, tokens: usize) -> Result<Self> {
-        let mut carve = |part: &str| arena.carve(&format!("{name}/{part}"), tokens * widths.kv);
-        Ok(Self { k: carve("k")?, v: carve("v")? })
+        let out = arena.carve(&format!("{name}/out"), tokens * widths.q)?;
+        Ok(Self { out, lse: arena.carve(&format!("{name}/lse"), tokens * widths.heads)? })
     }
 }
 
-/// What a layer's backward needs besides its input.
-pub struct LayerActivations<D: Device> {
-    /// Normed input of attention `[T, hidden]`, its 1/rms `[T]`.
-    pub norm1: Buffer<D, D::Act>,
-    pub rstd1: Buffer<D, f32>,
-    /// Rotated queries `[T, q]`.
-    pub q: Buffer<D, D::Act>,
-    /// Attention's output `[T, q]` and log-sum-exp `[T, heads]`.
-    pub attention: Buffer<D, D::Act>,
-    pub lse: Buffer<D, f32>,
-    /// The residual stream after attention `[T, hidden]`.
-    pub h: Buffer<D, D::Act>,
-    pub norm2: Buffer<D, D::Act>,
-    pub rstd2: Buffer<D, f32>,
-    /// `[T, intermediate]`; act = silu(gate) · up.
-    pub gate: Buffer<D, D::Act>,
-    pub up: Buffer<D, D::Act>,
-    pub act: Buffer<D, D::Act>,
-    /// A · dropout(x) of each projection, `[7][T, r]`.
-    pub lora_u: Vec<Buffer<D, D::Act>>,
+impl<D: Device> MlpPart<D> {
+    pub fn carve(arena: &mut Arena<D>, name: &str, widths: &Widths, tokens: usize) -> Result<Self> {
+        let mut carve = |part: &str, width: usize| arena.carve(&format!("{name}/{part}"), tokens * width);
+        Ok(Self {
+            h: carve("h", widths.hidden)?,
+            gate: carve("gate", widths.intermediate)?,
+            up: carve("up", widths.intermediate)?,
+            lora_u: [
+                carve("lora_u_o", widths.lora_rank)?,
+                carve("lora_u_gate", widths.lora_rank)?,
+                carve("lora_u_up", widths.lora_rank)?,
+                carve("lora_u_down", widths.lora_rank)?,
+            ],
+        })
+    }
 }
 
-impl<D: Device> LayerActivations<D> {
-    pub fn carve(arena: &mut Arena<D>, name: &str, widths: &Widths, num_heads: usize, tokens: usize) -> Result<Self> {
+impl<D: Device> RestPart<D> {
+    pub fn carve(arena: &mut Arena<D>, name: &str, widths: &Widths, tokens: usize) -> Result<Self> {
         let f = |part: &str| format!("{name}/{part}");
         let Widths { hidden, q, intermediate, lora_rank, .. } = *widths;
         Ok(Self {
             norm1: arena.carve(&f("norm1"), tokens * hidden)?,
             rstd1: arena.carve(&f("rstd1"), tokens)?,
             q: arena.carve(&f("q"), tokens * q)?,
-            attention: arena.carve(&f("attention"), tokens * q)?,
-            lse: arena.carve(&f("lse"), tokens * num_heads)?,
-            h: arena.carve(&f("h"), tokens * hidden)?,
             norm2: arena.carve(&f("norm2"), tokens * hidden)?,
             rstd2: arena.carve(&f("rstd2"), tokens)?,
-            gate: arena.carve(&f("gate"), tokens * intermediate)?,
-            up: arena.carve(&f("up"), tokens * intermediate)?,
             act: arena.carve(&f("act"), tokens * intermediate)?,
-            lora_u: (0..7)
-                .map(|i| arena.carve(&f(&format!("lora_u{i}")), tokens * lora_rank))
-                .collect::<Result<_>>()?,
+            lora_u: [
+                arena.carve(&f("lora_u_q"), tokens * lora_rank)?,
+                arena.carve(&f("lora_u_k"), tokens * lora_rank)?,
+                arena.carve(&f("lora_u_v"), tokens * lora_rank)?,
+            ],
         })
+    }
+}
+
+impl<D: Device> KeyValue<D> {
+    pub fn carve(arena: &mut Arena<D>, name: &str, widths: &Widths, tokens: usize) -> Result<Self> {
+        let mut carve = |part: &str| arena.carve(&format!("{name}/{part}"), tokens * widths.kv);
+        Ok(Self { k: carve("k")?, v: carve("v")? })
     }
 }
 
@@ -114,13 +173,7 @@ pub struct Scratch<D: Device> {
 
 impl<D: Device> Scratch<D> {
     /// Without `backward` only what forward uses has a size.
-    pub fn carve(
-        arena: &mut Arena<D>,
-        widths: &Widths,
-        num_heads: usize,
-        tokens: usize,
-        backward: bool,
-    ) -> Result<Self> {
+    pub fn carve(arena: &mut Arena<D>, widths: &Widths, tokens: usize, backward: bool) -> Result<Self> {
         let back = if backward { tokens } else { 0 };
         let lora = if widths.lora_rank > 0 { tokens } else { 0 };
         Ok(Self {
@@ -131,7 +184,7 @@ impl<D: Device> Scratch<D> {
             d_q: arena.carve("scratch/d_q", back * widths.q)?,
             d_k: arena.carve("scratch/d_k", back * widths.kv)?,
             d_v: arena.carve("scratch/d_v", back * widths.kv)?,
-            delta: arena.carve("scratch/delta", back * num_heads)?,
+            delta: arena.carve("scratch/delta", back * widths.heads)?,
             d_act: arena.carve("scratch/d_act", back * widths.intermediate)?,
             d_gate: arena.carve("scratch/d_gate", back * widths.intermediate)?,
             d_up: arena.carve("scratch/d_up", back * widths.intermediate)?,

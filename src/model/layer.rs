@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::device::ops::*;
 use crate::device::{Buffer, Ops, View, ViewMut};
 
-use super::activations::{BatchBuffers, KeyValue, LayerActivations, Scratch};
+use super::activations::{BatchBuffers, LayerActivations, MlpPart, Parts, RestPart, Scratch};
 use super::config::ModelConfig;
 use super::linear::{self, Backward, LoraCall};
 use super::lora::{LoraConfig, LoraLayout};
@@ -71,75 +71,110 @@ impl<'a, D: Ops> LayerContext<'a, D> {
 /// Stands for an adapter that is off: nothing reads its numbers.
 static NO_LORA: LoraConfig = LoraConfig { lora_rank: 0, scale: 0.0, dropout: 0.0, targets: Vec::new() };
 
-/// out = layer(x). With `out: None` it stops before the last projection, whose output backward does not need: that is a
-/// recompute. x, out `[T, hidden]`.
+/// out = layer(x); x, out `[T, hidden]`. Parts that are `there` stay as they are. With `out: None` it is a recompute, which stops
+/// before the last projection: backward does not need its output.
 pub fn forward<D: Ops>(
     ctx: &LayerContext<'_, D>,
     out: Option<&mut Buffer<D, D::Act>>,
-    acts: &mut LayerActivations<D>,
-    kv: &mut KeyValue<D>,
+    mut acts: LayerActivations<'_, D>,
+    there: Parts,
+    x: View<'_, D, D::Act>,
+    scratch: &mut Scratch<D>,
+) -> Result<()> {
+    forward_attention(ctx, &mut acts, there, x, scratch)?;
+    let (ops, t) = (ctx.ops, ctx.batch.num_tokens);
+    let (hidden, inner) = (t * ctx.config.hidden_size, t * ctx.config.intermediate_size);
+    let MlpPart { h, gate, up, lora_u: [u_o, u_gate, u_up, u_down] } = acts.mlp;
+    let RestPart { norm2, rstd2, act, .. } = acts.rest;
+    let mut project = |p, y: Option<ViewMut<'_, D, D::Act>>, u: &mut Buffer<D, D::Act>, x: View<'_, D, D::Act>| {
+        linear::forward(ops, &ctx.linear(p), &ctx.call(p), y, u, x, &mut scratch.dropped)
+    };
+    // 5. Output projection onto the residual stream; 6. its norm, which adds x to it.
+    if !there.mlp {
+        let attention = acts.attention.out.first(t * ctx.config.num_attention_heads * ctx.config.head_dim);
+        project(Projection::O, Some(h.first_mut(hidden)), u_o, attention)?;
+    }
+    if !there.mlp || !there.rest {
+        let x = if there.mlp {
+            Normed::Plain(h.first(hidden))
+        } else {
+            Normed::Sum { sum: h.first_mut(hidden), addend: x }
+        };
+        let (y, rstd) = (norm2.first_mut(hidden), rstd2.first_mut(t));
+        let weight = ctx.weights.post_attention_norm.view();
+        ops.rms_norm_forward(RmsNormForward { y, rstd, x, weight, eps: ctx.config.rms_norm_eps })?;
+    }
+    // 7. MLP.
+    if !there.mlp {
+        project(Projection::Gate, Some(gate.first_mut(inner)), u_gate, norm2.first(hidden))?;
+        project(Projection::Up, Some(up.first_mut(inner)), u_up, norm2.first(hidden))?;
+    }
+    if !there.rest {
+        let (gate, up) = (gate.first(inner), up.first(inner));
+        ops.swiglu_forward(SwigluForward { y: act.first_mut(inner), gate, up })?;
+    }
+    match out {
+        None if there.mlp => Ok(()),
+        None => project(Projection::Down, None, u_down, act.first(inner)),
+        Some(out) => {
+            project(Projection::Down, Some(out.first_mut(hidden)), u_down, act.first(inner))?;
+            ops.add(out.first_mut(hidden), h.first(hidden))
+        }
+    }
+}
+
+/// Of forward: up to attention's output.
+fn forward_attention<D: Ops>(
+    ctx: &LayerContext<'_, D>,
+    acts: &mut LayerActivations<'_, D>,
+    there: Parts,
     x: View<'_, D, D::Act>,
     scratch: &mut Scratch<D>,
 ) -> Result<()> {
     let (ops, config, t) = (ctx.ops, ctx.config, ctx.batch.num_tokens);
-    let (hidden, eps) = (config.hidden_size, config.rms_norm_eps);
-    let (q_len, kv_width) =
-        (t * config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim);
-    let (inner, past) = (t * config.intermediate_size, ctx.batch.num_past_tokens * kv_width);
-    let LayerActivations { norm1, rstd1, q, attention, lse, h, norm2, rstd2, gate, up, act, lora_u } = acts;
+    let kv_width = config.num_key_value_heads * config.head_dim;
+    let (hidden, q_len) = (t * config.hidden_size, t * config.num_attention_heads * config.head_dim);
+    let past = ctx.batch.num_past_tokens * kv_width;
     let (new, all) = (past..past + t * kv_width, past + t * kv_width);
-    let mut project = |p: Projection, y: Option<ViewMut<'_, D, D::Act>>, x: View<'_, D, D::Act>| {
-        linear::forward(ops, &ctx.linear(p), &ctx.call(p), y, &mut lora_u[p as usize], x, &mut scratch.dropped)
-    };
-    // 1. Norm.
-    let weight = ctx.weights.input_norm.view();
-    ops.rms_norm_forward(RmsNormForward {
-        y: norm1.first_mut(t * hidden),
-        rstd: rstd1.first_mut(t),
-        x: Normed::Plain(x),
-        weight,
-        eps,
-    })?;
-    // 2. Queries, keys, values; the new keys and values go behind the past ones.
-    project(Projection::Q, Some(q.first_mut(q_len)), norm1.first(t * hidden))?;
-    project(Projection::K, Some(kv.k.view_mut().into_range(new.clone())), norm1.first(t * hidden))?;
-    project(Projection::V, Some(kv.v.view_mut().into_range(new.clone())), norm1.first(t * hidden))?;
-    // 3. Positions.
-    ctx.rope(q.first_mut(q_len), config.num_attention_heads, false)?;
-    ctx.rope(kv.k.view_mut().into_range(new), config.num_key_value_heads, false)?;
+    let LayerActivations { attention, rest, key_value: kv, .. } = acts;
+    let RestPart { norm1, rstd1, q, lora_u: [u_q, u_k, u_v], .. } = &mut **rest;
+    if !there.rest {
+        // 1. Norm.
+        let (y, rstd, weight) = (norm1.first_mut(hidden), rstd1.first_mut(t), ctx.weights.input_norm.view());
+        ops.rms_norm_forward(RmsNormForward { y, rstd, x: Normed::Plain(x), weight, eps: config.rms_norm_eps })?;
+        // 2. Queries, keys, values; the new keys and values go behind the past ones.
+        let mut project = |p, y: ViewMut<'_, D, D::Act>, u: &mut Buffer<D, D::Act>| {
+            let x = norm1.first(hidden);
+            linear::forward(ops, &ctx.linear(p), &ctx.call(p), Some(y), u, x, &mut scratch.dropped)
+        };
+        project(Projection::Q, q.first_mut(q_len), u_q)?;
+        project(Projection::K, kv.k.view_mut().into_range(new.clone()), u_k)?;
+        project(Projection::V, kv.v.view_mut().into_range(new.clone()), u_v)?;
+        // 3. Positions.
+        ctx.rope(q.first_mut(q_len), config.num_attention_heads, false)?;
+        ctx.rope(kv.k.view_mut().into_range(new), config.num_key_value_heads, false)?;
+    }
+    if there.attention {
+        return Ok(());
+    }
     // 4. Attention.
     ops.attention_forward(AttentionForward {
-        out: attention.first_mut(q_len),
-        lse: lse.first_mut(t * config.num_attention_heads),
+        out: attention.out.first_mut(q_len),
+        lse: attention.lse.first_mut(t * config.num_attention_heads),
         q: q.first(q_len),
         k: kv.k.first(all),
         v: kv.v.first(all),
         shape: ctx.attention_shape(),
-    })?;
-    // 5. Output projection onto the residual stream.
-    project(Projection::O, Some(h.first_mut(t * hidden)), attention.first(q_len))?;
-    // 6. Norm of the residual stream, which the projection is added to.
-    let weight = ctx.weights.post_attention_norm.view();
-    let (y, rstd) = (norm2.first_mut(t * hidden), rstd2.first_mut(t));
-    let x = Normed::Sum { sum: h.first_mut(t * hidden), addend: x };
-    ops.rms_norm_forward(RmsNormForward { y, rstd, x, weight, eps })?;
-    // 7. MLP.
-    project(Projection::Gate, Some(gate.first_mut(inner)), norm2.first(t * hidden))?;
-    project(Projection::Up, Some(up.first_mut(inner)), norm2.first(t * hidden))?;
-    ops.swiglu_forward(SwigluForward { y: act.first_mut(inner), gate: gate.first(inner), up: up.first(inner) })?;
-    let Some(out) = out else { return project(Projection::Down, None, act.first(inner)) };
-    project(Projection::Down, Some(out.first_mut(t * hidden)), act.first(inner))?;
-    ops.add(out.first_mut(t * hidden), h.first(t * hidden))
+    })
 }
 
 /// d (`[T, hidden]`) is the gradient of the layer's output and becomes that of its input x; LoRA gradients are added to
-/// `grads`. `acts` and `kv` are those of forward.
+/// `grads`. `acts` are those of forward.
 pub fn backward<D: Ops>(
     ctx: &LayerContext<'_, D>,
     d: &mut Buffer<D, D::Act>,
     grads: &mut Buffer<D, f32>,
-    acts: &LayerActivations<D>,
-    kv: &KeyValue<D>,
+    acts: LayerActivations<'_, D>,
     x: View<'_, D, D::Act>,
     scratch: &mut Scratch<D>,
 ) -> Result<()> {
@@ -149,45 +184,39 @@ pub fn backward<D: Ops>(
     let kv_len = t * config.num_key_value_heads * config.head_dim;
     let inner = t * config.intermediate_size;
     let Scratch { dropped, d_u, d_norm, d_attention, d_q, d_k, d_v, delta, d_act, d_gate, d_up } = scratch;
+    let LayerActivations { attention, mlp, rest, key_value: kv } = acts;
+    let ([u_q, u_k, u_v], [u_o, u_gate, u_up, u_down]) = (&rest.lora_u, &mlp.lora_u);
     let mut project = |p: Projection,
                        d_x: ViewMut<'_, D, D::Act>,
                        accumulate: bool,
                        d_y: View<'_, D, D::Act>,
-                       x: View<'_, D, D::Act>| {
+                       x: View<'_, D, D::Act>,
+                       u: &Buffer<D, D::Act>| {
         let entry = ctx.lora.and_then(|l| l.layout.get(p));
-        let args = Backward {
-            d_x,
-            accumulate,
-            grads: &mut *grads,
-            d_y,
-            x,
-            u: &acts.lora_u[p as usize],
-            dropped: &mut *dropped,
-            d_u: &mut *d_u,
-        };
+        let args = Backward { d_x, accumulate, grads: &mut *grads, d_y, x, u, dropped: &mut *dropped, d_u: &mut *d_u };
         linear::backward(ops, &ctx.linear(p), &ctx.call(p), entry, args)
     };
     // 7. MLP.
-    project(Projection::Down, d_act.first_mut(inner), false, d.first(hidden), acts.act.first(inner))?;
+    project(Projection::Down, d_act.first_mut(inner), false, d.first(hidden), rest.act.first(inner), u_down)?;
     ops.swiglu_backward(SwigluBackward {
         d_gate: d_gate.first_mut(inner),
         d_up: d_up.first_mut(inner),
         d_y: d_act.first(inner),
-        gate: acts.gate.first(inner),
-        up: acts.up.first(inner),
+        gate: mlp.gate.first(inner),
+        up: mlp.up.first(inner),
     })?;
-    project(Projection::Up, d_norm.first_mut(hidden), false, d_up.first(inner), acts.norm2.first(hidden))?;
-    project(Projection::Gate, d_norm.first_mut(hidden), true, d_gate.first(inner), acts.norm2.first(hidden))?;
+    project(Projection::Up, d_norm.first_mut(hidden), false, d_up.first(inner), rest.norm2.first(hidden), u_up)?;
+    project(Projection::Gate, d_norm.first_mut(hidden), true, d_gate.first(inner), rest.norm2.first(hidden), u_gate)?;
     // 6. Norm, onto the residual stream's gradient.
     ops.rms_norm_backward(RmsNormBackward {
         d_x: d.first_mut(hidden),
         d_y: d_norm.first(hidden),
-        x: acts.h.first(hidden),
-        rstd: acts.rstd2.first(t),
+        x: mlp.h.first(hidden),
+        rstd: rest.rstd2.first(t),
         weight: ctx.weights.post_attention_norm.view(),
     })?;
     // 5. Output projection.
-    project(Projection::O, d_attention.first_mut(q_len), false, d.first(hidden), acts.attention.first(q_len))?;
+    project(Projection::O, d_attention.first_mut(q_len), false, d.first(hidden), attention.out.first(q_len), u_o)?;
     // 4. Attention.
     ops.attention_backward(AttentionBackward {
         d_q: d_q.first_mut(q_len),
@@ -195,9 +224,9 @@ pub fn backward<D: Ops>(
         d_v: d_v.first_mut(kv_len),
         delta: delta.first_mut(t * config.num_attention_heads),
         d_out: d_attention.first(q_len),
-        out: acts.attention.first(q_len),
-        lse: acts.lse.first(t * config.num_attention_heads),
-        q: acts.q.first(q_len),
+        out: attention.out.first(q_len),
+        lse: attention.lse.first(t * config.num_attention_heads),
+        q: rest.q.first(q_len),
         k: kv.k.first(kv_len),
         v: kv.v.first(kv_len),
         shape: ctx.attention_shape(),
@@ -206,10 +235,10 @@ pub fn backward<D: Ops>(
     ctx.rope(d_q.first_mut(q_len), config.num_attention_heads, true)?;
     ctx.rope(d_k.first_mut(kv_len), config.num_key_value_heads, true)?;
     // 2. Queries, keys, values.
-    project(Projection::Q, d_norm.first_mut(hidden), false, d_q.first(q_len), acts.norm1.first(hidden))?;
-    project(Projection::K, d_norm.first_mut(hidden), true, d_k.first(kv_len), acts.norm1.first(hidden))?;
-    project(Projection::V, d_norm.first_mut(hidden), true, d_v.first(kv_len), acts.norm1.first(hidden))?;
+    project(Projection::Q, d_norm.first_mut(hidden), false, d_q.first(q_len), rest.norm1.first(hidden), u_q)?;
+    project(Projection::K, d_norm.first_mut(hidden), true, d_k.first(kv_len), rest.norm1.first(hidden), u_k)?;
+    project(Projection::V, d_norm.first_mut(hidden), true, d_v.first(kv_len), rest.norm1.first(hidden), u_v)?;
     // 1. Norm.
-    let (weight, rstd) = (ctx.weights.input_norm.view(), acts.rstd1.first(t));
+    let (weight, rstd) = (ctx.weights.input_norm.view(), rest.rstd1.first(t));
     ops.rms_norm_backward(RmsNormBackward { d_x: d.first_mut(hidden), d_y: d_norm.first(hidden), x, rstd, weight })
 }

@@ -14,7 +14,20 @@ pub struct Hardware {
     pub host_bytes_per_s: f64,
     /// Between the GPUs of a node.
     pub peer_bytes_per_s: f64,
+    pub reached: Reached,
 }
+
+/// Shares of its rates that a step reaches.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Reached {
+    pub products: f64,
+    pub memory: f64,
+    pub attention_forward: f64,
+    pub attention_backward: f64,
+}
+
+/// Products and attention measured with `bench kernels` on an H100 (2026-11-25), memory fitted to steps of benches/results.md.
+const REACHED: Reached = Reached { products: 0.95, memory: 0.56, attention_forward: 0.19, attention_backward: 0.126 };
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -51,6 +64,28 @@ impl Hardware {
             memory_bytes_per_s: memory * 1e9,
             host_bytes_per_s: host * 1e9,
             peer_bytes_per_s: peer * 1e9,
+            reached: REACHED,
         })
+    }
+
+    /// What comes nearest to a GPU of this name, e.g. `NVIDIA GeForce RTX 4090`; it orders choices, no more.
+    pub fn of_device(device: &str) -> Result<Hardware> {
+        let device = device.to_lowercase();
+        let number = |name: &&str| device.contains(name.trim_start_matches("rtx"));
+        Hardware::named(Hardware::names().into_iter().find(number).unwrap_or("rtx3090"))
+    }
+
+    /// Cores of a host; they order choices, no more.
+    pub fn of_cores(num: usize) -> Hardware {
+        let cores = num as f64;
+        Hardware {
+            name: "cpu".into(),
+            vram_bytes: f64::INFINITY,
+            matrix_flops: cores * 50e9,
+            memory_bytes_per_s: cores * 5e9,
+            host_bytes_per_s: 5e9,
+            peer_bytes_per_s: 2e9,
+            reached: REACHED,
+        }
     }
 }

@@ -2,47 +2,49 @@
 
 use std::collections::HashMap;
 
+use crate::comm::Gather;
 use crate::comm::spans::{Lane, Span};
-use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Action, build};
 use crate::fsdp::unit::{NumUnits, Unit, head_piece_rows};
-use crate::model::config::ModelConfig;
+use crate::model::activations::Parts;
 use crate::model::names::Projection;
 
 use super::hardware::Hardware;
+use super::memory::Sizes;
 
-/// Shares of the card's rates that a step reaches: products and attention measured with `bench kernels` on an H100 (2026-11-25),
-/// memory fitted to the steps of benches/results.md.
-const PRODUCTS: f64 = 0.95;
-const MEMORY: f64 = 0.56;
-const ATTENTION_FORWARD: f64 = 0.19;
-const ATTENTION_BACKWARD: f64 = 0.126;
 /// AdamW on the host: bytes of values, gradient and moments a second.
 const HOST_UPDATE_BYTES_PER_S: f64 = 20e9;
 /// From pageable memory, rows of the embedding.
 const PAGEABLE_BYTES_PER_S: f64 = 6e9;
-/// Starting a kernel, and how many forward and backward of a layer start.
+/// Starting a kernel, and how many each part of a layer starts.
 const LAUNCH_SECONDS: f64 = 4e-6;
-const FORWARD_LAUNCHES: f64 = 35.0;
-const BACKWARD_LAUNCHES: f64 = 57.0;
 /// Bytes of an activation.
 const ACT: f64 = 2.0;
 
-/// What is predicted.
+/// What is predicted: training of a model on some GPUs.
 #[derive(Clone, Copy)]
 pub struct Workload<'a> {
-    pub config: &'a ModelConfig,
-    pub layouts: &'a [UnitLayout],
-    pub limits: &'a Limits,
-    pub world_size: usize,
-    /// LoRA values of a layer.
-    pub lora_values: usize,
-    pub dropout: bool,
-    /// Tokens of a sequence; a micro-batch is full of them.
-    pub seq: usize,
-    /// Bytes a second from rank to rank.
-    pub link_bytes_per_s: f64,
+    pub sizes: Sizes<'a>,
+    pub hardware: &'a Hardware,
+    pub links: Links,
+}
+
+/// Bytes a second that a rank receives: between the ranks that hold a base together, and between those that hold the same shard.
+#[derive(Clone, Copy, Debug)]
+pub struct Links {
+    pub shards_bytes_per_s: f64,
+    pub replicas_bytes_per_s: f64,
+}
+
+/// What a part of a layer does for a token.
+#[derive(Clone, Copy, Default)]
+struct Load {
+    /// Weights that it is multiplied with.
+    weights: f64,
+    /// Elements that are read and written besides products.
+    elements: f64,
+    launches: f64,
 }
 
 /// A predicted step.
@@ -76,80 +78,117 @@ impl Timeline {
 
 impl Workload<'_> {
     /// Runs the schedule of a training step in thought.
-    pub fn predict(&self, hardware: &Hardware) -> Timeline {
-        let inputs = self.limits.inputs(NumUnits::new(self.config), self.limits.mode, self.limits.max_micro_batches);
-        let mut run =
-            Run { work: self, hardware, at: HashMap::new(), done: HashMap::new(), timeline: Timeline::default() };
+    pub fn predict(&self, limits: &Limits) -> Timeline {
+        let inputs = limits.inputs(NumUnits::new(self.sizes.config), limits.mode, limits.max_micro_batches);
+        let (at, done, timeline) = (HashMap::new(), HashMap::new(), Timeline::default());
+        let resident = limits.residency.of_units(self.sizes.layouts.len());
+        let mut run = Run { work: self, limits, resident, at, done, timeline };
         build(&inputs).iter().for_each(|action| run.act(action));
         run.timeline.seconds = run.at.values().copied().fold(0.0, f64::max);
         run.timeline
     }
 
-    fn tokens(&self) -> f64 {
-        self.limits.max_tokens as f64
+    /// Whether attention takes longer for a byte that it leaves behind than the projections after it do.
+    pub fn attention_is_dearer(&self, limits: &Limits) -> bool {
+        let reached = self.hardware.reached;
+        let attention = limits.max_length as f64 / reached.attention_forward;
+        attention >= self.sizes.config.hidden_size as f64 / reached.products
     }
 
-    fn weights(&self, projection: Projection) -> f64 {
-        projection.shape(self.config).iter().product::<usize>() as f64
+    fn weights(&self, projections: &[Projection]) -> f64 {
+        projections.iter().map(|p| p.shape(self.sizes.config).iter().product::<usize>() as f64).sum()
     }
 
     fn layer_weights(&self) -> f64 {
-        Projection::ALL.into_iter().map(|p| self.weights(p)).sum()
+        self.weights(&Projection::ALL)
     }
 
-    /// Widths: hidden, queries, keys, inner; sums of the projections' inputs and outputs.
-    fn widths(&self) -> [f64; 6] {
-        let c = self.config;
+    /// Widths: hidden, queries, keys, inner.
+    fn widths(&self) -> [f64; 4] {
+        let c = self.sizes.config;
         let (q, kv) = ((c.num_attention_heads * c.head_dim) as f64, (c.num_key_value_heads * c.head_dim) as f64);
-        let sum = |i: usize| Projection::ALL.into_iter().map(|p| p.shape(c)[i] as f64).sum();
-        [c.hidden_size as f64, q, kv, c.intermediate_size as f64, sum(1), sum(0)]
+        [c.hidden_size as f64, q, kv, c.intermediate_size as f64]
     }
 
-    /// Elements that a layer's forward moves for a token, besides its matrix products.
-    fn forward_elements(&self) -> f64 {
-        let [h, q, kv, i, inputs, outputs] = self.widths();
-        let dropout = if self.dropout { 2.0 * inputs } else { 0.0 };
-        9.0 * h + 4.0 * q + 2.0 * kv + 3.0 * i + inputs + 2.0 * outputs + dropout
+    /// Passes over what is dropped out, at `times` elements an input.
+    fn dropout(&self, inputs: f64, times: f64) -> f64 {
+        let dropout = self.sizes.lora.is_some_and(|lora| lora.config.dropout > 0.0);
+        if dropout { times * inputs } else { 0.0 }
+    }
+
+    /// What a layer's forward does besides attention's products: each input of a projection read, each output written and added to.
+    fn forward_load(&self, parts: Parts, down: bool) -> Load {
+        use Projection::{Down, Gate, K, O, Q, Up, V};
+        let [h, q, kv, i] = self.widths();
+        let linear = |projections: &[Projection], inputs: f64, outputs: f64, others: f64, launches: f64| Load {
+            weights: self.weights(projections),
+            elements: inputs + 2.0 * outputs + others + self.dropout(inputs, 2.0),
+            launches,
+        };
+        let mut loads = Vec::new();
+        if parts.rest {
+            loads.push(linear(&[Q, K, V], 3.0 * h, q + 2.0 * kv, 4.0 * h + 2.0 * q + 2.0 * kv + 3.0 * i, 18.0));
+        }
+        if parts.attention {
+            loads.push(Load { weights: 0.0, elements: 2.0 * q, launches: 1.0 });
+        }
+        if parts.mlp {
+            loads.push(linear(&[O, Gate, Up], q + 2.0 * h, h + 2.0 * i, 3.0 * h, 11.0));
+        }
+        if down {
+            loads.push(linear(&[Down], i, h, 2.0 * h, 5.0));
+        }
+        loads.into_iter().fold(Load::default(), |a, b| Load {
+            weights: a.weights + b.weights,
+            elements: a.elements + b.elements,
+            launches: a.launches + b.launches,
+        })
     }
 
     fn backward_elements(&self) -> f64 {
-        let [h, q, kv, i, inputs, outputs] = self.widths();
-        let dropout = if self.dropout { 6.0 * inputs } else { 0.0 };
-        8.0 * h + 8.0 * q + 6.0 * kv + 5.0 * i + inputs + 2.0 * outputs + dropout
+        let [h, q, kv, i] = self.widths();
+        let (inputs, outputs) = (5.0 * h + q + i, q + 2.0 * kv + 2.0 * h + 2.0 * i);
+        8.0 * h + 8.0 * q + 6.0 * kv + 5.0 * i + inputs + 2.0 * outputs + self.dropout(inputs, 6.0)
     }
 
-    fn compute_seconds(&self, action: &Action, hw: &Hardware) -> f64 {
-        let (tokens, layer) = (self.tokens(), self.layer_weights());
-        let matrix = hw.matrix_flops * PRODUCTS;
-        let moved = |elements: f64| tokens * elements * ACT / (hw.memory_bytes_per_s * MEMORY);
+    fn compute_seconds(&self, action: &Action, limits: &Limits) -> f64 {
+        let (hw, reached, tokens) = (self.hardware, self.hardware.reached, limits.max_tokens as f64);
+        let [h, q, ..] = self.widths();
+        let matrix = hw.matrix_flops * reached.products;
+        let moved = |elements: f64| tokens * elements * ACT / (hw.memory_bytes_per_s * reached.memory);
         // Causal: half of T² scores for each head.
-        let attention = tokens * self.seq as f64 * self.widths()[1];
-        let forward = |weights: f64| {
-            2.0 * tokens * weights / matrix
-                + 2.0 * attention / (hw.matrix_flops * ATTENTION_FORWARD)
-                + moved(self.forward_elements())
-                + FORWARD_LAUNCHES * LAUNCH_SECONDS
+        let attention = tokens * limits.max_length as f64 * q;
+        let forward = |computed: Parts, down: bool| {
+            let load = self.forward_load(computed, down);
+            let scores = if computed.attention { attention } else { 0.0 };
+            2.0 * tokens * load.weights / matrix
+                + 2.0 * scores / (hw.matrix_flops * reached.attention_forward)
+                + moved(load.elements)
+                + load.launches * LAUNCH_SECONDS
         };
         match *action {
-            Action::Dequantize { unit, .. } => self.dequantize_seconds(unit, hw),
-            Action::Embed { .. } => tokens * self.widths()[0] * ACT / PAGEABLE_BYTES_PER_S,
-            Action::Forward { .. } => forward(layer),
-            Action::Recompute { .. } => forward(layer - self.weights(Projection::Down)),
+            Action::Dequantize { unit, .. } => self.dequantize_seconds(unit),
+            Action::Embed { .. } => tokens * h * ACT / PAGEABLE_BYTES_PER_S,
+            Action::Forward { .. } => forward(Parts { attention: true, mlp: true, rest: true }, true),
+            Action::Recompute { layer, .. } => {
+                let kept = limits.keep.of(layer, self.sizes.config.num_hidden_layers);
+                forward(Parts { attention: !kept.attention, mlp: !kept.mlp, rest: !kept.rest }, false)
+            }
             Action::Backward { .. } => {
-                2.0 * tokens * layer / matrix
-                    + 5.0 * attention / (hw.matrix_flops * ATTENTION_BACKWARD)
+                2.0 * tokens * self.layer_weights() / matrix
+                    + 5.0 * attention / (hw.matrix_flops * reached.attention_backward)
                     + moved(self.backward_elements())
-                    + BACKWARD_LAUNCHES * LAUNCH_SECONDS
+                    + 57.0 * LAUNCH_SECONDS
             }
             Action::HeadPiece { piece, .. } => {
-                let rows = head_piece_rows(self.config, piece).len() as f64;
-                4.0 * tokens * rows * self.widths()[0] / matrix + moved(4.0 * rows)
+                let rows = head_piece_rows(self.sizes.config, piece).len() as f64;
+                4.0 * tokens * rows * h / matrix + moved(4.0 * rows)
             }
-            Action::HeadBegin { .. } | Action::HeadFinish { .. } => moved(6.0 * self.widths()[0]),
+            Action::HeadBegin { .. } | Action::HeadFinish { .. } => moved(6.0 * h),
             Action::Optimizer => {
-                let bytes = 28.0 * self.trainable_shard() * self.config.num_hidden_layers as f64;
-                match self.limits.residency.trainables {
-                    true => bytes / (hw.memory_bytes_per_s * MEMORY),
+                let bytes = 28.0 * self.trainable_shard() * self.sizes.config.num_hidden_layers as f64;
+                match limits.residency.trainables {
+                    true => bytes / (hw.memory_bytes_per_s * reached.memory),
                     false => bytes / HOST_UPDATE_BYTES_PER_S,
                 }
             }
@@ -157,22 +196,25 @@ impl Workload<'_> {
         }
     }
 
-    fn dequantize_seconds(&self, unit: Unit, hw: &Hardware) -> f64 {
-        let layout = &self.layouts[NumUnits::new(self.config).idx(unit)];
+    fn dequantize_seconds(&self, unit: Unit) -> f64 {
+        let layout = &self.sizes.layouts[NumUnits::new(self.sizes.config).idx(unit)];
         let dense: usize = layout.tensors().iter().map(|t| t.elements.len()).sum();
-        (layout.gathered_bytes() as f64 + dense as f64 * ACT) / (hw.memory_bytes_per_s * MEMORY)
+        let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
+        (layout.gathered_bytes() as f64 + dense as f64 * ACT) / rate
     }
 
     /// Trainable values that this rank keeps of a layer.
     fn trainable_shard(&self) -> f64 {
-        self.lora_values as f64 / self.layouts[0].num_shards() as f64
+        self.sizes.trainable().map_or(0.0, |layout| layout.shard_len() as f64)
     }
 }
 
 /// A step under way: when each queue is free, and when each action that is waited for has ended.
 struct Run<'a> {
     work: &'a Workload<'a>,
-    hardware: &'a Hardware,
+    limits: &'a Limits,
+    /// By unit.
+    resident: Vec<bool>,
     at: HashMap<Lane, f64>,
     done: HashMap<String, f64>,
     timeline: Timeline,
@@ -203,22 +245,22 @@ impl Run<'_> {
 
     fn fetch(&mut self, name: &str, earliest: f64, bytes: f64) -> f64 {
         self.timeline.fetched_bytes += bytes;
-        self.push(Lane::Fetch, name, earliest, bytes / self.hardware.host_bytes_per_s)
+        self.push(Lane::Fetch, name, earliest, bytes / self.work.hardware.host_bytes_per_s)
     }
 
     fn put(&mut self, name: &str, earliest: f64, bytes: f64) -> f64 {
         self.timeline.put_bytes += bytes;
-        self.push(Lane::Put, name, earliest, bytes / self.hardware.host_bytes_per_s)
+        self.push(Lane::Put, name, earliest, bytes / self.work.hardware.host_bytes_per_s)
     }
 
-    fn receive(&mut self, name: &str, earliest: f64, bytes: f64) -> f64 {
+    fn receive(&mut self, name: &str, earliest: f64, bytes: f64, bytes_per_s: f64) -> f64 {
         self.timeline.received_bytes += bytes;
-        self.push(Lane::Communication, name, earliest, bytes / self.work.link_bytes_per_s)
+        self.push(Lane::Communication, name, earliest, bytes / bytes_per_s)
     }
 
     fn act(&mut self, action: &Action) {
         let (work, now) = (self.work, self.now(Lane::Compute));
-        let boundary = work.tokens() * work.widths()[0] * ACT;
+        let boundary = self.limits.max_tokens as f64 * work.widths()[0] * ACT;
         match *action {
             Action::Gather { unit, .. } => {
                 let end = self.gather(unit, now);
@@ -243,40 +285,51 @@ impl Run<'_> {
                 self.timeline.copy_wait += self.wait(&format!("fetch {layer}.{micro}"));
             }
             ref other => {
-                let seconds = work.compute_seconds(other, self.hardware);
+                let seconds = work.compute_seconds(other, self.limits);
                 self.push(Lane::Compute, &format!("{other:?}"), now, seconds);
             }
         }
     }
 
     fn gather(&mut self, unit: Unit, now: f64) -> f64 {
-        let (work, residency) = (self.work, &self.work.limits.residency);
-        let idx = NumUnits::new(work.config).idx(unit);
-        let (layout, name) = (&work.layouts[idx], format!("gather {unit}"));
+        let (work, limits) = (self.work, self.limits);
+        let idx = NumUnits::new(work.sizes.config).idx(unit);
+        let (layout, name) = (&work.sizes.layouts[idx], format!("gather {unit}"));
         let lora = if matches!(unit, Unit::Layer(_)) { 4.0 * work.trainable_shard() } else { 0.0 };
-        let streamed = if residency.of_units(work.layouts.len())[idx] { 0.0 } else { layout.shard_bytes() as f64 };
-        let fetched = streamed + if residency.trainables { 0.0 } else { lora };
+        let others = layout.num_shards() as f64 - 1.0;
+        let (fetched, received) = match limits.gather {
+            Gather::Collective => (layout.shard_bytes() as f64, others * layout.shard_bytes() as f64),
+            Gather::Host => (layout.gathered_bytes() as f64, 0.0),
+        };
+        let fetched = if self.resident[idx] { 0.0 } else { fetched };
+        let fetched = fetched + if limits.residency.trainables { 0.0 } else { lora };
         let mut end = now;
         if fetched > 0.0 {
             end = self.fetch(&name, now, fetched);
         }
-        let others = layout.num_shards() as f64 - 1.0;
-        if others > 0.0 {
-            end = self.receive(&name, end, others * (layout.shard_bytes() as f64 + lora));
+        let received = received + others * lora;
+        if received > 0.0 {
+            end = self.receive(&name, end, received, work.links.shards_bytes_per_s);
         }
         end
     }
 
     fn reduce(&mut self, layer: usize, now: f64) -> f64 {
         let (work, name) = (self.work, format!("reduce layer {layer}"));
-        let ranks = work.world_size as f64;
+        let (shards, replicas) = (work.sizes.num_shards() as f64, work.sizes.num_replicas() as f64);
+        let shard_bytes = 4.0 * work.trainable_shard();
         let mut end = now;
-        if ranks > 1.0 {
-            end = self.receive(&name, now, 4.0 * work.lora_values as f64 * (ranks - 1.0) / ranks);
+        if shards > 1.0 {
+            end = self.receive(&name, end, shard_bytes * (shards - 1.0), work.links.shards_bytes_per_s);
         }
-        match work.limits.residency.trainables {
+        if replicas > 1.0 {
+            // The parts that this rank sums, and then the sums of the others.
+            let bytes = 2.0 * shard_bytes * (replicas - 1.0) / replicas;
+            end = self.receive(&name, end, bytes, work.links.replicas_bytes_per_s);
+        }
+        match self.limits.residency.trainables {
             true => end,
-            false => self.put(&name, end, 4.0 * work.trainable_shard()),
+            false => self.put(&name, end, shard_bytes),
         }
     }
 }
@@ -286,20 +339,25 @@ mod tests {
     use super::*;
     use crate::checkpoint::synthetic;
     use crate::device::cuda::{CONTEXT_BYTES, Cuda, LIBRARY_BYTES, NCCL_BYTES};
-    use crate::fsdp::memory::Residency;
-    use crate::fsdp::schedule::{Accumulation, Mode, Recompute};
+    use crate::fsdp::schedule::{Accumulation, Keep, Mode};
     use crate::model::layer::LayerLora;
     use crate::model::lora::{LoraConfig, LoraLayout};
     use crate::model::shapes;
-    use crate::plan::memory::{Budget, Sizes, Wishes};
+    use crate::plan::decide::{Budget, Wishes};
 
     /// Shape, ranks, sequences and their length, micro-batches, what is wished, budget in MiB; measured on H100s with `bench step`:
     /// milliseconds, and MiB of GPU memory (NVML) where they were sampled.
     type Measured = (&'static str, usize, usize, usize, usize, Wishes, usize, f64, Option<f64>);
 
-    const ANYTHING: Wishes = Wishes { recompute: None, units: None, trainables: None, offload_boundaries: None };
-    const RECOMPUTE: Wishes = Wishes { recompute: Some(Recompute::All), ..ANYTHING };
-    const KEEP: Wishes = Wishes { recompute: Some(Recompute::Nothing), ..ANYTHING };
+    const NCCL: Wishes = Wishes {
+        keep: None,
+        units: None,
+        trainables: None,
+        offload_boundaries: None,
+        gather: Some(Gather::Collective),
+    };
+    const RECOMPUTE: Wishes = Wishes { keep: Some(Keep::NOTHING), ..NCCL };
+    const KEEP: Wishes = Wishes { keep: Some(Keep::EVERYTHING), ..NCCL };
     const OFFLOAD: Wishes = Wishes { units: Some(0), trainables: Some(false), ..RECOMPUTE };
     const ALL_MIB: usize = 78 << 10;
 
@@ -313,80 +371,70 @@ mod tests {
         ("llama-3.1-70b", 2, 1, 1024, 8, OFFLOAD, 24 << 10, 7054.8, Some(16_133.0)),
     ];
 
+    type Gpu = Cuda<half::bf16>;
+
+    /// A shape with the adapter of `bench step` on H100s.
+    fn with_workload<T>(
+        (shape, layers): (&str, Option<usize>),
+        (world_size, num_shards): (usize, usize),
+        link_bytes_per_s: f64,
+        f: impl FnOnce(&Workload<'_>) -> T,
+    ) -> T {
+        let config = shapes::named(shape, layers).unwrap();
+        let layouts = synthetic::layouts(&config, num_shards).unwrap();
+        let lora = LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() };
+        let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
+        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
+        let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };
+        f(&Workload { sizes, hardware: &Hardware::named("h100").unwrap(), links })
+    }
+
     #[test]
     fn predictions_are_what_was_measured() {
         for (shape, world_size, micro_batch, seq, accum, wishes, budget_mib, ms, nvml_mib) in MEASURED {
-            let config = shapes::named(shape, None).unwrap();
-            let layouts = synthetic::layouts(&config, world_size).unwrap();
-            let lora = LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() };
-            let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
-            let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
-            let limits = Limits {
-                mode: Mode::Train,
-                max_tokens: micro_batch * seq,
-                max_micro_batches: accum,
-                max_context: 0,
-                accumulation: Accumulation::Layer,
-                recompute: Recompute::All,
-                num_slots: 2,
-                residency: Residency::ALL,
-            };
+            let limits = Limits { max_length: seq, ..Limits::new(Mode::Train, micro_batch * seq, accum) };
             let libraries = CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 };
             let budget = Budget { device: (budget_mib << 20) - libraries, host: 1 << 40 };
-            type Gpu = Cuda<half::bf16>;
-            let limits = sizes.decide::<Gpu>(limits, &wishes, budget).unwrap();
-            let cost = sizes.cost::<Gpu>(&limits).unwrap();
-            let hardware = Hardware::named("h100").unwrap();
-            let workload = Workload {
-                config: &config,
-                layouts: &layouts,
-                limits: &limits,
-                world_size,
-                lora_values: lora.layout.len,
-                dropout: true,
-                seq,
-                link_bytes_per_s: hardware.peer_bytes_per_s,
-            };
-            let predicted = workload.predict(&hardware).seconds * 1e3;
-            let what = format!("{shape}, {world_size} ranks, {micro_batch} x {seq}, M = {accum}");
-            println!("{what}: {predicted:.0} ms predicted, {ms:.0} measured");
-            assert!((predicted / ms - 1.0).abs() < 0.15, "{what}: {predicted} ms for {ms}");
-            if let Some(nvml_mib) = nvml_mib {
-                let mib = ((cost.device.total_bytes() + libraries) >> 20) as f64;
-                println!("{what}: {mib:.0} MiB predicted, {nvml_mib:.0} measured");
-                assert!((mib / nvml_mib - 1.0).abs() < 0.03, "{what}: {mib} MiB for {nvml_mib}");
-            }
+            with_workload((shape, None), (world_size, world_size), 300e9, |workload| {
+                let limits = workload.decide::<Gpu>(limits, &wishes, budget).unwrap();
+                let cost = workload.sizes.cost::<Gpu>(&limits).unwrap();
+                let predicted = workload.predict(&limits).seconds * 1e3;
+                let what = format!("{shape}, {world_size} ranks, {micro_batch} x {seq}, M = {accum}");
+                println!("{what}: {predicted:.0} ms predicted, {ms:.0} measured");
+                assert!((predicted / ms - 1.0).abs() < 0.15, "{what}: {predicted} ms for {ms}");
+                if let Some(nvml_mib) = nvml_mib {
+                    let mib = ((cost.device.total_bytes() + libraries) >> 20) as f64;
+                    println!("{what}: {mib:.0} MiB predicted, {nvml_mib:.0} measured");
+                    assert!((mib / nvml_mib - 1.0).abs() < 0.03, "{what}: {mib} MiB for {nvml_mib}");
+                }
+            });
         }
     }
 
     #[test]
     fn a_slow_link_is_what_bounds_a_step() {
-        let config = shapes::named("llama-3.1-8b", Some(4)).unwrap();
-        let layouts = synthetic::layouts(&config, 2).unwrap();
-        let limits = Limits {
-            mode: Mode::Train,
-            max_tokens: 512,
-            max_micro_batches: 8,
-            max_context: 0,
-            accumulation: Accumulation::Layer,
-            recompute: Recompute::All,
-            num_slots: 2,
-            residency: Residency::ALL,
+        let run = |accumulation, gather, link| {
+            let limits = Limits { accumulation, gather, ..Limits::new(Mode::Train, 512, 8) };
+            with_workload(("llama-3.1-8b", Some(4)), (2, 2), link, |workload| workload.predict(&limits))
         };
-        let received = |accumulation, link_bytes_per_s| {
-            let limits = Limits { accumulation, ..limits };
-            let (lora_values, dropout, seq, world_size) = (1 << 20, true, 512, 2);
-            let (config, layouts, limits) = (&config, &layouts[..], &limits);
-            let workload =
-                Workload { config, layouts, limits, world_size, lora_values, dropout, seq, link_bytes_per_s };
-            workload.predict(&Hardware::named("h100").unwrap())
-        };
-        let slow = received(Accumulation::Layer, 0.85e9);
+        let slow = run(Accumulation::Layer, Gather::Collective, 0.85e9);
         assert_eq!(slow.bound_by(), "the link between ranks");
-        assert_eq!(received(Accumulation::Layer, 300e9).bound_by(), "computation");
-        let often = received(Accumulation::MicroBatch, 0.85e9);
+        assert_eq!(run(Accumulation::Layer, Gather::Collective, 300e9).bound_by(), "computation");
+        let often = run(Accumulation::MicroBatch, Gather::Collective, 0.85e9);
         let ratio = often.received_bytes / slow.received_bytes;
         assert!((6.0..8.0).contains(&ratio) && often.seconds > 5.0 * slow.seconds, "{ratio}");
         assert!(slow.spans.windows(2).all(|s| s[0].lane != s[1].lane || s[0].end <= s[1].begin + 1e-12));
+        let host = run(Accumulation::Layer, Gather::Host, 0.85e9);
+        assert!(host.received_bytes < 0.1 * slow.received_bytes && host.seconds < 0.7 * slow.seconds);
+    }
+
+    #[test]
+    fn what_is_kept_is_not_paid_for_twice() {
+        with_workload(("llama-3.1-8b", None), (1, 1), 300e9, |workload| {
+            let seconds = |keep| workload.predict(&Limits { keep, ..Limits::new(Mode::Train, 2048, 1) }).seconds;
+            let some = Keep { attention: 16, mlp: 16, rest: 0 };
+            let all = [Keep::NOTHING, some, Keep::DEAREST, Keep::EVERYTHING].map(seconds);
+            assert!(all.is_sorted_by(|a, b| a > b), "{all:?}");
+        });
     }
 }

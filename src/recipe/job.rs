@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::keys::{self, Key};
 use super::overrides::Written;
 use crate::choices::choices;
+pub use crate::comm::Gather;
 use crate::data::{Format, LossOn, Overlong, Packing};
 pub use crate::fsdp::schedule::Accumulation;
 use crate::model::names::Projection;
@@ -15,6 +16,8 @@ choices! {
     ShardingStrategy {
         /// Each rank keeps its share.
         FullShard = "full_shard",
+        /// The ranks of a node hold a base together; between nodes only gradients go.
+        HybridShard = "hybrid_shard",
         /// Each rank keeps everything.
         NoShard = "no_shard",
     }
@@ -27,6 +30,8 @@ choices! {
         Auto = "auto",
         /// Recompute all.
         Full = "full",
+        /// Keep what is dearest to recompute.
+        Selective = "selective",
         /// Keep everything.
         None = "none",
     }
@@ -155,6 +160,7 @@ pub struct FsdpJob {
     pub offload_params: Option<bool>,
     pub resident_units: Option<usize>,
     pub activation_offload: Option<bool>,
+    pub gather: Option<Gather>,
     /// Bytes of a rank.
     pub vram_budget: Option<usize>,
     pub host_budget: Option<usize>,
@@ -217,6 +223,11 @@ fn check_conflicts(written: &mut Written) {
     if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
         conflicts.push("training.warmup_steps: constant has no warm-up, use constant_with_warmup or remove it".into());
     }
+    if written.get(&keys::SHARDING_STRATEGY) == Some(ShardingStrategy::NoShard)
+        && matches!(written.get(&keys::GATHER), Some(Some(_)))
+    {
+        conflicts.push("fsdp.gather: with no_shard there is nothing to gather, remove it".into());
+    }
     let units = written.get(&keys::RESIDENT_UNITS).flatten();
     if let (Some(Some(offload)), Some(units)) = (written.get(&keys::OFFLOAD_PARAMS), units)
         && offload == (units > 0)
@@ -273,6 +284,7 @@ fn build(written: &Written) -> Option<Job> {
             offload_params: written.get(&keys::OFFLOAD_PARAMS)?,
             resident_units: written.get(&keys::RESIDENT_UNITS)?,
             activation_offload: written.get(&keys::ACTIVATION_OFFLOAD)?,
+            gather: written.get(&keys::GATHER)?,
             vram_budget: written.get(&keys::VRAM_BUDGET)?,
             host_budget: written.get(&keys::HOST_BUDGET)?,
         },

@@ -5,7 +5,9 @@ use std::str::FromStr;
 
 use serde_json::Value;
 
-use super::job::{Accumulation, ActivationCheckpointing, ComputeDtype, EvalData, LrScheduler, ShardingStrategy};
+use super::job::{
+    Accumulation, ActivationCheckpointing, ComputeDtype, EvalData, Gather, LrScheduler, ShardingStrategy,
+};
 use crate::data::{Format, LossOn, Overlong, Packing};
 use crate::model::names::Projection;
 
@@ -123,7 +125,7 @@ keys! {
     ACCUMULATION: Accumulation = "fsdp.accumulation", "layer", choice,
         Accumulation::ALLOWED, "layer: each layer is gathered once for all micro-batches";
     ACTIVATION_CHECKPOINTING: ActivationCheckpointing = "fsdp.activation_checkpointing", "auto", choice,
-        ActivationCheckpointing::ALLOWED, "full: layers run forward again in backward; none: everything is kept";
+        ActivationCheckpointing::ALLOWED, "full: layers run forward again in backward; selective: without what is dearest; none: everything is kept";
     OFFLOAD_PARAMS: Option<bool> = "fsdp.offload_params", "auto", auto_or_bool,
         &["auto", "true", "false"],
         "true: shards, adapter and its optimizer state wait in host memory; false: on the device; auto: what fits there";
@@ -131,6 +133,10 @@ keys! {
         &["auto", "an integer of at least 0"], "units (layers, and pieces of the head) whose shards stay on the device";
     ACTIVATION_OFFLOAD: Option<bool> = "fsdp.activation_offload", "auto", auto_or_bool,
         &["auto", "true", "false"], "whether the layers' inputs wait for backward in host memory";
+    GATHER: Option<Gather> = "fsdp.gather", "auto", |v| auto_or(v, choice),
+        &["auto", "nccl", "host"],
+        "how shards get to the other ranks of a node: by NCCL, or each rank fetches all of them from shared host memory; auto: the \
+         faster, measured";
     VRAM_BUDGET: Option<usize> = "fsdp.vram_budget", "auto", |v| auto_or(v, size),
         &["auto", "a size, e.g. 22GiB"], "device memory that a rank may take, driver and libraries included; auto: what is free";
     HOST_BUDGET: Option<usize> = "fsdp.host_budget", "auto", |v| auto_or(v, size),
@@ -139,14 +145,10 @@ keys! {
 
 /// Keys of the design that nothing honours yet.
 pub(super) const KEYS_NOT_YET: &[&str] =
-    &["training.save_steps", "training.save_total_limit", "training.resume", "training.max_time", "fsdp.gather"];
+    &["training.save_steps", "training.save_total_limit", "training.resume", "training.max_time"];
 
 /// Values of the design that nothing honours yet.
-pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[
-    ("data.format", "sharegpt"),
-    ("fsdp.sharding_strategy", "hybrid_shard"),
-    ("fsdp.activation_checkpointing", "selective"),
-];
+pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[("data.format", "sharegpt")];
 
 /// Keys that commands other than `train` look at: where it ends in a dot, all of that section.
 pub(super) const KEYS_OF_ANY_COMMAND: &[&str] = &[

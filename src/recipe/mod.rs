@@ -13,7 +13,7 @@ use std::path::Path;
 
 use job::Use;
 pub use job::{
-    Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Job, LoraJob,
+    Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Gather, Job, LoraJob,
     LrScheduler, QuantizationJob, ShardingStrategy, TrainingJob,
 };
 use overrides::Written;
@@ -130,6 +130,7 @@ mod tests {
                 offload_params: None,
                 resident_units: None,
                 activation_offload: None,
+                gather: None,
                 vram_budget: None,
                 host_budget: None,
             }
@@ -171,7 +172,7 @@ training: {learning_rate: fast, seed: -1, save_steps: 10}
 fsdp: 5
 max_steps: 3
 ";
-        let found = recipe(yaml, &["x", "lora.r: 3=[", "fsdp.sharding_strategy=hybrid_shard"]).unwrap_err().to_string();
+        let found = recipe(yaml, &["x", "lora.r: 3=[", "fsdp.sharding_strategy=zero3"]).unwrap_err().to_string();
         for expected in [
             "recipe.yaml: 13 error(s)",
             "model: found meta-llama/Llama-3.1-8B, which is not a directory; to use a model of the hub, `hf download",
@@ -184,7 +185,7 @@ max_steps: 3
             "fsdp: found 5, this is a mapping of keys",
             "max_steps: unknown key, the nearest known one is training.max_steps",
             "--set x: expected key=value",
-            "fsdp.sharding_strategy: found \"hybrid_shard\" (not supported yet), allowed: full_shard, no_shard",
+            "fsdp.sharding_strategy: found \"zero3\", allowed: full_shard, hybrid_shard, no_shard",
             "data.train: missing",
         ] {
             assert!(found.contains(expected), "{expected} is not in {found}");
@@ -201,9 +202,10 @@ max_steps: 3
             ),
             ("quantization: {bnb_4bit_quant_storage: bfloat16}", "allowed: uint8"),
             ("quantization: {bnb_4bit_compute_dtype: bf16}", "allowed: auto, bfloat16, float16, float32"),
-            ("fsdp: {activation_checkpointing: selective}", "(not supported yet), allowed: auto, full, none"),
+            ("data: {format: sharegpt}", "(not supported yet), allowed: "),
             ("fsdp: {vram_budget: 22 gigs}", "a size, e.g. 22GiB"),
-            ("fsdp: {gather: host}", "fsdp.gather: not supported yet"),
+            ("fsdp: {gather: mpi}", "fsdp.gather: found \"mpi\", allowed: auto, nccl, host"),
+            ("fsdp: {sharding_strategy: no_shard, gather: host}", "nothing to gather"),
             ("lora: {target_modules: lm_head}", "lora.target_modules: found \"lm_head\""),
             ("lora: {lora_dropout: 1}", "from 0 to below 1"),
             ("training: {max_grad_norm: 0}", "null (no clipping)"),

@@ -22,6 +22,9 @@ use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
 use super::step::{StepArgs, StepRecord, step};
 use super::{check, eval, fault};
 
+/// Steps between two looks at whether ranks that hold the same values hold the same bytes.
+const REPLICA_CHECK_STEPS: usize = 100;
+
 /// What a run works on.
 pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub engine: &'a mut Engine<D, Q>,
@@ -87,6 +90,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             }
             self.record(step_idx + 1, num_steps, &update, &record, start.elapsed())?;
             let last = step_idx + 1 == num_steps;
+            if last || (step_idx + 1).is_multiple_of(REPLICA_CHECK_STEPS) {
+                self.engine.check_replicas()?;
+            }
             if last || self.job.eval_steps.is_some_and(|every| (step_idx + 1) % every == 0) {
                 self.evaluate(step_idx + 1)?;
             }

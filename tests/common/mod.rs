@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use fsdp_qlora::checkpoint::adapter::{self, Adapter};
 use fsdp_qlora::checkpoint::load::{self, LoadOptions};
-use fsdp_qlora::comm::Delays;
 use fsdp_qlora::comm::host_queue::HostQueue;
-use fsdp_qlora::comm::local::LocalComm;
+use fsdp_qlora::comm::local;
+use fsdp_qlora::comm::{Delays, Gather, Groups};
 use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::fsdp::exec::Engine;
 use fsdp_qlora::fsdp::memory::{Limits, Residency};
-use fsdp_qlora::fsdp::schedule::{Accumulation, Mode, Recompute};
+use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
 use fsdp_qlora::model::layer::LayerLora;
 use fsdp_qlora::model::lora::LoraLayout;
 
@@ -27,10 +27,16 @@ pub fn golden(path: &str) -> PathBuf {
     Path::new(&root).join("tests/golden").join(path)
 }
 
-/// Calls `f` on every rank of a world of threads; the results in rank order.
-pub fn on_all_ranks<T: Send>(world_size: usize, f: impl Fn(LocalComm) -> T + Sync) -> Vec<T> {
+/// Calls `f` on every rank of a world of threads that hold a base together; the results in rank order.
+pub fn on_all_ranks<T: Send>(world_size: usize, f: impl Fn(Groups) -> T + Sync) -> Vec<T> {
+    on_groups(world_size, world_size, f)
+}
+
+/// The same where groups of `num_shards` ranks each hold a base.
+pub fn on_groups<T: Send>(world_size: usize, num_shards: usize, f: impl Fn(Groups) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
-        let handles: Vec<_> = LocalComm::world(world_size).into_iter().map(|comm| scope.spawn(|| f(comm))).collect();
+        let ranks = local::groups(world_size, num_shards).into_iter();
+        let handles: Vec<_> = ranks.map(|groups| scope.spawn(|| f(groups))).collect();
         handles.into_iter().map(|h| h.join().expect("a rank panicked")).collect()
     })
 }
@@ -42,12 +48,12 @@ pub struct EngineOptions {
     pub adapter: Option<Adapter>,
     pub load_in_4bit: bool,
     pub double_quant: Option<bool>,
-    pub replicated: bool,
     pub mode: Mode,
     pub max_tokens: usize,
     pub max_micro_batches: usize,
     pub accumulation: Accumulation,
-    pub recompute: Recompute,
+    pub keep: Keep,
+    pub gather: Gather,
     pub residency: Residency,
     pub delay: Duration,
 }
@@ -59,12 +65,12 @@ impl EngineOptions {
             adapter: None,
             load_in_4bit: true,
             double_quant: None,
-            replicated: false,
             mode,
             max_tokens: 320,
             max_micro_batches: 1,
             accumulation: Accumulation::Layer,
-            recompute: Recompute::All,
+            keep: Keep::NOTHING,
+            gather: Gather::Collective,
             residency: Residency::ALL,
             delay: Duration::ZERO,
         }
@@ -77,33 +83,29 @@ impl EngineOptions {
     }
 
     /// The engine of one rank; shard files go to `shards`.
-    pub fn engine(&self, mut comm: LocalComm, shards: &Path) -> CpuEngine {
-        use fsdp_qlora::comm::Comm;
-        let world_size = comm.world_size();
+    pub fn engine(&self, mut groups: Groups, shards: &Path) -> CpuEngine {
+        let position = groups.position();
         let options = LoadOptions {
             load_in_4bit: self.load_in_4bit,
             double_quant: self.double_quant,
             shards: Some(shards.to_path_buf()),
-            num_shards: if self.replicated { 1 } else { world_size },
+            num_shards: position.num_shards,
         };
         let opened = load::open(&self.model, &options).unwrap();
-        let writes = !self.replicated || comm.rank() == 0;
-        let base = opened.load(&mut comm, writes, &mut |_| (), &mut |_| ()).unwrap();
+        let base = opened.load(&mut *groups.world, position.replica == 0, &mut |_| (), &mut |_| ()).unwrap();
         let limits = Limits {
-            mode: self.mode,
-            max_tokens: self.max_tokens,
-            max_micro_batches: self.max_micro_batches,
             max_context: self.max_tokens,
             accumulation: self.accumulation,
-            recompute: self.recompute,
-            num_slots: 2,
+            keep: self.keep,
+            gather: self.gather,
             residency: self.residency,
+            ..Limits::new(self.mode, self.max_tokens, self.max_micro_batches)
         };
         let lora = self.adapter.as_ref().map(|adapter| {
             let config = adapter.settings.lora_config();
             LayerLora { layout: LoraLayout::new(&base.config, &config), config }
         });
-        let queue = HostQueue::new(Box::new(comm), Delays::all(self.delay)).unwrap();
+        let queue = HostQueue::new(groups, Delays::all(self.delay)).unwrap();
         let mut engine = Engine::new(Cpu::new(1), Cpu::new(1), queue, base, lora, limits).unwrap();
         for (layer, values) in self.adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
             engine.load_trainable(layer, values).unwrap();

@@ -13,7 +13,7 @@ use super::buffer;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::MpiComm;
-use crate::comm::{Delays, Queue, ShardSource, TrainableBuffers};
+use crate::comm::{Delays, Gather, Queue, ShardSource, TrainableBuffers};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Ops, Place};
 use crate::recipe;
@@ -33,7 +33,7 @@ pub fn run(start: &Start, args: &CollectiveBench, overrides: &[String]) -> Resul
     let mut comm = MpiComm::new(start.world)?;
     match start.place(&mut comm, job.quantization.compute_dtype)? {
         Placement::Cpu(cpu) => {
-            let queue = HostQueue::new(Box::new(comm), Delays::default())?;
+            let queue = HostQueue::new(comm.into_groups(start.world.world_size)?, Delays::default())?;
             all_sizes(start, args, &cpu, queue)
         }
         Placement::Bf16(cuda, _) => on_gpu(start, args, cuda, comm),
@@ -44,7 +44,7 @@ pub fn run(start: &Start, args: &CollectiveBench, overrides: &[String]) -> Resul
 fn on_gpu<A: HalfType>(start: &Start, args: &CollectiveBench, cuda: Cuda<A>, comm: MpiComm) -> Result<()> {
     let max_gradients = (args.max_mib as usize) << 18;
     let options = QueueOptions { max_gradients, share_gpu: start.ranks_per_gpu > 1, delays: Delays::default() };
-    let queue = CudaQueue::new(cuda.clone(), Box::new(comm), options)?;
+    let queue = CudaQueue::new(cuda.clone(), comm.into_groups(start.world.world_size)?, options)?;
     all_sizes(start, args, &cuda, queue)
 }
 
@@ -53,11 +53,11 @@ fn all_sizes<D: Ops, Q: Queue<D>>(start: &Start, args: &CollectiveBench, device:
     let mut mib = 1;
     while mib <= args.max_mib as usize {
         let bytes = mib << 20;
-        let shard = queue.store(vec![ShardSource::ready(Arc::new(vec![7u8; bytes]))], &[true])?.remove(0);
+        let shard =
+            queue.store(vec![ShardSource::ready(Arc::new(vec![7u8; bytes]))], &[true], Gather::Collective)?.remove(0);
         let mut slot = Some(buffer::<D, u8>(device, bytes * world_size)?);
         let seconds = median(device, || {
-            let pending =
-                queue.gather_frozen("all-gather".into(), &shard, world_size, slot.take().expect("waited for"))?;
+            let pending = queue.gather_frozen("all-gather".into(), &shard, slot.take().expect("waited for"))?;
             slot = Some(queue.wait(pending)?);
             Ok(())
         })?;

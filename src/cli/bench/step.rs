@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::checkpoint::adapter::{self, AdapterSettings};
 use crate::checkpoint::synthetic;
@@ -13,14 +13,15 @@ use crate::comm::mpi::MpiComm;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::{Limits, Residency};
-use crate::fsdp::schedule::{Mode, Recompute};
+use crate::fsdp::schedule::{Keep, Mode};
+use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
 use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
-use crate::recipe::{self, ShardingStrategy};
+use crate::recipe;
 use crate::train::fault;
 use crate::train::metrics::peak_host_bytes;
 use crate::train::step::{StepArgs, StepRecord, step};
@@ -63,10 +64,8 @@ pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> 
     let config = super::shape(&args.shape, args.layers)?;
     let mut comm = MpiComm::new(start.world)?;
     let placement = start.place(&mut comm, job.quantization.compute_dtype)?;
-    let (shard, num_shards) = match job.fsdp.sharding_strategy {
-        ShardingStrategy::FullShard => (start.world.rank, start.world.world_size),
-        ShardingStrategy::NoShard => (0, 1),
-    };
+    let num_shards = start.num_shards(&job.fsdp)?;
+    let shard = start.world.rank % num_shards;
     let log = start.log;
     let tell = move |line: String| log.line(line);
     let matrix_rate = match &placement {
@@ -87,15 +86,11 @@ pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> 
         targets: Projection::ALL.to_vec(),
     };
     let adapter = adapter::fresh(settings, &config, 42);
+    let max_tokens = (args.micro_batch * args.seq) as usize;
     let limits = Limits {
-        mode: Mode::Train,
-        max_tokens: (args.micro_batch * args.seq) as usize,
-        max_micro_batches: args.accum as usize,
-        max_context: 0,
+        max_length: args.seq as usize,
         accumulation: job.fsdp.accumulation,
-        recompute: Recompute::All,
-        num_slots: 2,
-        residency: Residency::ALL,
+        ..Limits::new(Mode::Train, max_tokens, args.accum as usize)
     };
     start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, Steps { start, args, matrix_rate })
 }
@@ -111,11 +106,9 @@ impl Work for Steps<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
-        let Steps { start, args, matrix_rate } = self;
-        let (config, world_size) = (engine.config().clone(), start.world.world_size);
+        let (Steps { start, args, .. }, config) = (&self, engine.config().clone());
         let (mut records, mut losses) = (Vec::new(), Vec::new());
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
-        let recompute = engine.limits().recompute == Recompute::All;
         let num_steps = WARM_UP_STEPS + args.steps;
         for step_idx in 1..=num_steps + u32::from(args.trace.is_some()) {
             engine.record_spans(step_idx > num_steps);
@@ -146,6 +139,17 @@ impl Work for Steps<'_> {
         if let Some(path) = args.trace.as_deref().filter(|_| start.log.enabled) {
             trace::write(path, engine.spans())?;
         }
+        if start.log.enabled {
+            println!("{}", self.report(&engine, &records, &losses));
+        }
+        Ok(())
+    }
+}
+
+impl Steps<'_> {
+    fn report<D: Ops, Q: Queue<D>>(&self, engine: &Engine<D, Q>, records: &[StepRecord], losses: &[f64]) -> Value {
+        let Steps { start, args, matrix_rate } = self;
+        let (config, world_size) = (engine.config(), start.world.world_size);
         let median = |of: fn(&StepRecord) -> f64| {
             let mut values: Vec<f64> = records.iter().map(of).collect();
             values.sort_by(f64::total_cmp);
@@ -154,29 +158,31 @@ impl Work for Steps<'_> {
         let step_ms = median(|r| r.step_ms);
         let tokens = f64::from(args.micro_batch * args.seq * args.accum) * world_size as f64;
         let seconds = step_ms * 1e-3 * world_size as f64;
-        let (model, hardware) = flops_per_token(&config, f64::from(args.seq), recompute);
-        if start.log.enabled {
-            println!(
-                "{}",
-                json!({
-                    "shape": args.shape, "layers": config.num_hidden_layers, "micro_batch": args.micro_batch,
-                    "seq": args.seq, "accum": args.accum, "world_size": world_size, "dropout": args.dropout,
-                    "recompute": recompute, "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),
-                    "gather_wait_ms": median(|r| r.gather_wait_ms), "copy_wait_ms": median(|r| r.copy_wait_ms),
-                    "gathered_bytes": median(|r| r.gathered_bytes as f64), "tokens_per_second": tokens / (step_ms * 1e-3),
-                    "model_tflops_per_rank": model * tokens / seconds * 1e-12,
-                    "hardware_tflops_per_rank": hardware * tokens / seconds * 1e-12,
-                    "matrix_tflops": matrix_rate * 1e-12, "share_of_matrix_rate": hardware * tokens / seconds / matrix_rate,
-                    "flops": "a token: 4 a weight and head weight, 3.5 causal attention; hardware: and what is recomputed",
-                    "device_bytes": engine.plan().device.total_bytes() + engine.queue.device_bytes(),
-                    "pinned_bytes": engine.plan().host.total_bytes() + engine.queue.host_bytes(),
-                    "resident_units": engine.limits().residency.units.min(engine.num_units()),
-                    "peak_host_bytes": peak_host_bytes(),
-                    "losses": losses,
-                })
-            );
-        }
-        Ok(())
+        let (limits, num_layers) = (*engine.limits(), config.num_hidden_layers);
+        let (model, hardware) = flops_per_token(config, f64::from(args.seq), limits.keep);
+        let inputs = limits.inputs(NumUnits::new(config), Mode::Train, args.accum as usize);
+        let residency = Residency {
+            units: limits.residency.units.min(engine.num_units()),
+            boundary_buffers: inputs.num_boundary_buffers,
+            ..limits.residency
+        };
+        json!({
+            "shape": args.shape, "layers": config.num_hidden_layers, "micro_batch": args.micro_batch,
+            "seq": args.seq, "accum": args.accum, "world_size": world_size, "dropout": args.dropout,
+            "num_shards": engine.queue.position().num_shards, "accumulation": limits.accumulation.word(),
+            "gather": limits.gather.word(), "keep": limits.keep.clamped(num_layers), "residency": residency,
+            "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),
+            "gather_wait_ms": median(|r| r.gather_wait_ms), "copy_wait_ms": median(|r| r.copy_wait_ms),
+            "gathered_bytes": median(|r| r.gathered_bytes as f64), "tokens_per_second": tokens / (step_ms * 1e-3),
+            "model_tflops_per_rank": model * tokens / seconds * 1e-12,
+            "hardware_tflops_per_rank": hardware * tokens / seconds * 1e-12,
+            "matrix_tflops": matrix_rate * 1e-12, "share_of_matrix_rate": hardware * tokens / seconds / matrix_rate,
+            "flops": "a token: 4 a weight and head weight, 3.5 causal attention; hardware: and what is computed again",
+            "device_bytes": engine.plan().device.total_bytes() + engine.queue.device_bytes(),
+            "pinned_bytes": engine.plan().host.total_bytes() + engine.queue.host_bytes(),
+            "peak_host_bytes": peak_host_bytes(),
+            "losses": losses,
+        })
     }
 }
 
@@ -193,15 +199,22 @@ fn batch(args: &StepBench, config: &ModelConfig, micro: u64, rank: u64) -> Micro
 }
 
 /// (model, hardware) FLOPs of a token: two for each weight forward and two backward (the frozen base has no gradient), the head
-/// likewise; causal attention 2·T·q_width forward and 5·T·q_width backward (its scores are computed again). With recompute the
-/// hardware does the layers' forward once more, less the last projection. LoRA is left out.
-fn flops_per_token(config: &ModelConfig, seq: f64, recompute: bool) -> (f64, f64) {
-    let weights = |p: Projection| p.shape(config).iter().product::<usize>() as f64;
-    let layer: f64 = Projection::ALL.into_iter().map(weights).sum();
+/// likewise; causal attention 2·T·q_width forward and 5·T·q_width backward (its scores are computed again). The hardware does the
+/// parts of forward that are not kept once more. LoRA is left out.
+fn flops_per_token(config: &ModelConfig, seq: f64, keep: Keep) -> (f64, f64) {
+    use Projection::{Gate, K, O, Q, Up, V};
+    let weights =
+        |projections: &[Projection]| projections.iter().map(|p| p.shape(config).iter().product::<usize>() as f64).sum();
+    let (layer, before, after): (f64, f64, f64) =
+        (weights(&Projection::ALL), weights(&[Q, K, V]), weights(&[O, Gate, Up]));
     let attention = 2.0 * seq * (config.num_attention_heads * config.head_dim) as f64;
-    let layers = config.num_hidden_layers as f64;
     let head = (config.vocab_size * config.hidden_size) as f64;
-    let model = layers * (4.0 * layer + 3.5 * attention) + 4.0 * head;
-    let again = layers * (2.0 * (layer - weights(Projection::Down)) + attention);
-    (model, model + if recompute { again } else { 0.0 })
+    let layers = config.num_hidden_layers;
+    let model = layers as f64 * (4.0 * layer + 3.5 * attention) + 4.0 * head;
+    let again = |idx: usize| {
+        let kept = keep.of(idx, layers);
+        let of = |kept: bool, flops: f64| if kept { 0.0 } else { flops };
+        of(kept.rest, 2.0 * before) + of(kept.attention, attention) + of(kept.mlp, 2.0 * after)
+    };
+    (model, model + (0..layers).map(again).sum::<f64>())
 }

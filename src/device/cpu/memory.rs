@@ -1,15 +1,17 @@
 //! Host memory behind the device-neutral buffers: the one place of the CPU device that is unsafe.
 
 use std::any::Any;
+use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use memmap2::MmapMut;
 
 use crate::device::{Element, View, ViewMut};
 
 use super::Cpu;
 
-/// One anonymous mapping of exact size, zeroed, unmapped on drop. Pages that are never touched are never resident.
+/// One mapping of exact size, anonymous or shared with other processes, zeroed, unmapped on drop. Pages that are never touched are never resident.
 pub struct HostRegion {
     memory: MmapMut,
     /// What keeps the pages pinned for a GPU, let go before they are unmapped.
@@ -21,6 +23,47 @@ impl HostRegion {
     pub fn new(bytes: usize) -> Result<Self> {
         let memory = MmapMut::map_anon(bytes).with_context(|| format!("{bytes} bytes of host memory"))?;
         Ok(Self { memory, pin: None })
+    }
+
+    /// Memory of `bytes` > 0 that other processes of this machine can map, and the file that it is; no file on disk.
+    pub fn shareable(bytes: usize) -> Result<(Self, File)> {
+        // SAFETY: the name is a C string; the flag is one of memfd_create.
+        let descriptor = unsafe { libc::memfd_create(c"fsdp-qlora".as_ptr(), libc::MFD_CLOEXEC) };
+        ensure!(descriptor >= 0, "shared host memory: {}", std::io::Error::last_os_error());
+        // SAFETY: the descriptor is open, and nobody else has it.
+        let file = unsafe { File::from_raw_fd(descriptor) };
+        file.set_len(bytes as u64).with_context(|| format!("{bytes} bytes of shared host memory"))?;
+        Ok((Self::of_file(&file)?, file))
+    }
+
+    /// What another process calls a file of [`HostRegion::shareable`].
+    pub fn number(file: &File) -> u64 {
+        file.as_raw_fd() as u64
+    }
+
+    /// Memory that process `process` has made with [`HostRegion::shareable`]; its file must be open there.
+    pub fn shared_by(process: u64, number: u64, bytes: usize) -> Result<Self> {
+        let path = format!("/proc/{process}/fd/{number}");
+        let file = File::options().read(true).write(true).open(&path).with_context(|| path.clone())?;
+        let found = file.metadata().with_context(|| path.clone())?.len();
+        ensure!(found == bytes as u64, "{path}: {found} bytes, expected {bytes}");
+        Self::of_file(&file)
+    }
+
+    fn of_file(file: &File) -> Result<Self> {
+        // SAFETY: the file is in memory and never shortened; ranks agree on who writes which part when.
+        let memory = unsafe { MmapMut::map_mut(file) }.context("mapping of shared host memory")?;
+        Ok(Self { memory, pin: None })
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// Never true.
+    pub fn is_empty(&self) -> bool {
+        self.memory.is_empty()
     }
 
     /// Keeps `pin` for as long as the memory is mapped.

@@ -60,13 +60,13 @@ impl Device for Cpu {
     const NEEDS_LOSS_SCALING: bool = false;
 
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)> {
-        self.allocate_host(bytes)
-    }
-
-    fn allocate_host(&self, bytes: usize) -> Result<(HostRegion, usize)> {
         let region = HostRegion::new(bytes)?;
         let addr = region.addr();
         Ok((region, addr))
+    }
+
+    fn pin(&self, region: HostRegion) -> Result<HostRegion> {
+        Ok(region)
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -37,7 +37,7 @@ struct Pin {
 impl Pin {
     fn new(context: &Arc<CudaContext>, addr: usize, bytes: usize) -> Result<Pin> {
         context.bind_to_thread().map_err(|e| anyhow!("GPU: {e}"))?;
-        // SAFETY: the range is that of an anonymous mapping, which outlives the pin (`HostRegion`).
+        // SAFETY: the range is that of a mapping without a file on disk, which outlives the pin (`HostRegion`).
         let status = unsafe { sys::cuMemHostRegister_v2(addr as *mut c_void, bytes, 0) };
         status.result().map_err(|e| anyhow!("the driver cannot pin {bytes} bytes of host memory: {e}"))?;
         Ok(Pin { addr, context: context.clone() })
@@ -185,10 +185,9 @@ impl<A: HalfType> Device for Cuda<A> {
         Ok((DeviceRegion { addr, context: self.context.clone() }, addr as usize))
     }
 
-    fn allocate_host(&self, bytes: usize) -> Result<(HostRegion, usize)> {
-        let region = HostRegion::new(bytes)?;
-        let addr = region.addr();
-        Ok((region.pinned_by(Pin::new(&self.context, addr, bytes)?), addr))
+    fn pin(&self, region: HostRegion) -> Result<HostRegion> {
+        let pin = Pin::new(&self.context, region.addr(), region.len())?;
+        Ok(region.pinned_by(pin))
     }
 
     fn synchronize(&self) -> Result<()> {

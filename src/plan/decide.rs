@@ -1,0 +1,240 @@
+//! The decision: of all choices of what is kept where, the fastest one that fits.
+
+use anyhow::{Result, bail};
+
+use crate::comm::Gather;
+use crate::device::{Device, MemoryPlan};
+use crate::fsdp::memory::{Limits, Plans, Residency};
+use crate::fsdp::schedule::{Accumulation, Keep};
+
+use super::memory::text;
+use super::throughput::Workload;
+
+/// What a rank may take, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    pub device: usize,
+    pub host: usize,
+}
+
+/// What the recipe wants; nothing: what is fastest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Wishes {
+    pub keep: Option<Keep>,
+    /// Units whose shards are resident.
+    pub units: Option<usize>,
+    pub trainables: Option<bool>,
+    pub offload_boundaries: Option<bool>,
+    /// Nothing where either is possible.
+    pub gather: Option<Gather>,
+}
+
+/// Ways to share the room that is left between kept activations and resident units.
+const SHARES: usize = 4;
+
+/// A choice must be faster by this much to be taken over one that moves less.
+const GAIN: f64 = 0.995;
+
+impl Workload<'_> {
+    /// The fastest limits that fit. `limits` gives everything but what is kept and where.
+    pub fn decide<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<Limits> {
+        let mut best: Option<(f64, Limits)> = None;
+        for gather in gathers(wishes) {
+            for residency in residencies(wishes) {
+                let least = Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), gather, residency, ..limits };
+                let mut last = None;
+                for share in (0..=SHARES).rev() {
+                    let Some(choice) = self.fill::<D>(least, wishes, budget, share)? else { break };
+                    if last.replace(choice) == Some(choice) {
+                        continue;
+                    }
+                    let seconds = self.predict(&choice).seconds;
+                    if best.is_none_or(|(fastest, _)| seconds < GAIN * fastest) {
+                        best = Some((seconds, choice));
+                    }
+                }
+                // Nothing is faster than what moves nothing and computes nothing again.
+                if residency == Residency::ALL
+                    && last.is_some_and(|l| l.keep == Keep::EVERYTHING || wishes.keep.is_some())
+                {
+                    break;
+                }
+            }
+        }
+        match best {
+            Some((_, choice)) => Ok(choice),
+            None => bail!(self.refusal::<D>(limits, wishes, budget)?),
+        }
+    }
+
+    fn fits<D: Device>(&self, limits: &Limits, budget: Budget) -> Result<bool> {
+        let cost = self.sizes.cost::<D>(limits)?;
+        Ok(cost.device.total_bytes() <= budget.device && cost.host.total_bytes() <= budget.host)
+    }
+
+    /// Uses the room that `least` leaves: `share` of it first for activations, the rest for units, what is then left again for
+    /// activations. Nothing where `least` does not fit.
+    fn fill<D: Device>(&self, least: Limits, wishes: &Wishes, budget: Budget, share: usize) -> Result<Option<Limits>> {
+        let (num_units, streams) = (self.sizes.layouts.len(), wishes.units.is_none() && least.residency.units == 0);
+        let with_units =
+            |limits: Limits, units| Limits { residency: Residency { units, ..limits.residency }, ..limits };
+        let mut choice = least;
+        if streams {
+            // Where host memory is short, more units have to stay on the device.
+            let host = |units| self.sizes.cost::<D>(&with_units(least, units)).map(|cost| cost.host.total_bytes());
+            choice = with_units(least, first(0, num_units, |units| host(units).is_ok_and(|host| host <= budget.host)));
+        }
+        if !self.fits::<D>(&choice, budget)? {
+            return Ok(None);
+        }
+        let device = self.sizes.cost::<D>(&choice)?.device.total_bytes();
+        let for_activations = device + (budget.device - device) / SHARES * share;
+        if wishes.keep.is_none() {
+            choice = self.most_kept::<D>(choice, Budget { device: for_activations, ..budget });
+        }
+        if streams {
+            let fits = |units: usize| self.fits::<D>(&with_units(choice, units), budget).unwrap_or(false);
+            choice = with_units(choice, first(choice.residency.units, num_units, |units| !fits(units + 1)));
+        }
+        if wishes.keep.is_none() {
+            choice = self.most_kept::<D>(choice, budget);
+        }
+        Ok(Some(choice))
+    }
+
+    /// The most that can be kept: the dearest part of as many layers as fit, then the next.
+    fn most_kept<D: Device>(&self, limits: Limits, budget: Budget) -> Limits {
+        let layers = self.sizes.config.num_hidden_layers;
+        let attention_first = self.attention_is_dearer(&limits);
+        let with = |stage: usize| {
+            let of = |place: usize| stage.saturating_sub(place * layers).min(layers);
+            let (attention, mlp) = if attention_first { (of(0), of(1)) } else { (of(1), of(0)) };
+            let keep = if stage == 3 * layers { Keep::EVERYTHING } else { Keep { attention, mlp, rest: of(2) } };
+            Limits { keep, ..limits }
+        };
+        let fits = |stage: usize| self.fits::<D>(&with(stage), budget).unwrap_or(false);
+        with(first(0, 3 * layers, |stage| !fits(stage + 1)))
+    }
+
+    /// What is needed, what is there, and which keys make it fit, those first that cost least.
+    fn refusal<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<String> {
+        let smallest = |wishes: &Wishes, limits: Limits| -> Result<Plans> {
+            let residency = residencies(wishes).pop().unwrap_or(Residency::ALL);
+            let gather = wishes.gather.unwrap_or(Gather::Collective);
+            self.sizes.cost::<D>(&Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), gather, residency, ..limits })
+        };
+        let cost = smallest(wishes, limits)?;
+        let needs = |cost: &Plans| (cost.device.total_bytes(), cost.host.total_bytes());
+        let fits = |cost: &Plans| needs(cost).0 <= budget.device && needs(cost).1 <= budget.host;
+        let mut keys = Vec::new();
+        let mut offer = |key: String, wishes: &Wishes, limits: Limits| -> Result<()> {
+            let cost = smallest(wishes, limits)?;
+            if fits(&cost) {
+                keys.push(format!(
+                    "{key} (needs {} of device and {} of host memory)",
+                    text(needs(&cost).0),
+                    text(needs(&cost).1)
+                ));
+            }
+            Ok(())
+        };
+        let free = Wishes { gather: wishes.gather, ..Wishes::default() };
+        if *wishes != free {
+            let key = "fsdp.offload_params, fsdp.resident_units, fsdp.activation_offload and fsdp.activation_checkpointing: auto";
+            offer(key.into(), &free, limits)?;
+        }
+        offer(
+            "fsdp.accumulation: micro_batch".into(),
+            wishes,
+            Limits { accumulation: Accumulation::MicroBatch, ..limits },
+        )?;
+        for (key, value) in [
+            ("training.gradient_accumulation_steps", limits.max_micro_batches),
+            ("training.per_device_train_batch_size", limits.max_tokens / limits.max_length.max(1)),
+            ("data.max_length", limits.max_length),
+        ] {
+            let mut smaller = value / 2;
+            while smaller > 0 && !fits(&smallest(wishes, reduced(limits, key, value, smaller))?) {
+                smaller /= 2;
+            }
+            if smaller > 0 {
+                offer(format!("{key}: {smaller}"), wishes, reduced(limits, key, value, smaller))?;
+            }
+        }
+        for (needed, there, memory, key) in [
+            (needs(&cost).0, budget.device, "device memory", "vram_budget"),
+            (needs(&cost).1, budget.host, "host memory", "host_budget"),
+        ] {
+            if needed > there {
+                keys.push(format!("{} more of {memory} (a larger machine, or fsdp.{key})", text(needed - there)));
+            }
+        }
+        keys.push("more ranks".into());
+        let table = |plan: &MemoryPlan| {
+            let owners = plan.by_owner().into_iter().take(6);
+            owners.map(|(name, bytes)| format!("{name} {}", text(bytes))).collect::<Vec<_>>().join(", ")
+        };
+        Ok(format!(
+            "a rank needs at least {} of device memory ({}) and may take {}; {} of host memory ({}) and may take {}. What would make \
+             it fit: {}",
+            text(needs(&cost).0),
+            table(&cost.device),
+            text(budget.device),
+            text(needs(&cost).1),
+            table(&cost.host),
+            text(budget.host),
+            keys.into_iter().take(3).collect::<Vec<_>>().join("; ")
+        ))
+    }
+}
+
+/// The limits where a key goes from `value` to `smaller`.
+fn reduced(limits: Limits, key: &str, value: usize, smaller: usize) -> Limits {
+    match key {
+        "training.gradient_accumulation_steps" => Limits { max_micro_batches: smaller, ..limits },
+        "data.max_length" => {
+            Limits { max_length: smaller, max_tokens: limits.max_tokens / value.max(1) * smaller, ..limits }
+        }
+        _ => Limits { max_tokens: limits.max_length * smaller, ..limits },
+    }
+}
+
+/// The first number from `from` to below `to` that has a property which all later ones have; `to` where none has.
+fn first(from: usize, to: usize, has: impl Fn(usize) -> bool) -> usize {
+    let (mut low, mut high) = (from, to);
+    while low < high {
+        let middle = (low + high) / 2;
+        if has(middle) { high = middle } else { low = middle + 1 }
+    }
+    low
+}
+
+/// Those that are possible.
+fn gathers(wishes: &Wishes) -> Vec<Gather> {
+    wishes.gather.map_or(vec![Gather::Collective, Gather::Host], |gather| vec![gather])
+}
+
+/// What streams, the least first: shards; boundaries; the adapter and its optimizer state.
+fn residencies(wishes: &Wishes) -> Vec<Residency> {
+    let all = Residency::ALL;
+    let streamed = Residency { units: 0, ..all };
+    let offloaded = Residency { boundary_buffers: 0, ..streamed };
+    let minimal = Residency { trainables: false, ..offloaded };
+    let mut residencies: Vec<Residency> = Vec::new();
+    for residency in [all, streamed, offloaded, minimal] {
+        let boundary_buffers = match wishes.offload_boundaries {
+            Some(true) => 0,
+            Some(false) => usize::MAX,
+            None => residency.boundary_buffers,
+        };
+        let residency = Residency {
+            units: wishes.units.unwrap_or(residency.units),
+            trainables: wishes.trainables.unwrap_or(residency.trainables),
+            boundary_buffers,
+        };
+        if residencies.last() != Some(&residency) {
+            residencies.push(residency);
+        }
+    }
+    residencies
+}
