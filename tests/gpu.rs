@@ -14,7 +14,8 @@ use fsdp_qlora::comm::cuda_queue::{CudaQueue, QueueOptions};
 use fsdp_qlora::comm::local;
 use fsdp_qlora::comm::mpi::{MpiComm, World};
 use fsdp_qlora::comm::{Delays, Gather, Groups, Position, barrier};
-use fsdp_qlora::device::cpu::Cpu;
+use fsdp_qlora::device::Device;
+use fsdp_qlora::device::cpu::{Cpu, HostRegion};
 use fsdp_qlora::device::cuda::{Cuda, libraries};
 use fsdp_qlora::fsdp::exec::Engine;
 use fsdp_qlora::fsdp::grads::Values;
@@ -303,17 +304,23 @@ fn as_a_stuck_rank() {
     train(&cuda, &|_| MpiComm::new(&world).unwrap().into_groups(2).unwrap(), &Options { delay, ..PLAIN }, 1);
 }
 
-#[test]
-fn a_rank_that_dies_ends_all() {
-    if gpu().is_none() {
-        return;
-    }
+/// A folder with a small model's config.json.
+fn shape() -> tempfile::TempDir {
     let shape = tempfile::tempdir().unwrap();
     let text = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 9000, "hidden_size": 512,
         "intermediate_size": 1408, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 2,
     });
     std::fs::write(shape.path().join("config.json"), text.to_string()).unwrap();
+    shape
+}
+
+#[test]
+fn a_rank_that_dies_ends_all() {
+    if gpu().is_none() {
+        return;
+    }
+    let shape = shape();
     for fault in ["abort:1:3", "panic:1:3"] {
         let mut command = Command::new(std::env::var("MPIEXEC").unwrap_or("mpirun".into()));
         command.args(["-np", "2"]).arg(program()).args(["bench", "step", "--seq", "128", "--steps", "1000"]);
@@ -325,5 +332,33 @@ fn a_rank_that_dies_ends_all() {
         assert!(!output.status.success() && stderr.contains("step 2"), "{fault}: {stderr}");
         println!("{fault}: all ranks gone {:.1} s after the start\n{stderr}", start.elapsed().as_secs_f64());
         assert!(start.elapsed() < Duration::from_secs(60), "{fault}: {:?}", start.elapsed());
+    }
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused_with_numbers() {
+    let Some(cuda) = gpu() else { return };
+    // The driver refuses to pin what is pinned already.
+    let pinned = cuda.pin(HostRegion::new(1 << 20).unwrap()).unwrap();
+    let error = cuda.pin(pinned).err().expect("pinned twice").to_string();
+    assert!(error.contains("cannot pin 1048576 bytes of host memory"), "{error}");
+    // Another process takes memory between the plan and the start.
+    let free = cuda.free_bytes().unwrap();
+    let taken = cuda.allocate(free / 2).unwrap();
+    let error = cuda.allocate(free - (256 << 20)).err().expect("half of it is taken").to_string();
+    assert!(error.contains(&format!("{} bytes of GPU memory are needed", free - (256 << 20))), "{error}");
+    drop(taken);
+    let shape = shape();
+    for (set, text) in [
+        ("fsdp.vram_budget=600MiB", "of device memory (a larger machine, or fsdp.vram_budget)"),
+        ("fsdp.host_budget=1MiB", "of host memory (a larger machine, or fsdp.host_budget)"),
+    ] {
+        let mut command = Command::new(program());
+        command
+            .args(["bench", "step", "--seq", "128", "--accum", "2", "--steps", "1", "--device", "cuda", "--set", set]);
+        command.args(["--set", "fsdp.offload_params=true", "--shape"]).arg(shape.path());
+        let stderr = String::from_utf8_lossy(&command.output().unwrap().stderr).into_owned();
+        assert!(stderr.contains("a rank needs at least") && stderr.contains(text), "{set}: {stderr}");
+        println!("{set}: {stderr}");
     }
 }

@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,7 +18,7 @@ use serde_json::{Map, Value, json};
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::comm::SharedBytes;
+use crate::comm::{ShardBytes, SharedBytes};
 use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
 
 use super::atomic;
@@ -101,14 +102,16 @@ impl ShardSpec {
         if !path.exists() {
             return Ok(Found::Missing);
         }
-        let file = Arc::new(map(&path)?);
-        Ok(match self.check(&file, shard) {
+        let file = File::open(&path).with_context(|| path.display().to_string())?;
+        let mapped = Arc::new(MappedFile { map: map(&path)?, file });
+        Ok(match self.check(&mapped, shard) {
             Ok(units) => Found::Valid(units),
             Err(reason) => Found::Invalid(format!("{}: {reason:#}", path.display())),
         })
     }
 
-    fn check(&self, file: &Arc<Mmap>, shard: usize) -> Result<Vec<SharedBytes>> {
+    fn check(&self, mapped: &Arc<MappedFile>, shard: usize) -> Result<Vec<SharedBytes>> {
+        let file = &mapped.map;
         let (header_bytes, header) = SafeTensors::read_metadata(file).context("damaged")?;
         let metadata = header.metadata().clone().unwrap_or_default();
         let checksums: Vec<u64> = metadata
@@ -131,7 +134,7 @@ impl ShardSpec {
         for (idx, (&bytes, &checksum)) in self.unit_bytes.iter().zip(&checksums).enumerate() {
             let range = begin..begin + bytes;
             ensure!(xxh3_64(&file[range.clone()]) == checksum, "damaged: the checksum of {} is wrong", unit_name(idx));
-            units.push(Arc::new(MappedUnit { file: file.clone(), range }) as SharedBytes);
+            units.push(Arc::new(MappedUnit { file: mapped.clone(), range }) as SharedBytes);
             begin += bytes;
         }
         Ok(units)
@@ -142,24 +145,32 @@ fn unit_name(idx: usize) -> String {
     format!("unit.{idx:05}")
 }
 
+struct MappedFile {
+    map: Mmap,
+    file: File,
+}
+
 /// One unit's bytes in a mapped shard file.
 struct MappedUnit {
-    file: Arc<Mmap>,
+    file: Arc<MappedFile>,
     range: Range<usize>,
 }
 
-impl Drop for MappedUnit {
-    /// What was copied to pinned memory need not stay resident here; the page cache may keep it.
-    fn drop(&mut self) {
+impl ShardBytes for MappedUnit {
+    /// Neither this process nor the page cache keeps them. That is advice: it may come to nothing.
+    fn let_go(&self) {
         let (begin, len) = (self.range.start, self.range.len());
         // SAFETY: the mapping is read-only and backed by the file: pages that are let go come back as they were.
-        let _ = unsafe { self.file.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, len) };
+        let _ = unsafe { self.file.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, len) };
+        let (begin, len) = (begin as libc::off_t, len as libc::off_t);
+        // SAFETY: the descriptor is open.
+        let _ = unsafe { libc::posix_fadvise(self.file.file.as_raw_fd(), begin, len, libc::POSIX_FADV_DONTNEED) };
     }
 }
 
 impl AsRef<[u8]> for MappedUnit {
     fn as_ref(&self) -> &[u8] {
-        &self.file[self.range.clone()]
+        &self.file.map[self.range.clone()]
     }
 }
 
@@ -213,7 +224,6 @@ impl<'a> ShardWriter<'a> {
 
 /// Free space of the file system that holds the file.
 fn free_bytes(file: &File) -> Result<u64> {
-    use std::os::fd::AsRawFd;
     // SAFETY: an all-zero statvfs is a valid value of this plain C struct.
     let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
     // SAFETY: the descriptor is open and `stat` is a valid place to write to.

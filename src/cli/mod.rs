@@ -11,7 +11,8 @@ mod train;
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::comm::mpi::World;
 use crate::train::log::Log;
@@ -112,6 +113,10 @@ impl Cli {
             Command::Eval(args) => eval::run(&cli, &args, &overrides),
             Command::Generate(args) => generate::run(&cli, &args, &overrides),
             Command::Plan(args) => {
+                if device != DeviceKind::Auto || ranks_per_gpu != 1 {
+                    let text = "plan computes nothing: --device and --ranks-per-gpu are not for it; --gpu and --world-size are";
+                    return Err(Cli::command().error(ErrorKind::ArgumentConflict, text).into());
+                }
                 if world.rank == 0 {
                     plan::run(&args, &overrides)?;
                 }

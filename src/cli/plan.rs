@@ -10,7 +10,7 @@ use serde_json::json;
 use crate::checkpoint::adapter::{self, AdapterSettings};
 use crate::checkpoint::{load, synthetic};
 use crate::comm::Gather;
-use crate::device::cuda::{CONTEXT_BYTES, Cuda, LIBRARY_BYTES, NCCL_BYTES};
+use crate::device::cuda::Cuda;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::memory::{Limits, Plans};
 use crate::fsdp::schedule::{Keep, Mode};
@@ -18,8 +18,9 @@ use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 use crate::model::lora::{LoraConfig, LoraLayout};
 use crate::model::names::Projection;
+use crate::plan::calibrate::{self, MeasuredRun, Ratios};
 use crate::plan::decide::{Budget, Wishes};
-use crate::plan::hardware::Hardware;
+use crate::plan::hardware::{Hardware, Reached};
 use crate::plan::memory::Sizes;
 use crate::plan::throughput::{Links, Timeline, Workload};
 use crate::plan::trace;
@@ -34,7 +35,7 @@ pub struct PlanArgs {
     #[arg(short, long, conflicts_with = "shape")]
     config: Option<PathBuf>,
     /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
-    #[arg(long, required_unless_present = "config")]
+    #[arg(long, required_unless_present_any = ["config", "compare"])]
     shape: Option<String>,
     /// With --shape: sequences of a micro-batch
     #[arg(long, conflicts_with = "config", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
@@ -51,6 +52,12 @@ pub struct PlanArgs {
     /// For each of these cards, the fewest of them in one node that can do it
     #[arg(long, conflicts_with_all = ["gpu", "world_size", "nodes", "trace", "json"])]
     sweep: bool,
+    /// Fits the shares of the card's rates that steps reach to these runs, lines of `bench step`
+    #[arg(long, value_name = "FILE", requires = "gpu")]
+    calibrate: Option<PathBuf>,
+    /// Compares predictions with these runs, lines of `bench step`
+    #[arg(long, value_name = "FILE", requires = "gpu", conflicts_with_all = ["config", "shape", "trace", "json"])]
+    compare: Option<PathBuf>,
     /// Ranks: GPUs of all nodes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     world_size: u32,
@@ -84,7 +91,15 @@ struct Job {
 pub fn run(args: &PlanArgs, overrides: &[String]) -> Result<()> {
     ensure!(args.network > 0.0, "--network: found {}, allowed: above 0", args.network);
     let Some(gpu) = &args.gpu else { return sweep(args, overrides) };
-    let (hardware, world_size) = (Hardware::named(gpu)?, args.world_size as usize);
+    let (mut hardware, world_size) = (Hardware::named(gpu)?, args.world_size as usize);
+    if let Some(path) = &args.calibrate {
+        hardware = calibrate::fit(&hardware, &measured(path)?).with_context(|| path.display().to_string())?;
+        let Reached { products, memory, .. } = hardware.reached;
+        eprintln!("calibrated: products reach {products:.3} of the card's rate, memory {memory:.3}");
+    }
+    if let Some(path) = &args.compare {
+        return compare(&hardware, &measured(path)?).with_context(|| path.display().to_string());
+    }
     ensure!(args.world_size.is_multiple_of(args.nodes), "--nodes: {world_size} ranks do not divide by {}", args.nodes);
     let report = Report::new(args, &hardware, world_size, overrides)?;
     if let Some(path) = &args.trace {
@@ -94,6 +109,22 @@ pub fn run(args: &PlanArgs, overrides: &[String]) -> Result<()> {
         report.json()
     } else {
         report.text()
+    }
+    Ok(())
+}
+
+fn measured(path: &Path) -> Result<Vec<MeasuredRun>> {
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    MeasuredRun::read(&text).with_context(|| path.display().to_string())
+}
+
+/// One line for each run: what was predicted over what was measured.
+fn compare(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<()> {
+    println!("predicted/measured: {:>5} {:>6} {:>5}", "time", "device", "host");
+    for run in runs {
+        let Ratios { time, device, host } = run.compare(hardware)?;
+        let device = device.map_or("-".to_string(), |ratio| format!("{ratio:.3}"));
+        println!("{:>25.3} {device:>6} {host:>5.3}  {}", time, run.name());
     }
     Ok(())
 }
@@ -112,7 +143,7 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
                 "{gpu:8} {:5} {:>12} {:>12} {:>10.0}",
                 report.world_size,
                 bytes(report.cost.device.total_bytes() + report.libraries),
-                bytes(report.cost.host.total_bytes() * report.world_size),
+                bytes((report.cost.host.total_bytes() + report.process) * report.world_size),
                 report.tokens_per_second()
             ),
             (None, Some(error)) => println!("{gpu:8} does not fit on 8: {error:#}"),
@@ -123,7 +154,7 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
 }
 
 fn budget(args: &PlanArgs, job: &Job, hardware: &Hardware, world_size: usize, libraries: usize) -> Budget {
-    let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.vram_bytes as usize);
+    let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.usable_bytes());
     let ranks_of_a_node = (world_size / args.nodes as usize) as f64;
     let host = args.host_gib.map_or(usize::MAX, |gib| (gib * f64::from(1 << 30) / ranks_of_a_node) as usize);
     Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
@@ -189,6 +220,8 @@ struct Report<'a> {
     limits: Limits,
     cost: Plans,
     libraries: usize,
+    /// Host memory of the process that is not pinned.
+    process: usize,
     timeline: Timeline,
 }
 
@@ -202,7 +235,7 @@ impl<'a> Report<'a> {
         let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
-        let libraries = CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 };
+        let libraries = hardware.library_bytes(world_size);
         let budget = budget(args, &job, hardware, world_size, libraries);
         let between_nodes = if args.nodes > 1 { args.network * 1e9 } else { hardware.peer_bytes_per_s };
         let in_a_node = num_shards <= world_size / args.nodes as usize;
@@ -216,7 +249,8 @@ impl<'a> Report<'a> {
         let limits = workload.decide::<Cuda<bf16>>(job.limits, &wishes, budget)?;
         let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
         let timeline = workload.predict(&limits);
-        Ok(Report { args, gpu: &hardware.name, world_size, job, limits, cost, libraries, timeline })
+        let process = hardware.process_bytes();
+        Ok(Report { args, gpu: &hardware.name, world_size, job, limits, cost, libraries, process, timeline })
     }
 
     fn tokens_per_second(&self) -> f64 {
@@ -229,7 +263,7 @@ impl<'a> Report<'a> {
     }
 
     fn json(&self) {
-        let Report { args, gpu, world_size, job, limits, cost, libraries, timeline } = self;
+        let Report { args, gpu, world_size, job, limits, cost, libraries, timeline, .. } = self;
         let owners = |plan: &crate::device::MemoryPlan| -> serde_json::Map<String, serde_json::Value> {
             plan.by_owner().into_iter().map(|(name, bytes)| (name, bytes.into())).collect()
         };
@@ -243,6 +277,7 @@ impl<'a> Report<'a> {
                 "trainables_on_device": limits.residency.trainables,
                 "libraries_bytes": libraries, "device": owners(&cost.device), "host": owners(&cost.host),
                 "device_bytes": cost.device.total_bytes() + libraries, "pinned_bytes": cost.host.total_bytes(),
+                "process_bytes": self.process,
                 "step_s": timeline.seconds, "tokens_per_second": self.tokens_per_second(),
                 "gather_wait_s": timeline.gather_wait, "copy_wait_s": timeline.copy_wait,
                 "fetched_bytes": timeline.fetched_bytes, "put_bytes": timeline.put_bytes,
@@ -252,7 +287,7 @@ impl<'a> Report<'a> {
     }
 
     fn text(&self) {
-        let Report { args, gpu, world_size, job, limits, cost, libraries, timeline } = self;
+        let Report { args, gpu, world_size, job, limits, cost, libraries, timeline, .. } = self;
         println!(
             "{} on {} x {}, {} node(s): {} micro-batches of {} tokens a rank and step",
             job.name, world_size, gpu, args.nodes, limits.max_micro_batches, limits.max_tokens
@@ -262,7 +297,11 @@ impl<'a> Report<'a> {
         for (name, n) in cost.device.by_owner() {
             println!("  {name:24} {:>10}", bytes(n));
         }
-        println!("\npinned host memory of a rank: {}", bytes(cost.host.total_bytes()));
+        println!(
+            "\npinned host memory of a rank, besides {} of its process: {}",
+            bytes(self.process),
+            bytes(cost.host.total_bytes())
+        );
         for (name, n) in cost.host.by_owner() {
             println!("  {name:24} {:>10}", bytes(n));
         }

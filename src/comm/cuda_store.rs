@@ -55,7 +55,7 @@ pub fn store<A: HalfType>(
     let mut units = Vec::new();
     for (i, shard) in shards.into_iter().enumerate() {
         let (expected, shard) = (shard.bytes, (shard.read)()?);
-        let bytes: &[u8] = (*shard).as_ref();
+        let bytes = (*shard).as_ref();
         ensure!(bytes.len() == expected, "shard {i} has {} bytes, expected {expected}", bytes.len());
         units.push(match (resident[i], gather) {
             (true, Gather::Collective) => {
@@ -81,6 +81,7 @@ pub fn store<A: HalfType>(
                 }
             }
         });
+        shard.let_go();
     }
     // Nobody reads what another rank has not written yet.
     barrier(comm)?;

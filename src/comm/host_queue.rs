@@ -146,6 +146,7 @@ impl Queue<Cpu> for HostQueue {
             let carve = |arena: &mut Arena<Cpu>| arena.carve::<u8>(&format!("shards/{i}"), expected);
             let mut all = arenas.iter_mut().map(carve).collect::<Result<Vec<_>>>()?;
             all[own].view_mut().host_mut().copy_from_slice((*shard).as_ref());
+            shard.let_go();
             Ok(Stored::Node(Arc::new(all)))
         });
         let units = units.collect::<Result<_>>()?;

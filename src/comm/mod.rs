@@ -87,8 +87,16 @@ pub fn timeout() -> Result<Duration> {
     Ok(Duration::from_secs(seconds))
 }
 
-/// Bytes of a shard that stay valid while a collective reads them: a range of a mapped shard file.
-pub type SharedBytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+/// Bytes of a shard, a range of a mapped shard file.
+pub trait ShardBytes: AsRef<[u8]> + Send + Sync {
+    /// They have been copied: nothing of them need stay in memory.
+    fn let_go(&self) {}
+}
+
+impl ShardBytes for Vec<u8> {}
+
+/// Bytes of a shard that stay valid while a collective reads them.
+pub type SharedBytes = Arc<dyn ShardBytes>;
 
 /// A shard that is read, or made, when it is stored: no two need be in memory at a time.
 pub struct ShardSource {

@@ -2,6 +2,8 @@
 
 use anyhow::{Context, Result};
 
+use crate::device::cuda::{CONTEXT_BYTES, LIBRARY_BYTES, NCCL_BYTES};
+
 /// Rates of one GPU and of what connects it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hardware {
@@ -66,6 +68,32 @@ impl Hardware {
             peer_bytes_per_s: peer * 1e9,
             reached: REACHED,
         })
+    }
+
+    /// What each of several ranks has of a GPU that they share.
+    pub fn shared_by(&self, ranks: usize) -> Hardware {
+        let ranks = ranks as f64;
+        Hardware {
+            matrix_flops: self.matrix_flops / ranks,
+            memory_bytes_per_s: self.memory_bytes_per_s / ranks,
+            host_bytes_per_s: self.host_bytes_per_s / ranks,
+            ..self.clone()
+        }
+    }
+
+    /// What driver and libraries take of a rank's GPU.
+    pub fn library_bytes(&self, world_size: usize) -> usize {
+        CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 }
+    }
+
+    /// What a rank's process takes of host memory besides what is pinned: libraries, tables, files.
+    pub fn process_bytes(&self) -> usize {
+        1280 << 20
+    }
+
+    /// What the driver leaves of the card to programs.
+    pub fn usable_bytes(&self) -> usize {
+        (self.vram_bytes * 0.98) as usize
     }
 
     /// What comes nearest to a GPU of this name, e.g. `NVIDIA GeForce RTX 4090`; it orders choices, no more.

@@ -61,7 +61,16 @@ impl MetricsFile {
 
 /// Largest resident memory of this process so far (VmHWM), in bytes; 0 where /proc does not tell.
 pub fn peak_host_bytes() -> usize {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
-    line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<usize>().ok()).unwrap_or(0) * 1024
+    kib_of("/proc/self/status", "VmHWM:") * 1024
+}
+
+/// Resident memory of this process now, its share of what it shares with others (Pss), in bytes; 0 where /proc does not tell.
+pub fn pss_bytes() -> usize {
+    kib_of("/proc/self/smaps_rollup", "Pss:") * 1024
+}
+
+fn kib_of(path: &str, name: &str) -> usize {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix(name));
+    line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
 }

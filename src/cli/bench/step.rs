@@ -23,7 +23,7 @@ use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
 use crate::recipe;
 use crate::train::fault;
-use crate::train::metrics::peak_host_bytes;
+use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
 use super::super::start::{Placement, Start, Work};
@@ -139,15 +139,22 @@ impl Work for Steps<'_> {
         if let Some(path) = args.trace.as_deref().filter(|_| start.log.enabled) {
             trace::write(path, engine.spans())?;
         }
+        let pss_bytes = engine.queue.all_reduce_f64("host memory", &[pss_bytes() as f64])?[0];
         if start.log.enabled {
-            println!("{}", self.report(&engine, &records, &losses));
+            println!("{}", self.report(&engine, &records, &losses, pss_bytes));
         }
         Ok(())
     }
 }
 
 impl Steps<'_> {
-    fn report<D: Ops, Q: Queue<D>>(&self, engine: &Engine<D, Q>, records: &[StepRecord], losses: &[f64]) -> Value {
+    fn report<D: Ops, Q: Queue<D>>(
+        &self,
+        engine: &Engine<D, Q>,
+        records: &[StepRecord],
+        losses: &[f64],
+        pss_bytes: f64,
+    ) -> Value {
         let Steps { start, args, matrix_rate } = self;
         let (config, world_size) = (engine.config(), start.world.world_size);
         let median = |of: fn(&StepRecord) -> f64| {
@@ -168,7 +175,8 @@ impl Steps<'_> {
         };
         json!({
             "shape": args.shape, "layers": config.num_hidden_layers, "micro_batch": args.micro_batch,
-            "seq": args.seq, "accum": args.accum, "world_size": world_size, "dropout": args.dropout,
+            "seq": args.seq, "accum": args.accum, "world_size": world_size,
+            "ranks_per_gpu": start.ranks_per_gpu, "dropout": args.dropout,
             "num_shards": engine.queue.position().num_shards, "accumulation": limits.accumulation.word(),
             "gather": limits.gather.word(), "keep": limits.keep.clamped(num_layers), "residency": residency,
             "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),
@@ -181,6 +189,7 @@ impl Steps<'_> {
             "device_bytes": engine.plan().device.total_bytes() + engine.queue.device_bytes(),
             "pinned_bytes": engine.plan().host.total_bytes() + engine.queue.host_bytes(),
             "peak_host_bytes": peak_host_bytes(),
+            "pss_bytes_of_all_ranks": pss_bytes,
             "losses": losses,
         })
     }

@@ -39,7 +39,9 @@ impl Pin {
         context.bind_to_thread().map_err(|e| anyhow!("GPU: {e}"))?;
         // SAFETY: the range is that of a mapping without a file on disk, which outlives the pin (`HostRegion`).
         let status = unsafe { sys::cuMemHostRegister_v2(addr as *mut c_void, bytes, 0) };
-        status.result().map_err(|e| anyhow!("the driver cannot pin {bytes} bytes of host memory: {e}"))?;
+        status.result().map_err(|e| {
+            anyhow!("the driver cannot pin {bytes} bytes of host memory: {e}; fsdp.host_budget says how many it may be")
+        })?;
         Ok(Pin { addr, context: context.clone() })
     }
 }

@@ -1,0 +1,185 @@
+//! Predictions against runs that were measured: how far off they are, and which shares of a card's rates explain the runs best.
+
+use anyhow::{Context, Result, anyhow};
+use serde::Deserialize;
+
+use crate::checkpoint::synthetic;
+use crate::device::cuda::Cuda;
+use crate::fsdp::memory::{Limits, Residency};
+use crate::fsdp::schedule::{Keep, Mode};
+use crate::model::layer::LayerLora;
+use crate::model::lora::{LoraConfig, LoraLayout};
+use crate::model::names::Projection;
+use crate::model::shapes;
+
+use super::hardware::Hardware;
+use super::memory::Sizes;
+use super::throughput::{Links, Workload};
+
+/// A run of `bench step`: what it printed, and what was seen from outside, where that was.
+#[derive(Clone, Debug, Deserialize)]
+pub struct MeasuredRun {
+    shape: String,
+    layers: usize,
+    micro_batch: usize,
+    seq: usize,
+    accum: usize,
+    world_size: usize,
+    ranks_per_gpu: usize,
+    num_shards: usize,
+    dropout: f32,
+    accumulation: String,
+    gather: String,
+    keep: Keep,
+    residency: Residency,
+    step_ms: f64,
+    pss_bytes_of_all_ranks: f64,
+    /// Peak of NVML, in MiB for one rank.
+    nvml_mib: Option<f64>,
+    /// Between the ranks, where that is not what connects such cards.
+    link_gb_per_s: Option<f64>,
+}
+
+/// What was predicted for a run, in bytes of a rank and seconds.
+#[derive(Clone, Copy, Debug)]
+pub struct Prediction {
+    pub device_bytes: usize,
+    pub host_bytes: usize,
+    pub seconds: f64,
+}
+
+/// A prediction over what was measured.
+#[derive(Clone, Copy, Debug)]
+pub struct Ratios {
+    pub time: f64,
+    pub device: Option<f64>,
+    pub host: f64,
+}
+
+impl MeasuredRun {
+    /// Runs from lines of JSON.
+    pub fn read(text: &str) -> Result<Vec<MeasuredRun>> {
+        let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+        lines.map(|(i, line)| serde_json::from_str(line).with_context(|| format!("line {}", i + 1))).collect()
+    }
+
+    pub fn predict(&self, hardware: &Hardware) -> Result<Prediction> {
+        let hardware = &hardware.shared_by(self.ranks_per_gpu);
+        let config = shapes::named(&self.shape, Some(self.layers))?;
+        let layouts = synthetic::layouts(&config, self.num_shards)?;
+        let targets = Projection::ALL.to_vec();
+        let lora = LoraConfig { lora_rank: 16, scale: 1.0, dropout: self.dropout, targets };
+        let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
+        let world_size = self.world_size;
+        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
+        let link = self.link_gb_per_s.map_or(hardware.peer_bytes_per_s, |rate| rate * 1e9);
+        let links = Links { shards_bytes_per_s: link, replicas_bytes_per_s: link };
+        let limits = Limits {
+            max_length: self.seq,
+            accumulation: self.accumulation.parse().map_err(|()| anyhow!("accumulation: {}", self.accumulation))?,
+            gather: self.gather.parse().map_err(|()| anyhow!("gather: {}", self.gather))?,
+            keep: self.keep,
+            residency: self.residency,
+            ..Limits::new(Mode::Train, self.micro_batch * self.seq, self.accum)
+        };
+        let cost = sizes.cost::<Cuda<half::bf16>>(&limits)?;
+        Ok(Prediction {
+            device_bytes: cost.device.total_bytes() + hardware.library_bytes(world_size),
+            host_bytes: cost.host.total_bytes() + hardware.process_bytes(),
+            seconds: Workload { sizes, hardware, links }.predict(&limits).seconds,
+        })
+    }
+
+    pub fn compare(&self, hardware: &Hardware) -> Result<Ratios> {
+        let Prediction { device_bytes, host_bytes, seconds } = self.predict(hardware)?;
+        Ok(Ratios {
+            time: seconds / (self.step_ms * 1e-3),
+            device: self.nvml_mib.map(|mib| device_bytes as f64 / (mib * f64::from(1 << 20))),
+            host: (host_bytes * self.world_size) as f64 / self.pss_bytes_of_all_ranks,
+        })
+    }
+
+    /// What it was, in a few words.
+    pub fn name(&self) -> String {
+        let MeasuredRun { shape, layers, micro_batch, seq, accum, world_size, gather, keep, residency, .. } = self;
+        format!(
+            "{shape} {layers} layers, {world_size} x {accum} x {micro_batch} x {seq}, {gather}, {} units, {} boundaries, keeps {}/{}/{}",
+            residency.units, residency.boundary_buffers, keep.attention, keep.mlp, keep.rest
+        )
+    }
+}
+
+/// The hardware whose shares of its rates for products and memory explain the times of the runs best: least squares of the
+/// logarithms, by steps that become smaller.
+pub fn fit(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<Hardware> {
+    let error = |hardware: &Hardware| -> Result<f64> {
+        let ratios = runs.iter().map(|run| Ok(run.compare(hardware)?.time.ln().powi(2)));
+        ratios.sum()
+    };
+    let (mut best, mut least, mut step) = (hardware.clone(), error(hardware)?, 1.2f64);
+    while step > 1.0005 {
+        let mut better = None;
+        let factors = [1.0 / step, 1.0, step];
+        for (products, memory) in factors.into_iter().flat_map(|p| factors.map(|m| (p, m))) {
+            let mut tried = best.clone();
+            tried.reached.products *= products;
+            tried.reached.memory *= memory;
+            let found = error(&tried)?;
+            if found < better.as_ref().map_or(least, |(error, _)| *error) {
+                better = Some((found, tried));
+            }
+        }
+        match better {
+            Some((error, hardware)) => (least, best) = (error, hardware),
+            None => step = step.sqrt(),
+        }
+    }
+    Ok(best)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Runs whose times are the predictions of `hardware`.
+    fn runs(hardware: &Hardware) -> Vec<MeasuredRun> {
+        let run = |shape: &str, layers: usize, seq: usize, keep: Keep| {
+            let mut run = MeasuredRun {
+                shape: shape.into(),
+                layers,
+                micro_batch: 1,
+                seq,
+                accum: 2,
+                world_size: 1,
+                ranks_per_gpu: 1,
+                num_shards: 1,
+                dropout: 0.05,
+                accumulation: "layer".into(),
+                gather: "nccl".into(),
+                keep,
+                residency: Residency::ALL,
+                step_ms: 1.0,
+                pss_bytes_of_all_ranks: 1.0,
+                nvml_mib: None,
+                link_gb_per_s: None,
+            };
+            run.step_ms = 1e3 * run.predict(hardware).unwrap().seconds;
+            run
+        };
+        vec![run("llama-3.1-8b", 4, 512, Keep::EVERYTHING), run("llama-3.1-70b", 4, 1024, Keep::NOTHING)]
+    }
+
+    #[test]
+    fn a_fit_finds_the_shares_that_made_the_runs() {
+        let mut truth = Hardware::named("h100").unwrap();
+        (truth.reached.products, truth.reached.memory) = (0.8, 0.7);
+        let found = fit(&Hardware::named("h100").unwrap(), &runs(&truth)).unwrap().reached;
+        assert!((found.products / 0.8 - 1.0).abs() < 0.02 && (found.memory / 0.7 - 1.0).abs() < 0.02, "{found:?}");
+    }
+
+    #[test]
+    fn lines_are_those_of_bench_step() {
+        let error = MeasuredRun::read("\n{\"shape\": 1}").unwrap_err();
+        assert!(format!("{error:#}").starts_with("line 2: "), "{error:#}");
+    }
+}
