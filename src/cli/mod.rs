@@ -113,12 +113,12 @@ impl Cli {
             Command::Eval(args) => eval::run(&cli, &args, &overrides),
             Command::Generate(args) => generate::run(&cli, &args, &overrides),
             Command::Plan(args) => {
-                if device != DeviceKind::Auto || ranks_per_gpu != 1 {
-                    let text = "plan computes nothing: --device and --ranks-per-gpu are not for it; --gpu and --world-size are";
+                if device != DeviceKind::Auto {
+                    let text = "plan computes nothing: --device is not for it; --gpu is";
                     return Err(Cli::command().error(ErrorKind::ArgumentConflict, text).into());
                 }
                 if world.rank == 0 {
-                    plan::run(&args, &overrides)?;
+                    plan::run(&args, ranks_per_gpu as usize, &overrides)?;
                 }
                 Ok(())
             }

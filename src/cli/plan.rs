@@ -37,6 +37,9 @@ pub struct PlanArgs {
     /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
     #[arg(long, required_unless_present_any = ["config", "compare"])]
     shape: Option<String>,
+    /// With --shape: fewer layers than it has
+    #[arg(long, conflicts_with = "config")]
+    layers: Option<usize>,
     /// With --shape: sequences of a micro-batch
     #[arg(long, conflicts_with = "config", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     micro_batch: u32,
@@ -88,20 +91,23 @@ struct Job {
 }
 
 /// Decides and predicts; `overrides` are those of `--set`.
-pub fn run(args: &PlanArgs, overrides: &[String]) -> Result<()> {
+pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Result<()> {
     ensure!(args.network > 0.0, "--network: found {}, allowed: above 0", args.network);
     let Some(gpu) = &args.gpu else { return sweep(args, overrides) };
     let (mut hardware, world_size) = (Hardware::named(gpu)?, args.world_size as usize);
     if let Some(path) = &args.calibrate {
         hardware = calibrate::fit(&hardware, &measured(path)?).with_context(|| path.display().to_string())?;
-        let Reached { products, memory, .. } = hardware.reached;
-        eprintln!("calibrated: products reach {products:.3} of the card's rate, memory {memory:.3}");
+        let Reached { products, memory, kernel_seconds, .. } = hardware.reached;
+        eprintln!(
+            "calibrated: products reach {products:.3} of the card's rate, memory {memory:.3}; a kernel takes at least {:.1} us",
+            kernel_seconds * 1e6
+        );
     }
     if let Some(path) = &args.compare {
         return compare(&hardware, &measured(path)?).with_context(|| path.display().to_string());
     }
     ensure!(args.world_size.is_multiple_of(args.nodes), "--nodes: {world_size} ranks do not divide by {}", args.nodes);
-    let report = Report::new(args, &hardware, world_size, overrides)?;
+    let report = Report::new(args, &hardware, (world_size, ranks_per_gpu), overrides)?;
     if let Some(path) = &args.trace {
         trace::write(path, &report.timeline.spans)?;
     }
@@ -136,7 +142,7 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
         let hardware = Hardware::named(gpu)?;
         let mut last = None;
         let fitting = [1, 2, 4, 8].into_iter().find_map(|world_size| {
-            Report::new(args, &hardware, world_size, overrides).map_err(|error| last = Some(error)).ok()
+            Report::new(args, &hardware, (world_size, 1), overrides).map_err(|error| last = Some(error)).ok()
         });
         match (fitting, last) {
             (Some(report), _) => println!(
@@ -153,8 +159,14 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
     Ok(())
 }
 
-fn budget(args: &PlanArgs, job: &Job, hardware: &Hardware, world_size: usize, libraries: usize) -> Budget {
-    let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.usable_bytes());
+fn budget(
+    args: &PlanArgs,
+    job: &Job,
+    hardware: &Hardware,
+    (world_size, ranks_per_gpu): (usize, usize),
+    libraries: usize,
+) -> Budget {
+    let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.usable_bytes() / ranks_per_gpu);
     let ranks_of_a_node = (world_size / args.nodes as usize) as f64;
     let host = args.host_gib.map_or(usize::MAX, |gib| (gib * f64::from(1 << 30) / ranks_of_a_node) as usize);
     Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
@@ -200,7 +212,7 @@ fn from_recipe(args: &PlanArgs, path: &Path, overrides: &[String], world_size: u
 
 fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: usize) -> Result<Job> {
     let fsdp = recipe::for_bench(overrides)?.fsdp;
-    let config = super::bench::shape(shape, None)?;
+    let config = super::bench::shape(shape, args.layers)?;
     let num_shards = num_shards(args, &fsdp, world_size);
     Ok(Job {
         name: shape.to_string(),
@@ -226,7 +238,12 @@ struct Report<'a> {
 }
 
 impl<'a> Report<'a> {
-    fn new(args: &'a PlanArgs, hardware: &'a Hardware, world_size: usize, overrides: &[String]) -> Result<Self> {
+    fn new(
+        args: &'a PlanArgs,
+        hardware: &'a Hardware,
+        (world_size, ranks_per_gpu): (usize, usize),
+        overrides: &[String],
+    ) -> Result<Self> {
         let job = match (&args.config, &args.shape) {
             (Some(recipe), _) => from_recipe(args, recipe, overrides, world_size)?,
             (None, Some(shape)) => from_shape(args, shape, overrides, world_size)?,
@@ -236,20 +253,21 @@ impl<'a> Report<'a> {
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
         let libraries = hardware.library_bytes(world_size);
-        let budget = budget(args, &job, hardware, world_size, libraries);
-        let between_nodes = if args.nodes > 1 { args.network * 1e9 } else { hardware.peer_bytes_per_s };
+        let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), libraries);
+        let shared = hardware.shared_by(ranks_per_gpu);
+        let between_nodes = if args.nodes > 1 { args.network * 1e9 } else { shared.peer_bytes_per_s };
         let in_a_node = num_shards <= world_size / args.nodes as usize;
         let links = Links {
-            shards_bytes_per_s: if in_a_node { hardware.peer_bytes_per_s } else { between_nodes },
+            shards_bytes_per_s: if in_a_node { shared.peer_bytes_per_s } else { between_nodes },
             replicas_bytes_per_s: between_nodes,
         };
-        let workload = Workload { sizes, hardware, links };
+        let workload = Workload { sizes, hardware: &shared, links };
         let gather = if num_shards > 1 && in_a_node { job.fsdp.gather } else { Some(Gather::Collective) };
         let wishes = Wishes { gather, ..wishes(&job.fsdp) };
         let limits = workload.decide::<Cuda<bf16>>(job.limits, &wishes, budget)?;
         let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
         let timeline = workload.predict(&limits);
-        let process = hardware.process_bytes();
+        let process = hardware.process_bytes(cost.device.total_bytes(), &limits, &job.config);
         Ok(Report { args, gpu: &hardware.name, world_size, job, limits, cost, libraries, process, timeline })
     }
 

@@ -12,7 +12,7 @@ use crate::model::lora::{LoraConfig, LoraLayout};
 use crate::model::names::Projection;
 use crate::model::shapes;
 
-use super::hardware::Hardware;
+use super::hardware::{Hardware, Reached};
 use super::memory::Sizes;
 use super::throughput::{Links, Workload};
 
@@ -85,7 +85,7 @@ impl MeasuredRun {
         let cost = sizes.cost::<Cuda<half::bf16>>(&limits)?;
         Ok(Prediction {
             device_bytes: cost.device.total_bytes() + hardware.library_bytes(world_size),
-            host_bytes: cost.host.total_bytes() + hardware.process_bytes(),
+            host_bytes: cost.host.total_bytes() + hardware.process_bytes(cost.device.total_bytes(), &limits, &config),
             seconds: Workload { sizes, hardware, links }.predict(&limits).seconds,
         })
     }
@@ -109,24 +109,34 @@ impl MeasuredRun {
     }
 }
 
-/// The hardware whose shares of its rates for products and memory explain the times of the runs best: least squares of the
-/// logarithms, by steps that become smaller.
+/// How much a run's error weighs against a share that leaves what was known before.
+const TRUST: f64 = 100.0;
+
+/// The hardware whose shares of its rates explain the times of the runs best: least squares of logarithms, also of what the shares
+/// were before, as few runs do not tell them apart; by steps that become smaller.
 pub fn fit(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<Hardware> {
+    let before = hardware.reached;
     let error = |hardware: &Hardware| -> Result<f64> {
-        let ratios = runs.iter().map(|run| Ok(run.compare(hardware)?.time.ln().powi(2)));
-        ratios.sum()
+        let Reached { products, memory, kernel_seconds, .. } = hardware.reached;
+        let moved = [products / before.products, memory / before.memory, kernel_seconds / before.kernel_seconds];
+        let moved: f64 = moved.iter().map(|ratio| ratio.ln().powi(2)).sum();
+        let errors = runs.iter().map(|run| Ok(run.compare(hardware)?.time.ln().powi(2)));
+        Ok(moved + TRUST * errors.sum::<Result<f64>>()?)
     };
     let (mut best, mut least, mut step) = (hardware.clone(), error(hardware)?, 1.2f64);
     while step > 1.0005 {
         let mut better = None;
         let factors = [1.0 / step, 1.0, step];
         for (products, memory) in factors.into_iter().flat_map(|p| factors.map(|m| (p, m))) {
-            let mut tried = best.clone();
-            tried.reached.products *= products;
-            tried.reached.memory *= memory;
-            let found = error(&tried)?;
-            if found < better.as_ref().map_or(least, |(error, _)| *error) {
-                better = Some((found, tried));
+            for kernel in factors {
+                let mut tried = best.clone();
+                tried.reached.products *= products;
+                tried.reached.memory *= memory;
+                tried.reached.kernel_seconds *= kernel;
+                let found = error(&tried)?;
+                if found < better.as_ref().map_or(least, |(error, _)| *error) {
+                    better = Some((found, tried));
+                }
             }
         }
         match better {
@@ -170,11 +180,17 @@ mod tests {
     }
 
     #[test]
-    fn a_fit_finds_the_shares_that_made_the_runs() {
+    fn a_fit_explains_the_runs() {
         let mut truth = Hardware::named("h100").unwrap();
-        (truth.reached.products, truth.reached.memory) = (0.8, 0.7);
-        let found = fit(&Hardware::named("h100").unwrap(), &runs(&truth)).unwrap().reached;
-        assert!((found.products / 0.8 - 1.0).abs() < 0.02 && (found.memory / 0.7 - 1.0).abs() < 0.02, "{found:?}");
+        truth.reached =
+            Reached { products: 0.8, memory: 0.4, kernel_seconds: 1.5 * truth.reached.kernel_seconds, ..truth.reached };
+        let (before, runs) = (Hardware::named("h100").unwrap(), runs(&truth));
+        let fitted = fit(&before, &runs).unwrap();
+        for run in &runs {
+            let error = |hardware: &Hardware| (run.compare(hardware).unwrap().time - 1.0).abs();
+            assert!(error(&before) > 0.15 && error(&fitted) < 0.02, "{} and {}", error(&before), error(&fitted));
+        }
+        assert!(fitted.reached.products < before.reached.products && fitted.reached.memory < before.reached.memory);
     }
 
     #[test]

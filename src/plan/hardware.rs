@@ -3,6 +3,8 @@
 use anyhow::{Context, Result};
 
 use crate::device::cuda::{CONTEXT_BYTES, LIBRARY_BYTES, NCCL_BYTES};
+use crate::fsdp::memory::Limits;
+use crate::model::config::ModelConfig;
 
 /// Rates of one GPU and of what connects it.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,10 +28,22 @@ pub struct Reached {
     pub memory: f64,
     pub attention_forward: f64,
     pub attention_backward: f64,
+    /// Between one kernel's end and the next one's full speed.
+    pub kernel_seconds: f64,
 }
 
 /// Products and attention measured with `bench kernels` on an H100 (2026-11-25), memory fitted to steps of benches/results.md.
-const REACHED: Reached = Reached { products: 0.95, memory: 0.56, attention_forward: 0.19, attention_backward: 0.126 };
+const REACHED: Reached =
+    Reached { products: 1.1, memory: 0.5, attention_forward: 0.19, attention_backward: 0.126, kernel_seconds: 1.0e-5 };
+
+/// Of a process with CUDA's libraries; what the driver takes for each byte of device memory; rows of the embedding table that are in
+/// use. Seen on an H100 (2026-11-25).
+const PROCESS_BYTES: usize = 536_000_000;
+const PER_DEVICE_BYTE: f64 = 0.0075;
+const PAGED_IN_ROWS: usize = 4096;
+
+/// NCCL between two processes of a machine through its network stack.
+const SOCKET_BYTES_PER_S: f64 = 0.85e9;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -70,13 +84,15 @@ impl Hardware {
         })
     }
 
-    /// What each of several ranks has of a GPU that they share.
+    /// What each of several ranks has of a GPU that they share. NCCL then goes through sockets.
     pub fn shared_by(&self, ranks: usize) -> Hardware {
+        let peer_bytes_per_s = if ranks > 1 { SOCKET_BYTES_PER_S } else { self.peer_bytes_per_s };
         let ranks = ranks as f64;
         Hardware {
             matrix_flops: self.matrix_flops / ranks,
             memory_bytes_per_s: self.memory_bytes_per_s / ranks,
             host_bytes_per_s: self.host_bytes_per_s / ranks,
+            peer_bytes_per_s,
             ..self.clone()
         }
     }
@@ -87,8 +103,9 @@ impl Hardware {
     }
 
     /// What a rank's process takes of host memory besides what is pinned: libraries, tables, files.
-    pub fn process_bytes(&self) -> usize {
-        1280 << 20
+    pub fn process_bytes(&self, device_bytes: usize, limits: &Limits, config: &ModelConfig) -> usize {
+        let embeddings = (PAGED_IN_ROWS + limits.max_tokens) * config.hidden_size * size_of::<f32>();
+        PROCESS_BYTES + embeddings + (PER_DEVICE_BYTE * device_bytes as f64) as usize
     }
 
     /// What the driver leaves of the card to programs.

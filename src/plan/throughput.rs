@@ -17,8 +17,6 @@ use super::memory::Sizes;
 const HOST_UPDATE_BYTES_PER_S: f64 = 20e9;
 /// From pageable memory, rows of the embedding.
 const PAGEABLE_BYTES_PER_S: f64 = 6e9;
-/// Starting a kernel, and how many each part of a layer starts.
-const LAUNCH_SECONDS: f64 = 4e-6;
 /// Bytes of an activation.
 const ACT: f64 = 2.0;
 
@@ -164,7 +162,7 @@ impl Workload<'_> {
             2.0 * tokens * load.weights / matrix
                 + 2.0 * scores / (hw.matrix_flops * reached.attention_forward)
                 + moved(load.elements)
-                + load.launches * LAUNCH_SECONDS
+                + load.launches * reached.kernel_seconds
         };
         match *action {
             Action::Dequantize { unit, .. } => self.dequantize_seconds(unit),
@@ -178,7 +176,7 @@ impl Workload<'_> {
                 2.0 * tokens * self.layer_weights() / matrix
                     + 5.0 * attention / (hw.matrix_flops * reached.attention_backward)
                     + moved(self.backward_elements())
-                    + 57.0 * LAUNCH_SECONDS
+                    + 57.0 * reached.kernel_seconds
             }
             Action::HeadPiece { piece, .. } => {
                 let rows = head_piece_rows(self.sizes.config, piece).len() as f64;
