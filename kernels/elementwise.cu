@@ -39,18 +39,19 @@ extern "C" __global__ void sum_parts(float *sum, const float *parts, u64 len, u3
     }
 }
 
-// sum = Σ x² in f64, by one block of 1024 threads: always the same order.
-extern "C" __global__ void sum_of_squares(double *sum, const float *x, u64 len) {
+// sums[block] = Σ x² of the block's part, in f64, by 1024 threads: always the same order.
+extern "C" __global__ void sum_of_squares(double *sums, const float *x, u64 len) {
     __shared__ double partial[1024];
+    u64 part = (len + gridDim.x - 1) / gridDim.x, end = min(len, (blockIdx.x + 1) * part);
     double own = 0.0;
-    for (u64 i = threadIdx.x; i < len; i += blockDim.x) own += (double)x[i] * (double)x[i];
+    for (u64 i = blockIdx.x * part + threadIdx.x; i < end; i += blockDim.x) own += (double)x[i] * (double)x[i];
     partial[threadIdx.x] = own;
     __syncthreads();
     for (int half = 512; half > 0; half /= 2) {
         if ((int)threadIdx.x < half) partial[threadIdx.x] += partial[threadIdx.x + half];
         __syncthreads();
     }
-    if (threadIdx.x == 0) *sum = partial[0];
+    if (threadIdx.x == 0) sums[blockIdx.x] = partial[0];
 }
 
 // Keeps a stream busy for some time: what should have been waited for shows.

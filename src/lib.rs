@@ -44,7 +44,7 @@
 //!
 //! - A shard never cuts a record ([`quant::record`]), so any part of a tensor can be dequantized by itself.
 //! - A buffer that a collective fills belongs to the queue until it is waited for: nobody can read it. Slots are NaN in
-//!   every byte from the start of a gather on.
+//!   every byte until a gather fills them.
 //! - All device memory is carved at start, by name, from a plan ([`device::arena`]); the loop allocates none.
 //! - Random numbers depend on seed, step, sample, position, layer, module and feature: never on ranks or packing.
 //! - Reductions over ranks are sums in rank order. Layer- or micro-batch-major, recomputed or kept, sharded or not, resident or

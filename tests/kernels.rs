@@ -4,6 +4,7 @@
 
 use std::sync::{Mutex, MutexGuard};
 
+use bytemuck::Zeroable;
 use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::device::cuda::{Cuda, HalfType, compile, libraries};
 use fsdp_qlora::device::ops::*;
@@ -140,7 +141,9 @@ fn put<D: Device, T: Element>(device: &D, values: &[T]) -> Buffer<D, T> {
 
 fn put_act<D: Ops>(device: &D, values: &[f32]) -> Buffer<D, D::Act> {
     let mut buffer = buffer(device, values.len());
-    device.upload_activations(buffer.view_mut(), values).unwrap();
+    let mut rounded = vec![D::Act::zeroed(); values.len()];
+    D::round(&mut rounded, values);
+    device.upload(buffer.view_mut(), &rounded).unwrap();
     buffer
 }
 

@@ -252,7 +252,7 @@ impl<'a> Report<'a> {
         let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
-        let libraries = hardware.library_bytes(world_size);
+        let libraries = hardware.library_bytes(world_size, ranks_per_gpu);
         let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), libraries);
         let shared = hardware.shared_by(ranks_per_gpu);
         let between_nodes = if args.nodes > 1 { args.network * 1e9 } else { shared.peer_bytes_per_s };

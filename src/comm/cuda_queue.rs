@@ -194,9 +194,11 @@ impl<A: HalfType> CudaQueue<A> {
         marks: &mut Marks,
     ) -> Result<Lane> {
         let (len, delays, position) = (shard.len(), &self.delays, self.position());
-        let mut whole = whole.first_mut(len * position.num_shards);
+        let gathered = len * position.num_shards;
+        let mut whole = whole.first_mut(gathered);
         match (shard, &self.nccl.shards) {
             (Place::Device(shard), nccl) => {
+                self.poison(Lane::Communication, whole.range_mut(0..gathered))?;
                 self.on(Lane::Communication, Lane::Compute, delays.before_gather, marks, |stream| match nccl {
                     None => self.cuda.copy_on(stream, whole, shard.view()),
                     Some(nccl) => nccl.all_gather(shard.view(), whole, stream),
@@ -205,6 +207,7 @@ impl<A: HalfType> CudaQueue<A> {
             }
             (Place::Host(shard), nccl) => {
                 let own = position.shard * len..(position.shard + 1) * len;
+                self.poison(Lane::Fetch, whole.range_mut(0..gathered))?;
                 self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, marks, |stream| {
                     self.cuda.fetch_on(stream, whole.range_mut(own), shard.view())
                 })?;
@@ -215,6 +218,12 @@ impl<A: HalfType> CudaQueue<A> {
                 Ok(Lane::Communication)
             }
         }
+    }
+
+    /// Until an action on `lane` has filled a slot, whatever reads it reads NaNs: codes, scales, and plain weights of every type.
+    fn poison<T: Element>(&self, lane: Lane, slot: ViewMut<'_, Cuda<A>, T>) -> Result<()> {
+        self.cuda.order(self.cuda.compute(), self.stream(lane))?;
+        self.cuda.poison_on(self.stream(lane), slot)
     }
 
     /// The part of `values` that this rank has to sum becomes the sum of all ranks' values; `received` is for what they send.
@@ -306,6 +315,11 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut out: Buffer<Cuda<A>, u8>,
     ) -> Result<Pending<Buffer<Cuda<A>, u8>>> {
         let (mut marks, delays) = (Marks::new(), self.delays);
+        match shard {
+            Stored::Shard(_) => {}
+            Stored::Whole(_) => self.poison(Lane::Communication, out.view_mut())?,
+            Stored::Node(_) => self.poison(Lane::Fetch, out.view_mut())?,
+        }
         let gathered = match shard {
             Stored::Shard(shard) => self.gather(shard, &mut out, &mut marks),
             Stored::Whole(unit) => self

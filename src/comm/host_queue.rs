@@ -176,6 +176,7 @@ impl Queue<Cpu> for HostQueue {
     ) -> Result<Pending<Buffer<Cpu, u8>>> {
         let (shard, delay, num_shards) = (shard.clone(), self.delays.before_gather, self.position.num_shards);
         self.start(name, Lane::Communication, move |groups| {
+            poison(out.view_mut().host_mut());
             std::thread::sleep(delay);
             match shard {
                 Stored::Shard(shard) => {
@@ -198,6 +199,7 @@ impl Queue<Cpu> for HostQueue {
     ) -> Result<Pending<TrainableBuffers<Cpu>>> {
         let delay = self.delays.before_gather;
         self.start(name, Lane::Communication, move |groups| {
+            poison(buffers.full.view_mut().host_mut());
             std::thread::sleep(delay);
             let shard = match &buffers.shard {
                 Place::Device(shard) | Place::Host(shard) => bytemuck::cast_slice(shard.view().host()),
@@ -275,6 +277,11 @@ impl Queue<Cpu> for HostQueue {
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
         self.all_gather_values(name, values, |groups| &mut *groups.shards)
     }
+}
+
+/// Until a gather has filled a slot, whatever reads it reads NaNs: codes, scales, and plain weights of every type.
+fn poison<T: Element>(slot: &mut [T]) {
+    bytemuck::cast_slice_mut(slot).fill(0xFFu8);
 }
 
 /// Checks what will be received, then gathers; one shard that is the whole is copied.

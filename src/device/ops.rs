@@ -8,6 +8,11 @@ use anyhow::Result;
 use super::{Device, View, ViewMut};
 use crate::quant::record::Encoding;
 
+/// A sum of squares is that of so many parts of equal length, one after the other; each is that of so many lanes: lane i sums
+/// elements i, i + SUM_LANES, …, and then the upper half of the lanes is added to the lower until one is left.
+pub const SUM_PARTS: usize = 128;
+pub const SUM_LANES: usize = 1024;
+
 /// One operand of [`Ops::gemm`] as it lies in memory, or transposed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Transpose {
@@ -292,7 +297,7 @@ pub trait Ops: Device {
     fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Self>) -> Result<()>;
     fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()>;
     fn adamw(&self, args: AdamW<'_, Self>) -> Result<()>;
-    /// Sum of squares in f64, always in the same order. Waits for the compute queue.
+    /// Sum of squares in f64, always in the same order ([`SUM_PARTS`], [`SUM_LANES`]). Waits for the compute queue.
     fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64>;
     /// y += x.
     fn add(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, Self::Act>) -> Result<()>;
@@ -300,8 +305,8 @@ pub trait Ops: Device {
     fn add_bias(&self, x: ViewMut<'_, Self, Self::Act>, bias: View<'_, Self, f32>) -> Result<()>;
     /// y = x in the activation type.
     fn cast(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, f32>) -> Result<()>;
-    /// f32 host values as activations.
-    fn upload_activations(&self, y: ViewMut<'_, Self, Self::Act>, x: &[f32]) -> Result<()>;
+    /// y = x on the host, in the activation type; of one length.
+    fn round(y: &mut [Self::Act], x: &[f32]);
     /// `y[i] = x[rows[i]]`; rows of `width`.
     fn gather_rows(
         &self,

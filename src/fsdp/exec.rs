@@ -3,6 +3,8 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use bytemuck::Zeroable;
+use rayon::prelude::*;
 
 use crate::comm::spans::{Lane, Span};
 use crate::comm::{Gather, Position, Queue, ShardSource, TrainableBuffers, Waits};
@@ -37,7 +39,10 @@ pub struct Base {
 }
 
 /// Copies rows of the embedding table: `(ids, out [ids, hidden_size])`.
-pub type Embed = dyn Fn(&[u32], &mut [f32]) -> Result<()>;
+pub type Embed = dyn Fn(&[u32], &mut [f32]) -> Result<()> + Sync;
+
+/// Tokens whose rows one thread copies at a time.
+const EMBED_TOKENS: usize = 16;
 
 /// What one run of a schedule is about, besides its micro-batches.
 #[derive(Clone, Copy, Debug)]
@@ -110,7 +115,7 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) grads: Vec<Grad<D, Q>>,
     boundaries: Boundaries<D, Q>,
     dense: Option<Unit>,
-    embedding: Vec<f32>,
+    embedding: Vec<D::Act>,
     plan: Plans,
     /// What the last run did when, if that is recorded.
     spans: Option<Vec<Span>>,
@@ -148,7 +153,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let grads = memory.grads.drain(..).map(Grad::Here).collect();
         let boundaries =
             Boundaries::new(std::mem::take(&mut memory.boundaries), std::mem::take(&mut memory.host_boundaries));
-        let embedding = vec![0.0; limits.max_tokens * base.config.hidden_size];
+        let embedding = vec![D::Act::zeroed(); limits.max_tokens * base.config.hidden_size];
         let dense = None;
         Ok(Self {
             device,
@@ -304,12 +309,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     fn gather(&mut self, unit: Unit, slot: usize, adapter: bool) -> Result<()> {
-        let Slot::Free(mut flat, mut full) = std::mem::replace(&mut self.slots[slot], Slot::Moving) else {
+        let Slot::Free(flat, full) = std::mem::replace(&mut self.slots[slot], Slot::Moving) else {
             bail!("slot {slot} is not free");
         };
-        // Until the wait, whatever reads the slot reads NaNs: codes, scales, and plain weights of every type.
-        self.device.fill_bytes(flat.view_mut(), 0xFF)?;
-        self.device.fill_bytes(full.view_mut(), 0xFF)?;
         let shard = &self.shards[self.units.idx(unit)];
         let frozen = self.queue.gather_frozen(format!("gather of {unit}"), shard, flat)?;
         let lora = match unit {
@@ -396,10 +398,17 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let (tokens, m) = (batch.num_tokens(), self.live(micro));
         ensure!(tokens <= self.limits.max_tokens, "{tokens} tokens, planned for {}", self.limits.max_tokens);
         self.memory.batches[m].load(&self.device, &self.base.config, batch, args.num_past_tokens)?;
-        let rows = &mut self.embedding[..tokens * self.base.config.hidden_size];
-        (self.base.embed)(&batch.input_ids, rows)?;
+        let hidden = self.base.config.hidden_size;
+        let (rows, embed) = (&mut self.embedding[..tokens * hidden], &self.base.embed);
+        let parts = rows.par_chunks_mut(EMBED_TOKENS * hidden).zip(batch.input_ids.par_chunks(EMBED_TOKENS));
+        parts.try_for_each_init(Vec::new, |values, (rows, ids)| {
+            values.resize(rows.len(), 0.0);
+            embed(ids, values)?;
+            D::round(rows, values);
+            anyhow::Ok(())
+        })?;
         let mut boundary = self.boundaries.take_free()?;
-        self.device.upload_activations(boundary.first_mut(rows.len()), rows)?;
+        self.device.upload(boundary.first_mut(rows.len()), rows)?;
         self.boundaries.insert(0, m, boundary);
         Ok(())
     }

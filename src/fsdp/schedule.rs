@@ -264,10 +264,15 @@ fn pass(inputs: &Inputs, micros: &[usize], visits: &mut Vec<Visit>) {
     let visit = |unit| Visit { unit, before: Vec::new(), compute: Vec::new(), after: Vec::new() };
     for layer in 0..layers {
         let mut v = visit(Unit::Layer(layer));
-        if layer == 0 {
-            v.before.extend(micros.iter().map(|&micro| Action::Embed { micro }));
+        for (i, &micro) in micros.iter().enumerate() {
+            // The host looks up the next micro-batch while the device computes.
+            match (layer, i) {
+                (0, 0) => v.before.push(Action::Embed { micro }),
+                (0, _) => v.compute.push(Action::Embed { micro }),
+                _ => {}
+            }
+            v.compute.push(Action::Forward { layer, micro });
         }
-        v.compute.extend(micros.iter().map(|&micro| Action::Forward { layer, micro }));
         visits.push(v);
     }
     for piece in 0..head_pieces {

@@ -1,5 +1,6 @@
 //! Rotary position embedding: frequencies, cosines and sines, as `modeling_rope_utils.py` of transformers 5.
 
+use rayon::prelude::*;
 use std::f64::consts::PI;
 
 /// Which variant, with what it needs. Names are those of `rope_parameters` in config.json.
@@ -84,18 +85,21 @@ impl RopeConfig {
     /// `positions` `[T]`: of each token in its own document; `documents` `[D + 1]`: first token of each and,
     /// last, T. Dynamic NTK scales each document by its own length, as transformers does a batch of that one.
     pub fn cos_sin(&self, positions: &[u32], documents: &[u32]) -> (Vec<f32>, Vec<f32>) {
-        let scaling = self.attention_scaling();
-        let mut cos = Vec::with_capacity(positions.len() * self.head_dim / 2);
-        let mut sin = Vec::with_capacity(cos.capacity());
+        let (scaling, half) = (self.attention_scaling(), self.head_dim / 2);
+        let (mut cos, mut sin) = (vec![0f32; positions.len() * half], vec![0f32; positions.len() * half]);
         for document in documents.windows(2) {
-            let positions = &positions[document[0] as usize..document[1] as usize];
+            let tokens = document[0] as usize..document[1] as usize;
+            let elements = tokens.start * half..tokens.end * half;
+            let positions = &positions[tokens];
             let num_tokens = positions.iter().max().map_or(0, |&last| last as usize + 1);
             let inv_freq = self.inv_freq(num_tokens);
-            for &position in positions {
-                let angles = inv_freq.iter().map(|x| position as f32 * x);
-                cos.extend(angles.clone().map(|angle| angle.cos() * scaling));
-                sin.extend(angles.map(|angle| angle.sin() * scaling));
-            }
+            let rows = cos[elements.clone()].par_chunks_exact_mut(half).zip(sin[elements].par_chunks_exact_mut(half));
+            rows.zip(positions).for_each(|((cos, sin), &position)| {
+                for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&inv_freq) {
+                    let angle = position as f32 * frequency;
+                    (*cos, *sin) = (angle.cos() * scaling, angle.sin() * scaling);
+                }
+            });
         }
         (cos, sin)
     }

@@ -84,7 +84,7 @@ impl MeasuredRun {
         };
         let cost = sizes.cost::<Cuda<half::bf16>>(&limits)?;
         Ok(Prediction {
-            device_bytes: cost.device.total_bytes() + hardware.library_bytes(world_size),
+            device_bytes: cost.device.total_bytes() + hardware.library_bytes(world_size, self.ranks_per_gpu),
             host_bytes: cost.host.total_bytes() + hardware.process_bytes(cost.device.total_bytes(), &limits, &config),
             seconds: Workload { sizes, hardware, links }.predict(&limits).seconds,
         })

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result};
 
-use crate::device::cuda::{CONTEXT_BYTES, LIBRARY_BYTES, NCCL_BYTES};
+use crate::device::cuda::{CONTEXT_BYTES, LIBRARY_BYTES, NCCL_BYTES, NCCL_SOCKET_BYTES};
 use crate::fsdp::memory::Limits;
 use crate::model::config::ModelConfig;
 
@@ -98,8 +98,13 @@ impl Hardware {
     }
 
     /// What driver and libraries take of a rank's GPU.
-    pub fn library_bytes(&self, world_size: usize) -> usize {
-        CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 }
+    pub fn library_bytes(&self, world_size: usize, ranks_per_gpu: usize) -> usize {
+        let nccl = match (world_size, ranks_per_gpu) {
+            (1, _) => 0,
+            (_, 1) => NCCL_BYTES,
+            _ => NCCL_SOCKET_BYTES,
+        };
+        CONTEXT_BYTES + LIBRARY_BYTES + nccl
     }
 
     /// What a rank's process takes of host memory besides what is pinned: libraries, tables, files.

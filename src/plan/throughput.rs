@@ -17,6 +17,8 @@ use super::memory::Sizes;
 const HOST_UPDATE_BYTES_PER_S: f64 = 20e9;
 /// From pageable memory, rows of the embedding.
 const PAGEABLE_BYTES_PER_S: f64 = 6e9;
+/// What a slot is filled with before a gather, and the cast of LoRA values.
+const FILLS: usize = 3;
 /// Bytes of an activation.
 const ACT: f64 = 2.0;
 
@@ -198,7 +200,8 @@ impl Workload<'_> {
         let layout = &self.sizes.layouts[NumUnits::new(self.sizes.config).idx(unit)];
         let dense: usize = layout.tensors().iter().map(|t| t.elements.len()).sum();
         let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
-        (layout.gathered_bytes() as f64 + dense as f64 * ACT) / rate
+        let launches = (layout.tensors().len() * layout.num_shards() + FILLS) as f64;
+        (layout.gathered_bytes() as f64 + dense as f64 * ACT) / rate + launches * self.hardware.reached.kernel_seconds
     }
 
     /// Trainable values that this rank keeps of a layer.

@@ -2,34 +2,23 @@
 
 use anyhow::{Result, ensure};
 
+use rayon::prelude::*;
+
+use crate::device::ops::{SUM_LANES, SUM_PARTS};
 use crate::simd::vectorize;
 
 use super::Cpu;
 
-/// Partial sums of [`Cpu::sum_of_squares_f64`]: as many as the threads of the CUDA kernel, so that both give the same bits.
-const NUM_LANES: usize = 1024;
-
 impl Cpu {
-    /// Lane i sums elements i, i + 1024, …; then the upper half of the lanes is added to the lower, until one is left.
     pub(super) fn sum_of_squares_f64(&self, x: &[f32]) -> f64 {
-        let mut lanes = [0f64; NUM_LANES];
-        vectorize(
-            #[inline(always)]
-            || {
-                for chunk in x.chunks(NUM_LANES) {
-                    for (lane, &v) in lanes.iter_mut().zip(chunk) {
-                        *lane += f64::from(v) * f64::from(v);
-                    }
-                }
-            },
-        );
-        let mut half = NUM_LANES / 2;
-        while half > 0 {
-            let (low, high) = lanes.split_at_mut(half);
-            low.iter_mut().zip(high).for_each(|(l, h)| *l += *h);
-            half /= 2;
-        }
-        lanes[0]
+        let part = x.len().div_ceil(SUM_PARTS).max(1);
+        let mut sums = [0f64; SUM_PARTS];
+        let parts = x.par_chunks(part);
+        sums.par_iter_mut()
+            .zip(parts)
+            .with_min_len(SUM_PARTS.div_ceil(self.num_threads))
+            .for_each(|(sum, x)| *sum = sum_of_part(x));
+        sums.iter().sum()
     }
 
     pub(super) fn add_f32(&self, y: &mut [f32], x: &[f32]) -> Result<()> {
@@ -68,4 +57,25 @@ impl Cpu {
         }
         Ok(())
     }
+}
+
+fn sum_of_part(x: &[f32]) -> f64 {
+    let mut lanes = [0f64; SUM_LANES];
+    vectorize(
+        #[inline(always)]
+        || {
+            for chunk in x.chunks(SUM_LANES) {
+                for (lane, &v) in lanes.iter_mut().zip(chunk) {
+                    *lane += f64::from(v) * f64::from(v);
+                }
+            }
+        },
+    );
+    let mut half = SUM_LANES / 2;
+    while half > 0 {
+        let (low, high) = lanes.split_at_mut(half);
+        low.iter_mut().zip(high).for_each(|(l, h)| *l += *h);
+        half /= 2;
+    }
+    lanes[0]
 }

@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use cudarc::driver::CudaStream;
 
+use crate::device::ops::{SUM_LANES, SUM_PARTS};
 use crate::device::{Device, View, ViewMut};
 
 use super::launch::{Grid, args};
@@ -25,12 +26,6 @@ impl<A: HalfType> Cuda<A> {
         let len = y.len();
         ensure!(x.len() == len, "cast: y {len} x {}", x.len());
         self.launch("cast", Grid::elements(len), args![y, x, len as u64])
-    }
-
-    pub(super) fn upload_as_act(&self, y: ViewMut<'_, Cuda<A>, A>, x: &[f32]) -> Result<()> {
-        let mut rounded = vec![A::zeroed(); x.len()];
-        A::round(&mut rounded, x);
-        self.upload(y, &rounded)
     }
 
     pub(super) fn gather_rows_act(
@@ -72,8 +67,8 @@ impl<A: HalfType> Cuda<A> {
     }
 
     pub(super) fn sum_of_squares_f64(&self, x: View<'_, Cuda<A>, f32>) -> Result<f64> {
-        let grid = Grid { blocks: (1, 1), threads: 1024, shared_bytes: 0 };
-        self.launch("sum_of_squares", grid, args![self.tables.sum(), x, x.len() as u64])?;
-        self.read_sum()
+        let grid = Grid { blocks: (SUM_PARTS, 1), threads: SUM_LANES as u32, shared_bytes: 0 };
+        self.launch("sum_of_squares", grid, args![self.tables.sums(), x, x.len() as u64])?;
+        Ok(self.read_sums()?.iter().sum())
     }
 }

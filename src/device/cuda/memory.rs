@@ -7,6 +7,7 @@ use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
 use crate::device::cpu::{Cpu, HostRegion};
+use crate::device::ops::SUM_PARTS;
 use crate::device::{Device, Element, View, ViewMut};
 use crate::quant::double::DYNAMIC_MAP;
 use crate::quant::nf4::{CODEBOOK, THRESHOLDS};
@@ -60,12 +61,12 @@ pub struct Tables {
     region: DeviceRegion,
 }
 
-/// Where they begin: the NF4 code book, its thresholds, the 8-bit dynamic map, a sum, the workspace of cuBLAS.
+/// Where they begin: the NF4 code book, its thresholds, the 8-bit dynamic map, partial sums, the workspace of cuBLAS.
 const CODEBOOK_AT: u64 = 0;
 const THRESHOLDS_AT: u64 = 64;
 const MAP_AT: u64 = 256;
-const SUM_AT: u64 = MAP_AT + 1024;
-const WORKSPACE_AT: u64 = 2048;
+const SUMS_AT: u64 = MAP_AT + 1024;
+const WORKSPACE_AT: u64 = 4096;
 
 impl Tables {
     /// Allocates and fills them; the context is bound to this thread.
@@ -99,9 +100,9 @@ impl Tables {
         self.region.addr + MAP_AT
     }
 
-    /// One f64.
-    pub fn sum(&self) -> u64 {
-        self.region.addr + SUM_AT
+    /// f64 `[SUM_PARTS]`
+    pub fn sums(&self) -> u64 {
+        self.region.addr + SUMS_AT
     }
 
     /// [`gemm::WORKSPACE_BYTES`]
@@ -161,14 +162,28 @@ impl<A: HalfType> Cuda<A> {
             .map_err(|e| anyhow!("copy from the GPU: {e}"))
     }
 
-    /// The value that a kernel left in [`Tables::sum`]. Waits for the compute stream.
-    pub(super) fn read_sum(&self) -> Result<f64> {
-        let mut sum = [0f64];
-        // SAFETY: the range holds one f64, and the copy is waited for.
-        unsafe { result::memcpy_dtoh_async(&mut sum, self.tables.sum(), self.compute.cu_stream()) }
+    /// What a kernel left in [`Tables::sums`]. Waits for the compute stream.
+    pub(super) fn read_sums(&self) -> Result<[f64; SUM_PARTS]> {
+        let mut sums = [0f64; SUM_PARTS];
+        // SAFETY: the range holds as many f64, and the copy is waited for.
+        unsafe { result::memcpy_dtoh_async(&mut sums, self.tables.sums(), self.compute.cu_stream()) }
             .map_err(|e| anyhow!("copy from the GPU: {e}"))?;
         self.synchronize()?;
-        Ok(sum[0])
+        Ok(sums)
+    }
+
+    /// Every byte of a range becomes 0xFF, on a stream: each float of any width is a NaN.
+    pub fn poison_on<T: Element>(&self, stream: &CudaStream, dst: ViewMut<'_, Cuda<A>, T>) -> Result<()> {
+        self.fill_on(stream, dst, 0xFF)
+    }
+
+    fn fill_on<T: Element>(&self, stream: &CudaStream, dst: ViewMut<'_, Cuda<A>, T>, byte: u8) -> Result<()> {
+        if dst.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the range is that of the view.
+        unsafe { result::memset_d8_async(dst.addr() as u64, byte, size_of::<T>() * dst.len(), stream.cu_stream()) }
+            .map_err(|e| anyhow!("fill of GPU memory: {e}"))
     }
 }
 
@@ -234,13 +249,6 @@ impl<A: HalfType> Device for Cuda<A> {
     }
 
     fn fill_bytes<T: Element>(&self, dst: ViewMut<'_, Self, T>, byte: u8) -> Result<()> {
-        if dst.is_empty() {
-            return Ok(());
-        }
-        // SAFETY: the range is that of the view.
-        unsafe {
-            result::memset_d8_async(dst.addr() as u64, byte, size_of::<T>() * dst.len(), self.compute.cu_stream())
-        }
-        .map_err(|e| anyhow!("fill of GPU memory: {e}"))
+        self.fill_on(&self.compute, dst, byte)
     }
 }

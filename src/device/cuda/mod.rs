@@ -46,6 +46,9 @@ pub const LIBRARY_BYTES: usize = 128 << 20;
 /// What NCCL's communicator takes with two H100 over NVLink; it is less where ranks talk through the host. A run measures it.
 pub const NCCL_BYTES: usize = 1280 << 20;
 
+/// What it takes where ranks talk through sockets.
+pub const NCCL_SOCKET_BYTES: usize = 352 << 20;
+
 /// The oldest GPUs that have what the kernels use: bf16 matrix instructions.
 const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 
@@ -288,8 +291,8 @@ impl<A: HalfType> Ops for Cuda<A> {
     fn cast(&self, y: ViewMut<'_, Self, A>, x: View<'_, Self, f32>) -> Result<()> {
         self.cast_to_act(y, x)
     }
-    fn upload_activations(&self, y: ViewMut<'_, Self, A>, x: &[f32]) -> Result<()> {
-        self.upload_as_act(y, x)
+    fn round(y: &mut [A], x: &[f32]) {
+        A::round(y, x);
     }
     fn gather_rows(
         &self,
