@@ -110,7 +110,8 @@ __device__ void forward(Act *out, float *lse, const Act *q, const Act *k, const 
     const int KEYS = 64;
     __shared__ alignas(16) Act k_tile[KEYS * Row<D>::LEN], v_tile[KEYS * Row<D>::LEN];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
-    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = blockIdx.x * 64;
+    // The last tiles see most keys: they begin first.
+    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * 64;
     load_tile<D, 64>(k_tile, q + head * D, first_query, tokens, width);
     __syncthreads();
     u32 queries[D / 16][4];
@@ -201,7 +202,7 @@ __device__ void backward_queries(Act *d_q, const Act *d_out, const float *lse, c
     __shared__ alignas(16) Act tiles[2 * KEYS * Row<D>::LEN];
     Act *k_tile = tiles, *v_tile = tiles + KEYS * Row<D>::LEN;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
-    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = blockIdx.x * 64;
+    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * 64;
     u32 queries[D / 16][4], d_rows[D / 16][4];
     load_tile<D, 64>(tiles, q + head * D, first_query, tokens, width);
     __syncthreads();
@@ -255,9 +256,9 @@ __device__ void backward_queries(Act *d_q, const Act *d_out, const float *lse, c
     store_rows<D>(d_q + head * D, acc, row, tokens, width, scale, scale);
 }
 
-// d_v = Σ Pᵀ · d_out, d_k = scale · Σ dSᵀ · Q over the queries of all heads that share these keys. One block a tile of 64 keys
-// of one key-value head; each warp has 16 of them. Works on transposed scores: rows are keys. Shared memory is dynamic:
-// K and V tiles of 64 rows, Q and d_out tiles of 32.
+// d_v = Σ Pᵀ · d_out, d_k = scale · Σ dSᵀ · Q over the queries of one head: d_k, d_v [T, heads · D]. One block a tile of 64 keys;
+// each warp has 16 of them. Works on transposed scores: rows are keys. Shared memory is dynamic: K and V tiles of 64 rows, Q and
+// d_out tiles of 32.
 template <int D>
 __device__ void backward_keys(Act *d_k, Act *d_v, const Act *d_out, const float *lse, const float *delta, const Act *q,
                               const Act *k, const Act *v, const u32 *positions, int tokens, int num_heads, int num_kv_heads,
@@ -268,7 +269,7 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const Act *d_out, const float 
     Act *d_tile = q_tile + QUERIES * Row<D>::LEN;
     __shared__ float query_lse[QUERIES], query_delta[QUERIES];
     __shared__ int query_first_key[QUERIES];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv = blockIdx.y, group = num_heads / num_kv_heads;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
     int width = num_heads * D, kv_width = num_kv_heads * D, first_key = blockIdx.x * 64;
     load_tile<D, 64>(k_tile, k + kv * D, first_key, tokens, kv_width);
     load_tile<D, 64>(v_tile, v + kv * D, first_key, tokens, kv_width);
@@ -277,45 +278,58 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const Act *d_out, const float 
     float k_acc[D / 8][4], v_acc[D / 8][4];
     clear<D / 8>(k_acc);
     clear<D / 8>(v_acc);
-    for (int head = kv * group; head < (kv + 1) * group; head++) {
-        for (int tile = first_key; tile < tokens; tile += QUERIES) {
-            // Later queries begin later: past the last one that sees these keys there is none.
-            if (tile - (int)positions[tile] > last_key) break;
-            __syncthreads();
-            load_tile<D, QUERIES>(q_tile, q + head * D, tile, tokens, width);
-            load_tile<D, QUERIES>(d_tile, d_out + head * D, tile, tokens, width);
-            if (threadIdx.x < QUERIES) {
-                int t = tile + threadIdx.x;
-                bool there = t < tokens;
-                query_lse[threadIdx.x] = there ? lse[(u64)t * num_heads + head] * LOG2_E : 0.0f;
-                query_delta[threadIdx.x] = there ? delta[(u64)t * num_heads + head] : 0.0f;
-                query_first_key[threadIdx.x] = there ? t - (int)positions[t] : tokens;
-            }
-            __syncthreads();
-            float p[QUERIES / 8][4], d_p[QUERIES / 8][4];
-            clear<QUERIES / 8>(p);
-            clear<QUERIES / 8>(d_p);
-            multiply_transposed<D, QUERIES / 8>(p, [&](u32 a[4], int i) {
-                load_a<D>(a, k_tile + warp * 16 * Row<D>::LEN, i);
-            }, q_tile);
-            multiply_transposed<D, QUERIES / 8>(d_p, [&](u32 a[4], int i) {
-                load_a<D>(a, v_tile + warp * 16 * Row<D>::LEN, i);
-            }, d_tile);
-#pragma unroll
-            for (int n = 0; n < QUERIES / 8; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int query = n * 8 + lane % 4 * 2 + e % 2, key = row + e / 2 * 8;
-                    bool seen = key >= query_first_key[query] && key <= tile + query;
-                    p[n][e] = seen ? exp2f(p[n][e] * scale * LOG2_E - query_lse[query]) : 0.0f;
-                    d_p[n][e] = p[n][e] * (d_p[n][e] - query_delta[query]);
-                }
-            multiply<D, QUERIES / 8>(v_acc, p, d_tile);
-            multiply<D, QUERIES / 8>(k_acc, d_p, q_tile);
+    for (int tile = first_key; tile < tokens; tile += QUERIES) {
+        // Later queries begin later: past the last one that sees these keys there is none.
+        if (tile - (int)positions[tile] > last_key) break;
+        __syncthreads();
+        load_tile<D, QUERIES>(q_tile, q + head * D, tile, tokens, width);
+        load_tile<D, QUERIES>(d_tile, d_out + head * D, tile, tokens, width);
+        if (threadIdx.x < QUERIES) {
+            int t = tile + threadIdx.x;
+            bool there = t < tokens;
+            query_lse[threadIdx.x] = there ? lse[(u64)t * num_heads + head] * LOG2_E : 0.0f;
+            query_delta[threadIdx.x] = there ? delta[(u64)t * num_heads + head] : 0.0f;
+            query_first_key[threadIdx.x] = there ? t - (int)positions[t] : tokens;
         }
+        __syncthreads();
+        float p[QUERIES / 8][4], d_p[QUERIES / 8][4];
+        clear<QUERIES / 8>(p);
+        clear<QUERIES / 8>(d_p);
+        multiply_transposed<D, QUERIES / 8>(p, [&](u32 a[4], int i) {
+            load_a<D>(a, k_tile + warp * 16 * Row<D>::LEN, i);
+        }, q_tile);
+        multiply_transposed<D, QUERIES / 8>(d_p, [&](u32 a[4], int i) {
+            load_a<D>(a, v_tile + warp * 16 * Row<D>::LEN, i);
+        }, d_tile);
+#pragma unroll
+        for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                int query = n * 8 + lane % 4 * 2 + e % 2, key = row + e / 2 * 8;
+                bool seen = key >= query_first_key[query] && key <= tile + query;
+                p[n][e] = seen ? exp2f(p[n][e] * scale * LOG2_E - query_lse[query]) : 0.0f;
+                d_p[n][e] = p[n][e] * (d_p[n][e] - query_delta[query]);
+            }
+        multiply<D, QUERIES / 8>(v_acc, p, d_tile);
+        multiply<D, QUERIES / 8>(k_acc, d_p, q_tile);
     }
-    store_rows<D>(d_k + kv * D, k_acc, row, tokens, kv_width, scale, scale);
-    store_rows<D>(d_v + kv * D, v_acc, row, tokens, kv_width, 1.0f, 1.0f);
+    store_rows<D>(d_k + head * D, k_acc, row, tokens, width, scale, scale);
+    store_rows<D>(d_v + head * D, v_acc, row, tokens, width, 1.0f, 1.0f);
+}
+
+// y [T, kv_heads · D] = the sum of x [T, heads · D] over the heads of a group, in their order; by eights.
+extern "C" __global__ void attention_sum_heads(Act8 *y, const Act8 *x, u64 eights, u32 group, u32 head_eights) {
+    for (u64 i = thread_idx(); i < eights; i += num_threads()) {
+        u64 first = i / head_eights * group * head_eights + i % head_eights;
+        float sum[8] = {};
+        for (u32 g = 0; g < group; g++) {
+            Act8 part = x[first + g * head_eights];
+            for (int j = 0; j < 8; j++) sum[j] += to_f32(part.at[j]);
+        }
+        Act8 rounded;
+        for (int j = 0; j < 8; j++) rounded.at[j] = to_act(sum[j]);
+        y[i] = rounded;
+    }
 }
 
 #define INSTANCES(D)                                                                                                            \

@@ -192,20 +192,20 @@ fn alone(_: Option<usize>) -> Groups {
 fn variants() -> Vec<Options> {
     let mut all = Vec::new();
     let partly = Residency { units: 3, boundary_buffers: 13, ..Residency::ALL };
-    for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
-        for keep in [Keep::NOTHING, Keep { attention: 2, mlp: 3, rest: 1 }, Keep::DEAREST, Keep::EVERYTHING] {
-            for (gather, residency, delay_ms) in [
-                (Gather::Collective, Residency::ALL, 0),
-                (Gather::Host, Residency::ALL, 0),
-                (Gather::Collective, NOTHING_RESIDENT, 2),
-                (Gather::Host, NOTHING_RESIDENT, 2),
-                (Gather::Collective, partly, 1),
-                (Gather::Host, partly, 0),
-            ] {
-                let delay = Duration::from_millis(delay_ms);
-                all.push(Options { accumulation, keep, gather, residency, delay, ..PLAIN });
-            }
+    for keep in [Keep::NOTHING, Keep { attention: 2, mlp: 3, rest: 1 }, Keep::DEAREST, Keep::EVERYTHING] {
+        for (gather, residency, delay_ms) in [
+            (Gather::Collective, Residency::ALL, 0),
+            (Gather::Host, Residency::ALL, 0),
+            (Gather::Collective, NOTHING_RESIDENT, 2),
+            (Gather::Host, NOTHING_RESIDENT, 2),
+            (Gather::Collective, partly, 1),
+            (Gather::Host, partly, 0),
+        ] {
+            all.push(Options { keep, gather, residency, delay: Duration::from_millis(delay_ms), ..PLAIN });
         }
+        let (accumulation, delay) = (Accumulation::MicroBatch, Duration::from_millis(1));
+        all.push(Options { accumulation, keep, gather: Gather::Host, residency: partly, ..PLAIN });
+        all.push(Options { accumulation, keep, residency: NOTHING_RESIDENT, delay, ..PLAIN });
     }
     all.push(Options { num_shards: Some(1), ..PLAIN });
     all.push(Options { num_shards: Some(1), residency: NOTHING_RESIDENT, ..PLAIN });

@@ -577,11 +577,14 @@ where
     d.attention_forward(AttentionForward { out: out.view_mut(), lse: lse.view_mut(), q, k, v, shape }).unwrap();
     let (mut d_q, mut d_k, mut d_v, mut delta) =
         (buffer(d, q.len()), buffer(d, k.len()), buffer(d, v.len()), buffer(d, rows));
+    let (mut head_d_k, mut head_d_v) = (buffer(d, q.len()), buffer(d, q.len()));
     d.attention_backward(AttentionBackward {
         d_q: d_q.view_mut(),
         d_k: d_k.view_mut(),
         d_v: d_v.view_mut(),
         delta: delta.view_mut(),
+        head_d_k: head_d_k.view_mut(),
+        head_d_v: head_d_v.view_mut(),
         d_out: d_out.view(),
         out: out.view(),
         lse: lse.view(),

@@ -168,13 +168,15 @@ pub struct AttentionForward<'a, D: Device> {
     pub shape: AttentionShape<'a, D>,
 }
 
-/// Gradients of [`AttentionForward`] (no past): d_q like q, d_k and d_v like k; all are overwritten. delta `[T, heads]` is
-/// scratch for Σ d_out · out.
+/// Gradients of [`AttentionForward`] (no past): d_q like q, d_k and d_v like k; all are overwritten. Scratch: delta `[T, heads]` for
+/// Σ d_out · out; head_d_k and head_d_v, like q, for the parts of heads that share keys and values.
 pub struct AttentionBackward<'a, D: Device> {
     pub d_q: ViewMut<'a, D, D::Act>,
     pub d_k: ViewMut<'a, D, D::Act>,
     pub d_v: ViewMut<'a, D, D::Act>,
     pub delta: ViewMut<'a, D, f32>,
+    pub head_d_k: ViewMut<'a, D, D::Act>,
+    pub head_d_v: ViewMut<'a, D, D::Act>,
     pub d_out: View<'a, D, D::Act>,
     pub out: View<'a, D, D::Act>,
     pub lse: View<'a, D, f32>,

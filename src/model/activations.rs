@@ -167,6 +167,7 @@ pub struct Scratch<D: Device> {
     /// Of attention's backward `[T, heads]`.
     pub delta: Buffer<D, f32>,
     pub d_act: Buffer<D, D::Act>,
+    /// As wide as queries too: attention's backward uses them after the MLP's.
     pub d_gate: Buffer<D, D::Act>,
     pub d_up: Buffer<D, D::Act>,
 }
@@ -186,8 +187,8 @@ impl<D: Device> Scratch<D> {
             d_v: arena.carve("scratch/d_v", back * widths.kv)?,
             delta: arena.carve("scratch/delta", back * widths.heads)?,
             d_act: arena.carve("scratch/d_act", back * widths.intermediate)?,
-            d_gate: arena.carve("scratch/d_gate", back * widths.intermediate)?,
-            d_up: arena.carve("scratch/d_up", back * widths.intermediate)?,
+            d_gate: arena.carve("scratch/d_gate", back * widths.intermediate.max(widths.q))?,
+            d_up: arena.carve("scratch/d_up", back * widths.intermediate.max(widths.q))?,
         })
     }
 }

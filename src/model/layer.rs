@@ -223,6 +223,9 @@ pub fn backward<D: Ops>(
         d_k: d_k.first_mut(kv_len),
         d_v: d_v.first_mut(kv_len),
         delta: delta.first_mut(t * config.num_attention_heads),
+        // The MLP is done with these.
+        head_d_k: d_gate.first_mut(q_len),
+        head_d_v: d_up.first_mut(q_len),
         d_out: d_attention.first(q_len),
         out: attention.out.first(q_len),
         lse: attention.lse.first(t * config.num_attention_heads),

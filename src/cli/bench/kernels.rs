@@ -288,12 +288,15 @@ impl<'a, D: Ops> Timer<'a, D> {
         })?;
         let (mut d_q, mut d_k, mut d_v) = (self.act(q_len)?, self.act(kv_len)?, self.act(kv_len)?);
         let (d_out, mut delta) = (self.act(q_len)?, self.f32s(tokens * heads)?);
+        let (mut head_d_k, mut head_d_v) = (self.act(q_len)?, self.act(q_len)?);
         self.time("attention backward", Amount::Flops(5.0 * product), || {
             d.attention_backward(AttentionBackward {
                 d_q: d_q.view_mut(),
                 d_k: d_k.view_mut(),
                 d_v: d_v.view_mut(),
                 delta: delta.view_mut(),
+                head_d_k: head_d_k.view_mut(),
+                head_d_v: head_d_v.view_mut(),
                 d_out: d_out.view(),
                 out: out.view(),
                 lse: lse.view(),

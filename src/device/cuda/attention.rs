@@ -46,11 +46,12 @@ impl<A: HalfType> Cuda<A> {
     }
 
     pub(super) fn attention_backward_act(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
-        let AttentionBackward { d_q, d_k, d_v, delta, d_out, out, lse, q, k, v, shape } = args;
+        let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
         let tokens = check(&shape, q.len(), k.len(), lse.len())?;
         let AttentionShape { num_heads, num_key_value_heads, head_dim, positions, .. } = shape;
         ensure!(
-            [d_q.len(), out.len(), d_out.len()] == [q.len(); 3] && [v.len(), d_k.len(), d_v.len()] == [k.len(); 3],
+            [d_q.len(), out.len(), d_out.len(), head_d_k.len(), head_d_v.len()] == [q.len(); 5]
+                && [v.len(), d_k.len(), d_v.len()] == [k.len(); 3],
             "attention backward: q {} k {}",
             q.len(),
             k.len()
@@ -68,9 +69,22 @@ impl<A: HalfType> Cuda<A> {
         let delta = delta.view();
         let args = args![d_q, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
         self.launch(&format!("attention_backward_queries_{head_dim}"), grid(tokens, num_heads, 0), args)?;
-        let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
-        let grid = grid(tokens, num_key_value_heads, backward_keys_bytes(head_dim));
-        self.launch(&format!("attention_backward_keys_{head_dim}"), grid, args)
+        let (kernel, grid) =
+            (format!("attention_backward_keys_{head_dim}"), grid(tokens, num_heads, backward_keys_bytes(head_dim)));
+        let group = num_heads / num_key_value_heads;
+        if group == 1 {
+            let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
+            return self.launch(&kernel, grid, args);
+        }
+        let (k_parts, v_parts) = (head_d_k.view(), head_d_v.view());
+        let args = args![k_parts, v_parts, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
+        self.launch(&kernel, grid, args)?;
+        for (sum, parts) in [(d_k, k_parts), (d_v, v_parts)] {
+            let eights = sum.len() / 8;
+            let args = args![sum, parts, eights as u64, group as u32, (head_dim / 8) as u32];
+            self.launch("attention_sum_heads", Grid::elements(eights), args)?;
+        }
+        Ok(())
     }
 
     pub(super) fn allow_attention_memory(&self) -> Result<()> {

@@ -25,6 +25,7 @@ pub const SOURCES: [(&str, &str, &[&str]); 10] = [
             "attention_backward_keys_64",
             "attention_backward_keys_96",
             "attention_backward_keys_128",
+            "attention_sum_heads",
         ],
     ),
     (
