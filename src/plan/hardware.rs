@@ -34,13 +34,16 @@ pub struct Reached {
 
 /// Products and attention measured with `bench kernels` on an H100 (2026-11-25), memory fitted to steps of benches/results.md.
 const REACHED: Reached =
-    Reached { products: 1.1, memory: 0.5, attention_forward: 0.19, attention_backward: 0.126, kernel_seconds: 1.0e-5 };
+    Reached { products: 1.1, memory: 0.5, attention_forward: 0.2, attention_backward: 0.13, kernel_seconds: 8.0e-6 };
 
 /// Of a process with CUDA's libraries; what the driver takes for each byte of device memory; rows of the embedding table that are in
 /// use. Seen on an H100 (2026-11-25).
 const PROCESS_BYTES: usize = 536_000_000;
 const PER_DEVICE_BYTE: f64 = 0.0075;
 const PAGED_IN_ROWS: usize = 4096;
+
+/// What is left of a GPU whose processes take turns.
+const TURNS: f64 = 0.88;
 
 /// NCCL between two processes of a machine through its network stack.
 const SOCKET_BYTES_PER_S: f64 = 0.85e9;
@@ -87,11 +90,11 @@ impl Hardware {
     /// What each of several ranks has of a GPU that they share. NCCL then goes through sockets.
     pub fn shared_by(&self, ranks: usize) -> Hardware {
         let peer_bytes_per_s = if ranks > 1 { SOCKET_BYTES_PER_S } else { self.peer_bytes_per_s };
-        let ranks = ranks as f64;
+        let share = if ranks > 1 { TURNS / ranks as f64 } else { 1.0 };
         Hardware {
-            matrix_flops: self.matrix_flops / ranks,
-            memory_bytes_per_s: self.memory_bytes_per_s / ranks,
-            host_bytes_per_s: self.host_bytes_per_s / ranks,
+            matrix_flops: self.matrix_flops * share,
+            memory_bytes_per_s: self.memory_bytes_per_s * share,
+            host_bytes_per_s: self.host_bytes_per_s * share,
             peer_bytes_per_s,
             ..self.clone()
         }
