@@ -29,6 +29,48 @@ fn one_two_three_and_four_ranks() {
     }
 }
 
+/// Four ranks as two nodes of two.
+const TWO_NODES: (&str, &str) = ("FSDP_QLORA_RANKS_PER_NODE", "2");
+
+#[test]
+fn two_nodes_and_shared_memory_give_the_same_losses() {
+    let losses = |sets: &[&str]| -> Vec<f64> {
+        let place = Place::new();
+        let args: Vec<&str> = TRAIN.into_iter().chain(sets.iter().flat_map(|set| ["--set", set])).collect();
+        let mut command = place.mpirun(4, &args);
+        command.env(TWO_NODES.0, TWO_NODES.1);
+        succeeds(command);
+        let parts = if sets.is_empty() { "-of-00004" } else { "-of-00002" };
+        assert!(place.results().iter().any(|file| file.contains(parts)), "{parts} in {:?}", place.results());
+        metrics(&place.read("out/metrics.jsonl")).iter().map(|line| line["loss"].as_f64().unwrap()).collect()
+    };
+    let full = losses(&[]);
+    let hybrid = losses(&["fsdp.sharding_strategy=hybrid_shard"]);
+    let host =
+        losses(&["fsdp.sharding_strategy=hybrid_shard", "fsdp.gather=host", "fsdp.activation_checkpointing=selective"]);
+    assert!(host == hybrid, "{host:?} for {hybrid:?}");
+    for (a, b) in hybrid.iter().zip(&full) {
+        assert!((a - b).abs() <= 1e-5 * b, "{a} for {b}");
+    }
+}
+
+#[test]
+fn a_gather_that_cannot_be_is_refused() {
+    let place = Place::new();
+    let refused = |sets: &[&str], words: &str| {
+        let args: Vec<&str> = TRAIN.into_iter().chain(sets.iter().flat_map(|set| ["--set", set])).collect();
+        let mut command = place.mpirun(4, &args);
+        command.env(TWO_NODES.0, TWO_NODES.1);
+        let text = fails(command, 1);
+        assert!(text.contains(words), "{words} in {text}");
+    };
+    refused(&["fsdp.gather=host"], "needs the whole base in the memory of each node");
+    refused(&["fsdp.gather=nccl"], "CPU ranks gather over MPI");
+    let mut command = place.mpirun(4, &TRAIN);
+    command.env(TWO_NODES.0, "3");
+    assert!(fails(command, 1).contains("allowed: a divisor of the 4 ranks"));
+}
+
 #[test]
 fn the_same_run_twice_gives_the_same_bytes() {
     let run = || {

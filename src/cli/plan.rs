@@ -267,7 +267,7 @@ impl<'a> Report<'a> {
         let limits = workload.decide::<Cuda<bf16>>(job.limits, &wishes, budget)?;
         let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
         let timeline = workload.predict(&limits);
-        let process = hardware.process_bytes(cost.device.total_bytes(), &limits, &job.config);
+        let process = hardware.process_bytes(world_size, &job.config);
         Ok(Report { args, gpu: &hardware.name, world_size, job, limits, cost, libraries, process, timeline })
     }
 

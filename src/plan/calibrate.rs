@@ -85,7 +85,7 @@ impl MeasuredRun {
         let cost = sizes.cost::<Cuda<half::bf16>>(&limits)?;
         Ok(Prediction {
             device_bytes: cost.device.total_bytes() + hardware.library_bytes(world_size, self.ranks_per_gpu),
-            host_bytes: cost.host.total_bytes() + hardware.process_bytes(cost.device.total_bytes(), &limits, &config),
+            host_bytes: cost.host.total_bytes() + hardware.process_bytes(world_size, &config),
             seconds: Workload { sizes, hardware, links }.predict(&limits).seconds,
         })
     }
@@ -191,6 +191,23 @@ mod tests {
             assert!(error(&before) > 0.15 && error(&fitted) < 0.02, "{} and {}", error(&before), error(&fitted));
         }
         assert!(fitted.reached.products < before.reached.products && fitted.reached.memory < before.reached.memory);
+    }
+
+    #[test]
+    fn predictions_are_what_was_measured() {
+        let read = |name: &str| {
+            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results").join(name);
+            MeasuredRun::read(&std::fs::read_to_string(path).unwrap()).unwrap()
+        };
+        let calibrated = fit(&Hardware::named("h100").unwrap(), &read("h100-calibration.jsonl")).unwrap();
+        let runs = read("h100.jsonl");
+        assert!(runs.len() >= 5);
+        for run in runs {
+            let Ratios { time, device, host } = run.compare(&calibrated).unwrap();
+            println!("{time:.3} {device:?} {host:.3} {}", run.name());
+            assert!((time - 1.0).abs() < 0.15 && (host - 1.0).abs() < 0.1, "{time} {host}: {}", run.name());
+            assert!(device.is_none_or(|device| (device - 1.0).abs() < 0.03), "{device:?}: {}", run.name());
+        }
     }
 
     #[test]

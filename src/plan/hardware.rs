@@ -3,7 +3,6 @@
 use anyhow::{Context, Result};
 
 use crate::device::cuda::{CONTEXT_BYTES, LIBRARY_BYTES, NCCL_BYTES, NCCL_SOCKET_BYTES};
-use crate::fsdp::memory::Limits;
 use crate::model::config::ModelConfig;
 
 /// Rates of one GPU and of what connects it.
@@ -36,11 +35,11 @@ pub struct Reached {
 const REACHED: Reached =
     Reached { products: 1.1, memory: 0.5, attention_forward: 0.2, attention_backward: 0.13, kernel_seconds: 8.0e-6 };
 
-/// Of a process with CUDA's libraries; what the driver takes for each byte of device memory; rows of the embedding table that are in
-/// use. Seen on an H100 (2026-11-25).
-const PROCESS_BYTES: usize = 536_000_000;
-const PER_DEVICE_BYTE: f64 = 0.0075;
-const PAGED_IN_ROWS: usize = 4096;
+/// Of a process with CUDA's libraries, one that talks to others too, and for each of a model's hidden features (tables, rows that
+/// are in use). Seen with `bench step` on an H100 (2026-11-25).
+const PROCESS_BYTES: usize = 290_000_000;
+const COMMUNICATION_BYTES: usize = 330_000_000;
+const BYTES_OF_A_FEATURE: usize = 102_500;
 
 /// What is left of a GPU whose processes take turns.
 const TURNS: f64 = 0.88;
@@ -111,9 +110,9 @@ impl Hardware {
     }
 
     /// What a rank's process takes of host memory besides what is pinned: libraries, tables, files.
-    pub fn process_bytes(&self, device_bytes: usize, limits: &Limits, config: &ModelConfig) -> usize {
-        let embeddings = (PAGED_IN_ROWS + limits.max_tokens) * config.hidden_size * size_of::<f32>();
-        PROCESS_BYTES + embeddings + (PER_DEVICE_BYTE * device_bytes as f64) as usize
+    pub fn process_bytes(&self, world_size: usize, config: &ModelConfig) -> usize {
+        let communication = if world_size > 1 { COMMUNICATION_BYTES } else { 0 };
+        PROCESS_BYTES + communication + BYTES_OF_A_FEATURE * config.hidden_size
     }
 
     /// What the driver leaves of the card to programs.

@@ -339,40 +339,10 @@ impl Run<'_> {
 mod tests {
     use super::*;
     use crate::checkpoint::synthetic;
-    use crate::device::cuda::{CONTEXT_BYTES, Cuda, LIBRARY_BYTES, NCCL_BYTES};
     use crate::fsdp::schedule::{Accumulation, Keep, Mode};
     use crate::model::layer::LayerLora;
     use crate::model::lora::{LoraConfig, LoraLayout};
     use crate::model::shapes;
-    use crate::plan::decide::{Budget, Wishes};
-
-    /// Shape, ranks, sequences and their length, micro-batches, what is wished, budget in MiB; measured on H100s with `bench step`:
-    /// milliseconds, and MiB of GPU memory (NVML) where they were sampled.
-    type Measured = (&'static str, usize, usize, usize, usize, Wishes, usize, f64, Option<f64>);
-
-    const NCCL: Wishes = Wishes {
-        keep: None,
-        units: None,
-        trainables: None,
-        offload_boundaries: None,
-        gather: Some(Gather::Collective),
-    };
-    const RECOMPUTE: Wishes = Wishes { keep: Some(Keep::NOTHING), ..NCCL };
-    const KEEP: Wishes = Wishes { keep: Some(Keep::EVERYTHING), ..NCCL };
-    const OFFLOAD: Wishes = Wishes { units: Some(0), trainables: Some(false), ..RECOMPUTE };
-    const ALL_MIB: usize = 78 << 10;
-
-    const MEASURED: [Measured; 7] = [
-        ("llama-3.1-8b", 1, 4, 2048, 1, KEEP, ALL_MIB, 778.7, None),
-        ("llama-3.1-8b", 1, 4, 2048, 1, RECOMPUTE, ALL_MIB, 997.0, None),
-        ("llama-3.1-8b", 1, 1, 1024, 1, RECOMPUTE, ALL_MIB, 167.6, None),
-        ("llama-3.1-8b", 2, 4, 2048, 1, RECOMPUTE, ALL_MIB, 991.7, None),
-        ("llama-3.1-70b", 1, 1, 1024, 8, RECOMPUTE, ALL_MIB, 6818.5, Some(53_667.0)),
-        ("llama-3.1-70b", 1, 1, 1024, 8, RECOMPUTE, 7680, 6904.2, Some(7335.0)),
-        ("llama-3.1-70b", 2, 1, 1024, 8, OFFLOAD, 24 << 10, 7054.8, Some(16_133.0)),
-    ];
-
-    type Gpu = Cuda<half::bf16>;
 
     /// A shape with the adapter of `bench step` on H100s.
     fn with_workload<T>(
@@ -388,28 +358,6 @@ mod tests {
         let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };
         f(&Workload { sizes, hardware: &Hardware::named("h100").unwrap(), links })
-    }
-
-    #[test]
-    fn predictions_are_what_was_measured() {
-        for (shape, world_size, micro_batch, seq, accum, wishes, budget_mib, ms, nvml_mib) in MEASURED {
-            let limits = Limits { max_length: seq, ..Limits::new(Mode::Train, micro_batch * seq, accum) };
-            let libraries = CONTEXT_BYTES + LIBRARY_BYTES + if world_size > 1 { NCCL_BYTES } else { 0 };
-            let budget = Budget { device: (budget_mib << 20) - libraries, host: 1 << 40 };
-            with_workload((shape, None), (world_size, world_size), 300e9, |workload| {
-                let limits = workload.decide::<Gpu>(limits, &wishes, budget).unwrap();
-                let cost = workload.sizes.cost::<Gpu>(&limits).unwrap();
-                let predicted = workload.predict(&limits).seconds * 1e3;
-                let what = format!("{shape}, {world_size} ranks, {micro_batch} x {seq}, M = {accum}");
-                println!("{what}: {predicted:.0} ms predicted, {ms:.0} measured");
-                assert!((predicted / ms - 1.0).abs() < 0.15, "{what}: {predicted} ms for {ms}");
-                if let Some(nvml_mib) = nvml_mib {
-                    let mib = ((cost.device.total_bytes() + libraries) >> 20) as f64;
-                    println!("{what}: {mib:.0} MiB predicted, {nvml_mib:.0} measured");
-                    assert!((mib / nvml_mib - 1.0).abs() < 0.03, "{what}: {mib} MiB for {nvml_mib}");
-                }
-            });
-        }
     }
 
     #[test]
