@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | [`device`] | memory, one op per kernel ([`device::ops`]); [`device::cpu`] is the reference, [`device::cuda`] the same on a GPU, its kernels in `kernels/` | models, ranks |
 //! | [`quant`] | NF4, double quantization, the record | devices, files |
-//! | [`comm`] | host collectives (MPI, threads), NCCL, and the ordered queues of collectives on device memory and of copies to and from the host | models |
+//! | [`comm`] | groups of ranks, host collectives (MPI, threads), NCCL, memory that the ranks of a node share, and the ordered queues of collectives on device memory and of copies to and from the host | models |
 //! | [`model`] | Llama math on device ops | that it is sharded: neither [`comm`] nor [`fsdp`] |
 //! | [`fsdp`] | layout, units, the schedule and its checker, the executor | files, data, the recipe |
 //! | [`optim`] | AdamW's numbers, learning rates, clipping | |
@@ -33,12 +33,20 @@
 //!
 //! # What streams
 //!
-//! [`plan::memory`] decides what stays on the device ([`fsdp::memory::Residency`]); the rest waits in one mapping of exact size
-//! that the driver pins ([`device::cpu::HostRegion`]), never in a mapped file. A *shard* is fetched as the first half of its
-//! gather, into its own place in the slot, so that the all-gather is in place. A *boundary* (a layer's input) is put when its layer
-//! has read it and fetched into whatever buffer is free when backward comes near: `fsdp::offload` weaves these copies into the
-//! schedule, where the checker sees them. *LoRA values* are fetched like shards, their gradients put after the reduction, and
-//! AdamW runs on the host, in the arithmetic of its kernel to the bit.
+//! [`plan::decide`] weighs what stays on the device ([`fsdp::memory::Residency`]) and what of each layer is kept for backward
+//! ([`fsdp::schedule::Keep`]) by the time that the schedule would take ([`plan::throughput`]); the rest waits in one mapping of exact
+//! size that the driver pins ([`device::cpu::HostRegion`]), never in a mapped file. A *shard* is fetched as the first half of its
+//! gather, into its own place in the slot, so that the all-gather is in place; or, where the ranks of a node share that memory
+//! ([`comm::Gather::Host`]), each rank fetches all shards. A *boundary* (a layer's input) is put when its layer has read it and fetched
+//! into whatever buffer is free when backward comes near: `fsdp::offload` weaves these copies into the schedule, where the checker
+//! sees them. *LoRA values* are fetched like shards, their gradients put after the reduction, and AdamW runs on the host, in the
+//! arithmetic of its kernel to the bit.
+//!
+//! # Who holds what
+//!
+//! [`comm::Groups`]: all ranks; those that hold one base together, a shard each; those that hold the same shard. full_shard, hybrid_shard
+//! and no_shard differ in the size of these groups alone. Gradients are summed over the ranks of a base in their order, then over the
+//! bases in theirs.
 //!
 //! # Invariants
 //!
@@ -48,7 +56,7 @@
 //! - All device memory is carved at start, by name, from a plan ([`device::arena`]); the loop allocates none.
 //! - Random numbers depend on seed, step, sample, position, layer, module and feature: never on ranks or packing.
 //! - Reductions over ranks are sums in rank order. Layer- or micro-batch-major, recomputed or kept, sharded or not, resident or
-//!   streamed: the same bits (tests/fsdp.rs on CPU ranks, tests/gpu.rs on GPUs).
+//!   streamed, gathered by NCCL or from the host: the same bits (tests/fsdp.rs on CPU ranks, tests/gpu.rs on GPUs).
 //! - Any error or panic on any rank ends all ranks ([`comm::mpi::abort`]); nothing half-written has a final name
 //!   ([`checkpoint::atomic`]).
 //!

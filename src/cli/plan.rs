@@ -168,7 +168,9 @@ fn budget(
 ) -> Budget {
     let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.usable_bytes() / ranks_per_gpu);
     let ranks_of_a_node = (world_size / args.nodes as usize) as f64;
-    let host = args.host_gib.map_or(usize::MAX, |gib| (gib * f64::from(1 << 30) / ranks_of_a_node) as usize);
+    let process = hardware.process_bytes(world_size, &job.config);
+    let of_node = |gib: f64| ((gib * f64::from(1 << 30) / ranks_of_a_node) as usize).saturating_sub(process);
+    let host = args.host_gib.map_or(usize::MAX, of_node);
     Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
 }
 

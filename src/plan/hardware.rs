@@ -31,9 +31,9 @@ pub struct Reached {
     pub kernel_seconds: f64,
 }
 
-/// Products and attention measured with `bench kernels` on an H100 (2026-11-25), memory fitted to steps of benches/results.md.
+/// Attention measured with `bench kernels` on an H100; the rest fitted to benches/results/h100-calibration.jsonl (2026-11-25).
 const REACHED: Reached =
-    Reached { products: 1.1, memory: 0.5, attention_forward: 0.2, attention_backward: 0.13, kernel_seconds: 8.0e-6 };
+    Reached { products: 0.97, memory: 0.72, attention_forward: 0.18, attention_backward: 0.12, kernel_seconds: 6.0e-6 };
 
 /// Of a process with CUDA's libraries, one that talks to others too, and for each of a model's hidden features (tables, rows that
 /// are in use). Seen with `bench step` on an H100 (2026-11-25).
@@ -52,16 +52,16 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Name, GiB, TFLOP/s, GB/s of memory, GB/s over PCIe, GB/s between GPUs.
 ///
 /// Memory and bandwidths are those of NVIDIA's data sheets; matrix rates of data-centre cards are those that large products reach
-/// (H100: measured with `bench kernels`; A100 and H200: 85 and 80 % of the data sheets' 312 and 989), of GeForce cards the data
-/// sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access:
+/// (H100 and H200: 80 % of the data sheet's 989, as measured with `bench kernels`; A100: 85 % of 312), of GeForce cards nine tenths of
+/// the data sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access:
 /// NCCL goes through the host.
 const GPUS: [(&str, [f64; 5]); 7] = [
-    ("rtx3060", [12.0, 25.0, 360.0, 25.0, 8.0]),
-    ("rtx3090", [24.0, 71.0, 936.0, 25.0, 10.0]),
-    ("rtx4090", [24.0, 165.0, 1008.0, 25.0, 10.0]),
-    ("rtx5090", [32.0, 209.0, 1792.0, 55.0, 20.0]),
+    ("rtx3060", [12.0, 23.0, 360.0, 25.0, 8.0]),
+    ("rtx3090", [24.0, 64.0, 936.0, 25.0, 10.0]),
+    ("rtx4090", [24.0, 149.0, 1008.0, 25.0, 10.0]),
+    ("rtx5090", [32.0, 188.0, 1792.0, 55.0, 20.0]),
     ("a100", [80.0, 265.0, 2039.0, 25.0, 200.0]),
-    ("h100", [80.0, 723.0, 3350.0, 55.0, 300.0]),
+    ("h100", [80.0, 790.0, 3350.0, 55.0, 300.0]),
     ("h200", [141.0, 790.0, 4800.0, 55.0, 300.0]),
 ];
 
