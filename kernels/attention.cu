@@ -3,7 +3,8 @@
 // the keys from past + t − positions[t], the first of its document, to past + t. q, out, d_q, d_out [T, heads · D]; k, v, d_k, d_v
 // [past + T, kv_heads · D]; lse, delta [T, heads] f32.
 //
-// Backward is two kernels that each own what they write, so that no sum depends on the order in which blocks run.
+// Backward is kernels that each own what they write, so that no sum depends on the order in which blocks run: one for queries, one
+// for the keys and values that one head sees, and one that adds heads which share them.
 #include "common.cuh"
 
 static const int WARPS = 4, THREADS = 32 * WARPS;

@@ -55,7 +55,7 @@
 //!   every byte until a gather fills them.
 //! - All device memory is carved at start, by name, from a plan ([`device::arena`]); the loop allocates none.
 //! - Random numbers depend on seed, step, sample, position, layer, module and feature: never on ranks or packing.
-//! - Reductions over ranks are sums in rank order. Layer- or micro-batch-major, recomputed or kept, sharded or not, resident or
+//! - Reductions over ranks are sums in rank order (hybrid_shard: inside each node, then over nodes). Layer- or micro-batch-major, recomputed or kept, sharded or not, resident or
 //!   streamed, gathered by NCCL or from the host: the same bits (tests/fsdp.rs on CPU ranks, tests/gpu.rs on GPUs).
 //! - Any error or panic on any rank ends all ranks ([`comm::mpi::abort`]); nothing half-written has a final name
 //!   ([`checkpoint::atomic`]).

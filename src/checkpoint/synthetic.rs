@@ -15,9 +15,12 @@ use crate::fsdp::exec::Base;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::unit::{self, Encodings, NumUnits};
 use crate::model::config::ModelConfig;
+use crate::model::names::Projection;
 use crate::quant::double::{self, NestedAbsmax};
 use crate::quant::nf4::{Absmax, Nf4Tensor};
 use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
+
+use super::adapter::AdapterSettings;
 
 /// Rows of the embedding table; token ids beyond begin again.
 const EMBEDDING_ROWS: usize = 4096;
@@ -34,6 +37,12 @@ impl Encodings for AsQlora {
     fn plain(&self, _: &str) -> Result<Dtype> {
         Ok(Dtype::Bf16)
     }
+}
+
+/// The adapter of benchmarks: r 16 on all projections.
+pub fn adapter_settings(dropout: f32) -> AdapterSettings {
+    let targets = Projection::ALL.to_vec();
+    AdapterSettings { lora_rank: 16, alpha: 16.0, dropout, use_rslora: false, targets }
 }
 
 /// Layouts of all units of a model of this shape.

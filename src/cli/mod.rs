@@ -73,7 +73,7 @@ enum Command {
         /// Folder of the shard files
         #[arg(long)]
         output: PathBuf,
-        /// Number of shards: the world size of the runs that will use them
+        /// Number of shards: the ranks that will hold the base together, all of a run or those of a node (hybrid_shard)
         #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
         world_size: u32,
     },
@@ -114,8 +114,10 @@ impl Cli {
             Command::Generate(args) => generate::run(&cli, &args, &overrides),
             Command::Plan(args) => {
                 if device != DeviceKind::Auto {
-                    let text = "plan computes nothing: --device is not for it; --gpu is";
-                    return Err(Cli::command().error(ErrorKind::ArgumentConflict, text).into());
+                    return Err(usage("plan computes nothing: --device is not for it; --gpu is"));
+                }
+                if ranks_per_gpu != 1 && !args.is_one_plan() || !overrides.is_empty() && args.compares() {
+                    return Err(usage("--ranks-per-gpu is not for --compare and --sweep, nor --set for --compare"));
                 }
                 if world.rank == 0 {
                     plan::run(&args, ranks_per_gpu as usize, &overrides)?;
@@ -125,4 +127,9 @@ impl Cli {
             Command::Bench(bench) => bench::run(&cli, &bench, &overrides),
         }
     }
+}
+
+/// A command line that cannot be meant.
+fn usage(text: &str) -> anyhow::Error {
+    Cli::command().error(ErrorKind::ArgumentConflict, text).into()
 }

@@ -17,7 +17,6 @@ use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 use crate::model::lora::{LoraConfig, LoraLayout};
-use crate::model::names::Projection;
 use crate::plan::calibrate::{self, MeasuredRun, Ratios};
 use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::{Hardware, Reached};
@@ -27,7 +26,7 @@ use crate::plan::trace;
 use crate::recipe::{self, FsdpJob, ShardingStrategy};
 use crate::train::log::bytes;
 
-use super::start::{load_options, wishes};
+use super::start::{HOST_GATHER_NEEDS_A_NODE, load_options, wishes};
 
 #[derive(Args)]
 pub struct PlanArgs {
@@ -59,7 +58,9 @@ pub struct PlanArgs {
     #[arg(long, value_name = "FILE", requires = "gpu")]
     calibrate: Option<PathBuf>,
     /// Compares predictions with these runs, lines of `bench step`
-    #[arg(long, value_name = "FILE", requires = "gpu", conflicts_with_all = ["config", "shape", "trace", "json"])]
+    #[arg(long, value_name = "FILE", requires = "gpu", conflicts_with_all = [
+        "config", "shape", "layers", "micro_batch", "seq", "accum", "world_size", "nodes", "network", "host_gib", "trace", "json",
+    ])]
     compare: Option<PathBuf>,
     /// Ranks: GPUs of all nodes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
@@ -78,6 +79,17 @@ pub struct PlanArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
+}
+
+impl PlanArgs {
+    pub fn compares(&self) -> bool {
+        self.compare.is_some()
+    }
+
+    /// Not a comparison, not a sweep.
+    pub fn is_one_plan(&self) -> bool {
+        !self.sweep && !self.compares()
+    }
 }
 
 /// What is trained, from a recipe or a shape.
@@ -121,7 +133,9 @@ pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Resul
 
 fn measured(path: &Path) -> Result<Vec<MeasuredRun>> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
-    MeasuredRun::read(&text).with_context(|| path.display().to_string())
+    let runs = MeasuredRun::read(&text).with_context(|| path.display().to_string())?;
+    ensure!(!runs.is_empty(), "{}: no run of `bench step` in it", path.display());
+    Ok(runs)
 }
 
 /// One line for each run: what was predicted over what was measured.
@@ -220,7 +234,7 @@ fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: us
         name: shape.to_string(),
         layouts: synthetic::layouts(&config, num_shards)?,
         config,
-        lora: LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() },
+        lora: synthetic::adapter_settings(0.05).lora_config(),
         limits: limits(&fsdp, (args.micro_batch * args.seq) as usize, args.seq as usize, args.accum as usize),
         fsdp,
     })
@@ -254,15 +268,12 @@ impl<'a> Report<'a> {
         let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
-        let libraries = hardware.library_bytes(world_size, ranks_per_gpu);
+        let libraries = hardware.library_bytes(sizes.num_communicators(), ranks_per_gpu);
         let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), libraries);
         let shared = hardware.shared_by(ranks_per_gpu);
-        let between_nodes = if args.nodes > 1 { args.network * 1e9 } else { shared.peer_bytes_per_s };
         let in_a_node = num_shards <= world_size / args.nodes as usize;
-        let links = Links {
-            shards_bytes_per_s: if in_a_node { shared.peer_bytes_per_s } else { between_nodes },
-            replicas_bytes_per_s: between_nodes,
-        };
+        let links = Links::new(&shared, in_a_node, args.nodes == 1, args.network * 1e9);
+        ensure!(in_a_node || job.fsdp.gather != Some(Gather::Host), HOST_GATHER_NEEDS_A_NODE);
         let workload = Workload { sizes, hardware: &shared, links };
         let gather = if num_shards > 1 && in_a_node { job.fsdp.gather } else { Some(Gather::Collective) };
         let wishes = Wishes { gather, ..wishes(&job.fsdp) };

@@ -12,7 +12,7 @@ use crate::train::log::bytes;
 use super::start::{Start, load_options};
 
 pub fn run(start: &Start, model: &Path, output: &Path, world_size: u32, overrides: &[String]) -> Result<()> {
-    let job = recipe::for_model(model, overrides)?;
+    let job = recipe::for_quantize(model, overrides)?;
     let num_shards = world_size as usize;
     let options = LoadOptions { shards: Some(output.to_path_buf()), ..load_options(&job, num_shards) };
     let opened = load::open(&job.model, &options)?;

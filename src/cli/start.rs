@@ -14,7 +14,7 @@ use crate::comm::mpi::{MpiComm, World};
 use crate::comm::{Comm, Delays, Gather, Queue, all_gather_u64, barrier};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, CONTEXT_BYTES, Cuda, HalfType, LIBRARY_BYTES};
-use crate::device::{MemoryPlan, Ops};
+use crate::device::{Device, MemoryPlan, Ops};
 use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Keep;
@@ -32,7 +32,7 @@ use super::DeviceKind;
 /// What is assumed of the network between nodes when choices are weighed: 10 Gbit/s.
 const NETWORK_BYTES_PER_S: f64 = 1.25e9;
 
-const HOST_GATHER_NEEDS_A_NODE: &str = "fsdp.gather: host needs the whole base in the memory of each node: one node, or \
+pub const HOST_GATHER_NEEDS_A_NODE: &str = "fsdp.gather: host needs the whole base in the memory of each node: one node, or \
                                         fsdp.sharding_strategy: hybrid_shard";
 
 /// A rank that has been started.
@@ -204,19 +204,19 @@ impl Start<'_> {
         let before = cuda.free_bytes()?;
         barrier(&mut comm)?;
         let mut queue = CudaQueue::new(cuda.clone(), comm.into_groups(sizes.num_shards())?, options)?;
-        let mut hardware = Hardware::of_device(&cuda.name()?)?;
+        let mut hardware = Hardware::of_device(&cuda.name()?)?.shared_by(ranks);
         let wishes = Wishes { gather: self.gathers(&mut queue, job, &mut hardware)?, ..wishes(job) };
         queue.all_gather_f64("start", &[0.0])?;
-        // The least of all ranks: they decide alike.
-        let own = [cuda.free_bytes()? as f64, self.host_budget(job) as f64];
-        let of_ranks = queue.all_gather_f64("free memory", &own)?;
-        let least = |i: usize| of_ranks.iter().map(|own| own[i] as usize).min().unwrap_or(0);
-        let (free, host_budget) = (least(0), least(1));
+        let free = cuda.free_bytes()?;
         let taken = CONTEXT_BYTES + LIBRARY_BYTES + before.saturating_sub(free) / ranks;
         let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
         let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(taken).min(free));
-        let budget = Budget { device, host: host_budget };
-        let links = Links { shards_bytes_per_s: hardware.peer_bytes_per_s, replicas_bytes_per_s: NETWORK_BYTES_PER_S };
+        // What the queue has taken is in the plan.
+        let mut budget = Budget { device: device + queue.device_bytes(), host: self.host_budget(job) };
+        agree(&mut queue, &mut budget, &mut hardware)?;
+        let (base_in_a_node, one_node) =
+            (self.world.fits_a_node(sizes.num_shards()), self.world.fits_a_node(self.world.world_size));
+        let links = Links::new(&hardware, base_in_a_node, one_node, NETWORK_BYTES_PER_S);
         let workload = Workload { sizes, hardware: &hardware, links };
         let limits = workload.decide::<Cuda<A>>(limits, &wishes, budget)?;
         self.run(Engine::new(cuda, host, queue, base, lora, limits)?, adapter, work)
@@ -239,9 +239,12 @@ impl Start<'_> {
         }
         let Rates { nccl, host } = queue.measure_gathers()?;
         hardware.peer_bytes_per_s = nccl;
-        let Some(host) = host else {
-            self.log.line(format!("gather: NCCL, {:.1} GB/s; the ranks cannot share host memory", nccl * 1e-9));
-            return Ok(Some(Gather::Collective));
+        let host = match host {
+            Ok(host) => host,
+            Err(why) => {
+                self.log.line(format!("gather: NCCL, {:.1} GB/s; not from shared host memory: {why}", nccl * 1e-9));
+                return Ok(Some(Gather::Collective));
+            }
         };
         hardware.host_bytes_per_s = host;
         self.log.line(format!(
@@ -254,7 +257,7 @@ impl Start<'_> {
 
     /// Keeping activations on the CPU must leave room for everything else that the machine does.
     fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &FsdpJob) -> Result<Limits> {
-        let (sizes, hardware) = (self.sizes(base, lora, false), Hardware::of_cores(1));
+        let (sizes, hardware) = (self.sizes(base, lora, false), Hardware::of_a_core());
         let mut wishes = wishes(job);
         wishes.gather = match job.gather {
             None => Some(Gather::Collective),
@@ -270,8 +273,7 @@ impl Start<'_> {
         if wishes.keep.is_none() && sizes.cost::<Cpu>(&keeps)?.device.total_bytes() > budget.device / 4 {
             wishes.keep = Some(Keep::NOTHING);
         }
-        let link = hardware.peer_bytes_per_s;
-        let links = Links { shards_bytes_per_s: link, replicas_bytes_per_s: link };
+        let links = Links::new(&hardware, true, true, NETWORK_BYTES_PER_S);
         Workload { sizes, hardware: &hardware, links }.decide::<Cpu>(limits, &wishes, budget)
     }
 
@@ -316,7 +318,7 @@ impl Start<'_> {
             let limits = engine.limits();
             let resident = limits.residency.units.min(engine.num_units());
             self.log.line(format!(
-                "streamed from the host: {} pinned (shards {}, {}); {resident} of {} units are resident",
+                "in host memory: {} (shards {}, {}); {resident} of {} units are resident",
                 bytes(pinned),
                 bytes(queue.host_bytes()),
                 owners(&plan.host),
@@ -324,6 +326,19 @@ impl Start<'_> {
             ));
         }
     }
+}
+
+/// The least of all ranks, so that they decide alike. Collective.
+fn agree<D: Device, Q: Queue<D>>(queue: &mut Q, budget: &mut Budget, hardware: &mut Hardware) -> Result<()> {
+    let Hardware { matrix_flops, memory_bytes_per_s, host_bytes_per_s, peer_bytes_per_s, .. } = hardware;
+    let rates = [*matrix_flops, *memory_bytes_per_s, *host_bytes_per_s, *peer_bytes_per_s];
+    let own = [&[budget.device as f64, budget.host as f64], &rates[..]].concat();
+    let of_ranks = queue.all_gather_f64("memory and rates", &own)?;
+    let least = |i: usize| of_ranks.iter().map(|own| own[i]).fold(f64::INFINITY, f64::min);
+    *budget = Budget { device: least(0) as usize, host: least(1) as usize };
+    (*matrix_flops, *memory_bytes_per_s, *host_bytes_per_s, *peer_bytes_per_s) =
+        (least(2), least(3), least(4), least(5));
+    Ok(())
 }
 
 /// How a job holds its base.

@@ -27,11 +27,11 @@ pub struct QueueOptions {
 }
 
 /// Bytes a second that come to a rank, the least of all ranks.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Rates {
     pub nccl: f64,
-    /// Nothing where the ranks cannot share host memory.
-    pub host: Option<f64>,
+    /// Or why it cannot be on this rank or another.
+    pub host: Result<f64, String>,
 }
 
 /// Bytes of a rank, and repeats, in [`CudaQueue::measure_gathers`].
@@ -142,9 +142,14 @@ impl<A: HalfType> CudaQueue<A> {
         }
         self.communication.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))?;
         let nccl = (PROBES * (parts - 1) * part) as f64 / start.elapsed().as_secs_f64();
-        let rates = self.all_gather_f64("rates of gathers", &[nccl, host.unwrap_or(0.0)])?;
+        let rates = self.all_gather_f64("rates of gathers", &[nccl, *host.as_ref().unwrap_or(&0.0)])?;
         let least = |i: usize| rates.iter().map(|of_rank| of_rank[i]).fold(f64::INFINITY, f64::min);
-        Ok(Rates { nccl: least(0), host: Some(least(1)).filter(|&host| host > 0.0) })
+        let host = match host {
+            Err(error) => Err(format!("{error:#}")),
+            Ok(_) if least(1) == 0.0 => Err("it cannot be on another rank".to_string()),
+            Ok(_) => Ok(least(1)),
+        };
+        Ok(Rates { nccl: least(0), host })
     }
 
     /// An action that ends on `lane`.
@@ -194,11 +199,12 @@ impl<A: HalfType> CudaQueue<A> {
         marks: &mut Marks,
     ) -> Result<Lane> {
         let (len, delays, position) = (shard.len(), &self.delays, self.position());
-        let gathered = len * position.num_shards;
-        let mut whole = whole.first_mut(gathered);
+        // Until it has been filled, whatever reads it reads NaNs: codes, scales, and plain weights of every type.
+        let first = if matches!(shard, Place::Host(_)) { Lane::Fetch } else { Lane::Communication };
+        self.poison(first, whole.view_mut())?;
+        let mut whole = whole.first_mut(len * position.num_shards);
         match (shard, &self.nccl.shards) {
             (Place::Device(shard), nccl) => {
-                self.poison(Lane::Communication, whole.range_mut(0..gathered))?;
                 self.on(Lane::Communication, Lane::Compute, delays.before_gather, marks, |stream| match nccl {
                     None => self.cuda.copy_on(stream, whole, shard.view()),
                     Some(nccl) => nccl.all_gather(shard.view(), whole, stream),
@@ -207,7 +213,6 @@ impl<A: HalfType> CudaQueue<A> {
             }
             (Place::Host(shard), nccl) => {
                 let own = position.shard * len..(position.shard + 1) * len;
-                self.poison(Lane::Fetch, whole.range_mut(0..gathered))?;
                 self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, marks, |stream| {
                     self.cuda.fetch_on(stream, whole.range_mut(own), shard.view())
                 })?;
@@ -220,7 +225,7 @@ impl<A: HalfType> CudaQueue<A> {
         }
     }
 
-    /// Until an action on `lane` has filled a slot, whatever reads it reads NaNs: codes, scales, and plain weights of every type.
+    /// Makes every byte of a slot 0xFF, on a lane, when the computation is done with it.
     fn poison<T: Element>(&self, lane: Lane, slot: ViewMut<'_, Cuda<A>, T>) -> Result<()> {
         self.cuda.order(self.cuda.compute(), self.stream(lane))?;
         self.cuda.poison_on(self.stream(lane), slot)

@@ -5,13 +5,16 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
-use super::{Comm, Gather, ShardSource, barrier, node};
+use super::{Comm, Gather, ShardSource, all_gather_u64, barrier, node};
 use crate::device::cpu::{Cpu, HostRegion};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Place};
 
 /// Bytes that one thread copies at a time.
 const COPY_BYTES: usize = 1 << 20;
+
+/// Bytes of a rank that go to the others in one message.
+const GATHER_BYTES: usize = 16 << 20;
 
 /// A unit of the base, as a rank has it.
 pub enum Stored<A: HalfType> {
@@ -64,10 +67,17 @@ pub fn store<A: HalfType>(
                 Stored::Shard(Place::Device(stored))
             }
             (true, Gather::Host) => {
-                let mut all = vec![0; expected * comm.world_size()];
-                comm.all_gather(bytes, &mut all)?;
-                let mut stored = device.carve(&name(i), all.len())?;
-                cuda.upload(stored.view_mut(), &all)?;
+                let mut stored = device.carve(&name(i), expected * comm.world_size())?;
+                let mut at = 0;
+                for part in bytes.chunks(GATHER_BYTES) {
+                    let mut all = vec![0; part.len() * comm.world_size()];
+                    comm.all_gather(part, &mut all)?;
+                    for (rank, part) in all.chunks_exact(part.len()).enumerate() {
+                        let begin = rank * expected + at;
+                        cuda.upload(stored.view_mut().into_range(begin..begin + part.len()), part)?;
+                    }
+                    at += part.len();
+                }
                 Stored::Whole(stored)
             }
             (false, _) => {
@@ -119,16 +129,20 @@ const PROBES: usize = 5;
 pub fn host_bytes_per_s<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm) -> Result<f64> {
     let mut plan = MemoryPlan::default();
     plan.push("probe", PROBE_BYTES);
-    let mut arenas = host_arenas(cuda, comm, plan, Gather::Host)?;
-    let shards = arenas.iter_mut().map(|arena| arena.carve::<u8>("probe", PROBE_BYTES)).collect::<Result<Vec<_>>>()?;
-    let mut out = Arena::carved(cuda, |arena| arena.carve::<u8>("probe", PROBE_BYTES))?;
-    barrier(comm)?;
+    let buffers = host_arenas(cuda, comm, plan, Gather::Host).and_then(|mut arenas| {
+        let shards = arenas.iter_mut().map(|arena| arena.carve::<u8>("probe", PROBE_BYTES));
+        let out = Arena::carved(cuda, |arena| arena.carve::<u8>("probe", PROBE_BYTES));
+        Ok((shards.collect::<Result<Vec<_>>>()?, out?))
+    });
+    let failed = all_gather_u64(comm, u64::from(buffers.is_err()))?.contains(&1);
+    let (shards, mut out) = buffers?;
+    ensure!(!failed, "another rank of this node cannot pin shared memory");
     let start = Instant::now();
-    for shard in (0..PROBES).flat_map(|_| &shards) {
-        cuda.fetch_on(cuda.compute(), out.view_mut(), shard.view())?;
-    }
-    cuda.synchronize()?;
+    let mut probes = (0..PROBES).flat_map(|_| &shards);
+    let fetched = probes.try_for_each(|shard| cuda.fetch_on(cuda.compute(), out.view_mut(), shard.view()));
+    let fetched = fetched.and_then(|()| cuda.synchronize());
     let seconds = start.elapsed().as_secs_f64();
+    // The others' memory stays until they are done with it.
     barrier(comm)?;
-    Ok((PROBES * shards.len() * PROBE_BYTES) as f64 / seconds)
+    fetched.map(|()| (PROBES * shards.len() * PROBE_BYTES) as f64 / seconds)
 }

@@ -144,6 +144,11 @@ impl Queue<Cpu> for HostQueue {
         let units = shards.into_iter().enumerate().map(|(i, shard)| {
             let (expected, shard) = (shard.bytes, (shard.read)()?);
             let carve = |arena: &mut Arena<Cpu>| arena.carve::<u8>(&format!("shards/{i}"), expected);
+            ensure!(
+                (*shard).as_ref().len() == expected,
+                "shard {i} has {} bytes, expected {expected}",
+                (*shard).as_ref().len()
+            );
             let mut all = arenas.iter_mut().map(carve).collect::<Result<Vec<_>>>()?;
             all[own].view_mut().host_mut().copy_from_slice((*shard).as_ref());
             shard.let_go();

@@ -110,13 +110,13 @@ pub fn abort(status: i32) -> ! {
 /// Host collectives over an MPI communicator; all calls come from the queue's thread.
 pub struct MpiComm {
     /// Never freed: that would be one more collective, and a rank that fails does not come to it.
-    world: ManuallyDrop<SimpleCommunicator>,
+    communicator: ManuallyDrop<SimpleCommunicator>,
     rank: usize,
     world_size: usize,
     timeout: Duration,
 }
 
-// SAFETY: the handle of MPI_COMM_WORLD is the same on every thread; MPI runs at thread level Serialized or Multiple and
+// SAFETY: the handle of a communicator is the same on every thread; MPI runs at thread level Serialized or Multiple and
 // only the thread that owns this value makes calls through it.
 unsafe impl Send for MpiComm {}
 
@@ -128,7 +128,7 @@ impl MpiComm {
 
     fn over(comm: SimpleCommunicator) -> Result<MpiComm> {
         let (rank, world_size) = (comm.rank() as usize, comm.size() as usize);
-        Ok(MpiComm { world: ManuallyDrop::new(comm), rank, world_size, timeout: super::timeout()? })
+        Ok(MpiComm { communicator: ManuallyDrop::new(comm), rank, world_size, timeout: super::timeout()? })
     }
 
     /// This communicator, and those of the base's shards and replicas, where groups of `num_shards` ranks hold a base. Collective.
@@ -139,8 +139,10 @@ impl MpiComm {
             self.world_size
         );
         let split = |color: usize| -> Result<Box<dyn Comm>> {
-            let part =
-                self.world.split_by_color(Color::with_value(color as i32)).context("MPI made no communicator")?;
+            let part = self
+                .communicator
+                .split_by_color(Color::with_value(color as i32))
+                .context("MPI made no communicator")?;
             Ok(Box::new(MpiComm::over(part)?))
         };
         let (shards, replicas) = (split(self.rank / num_shards)?, split(self.rank % num_shards)?);
@@ -193,7 +195,9 @@ impl Comm for MpiComm {
         ensure!(recv.len() == send.len() * self.world_size, "all_gather: {} into {} bytes", send.len(), recv.len());
         check_count(recv.len())?;
         let limit = self.timeout;
-        mpi::request::scope(|scope| poll("all_gather", self.world.immediate_all_gather_into(scope, send, recv), limit))
+        mpi::request::scope(|scope| {
+            poll("all_gather", self.communicator.immediate_all_gather_into(scope, send, recv), limit)
+        })
     }
 
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
@@ -204,6 +208,8 @@ impl Comm for MpiComm {
         );
         check_count(recv.len())?;
         let limit = self.timeout;
-        mpi::request::scope(|scope| poll("all_to_all", self.world.immediate_all_to_all_into(scope, send, recv), limit))
+        mpi::request::scope(|scope| {
+            poll("all_to_all", self.communicator.immediate_all_to_all_into(scope, send, recv), limit)
+        })
     }
 }

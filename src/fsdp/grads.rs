@@ -106,7 +106,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Values::Master => &self.memory.trainables[layer].master,
             Values::Grad => &self.memory.trainables[layer].grad,
         };
-        let own = self.on_host(shard.as_ref().with_context(|| not_waited_for(layer))?)?;
+        let own = self.on_host(shard.as_ref().with_context(|| format!("{values:?} of layer {layer} is under way"))?)?;
         let mut all = self.queue.gather_shards_f32("trainable values", &own)?;
         all.truncate(self.trainable.len);
         Ok(all)
@@ -132,7 +132,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         }
         let mut hash = Xxh3::new();
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
-            let master = trainable.master.as_ref().with_context(|| not_waited_for(layer))?;
+            let master =
+                trainable.master.as_ref().with_context(|| format!("the LoRA of layer {layer} is being gathered"))?;
             hash.update(bytemuck::cast_slice(&self.on_host(master)?));
         }
         let digest = hash.digest();

@@ -1,6 +1,6 @@
 //! Predictions against runs that were measured: how far off they are, and which shares of a card's rates explain the runs best.
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Deserialize;
 
 use crate::checkpoint::synthetic;
@@ -8,8 +8,7 @@ use crate::device::cuda::Cuda;
 use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::layer::LayerLora;
-use crate::model::lora::{LoraConfig, LoraLayout};
-use crate::model::names::Projection;
+use crate::model::lora::LoraLayout;
 use crate::model::shapes;
 
 use super::hardware::{Hardware, Reached};
@@ -60,15 +59,26 @@ impl MeasuredRun {
     /// Runs from lines of JSON.
     pub fn read(text: &str) -> Result<Vec<MeasuredRun>> {
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        lines.map(|(i, line)| serde_json::from_str(line).with_context(|| format!("line {}", i + 1))).collect()
+        lines
+            .map(|(i, line)| {
+                let run: MeasuredRun = serde_json::from_str(line).with_context(|| format!("line {}", i + 1))?;
+                let MeasuredRun { layers, micro_batch, seq, accum, num_shards, world_size, ranks_per_gpu, .. } = run;
+                let counts = [layers, micro_batch, seq, accum, num_shards, world_size, ranks_per_gpu];
+                ensure!(
+                    !counts.contains(&0) && world_size.is_multiple_of(num_shards) && run.step_ms > 0.0,
+                    "line {}: not a run of `bench step`",
+                    i + 1
+                );
+                Ok(run)
+            })
+            .collect()
     }
 
     pub fn predict(&self, hardware: &Hardware) -> Result<Prediction> {
         let hardware = &hardware.shared_by(self.ranks_per_gpu);
         let config = shapes::named(&self.shape, Some(self.layers))?;
         let layouts = synthetic::layouts(&config, self.num_shards)?;
-        let targets = Projection::ALL.to_vec();
-        let lora = LoraConfig { lora_rank: 16, scale: 1.0, dropout: self.dropout, targets };
+        let lora = synthetic::adapter_settings(self.dropout).lora_config();
         let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
         let world_size = self.world_size;
         let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
@@ -84,7 +94,8 @@ impl MeasuredRun {
         };
         let cost = sizes.cost::<Cuda<half::bf16>>(&limits)?;
         Ok(Prediction {
-            device_bytes: cost.device.total_bytes() + hardware.library_bytes(world_size, self.ranks_per_gpu),
+            device_bytes: cost.device.total_bytes()
+                + hardware.library_bytes(sizes.num_communicators(), self.ranks_per_gpu),
             host_bytes: cost.host.total_bytes() + hardware.process_bytes(world_size, &config),
             seconds: Workload { sizes, hardware, links }.predict(&limits).seconds,
         })

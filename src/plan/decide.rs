@@ -41,10 +41,13 @@ impl Workload<'_> {
         let mut best: Option<(f64, Limits)> = None;
         for gather in gathers(wishes) {
             for residency in residencies(wishes) {
-                let least = Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), gather, residency, ..limits };
+                let least = self.least::<D>(Limits { gather, residency, ..limits }, wishes, budget);
+                if !self.fits::<D>(&least, budget)? {
+                    continue;
+                }
                 let mut last = None;
                 for share in (0..=SHARES).rev() {
-                    let Some(choice) = self.fill::<D>(least, wishes, budget, share)? else { break };
+                    let choice = self.fill::<D>(least, wishes, budget, share)?;
                     if last.replace(choice) == Some(choice) {
                         continue;
                     }
@@ -72,34 +75,35 @@ impl Workload<'_> {
         Ok(cost.device.total_bytes() <= budget.device && cost.host.total_bytes() <= budget.host)
     }
 
-    /// Uses the room that `least` leaves: `share` of it first for activations, the rest for units, what is then left again for
-    /// activations. Nothing where `least` does not fit.
-    fn fill<D: Device>(&self, least: Limits, wishes: &Wishes, budget: Budget, share: usize) -> Result<Option<Limits>> {
-        let (num_units, streams) = (self.sizes.layouts.len(), wishes.units.is_none() && least.residency.units == 0);
-        let with_units =
-            |limits: Limits, units| Limits { residency: Residency { units, ..limits.residency }, ..limits };
-        let mut choice = least;
-        if streams {
-            // Where host memory is short, more units have to stay on the device.
-            let host = |units| self.sizes.cost::<D>(&with_units(least, units)).map(|cost| cost.host.total_bytes());
-            choice = with_units(least, first(0, num_units, |units| host(units).is_ok_and(|host| host <= budget.host)));
+    /// The least of these limits that is wished: nothing kept, and as few units on the device as host memory has room for.
+    fn least<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
+        let least = Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), ..limits };
+        if wishes.units.is_some() || limits.residency.units > 0 {
+            return least;
         }
-        if !self.fits::<D>(&choice, budget)? {
-            return Ok(None);
-        }
+        let host = |units| self.sizes.cost::<D>(&with_units(least, units)).map(|cost| cost.host.total_bytes());
+        let fits = |units: usize| host(units).is_ok_and(|host| host <= budget.host);
+        let units = first(0, self.sizes.layouts.len(), fits);
+        with_units(least, if fits(units) { units } else { 0 })
+    }
+
+    /// Uses the room that `least`, which fits, leaves: `share` of it first for activations, the rest for units, what is then left
+    /// again for activations.
+    fn fill<D: Device>(&self, least: Limits, wishes: &Wishes, budget: Budget, share: usize) -> Result<Limits> {
+        let (mut choice, num_units) = (least, self.sizes.layouts.len());
         let device = self.sizes.cost::<D>(&choice)?.device.total_bytes();
         let for_activations = device + (budget.device - device) / SHARES * share;
         if wishes.keep.is_none() {
             choice = self.most_kept::<D>(choice, Budget { device: for_activations, ..budget });
         }
-        if streams {
+        if wishes.units.is_none() && least.residency.units < num_units {
             let fits = |units: usize| self.fits::<D>(&with_units(choice, units), budget).unwrap_or(false);
             choice = with_units(choice, first(choice.residency.units, num_units, |units| !fits(units + 1)));
         }
         if wishes.keep.is_none() {
             choice = self.most_kept::<D>(choice, budget);
         }
-        Ok(Some(choice))
+        Ok(choice)
     }
 
     /// The most that can be kept: the dearest part of as many layers as fit, then the next.
@@ -121,7 +125,7 @@ impl Workload<'_> {
         let smallest = |wishes: &Wishes, limits: Limits| -> Result<Plans> {
             let residency = residencies(wishes).pop().unwrap_or(Residency::ALL);
             let gather = wishes.gather.unwrap_or(Gather::Collective);
-            self.sizes.cost::<D>(&Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), gather, residency, ..limits })
+            self.sizes.cost::<D>(&self.least::<D>(Limits { gather, residency, ..limits }, wishes, budget))
         };
         let cost = smallest(wishes, limits)?;
         let needs = |cost: &Plans| (cost.device.total_bytes(), cost.host.total_bytes());
@@ -186,6 +190,10 @@ impl Workload<'_> {
             keys.into_iter().take(3).collect::<Vec<_>>().join("; ")
         ))
     }
+}
+
+fn with_units(limits: Limits, units: usize) -> Limits {
+    Limits { residency: Residency { units, ..limits.residency }, ..limits }
 }
 
 /// The limits where a key goes from `value` to `smaller`.

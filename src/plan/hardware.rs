@@ -99,14 +99,10 @@ impl Hardware {
         }
     }
 
-    /// What driver and libraries take of a rank's GPU.
-    pub fn library_bytes(&self, world_size: usize, ranks_per_gpu: usize) -> usize {
-        let nccl = match (world_size, ranks_per_gpu) {
-            (1, _) => 0,
-            (_, 1) => NCCL_BYTES,
-            _ => NCCL_SOCKET_BYTES,
-        };
-        CONTEXT_BYTES + LIBRARY_BYTES + nccl
+    /// What driver and libraries take of a rank's GPU, NCCL for each of its communicators.
+    pub fn library_bytes(&self, num_communicators: usize, ranks_per_gpu: usize) -> usize {
+        let nccl = if ranks_per_gpu == 1 { NCCL_BYTES } else { NCCL_SOCKET_BYTES };
+        CONTEXT_BYTES + LIBRARY_BYTES + num_communicators * nccl
     }
 
     /// What a rank's process takes of host memory besides what is pinned: libraries, tables, files.
@@ -127,14 +123,13 @@ impl Hardware {
         Hardware::named(Hardware::names().into_iter().find(number).unwrap_or("rtx3090"))
     }
 
-    /// Cores of a host; they order choices, no more.
-    pub fn of_cores(num: usize) -> Hardware {
-        let cores = num as f64;
+    /// A core of a host; it orders choices, no more.
+    pub fn of_a_core() -> Hardware {
         Hardware {
             name: "cpu".into(),
             vram_bytes: f64::INFINITY,
-            matrix_flops: cores * 50e9,
-            memory_bytes_per_s: cores * 5e9,
+            matrix_flops: 50e9,
+            memory_bytes_per_s: 5e9,
             host_bytes_per_s: 5e9,
             peer_bytes_per_s: 2e9,
             reached: REACHED,

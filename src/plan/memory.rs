@@ -29,6 +29,11 @@ impl Sizes<'_> {
         self.world_size / self.num_shards()
     }
 
+    /// Groups of ranks that talk: those that hold a base, and those that hold the same shard, where they are more than one.
+    pub fn num_communicators(&self) -> usize {
+        usize::from(self.num_shards() > 1) + usize::from(self.num_replicas() > 1)
+    }
+
     /// A layer's trainable values.
     pub fn trainable(&self) -> Option<TrainableLayout> {
         let (num_shards, num_replicas) = (self.num_shards(), self.num_replicas());
@@ -45,6 +50,9 @@ impl Sizes<'_> {
         let adapter = self.lora.zip(self.trainable());
         let mut plans = Memory::<D>::plan(self.config, adapter, self.layouts, limits)?;
         if !self.pins_shards {
+            if limits.gather == Gather::Host {
+                self.layouts.iter().for_each(|layout| plans.host.push("shards", layout.shard_bytes()));
+            }
             return Ok(plans);
         }
         for (layout, resident) in self.layouts.iter().zip(limits.residency.of_units(self.layouts.len())) {

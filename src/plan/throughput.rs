@@ -17,8 +17,6 @@ use super::memory::Sizes;
 const HOST_UPDATE_BYTES_PER_S: f64 = 20e9;
 /// From pageable memory, rows of the embedding.
 const PAGEABLE_BYTES_PER_S: f64 = 6e9;
-/// What a slot is filled with before a gather, and the cast of LoRA values.
-const FILLS: usize = 3;
 /// Bytes of an activation.
 const ACT: f64 = 2.0;
 
@@ -35,6 +33,14 @@ pub struct Workload<'a> {
 pub struct Links {
     pub shards_bytes_per_s: f64,
     pub replicas_bytes_per_s: f64,
+}
+
+impl Links {
+    /// Of ranks of which those that hold a base are in one node, or not; and all of them, or not.
+    pub fn new(hardware: &Hardware, base_in_a_node: bool, one_node: bool, network_bytes_per_s: f64) -> Links {
+        let link = |in_a_node| if in_a_node { hardware.peer_bytes_per_s } else { network_bytes_per_s };
+        Links { shards_bytes_per_s: link(base_in_a_node), replicas_bytes_per_s: link(one_node) }
+    }
 }
 
 /// What a part of a layer does for a token.
@@ -200,7 +206,8 @@ impl Workload<'_> {
         let layout = &self.sizes.layouts[NumUnits::new(self.sizes.config).idx(unit)];
         let dense: usize = layout.tensors().iter().map(|t| t.elements.len()).sum();
         let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
-        let launches = (layout.tensors().len() * layout.num_shards() + FILLS) as f64;
+        // A kernel for each tensor's part in each shard, and the cast of LoRA values.
+        let launches = (layout.tensors().len() * layout.num_shards() + 1) as f64;
         (layout.gathered_bytes() as f64 + dense as f64 * ACT) / rate + launches * self.hardware.reached.kernel_seconds
     }
 
@@ -341,7 +348,7 @@ mod tests {
     use crate::checkpoint::synthetic;
     use crate::fsdp::schedule::{Accumulation, Keep, Mode};
     use crate::model::layer::LayerLora;
-    use crate::model::lora::{LoraConfig, LoraLayout};
+    use crate::model::lora::LoraLayout;
     use crate::model::shapes;
 
     /// A shape with the adapter of `bench step` on H100s.
@@ -353,7 +360,7 @@ mod tests {
     ) -> T {
         let config = shapes::named(shape, layers).unwrap();
         let layouts = synthetic::layouts(&config, num_shards).unwrap();
-        let lora = LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() };
+        let lora = synthetic::adapter_settings(0.05).lora_config();
         let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
         let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };

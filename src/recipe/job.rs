@@ -171,6 +171,7 @@ pub struct FsdpJob {
 pub(super) enum Use {
     Train,
     Model,
+    Quantize,
     Bench,
     DeviceBench,
 }
@@ -180,6 +181,7 @@ pub(super) fn decide(mut written: Written, usage: Use) -> Result<Job, Vec<String
     written.check(match usage {
         Use::Train => None,
         Use::Model => Some(keys::KEYS_OF_ANY_COMMAND),
+        Use::Quantize => Some(keys::KEYS_OF_QUANTIZE),
         Use::Bench => Some(keys::KEYS_OF_BENCH),
         Use::DeviceBench => Some(keys::KEYS_OF_DEVICE_BENCH),
     });

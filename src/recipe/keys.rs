@@ -166,6 +166,9 @@ pub(super) const KEYS_OF_ANY_COMMAND: &[&str] = &[
     "fsdp.",
 ];
 
+/// Keys that `quantize` looks at.
+pub(super) const KEYS_OF_QUANTIZE: &[&str] = &["model", "quantization."];
+
 /// Keys that benchmarks on made-up weights look at.
 pub(super) const KEYS_OF_BENCH: &[&str] = &["model", "quantization.bnb_4bit_compute_dtype", "fsdp."];
 

@@ -47,13 +47,22 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
 /// The job of a command without a recipe file: `model` from the command line, no training data needed. Keys that
 /// only training looks at are refused.
 pub fn for_model(model: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
+    with_model(model, overrides, Use::Model)
+}
+
+fn with_model(model: &Path, overrides: &[String], usage: Use) -> Result<Job, RecipeError> {
     let fail = |errors| RecipeError { source: "command line".into(), errors };
     let mut written = Written::new("", overrides);
     if written.has(&keys::MODEL) {
         written.errors.push("model: given by --model already, remove it from --set".into());
     }
     written.set(&keys::MODEL, model.to_string_lossy().into());
-    job::decide(written, Use::Model).map_err(fail)
+    job::decide(written, usage).map_err(fail)
+}
+
+/// As [`for_model`], for a command that only quantizes.
+pub fn for_quantize(model: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
+    with_model(model, overrides, Use::Quantize)
 }
 
 /// What a benchmark on made-up weights takes from `--set`.

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
-use crate::checkpoint::adapter::{self, AdapterSettings};
+use crate::checkpoint::adapter;
 use crate::checkpoint::synthetic;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
@@ -78,14 +78,7 @@ pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> 
         Placement::Bf16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, tell),
         Placement::Fp16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, tell),
     }?;
-    let settings = AdapterSettings {
-        lora_rank: 16,
-        alpha: 16.0,
-        dropout: args.dropout,
-        use_rslora: false,
-        targets: Projection::ALL.to_vec(),
-    };
-    let adapter = adapter::fresh(settings, &config, 42);
+    let adapter = adapter::fresh(synthetic::adapter_settings(args.dropout), &config, 42);
     let max_tokens = (args.micro_batch * args.seq) as usize;
     let limits = Limits {
         max_length: args.seq as usize,

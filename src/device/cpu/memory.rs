@@ -88,7 +88,8 @@ impl<'a, T: Element> View<'a, Cpu, T> {
     /// The elements.
     pub fn host(self) -> &'a [T] {
         // SAFETY: a view of a `Buffer<Cpu, T>` lies in its live region, aligned to 256 bytes plus whole elements, zeroed
-        // at allocation; its lifetime borrows the buffer, which alone owns the range. `T` is plain old data.
+        // at allocation; its lifetime borrows the buffer, which alone owns the range, or shares it with other processes that write only
+        // before a barrier after which it is read. `T` is plain old data.
         unsafe { std::slice::from_raw_parts(self.addr() as *const T, self.len()) }
     }
 }

@@ -76,10 +76,11 @@ impl<A: HalfType> Cuda<A> {
             let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
             return self.launch(&kernel, grid, args);
         }
-        let (k_parts, v_parts) = (head_d_k.view(), head_d_v.view());
-        let args = args![k_parts, v_parts, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
+        let (mut k_parts, mut v_parts, all) = (head_d_k, head_d_v, 0..q.len());
+        let (part_k, part_v) = (k_parts.range_mut(all.clone()), v_parts.range_mut(all));
+        let args = args![part_k, part_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
         self.launch(&kernel, grid, args)?;
-        for (sum, parts) in [(d_k, k_parts), (d_v, v_parts)] {
+        for (sum, parts) in [(d_k, k_parts.view()), (d_v, v_parts.view())] {
             let eights = sum.len() / 8;
             let args = args![sum, parts, eights as u64, group as u32, (head_dim / 8) as u32];
             self.launch("attention_sum_heads", Grid::elements(eights), args)?;
