@@ -52,6 +52,10 @@ fn prefix(rank: usize, world_size: usize) -> String {
 /// A panic on any thread of any rank ends the job: unwinding would wait for the other ranks in MPI_Finalize.
 fn end_all_ranks_on_panic(rank: usize, world_size: usize) {
     std::panic::set_hook(Box::new(move |info| {
+        // Whoever read standard output has gone: there is nobody to tell.
+        if info.payload().downcast_ref::<String>().is_some_and(|text| text.starts_with("failed printing to stdout")) {
+            abort(1);
+        }
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");
         let mut text = format!("{}thread '{name}' {info}", prefix(rank, world_size));

@@ -183,13 +183,17 @@ impl Workload<'_> {
              it fit: {}",
             text(needs(&cost).0),
             table(&cost.device),
-            text(budget.device),
+            limit(budget.device),
             text(needs(&cost).1),
             table(&cost.host),
-            text(budget.host),
+            limit(budget.host),
             keys.into_iter().take(3).collect::<Vec<_>>().join("; ")
         ))
     }
+}
+
+fn limit(bytes: usize) -> String {
+    if bytes == usize::MAX { "any amount".into() } else { text(bytes) }
 }
 
 fn with_units(limits: Limits, units: usize) -> Limits {
@@ -245,4 +249,113 @@ fn residencies(wishes: &Wishes) -> Vec<Residency> {
         }
     }
     residencies
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::synthetic;
+    use crate::device::cuda::Cuda;
+    use crate::fsdp::schedule::Mode;
+    use crate::model::layer::LayerLora;
+    use crate::model::lora::LoraLayout;
+    use crate::model::shapes;
+    use crate::plan::hardware::Hardware;
+    use crate::plan::memory::Sizes;
+    use crate::plan::throughput::Links;
+
+    type Gpu = Cuda<half::bf16>;
+    const GIB: usize = 1 << 30;
+    const COLLECTIVE: Wishes = Wishes {
+        keep: None,
+        units: None,
+        trainables: None,
+        offload_boundaries: None,
+        gather: Some(Gather::Collective),
+    };
+
+    /// Llama-3.1-8B over some ranks of a node.
+    fn with_8b<T>(num_shards: usize, f: impl FnOnce(&Workload<'_>) -> T) -> T {
+        let (config, hardware) = (shapes::named("llama-3.1-8b", None).unwrap(), Hardware::named("rtx3090").unwrap());
+        let layouts = synthetic::layouts(&config, num_shards).unwrap();
+        let lora = synthetic::adapter_settings(0.05).lora_config();
+        let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
+        let world_size = num_shards;
+        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
+        f(&Workload { sizes, hardware: &hardware, links: Links::new(&hardware, true, true, 1e9) })
+    }
+
+    fn limits() -> Limits {
+        Limits::new(Mode::Train, 1024, 8)
+    }
+
+    #[test]
+    fn with_room_for_everything_nothing_moves() {
+        let budget = Budget { device: 80 * GIB, host: 0 };
+        let choice = with_8b(1, |work| work.decide::<Gpu>(limits(), &COLLECTIVE, budget).unwrap());
+        assert_eq!((choice.residency, choice.keep), (Residency::ALL, Keep::EVERYTHING));
+    }
+
+    #[test]
+    fn every_choice_fits_and_more_room_is_never_slower() {
+        with_8b(1, |work| {
+            let mut last = f64::INFINITY;
+            for device in [3, 4, 6, 8, 12, 16, 24, 48].map(|gib| gib * GIB) {
+                let budget = Budget { device, host: 16 * GIB };
+                let choice = work.decide::<Gpu>(limits(), &COLLECTIVE, budget).unwrap();
+                let cost = work.sizes.cost::<Gpu>(&choice).unwrap();
+                assert!(cost.device.total_bytes() <= budget.device && cost.host.total_bytes() <= budget.host);
+                // What is left would not hold one more unit, or one more layer's part.
+                assert!(device - cost.device.total_bytes() < GIB || choice.keep == Keep::EVERYTHING, "{choice:?}");
+                let seconds = work.predict(&choice).seconds;
+                assert!(seconds <= 1.001 * last, "{device}: {seconds} after {last}");
+                last = seconds;
+            }
+        });
+    }
+
+    #[test]
+    fn where_the_host_is_short_units_stay_on_the_device() {
+        with_8b(1, |work| {
+            let of = |host: usize| work.decide::<Gpu>(limits(), &COLLECTIVE, Budget { device: 7 * GIB, host });
+            let short = of(3 * GIB).unwrap().residency;
+            assert!(short.units > of(16 * GIB).unwrap().residency.units, "{short:?}");
+        });
+    }
+
+    #[test]
+    fn what_is_wished_is_done() {
+        let wishes = Wishes { keep: Some(Keep::DEAREST), units: Some(7), trainables: Some(false), ..COLLECTIVE };
+        let budget = Budget { device: 40 * GIB, host: 40 * GIB };
+        let choice = with_8b(1, |work| work.decide::<Gpu>(limits(), &wishes, budget).unwrap());
+        assert_eq!((choice.keep, choice.residency.units, choice.residency.trainables), (Keep::DEAREST, 7, false));
+    }
+
+    #[test]
+    fn shared_host_memory_is_taken_where_the_way_between_cards_is_slow() {
+        let gather = |link: f64| {
+            with_8b(2, |work| {
+                let work = Workload { links: Links { shards_bytes_per_s: link, replicas_bytes_per_s: link }, ..*work };
+                let budget = Budget { device: 6 * GIB, host: 40 * GIB };
+                let any = Wishes { gather: None, ..COLLECTIVE };
+                work.decide::<Gpu>(Limits::new(Mode::Train, 256, 1), &any, budget).unwrap().gather
+            })
+        };
+        assert_eq!((gather(1e9), gather(300e9)), (Gather::Host, Gather::Collective));
+    }
+
+    #[test]
+    fn a_refusal_names_keys_that_help() {
+        with_8b(1, |work| {
+            let budget = Budget { device: 3 * GIB, host: usize::MAX };
+            let limits = Limits { max_length: 2048, ..Limits::new(Mode::Train, 4 * 2048, 8) };
+            let error = work.decide::<Gpu>(limits, &COLLECTIVE, budget).unwrap_err().to_string();
+            assert!(error.contains("a rank needs at least") && error.contains("may take any amount"), "{error}");
+            let key = "training.per_device_train_batch_size: ";
+            let named = error.split(key).nth(1).unwrap_or_else(|| panic!("{key} is not in {error}"));
+            let smaller: usize = named.split(' ').next().unwrap().parse().unwrap();
+            let limits = Limits { max_tokens: smaller * 2048, ..limits };
+            work.decide::<Gpu>(limits, &COLLECTIVE, budget).unwrap();
+        });
+    }
 }
