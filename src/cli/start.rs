@@ -219,6 +219,9 @@ impl Start<'_> {
         let links = Links::new(&hardware, base_in_a_node, one_node, NETWORK_BYTES_PER_S);
         let workload = Workload { sizes, hardware: &hardware, links };
         let limits = workload.decide::<Cuda<A>>(limits, &wishes, budget)?;
+        if wishes.gather.is_none() {
+            self.log.line(format!("gather: {} is taken", limits.gather.word()));
+        }
         self.run(Engine::new(cuda, host, queue, base, lora, limits)?, adapter, work)
     }
 
