@@ -99,8 +99,10 @@ struct Drawing<D: Ops> {
     absmax: Buffer<D, f32>,
     absmax_codes: Buffer<D, u8>,
     nested_absmax: Buffer<D, f32>,
-    /// What was downloaded last; its memory is used again.
+    /// What was downloaded last, and the flat and the shard that were made last; their memory is used again.
     tensor: Nf4Tensor,
+    flat: Arc<Vec<u8>>,
+    own: Arc<Vec<u8>>,
 }
 
 impl<D: Ops + Clone> Drawing<D> {
@@ -115,6 +117,8 @@ impl<D: Ops + Clone> Drawing<D> {
                 absmax_codes: arena.carve("absmax_codes", blocks)?,
                 nested_absmax: arena.carve("nested_absmax", blocks.div_ceil(SUPERBLOCK))?,
                 tensor: Nf4Tensor { num_weights: 0, codes: Vec::new(), absmax: Absmax::F32(Vec::new()) },
+                flat: Arc::default(),
+                own: Arc::default(),
             })
         })
     }
@@ -152,7 +156,9 @@ impl<D: Ops + Clone> Drawing<D> {
     }
 
     fn shard(&mut self, layout: &UnitLayout, unit: u64, shard: usize) -> Result<SharedBytes> {
-        let mut flat = vec![0u8; layout.flat_bytes()];
+        let mut shared = std::mem::take(&mut self.flat);
+        let flat = unshared(&mut shared);
+        flat.resize(layout.flat_bytes(), 0);
         for (idx, tensor) in layout.tensors().iter().enumerate() {
             let (num_weights, out) = (tensor.elements.len(), &mut flat[layout.tensor_range(idx)]);
             self.draw(unit << 8 | idx as u64, num_weights)?;
@@ -169,6 +175,7 @@ impl<D: Ops + Clone> Drawing<D> {
                     let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
                     out.par_chunks_mut(record_bytes).zip(values.par_chunks(RECORD_WEIGHTS)).for_each(
                         |(out, values)| {
+                            out.fill(0);
                             for (bytes, value) in out.chunks_exact_mut(2).zip(values) {
                                 bytes.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
                             }
@@ -177,12 +184,22 @@ impl<D: Ops + Clone> Drawing<D> {
                 }
             }
         }
+        self.flat = shared;
         if layout.num_shards() == 1 {
-            return Ok(Arc::new(flat));
+            return Ok(self.flat.clone());
         }
-        let mut own = vec![0u8; layout.shard_bytes()];
-        let range = layout.shard_range(shard);
-        own[..range.len()].copy_from_slice(&flat[range]);
-        Ok(Arc::new(own))
+        let (own, range) = (unshared(&mut self.own), layout.shard_range(shard));
+        own.clear();
+        own.extend_from_slice(&self.flat[range]);
+        own.resize(layout.shard_bytes(), 0);
+        Ok(self.own.clone())
     }
+}
+
+/// The bytes, if nobody else has them any more; else new ones.
+fn unshared(bytes: &mut Arc<Vec<u8>>) -> &mut Vec<u8> {
+    if Arc::get_mut(bytes).is_none() {
+        *bytes = Arc::default();
+    }
+    Arc::get_mut(bytes).expect("nobody else has new ones")
 }

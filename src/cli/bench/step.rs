@@ -193,7 +193,8 @@ fn batch(args: &StepBench, config: &ModelConfig, micro: u64, rank: u64) -> Micro
     let mut batch = MicroBatch::new();
     for row in 0..u64::from(args.micro_batch) {
         let sample = (rank << 32) + micro * u64::from(args.micro_batch) + row;
-        let id = |t: u64| ((sample * 1_000_003 + t * 7919) * 2_654_435_761 % config.vocab_size as u64) as u32;
+        let mixed = |t: u64| sample.wrapping_mul(1_000_003).wrapping_add(t * 7919).wrapping_mul(2_654_435_761);
+        let id = |t: u64| (mixed(t) % config.vocab_size as u64) as u32;
         let ids: Vec<u32> = (0..u64::from(args.seq)).map(id).collect();
         batch.push(sample, &ids, &vec![true; ids.len()]);
     }
