@@ -2,18 +2,12 @@
 
 mod common;
 
-use common::cli::{Place, fails, metrics, succeeds};
+use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
 use serde_json::{Value, json};
-
-const TRAIN: [&str; 3] = ["train", "-c", "recipe.yaml"];
 
 /// Training fails with this status, tells all of `words`, and leaves no result.
 fn train_fails(place: &Place, overrides: &[&str], status: i32, words: &[&str]) {
-    let mut args = TRAIN.to_vec();
-    for o in overrides {
-        args.extend(["--set", o]);
-    }
-    let text = fails(place.command(&args), status);
+    let text = fails(place.command(&train_with(overrides)), status);
     for word in words {
         assert!(text.contains(word), "{word:?} is not in:\n{text}");
     }
@@ -155,9 +149,8 @@ fn rows() {
         let place = Place::new();
         place.write("rows.jsonl", format!("{good}\n{}\n", r#"{"text": "ab"}"#));
         let overlong = format!("data.overlong={overlong}");
-        let mut args = TRAIN.to_vec();
-        args.extend(["--set", "data.max_length=4", "--set", &overlong, "--set", "training.global_batch_size=1"]);
-        let text = succeeds(place.command(&args));
+        let sets = ["data.max_length=4", &overlong, "training.global_batch_size=1"];
+        let text = succeeds(place.command(&train_with(&sets)));
         assert!(text.contains(&format!("1 over 4 tokens and {word}")) || text.contains(&format!("1 {word}")), "{text}");
     }
 }
@@ -191,8 +184,7 @@ fn recipes() {
 fn budgets_that_are_too_small_are_refused_with_the_numbers() {
     let place = Place::new();
     let refused = |overrides: &[&str], words: &[&str]| {
-        let args: Vec<&str> = TRAIN.into_iter().chain(overrides.iter().flat_map(|o| ["--set", o])).collect();
-        let text = fails(place.command(&args), 1);
+        let text = fails(place.command(&train_with(overrides)), 1);
         assert!(words.iter().all(|word| text.contains(word)), "{words:?} in\n{text}");
         // Shard files may be there, whole: they serve the next start.
         assert!(!place.path("out/metrics.jsonl").exists(), "no step was to be made");

@@ -24,7 +24,6 @@ use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
 use fsdp_qlora::model::batch::MicroBatch;
 use fsdp_qlora::model::config::ModelConfig;
 use fsdp_qlora::model::layer::LayerLora;
-use fsdp_qlora::model::lora::LoraLayout;
 use fsdp_qlora::model::names::Projection;
 use fsdp_qlora::optim::adamw::Update;
 use fsdp_qlora::plan::memory::Sizes;
@@ -130,8 +129,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
     let Position { rank, world_size, shard, num_shards, .. } = groups.position();
     let base = synthetic::base(cuda, config.clone(), shard, num_shards, |_| ()).unwrap();
     let adapter = start_adapter(&config);
-    let lora_config = adapter.settings.lora_config();
-    let lora = LayerLora { layout: LoraLayout::new(&config, &lora_config), config: lora_config };
+    let lora = LayerLora::new(&config, adapter.settings.lora_config());
     let num_micro_batches = GLOBAL_MICRO_BATCHES / world_size;
     let limits = Limits {
         accumulation: options.accumulation,

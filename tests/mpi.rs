@@ -4,10 +4,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::cli::{Place, fails, metrics, succeeds};
+use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
 use serde_json::Value;
-
-const TRAIN: [&str; 3] = ["train", "-c", "recipe.yaml"];
 
 /// Everything must be gone after this.
 const END: Duration = Duration::from_secs(10);
@@ -30,15 +28,14 @@ fn one_two_three_and_four_ranks() {
 }
 
 /// Four ranks as two nodes of two.
-const TWO_NODES: (&str, &str) = ("FSDP_QLORA_RANKS_PER_NODE", "2");
+const TWO_NODES: [(&str, &str); 1] = [("FSDP_QLORA_RANKS_PER_NODE", "2")];
 
 #[test]
 fn two_nodes_and_shared_memory_give_the_same_losses() {
     let losses = |sets: &[&str]| -> Vec<f64> {
         let place = Place::new();
-        let args: Vec<&str> = TRAIN.into_iter().chain(sets.iter().flat_map(|set| ["--set", set])).collect();
-        let mut command = place.mpirun(4, &args);
-        command.env(TWO_NODES.0, TWO_NODES.1);
+        let mut command = place.mpirun(4, &train_with(sets));
+        command.envs(TWO_NODES);
         succeeds(command);
         let parts = if sets.is_empty() { "-of-00004" } else { "-of-00002" };
         assert!(place.results().iter().any(|file| file.contains(parts)), "{parts} in {:?}", place.results());
@@ -58,16 +55,15 @@ fn two_nodes_and_shared_memory_give_the_same_losses() {
 fn a_gather_that_cannot_be_is_refused() {
     let place = Place::new();
     let refused = |sets: &[&str], words: &str| {
-        let args: Vec<&str> = TRAIN.into_iter().chain(sets.iter().flat_map(|set| ["--set", set])).collect();
-        let mut command = place.mpirun(4, &args);
-        command.env(TWO_NODES.0, TWO_NODES.1);
+        let mut command = place.mpirun(4, &train_with(sets));
+        command.envs(TWO_NODES);
         let text = fails(command, 1);
         assert!(text.contains(words), "{words} in {text}");
     };
     refused(&["fsdp.gather=host"], "needs the whole base in the memory of each node");
     refused(&["fsdp.gather=nccl"], "CPU ranks gather over MPI");
     let mut command = place.mpirun(4, &TRAIN);
-    command.env(TWO_NODES.0, "3");
+    command.env(TWO_NODES[0].0, "3");
     assert!(fails(command, 1).contains("allowed: a divisor of the 4 ranks"));
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_u64, barrier};
+use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_u64, anywhere, barrier};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::{UnitLayout, UnitTensor};
 use crate::fsdp::unit::{self, Encodings, NumUnits};
@@ -126,7 +126,7 @@ impl OpenedBase {
             Found::Valid(units) => Some(units),
             _ => None,
         };
-        if all_gather_u64(comm, u64::from(units.is_some()))?.contains(&0) {
+        if anywhere(comm, units.is_none())? {
             drop(units.take());
             let own: Vec<usize> = if writes { vec![shard] } else { Vec::new() };
             self.write(comm, &own, tell)?;

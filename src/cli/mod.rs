@@ -92,6 +92,9 @@ impl Cli {
     /// Runs the subcommand on this rank.
     pub fn run(self, world: &World) -> Result<()> {
         let Common { device, ranks_per_gpu, overrides } = self.common;
+        if device == DeviceKind::Cpu && ranks_per_gpu != 1 {
+            return Err(usage("--ranks-per-gpu is not for --device cpu"));
+        }
         let log = Log { enabled: world.rank == 0 };
         let cli = start::Start { world, log, device, ranks_per_gpu: ranks_per_gpu as usize };
         let command = self.command.unwrap_or(Command::Train {

@@ -9,14 +9,13 @@ use serde_json::json;
 
 use crate::checkpoint::adapter::{self, AdapterSettings};
 use crate::checkpoint::{load, synthetic};
-use crate::comm::Gather;
 use crate::device::cuda::Cuda;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::memory::{Limits, Plans};
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
-use crate::model::lora::{LoraConfig, LoraLayout};
+use crate::model::lora::LoraConfig;
 use crate::plan::calibrate::{self, MeasuredRun, Ratios};
 use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::{Hardware, Reached};
@@ -26,7 +25,7 @@ use crate::plan::trace;
 use crate::recipe::{self, FsdpJob, ShardingStrategy};
 use crate::train::log::bytes;
 
-use super::start::{HOST_GATHER_NEEDS_A_NODE, load_options, wishes};
+use super::start::{load_options, possible_gather, wishes};
 
 #[derive(Args)]
 pub struct PlanArgs {
@@ -68,7 +67,7 @@ pub struct PlanArgs {
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     nodes: u32,
     /// GB a second between nodes
-    #[arg(long, default_value_t = 1.25)]
+    #[arg(long, default_value_t = 1.25, requires = "nodes")]
     network: f64,
     /// Host memory of a node in GiB
     #[arg(long)]
@@ -178,11 +177,10 @@ fn budget(
     job: &Job,
     hardware: &Hardware,
     (world_size, ranks_per_gpu): (usize, usize),
-    libraries: usize,
+    (libraries, process): (usize, usize),
 ) -> Budget {
     let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.usable_bytes() / ranks_per_gpu);
     let ranks_of_a_node = (world_size / args.nodes as usize) as f64;
-    let process = hardware.process_bytes(world_size, &job.config);
     let of_node = |gib: f64| ((gib * f64::from(1 << 30) / ranks_of_a_node) as usize).saturating_sub(process);
     let host = args.host_gib.map_or(usize::MAX, of_node);
     Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
@@ -265,22 +263,20 @@ impl<'a> Report<'a> {
             (None, Some(shape)) => from_shape(args, shape, overrides, world_size)?,
             (None, None) => unreachable!("clap asks for one of them"),
         };
-        let lora = LayerLora { layout: LoraLayout::new(&job.config, &job.lora), config: job.lora.clone() };
+        let lora = LayerLora::new(&job.config, job.lora.clone());
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
         let libraries = hardware.library_bytes(sizes.num_communicators(), ranks_per_gpu);
-        let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), libraries);
+        let process = hardware.process_bytes(world_size, &job.config);
+        let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), (libraries, process));
         let shared = hardware.shared_by(ranks_per_gpu);
         let in_a_node = num_shards <= world_size / args.nodes as usize;
         let links = Links::new(&shared, in_a_node, args.nodes == 1, args.network * 1e9);
-        ensure!(in_a_node || job.fsdp.gather != Some(Gather::Host), HOST_GATHER_NEEDS_A_NODE);
         let workload = Workload { sizes, hardware: &shared, links };
-        let gather = if num_shards > 1 && in_a_node { job.fsdp.gather } else { Some(Gather::Collective) };
-        let wishes = Wishes { gather, ..wishes(&job.fsdp) };
+        let wishes = Wishes { gather: possible_gather(&job.fsdp, num_shards, in_a_node)?, ..wishes(&job.fsdp) };
         let limits = workload.decide::<Cuda<bf16>>(job.limits, &wishes, budget)?;
         let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
         let timeline = workload.predict(&limits);
-        let process = hardware.process_bytes(world_size, &job.config);
         Ok(Report { args, gpu: &hardware.name, world_size, job, limits, cost, libraries, process, timeline })
     }
 

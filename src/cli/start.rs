@@ -11,7 +11,7 @@ use crate::checkpoint::shards;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions, Rates};
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::{MpiComm, World};
-use crate::comm::{Comm, Delays, Gather, Queue, all_gather_u64, barrier};
+use crate::comm::{Comm, Delays, Gather, Queue, all_gather_u64, anywhere, barrier};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, CONTEXT_BYTES, Cuda, HalfType, LIBRARY_BYTES};
 use crate::device::{Device, MemoryPlan, Ops};
@@ -19,7 +19,6 @@ use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Keep;
 use crate::model::layer::LayerLora;
-use crate::model::lora::LoraLayout;
 use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::Hardware;
 use crate::plan::memory::Sizes;
@@ -31,9 +30,6 @@ use super::DeviceKind;
 
 /// What is assumed of the network between nodes when choices are weighed: 10 Gbit/s.
 const NETWORK_BYTES_PER_S: f64 = 1.25e9;
-
-pub const HOST_GATHER_NEEDS_A_NODE: &str = "fsdp.gather: host needs the whole base in the memory of each node: one node, or \
-                                        fsdp.sharding_strategy: hybrid_shard";
 
 /// A rank that has been started.
 pub struct Start<'a> {
@@ -116,7 +112,7 @@ impl Start<'_> {
         }
         let gpus = cuda::num_devices()?;
         let enough = local_size <= gpus * self.ranks_per_gpu;
-        let everywhere = all_gather_u64(comm, u64::from(enough))?.iter().all(|&e| e == 1);
+        let everywhere = !anywhere(comm, !enough)?;
         if !everywhere && self.device == DeviceKind::Auto {
             return cpu(if gpus == 0 { "no GPU" } else { "more ranks than GPUs" });
         }
@@ -164,11 +160,7 @@ impl Start<'_> {
         job: &FsdpJob,
         work: W,
     ) -> Result<W::Output> {
-        let lora = adapter.map(|adapter| {
-            let config = adapter.settings.lora_config();
-            let layout = LoraLayout::new(&base.config, &config);
-            LayerLora { config, layout }
-        });
+        let lora = adapter.map(|adapter| LayerLora::new(&base.config, adapter.settings.lora_config()));
         match placement {
             Placement::Cpu(cpu) => {
                 let limits = self.decide_on_cpu(&base, lora.as_ref(), limits, job)?;
@@ -233,12 +225,8 @@ impl Start<'_> {
         hardware: &mut Hardware,
     ) -> Result<Option<Gather>> {
         let num_shards = queue.position().num_shards;
-        let in_a_node = self.world.fits_a_node(num_shards);
-        if job.gather == Some(Gather::Host) && !in_a_node {
-            bail!(HOST_GATHER_NEEDS_A_NODE);
-        }
-        if job.gather.is_some() || num_shards == 1 || !in_a_node {
-            return Ok(Some(job.gather.unwrap_or(Gather::Collective)));
+        if let Some(gather) = possible_gather(job, num_shards, self.world.fits_a_node(num_shards))? {
+            return Ok(Some(gather));
         }
         let Rates { nccl, host } = queue.measure_gathers()?;
         hardware.peer_bytes_per_s = nccl;
@@ -262,14 +250,12 @@ impl Start<'_> {
     fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &FsdpJob) -> Result<Limits> {
         let (sizes, hardware) = (self.sizes(base, lora, false), Hardware::of_a_core());
         let mut wishes = wishes(job);
-        wishes.gather = match job.gather {
-            None => Some(Gather::Collective),
-            Some(Gather::Collective) => {
-                bail!("fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host")
-            }
-            Some(Gather::Host) if !self.world.fits_a_node(sizes.num_shards()) => bail!(HOST_GATHER_NEEDS_A_NODE),
-            Some(Gather::Host) => Some(Gather::Host),
-        };
+        ensure!(
+            job.gather != Some(Gather::Collective),
+            "fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host"
+        );
+        let in_a_node = self.world.fits_a_node(sizes.num_shards());
+        wishes.gather = possible_gather(job, sizes.num_shards(), in_a_node)?.or(Some(Gather::Collective));
         let share = self.host_budget(job);
         let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };
         let keeps = Limits { keep: Keep::EVERYTHING, ..limits };
@@ -365,6 +351,16 @@ pub fn wishes(job: &FsdpJob) -> Wishes {
     let units = job.resident_units.or(job.offload_params.map(|offload| if offload { 0 } else { usize::MAX }));
     let trainables = job.offload_params.map(|offload| !offload);
     Wishes { keep, units, trainables, offload_boundaries: job.activation_offload, gather: job.gather }
+}
+
+/// The only way to gather that a job leaves: the one that it names, or the only possible one; nothing: both. `in_a_node`: whether
+/// the ranks that hold a base are.
+pub fn possible_gather(job: &FsdpJob, num_shards: usize, in_a_node: bool) -> Result<Option<Gather>> {
+    ensure!(
+        in_a_node || job.gather != Some(Gather::Host),
+        "fsdp.gather: host needs the whole base in the memory of each node: one node, or fsdp.sharding_strategy: hybrid_shard"
+    );
+    Ok(job.gather.or((num_shards == 1 || !in_a_node).then_some(Gather::Collective)))
 }
 
 /// MemAvailable, or what the control group leaves when that is less; without /proc there is no limit to check.

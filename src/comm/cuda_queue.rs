@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaEvent, CudaStream};
 
-use super::cuda_store::{self, Stored};
+use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored};
 use super::nccl::Nccl;
 use super::spans::{Lane, Span};
 use super::watchdog::Watchdog;
@@ -33,10 +33,6 @@ pub struct Rates {
     /// Or why it cannot be on this rank or another.
     pub host: Result<f64, String>,
 }
-
-/// Bytes of a rank, and repeats, in [`CudaQueue::measure_gathers`].
-const PROBE_BYTES: usize = 32 << 20;
-const PROBES: usize = 3;
 
 /// What is waited for: a gather of one rank is a copy too, on the lane of fetches.
 #[derive(Clone, Copy)]
@@ -228,7 +224,7 @@ impl<A: HalfType> CudaQueue<A> {
     /// Makes every byte of a slot 0xFF, on a lane, when the computation is done with it.
     fn poison<T: Element>(&self, lane: Lane, slot: ViewMut<'_, Cuda<A>, T>) -> Result<()> {
         self.cuda.order(self.cuda.compute(), self.stream(lane))?;
-        self.cuda.poison_on(self.stream(lane), slot)
+        self.cuda.fill_on(self.stream(lane), slot, 0xFF)
     }
 
     /// The part of `values` that this rank has to sum becomes the sum of all ranks' values; `received` is for what they send.

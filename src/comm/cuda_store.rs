@@ -5,8 +5,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use rayon::prelude::*;
 
-use super::{Comm, Gather, ShardSource, all_gather_u64, barrier, node};
-use crate::device::cpu::{Cpu, HostRegion};
+use super::{Comm, Gather, ShardSource, anywhere, barrier, node};
+use crate::device::cpu::Cpu;
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Place};
 
@@ -57,9 +57,8 @@ pub fn store<A: HalfType>(
     let own = if gather == Gather::Host { comm.rank() } else { 0 };
     let mut units = Vec::new();
     for (i, shard) in shards.into_iter().enumerate() {
-        let (expected, shard) = (shard.bytes, (shard.read)()?);
+        let (expected, shard) = (shard.bytes, shard.take(i)?);
         let bytes = (*shard).as_ref();
-        ensure!(bytes.len() == expected, "shard {i} has {} bytes, expected {expected}", bytes.len());
         units.push(match (resident[i], gather) {
             (true, Gather::Collective) => {
                 let mut stored = device.carve(&name(i), expected)?;
@@ -81,8 +80,7 @@ pub fn store<A: HalfType>(
                 Stored::Whole(stored)
             }
             (false, _) => {
-                let carve = |arena: &mut Arena<Cpu>| arena.carve::<u8>(&name(i), expected);
-                let mut stored = host.iter_mut().map(carve).collect::<Result<Vec<_>>>()?;
+                let mut stored = node::carve(&mut host, &name(i), expected)?;
                 let parts = stored[own].view_mut().host_mut().par_chunks_mut(COPY_BYTES);
                 parts.zip(bytes.par_chunks(COPY_BYTES)).for_each(|(to, from)| to.copy_from_slice(from));
                 match gather {
@@ -109,32 +107,27 @@ fn host_arenas<A: HalfType>(
     plan: MemoryPlan,
     gather: Gather,
 ) -> Result<Vec<Arena<Cpu>>> {
-    let bytes = plan.total_bytes();
-    if bytes == 0 {
-        return Ok(Vec::new());
+    match gather {
+        _ if plan.total_bytes() == 0 => Ok(Vec::new()),
+        Gather::Collective => Ok(vec![Arena::allocate_host(cuda, plan)?]),
+        Gather::Host => node::arenas(cuda, comm, &plan),
     }
-    let regions = match gather {
-        Gather::Collective => vec![HostRegion::new(bytes)?],
-        Gather::Host => node::share(comm, bytes)?,
-    };
-    regions.into_iter().map(|region| Ok(Arena::over_host(cuda.pin(region)?, plan.clone()))).collect()
 }
 
-/// Bytes of a shard in [`host_bytes_per_s`].
-const PROBE_BYTES: usize = 64 << 20;
-const PROBES: usize = 5;
+/// Bytes of a rank, and repeats, where ways to gather are measured.
+pub const PROBE_BYTES: usize = 32 << 20;
+pub const PROBES: usize = 3;
 
 /// How fast units come from memory that the ranks of the node share, in bytes a second: all ranks at once. Collective; an error is
 /// one on all ranks.
 pub fn host_bytes_per_s<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm) -> Result<f64> {
     let mut plan = MemoryPlan::default();
     plan.push("probe", PROBE_BYTES);
-    let buffers = host_arenas(cuda, comm, plan, Gather::Host).and_then(|mut arenas| {
-        let shards = arenas.iter_mut().map(|arena| arena.carve::<u8>("probe", PROBE_BYTES));
-        let out = Arena::carved(cuda, |arena| arena.carve::<u8>("probe", PROBE_BYTES));
-        Ok((shards.collect::<Result<Vec<_>>>()?, out?))
+    let buffers = node::arenas(cuda, comm, &plan).and_then(|mut arenas| {
+        let out = Arena::carved(cuda, |arena| arena.carve::<u8>("probe", PROBE_BYTES))?;
+        Ok((node::carve(&mut arenas, "probe", PROBE_BYTES)?, out))
     });
-    let failed = all_gather_u64(comm, u64::from(buffers.is_err()))?.contains(&1);
+    let failed = anywhere(comm, buffers.is_err())?;
     let (shards, mut out) = buffers?;
     ensure!(!failed, "another rank of this node cannot pin shared memory");
     let start = Instant::now();

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::device::cpu::Cpu;
-use crate::device::{Arena, Buffer, Element, HostBuffer, MemoryPlan, Place};
+use crate::device::{Buffer, Element, HostBuffer, MemoryPlan, Place};
 
 use super::spans::{Lane, Span};
 use super::{
@@ -134,22 +134,17 @@ impl Queue<Cpu> for HostQueue {
     /// The mapped files are where they should be; what ranks read of each other lies in memory that they share.
     fn store(&mut self, shards: Vec<ShardSource>, _resident: &[bool], gather: Gather) -> Result<Vec<Stored>> {
         if gather == Gather::Collective {
-            return shards.into_iter().map(|shard| Ok(Stored::Shard((shard.read)()?))).collect();
+            return shards.into_iter().enumerate().map(|(i, shard)| Ok(Stored::Shard(shard.take(i)?))).collect();
         }
         let (mut plan, own) = (MemoryPlan::default(), self.position.shard);
-        shards.iter().enumerate().for_each(|(i, shard)| plan.push(&format!("shards/{i}"), shard.bytes));
+        let name = |i: usize| format!("shards/{i}");
+        shards.iter().enumerate().for_each(|(i, shard)| plan.push(&name(i), shard.bytes));
         let bytes = plan.total_bytes();
-        let regions = self.run("shared shards", move |groups| node::share(&mut *groups.shards, bytes))?;
-        let mut arenas: Vec<_> = regions.into_iter().map(|region| Arena::over_host(region, plan.clone())).collect();
+        let mut arenas =
+            self.run("shared shards", move |groups| node::arenas(&Cpu::new(1), &mut *groups.shards, &plan))?;
         let units = shards.into_iter().enumerate().map(|(i, shard)| {
-            let (expected, shard) = (shard.bytes, (shard.read)()?);
-            let carve = |arena: &mut Arena<Cpu>| arena.carve::<u8>(&format!("shards/{i}"), expected);
-            ensure!(
-                (*shard).as_ref().len() == expected,
-                "shard {i} has {} bytes, expected {expected}",
-                (*shard).as_ref().len()
-            );
-            let mut all = arenas.iter_mut().map(carve).collect::<Result<Vec<_>>>()?;
+            let mut all = node::carve(&mut arenas, &name(i), shard.bytes)?;
+            let shard = shard.take(i)?;
             all[own].view_mut().host_mut().copy_from_slice((*shard).as_ref());
             shard.let_go();
             Ok(Stored::Node(Arc::new(all)))

@@ -105,6 +105,14 @@ pub struct ShardSource {
 }
 
 impl ShardSource {
+    /// Reads or makes it, `i` being its place among the units, and checks its length.
+    pub fn take(self, i: usize) -> Result<SharedBytes> {
+        let shard = (self.read)()?;
+        let found = (*shard).as_ref().len();
+        ensure!(found == self.bytes, "shard {i} has {found} bytes, expected {}", self.bytes);
+        Ok(shard)
+    }
+
     /// One that is there already.
     pub fn ready(shard: SharedBytes) -> ShardSource {
         ShardSource { bytes: (*shard).as_ref().len(), read: Box::new(move || Ok(shard)) }
@@ -234,6 +242,11 @@ pub fn all_gather_u64(comm: &mut dyn Comm, value: u64) -> Result<Vec<u64>> {
     let mut recv = vec![0u8; 8 * comm.world_size()];
     comm.all_gather(&value.to_le_bytes(), &mut recv)?;
     Ok(recv.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes"))).collect())
+}
+
+/// Whether it is so on any rank.
+pub fn anywhere(comm: &mut dyn Comm, here: bool) -> Result<bool> {
+    Ok(all_gather_u64(comm, u64::from(here))?.contains(&1))
 }
 
 /// Returns when every rank has come here.

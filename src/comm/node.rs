@@ -1,18 +1,28 @@
 //! Memory that the ranks of a node share: one mapping of exact size by each rank, which the others map too.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
-use super::{Comm, all_gather_u64, barrier};
-use crate::device::cpu::HostRegion;
+use super::{Comm, all_gather_u64, anywhere};
+use crate::device::cpu::{Cpu, HostRegion};
+use crate::device::{Arena, Device, HostBuffer, MemoryPlan};
 
-/// `bytes` of memory of each rank of `comm`, in rank order, zeroed; every rank maps all of them and writes to its own. Collective;
-/// when it fails on one rank it fails on all.
-pub fn share(comm: &mut dyn Comm, bytes: usize) -> Result<Vec<HostRegion>> {
+/// Memory for the plan of each rank of `comm`, in rank order, zeroed, for copies to and from `device`; every rank writes to its own.
+/// Collective.
+pub fn arenas<D: Device>(device: &D, comm: &mut dyn Comm, plan: &MemoryPlan) -> Result<Vec<Arena<Cpu>>> {
+    let regions = share(comm, plan.total_bytes())?.into_iter();
+    regions.map(|region| Ok(Arena::over_host(device.pin(region)?, plan.clone()))).collect()
+}
+
+/// The next range of each arena.
+pub fn carve(arenas: &mut [Arena<Cpu>], name: &str, len: usize) -> Result<Vec<HostBuffer<u8>>> {
+    arenas.iter_mut().map(|arena| arena.carve(name, len)).collect()
+}
+
+/// `bytes` of memory of each rank, which every rank maps. Collective; when it fails on one rank it fails on all.
+fn share(comm: &mut dyn Comm, bytes: usize) -> Result<Vec<HostRegion>> {
     let own = HostRegion::shareable(bytes);
-    let number =
-        |file: &Result<(HostRegion, std::fs::File)>| file.as_ref().map_or(u64::MAX, |(_, f)| HostRegion::number(f));
     let processes = all_gather_u64(comm, u64::from(std::process::id()))?;
-    let files = all_gather_u64(comm, number(&own))?;
+    let files = all_gather_u64(comm, own.as_ref().map_or(u64::MAX, |(_, file)| HostRegion::number(file)))?;
     let all = own.and_then(|(own, file)| {
         let (rank, mut own) = (comm.rank(), Some(own));
         let regions =
@@ -23,22 +33,20 @@ pub fn share(comm: &mut dyn Comm, bytes: usize) -> Result<Vec<HostRegion>> {
             });
         Ok((regions.collect::<Result<Vec<_>>>()?, file))
     });
-    let failed = all_gather_u64(comm, u64::from(all.is_err()))?.iter().any(|&f| f != 0);
-    // The descriptors stay open until every rank has mapped the memory.
-    barrier(comm)?;
+    // The descriptors stay open until every rank has mapped the memory, which this waits for.
+    let failed = anywhere(comm, all.is_err())?;
     match all {
         Ok((regions, _)) if !failed => Ok(regions),
-        Ok(_) => anyhow::bail!("another rank of this node cannot share memory"),
+        Ok(_) => bail!("another rank of this node cannot share memory"),
         Err(error) => Err(error),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::barrier;
     use super::super::local::LocalComm;
     use super::*;
-    use crate::device::cpu::Cpu;
-    use crate::device::{Arena, Buffer, MemoryPlan};
 
     #[test]
     fn what_a_rank_writes_the_others_read() {
@@ -49,11 +57,8 @@ mod tests {
                     scope.spawn(move || {
                         let mut plan = MemoryPlan::default();
                         plan.push("x", 5000);
-                        let regions = share(&mut comm, plan.total_bytes()).unwrap();
-                        let mut buffers: Vec<Buffer<Cpu, u8>> = regions
-                            .into_iter()
-                            .map(|region| Arena::over_host(region, plan.clone()).carve("x", 5000).unwrap())
-                            .collect();
+                        let mut arenas = arenas(&Cpu::new(1), &mut comm, &plan).unwrap();
+                        let mut buffers = carve(&mut arenas, "x", 5000).unwrap();
                         let rank = comm.rank();
                         buffers[rank].view_mut().host_mut().fill(rank as u8 + 1);
                         barrier(&mut comm).unwrap();

@@ -68,6 +68,12 @@ impl<'a, D: Ops> LayerContext<'a, D> {
     }
 }
 
+impl LayerLora {
+    pub fn new(model: &ModelConfig, config: LoraConfig) -> LayerLora {
+        LayerLora { layout: LoraLayout::new(model, &config), config }
+    }
+}
+
 /// Stands for an adapter that is off: nothing reads its numbers.
 static NO_LORA: LoraConfig = LoraConfig { lora_rank: 0, scale: 0.0, dropout: 0.0, targets: Vec::new() };
 

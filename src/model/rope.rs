@@ -1,7 +1,8 @@
 //! Rotary position embedding: frequencies, cosines and sines, as `modeling_rope_utils.py` of transformers 5.
 
-use rayon::prelude::*;
 use std::f64::consts::PI;
+
+use rayon::prelude::*;
 
 /// Which variant, with what it needs. Names are those of `rope_parameters` in config.json.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,7 +8,6 @@ use crate::device::cuda::Cuda;
 use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::layer::LayerLora;
-use crate::model::lora::LoraLayout;
 use crate::model::shapes;
 
 use super::hardware::{Hardware, Reached};
@@ -35,16 +34,6 @@ pub struct MeasuredRun {
     pss_bytes_of_all_ranks: f64,
     /// Peak of NVML, in MiB for one rank.
     nvml_mib: Option<f64>,
-    /// Between the ranks, where that is not what connects such cards.
-    link_gb_per_s: Option<f64>,
-}
-
-/// What was predicted for a run, in bytes of a rank and seconds.
-#[derive(Clone, Copy, Debug)]
-pub struct Prediction {
-    pub device_bytes: usize,
-    pub host_bytes: usize,
-    pub seconds: f64,
 }
 
 /// A prediction over what was measured.
@@ -74,16 +63,15 @@ impl MeasuredRun {
             .collect()
     }
 
-    pub fn predict(&self, hardware: &Hardware) -> Result<Prediction> {
+    /// Calls `f` with what was run, on this hardware.
+    fn with_workload<T>(&self, hardware: &Hardware, f: impl FnOnce(&Workload<'_>, &Limits) -> Result<T>) -> Result<T> {
         let hardware = &hardware.shared_by(self.ranks_per_gpu);
         let config = shapes::named(&self.shape, Some(self.layers))?;
         let layouts = synthetic::layouts(&config, self.num_shards)?;
-        let lora = synthetic::adapter_settings(self.dropout).lora_config();
-        let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
+        let lora = LayerLora::new(&config, synthetic::adapter_settings(self.dropout).lora_config());
         let world_size = self.world_size;
         let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
-        let link = self.link_gb_per_s.map_or(hardware.peer_bytes_per_s, |rate| rate * 1e9);
-        let links = Links { shards_bytes_per_s: link, replicas_bytes_per_s: link };
+        let links = Links::new(hardware, true, true, hardware.peer_bytes_per_s);
         let limits = Limits {
             max_length: self.seq,
             accumulation: self.accumulation.parse().map_err(|()| anyhow!("accumulation: {}", self.accumulation))?,
@@ -92,19 +80,26 @@ impl MeasuredRun {
             residency: self.residency,
             ..Limits::new(Mode::Train, self.micro_batch * self.seq, self.accum)
         };
-        let cost = sizes.cost::<Cuda<half::bf16>>(&limits)?;
-        Ok(Prediction {
-            device_bytes: cost.device.total_bytes()
-                + hardware.library_bytes(sizes.num_communicators(), self.ranks_per_gpu),
-            host_bytes: cost.host.total_bytes() + hardware.process_bytes(world_size, &config),
-            seconds: Workload { sizes, hardware, links }.predict(&limits).seconds,
-        })
+        f(&Workload { sizes, hardware, links }, &limits)
+    }
+
+    fn predicted_seconds(&self, hardware: &Hardware) -> Result<f64> {
+        self.with_workload(hardware, |workload, limits| Ok(workload.predict(limits).seconds))
+    }
+
+    fn time_ratio(&self, hardware: &Hardware) -> Result<f64> {
+        Ok(self.predicted_seconds(hardware)? / (self.step_ms * 1e-3))
     }
 
     pub fn compare(&self, hardware: &Hardware) -> Result<Ratios> {
-        let Prediction { device_bytes, host_bytes, seconds } = self.predict(hardware)?;
+        let (device_bytes, host_bytes) = self.with_workload(hardware, |workload, limits| {
+            let (sizes, cost) = (workload.sizes, workload.sizes.cost::<Cuda<half::bf16>>(limits)?);
+            let libraries = hardware.library_bytes(sizes.num_communicators(), self.ranks_per_gpu);
+            let process = hardware.process_bytes(self.world_size, sizes.config);
+            Ok((cost.device.total_bytes() + libraries, cost.host.total_bytes() + process))
+        })?;
         Ok(Ratios {
-            time: seconds / (self.step_ms * 1e-3),
+            time: self.time_ratio(hardware)?,
             device: self.nvml_mib.map(|mib| device_bytes as f64 / (mib * f64::from(1 << 20))),
             host: (host_bytes * self.world_size) as f64 / self.pss_bytes_of_all_ranks,
         })
@@ -131,7 +126,7 @@ pub fn fit(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<Hardware> {
         let Reached { products, memory, kernel_seconds, .. } = hardware.reached;
         let moved = [products / before.products, memory / before.memory, kernel_seconds / before.kernel_seconds];
         let moved: f64 = moved.iter().map(|ratio| ratio.ln().powi(2)).sum();
-        let errors = runs.iter().map(|run| Ok(run.compare(hardware)?.time.ln().powi(2)));
+        let errors = runs.iter().map(|run| Ok(run.time_ratio(hardware)?.ln().powi(2)));
         Ok(moved + TRUST * errors.sum::<Result<f64>>()?)
     };
     let (mut best, mut least, mut step) = (hardware.clone(), error(hardware)?, 1.2f64);
@@ -182,9 +177,8 @@ mod tests {
                 step_ms: 1.0,
                 pss_bytes_of_all_ranks: 1.0,
                 nvml_mib: None,
-                link_gb_per_s: None,
             };
-            run.step_ms = 1e3 * run.predict(hardware).unwrap().seconds;
+            run.step_ms = 1e3 * run.predicted_seconds(hardware).unwrap();
             run
         };
         vec![run("llama-3.1-8b", 4, 512, Keep::EVERYTHING), run("llama-3.1-70b", 4, 1024, Keep::NOTHING)]

@@ -131,38 +131,30 @@ impl Workload<'_> {
         let needs = |cost: &Plans| (cost.device.total_bytes(), cost.host.total_bytes());
         let fits = |cost: &Plans| needs(cost).0 <= budget.device && needs(cost).1 <= budget.host;
         let mut keys = Vec::new();
-        let mut offer = |key: String, wishes: &Wishes, limits: Limits| -> Result<()> {
+        // Keeps a change that makes it fit; says whether it does.
+        let mut offer = |key: String, wishes: &Wishes, limits: Limits| -> Result<bool> {
             let cost = smallest(wishes, limits)?;
             if fits(&cost) {
-                keys.push(format!(
-                    "{key} (needs {} of device and {} of host memory)",
-                    text(needs(&cost).0),
-                    text(needs(&cost).1)
-                ));
+                let (device, host) = (text(needs(&cost).0), text(needs(&cost).1));
+                keys.push(format!("{key} (needs {device} of device and {host} of host memory)"));
             }
-            Ok(())
+            Ok(fits(&cost))
         };
         let free = Wishes { gather: wishes.gather, ..Wishes::default() };
         if *wishes != free {
             let key = "fsdp.offload_params, fsdp.resident_units, fsdp.activation_offload and fsdp.activation_checkpointing: auto";
             offer(key.into(), &free, limits)?;
         }
-        offer(
-            "fsdp.accumulation: micro_batch".into(),
-            wishes,
-            Limits { accumulation: Accumulation::MicroBatch, ..limits },
-        )?;
+        let by_micro_batch = Limits { accumulation: Accumulation::MicroBatch, ..limits };
+        offer("fsdp.accumulation: micro_batch".into(), wishes, by_micro_batch)?;
         for (key, value) in [
             ("training.gradient_accumulation_steps", limits.max_micro_batches),
             ("training.per_device_train_batch_size", limits.max_tokens / limits.max_length.max(1)),
             ("data.max_length", limits.max_length),
         ] {
             let mut smaller = value / 2;
-            while smaller > 0 && !fits(&smallest(wishes, reduced(limits, key, value, smaller))?) {
+            while smaller > 0 && !offer(format!("{key}: {smaller}"), wishes, reduced(limits, key, value, smaller))? {
                 smaller /= 2;
-            }
-            if smaller > 0 {
-                offer(format!("{key}: {smaller}"), wishes, reduced(limits, key, value, smaller))?;
             }
         }
         for (needed, there, memory, key) in [
@@ -253,16 +245,11 @@ fn residencies(wishes: &Wishes) -> Vec<Residency> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::throughput::Links;
+    use super::super::throughput::tests::with_workload;
     use super::*;
-    use crate::checkpoint::synthetic;
     use crate::device::cuda::Cuda;
     use crate::fsdp::schedule::Mode;
-    use crate::model::layer::LayerLora;
-    use crate::model::lora::LoraLayout;
-    use crate::model::shapes;
-    use crate::plan::hardware::Hardware;
-    use crate::plan::memory::Sizes;
-    use crate::plan::throughput::Links;
 
     type Gpu = Cuda<half::bf16>;
     const GIB: usize = 1 << 30;
@@ -275,14 +262,8 @@ mod tests {
     };
 
     /// Llama-3.1-8B over some ranks of a node.
-    fn with_8b<T>(num_shards: usize, f: impl FnOnce(&Workload<'_>) -> T) -> T {
-        let (config, hardware) = (shapes::named("llama-3.1-8b", None).unwrap(), Hardware::named("rtx3090").unwrap());
-        let layouts = synthetic::layouts(&config, num_shards).unwrap();
-        let lora = synthetic::adapter_settings(0.05).lora_config();
-        let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
-        let world_size = num_shards;
-        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
-        f(&Workload { sizes, hardware: &hardware, links: Links::new(&hardware, true, true, 1e9) })
+    fn with_8b<T>(world_size: usize, f: impl FnOnce(&Workload<'_>) -> T) -> T {
+        with_workload(("llama-3.1-8b", None), world_size, ("rtx3090", 10e9), f)
     }
 
     fn limits() -> Limits {

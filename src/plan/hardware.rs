@@ -41,10 +41,10 @@ const PROCESS_BYTES: usize = 290_000_000;
 const COMMUNICATION_BYTES: usize = 330_000_000;
 const BYTES_OF_A_FEATURE: usize = 102_500;
 
-/// What is left of a GPU whose processes take turns.
+/// What is left of a GPU whose processes take turns: two ranks on an H100, benches/results.md (2026-11-25).
 const TURNS: f64 = 0.88;
 
-/// NCCL between two processes of a machine through its network stack.
+/// NCCL between two processes of a machine through its network stack, as seen on machines with one H200 or H100.
 const SOCKET_BYTES_PER_S: f64 = 0.85e9;
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -52,8 +52,8 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Name, GiB, TFLOP/s, GB/s of memory, GB/s over PCIe, GB/s between GPUs.
 ///
 /// Memory and bandwidths are those of NVIDIA's data sheets; matrix rates of data-centre cards are those that large products reach
-/// (H100 and H200: 80 % of the data sheet's 989, as measured with `bench kernels`; A100: 85 % of 312), of GeForce cards nine tenths of
-/// the data sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access:
+/// (H100 and H200: 80 % of the data sheet's 989, as measured with `bench kernels`; A100: 85 % of 312), of GeForce cards it is
+/// assumed that they reach nine tenths of the data sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access:
 /// NCCL goes through the host.
 const GPUS: [(&str, [f64; 5]); 7] = [
     ("rtx3060", [12.0, 23.0, 360.0, 25.0, 8.0]),
@@ -111,7 +111,7 @@ impl Hardware {
         PROCESS_BYTES + communication + BYTES_OF_A_FEATURE * config.hidden_size
     }
 
-    /// What the driver leaves of the card to programs.
+    /// What the driver leaves of the card to programs; an assumption.
     pub fn usable_bytes(&self) -> usize {
         (self.vram_bytes * 0.98) as usize
     }

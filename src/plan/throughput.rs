@@ -343,35 +343,34 @@ impl Run<'_> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::checkpoint::synthetic;
     use crate::fsdp::schedule::{Accumulation, Keep, Mode};
     use crate::model::layer::LayerLora;
-    use crate::model::lora::LoraLayout;
     use crate::model::shapes;
 
-    /// A shape with the adapter of `bench step` on H100s.
-    fn with_workload<T>(
+    /// A shape with the adapter of `bench step` over some ranks, which hold one base, on these cards.
+    pub fn with_workload<T>(
         (shape, layers): (&str, Option<usize>),
-        (world_size, num_shards): (usize, usize),
-        link_bytes_per_s: f64,
+        world_size: usize,
+        (gpu, link_bytes_per_s): (&str, f64),
         f: impl FnOnce(&Workload<'_>) -> T,
     ) -> T {
         let config = shapes::named(shape, layers).unwrap();
-        let layouts = synthetic::layouts(&config, num_shards).unwrap();
+        let layouts = synthetic::layouts(&config, world_size).unwrap();
         let lora = synthetic::adapter_settings(0.05).lora_config();
-        let lora = LayerLora { layout: LoraLayout::new(&config, &lora), config: lora };
+        let lora = LayerLora::new(&config, lora);
         let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };
-        f(&Workload { sizes, hardware: &Hardware::named("h100").unwrap(), links })
+        f(&Workload { sizes, hardware: &Hardware::named(gpu).unwrap(), links })
     }
 
     #[test]
     fn a_slow_link_is_what_bounds_a_step() {
         let run = |accumulation, gather, link| {
             let limits = Limits { accumulation, gather, ..Limits::new(Mode::Train, 512, 8) };
-            with_workload(("llama-3.1-8b", Some(4)), (2, 2), link, |workload| workload.predict(&limits))
+            with_workload(("llama-3.1-8b", Some(4)), 2, ("h100", link), |workload| workload.predict(&limits))
         };
         let slow = run(Accumulation::Layer, Gather::Collective, 0.85e9);
         assert_eq!(slow.bound_by(), "the link between ranks");
@@ -386,7 +385,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_is_not_paid_for_twice() {
-        with_workload(("llama-3.1-8b", None), (1, 1), 300e9, |workload| {
+        with_workload(("llama-3.1-8b", None), 1, ("h100", 300e9), |workload| {
             let seconds = |keep| workload.predict(&Limits { keep, ..Limits::new(Mode::Train, 2048, 1) }).seconds;
             let some = Keep { attention: 16, mlp: 16, rest: 0 };
             let all = [Keep::NOTHING, some, Keep::DEAREST, Keep::EVERYTHING].map(seconds);

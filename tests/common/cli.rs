@@ -106,6 +106,13 @@ impl Place {
     }
 }
 
+pub const TRAIN: [&str; 3] = ["train", "-c", "recipe.yaml"];
+
+/// [`TRAIN`] with these overrides of the recipe.
+pub fn train_with<'a>(sets: &[&'a str]) -> Vec<&'a str> {
+    TRAIN.into_iter().chain(sets.iter().flat_map(|set| ["--set", set])).collect()
+}
+
 /// Standard error of a run that must end well.
 pub fn succeeds(mut command: Command) -> String {
     let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e} (scripts/setup installs mpirun)"));

@@ -16,7 +16,6 @@ use fsdp_qlora::fsdp::exec::Engine;
 use fsdp_qlora::fsdp::memory::{Limits, Residency};
 use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
 use fsdp_qlora::model::layer::LayerLora;
-use fsdp_qlora::model::lora::LoraLayout;
 
 pub type CpuEngine = Engine<Cpu, HostQueue>;
 
@@ -101,10 +100,7 @@ impl EngineOptions {
             residency: self.residency,
             ..Limits::new(self.mode, self.max_tokens, self.max_micro_batches)
         };
-        let lora = self.adapter.as_ref().map(|adapter| {
-            let config = adapter.settings.lora_config();
-            LayerLora { layout: LoraLayout::new(&base.config, &config), config }
-        });
+        let lora = self.adapter.as_ref().map(|a| LayerLora::new(&base.config, a.settings.lora_config()));
         let queue = HostQueue::new(groups, Delays::all(self.delay)).unwrap();
         let mut engine = Engine::new(Cpu::new(1), Cpu::new(1), queue, base, lora, limits).unwrap();
         for (layer, values) in self.adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {

@@ -56,14 +56,9 @@ impl HostRegion {
         Ok(Self { memory, pin: None })
     }
 
-    /// Bytes.
-    pub fn len(&self) -> usize {
+    /// Its size.
+    pub fn bytes(&self) -> usize {
         self.memory.len()
-    }
-
-    /// Never true.
-    pub fn is_empty(&self) -> bool {
-        self.memory.is_empty()
     }
 
     /// Keeps `pin` for as long as the memory is mapped.

@@ -172,12 +172,8 @@ impl<A: HalfType> Cuda<A> {
         Ok(sums)
     }
 
-    /// Every byte of a range becomes 0xFF, on a stream: each float of any width is a NaN.
-    pub fn poison_on<T: Element>(&self, stream: &CudaStream, dst: ViewMut<'_, Cuda<A>, T>) -> Result<()> {
-        self.fill_on(stream, dst, 0xFF)
-    }
-
-    fn fill_on<T: Element>(&self, stream: &CudaStream, dst: ViewMut<'_, Cuda<A>, T>, byte: u8) -> Result<()> {
+    /// Every byte of a range becomes `byte`, on a stream.
+    pub fn fill_on<T: Element>(&self, stream: &CudaStream, dst: ViewMut<'_, Cuda<A>, T>, byte: u8) -> Result<()> {
         if dst.is_empty() {
             return Ok(());
         }
@@ -203,7 +199,7 @@ impl<A: HalfType> Device for Cuda<A> {
     }
 
     fn pin(&self, region: HostRegion) -> Result<HostRegion> {
-        let pin = Pin::new(&self.context, region.addr(), region.len())?;
+        let pin = Pin::new(&self.context, region.addr(), region.bytes())?;
         Ok(region.pinned_by(pin))
     }
 

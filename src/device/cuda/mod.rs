@@ -46,7 +46,7 @@ pub const LIBRARY_BYTES: usize = 128 << 20;
 /// What NCCL's communicator takes with two H100 over NVLink; it is less where ranks talk through the host. A run measures it.
 pub const NCCL_BYTES: usize = 1280 << 20;
 
-/// What it takes where ranks talk through sockets.
+/// What it takes where ranks talk through sockets: two ranks on an H100 (2026-11-25).
 pub const NCCL_SOCKET_BYTES: usize = 352 << 20;
 
 /// The oldest GPUs that have what the kernels use: bf16 matrix instructions.
