@@ -1,6 +1,7 @@
 //! A base of made-up weights, drawn and quantized tensor by tensor: nothing of the size of the model in 16 bits ever exists.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -99,10 +100,9 @@ struct Drawing<D: Ops> {
     absmax: Buffer<D, f32>,
     absmax_codes: Buffer<D, u8>,
     nested_absmax: Buffer<D, f32>,
-    /// What was downloaded last, and the flat and the shard that were made last; their memory is used again.
-    tensor: Nf4Tensor,
-    flat: Arc<Vec<u8>>,
-    own: Arc<Vec<u8>>,
+    /// The codes that were downloaded last, and the shard that was made last; their memory is used again.
+    host_codes: Vec<u8>,
+    shard: Arc<Vec<u8>>,
 }
 
 impl<D: Ops + Clone> Drawing<D> {
@@ -116,9 +116,8 @@ impl<D: Ops + Clone> Drawing<D> {
                 absmax: arena.carve("absmax", blocks)?,
                 absmax_codes: arena.carve("absmax_codes", blocks)?,
                 nested_absmax: arena.carve("nested_absmax", blocks.div_ceil(SUPERBLOCK))?,
-                tensor: Nf4Tensor { num_weights: 0, codes: Vec::new(), absmax: Absmax::F32(Vec::new()) },
-                flat: Arc::default(),
-                own: Arc::default(),
+                host_codes: Vec::new(),
+                shard: Arc::default(),
             })
         })
     }
@@ -128,12 +127,11 @@ impl<D: Ops + Clone> Drawing<D> {
         self.device.uniform(Uniform { y, seed, first: 0, half_width: HALF_WIDTH })
     }
 
-    /// Quantizes what was drawn into `self.tensor`.
-    fn quantize(&mut self, num_weights: usize) -> Result<()> {
+    /// The range of the tensor that was drawn, quantized; it begins with a record. The offset is that of the whole tensor.
+    fn quantize(&mut self, num_weights: usize, range: Range<usize>) -> Result<Nf4Tensor> {
         let (device, blocks) = (self.device.clone(), num_weights.div_ceil(BLOCK));
-        let (num_bytes, superblocks) = (num_weights.div_ceil(2), blocks.div_ceil(SUPERBLOCK));
         device.quantize_nf4(QuantizeNf4 {
-            codes: self.codes.first_mut(num_bytes),
+            codes: self.codes.first_mut(num_weights.div_ceil(2)),
             absmax: self.absmax.first_mut(blocks),
             weights: self.weights.first(num_weights),
         })?;
@@ -142,35 +140,41 @@ impl<D: Ops + Clone> Drawing<D> {
         let offset = double::mean(&absmax);
         device.quantize_absmax(QuantizeAbsmax {
             codes: self.absmax_codes.first_mut(blocks),
-            nested_absmax: self.nested_absmax.first_mut(superblocks),
+            nested_absmax: self.nested_absmax.first_mut(blocks.div_ceil(SUPERBLOCK)),
             absmax: self.absmax.first(blocks),
             offset,
         })?;
-        let mut nested = NestedAbsmax { codes: vec![0; blocks], nested_absmax: vec![0.0; superblocks], offset };
-        device.download(&mut nested.codes, self.absmax_codes.first(blocks))?;
-        device.download(&mut nested.nested_absmax, self.nested_absmax.first(superblocks))?;
-        self.tensor.codes.resize(num_bytes, 0);
-        device.download(&mut self.tensor.codes, self.codes.first(num_bytes))?;
-        (self.tensor.num_weights, self.tensor.absmax) = (num_weights, Absmax::Nested(nested));
-        Ok(())
+        let of = |weights: usize| range.start / weights..range.end.div_ceil(weights);
+        let (blocks, superblocks) = (of(BLOCK), of(RECORD_WEIGHTS));
+        let mut nested =
+            NestedAbsmax { codes: vec![0; blocks.len()], nested_absmax: vec![0.0; superblocks.len()], offset };
+        device.download(&mut nested.codes, self.absmax_codes.view().range(blocks))?;
+        device.download(&mut nested.nested_absmax, self.nested_absmax.view().range(superblocks))?;
+        let mut codes = std::mem::take(&mut self.host_codes);
+        codes.resize(range.len().div_ceil(2), 0);
+        device.download(&mut codes, self.codes.view().range(of(2)))?;
+        Ok(Nf4Tensor { num_weights: range.len(), codes, absmax: Absmax::Nested(nested) })
     }
 
     fn shard(&mut self, layout: &UnitLayout, unit: u64, shard: usize) -> Result<SharedBytes> {
-        let mut shared = std::mem::take(&mut self.flat);
-        let flat = unshared(&mut shared);
-        flat.resize(layout.flat_bytes(), 0);
+        let mut shared = std::mem::take(&mut self.shard);
+        let bytes = unshared(&mut shared);
+        bytes.resize(layout.shard_bytes(), 0);
+        bytes[layout.shard_range(shard).len()..].fill(0);
         for (idx, tensor) in layout.tensors().iter().enumerate() {
-            let (num_weights, out) = (tensor.elements.len(), &mut flat[layout.tensor_range(idx)]);
-            self.draw(unit << 8 | idx as u64, num_weights)?;
+            let Some((weights, at)) = layout.part(idx, shard) else { continue };
+            let out = &mut bytes[at];
+            self.draw(unit << 8 | idx as u64, tensor.elements.len())?;
             match tensor.encoding {
                 Encoding::Nf4 { .. } => {
-                    self.quantize(num_weights)?;
-                    self.tensor.write_records(out)?;
+                    let part = self.quantize(tensor.elements.len(), weights)?;
+                    part.write_records(out)?;
+                    self.host_codes = part.codes;
                 }
                 Encoding::Plain(_) => {
-                    let mut values = vec![1f32; num_weights];
+                    let mut values = vec![1f32; weights.len()];
                     if !tensor.name.ends_with("norm.weight") {
-                        self.device.download(&mut values, self.weights.first(num_weights))?;
+                        self.device.download(&mut values, self.weights.view().range(weights))?;
                     }
                     let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
                     out.par_chunks_mut(record_bytes).zip(values.par_chunks(RECORD_WEIGHTS)).for_each(
@@ -184,15 +188,8 @@ impl<D: Ops + Clone> Drawing<D> {
                 }
             }
         }
-        self.flat = shared;
-        if layout.num_shards() == 1 {
-            return Ok(self.flat.clone());
-        }
-        let (own, range) = (unshared(&mut self.own), layout.shard_range(shard));
-        own.clear();
-        own.extend_from_slice(&self.flat[range]);
-        own.resize(layout.shard_bytes(), 0);
-        Ok(self.own.clone())
+        self.shard = shared;
+        Ok(self.shard.clone())
     }
 }
 
@@ -202,4 +199,31 @@ fn unshared(bytes: &mut Arc<Vec<u8>>) -> &mut Vec<u8> {
         *bytes = Arc::default();
     }
     Arc::get_mut(bytes).expect("nobody else has new ones")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::device::cpu::Cpu;
+
+    #[test]
+    fn shards_are_parts_of_what_one_rank_draws() {
+        let config = ModelConfig::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny")).unwrap();
+        let drawn = |shard, num_shards| {
+            let base = base(&Cpu::new(1), config.clone(), shard, num_shards, |_| ()).unwrap();
+            let units = base.shards.into_iter().enumerate();
+            units.map(|(unit, source)| (*source.take(unit).unwrap()).as_ref().to_vec()).collect::<Vec<_>>()
+        };
+        let whole = drawn(0, 1);
+        for shard in 0..3 {
+            let (layouts, shards) = (layouts(&config, 3).unwrap(), drawn(shard, 3));
+            for ((layout, own), whole) in layouts.iter().zip(&shards).zip(&whole) {
+                let (part, padding) = own.split_at(layout.shard_range(shard).len());
+                assert!(part == &whole[layout.shard_range(shard)] && padding.iter().all(|&b| b == 0));
+                assert_eq!(own.len(), layout.shard_bytes());
+            }
+        }
+    }
 }

@@ -89,26 +89,29 @@ impl UnitLayout {
         self.begins[tensor_idx]..self.begins[tensor_idx + 1]
     }
 
-    /// Where the tensor lies in the gathered unit: one segment for each shard that holds some of it.
-    pub fn segments(&self, tensor_idx: usize) -> Vec<Segment> {
+    /// What a shard holds of a tensor: weights, counted from its first element in this unit, and the bytes of the shard where their
+    /// records lie.
+    pub fn part(&self, tensor_idx: usize, shard: usize) -> Option<(Range<usize>, Range<usize>)> {
         let tensor = &self.tensors[tensor_idx];
-        let range = self.tensor_range(tensor_idx);
+        let (range, shard) = (self.tensor_range(tensor_idx), self.shard_range(shard));
         let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
         // A byte at a record boundary of this tensor, as a number of weights; the end is not a whole record.
         let weights_before = |byte: usize| match byte == range.end {
             true => tensor.elements.len(),
             false => (byte - range.start) / record_bytes * RECORD_WEIGHTS,
         };
-        (0..self.num_shards())
-            .filter_map(|shard| {
-                let part = self.shard_range(shard);
-                let (begin, end) = (part.start.max(range.start), part.end.min(range.end));
-                (begin < end).then(|| {
-                    let at = shard * self.shard_bytes + begin - part.start;
-                    Segment { weights: weights_before(begin)..weights_before(end), bytes: at..at + end - begin }
-                })
-            })
-            .collect()
+        let (begin, end) = (shard.start.max(range.start), shard.end.min(range.end));
+        (begin < end).then(|| (weights_before(begin)..weights_before(end), begin - shard.start..end - shard.start))
+    }
+
+    /// Where the tensor lies in the gathered unit: one segment for each shard that holds some of it.
+    pub fn segments(&self, tensor_idx: usize) -> Vec<Segment> {
+        let segment = |shard: usize| {
+            let (weights, bytes) = self.part(tensor_idx, shard)?;
+            let at = shard * self.shard_bytes;
+            Some(Segment { weights, bytes: at + bytes.start..at + bytes.end })
+        };
+        (0..self.num_shards()).filter_map(segment).collect()
     }
 }
 
