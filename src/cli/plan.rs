@@ -267,7 +267,7 @@ impl<'a> Report<'a> {
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
         let libraries = hardware.library_bytes(sizes.num_communicators(), ranks_per_gpu);
-        let process = hardware.process_bytes(world_size, &job.config);
+        let process = hardware.process_bytes(world_size, &job.config, job.limits.max_tokens);
         let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), (libraries, process));
         let shared = hardware.shared_by(ranks_per_gpu);
         let in_a_node = num_shards <= world_size / args.nodes as usize;

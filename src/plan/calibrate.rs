@@ -95,7 +95,7 @@ impl MeasuredRun {
         let (device_bytes, host_bytes) = self.with_workload(hardware, |workload, limits| {
             let (sizes, cost) = (workload.sizes, workload.sizes.cost::<Cuda<half::bf16>>(limits)?);
             let libraries = hardware.library_bytes(sizes.num_communicators(), self.ranks_per_gpu);
-            let process = hardware.process_bytes(self.world_size, sizes.config);
+            let process = hardware.process_bytes(self.world_size, sizes.config, limits.max_tokens);
             Ok((cost.device.total_bytes() + libraries, cost.host.total_bytes() + process))
         })?;
         Ok(Ratios {

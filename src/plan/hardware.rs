@@ -37,12 +37,12 @@ const REACHED: Reached =
 
 /// Of a process with CUDA's libraries, one that talks to others too, and for each of a model's hidden features (tables, rows that
 /// are in use). Seen with `bench step` on an H100 (2026-11-25).
-const PROCESS_BYTES: usize = 290_000_000;
-const COMMUNICATION_BYTES: usize = 330_000_000;
-const BYTES_OF_A_FEATURE: usize = 102_500;
+const PROCESS_BYTES: usize = 285_000_000;
+const COMMUNICATION_BYTES: usize = 340_000_000;
+const BYTES_OF_A_FEATURE: usize = 98_000;
 
-/// What is left of a GPU whose processes take turns: two ranks on an H100, benches/results.md (2026-11-25).
-const TURNS: f64 = 0.88;
+/// What is left of a GPU whose processes take turns: two runs of two ranks on an H100, benches/results.md (2026-11-25).
+const TURNS: f64 = 0.8;
 
 /// NCCL between two processes of a machine through its network stack, as seen on machines with one H200 or H100.
 const SOCKET_BYTES_PER_S: f64 = 0.85e9;
@@ -105,10 +105,11 @@ impl Hardware {
         CONTEXT_BYTES + LIBRARY_BYTES + num_communicators * nccl
     }
 
-    /// What a rank's process takes of host memory besides what is pinned: libraries, tables, files.
-    pub fn process_bytes(&self, world_size: usize, config: &ModelConfig) -> usize {
+    /// What a rank's process takes of host memory besides what is pinned: libraries, tables, the embedded rows of a micro-batch of
+    /// so many tokens.
+    pub fn process_bytes(&self, world_size: usize, config: &ModelConfig, max_tokens: usize) -> usize {
         let communication = if world_size > 1 { COMMUNICATION_BYTES } else { 0 };
-        PROCESS_BYTES + communication + BYTES_OF_A_FEATURE * config.hidden_size
+        PROCESS_BYTES + communication + (BYTES_OF_A_FEATURE + 2 * max_tokens) * config.hidden_size
     }
 
     /// What the driver leaves of the card to programs; an assumption.

@@ -64,9 +64,11 @@ pub fn peak_host_bytes() -> usize {
     kib_of("/proc/self/status", "VmHWM:") * 1024
 }
 
-/// Resident memory of this process now, its share of what it shares with others (Pss), in bytes; 0 where /proc does not tell.
-pub fn pss_bytes() -> usize {
-    kib_of("/proc/self/smaps_rollup", "Pss:") * 1024
+/// Resident memory of this process now, its share of what it shares with others (Pss), and the part of that which is page cache
+/// (mapped files, the program's own among them), in bytes; 0 where /proc does not tell.
+pub fn pss_bytes() -> (usize, usize) {
+    let of = |name| kib_of("/proc/self/smaps_rollup", name) * 1024;
+    (of("Pss:"), of("Pss_File:"))
 }
 
 fn kib_of(path: &str, name: &str) -> usize {

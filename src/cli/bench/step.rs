@@ -132,9 +132,10 @@ impl Work for Steps<'_> {
         if let Some(path) = args.trace.as_deref().filter(|_| start.log.enabled) {
             trace::write(path, engine.spans())?;
         }
-        let pss_bytes = engine.queue.all_reduce_f64("host memory", &[pss_bytes() as f64])?[0];
+        let (pss_bytes, cached_bytes) = pss_bytes();
+        let memory = engine.queue.all_reduce_f64("host memory", &[pss_bytes as f64, cached_bytes as f64])?;
         if start.log.enabled {
-            println!("{}", self.report(&engine, &records, &losses, pss_bytes));
+            println!("{}", self.report(&engine, &records, &losses, &memory));
         }
         Ok(())
     }
@@ -146,7 +147,7 @@ impl Steps<'_> {
         engine: &Engine<D, Q>,
         records: &[StepRecord],
         losses: &[f64],
-        pss_bytes: f64,
+        memory: &[f64],
     ) -> Value {
         let Steps { start, args, matrix_rate } = self;
         let (config, world_size) = (engine.config(), start.world.world_size);
@@ -182,7 +183,7 @@ impl Steps<'_> {
             "device_bytes": engine.plan().device.total_bytes() + engine.queue.device_bytes(),
             "pinned_bytes": engine.plan().host.total_bytes() + engine.queue.host_bytes(),
             "peak_host_bytes": peak_host_bytes(),
-            "pss_bytes_of_all_ranks": pss_bytes,
+            "pss_bytes_of_all_ranks": memory[0], "page_cache_bytes_of_all_ranks": memory[1],
             "losses": losses,
         })
     }
