@@ -32,6 +32,9 @@ pub struct MeasuredRun {
     residency: Residency,
     step_ms: f64,
     pss_bytes_of_all_ranks: f64,
+    /// Of that, mapped files.
+    #[serde(default)]
+    page_cache_bytes_of_all_ranks: f64,
     /// Peak of NVML, in MiB for one rank.
     nvml_mib: Option<f64>,
 }
@@ -101,7 +104,8 @@ impl MeasuredRun {
         Ok(Ratios {
             time: self.time_ratio(hardware)?,
             device: self.nvml_mib.map(|mib| device_bytes as f64 / (mib * f64::from(1 << 20))),
-            host: (host_bytes * self.world_size) as f64 / self.pss_bytes_of_all_ranks,
+            host: (host_bytes * self.world_size) as f64
+                / (self.pss_bytes_of_all_ranks - self.page_cache_bytes_of_all_ranks),
         })
     }
 
@@ -176,6 +180,7 @@ mod tests {
                 residency: Residency::ALL,
                 step_ms: 1.0,
                 pss_bytes_of_all_ranks: 1.0,
+                page_cache_bytes_of_all_ranks: 0.0,
                 nvml_mib: None,
             };
             run.step_ms = 1e3 * run.predicted_seconds(hardware).unwrap();

@@ -36,16 +36,16 @@ const REACHED: Reached =
     Reached { products: 0.97, memory: 0.72, attention_forward: 0.18, attention_backward: 0.12, kernel_seconds: 6.0e-6 };
 
 /// Of a process with CUDA's libraries, one that talks to others too, and for each of a model's hidden features (tables, rows that
-/// are in use). Seen with `bench step` on an H100 (2026-11-25).
-const PROCESS_BYTES: usize = 285_000_000;
-const COMMUNICATION_BYTES: usize = 340_000_000;
-const BYTES_OF_A_FEATURE: usize = 98_000;
+/// are in use), without page cache. Seen with `bench step` on H100s (2026-11-25).
+const PROCESS_BYTES: usize = 66_000_000;
+const COMMUNICATION_BYTES: usize = 370_000_000;
+const BYTES_OF_A_FEATURE: usize = 95_700;
 
 /// What is left of a GPU whose processes take turns: two runs of two ranks on an H100, benches/results.md (2026-11-25).
 const TURNS: f64 = 0.8;
 
-/// NCCL between two processes of a machine through its network stack, as seen on machines with one H200 or H100.
-const SOCKET_BYTES_PER_S: f64 = 0.85e9;
+/// NCCL between two processes of a machine through its network stack, as seen between two ranks on an H100.
+const SOCKET_BYTES_PER_S: f64 = 1.6e9;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -105,8 +105,8 @@ impl Hardware {
         CONTEXT_BYTES + LIBRARY_BYTES + num_communicators * nccl
     }
 
-    /// What a rank's process takes of host memory besides what is pinned: libraries, tables, the embedded rows of a micro-batch of
-    /// so many tokens.
+    /// What a rank's process takes of host memory besides what is pinned, without page cache: the libraries' data, tables, the
+    /// embedded rows of a micro-batch of so many tokens.
     pub fn process_bytes(&self, world_size: usize, config: &ModelConfig, max_tokens: usize) -> usize {
         let communication = if world_size > 1 { COMMUNICATION_BYTES } else { 0 };
         PROCESS_BYTES + communication + (BYTES_OF_A_FEATURE + 2 * max_tokens) * config.hidden_size
