@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use crate::comm::Gather;
 use crate::device::Device;
+use crate::device::cuda::PINNED_BYTES_OF_A_TABLE_BYTE;
 use crate::fsdp::layout::{TrainableLayout, UnitLayout};
 use crate::fsdp::memory::{Limits, Memory, Plans};
 use crate::model::config::ModelConfig;
@@ -45,7 +46,7 @@ impl Sizes<'_> {
         self.trainable().map_or(0, |layout| layout.padded_len())
     }
 
-    /// All memory of a run with these limits, in the activation type of `D`.
+    /// All memory of a run with these limits, in the activation type of `D`, and what the driver takes of the device for pinned memory.
     pub fn cost<D: Device>(&self, limits: &Limits) -> Result<Plans> {
         let adapter = self.lora.zip(self.trainable());
         let mut plans = Memory::<D>::plan(self.config, adapter, self.layouts, limits)?;
@@ -55,9 +56,14 @@ impl Sizes<'_> {
             }
             return Ok(plans);
         }
+        let mut shared = 0;
         for (layout, resident) in self.layouts.iter().zip(limits.residency.of_units(self.layouts.len())) {
             match (resident, limits.gather) {
-                (false, _) => plans.host.push("shards", layout.shard_bytes()),
+                (false, Gather::Collective) => plans.host.push("shards", layout.shard_bytes()),
+                (false, Gather::Host) => {
+                    plans.host.push("shards", layout.shard_bytes());
+                    shared += layout.gathered_bytes() - layout.shard_bytes();
+                }
                 (true, Gather::Collective) => plans.device.push("shards", layout.shard_bytes()),
                 (true, Gather::Host) => plans.device.push("shards", layout.gathered_bytes()),
             }
@@ -65,6 +71,8 @@ impl Sizes<'_> {
         if self.world_size > 1 {
             plans.device.push("received gradients", self.max_gradients() * size_of::<f32>());
         }
+        let mapped = plans.host.total_bytes() + shared;
+        plans.device.push("tables of pinned memory", mapped / PINNED_BYTES_OF_A_TABLE_BYTE);
         Ok(plans)
     }
 }
