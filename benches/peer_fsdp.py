@@ -21,6 +21,7 @@ JSON object from rank 0: tokens_per_second (all ranks, median step), step_ms, lo
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -147,7 +148,7 @@ def build(args, device):
 def start(args):
     """The accelerator, with its FSDP plugin. Starts the process group."""
     import torch
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils import DistributedType
     from torch.distributed.fsdp import MixedPrecision, MixedPrecisionPolicy
 
@@ -156,7 +157,7 @@ def start(args):
               "transformer_cls_names_to_wrap": [LAYER], "cpu_ram_efficient_loading": False}
     if args.fsdp == 1:
         plugin = FullyShardedDataParallelPlugin(
-            sharding_strategy="FULL_SHARD", use_orig_params=False, sync_module_states=False, limit_all_gathers=True,
+            reshard_after_forward="FULL_SHARD", use_orig_params=False, sync_module_states=False, limit_all_gathers=True,
             backward_prefetch="BACKWARD_PRE",
             mixed_precision_policy=MixedPrecision(param_dtype=bf16, reduce_dtype=bf16, buffer_dtype=torch.float32), **common)
     else:
@@ -167,9 +168,11 @@ def start(args):
     accelerator = Accelerator(
         cpu=args.device == "cpu", fsdp_plugin=plugin, mixed_precision="bf16" if args.autocast else "no")
     if args.device == "cpu":  # accelerate has no FSDP on CPU, torch does
-        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState._shared_state.update(distributed_type=DistributedType.FSDP, device=torch.device("cpu"))
+        accelerator.state.distributed_type, accelerator.state.device = DistributedType.FSDP, torch.device("cpu")
         accelerator.state.fsdp_plugin = plugin
-        accelerator.state.device = torch.device("cpu")
+        if args.autocast:
+            plugin.set_mixed_precision("bf16")
     assert accelerator.distributed_type == DistributedType.FSDP, accelerator.distributed_type
     return accelerator
 
@@ -231,6 +234,8 @@ def main():
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     accelerator = start(args)
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    if cuda:
+        torch.cuda.set_device(device)
     progress(f"started: {world} ranks, {device}")
     model = build(args, device)
     synchronize()
@@ -238,11 +243,12 @@ def main():
     progress(f"built: {args.shape}, {model.config.num_hidden_layers} layers")
     model, optimizer, wrapped_by = wrap(args, accelerator, model)
     synchronize()
-    progress(f"wrapped by {wrapped_by}")
     setup_peak = torch.cuda.max_memory_allocated() / GIB if cuda else None
+    gc.collect()
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    progress(f"wrapped by {wrapped_by}" + (f": {torch.cuda.memory_allocated() / GIB:.2f} GiB allocated" if cuda else ""))
 
     torch.manual_seed(args.seed + rank)
     generator = torch.Generator().manual_seed(args.seed + rank)
