@@ -32,6 +32,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)>;
     /// Makes copies to and from this device run at full speed on host memory: on a GPU, pins it.
     fn pin(&self, region: HostRegion) -> Result<HostRegion>;
+    /// What the driver says that all programs together take of the device; 0 where it is the host.
+    fn used_bytes(&self) -> Result<usize>;
     /// Returns when the compute queue has done all that it was given.
     fn synchronize(&self) -> Result<()>;
     /// When the compute queue gets here.

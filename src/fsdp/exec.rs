@@ -176,6 +176,10 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         })
     }
 
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
     pub fn config(&self) -> &ModelConfig {
         &self.base.config
     }

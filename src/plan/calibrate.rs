@@ -210,13 +210,13 @@ mod tests {
             MeasuredRun::read(&std::fs::read_to_string(path).unwrap()).unwrap()
         };
         let calibrated = fit(&Hardware::named("h100").unwrap(), &read("h100-calibration.jsonl")).unwrap();
-        let runs = read("h100.jsonl");
-        assert!(runs.len() >= 5);
-        for run in runs {
+        let (alone, two) = (read("h100.jsonl"), read("h100-x2.jsonl"));
+        assert!(alone.len() >= 8 && two.len() >= 8);
+        for run in alone.iter().chain(&two) {
             let Ratios { time, device, host } = run.compare(&calibrated).unwrap();
             println!("{time:.3} {device:?} {host:.3} {}", run.name());
-            assert!((time - 1.0).abs() < 0.15 && (host - 1.0).abs() < 0.1, "{time} {host}: {}", run.name());
-            assert!(device.is_none_or(|device| (device - 1.0).abs() < 0.03), "{device:?}: {}", run.name());
+            assert!((time - 1.0).abs() < 0.15 && (host - 1.0).abs() < 0.05, "{time} {host}: {}", run.name());
+            assert!(device.is_some_and(|device| (device - 1.0).abs() < 0.01), "{device:?}: {}", run.name());
         }
     }
 

@@ -132,10 +132,12 @@ impl Work for Steps<'_> {
         if let Some(path) = args.trace.as_deref().filter(|_| start.log.enabled) {
             trace::write(path, engine.spans())?;
         }
+        // While every rank has all that it takes.
+        let used_bytes = engine.device().used_bytes()?;
         let (pss_bytes, cached_bytes) = pss_bytes();
         let memory = engine.queue.all_reduce_f64("host memory", &[pss_bytes as f64, cached_bytes as f64])?;
         if start.log.enabled {
-            println!("{}", self.report(&engine, &records, &losses, &memory));
+            println!("{}", self.report(&engine, &records, &losses, (used_bytes, &memory)));
         }
         Ok(())
     }
@@ -147,7 +149,7 @@ impl Steps<'_> {
         engine: &Engine<D, Q>,
         records: &[StepRecord],
         losses: &[f64],
-        memory: &[f64],
+        (used_bytes, memory): (usize, &[f64]),
     ) -> Value {
         let Steps { start, args, matrix_rate } = self;
         let (config, world_size) = (engine.config(), start.world.world_size);
@@ -181,6 +183,7 @@ impl Steps<'_> {
             "matrix_tflops": matrix_rate * 1e-12, "share_of_matrix_rate": hardware * tokens / seconds / matrix_rate,
             "flops": "a token: 4 a weight and head weight, 3.5 causal attention; hardware: and what is computed again",
             "device_bytes": engine.plan().device.total_bytes() + engine.queue.device_bytes(),
+            "used_bytes_of_device": used_bytes,
             "pinned_bytes": engine.plan().host.total_bytes() + engine.queue.host_bytes(),
             "peak_host_bytes": peak_host_bytes(),
             "pss_bytes_of_all_ranks": memory[0], "page_cache_bytes_of_all_ranks": memory[1],

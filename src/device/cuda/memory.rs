@@ -203,6 +203,11 @@ impl<A: HalfType> Device for Cuda<A> {
         Ok(region.pinned_by(pin))
     }
 
+    fn used_bytes(&self) -> Result<usize> {
+        let (free, total) = self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))?;
+        Ok(total - free)
+    }
+
     fn synchronize(&self) -> Result<()> {
         self.compute.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))
     }
