@@ -17,7 +17,7 @@ use crate::model::batch::MicroBatch;
 use crate::recipe;
 use crate::train::eval::{self, Score};
 
-use super::start::{Start, Work, check_file};
+use super::start::{Setup, Start, Work, check_file};
 
 /// Micro-batches that go through each layer together.
 const MICRO_BATCHES: usize = 4;
@@ -73,7 +73,8 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
     let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
     let work = Scoring { batches, adapter: adapter.is_some() };
-    let score = start.with_engine(comm, placement, base, adapter.as_ref(), limits, &job.fsdp, work)?;
+    let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job.fsdp };
+    let score = start.with_engine(placement, setup, work)?;
     if start.log.enabled {
         let (loss, perplexity, n) = (score.loss, score.loss.exp(), score.num_target_tokens);
         match args.json {

@@ -16,7 +16,7 @@ use crate::fsdp::schedule::Mode;
 use crate::recipe;
 use crate::train::generate::{Sampling, generate};
 
-use super::start::{Start, Work};
+use super::start::{Setup, Start, Work};
 
 #[derive(Args)]
 pub struct GenerateArgs {
@@ -79,7 +79,8 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
     let limits = Limits { max_context, ..Limits::new(Mode::Generate, prompt.len(), 1) };
     let sampling = Sampling { temperature: args.temperature, seed: args.seed, max_new_tokens: args.max_new_tokens };
     let work = Generation { prompt: &prompt, stop: tokenizer.eos_token_ids(), sampling, adapter: adapter.is_some() };
-    let tokens = start.with_engine(comm, placement, base, adapter.as_ref(), limits, &job.fsdp, work)?;
+    let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job.fsdp };
+    let tokens = start.with_engine(placement, setup, work)?;
     if start.log.enabled {
         println!("{}", tokenizer.decode(&tokens, true)?);
     }

@@ -47,6 +47,22 @@ pub enum Placement {
     Fp16(Cuda<f16>, Cpu),
 }
 
+/// What a subcommand makes its engine of.
+pub struct Setup<'a> {
+    pub comm: MpiComm,
+    pub base: Base,
+    pub adapter: Option<&'a Adapter>,
+    /// Everything but what is kept and where.
+    pub limits: Limits,
+    pub job: &'a FsdpJob,
+}
+
+impl Setup<'_> {
+    fn lora(&self) -> Option<LayerLora> {
+        self.adapter.map(|adapter| LayerLora::new(&self.base.config, adapter.settings.lora_config()))
+    }
+}
+
 /// What a subcommand does with its engine, on whichever device.
 pub trait Work {
     type Output;
@@ -149,41 +165,25 @@ impl Start<'_> {
     }
 
     /// Decides what is kept where, makes the engine, loads the adapter's values, and does the work.
-    #[allow(clippy::too_many_arguments)]
-    pub fn with_engine<W: Work>(
-        &self,
-        comm: MpiComm,
-        placement: Placement,
-        base: Base,
-        adapter: Option<&Adapter>,
-        limits: Limits,
-        job: &FsdpJob,
-        work: W,
-    ) -> Result<W::Output> {
-        let lora = adapter.map(|adapter| LayerLora::new(&base.config, adapter.settings.lora_config()));
+    pub fn with_engine<W: Work>(&self, placement: Placement, setup: Setup<'_>, work: W) -> Result<W::Output> {
         match placement {
-            Placement::Cpu(cpu) => {
-                let limits = self.decide_on_cpu(&base, lora.as_ref(), limits, job)?;
-                let queue = HostQueue::new(comm.into_groups(base.layouts[0].num_shards())?, Delays::default())?;
-                self.run(Engine::new(cpu.clone(), cpu, queue, base, lora, limits)?, adapter, work)
-            }
-            Placement::Bf16(cuda, host) => self.on_gpu(cuda, host, comm, base, (adapter, lora), limits, job, work),
-            Placement::Fp16(cuda, host) => self.on_gpu(cuda, host, comm, base, (adapter, lora), limits, job, work),
+            Placement::Cpu(cpu) => self.on_cpu(cpu, setup, work),
+            Placement::Bf16(cuda, host) => self.on_gpu(cuda, host, setup, work),
+            Placement::Fp16(cuda, host) => self.on_gpu(cuda, host, setup, work),
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn on_gpu<A: HalfType, W: Work>(
-        &self,
-        cuda: Cuda<A>,
-        host: Cpu,
-        mut comm: MpiComm,
-        base: Base,
-        (adapter, lora): (Option<&Adapter>, Option<LayerLora>),
-        limits: Limits,
-        job: &FsdpJob,
-        work: W,
-    ) -> Result<W::Output> {
+    fn on_cpu<W: Work>(&self, cpu: Cpu, setup: Setup<'_>, work: W) -> Result<W::Output> {
+        let lora = setup.lora();
+        let Setup { comm, base, adapter, limits, job } = setup;
+        let limits = self.decide_on_cpu(&base, lora.as_ref(), limits, job)?;
+        let queue = HostQueue::new(comm.into_groups(base.layouts[0].num_shards())?, Delays::default())?;
+        self.run(Engine::new(cpu.clone(), cpu, queue, base, lora, limits)?, adapter, work)
+    }
+
+    fn on_gpu<A: HalfType, W: Work>(&self, cuda: Cuda<A>, host: Cpu, setup: Setup<'_>, work: W) -> Result<W::Output> {
+        let lora = setup.lora();
+        let Setup { mut comm, base, adapter, limits, job } = setup;
         let ranks = self.ranks_per_gpu.min(self.world.local_size);
         let sizes = self.sizes(&base, lora.as_ref(), true);
         let options = QueueOptions {

@@ -18,7 +18,7 @@ use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::run::{self, Run};
 
-use super::start::{Start, Work};
+use super::start::{Setup, Start, Work};
 
 /// Files of a tokenizer, copied beside the adapter.
 const TOKENIZER_FILES: [&str; 5] =
@@ -39,7 +39,8 @@ pub fn run(start: &Start, recipe: &Path, trace: Option<&Path>, overrides: &[Stri
     let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
     let work =
         Training { start, job: &job, config: &config, adapter: &adapter, train: &train, eval: eval.as_ref(), trace };
-    start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, work)
+    let setup = Setup { comm, base, adapter: Some(&adapter), limits, job: &job.fsdp };
+    start.with_engine(placement, setup, work)
 }
 
 /// A run from the first step to the saved adapter.

@@ -26,7 +26,7 @@ use crate::train::fault;
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
-use super::super::start::{Placement, Start, Work};
+use super::super::start::{Placement, Setup, Start, Work};
 use super::kernels;
 
 #[derive(Args)]
@@ -85,7 +85,8 @@ pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> 
         accumulation: job.fsdp.accumulation,
         ..Limits::new(Mode::Train, max_tokens, args.accum as usize)
     };
-    start.with_engine(comm, placement, base, Some(&adapter), limits, &job.fsdp, Steps { start, args, matrix_rate })
+    let setup = Setup { comm, base, adapter: Some(&adapter), limits, job: &job.fsdp };
+    start.with_engine(placement, setup, Steps { start, args, matrix_rate })
 }
 
 struct Steps<'a> {
