@@ -1,6 +1,7 @@
 //! Parses, dispatches, prints the error chain once, and ends every rank.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use clap::Parser;
@@ -37,7 +38,8 @@ fn main() {
             _ => 2,
         };
         match error.downcast_ref::<clap::Error>() {
-            Some(usage) => eprint!("{}", usage.render().ansi()),
+            Some(usage) if std::io::stderr().is_terminal() => eprint!("{}", usage.render().ansi()),
+            Some(usage) => eprint!("{}", usage.render()),
             None => stderr::line(&format!("{}error: {error:#}", prefix(world.rank, world.world_size))),
         }
         abort(status);

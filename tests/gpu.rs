@@ -138,7 +138,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
         residency: options.residency,
         ..Limits::new(Mode::Train, TOKENS, num_micro_batches)
     };
-    let sizes = Sizes { config: &config, layouts: &base.layouts, lora: Some(&lora), world_size, pins_shards: true };
+    let sizes = Sizes { config: &config, layouts: &base.layouts, lora: Some(&lora), world_size };
     let max_gradients = sizes.max_gradients();
     let queue_options = QueueOptions { max_gradients, share_gpu: shares_gpu(), delays: Delays::all(options.delay) };
     let queue = CudaQueue::new(cuda.clone(), groups, queue_options).unwrap();

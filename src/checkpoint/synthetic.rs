@@ -40,6 +40,11 @@ impl Encodings for AsQlora {
     }
 }
 
+/// Bytes of the embedding table that a process keeps.
+pub fn embedding_bytes(config: &ModelConfig) -> usize {
+    EMBEDDING_ROWS * config.hidden_size * size_of::<f32>()
+}
+
 /// The adapter of benchmarks: r 16 on all projections.
 pub fn adapter_settings(dropout: f32) -> AdapterSettings {
     let targets = Projection::ALL.to_vec();
@@ -129,6 +134,7 @@ impl<D: Ops + Clone> Drawing<D> {
 
     /// The range of the tensor that was drawn, quantized; it begins with a record. The offset is that of the whole tensor.
     fn quantize(&mut self, num_weights: usize, range: Range<usize>) -> Result<Nf4Tensor> {
+        debug_assert!(range.start.is_multiple_of(RECORD_WEIGHTS));
         let (device, blocks) = (self.device.clone(), num_weights.div_ceil(BLOCK));
         device.quantize_nf4(QuantizeNf4 {
             codes: self.codes.first_mut(num_weights.div_ceil(2)),
@@ -164,7 +170,10 @@ impl<D: Ops + Clone> Drawing<D> {
         for (idx, tensor) in layout.tensors().iter().enumerate() {
             let Some((weights, at)) = layout.part(idx, shard) else { continue };
             let out = &mut bytes[at];
-            self.draw(unit << 8 | idx as u64, tensor.elements.len())?;
+            let is_norm = tensor.name.ends_with("norm.weight");
+            if !is_norm {
+                self.draw(unit << 8 | idx as u64, tensor.elements.len())?;
+            }
             match tensor.encoding {
                 Encoding::Nf4 { .. } => {
                     let part = self.quantize(tensor.elements.len(), weights)?;
@@ -173,7 +182,7 @@ impl<D: Ops + Clone> Drawing<D> {
                 }
                 Encoding::Plain(_) => {
                     let mut values = vec![1f32; weights.len()];
-                    if !tensor.name.ends_with("norm.weight") {
+                    if !is_norm {
                         self.device.download(&mut values, self.weights.view().range(weights))?;
                     }
                     let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
@@ -207,23 +216,30 @@ mod tests {
 
     use super::*;
     use crate::device::cpu::Cpu;
+    use crate::fsdp::layout::UnitTensor;
 
     #[test]
     fn shards_are_parts_of_what_one_rank_draws() {
-        let config = ModelConfig::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny")).unwrap();
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
+        let config = ModelConfig { intermediate_size: 1024, ..ModelConfig::load(&tiny).unwrap() };
         let drawn = |shard, num_shards| {
             let base = base(&Cpu::new(1), config.clone(), shard, num_shards, |_| ()).unwrap();
             let units = base.shards.into_iter().enumerate();
             units.map(|(unit, source)| (*source.take(unit).unwrap()).as_ref().to_vec()).collect::<Vec<_>>()
         };
         let whole = drawn(0, 1);
-        for shard in 0..3 {
-            let (layouts, shards) = (layouts(&config, 3).unwrap(), drawn(shard, 3));
+        for shard in 0..5 {
+            let (layouts, shards) = (layouts(&config, 5).unwrap(), drawn(shard, 5));
             for ((layout, own), whole) in layouts.iter().zip(&shards).zip(&whole) {
                 let (part, padding) = own.split_at(layout.shard_range(shard).len());
                 assert!(part == &whole[layout.shard_range(shard)] && padding.iter().all(|&b| b == 0));
                 assert_eq!(own.len(), layout.shard_bytes());
             }
         }
+        let layer = &layouts(&config, 5).unwrap()[0];
+        let is_cut = |(idx, tensor): (usize, &UnitTensor)| {
+            matches!(tensor.encoding, Encoding::Nf4 { .. }) && layer.segments(idx).len() > 1
+        };
+        assert!(layer.tensors().iter().enumerate().any(is_cut), "a projection is in several shards");
     }
 }

@@ -11,7 +11,7 @@ use crate::checkpoint::adapter::{self, AdapterSettings};
 use crate::checkpoint::{load, synthetic};
 use crate::device::cuda::Cuda;
 use crate::fsdp::layout::UnitLayout;
-use crate::fsdp::memory::{Limits, Plans};
+use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
@@ -19,7 +19,7 @@ use crate::model::lora::LoraConfig;
 use crate::plan::calibrate::{self, MeasuredRun, Ratios};
 use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::{Hardware, Reached};
-use crate::plan::memory::Sizes;
+use crate::plan::memory::{Cost, Sizes};
 use crate::plan::throughput::{Links, Timeline, Workload};
 use crate::plan::trace;
 use crate::recipe::{self, FsdpJob, ShardingStrategy};
@@ -99,6 +99,8 @@ struct Job {
     lora: LoraConfig,
     limits: Limits,
     fsdp: FsdpJob,
+    /// Of an embedding table that is not in a file.
+    embedding_bytes: usize,
 }
 
 /// Decides and predicts; `overrides` are those of `--set`.
@@ -142,8 +144,8 @@ fn compare(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<()> {
     println!("predicted/measured: {:>5} {:>6} {:>5}", "time", "device", "host");
     for run in runs {
         let Ratios { time, device, host } = run.compare(hardware)?;
-        let device = device.map_or("-".to_string(), |ratio| format!("{ratio:.3}"));
-        println!("{:>25.3} {device:>6} {host:>5.3}  {}", time, run.name());
+        let of = |ratio: Option<f64>| ratio.map_or("-".to_string(), |ratio| format!("{ratio:.3}"));
+        println!("{:>25.3} {:>6} {:>5}  {}", time, of(device), of(host), run.name());
     }
     Ok(())
 }
@@ -161,8 +163,8 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
             (Some(report), _) => println!(
                 "{gpu:8} {:5} {:>12} {:>12} {:>10.0}",
                 report.world_size,
-                bytes(report.cost.device.total_bytes() + report.libraries),
-                bytes((report.cost.host.total_bytes() + report.process) * report.world_size),
+                bytes(report.cost.device_bytes() + report.libraries),
+                bytes((report.cost.host_bytes() + report.process) * report.world_size),
                 report.tokens_per_second()
             ),
             (None, Some(error)) => println!("{gpu:8} does not fit on 8: {error:#}"),
@@ -221,6 +223,7 @@ fn from_recipe(args: &PlanArgs, path: &Path, overrides: &[String], world_size: u
         layouts: opened.layouts,
         lora: lora.lora_config(),
         fsdp: job.fsdp,
+        embedding_bytes: 0,
     })
 }
 
@@ -231,6 +234,7 @@ fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: us
     Ok(Job {
         name: shape.to_string(),
         layouts: synthetic::layouts(&config, num_shards)?,
+        embedding_bytes: synthetic::embedding_bytes(&config),
         config,
         lora: synthetic::adapter_settings(0.05).lora_config(),
         limits: limits(&fsdp, (args.micro_batch * args.seq) as usize, args.seq as usize, args.accum as usize),
@@ -244,7 +248,7 @@ struct Report<'a> {
     world_size: usize,
     job: Job,
     limits: Limits,
-    cost: Plans,
+    cost: Cost,
     libraries: usize,
     /// Host memory of the process that is not pinned.
     process: usize,
@@ -265,9 +269,11 @@ impl<'a> Report<'a> {
         };
         let lora = LayerLora::new(&job.config, job.lora.clone());
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
-        let sizes = Sizes { config, layouts, lora: Some(&lora), world_size, pins_shards: true };
+        let sizes = Sizes { config, layouts, lora: Some(&lora), world_size };
         let libraries = hardware.library_bytes(sizes.num_communicators(), ranks_per_gpu);
-        let process = hardware.process_bytes(world_size, &job.config, job.limits.max_tokens);
+        let process = hardware.process_bytes(world_size, ranks_per_gpu)
+            + sizes.data_bytes(job.limits.max_tokens)
+            + job.embedding_bytes;
         let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), (libraries, process));
         let shared = hardware.shared_by(ranks_per_gpu);
         let in_a_node = num_shards <= world_size / args.nodes as usize;
@@ -302,8 +308,8 @@ impl<'a> Report<'a> {
                 "keep": limits.keep.clamped(job.config.num_hidden_layers), "gather": limits.gather.word(),
                 "resident_units": self.resident_units(), "units": job.layouts.len(),
                 "trainables_on_device": limits.residency.trainables,
-                "libraries_bytes": libraries, "device": owners(&cost.device), "host": owners(&cost.host),
-                "device_bytes": cost.device.total_bytes() + libraries, "pinned_bytes": cost.host.total_bytes(),
+                "libraries_bytes": libraries + cost.table_bytes, "device": owners(&cost.device), "host": owners(&cost.host),
+                "device_bytes": cost.device_bytes() + libraries, "pinned_bytes": cost.host_bytes(),
                 "process_bytes": self.process,
                 "step_s": timeline.seconds, "tokens_per_second": self.tokens_per_second(),
                 "gather_wait_s": timeline.gather_wait, "copy_wait_s": timeline.copy_wait,
@@ -319,15 +325,15 @@ impl<'a> Report<'a> {
             "{} on {} x {}, {} node(s): {} micro-batches of {} tokens a rank and step",
             job.name, world_size, gpu, args.nodes, limits.max_micro_batches, limits.max_tokens
         );
-        println!("\nGPU memory of a rank: {}", bytes(cost.device.total_bytes() + libraries));
-        println!("  {:24} {:>10}", "driver and libraries", bytes(*libraries));
+        println!("\nGPU memory of a rank: {}", bytes(cost.device_bytes() + libraries));
+        println!("  {:24} {:>10}", "driver and libraries", bytes(libraries + cost.table_bytes));
         for (name, n) in cost.device.by_owner() {
             println!("  {name:24} {:>10}", bytes(n));
         }
         println!(
             "\npinned host memory of a rank, besides {} of its process: {}",
             bytes(self.process),
-            bytes(cost.host.total_bytes())
+            bytes(cost.host_bytes())
         );
         for (name, n) in cost.host.by_owner() {
             println!("  {name:24} {:>10}", bytes(n));

@@ -57,12 +57,6 @@ pub struct Setup<'a> {
     pub job: &'a FsdpJob,
 }
 
-impl Setup<'_> {
-    fn lora(&self) -> Option<LayerLora> {
-        self.adapter.map(|adapter| LayerLora::new(&self.base.config, adapter.settings.lora_config()))
-    }
-}
-
 /// What a subcommand does with its engine, on whichever device.
 pub trait Work {
     type Output;
@@ -145,6 +139,16 @@ impl Start<'_> {
         }
     }
 
+    /// The same for a job, whose ways to gather must be those of the device.
+    pub fn place_for(&self, comm: &mut dyn Comm, job: &Job) -> Result<Placement> {
+        let placement = self.place(comm, job.quantization.compute_dtype)?;
+        ensure!(
+            job.fsdp.gather != Some(Gather::Collective) || !matches!(placement, Placement::Cpu(_)),
+            "fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host"
+        );
+        Ok(placement)
+    }
+
     fn gpu<A: HalfType>(&self, ordinal: usize) -> Result<Cuda<A>> {
         let cuda = Cuda::new(ordinal, &shards::cache_dir()?.join("kernels"))?;
         let sharing =
@@ -157,7 +161,7 @@ impl Start<'_> {
     /// Communicator, device and the base with its shard mapped.
     pub fn base(&self, opened: OpenedBase, job: &Job) -> Result<(MpiComm, Placement, Base)> {
         let mut comm = MpiComm::new(self.world)?;
-        let placement = self.place(&mut comm, job.quantization.compute_dtype)?;
+        let placement = self.place_for(&mut comm, job)?;
         let writes = self.world.local_rank < opened.spec.num_shards;
         let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
         let base = opened.load(&mut comm, writes, &mut |line| self.log.line(line), &mut warn)?;
@@ -166,26 +170,32 @@ impl Start<'_> {
 
     /// Decides what is kept where, makes the engine, loads the adapter's values, and does the work.
     pub fn with_engine<W: Work>(&self, placement: Placement, setup: Setup<'_>, work: W) -> Result<W::Output> {
+        let lora = setup.adapter.map(|adapter| LayerLora::new(&setup.base.config, adapter.settings.lora_config()));
         match placement {
-            Placement::Cpu(cpu) => self.on_cpu(cpu, setup, work),
-            Placement::Bf16(cuda, host) => self.on_gpu(cuda, host, setup, work),
-            Placement::Fp16(cuda, host) => self.on_gpu(cuda, host, setup, work),
+            Placement::Cpu(cpu) => self.on_cpu(cpu, lora, setup, work),
+            Placement::Bf16(cuda, host) => self.on_gpu(cuda, host, lora, setup, work),
+            Placement::Fp16(cuda, host) => self.on_gpu(cuda, host, lora, setup, work),
         }
     }
 
-    fn on_cpu<W: Work>(&self, cpu: Cpu, setup: Setup<'_>, work: W) -> Result<W::Output> {
-        let lora = setup.lora();
+    fn on_cpu<W: Work>(&self, cpu: Cpu, lora: Option<LayerLora>, setup: Setup<'_>, work: W) -> Result<W::Output> {
         let Setup { comm, base, adapter, limits, job } = setup;
         let limits = self.decide_on_cpu(&base, lora.as_ref(), limits, job)?;
         let queue = HostQueue::new(comm.into_groups(base.layouts[0].num_shards())?, Delays::default())?;
         self.run(Engine::new(cpu.clone(), cpu, queue, base, lora, limits)?, adapter, work)
     }
 
-    fn on_gpu<A: HalfType, W: Work>(&self, cuda: Cuda<A>, host: Cpu, setup: Setup<'_>, work: W) -> Result<W::Output> {
-        let lora = setup.lora();
+    fn on_gpu<A: HalfType, W: Work>(
+        &self,
+        cuda: Cuda<A>,
+        host: Cpu,
+        lora: Option<LayerLora>,
+        setup: Setup<'_>,
+        work: W,
+    ) -> Result<W::Output> {
         let Setup { mut comm, base, adapter, limits, job } = setup;
         let ranks = self.ranks_per_gpu.min(self.world.local_size);
-        let sizes = self.sizes(&base, lora.as_ref(), true);
+        let sizes = self.sizes(&base, lora.as_ref());
         let options = QueueOptions {
             max_gradients: sizes.max_gradients(),
             share_gpu: self.ranks_per_gpu > 1,
@@ -248,27 +258,23 @@ impl Start<'_> {
 
     /// Keeping activations on the CPU must leave room for everything else that the machine does.
     fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &FsdpJob) -> Result<Limits> {
-        let (sizes, hardware) = (self.sizes(base, lora, false), Hardware::of_a_core());
+        let (sizes, hardware) = (self.sizes(base, lora), Hardware::of_a_core());
         let mut wishes = wishes(job);
-        ensure!(
-            job.gather != Some(Gather::Collective),
-            "fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host"
-        );
         let in_a_node = self.world.fits_a_node(sizes.num_shards());
         wishes.gather = possible_gather(job, sizes.num_shards(), in_a_node)?.or(Some(Gather::Collective));
         let share = self.host_budget(job);
         let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };
         let keeps = Limits { keep: Keep::EVERYTHING, ..limits };
-        if wishes.keep.is_none() && sizes.cost::<Cpu>(&keeps)?.device.total_bytes() > budget.device / 4 {
+        if wishes.keep.is_none() && sizes.cost::<Cpu>(&keeps)?.device_bytes() > budget.device / 4 {
             wishes.keep = Some(Keep::NOTHING);
         }
         let links = Links::new(&hardware, true, true, NETWORK_BYTES_PER_S);
         Workload { sizes, hardware: &hardware, links }.decide::<Cpu>(limits, &wishes, budget)
     }
 
-    fn sizes<'a>(&self, base: &'a Base, lora: Option<&'a LayerLora>, pins_shards: bool) -> Sizes<'a> {
+    fn sizes<'a>(&self, base: &'a Base, lora: Option<&'a LayerLora>) -> Sizes<'a> {
         let (config, layouts, world_size) = (&base.config, &base.layouts[..], self.world.world_size);
-        Sizes { config, layouts, lora, world_size, pins_shards }
+        Sizes { config, layouts, lora, world_size }
     }
 
     /// Host memory for a rank: what the recipe allows, or its share of what is available.
@@ -306,11 +312,14 @@ impl Start<'_> {
         if pinned > 0 {
             let limits = engine.limits();
             let resident = limits.residency.units.min(engine.num_units());
+            let others = match plan.host.total_bytes() {
+                0 => String::new(),
+                _ => format!(", {}", owners(&plan.host)),
+            };
             self.log.line(format!(
-                "in host memory: {} (shards {}, {}); {resident} of {} units are resident",
+                "in host memory: {} (shards {}{others}); {resident} of {} units are resident",
                 bytes(pinned),
                 bytes(queue.host_bytes()),
-                owners(&plan.host),
                 engine.num_units()
             ));
         }
@@ -390,6 +399,13 @@ fn group_bytes(root: &Path, group: &str) -> usize {
     };
     let path = root.join(group);
     path.ancestors().take_while(|p| p.starts_with(root)).filter_map(left).min().unwrap_or(usize::MAX)
+}
+
+/// Fails when a file cannot be made at a path, as its folder is not there.
+pub fn check_folder_of(key: &str, path: &Path) -> Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    ensure!(folder.is_none_or(Path::is_dir), "{key}: the folder of {} is not there", path.display());
+    Ok(())
 }
 
 /// Fails when a path that should be a file is none.

@@ -18,7 +18,7 @@ use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::run::{self, Run};
 
-use super::start::{Setup, Start, Work};
+use super::start::{Setup, Start, Work, check_folder_of};
 
 /// Files of a tokenizer, copied beside the adapter.
 const TOKENIZER_FILES: [&str; 5] =
@@ -26,6 +26,7 @@ const TOKENIZER_FILES: [&str; 5] =
 
 pub fn run(start: &Start, recipe: &Path, trace: Option<&Path>, overrides: &[String]) -> Result<()> {
     let job = recipe::load(recipe, overrides)?;
+    trace.map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let is_first = start.world.rank == 0;
     if is_first {
         shards::check_writable(&job.output_dir).context("output_dir")?;

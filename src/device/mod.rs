@@ -25,6 +25,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// A point in time of the compute queue.
     type Mark;
 
+    /// Whether it is the host itself.
+    const IS_HOST: bool;
     /// Whether activations are so narrow that the loss is scaled, so that gradients do not vanish (fp16).
     const NEEDS_LOSS_SCALING: bool;
 

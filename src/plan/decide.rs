@@ -4,10 +4,10 @@ use anyhow::{Result, bail};
 
 use crate::comm::Gather;
 use crate::device::{Device, MemoryPlan};
-use crate::fsdp::memory::{Limits, Plans, Residency};
+use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Accumulation, Keep};
 
-use super::memory::text;
+use super::memory::{Cost, text};
 use super::throughput::Workload;
 
 /// What a rank may take, in bytes.
@@ -72,7 +72,7 @@ impl Workload<'_> {
 
     fn fits<D: Device>(&self, limits: &Limits, budget: Budget) -> Result<bool> {
         let cost = self.sizes.cost::<D>(limits)?;
-        Ok(cost.device.total_bytes() <= budget.device && cost.host.total_bytes() <= budget.host)
+        Ok(cost.device_bytes() <= budget.device && cost.host_bytes() <= budget.host)
     }
 
     /// The least of these limits that is wished: nothing kept, and as few units on the device as host memory has room for.
@@ -81,7 +81,7 @@ impl Workload<'_> {
         if wishes.units.is_some() || limits.residency.units > 0 {
             return least;
         }
-        let host = |units| self.sizes.cost::<D>(&with_units(least, units)).map(|cost| cost.host.total_bytes());
+        let host = |units| self.sizes.cost::<D>(&with_units(least, units)).map(|cost| cost.host_bytes());
         let fits = |units: usize| host(units).is_ok_and(|host| host <= budget.host);
         let units = first(0, self.sizes.layouts.len(), fits);
         with_units(least, if fits(units) { units } else { 0 })
@@ -91,7 +91,7 @@ impl Workload<'_> {
     /// again for activations.
     fn fill<D: Device>(&self, least: Limits, wishes: &Wishes, budget: Budget, share: usize) -> Result<Limits> {
         let (mut choice, num_units) = (least, self.sizes.layouts.len());
-        let device = self.sizes.cost::<D>(&choice)?.device.total_bytes();
+        let device = self.sizes.cost::<D>(&choice)?.device_bytes();
         let for_activations = device + (budget.device - device) / SHARES * share;
         if wishes.keep.is_none() {
             choice = self.most_kept::<D>(choice, Budget { device: for_activations, ..budget });
@@ -122,14 +122,14 @@ impl Workload<'_> {
 
     /// What is needed, what is there, and which keys make it fit, those first that cost least.
     fn refusal<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<String> {
-        let smallest = |wishes: &Wishes, limits: Limits| -> Result<Plans> {
+        let smallest = |wishes: &Wishes, limits: Limits| -> Result<Cost> {
             let residency = residencies(wishes).pop().unwrap_or(Residency::ALL);
             let gather = wishes.gather.unwrap_or(Gather::Collective);
             self.sizes.cost::<D>(&self.least::<D>(Limits { gather, residency, ..limits }, wishes, budget))
         };
         let cost = smallest(wishes, limits)?;
-        let needs = |cost: &Plans| (cost.device.total_bytes(), cost.host.total_bytes());
-        let fits = |cost: &Plans| needs(cost).0 <= budget.device && needs(cost).1 <= budget.host;
+        let needs = |cost: &Cost| (cost.device_bytes(), cost.host_bytes());
+        let fits = |cost: &Cost| needs(cost).0 <= budget.device && needs(cost).1 <= budget.host;
         let mut keys = Vec::new();
         // Keeps a change that makes it fit; says whether it does.
         let mut offer = |key: String, wishes: &Wishes, limits: Limits| -> Result<bool> {
@@ -285,9 +285,9 @@ mod tests {
                 let budget = Budget { device, host: 16 * GIB };
                 let choice = work.decide::<Gpu>(limits(), &COLLECTIVE, budget).unwrap();
                 let cost = work.sizes.cost::<Gpu>(&choice).unwrap();
-                assert!(cost.device.total_bytes() <= budget.device && cost.host.total_bytes() <= budget.host);
+                assert!(cost.device_bytes() <= budget.device && cost.host_bytes() <= budget.host);
                 // What is left would not hold one more unit, or one more layer's part.
-                assert!(device - cost.device.total_bytes() < GIB || choice.keep == Keep::EVERYTHING, "{choice:?}");
+                assert!(device - cost.device_bytes() < GIB || choice.keep == Keep::EVERYTHING, "{choice:?}");
                 let seconds = work.predict(&choice).seconds;
                 assert!(seconds <= 1.001 * last, "{device}: {seconds} after {last}");
                 last = seconds;

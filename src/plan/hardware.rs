@@ -3,7 +3,6 @@
 use anyhow::{Context, Result};
 
 use crate::device::cuda::{CONTEXT_BYTES, LIBRARY_BYTES, NCCL_BYTES, NCCL_SOCKET_BYTES};
-use crate::model::config::ModelConfig;
 
 /// Rates of one GPU and of what connects it.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,16 +34,16 @@ pub struct Reached {
 const REACHED: Reached =
     Reached { products: 0.97, memory: 0.72, attention_forward: 0.18, attention_backward: 0.12, kernel_seconds: 6.0e-6 };
 
-/// Of a process with CUDA's libraries, one that talks to others too, and for each of a model's hidden features (tables, rows that
-/// are in use), without page cache. Seen with `bench step` on H100s (2026-11-25).
-const PROCESS_BYTES: usize = 66_000_000;
-const COMMUNICATION_BYTES: usize = 370_000_000;
-const BYTES_OF_A_FEATURE: usize = 95_700;
+/// Of a process with CUDA's libraries, what MPI and NCCL add, and NCCL's sockets; without page cache. Seen with `bench step` on
+/// H100s (2026-11-25).
+const PROCESS_BYTES: usize = 318_000_000;
+const COMMUNICATION_BYTES: usize = 341_000_000;
+const SOCKET_BYTES: usize = 85_000_000;
 
 /// What is left of a GPU whose processes take turns: two runs of two ranks on an H100, benches/results.md (2026-11-25).
 const TURNS: f64 = 0.8;
 
-/// NCCL between two processes of a machine through its network stack, as seen between two ranks on an H100.
+/// NCCL between two processes of a machine through its network stack: what a step of two ranks on an H100 reaches.
 const SOCKET_BYTES_PER_S: f64 = 1.6e9;
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -53,16 +52,16 @@ const GIB: f64 = (1u64 << 30) as f64;
 ///
 /// Memory and bandwidths are those of NVIDIA's data sheets; matrix rates of data-centre cards are those that large products reach
 /// (H100 and H200: 80 % of the data sheet's 989, as measured with `bench kernels`; A100: 85 % of 312), of GeForce cards it is
-/// assumed that they reach nine tenths of the data sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 55 (measured). GeForce cards have no peer access:
-/// NCCL goes through the host.
+/// assumed that they reach nine tenths of the data sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 50
+/// (measured in steps that it bounds). GeForce cards have no peer access: NCCL goes through the host.
 const GPUS: [(&str, [f64; 5]); 7] = [
     ("rtx3060", [12.0, 23.0, 360.0, 25.0, 8.0]),
     ("rtx3090", [24.0, 64.0, 936.0, 25.0, 10.0]),
     ("rtx4090", [24.0, 149.0, 1008.0, 25.0, 10.0]),
-    ("rtx5090", [32.0, 188.0, 1792.0, 55.0, 20.0]),
+    ("rtx5090", [32.0, 188.0, 1792.0, 50.0, 20.0]),
     ("a100", [80.0, 265.0, 2039.0, 25.0, 200.0]),
-    ("h100", [80.0, 790.0, 3350.0, 55.0, 300.0]),
-    ("h200", [141.0, 790.0, 4800.0, 55.0, 300.0]),
+    ("h100", [80.0, 790.0, 3350.0, 50.0, 300.0]),
+    ("h200", [141.0, 790.0, 4800.0, 50.0, 300.0]),
 ];
 
 impl Hardware {
@@ -105,11 +104,11 @@ impl Hardware {
         CONTEXT_BYTES + LIBRARY_BYTES + num_communicators * nccl
     }
 
-    /// What a rank's process takes of host memory besides what is pinned, without page cache: the libraries' data, tables, the
-    /// embedded rows of a micro-batch of so many tokens.
-    pub fn process_bytes(&self, world_size: usize, config: &ModelConfig, max_tokens: usize) -> usize {
+    /// What a rank's process takes of host memory besides its own data and what is pinned, without page cache.
+    pub fn process_bytes(&self, world_size: usize, ranks_per_gpu: usize) -> usize {
         let communication = if world_size > 1 { COMMUNICATION_BYTES } else { 0 };
-        PROCESS_BYTES + communication + (BYTES_OF_A_FEATURE + 2 * max_tokens) * config.hidden_size
+        let sockets = if ranks_per_gpu > 1 { SOCKET_BYTES } else { 0 };
+        PROCESS_BYTES + communication + sockets
     }
 
     /// What the driver leaves of the card to programs; an assumption.

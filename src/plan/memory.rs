@@ -1,12 +1,12 @@
-//! Memory: what a choice of [`Limits`] costs, to the byte.
+//! Memory: what a choice of [`Limits`] costs. What a run allocates is known to the byte; what the driver adds, to some MiB.
 
 use anyhow::Result;
 
 use crate::comm::Gather;
-use crate::device::Device;
 use crate::device::cuda::PINNED_BYTES_OF_A_TABLE_BYTE;
+use crate::device::{Device, MemoryPlan};
 use crate::fsdp::layout::{TrainableLayout, UnitLayout};
-use crate::fsdp::memory::{Limits, Memory, Plans};
+use crate::fsdp::memory::{Limits, Memory};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 
@@ -17,8 +17,26 @@ pub struct Sizes<'a> {
     pub layouts: &'a [UnitLayout],
     pub lora: Option<&'a LayerLora>,
     pub world_size: usize,
-    /// Whether shards that are not resident take pinned memory; else they are mapped files.
-    pub pins_shards: bool,
+}
+
+/// All memory of a rank.
+#[derive(Debug)]
+pub struct Cost {
+    /// What is allocated, by name.
+    pub device: MemoryPlan,
+    pub host: MemoryPlan,
+    /// What the driver takes of the device for pinned memory.
+    pub table_bytes: usize,
+}
+
+impl Cost {
+    pub fn device_bytes(&self) -> usize {
+        self.device.total_bytes() + self.table_bytes
+    }
+
+    pub fn host_bytes(&self) -> usize {
+        self.host.total_bytes()
+    }
 }
 
 impl Sizes<'_> {
@@ -46,34 +64,45 @@ impl Sizes<'_> {
         self.trainable().map_or(0, |layout| layout.padded_len())
     }
 
-    /// All memory of a run with these limits, in the activation type of `D`, and what the driver takes of the device for pinned memory.
-    pub fn cost<D: Device>(&self, limits: &Limits) -> Result<Plans> {
+    /// What a process has of its own in host memory: the values that a new adapter starts from (A; B is zero, and no page of it has
+    /// been written), and the embedded rows of a micro-batch.
+    pub fn data_bytes(&self, max_tokens: usize) -> usize {
+        let of_a_layer = |lora: &LayerLora| lora.layout.entries().iter().map(|entry| entry.a.len()).sum::<usize>();
+        let adapter = self.config.num_hidden_layers * self.lora.map_or(0, of_a_layer) * size_of::<f32>();
+        adapter + max_tokens * self.config.hidden_size * size_of::<u16>()
+    }
+
+    /// All memory of a run with these limits, in the activation type of `D`. On the host shards are mapped files, unless a node
+    /// shares them.
+    pub fn cost<D: Device>(&self, limits: &Limits) -> Result<Cost> {
         let adapter = self.lora.zip(self.trainable());
-        let mut plans = Memory::<D>::plan(self.config, adapter, self.layouts, limits)?;
-        if !self.pins_shards {
+        let plans = Memory::<D>::plan(self.config, adapter, self.layouts, limits)?;
+        let mut cost = Cost { device: plans.device, host: plans.host, table_bytes: 0 };
+        if D::IS_HOST {
             if limits.gather == Gather::Host {
-                self.layouts.iter().for_each(|layout| plans.host.push("shards", layout.shard_bytes()));
+                self.layouts.iter().for_each(|layout| cost.host.push("shards", layout.shard_bytes()));
             }
-            return Ok(plans);
+            return Ok(cost);
         }
+        // Of other ranks, mapped by this one too.
         let mut shared = 0;
         for (layout, resident) in self.layouts.iter().zip(limits.residency.of_units(self.layouts.len())) {
+            let (shard, all) = (layout.shard_bytes(), layout.gathered_bytes());
             match (resident, limits.gather) {
-                (false, Gather::Collective) => plans.host.push("shards", layout.shard_bytes()),
+                (false, Gather::Collective) => cost.host.push("shards", shard),
                 (false, Gather::Host) => {
-                    plans.host.push("shards", layout.shard_bytes());
-                    shared += layout.gathered_bytes() - layout.shard_bytes();
+                    cost.host.push("shards", shard);
+                    shared += all - shard;
                 }
-                (true, Gather::Collective) => plans.device.push("shards", layout.shard_bytes()),
-                (true, Gather::Host) => plans.device.push("shards", layout.gathered_bytes()),
+                (true, Gather::Collective) => cost.device.push("shards", shard),
+                (true, Gather::Host) => cost.device.push("shards", all),
             }
         }
         if self.world_size > 1 {
-            plans.device.push("received gradients", self.max_gradients() * size_of::<f32>());
+            cost.device.push("received gradients", self.max_gradients() * size_of::<f32>());
         }
-        let mapped = plans.host.total_bytes() + shared;
-        plans.device.push("tables of pinned memory", mapped / PINNED_BYTES_OF_A_TABLE_BYTE);
-        Ok(plans)
+        cost.table_bytes = (cost.host_bytes() + shared) / PINNED_BYTES_OF_A_TABLE_BYTE;
+        Ok(cost)
     }
 }
 

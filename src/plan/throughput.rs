@@ -361,7 +361,7 @@ pub(super) mod tests {
         let layouts = synthetic::layouts(&config, world_size).unwrap();
         let lora = synthetic::adapter_settings(0.05).lora_config();
         let lora = LayerLora::new(&config, lora);
-        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size, pins_shards: true };
+        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };
         f(&Workload { sizes, hardware: &Hardware::named(gpu).unwrap(), links })
     }

@@ -199,9 +199,12 @@ fn check_required(written: &mut Written, usage: Use) {
         Some(None) => written.errors.push("model: missing, it must be a Hugging Face directory".into()),
         Some(Some(dir)) if !dir.is_dir() => {
             let model = dir.display();
+            let is_path = dir.is_absolute() || dir.starts_with(".");
+            let (name, into) =
+                if is_path { ("ORG/NAME".into(), dir.display()) } else { (model.to_string(), dir.display()) };
             written.errors.push(format!(
                 "model: found {model}, which is not a directory; to use a model of the hub, \
-                 `hf download {model} --local-dir DIR` and give DIR"
+                 `hf download {name} --local-dir {into}`"
             ));
         }
         _ => {}

@@ -41,7 +41,12 @@ impl std::error::Error for RecipeError {}
 pub fn load(path: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
     let fail = |errors| RecipeError { source: path.display().to_string(), errors };
     let text = fs::read_to_string(path).map_err(|error| fail(vec![format!("cannot be read: {error}")]))?;
-    job::decide(Written::new(&text, overrides), Use::Train).map_err(fail)
+    let written = Written::new(&text, overrides);
+    // What is not there would be told as missing.
+    if !written.is_read {
+        return Err(fail(written.errors));
+    }
+    job::decide(written, Use::Train).map_err(fail)
 }
 
 /// The job of a command without a recipe file: `model` from the command line, no training data needed. Keys that

@@ -10,15 +10,20 @@ use super::keys::{self, Key, KeyInfo};
 pub(super) struct Written {
     values: BTreeMap<String, Value>,
     pub errors: Vec<String>,
+    /// Whether the text is YAML.
+    pub is_read: bool,
 }
 
 impl Written {
     /// `yaml` is the text of a recipe, `overrides` are `key=value` with YAML values; the last one holds.
     pub fn new(yaml: &str, overrides: &[String]) -> Self {
-        let mut written = Self { values: BTreeMap::new(), errors: Vec::new() };
+        let mut written = Self { values: BTreeMap::new(), errors: Vec::new(), is_read: true };
         match serde_saphyr::from_str::<Value>(yaml) {
             Ok(value) => written.add(String::new(), value, false),
-            Err(error) => written.errors.push(format!("not valid YAML: {}", first_line(&error))),
+            Err(error) => {
+                written.errors.push(format!("not valid YAML: {}", first_line(&error)));
+                written.is_read = false;
+            }
         }
         for text in overrides {
             match text.split_once('=').map(|(key, value)| (key, serde_saphyr::from_str(value))) {

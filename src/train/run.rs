@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 use crate::comm::Queue;
@@ -72,6 +72,12 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 trace::write(path, self.engine.spans())?;
                 self.log.line(format!("trace of step {}: {}", step_idx + 1, path.display()));
             }
+            let loss = record.loss;
+            ensure!(
+                loss.is_finite(),
+                "the loss of step {} is {loss}: try a lower training.learning_rate",
+                step_idx + 1
+            );
             if record.updated && !b_is_checked {
                 check::every_matrix_has_a_gradient(self.engine, "B")?;
                 b_is_checked = true;

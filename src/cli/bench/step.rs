@@ -26,7 +26,7 @@ use crate::train::fault;
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
-use super::super::start::{Placement, Setup, Start, Work};
+use super::super::start::{Placement, Setup, Start, Work, check_folder_of};
 use super::kernels;
 
 #[derive(Args)]
@@ -61,9 +61,10 @@ const WARM_UP_STEPS: u32 = 2;
 pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> {
     let job = recipe::for_bench(overrides)?;
     ensure!((0.0..1.0).contains(&args.dropout), "--dropout: found {}; allowed: 0 to below 1", args.dropout);
+    args.trace.as_deref().map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let config = super::shape(&args.shape, args.layers)?;
     let mut comm = MpiComm::new(start.world)?;
-    let placement = start.place(&mut comm, job.quantization.compute_dtype)?;
+    let placement = start.place_for(&mut comm, &job)?;
     let num_shards = start.num_shards(&job.fsdp)?;
     let shard = start.world.rank % num_shards;
     let log = start.log;
@@ -173,7 +174,7 @@ impl Steps<'_> {
         json!({
             "shape": args.shape, "layers": config.num_hidden_layers, "micro_batch": args.micro_batch,
             "seq": args.seq, "accum": args.accum, "world_size": world_size,
-            "ranks_per_gpu": start.ranks_per_gpu, "dropout": args.dropout,
+            "ranks_per_gpu": if D::IS_HOST { 1 } else { start.ranks_per_gpu }, "dropout": args.dropout,
             "num_shards": engine.queue.position().num_shards, "accumulation": limits.accumulation.word(),
             "gather": limits.gather.word(), "keep": limits.keep.clamped(num_layers), "residency": residency,
             "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),

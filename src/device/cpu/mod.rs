@@ -57,6 +57,7 @@ impl Device for Cpu {
     type Region = HostRegion;
     type Mark = Instant;
 
+    const IS_HOST: bool = true;
     const NEEDS_LOSS_SCALING: bool = false;
 
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)> {

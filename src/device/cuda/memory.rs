@@ -188,10 +188,11 @@ impl<A: HalfType> Device for Cuda<A> {
     type Region = DeviceRegion;
     type Mark = CudaEvent;
 
+    const IS_HOST: bool = false;
     const NEEDS_LOSS_SCALING: bool = <A as HalfType>::NEEDS_LOSS_SCALING;
 
     fn allocate(&self, bytes: usize) -> Result<(DeviceRegion, usize)> {
-        let (free, total) = self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))?;
+        let (free, total) = self.free_and_total_bytes()?;
         ensure!(bytes <= free, "{bytes} bytes of GPU memory are needed; {free} of {total} are free");
         // SAFETY: the context is bound to this thread; the memory is freed by the region.
         let addr = unsafe { result::malloc_sync(bytes) }.map_err(|e| anyhow!("{bytes} bytes of GPU memory: {e}"))?;
@@ -204,7 +205,7 @@ impl<A: HalfType> Device for Cuda<A> {
     }
 
     fn used_bytes(&self) -> Result<usize> {
-        let (free, total) = self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))?;
+        let (free, total) = self.free_and_total_bytes()?;
         Ok(total - free)
     }
 

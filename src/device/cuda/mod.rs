@@ -43,14 +43,14 @@ pub const CONTEXT_BYTES: usize = 512 << 20;
 /// What libraries still take when they are first used: kernels that cuBLAS loads late.
 pub const LIBRARY_BYTES: usize = 128 << 20;
 
-/// What NCCL's communicator takes with two H100 over NVLink; it is less where ranks talk through the host. A run measures it.
+/// What NCCL's communicator takes with two H100 over NVLink, less where ranks talk through the host. For `plan`: a run measures it.
 pub const NCCL_BYTES: usize = 1308 << 20;
 
 /// What it takes where ranks talk through sockets: two ranks on an H100 (2026-11-25).
 pub const NCCL_SOCKET_BYTES: usize = 450 << 20;
 
 /// Pinned memory that takes a byte of the GPU: the driver maps each page of 4 KiB there with eight bytes. Seen to 5 MiB with 49 and
-/// 220 GB on an H100.
+/// 220 GB on H100s.
 pub const PINNED_BYTES_OF_A_TABLE_BYTE: usize = 512;
 
 /// The oldest GPUs that have what the kernels use: bf16 matrix instructions.
@@ -164,7 +164,11 @@ impl<A: HalfType> Cuda<A> {
 
     /// Bytes of GPU memory that are free.
     pub fn free_bytes(&self) -> Result<usize> {
-        Ok(self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))?.0)
+        Ok(self.free_and_total_bytes()?.0)
+    }
+
+    fn free_and_total_bytes(&self) -> Result<(usize, usize)> {
+        self.context.mem_get_info().map_err(|e| anyhow!("GPU memory: {e}"))
     }
 
     /// Makes this GPU the one of the calling thread.
