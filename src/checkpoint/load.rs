@@ -76,16 +76,48 @@ impl Encodings for (&BaseModel, &LoadOptions) {
     }
 }
 
+/// A base whose weights are, or would be, in bf16.
+pub struct InBf16 {
+    /// Nothing: projections stay in bf16.
+    pub nf4_double_quant: Option<bool>,
+}
+
+impl Encodings for InBf16 {
+    fn projection(&self, _: &str) -> Result<Encoding> {
+        let nf4 = self.nf4_double_quant.map(|double_quant| Encoding::Nf4 { double_quant });
+        Ok(nf4.unwrap_or(Encoding::Plain(Dtype::Bf16)))
+    }
+
+    fn plain(&self, _: &str) -> Result<Dtype> {
+        Ok(Dtype::Bf16)
+    }
+}
+
+/// Layouts of all units of a model.
+pub fn layouts(config: &ModelConfig, encodings: &impl Encodings, num_shards: usize) -> Result<Vec<UnitLayout>> {
+    let layout = |unit| Ok(UnitLayout::new(unit::tensors(config, encodings, unit)?, num_shards));
+    NumUnits::new(config).all().map(layout).collect()
+}
+
+/// Config and layouts for planning; of a folder with a config.json and no weights, as if they were in bf16.
+pub fn planned(dir: &Path, options: &LoadOptions) -> Result<(ModelConfig, Vec<UnitLayout>)> {
+    if BaseModel::has_weights(dir) {
+        let opened = open(dir, options)?;
+        return Ok((opened.config, opened.layouts));
+    }
+    let config = ModelConfig::load(dir)?;
+    let nf4_double_quant = options.load_in_4bit.then_some(options.double_quant.unwrap_or(true));
+    let layouts = layouts(&config, &InBf16 { nf4_double_quant }, options.num_shards)?;
+    Ok((config, layouts))
+}
+
 /// Opens and checks a base model; nothing is computed yet.
 pub fn open(dir: &Path, options: &LoadOptions) -> Result<OpenedBase> {
     let config = ModelConfig::load(dir)?;
     let model = BaseModel::open(dir)?;
     model.check(&config)?;
     let encodings = (&model, options);
-    let layouts = NumUnits::new(&config)
-        .all()
-        .map(|unit| Ok(UnitLayout::new(unit::tensors(&config, &encodings, unit)?, options.num_shards)))
-        .collect::<Result<Vec<_>>>()?;
+    let layouts = layouts(&config, &encodings, options.num_shards)?;
     let smallest = layouts.iter().take(config.num_hidden_layers).map(num_records).min().unwrap_or(0);
     ensure!(
         options.num_shards <= smallest,
@@ -250,5 +282,34 @@ impl OpenedBase {
         };
         let shards = shards.into_iter().map(ShardSource::ready).collect();
         Ok(Base { config: self.config, layouts: self.layouts, shards, final_norm, embed: Box::new(embed) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_config_is_enough_for_a_plan() {
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
+        let bare = tempfile::tempdir().unwrap();
+        std::fs::copy(tiny.join("config.json"), bare.path().join("config.json")).unwrap();
+        for load_in_4bit in [true, false] {
+            let options = LoadOptions { load_in_4bit, double_quant: None, shards: None, num_shards: 2 };
+            let [with, without] = [&tiny, bare.path()].map(|dir| planned(dir, &options).unwrap());
+            assert_eq!(with.0, without.0);
+            // Plain weights have the width of the checkpoint, which a config does not tell.
+            let tensors = |layouts: &[UnitLayout]| -> Vec<_> {
+                let tensors = layouts.iter().flat_map(UnitLayout::tensors);
+                tensors
+                    .map(|t| (t.name.clone(), t.elements.clone(), matches!(t.encoding, Encoding::Nf4 { .. })))
+                    .collect()
+            };
+            assert_eq!(tensors(&with.1), tensors(&without.1));
+        }
+        assert!(
+            open(bare.path(), &LoadOptions { load_in_4bit: true, double_quant: None, shards: None, num_shards: 1 })
+                .is_err()
+        );
     }
 }

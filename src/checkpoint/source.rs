@@ -61,6 +61,11 @@ pub(super) fn map(path: &Path) -> Result<Mmap> {
 }
 
 impl BaseModel {
+    /// Whether there is anything to open.
+    pub fn has_weights(dir: &Path) -> bool {
+        dir.join(SINGLE_FILE).exists() || dir.join(INDEX_FILE).exists()
+    }
+
     /// Maps `model.safetensors` of `dir` or, without one, the files of `model.safetensors.index.json`: what
     /// transformers loads, in its order of preference.
     ///

@@ -14,31 +14,20 @@ use crate::device::ops::{QuantizeAbsmax, QuantizeNf4, Uniform};
 use crate::device::{Arena, Buffer, Ops};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::UnitLayout;
-use crate::fsdp::unit::{self, Encodings, NumUnits};
+use crate::fsdp::unit::NumUnits;
 use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::quant::double::{self, NestedAbsmax};
 use crate::quant::nf4::{Absmax, Nf4Tensor};
-use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
+use crate::quant::record::{BLOCK, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
 
 use super::adapter::AdapterSettings;
+use super::load::{self, InBf16};
 
 /// Rows of the embedding table; token ids beyond begin again.
 const EMBEDDING_ROWS: usize = 4096;
 const EMBEDDING_SEED: u64 = (1 << 24) - 1;
 const HALF_WIDTH: f32 = 0.035;
-
-/// NF4 with double quantization for projections, bf16 for the rest.
-struct AsQlora;
-
-impl Encodings for AsQlora {
-    fn projection(&self, _: &str) -> Result<Encoding> {
-        Ok(Encoding::Nf4 { double_quant: true })
-    }
-    fn plain(&self, _: &str) -> Result<Dtype> {
-        Ok(Dtype::Bf16)
-    }
-}
 
 /// Bytes of the embedding table that a process keeps.
 pub fn embedding_bytes(config: &ModelConfig) -> usize {
@@ -51,10 +40,9 @@ pub fn adapter_settings(dropout: f32) -> AdapterSettings {
     AdapterSettings { lora_rank: 16, alpha: 16.0, dropout, use_rslora: false, targets }
 }
 
-/// Layouts of all units of a model of this shape.
+/// Layouts of all units of a model of this shape: projections in NF4 with double quantization, the rest in bf16.
 pub fn layouts(config: &ModelConfig, num_shards: usize) -> Result<Vec<UnitLayout>> {
-    let layout = |unit| Ok(UnitLayout::new(unit::tensors(config, &AsQlora, unit)?, num_shards));
-    NumUnits::new(config).all().map(layout).collect()
+    load::layouts(config, &InBf16 { nf4_double_quant: Some(true) }, num_shards)
 }
 
 /// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform in ±0.035

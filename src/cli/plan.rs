@@ -204,9 +204,10 @@ fn num_shards(args: &PlanArgs, fsdp: &FsdpJob, world_size: usize) -> usize {
 /// Micro-batches are taken to be full.
 fn from_recipe(args: &PlanArgs, path: &Path, overrides: &[String], world_size: usize) -> Result<Job> {
     let job = recipe::load(path, overrides)?;
-    let opened = load::open(&job.model, &load_options(&job, num_shards(args, &job.fsdp, world_size)))?;
+    let options = load_options(&job, num_shards(args, &job.fsdp, world_size));
+    let (config, layouts) = load::planned(&job.model, &options)?;
     let lora = match &job.lora.adapter {
-        Some(dir) => adapter::load(dir, &opened.config).context("lora.adapter")?.settings,
+        Some(dir) => adapter::load(dir, &config).context("lora.adapter")?.settings,
         None => AdapterSettings {
             lora_rank: job.lora.r,
             alpha: job.lora.alpha,
@@ -219,8 +220,8 @@ fn from_recipe(args: &PlanArgs, path: &Path, overrides: &[String], world_size: u
     Ok(Job {
         name: job.model.display().to_string(),
         limits: limits(&job.fsdp, max_tokens, job.data.max_length, job.training.accumulation_steps(world_size)),
-        config: opened.config,
-        layouts: opened.layouts,
+        config,
+        layouts,
         lora: lora.lora_config(),
         fsdp: job.fsdp,
         embedding_bytes: 0,
