@@ -196,6 +196,12 @@ fn read(view: &TensorView<'_>, shape: [usize; 2], out: &mut [f32]) -> Result<()>
     Ok(())
 }
 
+/// Fails when a folder cannot be written, or has no room for the adapter.
+pub fn check_room(adapter: &Adapter, dir: &Path) -> Result<()> {
+    let bytes = adapter.layers.iter().map(|values| size_of_val(&values[..])).sum();
+    atomic::beside_with_room(&dir.join(TENSORS_FILE), bytes).map(drop)
+}
+
 /// Writes both files, the tensors first: a folder with a config has its tensors. `base` is the model's path.
 pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) -> Result<()> {
     let layout = LoraLayout::new(config, &adapter.settings.lora_config());

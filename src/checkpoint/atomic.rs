@@ -2,10 +2,11 @@
 
 use std::fs::{File, Permissions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use tempfile::NamedTempFile;
 
 /// A temporary file beside `path`, gone when it is dropped.
@@ -15,6 +16,24 @@ pub fn beside(path: &Path) -> Result<NamedTempFile> {
     let file = NamedTempFile::new_in(dir).with_context(|| format!("{}: cannot be written to", dir.display()))?;
     file.as_file().set_permissions(Permissions::from_mode(0o644)).with_context(|| dir.display().to_string())?;
     Ok(file)
+}
+
+/// The same, if the disk has room for so many bytes.
+pub fn beside_with_room(path: &Path, bytes: usize) -> Result<NamedTempFile> {
+    let file = beside(path)?;
+    let free = free_bytes(file.as_file()).with_context(|| path.display().to_string())?;
+    ensure!(bytes as u64 <= free, "{}: {bytes} bytes are needed, {free} are free on this disk", path.display());
+    Ok(file)
+}
+
+/// Free space of the file system that holds the file.
+fn free_bytes(file: &File) -> Result<u64> {
+    // SAFETY: an all-zero statvfs is a valid value of this plain C struct.
+    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is open and `stat` is a valid place to write to.
+    let status = unsafe { libc::fstatvfs(file.as_raw_fd(), &mut stat) };
+    ensure!(status == 0, std::io::Error::last_os_error());
+    Ok(stat.f_bavail * stat.f_frsize)
 }
 
 /// Makes a written temporary file durable under its name.
@@ -33,4 +52,19 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = beside(path)?;
     file.write_all(bytes).with_context(|| format!("{}: cannot be written", path.display()))?;
     rename(file, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_is_looked_for_before_anything_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("new/file");
+        drop(beside_with_room(&path, 1).unwrap());
+        let error = beside_with_room(&path, usize::MAX).unwrap_err().to_string();
+        assert!(error.contains(&format!("new/file: {} bytes are needed", usize::MAX)), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path().join("new")).unwrap().count(), 0);
+    }
 }

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -187,14 +187,8 @@ impl<'a> ShardWriter<'a> {
     /// Fails before anything is written when the disk has no room.
     pub fn create(spec: &'a ShardSpec, shard: usize) -> Result<Self> {
         let path = spec.path(shard);
-        let file = atomic::beside(&path)?;
-        let needed = spec.data_bytes() as u64;
-        let free = free_bytes(file.as_file()).with_context(|| spec.dir.display().to_string())?;
-        ensure!(
-            needed <= free,
-            "{}: {needed} bytes are needed for the shard, {free} are free; make room, or choose another folder with `shards`",
-            spec.dir.display()
-        );
+        let file = atomic::beside_with_room(&path, spec.data_bytes())
+            .context("a shard; another folder can be given with `shards`")?;
         let checksums = vec![0; spec.unit_bytes.len()];
         Ok(Self { header_bytes: spec.header(shard, &checksums).len(), spec, shard, file, checksums })
     }
@@ -222,16 +216,6 @@ impl<'a> ShardWriter<'a> {
     }
 }
 
-/// Free space of the file system that holds the file.
-fn free_bytes(file: &File) -> Result<u64> {
-    // SAFETY: an all-zero statvfs is a valid value of this plain C struct.
-    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the descriptor is open and `stat` is a valid place to write to.
-    let status = unsafe { libc::fstatvfs(file.as_raw_fd(), &mut stat) };
-    ensure!(status == 0, std::io::Error::last_os_error());
-    Ok(stat.f_bavail * stat.f_frsize)
-}
-
 /// The user's cache folder: `$FSDP_QLORA_CACHE`, else `$XDG_CACHE_HOME/fsdp-qlora`, else `~/.cache/fsdp-qlora`.
 pub fn cache_dir() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
@@ -247,9 +231,4 @@ pub fn cache_dir() -> Result<PathBuf> {
 /// Folder of automatic shard files. Other bases, encodings and layouts have other folders.
 pub fn automatic_dir(base: &str, encoding: &str) -> Result<PathBuf> {
     Ok(cache_dir()?.join("shards").join(format!("{base}-{encoding}-v{LAYOUT_VERSION}")))
-}
-
-/// True when the folder can hold files of ours.
-pub fn check_writable(dir: &Path) -> Result<()> {
-    atomic::beside(&dir.join("probe")).map(|_| ())
 }

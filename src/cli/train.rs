@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
-use crate::checkpoint::{atomic, shards};
+use crate::checkpoint::atomic;
 use crate::comm::Queue;
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
 use crate::device::Ops;
@@ -27,13 +27,12 @@ const TOKENIZER_FILES: [&str; 5] =
 pub fn run(start: &Start, recipe: &Path, trace: Option<&Path>, overrides: &[String]) -> Result<()> {
     let job = recipe::load(recipe, overrides)?;
     trace.map_or(Ok(()), |path| check_folder_of("--trace", path))?;
-    let is_first = start.world.rank == 0;
-    if is_first {
-        shards::check_writable(&job.output_dir).context("output_dir")?;
-    }
     let opened = start.open(&job)?;
     let config = opened.config.clone();
     let adapter = start_adapter(&job, &config)?;
+    if start.world.rank == 0 {
+        adapter::check_room(&adapter, &job.output_dir).context("output_dir")?;
+    }
     let (train, eval) = datasets(&job, &config, start)?;
     check_batch(&job, start.world.world_size)?;
     let (comm, placement, base) = start.base(opened, &job)?;
