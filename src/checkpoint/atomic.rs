@@ -2,11 +2,11 @@
 
 use std::fs::{File, Permissions};
 use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::fstatvfs;
 use tempfile::NamedTempFile;
 
 /// A temporary file beside `path`, gone when it is dropped.
@@ -21,19 +21,10 @@ pub fn beside(path: &Path) -> Result<NamedTempFile> {
 /// The same, if the disk has room for so many bytes.
 pub fn beside_with_room(path: &Path, bytes: usize) -> Result<NamedTempFile> {
     let file = beside(path)?;
-    let free = free_bytes(file.as_file()).with_context(|| path.display().to_string())?;
+    let disk = fstatvfs(&file).with_context(|| path.display().to_string())?;
+    let free = disk.f_bavail * disk.f_frsize;
     ensure!(bytes as u64 <= free, "{}: {bytes} bytes are needed, {free} are free on this disk", path.display());
     Ok(file)
-}
-
-/// Free space of the file system that holds the file.
-fn free_bytes(file: &File) -> Result<u64> {
-    // SAFETY: an all-zero statvfs is a valid value of this plain C struct.
-    let mut stat: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the descriptor is open and `stat` is a valid place to write to.
-    let status = unsafe { libc::fstatvfs(file.as_raw_fd(), &mut stat) };
-    ensure!(status == 0, std::io::Error::last_os_error());
-    Ok(stat.f_bavail * stat.f_frsize)
 }
 
 /// Makes a written temporary file durable under its name.

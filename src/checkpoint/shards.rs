@@ -6,13 +6,14 @@
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
+use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use memmap2::{Mmap, UncheckedAdvice};
+use rustix::fs::{Advice, fadvise};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use tempfile::NamedTempFile;
@@ -162,9 +163,7 @@ impl ShardBytes for MappedUnit {
         let (begin, len) = (self.range.start, self.range.len());
         // SAFETY: the mapping is read-only and backed by the file: pages that are let go come back as they were.
         let _ = unsafe { self.file.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, len) };
-        let (begin, len) = (begin as libc::off_t, len as libc::off_t);
-        // SAFETY: the descriptor is open.
-        let _ = unsafe { libc::posix_fadvise(self.file.file.as_raw_fd(), begin, len, libc::POSIX_FADV_DONTNEED) };
+        let _ = fadvise(&self.file.file, begin as u64, NonZeroU64::new(len as u64), Advice::DontNeed);
     }
 }
 

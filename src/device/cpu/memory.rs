@@ -2,10 +2,11 @@
 
 use std::any::Any;
 use std::fs::File;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 
 use anyhow::{Context, Result, ensure};
 use memmap2::MmapMut;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::device::{Element, View, ViewMut};
 
@@ -27,11 +28,7 @@ impl HostRegion {
 
     /// Memory of `bytes` > 0 that other processes of this machine can map, and the file that it is; no file on disk.
     pub fn shareable(bytes: usize) -> Result<(Self, File)> {
-        // SAFETY: the name is a C string; the flag is one of memfd_create.
-        let descriptor = unsafe { libc::memfd_create(c"fsdp-qlora".as_ptr(), libc::MFD_CLOEXEC) };
-        ensure!(descriptor >= 0, "shared host memory: {}", std::io::Error::last_os_error());
-        // SAFETY: the descriptor is open, and nobody else has it.
-        let file = unsafe { File::from_raw_fd(descriptor) };
+        let file = File::from(memfd_create("fsdp-qlora", MemfdFlags::CLOEXEC).context("shared host memory")?);
         file.set_len(bytes as u64).with_context(|| format!("{bytes} bytes of shared host memory"))?;
         Ok((Self::of_file(&file)?, file))
     }
