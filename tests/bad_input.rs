@@ -216,12 +216,12 @@ fn what_plan_is_asked_for_must_exist() {
         let text = fails(place.command(&args), status);
         assert!(text.contains(word), "{text}");
     };
-    plan(&["--shape", "llama-3.1-8b", "--gpu", "gtx"], 1, "--gpu: found gtx; allowed: rtx3060, rtx3090");
-    plan(&["--shape", "x", "--gpu", "h100"], 1, "--shape: found x; allowed: llama-3.1-8b");
+    plan(&["--shape", "llama-3.1-8b", "--gpu", "gtx"], 2, "--gpu: found gtx; allowed: rtx3060, rtx3090");
+    plan(&["--shape", "x", "--gpu", "h100"], 2, "--shape: found x; allowed: llama-3.1-8b");
     plan(&["--gpu", "h100"], 2, "--shape");
     plan(&["-c", "recipe.yaml", "--gpu", "h100", "--seq", "64"], 2, "cannot be used with");
     plan(&["--shape", "llama-3.1-405b", "--gpu", "rtx3060", "--host-gib", "64"], 1, "a rank needs at least");
-    plan(&["-c", "recipe.yaml", "--gpu", "h100", "--world-size", "3", "--nodes", "2"], 1, "3 ranks do not divide by 2");
+    plan(&["-c", "recipe.yaml", "--gpu", "h100", "--world-size", "3", "--nodes", "2"], 2, "3 ranks do not divide by 2");
 }
 
 #[test]

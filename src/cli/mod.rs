@@ -134,5 +134,5 @@ impl Cli {
 
 /// A command line that cannot be meant.
 fn usage(text: &str) -> anyhow::Error {
-    Cli::command().error(ErrorKind::ArgumentConflict, text).into()
+    Cli::command().error(ErrorKind::ValueValidation, text).into()
 }

@@ -26,6 +26,7 @@ use crate::recipe::{self, FsdpJob, ShardingStrategy};
 use crate::train::log::bytes;
 
 use super::start::{load_options, possible_gather, wishes};
+use super::usage;
 
 #[derive(Args)]
 pub struct PlanArgs {
@@ -105,9 +106,12 @@ struct Job {
 
 /// Decides and predicts; `overrides` are those of `--set`.
 pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Result<()> {
-    ensure!(args.network > 0.0, "--network: found {}, allowed: above 0", args.network);
+    if args.network <= 0.0 {
+        return Err(usage(&format!("--network: found {}, allowed: above 0", args.network)));
+    }
     let Some(gpu) = &args.gpu else { return sweep(args, overrides) };
-    let (mut hardware, world_size) = (Hardware::named(gpu)?, args.world_size as usize);
+    let mut hardware = Hardware::named(gpu).map_err(|error| usage(&error.to_string()))?;
+    let world_size = args.world_size as usize;
     if let Some(path) = &args.calibrate {
         hardware = calibrate::fit(&hardware, &measured(path)?).with_context(|| path.display().to_string())?;
         let Reached { products, memory, kernel_seconds, .. } = hardware.reached;
@@ -119,7 +123,9 @@ pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Resul
     if let Some(path) = &args.compare {
         return compare(&hardware, &measured(path)?).with_context(|| path.display().to_string());
     }
-    ensure!(args.world_size.is_multiple_of(args.nodes), "--nodes: {world_size} ranks do not divide by {}", args.nodes);
+    if !args.world_size.is_multiple_of(args.nodes) {
+        return Err(usage(&format!("--nodes: {world_size} ranks do not divide by {}", args.nodes)));
+    }
     let report = Report::new(args, &hardware, (world_size, ranks_per_gpu), overrides)?;
     if let Some(path) = &args.trace {
         trace::write(path, &report.timeline.spans)?;
@@ -272,9 +278,7 @@ impl<'a> Report<'a> {
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size };
         let libraries = hardware.library_bytes(sizes.num_communicators(), ranks_per_gpu);
-        let process = hardware.process_bytes(world_size, ranks_per_gpu)
-            + sizes.data_bytes(job.limits.max_tokens)
-            + job.embedding_bytes;
+        let process = sizes.process_bytes(job.limits.max_tokens, ranks_per_gpu, job.embedding_bytes);
         let budget = budget(args, &job, hardware, (world_size, ranks_per_gpu), (libraries, process));
         let shared = hardware.shared_by(ranks_per_gpu);
         let in_a_node = num_shards <= world_size / args.nodes as usize;

@@ -68,6 +68,12 @@ impl Work for Training<'_> {
             job.training.global_batch_size(start.world.world_size),
             adapter.layers.iter().map(Vec::len).sum::<usize>()
         ));
+        let (warmup_steps, num_steps) = (job.training.warmup_steps, run.num_steps());
+        if warmup_steps >= num_steps {
+            start.log.line(format!(
+                "training.warmup_steps is {warmup_steps}, the run has {num_steps} steps: training.learning_rate is never reached"
+            ));
+        }
         run.run()?;
         let adapter = run::adapter(&mut engine, &adapter.settings)?;
         if is_first {

@@ -104,7 +104,7 @@ impl<A: HalfType> CudaQueue<A> {
         let communication = cuda.new_stream()?;
         nccl.all().iter().try_for_each(|nccl| first_use(&cuda, nccl, &communication))?;
         Ok(CudaQueue {
-            watchdog: Watchdog::new(nccl.all())?,
+            watchdog: Watchdog::new(nccl.all(), groups.world.rank())?,
             communication,
             fetch: cuda.new_stream()?,
             put: cuda.new_stream()?,

@@ -27,13 +27,14 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    pub fn new(nccl: Vec<Arc<Nccl>>) -> Result<Watchdog> {
+    /// Of rank `rank`.
+    pub fn new(nccl: Vec<Arc<Nccl>>, rank: usize) -> Result<Watchdog> {
         let (actions, watched) = channel();
         let (gives_up, timeout) = (Arc::new(AtomicBool::new(false)), super::timeout()?);
         let stop = gives_up.clone();
         let thread = std::thread::Builder::new()
             .name("watchdog".into())
-            .spawn(move || watch(watched, &nccl, timeout, &stop))
+            .spawn(move || watch(watched, &nccl, rank, timeout, &stop))
             .context("starting the watchdog")?;
         Ok(Watchdog { actions: Some(actions), gives_up, thread: Some(thread) })
     }
@@ -58,21 +59,22 @@ impl Drop for Watchdog {
     }
 }
 
-fn watch(actions: Receiver<Watched>, nccl: &[Arc<Nccl>], timeout: Duration, gives_up: &AtomicBool) {
+fn watch(actions: Receiver<Watched>, nccl: &[Arc<Nccl>], rank: usize, timeout: Duration, gives_up: &AtomicBool) {
+    let fail = |message: String| end_all_ranks(&format!("rank {rank}: error: {message}"));
     for (name, done) in actions {
         let start = Instant::now();
         while !gives_up.load(Ordering::Relaxed) {
             if let Err(error) = nccl.iter().try_for_each(|nccl| nccl.check_errors()) {
-                end_all_ranks(&format!("{name}: {error:#}"));
+                fail(format!("{name}: {error:#}"));
             }
             match done.try_is_complete() {
                 Ok(true) => break,
                 Ok(false) if start.elapsed() < timeout => std::thread::sleep(POLL),
                 Ok(false) => {
                     let seconds = timeout.as_secs();
-                    end_all_ranks(&format!("{name} did not end within {seconds} s: another rank is stuck or gone"))
+                    fail(format!("{name} did not end within {seconds} s: another rank is stuck or gone"))
                 }
-                Err(error) => end_all_ranks(&format!("{name}: the GPU reports: {error}")),
+                Err(error) => fail(format!("{name}: the GPU reports: {error}")),
             }
         }
     }
@@ -80,6 +82,6 @@ fn watch(actions: Receiver<Watched>, nccl: &[Arc<Nccl>], timeout: Duration, give
 
 /// The executor may be waiting for the very action, so there is nothing to return to.
 fn end_all_ranks(message: &str) -> ! {
-    crate::stderr::line(&format!("error: {message}"));
+    crate::stderr::line(message);
     abort(1)
 }

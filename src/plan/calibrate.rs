@@ -99,9 +99,8 @@ impl MeasuredRun {
         let (device_bytes, host_bytes) = self.with_workload(hardware, |workload, limits| {
             let (sizes, cost) = (workload.sizes, workload.sizes.cost::<Cuda<half::bf16>>(limits)?);
             let libraries = hardware.library_bytes(sizes.num_communicators(), self.ranks_per_gpu);
-            let process = hardware.process_bytes(self.world_size, self.ranks_per_gpu)
-                + sizes.data_bytes(limits.max_tokens)
-                + synthetic::embedding_bytes(sizes.config);
+            let embedding = synthetic::embedding_bytes(sizes.config);
+            let process = sizes.process_bytes(limits.max_tokens, self.ranks_per_gpu, embedding);
             Ok((cost.device_bytes() + libraries, cost.host_bytes() + process))
         })?;
         let host_bytes = (host_bytes * self.world_size) as f64;

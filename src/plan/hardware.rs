@@ -34,12 +34,6 @@ pub struct Reached {
 const REACHED: Reached =
     Reached { products: 0.97, memory: 0.72, attention_forward: 0.18, attention_backward: 0.12, kernel_seconds: 6.0e-6 };
 
-/// Of a process with CUDA's libraries, what MPI and NCCL add, and NCCL's sockets; without page cache. Seen with `bench step` on
-/// H100s (2026-11-25).
-const PROCESS_BYTES: usize = 318_000_000;
-const COMMUNICATION_BYTES: usize = 341_000_000;
-const SOCKET_BYTES: usize = 85_000_000;
-
 /// What is left of a GPU whose processes take turns: two runs of two ranks on an H100, benches/results.md (2026-11-25).
 const TURNS: f64 = 0.8;
 
@@ -102,13 +96,6 @@ impl Hardware {
     pub fn library_bytes(&self, num_communicators: usize, ranks_per_gpu: usize) -> usize {
         let nccl = if ranks_per_gpu == 1 { NCCL_BYTES } else { NCCL_SOCKET_BYTES };
         CONTEXT_BYTES + LIBRARY_BYTES + num_communicators * nccl
-    }
-
-    /// What a rank's process takes of host memory besides its own data and what is pinned, without page cache.
-    pub fn process_bytes(&self, world_size: usize, ranks_per_gpu: usize) -> usize {
-        let communication = if world_size > 1 { COMMUNICATION_BYTES } else { 0 };
-        let sockets = if ranks_per_gpu > 1 { SOCKET_BYTES } else { 0 };
-        PROCESS_BYTES + communication + sockets
     }
 
     /// What the driver leaves of the card to programs; an assumption.

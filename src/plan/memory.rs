@@ -10,6 +10,12 @@ use crate::fsdp::memory::{Limits, Memory};
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 
+/// Of a process with CUDA's libraries, what MPI and NCCL add, and NCCL's sockets; without page cache. Seen with `bench step` on
+/// H100s (2026-11-25).
+const LIBRARIES_HOST_BYTES: usize = 318_000_000;
+const COMMUNICATION_HOST_BYTES: usize = 341_000_000;
+const SOCKETS_HOST_BYTES: usize = 85_000_000;
+
 /// A model over some ranks, as far as memory goes.
 #[derive(Clone, Copy)]
 pub struct Sizes<'a> {
@@ -64,12 +70,16 @@ impl Sizes<'_> {
         self.trainable().map_or(0, |layout| layout.padded_len())
     }
 
-    /// What a process has of its own in host memory: the values that a new adapter starts from (A; B is zero, and no page of it has
-    /// been written), and the embedded rows of a micro-batch.
-    pub fn data_bytes(&self, max_tokens: usize) -> usize {
+    /// Host memory of a rank's process on a GPU besides what is pinned, without page cache: libraries, the values that a new adapter
+    /// starts from (A; B is zero, and no page of it has been written), the embedded rows of a micro-batch, and an embedding table
+    /// that is not in a file.
+    pub fn process_bytes(&self, max_tokens: usize, ranks_per_gpu: usize, embedding_bytes: usize) -> usize {
+        let communication = if self.world_size > 1 { COMMUNICATION_HOST_BYTES } else { 0 };
+        let sockets = if ranks_per_gpu > 1 { SOCKETS_HOST_BYTES } else { 0 };
         let of_a_layer = |lora: &LayerLora| lora.layout.entries().iter().map(|entry| entry.a.len()).sum::<usize>();
         let adapter = self.config.num_hidden_layers * self.lora.map_or(0, of_a_layer) * size_of::<f32>();
-        adapter + max_tokens * self.config.hidden_size * size_of::<u16>()
+        let rows = max_tokens * self.config.hidden_size * size_of::<u16>();
+        LIBRARIES_HOST_BYTES + communication + sockets + adapter + rows + embedding_bytes
     }
 
     /// All memory of a run with these limits, in the activation type of `D`. On the host shards are mapped files, unless a node

@@ -200,11 +200,10 @@ fn check_required(written: &mut Written, usage: Use) {
         Some(Some(dir)) if !dir.is_dir() => {
             let model = dir.display();
             let is_path = dir.is_absolute() || dir.starts_with(".");
-            let (name, into) =
-                if is_path { ("ORG/NAME".into(), dir.display()) } else { (model.to_string(), dir.display()) };
+            let name = if is_path { "ORG/NAME".into() } else { model.to_string() };
             written.errors.push(format!(
                 "model: found {model}, which is not a directory; to use a model of the hub, \
-                 `hf download {name} --local-dir {into}`"
+                 `hf download {name} --local-dir {model}`"
             ));
         }
         _ => {}

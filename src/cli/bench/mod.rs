@@ -10,6 +10,7 @@ use anyhow::Result;
 use clap::Subcommand;
 
 use super::start::Start;
+use super::usage;
 use crate::device::{Arena, Buffer, Element, Ops};
 use crate::model::config::ModelConfig;
 use crate::model::shapes;
@@ -36,7 +37,7 @@ pub fn run(start: &Start, bench: &Bench, overrides: &[String]) -> Result<()> {
 pub fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
     let folder = PathBuf::from(name);
     if !folder.join("config.json").exists() {
-        return shapes::named(name, layers);
+        return shapes::named(name, layers).map_err(|error| usage(&error.to_string()));
     }
     let config = ModelConfig::load(&folder)?;
     Ok(ModelConfig { num_hidden_layers: layers.unwrap_or(config.num_hidden_layers), ..config })

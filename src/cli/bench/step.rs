@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -27,6 +27,7 @@ use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
 use super::super::start::{Placement, Setup, Start, Work, check_folder_of};
+use super::super::usage;
 use super::kernels;
 
 #[derive(Args)]
@@ -60,7 +61,9 @@ const WARM_UP_STEPS: u32 = 2;
 
 pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> {
     let job = recipe::for_bench(overrides)?;
-    ensure!((0.0..1.0).contains(&args.dropout), "--dropout: found {}; allowed: 0 to below 1", args.dropout);
+    if !(0.0..1.0).contains(&args.dropout) {
+        return Err(usage(&format!("--dropout: found {}; allowed: 0 to below 1", args.dropout)));
+    }
     args.trace.as_deref().map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let config = super::shape(&args.shape, args.layers)?;
     let mut comm = MpiComm::new(start.world)?;
