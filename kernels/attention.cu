@@ -3,76 +3,101 @@
 // the keys from past + t − positions[t], the first of its document, to past + t. q, out, d_q, d_out [T, heads · D]; k, v, d_k, d_v
 // [past + T, kv_heads · D]; lse, delta [T, heads] f32.
 //
-// Backward is kernels that each own what they write, so that no sum depends on the order in which blocks run: one for queries, one
-// for the keys and values that one head sees, and one that adds heads which share them.
+// A block has 128 queries (or keys) of one head, each warp 16 of them, whose rows stay in its registers; tiles of 64 rows of the
+// other side pass through shared memory, the next one being fetched while one is worked on. Backward is kernels that each own what
+// they write, so that no sum depends on the order in which blocks run: one for queries, one for the keys and values that one head
+// sees, and one that adds heads which share them.
 #include "common.cuh"
 
-static const int WARPS = 4, THREADS = 32 * WARPS;
+static const int WARPS = 8, THREADS = 32 * WARPS;
+// Rows of a block, and of a tile that passes.
+static const int ROWS = 16 * WARPS, PASSING = 64;
 static const float LOG2_E = 1.4426950408889634f;
 
-// Rows of shared memory are eight elements longer than they need be: ldmatrix then finds its rows in different banks.
-template <int D> struct Row { static const int LEN = D + 8; };
+// Shared memory is two stages of two tiles. A tile's rows are D elements in chunks of eight; the chunks of a row change places by
+// the row, so that the eight rows that ldmatrix reads at once lie in different banks.
+template <int D> struct Shared {
+    static const int TILE_BYTES = PASSING * D * 2, STAGE_BYTES = 2 * TILE_BYTES;
+};
+template <int D> __device__ __forceinline__ int turn(int row) { return D == 96 ? row / 2 % 4 : row % 8; }
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Starts to copy rows `first..first + NUM` of one head; rows at or past `end` become zeros.
+template <int D, int NUM>
+__device__ __forceinline__ void fetch_rows(u32 tile, const Act *head, int first, int end, int stride) {
+#pragma unroll
+    for (int i = threadIdx.x; i < NUM * (D / 8); i += THREADS) {
+        int row = i / (D / 8), chunk = i % (D / 8);
+        bool there = first + row < end;
+        const Act *from = head + (there ? (u64)(first + row) * stride + chunk * 8 : 0);
+        u32 to = tile + (row * (D / 8) + (chunk ^ turn<D>(row))) * 16;
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+    }
+}
+
+__device__ __forceinline__ void fetch_word(void *to, const void *from, bool there) {
+    u32 at = (u32)__cvta_generic_to_shared(to);
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+
+// All that was fetched is there, for all threads, and all of them are past what they did before.
+__device__ __forceinline__ void wait_for_rows() {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+}
 
 // Four 8x8 matrices of 16-bit elements; each lane gives the address of one row.
-__device__ __forceinline__ void ldmatrix(u32 r[4], const Act *row) {
-    u32 at = (u32)__cvta_generic_to_shared(row);
+__device__ __forceinline__ void ldmatrix(u32 r[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
-__device__ __forceinline__ void ldmatrix_transposed(u32 r[4], const Act *row) {
-    u32 at = (u32)__cvta_generic_to_shared(row);
+__device__ __forceinline__ void ldmatrix_transposed(u32 r[4], u32 at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
+// Where this lane finds chunk `even + odd` of a row that is its own modulo 8; `even` is known to the compiler.
+template <int D> __device__ __forceinline__ u32 chunk_of(u32 tile, int row, int even, int odd) {
+    return tile + row * (2 * D) + (((odd ^ turn<D>(threadIdx.x % 8)) ^ even) * 16);
+}
+
 // c [16, 8] += a [16, 16] · b [16, 8]
 __device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ACT_NAME "." ACT_NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." ACT_NAME "." ACT_NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
                  "{%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Rows `first..first + ROWS` of one head to shared memory; rows at or past `end` become zeros.
-template <int D, int ROWS>
-__device__ __forceinline__ void load_tile(Act *tile, const Act *head, int first, int end, int stride) {
-    for (int i = threadIdx.x; i < ROWS * (D / 8); i += THREADS) {
-        int row = i / (D / 8), column = i % (D / 8) * 8;
-        uint4 value = {0, 0, 0, 0};
-        if (first + row < end) value = *(const uint4 *)(head + (u64)(first + row) * stride + column);
-        *(uint4 *)(tile + row * Row<D>::LEN + column) = value;
-    }
-}
-
-// The A operand of 16 rows that begin at `tile`: a[k] covers columns 16k to 16k + 15.
-template <int D>
-__device__ __forceinline__ void load_a(u32 a[4], const Act *tile, int k) {
-    int lane = threadIdx.x % 32;
-    ldmatrix(a, tile + lane % 16 * Row<D>::LEN + k * 16 + lane / 16 * 8);
-}
-
-// c [16, 8 · N] += A [16, D] · Bᵀ, B [8 · N, D] in shared memory; `a(k)` gives the A operand of step k.
-template <int D, int N, typename A>
-__device__ __forceinline__ void multiply_transposed(float (*c)[4], A a, const Act *b) {
-    int lane = threadIdx.x % 32;
+// The A operands of this warp's 16 of ROWS rows at `tiles`.
+template <int D> __device__ __forceinline__ void load_a(u32 a[D / 16][4], u32 tiles) {
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        u32 rows[4];
-        a(rows, k);
+    for (int k = 0; k < D / 16; k++) ldmatrix(a[k], chunk_of<D>(tiles, row, 2 * k, lane / 16));
+}
+
+// c [16, 8 · N] += A [16, D] · Bᵀ, B [8 · N, D] in shared memory.
+template <int D, int N> __device__ __forceinline__ void multiply_transposed(float (*c)[4], const u32 (*a)[4], u32 b) {
+    int lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             u32 columns[4];
-            ldmatrix(columns, b + (n * 8 + lane % 8 + lane / 16 * 8) * Row<D>::LEN + k * 16 + lane / 8 % 2 * 8);
-            mma(c[n], rows, columns[0], columns[1]);
-            mma(c[n + 1], rows, columns[2], columns[3]);
+            ldmatrix(columns, chunk_of<D>(b, n * 8 + row, 2 * k, lane / 8 % 2));
+            mma(c[n], a[k], columns[0], columns[1]);
+            mma(c[n + 1], a[k], columns[2], columns[3]);
         }
-    }
 }
 
 // c [16, D] += P [16, 8 · N] · B, B [8 · N, D] in shared memory; p is an accumulator, rounded to activations here.
-template <int D, int N>
-__device__ __forceinline__ void multiply(float (*c)[4], const float (*p)[4], const Act *b) {
-    int lane = threadIdx.x % 32;
+template <int D, int N> __device__ __forceinline__ void multiply(float (*c)[4], const float (*p)[4], u32 b) {
+    int lane = threadIdx.x % 32, row = lane % 16;
 #pragma unroll
     for (int k = 0; k < N / 2; k++) {
         u32 rows[4] = {pack_act(p[2 * k][0], p[2 * k][1]), pack_act(p[2 * k][2], p[2 * k][3]),
@@ -80,7 +105,7 @@ __device__ __forceinline__ void multiply(float (*c)[4], const float (*p)[4], con
 #pragma unroll
         for (int n = 0; n < D / 8; n += 2) {
             u32 columns[4];
-            ldmatrix_transposed(columns, b + (k * 16 + lane % 16) * Row<D>::LEN + n * 8 + lane / 16 * 8);
+            ldmatrix_transposed(columns, chunk_of<D>(b, k * 16 + row, n, lane / 16));
             mma(c[n], rows, columns[0], columns[1]);
             mma(c[n + 1], rows, columns[2], columns[3]);
         }
@@ -104,82 +129,109 @@ __device__ __forceinline__ void store_rows(Act *head, const float (*c)[4], int r
     }
 }
 
-// One block a tile of 64 queries of one head; each warp has 16 of them.
+// The keys that 16 queries of a warp see.
+struct Sight {
+    // Of this lane's rows; a row that is not there sees none.
+    int first_key[2], last_key[2];
+    // Seen by any, and by all rows that are there.
+    int any_first, any_last, all_first, all_last;
+
+    __device__ __forceinline__ Sight(const u32 *positions, int warp_row, int tokens, int past) {
+        for (int i = 0; i < 2; i++) {
+            int t = warp_row + threadIdx.x % 32 / 4 + 8 * i;
+            first_key[i] = t < tokens ? past + t - (int)positions[t] : 1;
+            last_key[i] = t < tokens ? past + t : 0;
+        }
+        bool there = warp_row < tokens;
+        int last_row = warp_row + 15 < tokens ? warp_row + 15 : tokens - 1;
+        any_first = there ? past + warp_row - (int)positions[warp_row] : 0;
+        any_last = there ? past + last_row : -1;
+        all_first = there ? past + last_row - (int)positions[last_row] : 0;
+        all_last = past + warp_row;
+    }
+    __device__ __forceinline__ bool any(int first, int num) const { return first <= any_last && first + num > any_first; }
+    __device__ __forceinline__ bool all(int first, int num) const { return first >= all_first && first + num - 1 <= all_last; }
+    // Whether element `e` of an accumulator is seen; `key` is that of its column 0.
+    __device__ __forceinline__ bool sees(int key, int e) const {
+        key += threadIdx.x % 4 * 2 + e % 2;
+        return key >= first_key[e / 2] && key <= last_key[e / 2];
+    }
+};
+
 template <int D>
 __device__ void forward(Act *out, float *lse, const Act *q, const Act *k, const Act *v, const u32 *positions, int tokens,
                         int num_heads, int num_kv_heads, int past, float scale) {
-    const int KEYS = 64;
-    __shared__ alignas(16) Act k_tile[KEYS * Row<D>::LEN], v_tile[KEYS * Row<D>::LEN];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
+    extern __shared__ uint4 dynamic[];
+    const u32 shared = (u32)__cvta_generic_to_shared(dynamic), TILE = Shared<D>::TILE_BYTES, STAGE = Shared<D>::STAGE_BYTES;
+    int lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
     // The last tiles see most keys: they begin first.
-    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * 64;
-    load_tile<D, 64>(k_tile, q + head * D, first_query, tokens, width);
-    __syncthreads();
-    u32 queries[D / 16][4];
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) load_a<D>(queries[i], k_tile + warp * 16 * Row<D>::LEN, i);
-    __syncthreads();
-    // This lane's accumulators belong to queries row and row + 8.
-    int row = first_query + warp * 16 + lane / 4;
-    int first_key[2], last_key[2];
-    for (int i = 0; i < 2; i++) {
-        int t = row + 8 * i;
-        first_key[i] = t < tokens ? past + t - (int)positions[t] : 1;
-        last_key[i] = t < tokens ? past + t : 0;
-    }
-    float acc[D / 8][4], max[2] = {-INFINITY_F32, -INFINITY_F32}, sum[2] = {0.0f, 0.0f};
+    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * ROWS;
+    int end = past + (first_query + ROWS < tokens ? first_query + ROWS : tokens);
+    auto fetch = [&](u32 stage, int tile) {
+        fetch_rows<D, PASSING>(shared + stage, k + kv * D, tile, end, kv_width);
+        fetch_rows<D, PASSING>(shared + stage + TILE, v + kv * D, tile, end, kv_width);
+    };
+    int tile = past + first_query - (int)positions[first_query];
+    u32 queries[D / 16][4], stage = 0;
+    fetch_rows<D, ROWS>(shared + STAGE, q + head * D, first_query, tokens, width);
+    fetch(stage, tile);
+    wait_for_rows();
+    load_a<D>(queries, shared + STAGE);
+    int warp_row = first_query + threadIdx.x / 32 * 16, row = warp_row + lane / 4;
+    Sight sight(positions, warp_row, tokens, past);
+    float acc[D / 8][4], max[2] = {-INFINITY_F32, -INFINITY_F32}, sum[2] = {0.0f, 0.0f}, log2_scale = scale * LOG2_E;
     clear<D / 8>(acc);
-    int end = past + (first_query + 64 < tokens ? first_query + 64 : tokens);
-    for (int tile = past + first_query - (int)positions[first_query]; tile < end; tile += KEYS) {
-        load_tile<D, KEYS>(k_tile, k + kv * D, tile, end, kv_width);
-        load_tile<D, KEYS>(v_tile, v + kv * D, tile, end, kv_width);
-        __syncthreads();
-        float s[KEYS / 8][4];
-        clear<KEYS / 8>(s);
-        multiply_transposed<D, KEYS / 8>(s, [&](u32 a[4], int i) {
-            for (int j = 0; j < 4; j++) a[j] = queries[i][j];
-        }, k_tile);
+    for (; tile < end; tile += PASSING, stage ^= STAGE) {
+        wait_for_rows();
+        if (tile + PASSING < end) fetch(stage ^ STAGE, tile + PASSING);
+        if (!sight.any(tile, PASSING)) continue;
+        float s[PASSING / 8][4];
+        clear<PASSING / 8>(s);
+        multiply_transposed<D, PASSING / 8>(s, queries, shared + stage);
+        if (!sight.all(tile, PASSING)) {
+#pragma unroll
+            for (int n = 0; n < PASSING / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    if (!sight.sees(tile + n * 8, e)) s[n][e] = -INFINITY_F32;
+        }
         float new_max[2] = {max[0], max[1]};
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+        for (int n = 0; n < PASSING / 8; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int key = tile + n * 8 + lane % 4 * 2 + e % 2;
-                bool seen = key >= first_key[e / 2] && key <= last_key[e / 2];
-                s[n][e] = seen ? s[n][e] * scale * LOG2_E : -INFINITY_F32;
-                new_max[e / 2] = fmaxf(new_max[e / 2], s[n][e]);
-            }
-        float rescale[2];
+            for (int e = 0; e < 4; e++) new_max[e / 2] = fmaxf(new_max[e / 2], s[n][e]);
+        float rescale[2], shift[2];
+#pragma unroll
         for (int i = 0; i < 2; i++) {
             new_max[i] = fmaxf(new_max[i], __shfl_xor_sync(0xffffffffu, new_max[i], 1));
             new_max[i] = fmaxf(new_max[i], __shfl_xor_sync(0xffffffffu, new_max[i], 2));
             // A row that has seen no key yet keeps zeros: its maximum stands for 0.
-            float shift = new_max[i] == -INFINITY_F32 ? 0.0f : new_max[i];
-            rescale[i] = exp2f(max[i] - shift);
+            shift[i] = new_max[i] == -INFINITY_F32 ? 0.0f : new_max[i] * log2_scale;
+            rescale[i] = exp2_fast(max[i] * log2_scale - shift[i]);
             max[i] = new_max[i];
-            new_max[i] = shift;
             sum[i] *= rescale[i];
         }
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+        for (int n = 0; n < PASSING / 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                s[n][e] = exp2f(s[n][e] - new_max[e / 2]);
+                s[n][e] = exp2_fast(s[n][e] * log2_scale - shift[e / 2]);
                 sum[e / 2] += s[n][e];
             }
+        if (__any_sync(0xffffffffu, rescale[0] != 1.0f || rescale[1] != 1.0f)) {
 #pragma unroll
-        for (int n = 0; n < D / 8; n++)
+            for (int n = 0; n < D / 8; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) acc[n][e] *= rescale[e / 2];
-        multiply<D, KEYS / 8>(acc, s, v_tile);
-        __syncthreads();
+                for (int e = 0; e < 4; e++) acc[n][e] *= rescale[e / 2];
+        }
+        multiply<D, PASSING / 8>(acc, s, shared + stage + TILE);
     }
     float reciprocal[2];
     for (int i = 0; i < 2; i++) {
         sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 1);
         sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], 2);
         reciprocal[i] = 1.0f / sum[i];
-        if (lane % 4 == 0 && row + 8 * i < tokens) lse[(u64)(row + 8 * i) * num_heads + head] = max[i] / LOG2_E + logf(sum[i]);
+        if (lane % 4 == 0 && row + 8 * i < tokens) lse[(u64)(row + 8 * i) * num_heads + head] = max[i] * scale + logf(sum[i]);
     }
     store_rows<D>(out + head * D, acc, row, tokens, width, reciprocal[0], reciprocal[1]);
 }
@@ -195,124 +247,135 @@ extern "C" __global__ void attention_delta(float *delta, const Act *d_out, const
     if (threadIdx.x % 32 == 0) delta[row] = sum;
 }
 
-// d_q = scale · dS · K, dS = P ∘ (d_out · Vᵀ − delta). One block a tile of 64 queries of one head.
+// d_q = scale · dS · K, dS = P ∘ (d_out · Vᵀ − delta).
 template <int D>
 __device__ void backward_queries(Act *d_q, const Act *d_out, const float *lse, const float *delta, const Act *q, const Act *k,
                                  const Act *v, const u32 *positions, int tokens, int num_heads, int num_kv_heads, float scale) {
     const int KEYS = 32;
-    __shared__ alignas(16) Act tiles[2 * KEYS * Row<D>::LEN];
-    Act *k_tile = tiles, *v_tile = tiles + KEYS * Row<D>::LEN;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
-    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * 64;
-    u32 queries[D / 16][4], d_rows[D / 16][4];
-    load_tile<D, 64>(tiles, q + head * D, first_query, tokens, width);
+    extern __shared__ uint4 dynamic[];
+    const u32 shared = (u32)__cvta_generic_to_shared(dynamic), TILE = Shared<D>::TILE_BYTES, STAGE = Shared<D>::STAGE_BYTES;
+    int lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
+    int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * ROWS;
+    int end = first_query + ROWS < tokens ? first_query + ROWS : tokens;
+    auto fetch = [&](u32 stage, int tile) {
+        fetch_rows<D, PASSING>(shared + stage, k + kv * D, tile, end, kv_width);
+        fetch_rows<D, PASSING>(shared + stage + TILE, v + kv * D, tile, end, kv_width);
+    };
+    u32 queries[D / 16][4], d_rows[D / 16][4], stage = 0;
+    fetch_rows<D, ROWS>(shared, q + head * D, first_query, tokens, width);
+    fetch_rows<D, ROWS>(shared + STAGE, d_out + head * D, first_query, tokens, width);
+    wait_for_rows();
+    load_a<D>(queries, shared);
+    load_a<D>(d_rows, shared + STAGE);
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) load_a<D>(queries[i], tiles + warp * 16 * Row<D>::LEN, i);
-    __syncthreads();
-    load_tile<D, 64>(tiles, d_out + head * D, first_query, tokens, width);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < D / 16; i++) load_a<D>(d_rows[i], tiles + warp * 16 * Row<D>::LEN, i);
-    __syncthreads();
-    int row = first_query + warp * 16 + lane / 4;
-    int first_key[2], last_key[2];
-    float row_lse[2], row_delta[2];
+    int tile = first_query - (int)positions[first_query];
+    fetch(stage, tile);
+    int warp_row = first_query + threadIdx.x / 32 * 16, row = warp_row + lane / 4;
+    Sight sight(positions, warp_row, tokens, 0);
+    float row_lse[2], row_delta[2], log2_scale = scale * LOG2_E;
     for (int i = 0; i < 2; i++) {
         int t = row + 8 * i;
-        bool there = t < tokens;
-        first_key[i] = there ? t - (int)positions[t] : 1;
-        last_key[i] = there ? t : 0;
-        row_lse[i] = there ? lse[(u64)t * num_heads + head] * LOG2_E : 0.0f;
-        row_delta[i] = there ? delta[(u64)t * num_heads + head] : 0.0f;
+        row_lse[i] = t < tokens ? lse[(u64)t * num_heads + head] * LOG2_E : 0.0f;
+        row_delta[i] = t < tokens ? delta[(u64)t * num_heads + head] : 0.0f;
     }
     float acc[D / 8][4];
     clear<D / 8>(acc);
-    int end = first_query + 64 < tokens ? first_query + 64 : tokens;
-    for (int tile = first_query - (int)positions[first_query]; tile < end; tile += KEYS) {
-        load_tile<D, KEYS>(k_tile, k + kv * D, tile, end, kv_width);
-        load_tile<D, KEYS>(v_tile, v + kv * D, tile, end, kv_width);
-        __syncthreads();
-        float s[KEYS / 8][4], d_p[KEYS / 8][4];
-        clear<KEYS / 8>(s);
-        clear<KEYS / 8>(d_p);
-        multiply_transposed<D, KEYS / 8>(s, [&](u32 a[4], int i) {
-            for (int j = 0; j < 4; j++) a[j] = queries[i][j];
-        }, k_tile);
-        multiply_transposed<D, KEYS / 8>(d_p, [&](u32 a[4], int i) {
-            for (int j = 0; j < 4; j++) a[j] = d_rows[i][j];
-        }, v_tile);
+    for (; tile < end; tile += PASSING, stage ^= STAGE) {
+        wait_for_rows();
+        if (tile + PASSING < end) fetch(stage ^ STAGE, tile + PASSING);
+#pragma unroll 2
+        for (int part = 0; part < PASSING; part += KEYS) {
+            int first_key = tile + part;
+            if (!sight.any(first_key, KEYS)) continue;
+            u32 k_tile = shared + stage + part * (2 * D), v_tile = k_tile + TILE;
+            float s[KEYS / 8][4], d_p[KEYS / 8][4];
+            clear<KEYS / 8>(s);
+            clear<KEYS / 8>(d_p);
+            multiply_transposed<D, KEYS / 8>(s, queries, k_tile);
+            multiply_transposed<D, KEYS / 8>(d_p, d_rows, v_tile);
+            bool all = sight.all(first_key, KEYS);
 #pragma unroll
-        for (int n = 0; n < KEYS / 8; n++)
+            for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int key = tile + n * 8 + lane % 4 * 2 + e % 2;
-                bool seen = key >= first_key[e / 2] && key <= last_key[e / 2];
-                float p = seen ? exp2f(s[n][e] * scale * LOG2_E - row_lse[e / 2]) : 0.0f;
-                s[n][e] = p * (d_p[n][e] - row_delta[e / 2]);
-            }
-        multiply<D, KEYS / 8>(acc, s, k_tile);
-        __syncthreads();
+                for (int e = 0; e < 4; e++) {
+                    float p = exp2_fast(s[n][e] * log2_scale - row_lse[e / 2]);
+                    if (!all && !sight.sees(first_key + n * 8, e)) p = 0.0f;
+                    s[n][e] = p * (d_p[n][e] - row_delta[e / 2]);
+                }
+            multiply<D, KEYS / 8>(acc, s, k_tile);
+        }
     }
     store_rows<D>(d_q + head * D, acc, row, tokens, width, scale, scale);
 }
 
-// d_v = Σ Pᵀ · d_out, d_k = scale · Σ dSᵀ · Q over the queries of one head: d_k, d_v [T, heads · D]. One block a tile of 64 keys;
-// each warp has 16 of them. Works on transposed scores: rows are keys. Shared memory is dynamic: K and V tiles of 64 rows, Q and
-// d_out tiles of 32.
+// d_v = Σ Pᵀ · d_out, d_k = scale · Σ dSᵀ · Q over the queries of one head: d_k, d_v [T, heads · D]. Works on transposed scores:
+// rows are keys.
 template <int D>
 __device__ void backward_keys(Act *d_k, Act *d_v, const Act *d_out, const float *lse, const float *delta, const Act *q,
                               const Act *k, const Act *v, const u32 *positions, int tokens, int num_heads, int num_kv_heads,
                               float scale) {
-    const int QUERIES = 32;
+    const int QUERIES = 16;
     extern __shared__ uint4 dynamic[];
-    Act *k_tile = (Act *)dynamic, *v_tile = k_tile + 64 * Row<D>::LEN, *q_tile = v_tile + 64 * Row<D>::LEN;
-    Act *d_tile = q_tile + QUERIES * Row<D>::LEN;
-    __shared__ float query_lse[QUERIES], query_delta[QUERIES];
-    __shared__ int query_first_key[QUERIES];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
-    int width = num_heads * D, kv_width = num_kv_heads * D, first_key = blockIdx.x * 64;
-    load_tile<D, 64>(k_tile, k + kv * D, first_key, tokens, kv_width);
-    load_tile<D, 64>(v_tile, v + kv * D, first_key, tokens, kv_width);
-    int row = first_key + warp * 16 + lane / 4;
-    int last_key = (first_key + 64 < tokens ? first_key + 64 : tokens) - 1;
-    float k_acc[D / 8][4], v_acc[D / 8][4];
+    __shared__ float query_lse[2][PASSING], query_delta[2][PASSING];
+    __shared__ u32 query_position[2][PASSING];
+    const u32 shared = (u32)__cvta_generic_to_shared(dynamic), TILE = Shared<D>::TILE_BYTES, STAGE = Shared<D>::STAGE_BYTES;
+    int lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
+    int width = num_heads * D, kv_width = num_kv_heads * D, first_key = blockIdx.x * ROWS;
+    auto fetch = [&](u32 stage, int tile) {
+        fetch_rows<D, PASSING>(shared + stage, q + head * D, tile, tokens, width);
+        fetch_rows<D, PASSING>(shared + stage + TILE, d_out + head * D, tile, tokens, width);
+        int i = threadIdx.x % PASSING, t = tile + i;
+        bool there = t < tokens;
+        u64 at = there ? (u64)t * num_heads + head : 0;
+        switch (threadIdx.x / PASSING) {
+        case 0: fetch_word(&query_lse[stage != 0][i], lse + at, there); break;
+        case 1: fetch_word(&query_delta[stage != 0][i], delta + at, there); break;
+        case 2: fetch_word(&query_position[stage != 0][i], positions + (there ? t : 0), there);
+        }
+    };
+    // The first key that a query of a tile sees; of one that is not there, no key.
+    auto first_seen = [&](u32 stage, int tile, int i) { return tile + i - (int)query_position[stage != 0][i]; };
+    u32 keys[D / 16][4], values[D / 16][4], stage = 0;
+    fetch_rows<D, ROWS>(shared, k + kv * D, first_key, tokens, kv_width);
+    fetch_rows<D, ROWS>(shared + STAGE, v + kv * D, first_key, tokens, kv_width);
+    wait_for_rows();
+    load_a<D>(keys, shared);
+    load_a<D>(values, shared + STAGE);
+    __syncthreads();
+    fetch(stage, first_key);
+    int warp_key = first_key + threadIdx.x / 32 * 16, row = warp_key + lane / 4;
+    int last_key = (first_key + ROWS < tokens ? first_key + ROWS : tokens) - 1;
+    float k_acc[D / 8][4], v_acc[D / 8][4], log2_scale = scale * LOG2_E;
     clear<D / 8>(k_acc);
     clear<D / 8>(v_acc);
-    for (int tile = first_key; tile < tokens; tile += QUERIES) {
+    for (int tile = first_key; tile < tokens; tile += PASSING, stage ^= STAGE) {
+        wait_for_rows();
         // Later queries begin later: past the last one that sees these keys there is none.
-        if (tile - (int)positions[tile] > last_key) break;
-        __syncthreads();
-        load_tile<D, QUERIES>(q_tile, q + head * D, tile, tokens, width);
-        load_tile<D, QUERIES>(d_tile, d_out + head * D, tile, tokens, width);
-        if (threadIdx.x < QUERIES) {
-            int t = tile + threadIdx.x;
-            bool there = t < tokens;
-            query_lse[threadIdx.x] = there ? lse[(u64)t * num_heads + head] * LOG2_E : 0.0f;
-            query_delta[threadIdx.x] = there ? delta[(u64)t * num_heads + head] : 0.0f;
-            query_first_key[threadIdx.x] = there ? t - (int)positions[t] : tokens;
+        if (first_seen(stage, tile, 0) > last_key) break;
+        if (tile + PASSING < tokens) fetch(stage ^ STAGE, tile + PASSING);
+#pragma unroll 2
+        for (int part = 0; part < PASSING; part += QUERIES) {
+            int first = tile + part;
+            if (first + QUERIES <= warp_key || first_seen(stage, tile, part) > warp_key + 15) continue;
+            u32 q_tile = shared + stage + part * (2 * D), d_tile = q_tile + TILE;
+            float p[QUERIES / 8][4], d_p[QUERIES / 8][4];
+            clear<QUERIES / 8>(p);
+            clear<QUERIES / 8>(d_p);
+            multiply_transposed<D, QUERIES / 8>(p, keys, q_tile);
+            multiply_transposed<D, QUERIES / 8>(d_p, values, d_tile);
+            bool all = first >= warp_key + 15 && first_seen(stage, tile, part + QUERIES - 1) <= warp_key;
+#pragma unroll
+            for (int n = 0; n < QUERIES / 8; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    int query = part + n * 8 + lane % 4 * 2 + e % 2, key = row + e / 2 * 8;
+                    p[n][e] = exp2_fast(p[n][e] * log2_scale - query_lse[stage != 0][query] * LOG2_E);
+                    if (!all && !(key >= first_seen(stage, tile, query) && key <= tile + query)) p[n][e] = 0.0f;
+                    d_p[n][e] = p[n][e] * (d_p[n][e] - query_delta[stage != 0][query]);
+                }
+            multiply<D, QUERIES / 8>(v_acc, p, d_tile);
+            multiply<D, QUERIES / 8>(k_acc, d_p, q_tile);
         }
-        __syncthreads();
-        float p[QUERIES / 8][4], d_p[QUERIES / 8][4];
-        clear<QUERIES / 8>(p);
-        clear<QUERIES / 8>(d_p);
-        multiply_transposed<D, QUERIES / 8>(p, [&](u32 a[4], int i) {
-            load_a<D>(a, k_tile + warp * 16 * Row<D>::LEN, i);
-        }, q_tile);
-        multiply_transposed<D, QUERIES / 8>(d_p, [&](u32 a[4], int i) {
-            load_a<D>(a, v_tile + warp * 16 * Row<D>::LEN, i);
-        }, d_tile);
-#pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int query = n * 8 + lane % 4 * 2 + e % 2, key = row + e / 2 * 8;
-                bool seen = key >= query_first_key[query] && key <= tile + query;
-                p[n][e] = seen ? exp2f(p[n][e] * scale * LOG2_E - query_lse[query]) : 0.0f;
-                d_p[n][e] = p[n][e] * (d_p[n][e] - query_delta[query]);
-            }
-        multiply<D, QUERIES / 8>(v_acc, p, d_tile);
-        multiply<D, QUERIES / 8>(k_acc, d_p, q_tile);
     }
     store_rows<D>(d_k + head * D, k_acc, row, tokens, width, scale, scale);
     store_rows<D>(d_v + head * D, v_acc, row, tokens, width, 1.0f, 1.0f);
@@ -334,17 +397,17 @@ extern "C" __global__ void attention_sum_heads(Act8 *y, const Act8 *x, u64 eight
 }
 
 #define INSTANCES(D)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_forward_##D(                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward_##D(                                             \
         Act *out, float *lse, const Act *q, const Act *k, const Act *v, const u32 *positions, int tokens, int num_heads,        \
         int num_kv_heads, int past, float scale) {                                                                              \
         forward<D>(out, lse, q, k, v, positions, tokens, num_heads, num_kv_heads, past, scale);                                 \
     }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_queries_##D(                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_queries_##D(                                    \
         Act *d_q, const Act *d_out, const float *lse, const float *delta, const Act *q, const Act *k, const Act *v,             \
         const u32 *positions, int tokens, int num_heads, int num_kv_heads, float scale) {                                       \
         backward_queries<D>(d_q, d_out, lse, delta, q, k, v, positions, tokens, num_heads, num_kv_heads, scale);                \
     }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_backward_keys_##D(                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_backward_keys_##D(                                       \
         Act *d_k, Act *d_v, const Act *d_out, const float *lse, const float *delta, const Act *q, const Act *k, const Act *v,   \
         const u32 *positions, int tokens, int num_heads, int num_kv_heads, float scale) {                                       \
         backward_keys<D>(d_k, d_v, d_out, lse, delta, q, k, v, positions, tokens, num_heads, num_kv_heads, scale);              \

@@ -8,7 +8,7 @@ use half::f16;
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
 /// Bytes of spilled registers that a kernel may have (stores and loads, the most of any architecture).
-const ALLOWED_SPILL_BYTES: [(&str, u32); 1] = [("attention_backward_keys_96", 8)];
+const ALLOWED_SPILL_BYTES: [(&str, u32); 1] = [("attention_backward_keys_128", 36)];
 
 #[test]
 fn every_kernel_compiles_without_spills() {

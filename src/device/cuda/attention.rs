@@ -9,17 +9,18 @@ use super::{Cuda, HalfType};
 
 /// Widths of a head that the kernels are made for.
 const HEAD_DIMS: [usize; 3] = [64, 96, 128];
-/// Queries (or keys) of a block, and its threads.
-const TILE: usize = 64;
-const THREADS: u32 = 128;
+/// The kernels that have a block for so many queries (or keys) of a head, and its threads.
+const TILED_KERNELS: [&str; 3] = ["attention_forward", "attention_backward_queries", "attention_backward_keys"];
+const ROWS: usize = 128;
+const THREADS: u32 = 256;
 
-/// Dynamic shared memory of the kernel for d_k and d_v: tiles of 64 keys, 64 values, 32 queries and 32 rows of d_out.
-fn backward_keys_bytes(head_dim: usize) -> u32 {
-    ((2 * TILE + 2 * 32) * (head_dim + 8) * 2) as u32
+/// Dynamic shared memory of a tiled kernel: two stages of two tiles of 64 rows.
+fn shared_bytes(head_dim: usize) -> u32 {
+    (2 * 2 * 64 * head_dim * size_of::<u16>()) as u32
 }
 
-fn grid(tokens: usize, heads: usize, shared_bytes: u32) -> Grid {
-    Grid { blocks: (tokens.div_ceil(TILE), heads), threads: THREADS, shared_bytes }
+fn grid(tokens: usize, heads: usize, head_dim: usize) -> Grid {
+    Grid { blocks: (tokens.div_ceil(ROWS), heads), threads: THREADS, shared_bytes: shared_bytes(head_dim) }
 }
 
 /// Checks what both directions share; returns the number of tokens.
@@ -42,7 +43,7 @@ impl<A: HalfType> Cuda<A> {
         let scale = 1.0 / (head_dim as f32).sqrt();
         let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
         let args = args![out, lse, q, k, v, positions, tokens as i32, heads, kv_heads, past, scale];
-        self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, 0), args)
+        self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, head_dim), args)
     }
 
     pub(super) fn attention_backward_act(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
@@ -68,9 +69,9 @@ impl<A: HalfType> Cuda<A> {
         )?;
         let delta = delta.view();
         let args = args![d_q, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
-        self.launch(&format!("attention_backward_queries_{head_dim}"), grid(tokens, num_heads, 0), args)?;
-        let (kernel, grid) =
-            (format!("attention_backward_keys_{head_dim}"), grid(tokens, num_heads, backward_keys_bytes(head_dim)));
+        let grid = grid(tokens, num_heads, head_dim);
+        self.launch(&format!("attention_backward_queries_{head_dim}"), grid, args)?;
+        let kernel = format!("attention_backward_keys_{head_dim}");
         let group = num_heads / num_key_value_heads;
         if group == 1 {
             let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
@@ -89,9 +90,9 @@ impl<A: HalfType> Cuda<A> {
     }
 
     pub(super) fn allow_attention_memory(&self) -> Result<()> {
-        for head_dim in HEAD_DIMS {
-            self.allow_shared_bytes(&format!("attention_backward_keys_{head_dim}"), backward_keys_bytes(head_dim))?;
-        }
-        Ok(())
+        let mut all = HEAD_DIMS.into_iter().flat_map(|head_dim| TILED_KERNELS.map(|kernel| (kernel, head_dim)));
+        all.try_for_each(|(kernel, head_dim)| {
+            self.allow_shared_bytes(&format!("{kernel}_{head_dim}"), shared_bytes(head_dim))
+        })
     }
 }
