@@ -40,6 +40,7 @@ __device__ __forceinline__ void fetch_rows(u32 tile, const Act *head, int first,
     }
 }
 
+// Starts to copy one number, or puts 0.
 __device__ __forceinline__ void fetch_word(void *to, const void *from, bool there) {
     u32 at = (u32)__cvta_generic_to_shared(to);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(there ? 4 : 0) : "memory");
@@ -61,7 +62,7 @@ __device__ __forceinline__ void ldmatrix_transposed(u32 r[4], u32 at) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
-// Where this lane finds chunk `even + odd` of a row that is its own modulo 8; `even` is known to the compiler.
+// Where this lane finds chunk `even + odd` of a row; modulo 8 the row is the lane. Only `even` is known when this is compiled.
 template <int D> __device__ __forceinline__ u32 chunk_of(u32 tile, int row, int even, int odd) {
     return tile + row * (2 * D) + (((odd ^ turn<D>(threadIdx.x % 8)) ^ even) * 16);
 }
@@ -69,9 +70,9 @@ template <int D> __device__ __forceinline__ u32 chunk_of(u32 tile, int row, int 
 // c [16, 8] += a [16, 16] · b [16, 8]
 __device__ __forceinline__ void mma(float c[4], const u32 a[4], u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." ACT_NAME "." ACT_NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-                 "{%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        "{%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // The A operands of this warp's 16 of ROWS rows at `tiles`.
@@ -158,6 +159,7 @@ struct Sight {
     }
 };
 
+// One pass over the keys that a block's queries see, with the largest score and the sum so far of each row.
 template <int D>
 __device__ void forward(Act *out, float *lse, const Act *q, const Act *k, const Act *v, const u32 *positions, int tokens,
                         int num_heads, int num_kv_heads, int past, float scale) {
