@@ -40,6 +40,13 @@ __device__ __forceinline__ void fetch_rows(u32 tile, const Act *head, int first,
     }
 }
 
+// Starts to copy a stage: the same rows of two tensors.
+template <int D>
+__device__ __forceinline__ void fetch_tiles(u32 stage, const Act *x, const Act *y, int first, int end, int stride) {
+    fetch_rows<D, PASSING>(stage, x, first, end, stride);
+    fetch_rows<D, PASSING>(stage + Shared<D>::TILE_BYTES, y, first, end, stride);
+}
+
 // Starts to copy one number, or puts 0.
 __device__ __forceinline__ void fetch_word(void *to, const void *from, bool there) {
     u32 at = (u32)__cvta_generic_to_shared(to);
@@ -80,6 +87,18 @@ template <int D> __device__ __forceinline__ void load_a(u32 a[D / 16][4], u32 ti
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
 #pragma unroll
     for (int k = 0; k < D / 16; k++) ldmatrix(a[k], chunk_of<D>(tiles, row, 2 * k, lane / 16));
+}
+
+// The A operands of this warp's of a block's rows of two tensors; shared memory is free again after it.
+template <int D>
+__device__ __forceinline__ void load_rows(u32 a[D / 16][4], u32 b[D / 16][4], u32 shared, const Act *x, const Act *y, int first,
+                                          int end, int stride) {
+    fetch_rows<D, ROWS>(shared, x, first, end, stride);
+    fetch_rows<D, ROWS>(shared + Shared<D>::STAGE_BYTES, y, first, end, stride);
+    wait_for_rows();
+    load_a<D>(a, shared);
+    load_a<D>(b, shared + Shared<D>::STAGE_BYTES);
+    __syncthreads();
 }
 
 // c [16, 8 · N] += A [16, D] · Bᵀ, B [8 · N, D] in shared memory.
@@ -170,8 +189,7 @@ __device__ void forward(Act *out, float *lse, const Act *q, const Act *k, const 
     int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * ROWS;
     int end = past + (first_query + ROWS < tokens ? first_query + ROWS : tokens);
     auto fetch = [&](u32 stage, int tile) {
-        fetch_rows<D, PASSING>(shared + stage, k + kv * D, tile, end, kv_width);
-        fetch_rows<D, PASSING>(shared + stage + TILE, v + kv * D, tile, end, kv_width);
+        fetch_tiles<D>(shared + stage, k + kv * D, v + kv * D, tile, end, kv_width);
     };
     int tile = past + first_query - (int)positions[first_query];
     u32 queries[D / 16][4], stage = 0;
@@ -260,16 +278,10 @@ __device__ void backward_queries(Act *d_q, const Act *d_out, const float *lse, c
     int width = num_heads * D, kv_width = num_kv_heads * D, first_query = (gridDim.x - 1 - blockIdx.x) * ROWS;
     int end = first_query + ROWS < tokens ? first_query + ROWS : tokens;
     auto fetch = [&](u32 stage, int tile) {
-        fetch_rows<D, PASSING>(shared + stage, k + kv * D, tile, end, kv_width);
-        fetch_rows<D, PASSING>(shared + stage + TILE, v + kv * D, tile, end, kv_width);
+        fetch_tiles<D>(shared + stage, k + kv * D, v + kv * D, tile, end, kv_width);
     };
     u32 queries[D / 16][4], d_rows[D / 16][4], stage = 0;
-    fetch_rows<D, ROWS>(shared, q + head * D, first_query, tokens, width);
-    fetch_rows<D, ROWS>(shared + STAGE, d_out + head * D, first_query, tokens, width);
-    wait_for_rows();
-    load_a<D>(queries, shared);
-    load_a<D>(d_rows, shared + STAGE);
-    __syncthreads();
+    load_rows<D>(queries, d_rows, shared, q + head * D, d_out + head * D, first_query, tokens, width);
     int tile = first_query - (int)positions[first_query];
     fetch(stage, tile);
     int warp_row = first_query + threadIdx.x / 32 * 16, row = warp_row + lane / 4;
@@ -324,8 +336,7 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const Act *d_out, const float 
     int lane = threadIdx.x % 32, head = blockIdx.y, kv = head / (num_heads / num_kv_heads);
     int width = num_heads * D, kv_width = num_kv_heads * D, first_key = blockIdx.x * ROWS;
     auto fetch = [&](u32 stage, int tile) {
-        fetch_rows<D, PASSING>(shared + stage, q + head * D, tile, tokens, width);
-        fetch_rows<D, PASSING>(shared + stage + TILE, d_out + head * D, tile, tokens, width);
+        fetch_tiles<D>(shared + stage, q + head * D, d_out + head * D, tile, tokens, width);
         int i = threadIdx.x % PASSING, t = tile + i;
         bool there = t < tokens;
         u64 at = there ? (u64)t * num_heads + head : 0;
@@ -338,12 +349,7 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const Act *d_out, const float 
     // The first key that a query of a tile sees; of one that is not there, no key.
     auto first_seen = [&](u32 stage, int tile, int i) { return tile + i - (int)query_position[stage != 0][i]; };
     u32 keys[D / 16][4], values[D / 16][4], stage = 0;
-    fetch_rows<D, ROWS>(shared, k + kv * D, first_key, tokens, kv_width);
-    fetch_rows<D, ROWS>(shared + STAGE, v + kv * D, first_key, tokens, kv_width);
-    wait_for_rows();
-    load_a<D>(keys, shared);
-    load_a<D>(values, shared + STAGE);
-    __syncthreads();
+    load_rows<D>(keys, values, shared, k + kv * D, v + kv * D, first_key, tokens, kv_width);
     fetch(stage, first_key);
     int warp_key = first_key + threadIdx.x / 32 * 16, row = warp_key + lane / 4;
     int last_key = (first_key + ROWS < tokens ? first_key + ROWS : tokens) - 1;
