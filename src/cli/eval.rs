@@ -61,7 +61,7 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     let adapter = args.adapter.as_ref().map(|dir| adapter::load(dir, &config)).transpose().context("--adapter")?;
     let options =
         data::DataOptions { max_length: args.max_length as usize, ..super::train::data_options(&job).for_evaluation() };
-    let tokenizer = match (TextTokenizer::load(&job.model), options.format) {
+    let tokenizer = match (TextTokenizer::load(&job.model, &jiff::Zoned::now()), options.format) {
         (Err(_), data::Format::Tokenized) => None,
         (tokenizer, _) => Some(tokenizer?),
     };

@@ -66,7 +66,7 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
     let opened = start.open(&job)?;
     let config = opened.config.clone();
     let adapter = args.adapter.as_ref().map(|dir| adapter::load(dir, &config)).transpose().context("--adapter")?;
-    let tokenizer = TextTokenizer::load(&job.model)?;
+    let tokenizer = TextTokenizer::load(&job.model, &jiff::Zoned::now())?;
     let prompt = match tokenizer.has_chat_template() && !args.raw {
         true => {
             let message = json!({"role": "user", "content": args.prompt});

@@ -105,7 +105,7 @@ fn start_adapter(job: &Job, config: &ModelConfig) -> Result<Adapter> {
 
 fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, Option<Dataset>)> {
     let options = data_options(job);
-    let tokenizer = match (TextTokenizer::load(&job.model), job.data.format) {
+    let tokenizer = match (TextTokenizer::load(&job.model, &jiff::Zoned::now()), job.data.format) {
         (Err(_), data::Format::Tokenized) => None,
         (tokenizer, _) => Some(tokenizer?),
     };

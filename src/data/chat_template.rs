@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use anyhow::{Result, anyhow, ensure};
+use jiff::Zoned;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
@@ -28,8 +29,8 @@ pub struct Rendered {
 }
 
 impl ChatTemplate {
-    /// `special_tokens` are variables of the template: `bos_token`, `eos_token`, …
-    pub fn new(source: &str, special_tokens: Vec<(String, String)>) -> Result<ChatTemplate> {
+    /// `special_tokens` are variables of the template: `bos_token`, `eos_token`, …; `now` is what `strftime_now` formats.
+    pub fn new(source: &str, special_tokens: Vec<(String, String)>, now: &Zoned) -> Result<ChatTemplate> {
         let (source, marks_generation) = rewrite_generation(&source.replace("\r\n", "\n"));
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
@@ -42,8 +43,8 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_function("strftime_now", |format: String| -> Result<String, Error> {
-            let now = jiff::Zoned::now();
+        let now = now.clone();
+        environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
             jiff::fmt::strtime::format(&format, &now)
                 .map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
         });
@@ -160,7 +161,7 @@ mod tests {
     use super::*;
 
     fn template(source: &str) -> ChatTemplate {
-        ChatTemplate::new(source, vec![("bos_token".into(), "<s>".into())]).unwrap()
+        ChatTemplate::new(source, vec![("bos_token".into(), "<s>".into())], &Zoned::now()).unwrap()
     }
 
     fn golden() -> Vec<serde_json::Value> {
@@ -174,8 +175,11 @@ mod tests {
         assert!(!cases.is_empty());
         for (i, case) in cases.iter().enumerate() {
             let token = |key: &str| (key.to_string(), case[key].as_str().unwrap_or_default().to_string());
-            let template =
-                ChatTemplate::new(case["template"].as_str().unwrap(), vec![token("bos_token"), token("eos_token")]);
+            let template = ChatTemplate::new(
+                case["template"].as_str().unwrap(),
+                vec![token("bos_token"), token("eos_token")],
+                &Zoned::now(),
+            );
             let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
             let rendered = template.unwrap().render(case["messages"].as_array().unwrap(), add_generation_prompt);
             let text = rendered.as_ref().ok().map(|r| r.text.as_str());
@@ -223,7 +227,7 @@ mod tests {
         assert!(format!("{error:#}").contains("no system role"));
         let marked = template("{{ messages[0].content }}").render(&[json!({"content": "\u{FDD0}"})], false);
         assert!(format!("{:#}", marked.unwrap_err()).contains("U+FDD0"));
-        assert!(ChatTemplate::new("{% if %}", Vec::new()).is_err());
+        assert!(ChatTemplate::new("{% if %}", Vec::new(), &Zoned::now()).is_err());
     }
 
     #[test]

@@ -377,7 +377,7 @@ mod tests {
         let path = dir.path().join("rows.jsonl");
         let row = |i: usize| format!(r#"{{"prompt": "question {i}", "completion": "answer {}"}}"#, i % 40);
         std::fs::write(&path, (0..200).map(row).collect::<Vec<_>>().join("\n")).unwrap();
-        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN)).unwrap();
+        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN), &jiff::Zoned::now()).unwrap();
         let options = DataOptions { max_length: 64, ..OPTIONS };
         let split = |fraction| {
             Dataset::load_with_held_out(std::slice::from_ref(&path), Some(&tokenizer), 320, &options, fraction)
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn a_sample_shows_its_targets() {
-        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN)).unwrap();
+        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN), &jiff::Zoned::now()).unwrap();
         let input_ids = tokenizer.encode("the quick fox", false).unwrap();
         let is_target = (0..input_ids.len()).map(|i| i == 0 || i + 1 == input_ids.len()).collect();
         let document = Document { sample_idx: 0, is_target, input_ids };

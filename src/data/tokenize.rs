@@ -183,7 +183,8 @@ mod tests {
     fn rows_are_what_trl_makes_of_them() {
         let golden = std::fs::read(Path::new(GOLDEN).join("tokenized.json")).unwrap();
         let golden: Value = serde_json::from_slice(&golden).unwrap();
-        let (plain, generation) = (TextTokenizer::load(Path::new(GOLDEN)).unwrap(), with_generation());
+        let (plain, generation) =
+            (TextTokenizer::load(Path::new(GOLDEN), &jiff::Zoned::now()).unwrap(), with_generation());
         let rows = golden["rows"].as_array().unwrap();
         assert!(!rows.is_empty());
         for case in rows {
@@ -197,7 +198,7 @@ mod tests {
 
     #[test]
     fn alpaca_is_a_user_and_an_assistant() {
-        let tokenizer = TextTokenizer::load(Path::new(GOLDEN)).unwrap();
+        let tokenizer = TextTokenizer::load(Path::new(GOLDEN), &jiff::Zoned::now()).unwrap();
         let alpaca = json!({"instruction": "Add.", "input": "2 + 2", "output": "4"});
         let (user, assistant) =
             (json!({"role": "user", "content": "Add.\n2 + 2"}), json!({"role": "assistant", "content": "4"}));
@@ -212,7 +213,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::copy(Path::new(GOLDEN).join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
         std::fs::write(dir.path().join("tokenizer_config.json"), r#"{"eos_token": "<|im_end|>"}"#).unwrap();
-        let tokenizer = TextTokenizer::load(dir.path()).unwrap();
+        let tokenizer = TextTokenizer::load(dir.path(), &jiff::Zoned::now()).unwrap();
         let row = json!({"instruction": "Add.", "input": "2 + 2", "output": "four"});
         let tokenized = prepare(&row, &tokenizer, LossOn::Auto).unwrap();
         let text = tokenizer.decode(&tokenized.input_ids, false).unwrap();
@@ -223,7 +224,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_told_is_refused() {
-        let tokenizer = TextTokenizer::load(Path::new(GOLDEN)).unwrap();
+        let tokenizer = TextTokenizer::load(Path::new(GOLDEN), &jiff::Zoned::now()).unwrap();
         let messages = json!({"messages": [{"role": "assistant", "content": "Hi"}]});
         let prompt = json!({"prompt": "a", "completion": "b"});
         for (row, loss_on, said) in [

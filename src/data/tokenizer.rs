@@ -4,10 +4,15 @@ use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use jiff::Zoned;
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
+use xxhash_rust::xxh3::Xxh3Default;
 
 use super::chat_template::{ChatTemplate, Rendered};
+
+/// Files that decide how text becomes tokens, in the order in which the identity covers them.
+const FILES: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
 
 /// Text to token ids and back.
 pub struct TextTokenizer {
@@ -15,12 +20,13 @@ pub struct TextTokenizer {
     template: Option<ChatTemplate>,
     eos_token: Option<String>,
     eos_token_ids: Vec<u32>,
+    identity: String,
 }
 
 impl TextTokenizer {
     /// Reads tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
-    /// the eos ids of generation_config.json and config.json.
-    pub fn load(dir: &Path) -> Result<TextTokenizer> {
+    /// the eos ids of generation_config.json and config.json. `now` is what the template's `strftime_now` tells.
+    pub fn load(dir: &Path, now: &Zoned) -> Result<TextTokenizer> {
         let path = dir.join("tokenizer.json");
         ensure!(path.exists(), "{}: tokenizer.json is missing; other tokenizer files are not read", dir.display());
         let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
@@ -34,7 +40,7 @@ impl TextTokenizer {
         let special_tokens = names.iter().filter_map(|&name| Some((name.to_string(), special(name)?))).collect();
         let template = match template_source(dir, &config)? {
             Some(source) => {
-                Some(ChatTemplate::new(&source, special_tokens).with_context(|| dir.display().to_string())?)
+                Some(ChatTemplate::new(&source, special_tokens, now).with_context(|| dir.display().to_string())?)
             }
             None => None,
         };
@@ -47,7 +53,13 @@ impl TextTokenizer {
         }
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
-        Ok(TextTokenizer { tokenizer, template, eos_token, eos_token_ids })
+        let identity = identity(dir, eos_token.as_deref(), &eos_token_ids)?;
+        Ok(TextTokenizer { tokenizer, template, eos_token, eos_token_ids, identity })
+    }
+
+    /// A digest in hex of all files that decide how text becomes tokens, and of the end-of-sequence token and ids.
+    pub fn identity(&self) -> String {
+        self.identity.clone()
     }
 
     /// Token ids; `add_special_tokens` as the tokenizer's post-processor does it.
@@ -111,6 +123,21 @@ fn token(value: Option<&Value>) -> Option<String> {
     value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
 }
 
+/// An xxh3 digest of 128 bits, in hex, over the name, size and bytes of each file and the tokens that were decided.
+fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Result<String> {
+    let mut digest = Xxh3Default::new();
+    for name in FILES {
+        let path = dir.join(name);
+        if path.exists() {
+            let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+            digest.update(format!("{name} {}\n", bytes.len()).as_bytes());
+            digest.update(&bytes);
+        }
+    }
+    digest.update(format!("{eos_token:?} {eos_token_ids:?}").as_bytes());
+    Ok(format!("{:032x}", digest.digest128()))
+}
+
 fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
     let path = dir.join("chat_template.jinja");
     if path.exists() {
@@ -145,7 +172,7 @@ pub mod tests {
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text)?;
         }
-        TextTokenizer::load(dir.path())
+        TextTokenizer::load(dir.path(), &Zoned::now())
     }
 
     /// The golden tokenizer with the chat template that marks what the assistant says.
@@ -157,7 +184,7 @@ pub mod tests {
 
     #[test]
     fn encodes_and_decodes_as_tokenizers_does() {
-        let tokenizer = TextTokenizer::load(Path::new(GOLDEN)).unwrap();
+        let tokenizer = TextTokenizer::load(Path::new(GOLDEN), &Zoned::now()).unwrap();
         let golden = std::fs::read(Path::new(GOLDEN).join("tokenized.json")).unwrap();
         let golden: Value = serde_json::from_slice(&golden).unwrap();
         for case in golden["texts"].as_array().unwrap() {
@@ -190,9 +217,24 @@ pub mod tests {
     }
 
     #[test]
+    fn the_identity_follows_files_and_tokens() {
+        let of = |files: &[(&str, &str)]| with_files(json!({}), files).unwrap().identity();
+        let plain = of(&[]);
+        assert_eq!((plain.len(), &plain), (32, &of(&[])));
+        for (name, text) in [
+            ("chat_template.jinja", "x"),
+            ("special_tokens_map.json", "{}"),
+            ("tokenizer_config.json", "{ }"),
+            ("generation_config.json", r#"{"eos_token_id": 3}"#),
+        ] {
+            assert_ne!(of(&[(name, text)]), plain, "{name}");
+        }
+    }
+
+    #[test]
     fn a_missing_tokenizer_is_named() {
         let dir = tempfile::tempdir().unwrap();
-        let error = TextTokenizer::load(dir.path()).err().unwrap().to_string();
+        let error = TextTokenizer::load(dir.path(), &Zoned::now()).err().unwrap().to_string();
         assert!(error.contains(&dir.path().display().to_string()) && error.contains("tokenizer.json"), "{error}");
     }
 }
