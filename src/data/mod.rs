@@ -12,7 +12,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::choices::choices;
 
@@ -240,6 +240,32 @@ impl Dataset {
     pub fn sequence_lengths(&self) -> impl Iterator<Item = usize> + '_ {
         self.sequences.iter().map(|s| s.iter().map(|&d| self.documents[d].input_ids.len()).sum())
     }
+
+    /// An xxh3 hash of all that training reads: the sequences in order, and the sample index, token ids and targets of each
+    /// of their documents. Two ranks with equal digests see the same data.
+    pub fn digest(&self) -> u64 {
+        let mut hash = Xxh3::new();
+        for sequence in &self.sequences {
+            hash.update(&(sequence.len() as u64).to_le_bytes());
+            for &Document { sample_idx, ref input_ids, ref is_target } in sequence.iter().map(|&d| &self.documents[d]) {
+                hash.update(&sample_idx.to_le_bytes());
+                hash.update(&(input_ids.len() as u64).to_le_bytes());
+                input_ids.iter().for_each(|id| hash.update(&id.to_le_bytes()));
+                is_target.iter().for_each(|&t| hash.update(&[u8::from(t)]));
+            }
+        }
+        hash.digest()
+    }
+
+    /// Host memory that the documents and sequences take, for as long as the data set lives.
+    pub fn host_bytes(&self) -> usize {
+        let of_document = |d: &Document| d.input_ids.capacity() * size_of::<u32>() + d.is_target.capacity();
+        let of_sequence = |s: &Vec<usize>| s.capacity() * size_of::<usize>();
+        self.documents.capacity() * size_of::<Document>()
+            + self.documents.iter().map(of_document).sum::<usize>()
+            + self.sequences.capacity() * size_of::<Vec<usize>>()
+            + self.sequences.iter().map(of_sequence).sum::<usize>()
+    }
 }
 
 /// What is left of a row of more than max_length tokens.
@@ -344,6 +370,36 @@ mod tests {
         assert_eq!((ids(&dropped), dropped.counts.dropped), (vec![&[10, 11][..]], 1));
         let refused = format!("{:#}", of(Overlong::Error).unwrap_err());
         assert!(refused.contains("1 rows are longer") && refused.contains("rows.jsonl:1"), "{refused}");
+    }
+
+    #[test]
+    fn the_digest_covers_all_that_training_reads() {
+        let data = load(ROWS, OPTIONS).unwrap();
+        let digest_after = |change: &dyn Fn(&mut Dataset)| {
+            let mut changed = data.clone();
+            change(&mut changed);
+            changed.digest()
+        };
+        let digests = [
+            data.digest(),
+            digest_after(&|d| d.documents[0].input_ids[3] = 5),
+            digest_after(&|d| d.documents[1].is_target[1] = false),
+            digest_after(&|d| d.documents[1].sample_idx = 7),
+            digest_after(&|d| d.sequences.swap(0, 1)),
+            digest_after(&|d| d.sequences = vec![vec![0, 1]]),
+            digest_after(&|d| drop(d.sequences.pop())),
+        ];
+        assert_eq!(load(ROWS, OPTIONS).unwrap().digest(), digests[0]);
+        let different: std::collections::BTreeSet<u64> = digests.into();
+        assert_eq!(different.len(), digests.len());
+    }
+
+    #[test]
+    fn host_memory_follows_the_tokens() {
+        let row = |n: usize| format!("{{\"input_ids\": {:?}}}\n", vec![1; n]);
+        let of = |n| load(&row(n), DataOptions { max_length: 100_000, ..OPTIONS }).unwrap().host_bytes();
+        let added = of(20_000) - of(10_000);
+        assert!((50_000..100_000).contains(&added), "{added} bytes for 10000 tokens");
     }
 
     #[test]
