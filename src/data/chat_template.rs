@@ -19,6 +19,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: Vec<(String, String)>,
     marks_generation: bool,
+    source: String,
 }
 
 /// Rendered text and the byte ranges that the assistant generates.
@@ -48,8 +49,10 @@ impl ChatTemplate {
             jiff::fmt::strtime::format(&format, &now)
                 .map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
         });
-        environment.add_template_owned("chat", source).map_err(|e| anyhow!("the chat template is not valid: {e:#}"))?;
-        Ok(ChatTemplate { environment, special_tokens, marks_generation })
+        environment
+            .add_template_owned("chat", source.clone())
+            .map_err(|e| anyhow!("the chat template is not valid: {e:#}"))?;
+        Ok(ChatTemplate { environment, special_tokens, marks_generation, source })
     }
 
     /// Whether it says which text the assistant generates.
@@ -57,14 +60,31 @@ impl ChatTemplate {
         self.marks_generation
     }
 
+    /// Whether this word stands anywhere in the template. A message's key that does not is never read.
+    pub fn mentions(&self, word: &str) -> bool {
+        self.source.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == word)
+    }
+
     /// Renders a conversation; `add_generation_prompt` ends it where the assistant begins to speak.
     /// Errors: what the template refuses with `raise_exception`, or cannot do.
     pub fn render(&self, messages: &[serde_json::Value], add_generation_prompt: bool) -> Result<Rendered> {
-        let text = serde_json::to_string(messages)?;
-        ensure!(
-            !text.contains([SPAN_BEGIN, SPAN_END]),
-            "a message holds U+FDD0 or U+FDD1, which mark what the assistant says; allowed: characters of Unicode"
-        );
+        self.render_with(messages, &serde_json::Map::new(), add_generation_prompt)
+    }
+
+    /// Renders a conversation with further variables: `tools`, `documents`, and any others that the template reads. They
+    /// replace special tokens of the same name.
+    pub fn render_with(
+        &self,
+        messages: &[serde_json::Value],
+        variables: &serde_json::Map<String, serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered> {
+        for text in [serde_json::to_string(messages)?, serde_json::to_string(variables)?] {
+            ensure!(
+                !text.contains([SPAN_BEGIN, SPAN_END]),
+                "a message holds U+FDD0 or U+FDD1, which mark what the assistant says; allowed: characters of Unicode"
+            );
+        }
         let mut context = serde_json::Map::new();
         context.insert("messages".into(), messages.into());
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
@@ -74,6 +94,7 @@ impl ChatTemplate {
         for (name, token) in &self.special_tokens {
             context.insert(name.clone(), token.clone().into());
         }
+        context.extend(variables.clone());
         let template = self.environment.get_template("chat").map_err(|e| anyhow!("{e:#}"))?;
         let marked = template.render(Serde(&context)).map_err(|e| anyhow!("the chat template refuses: {e:#}"))?;
         Ok(take_spans(&marked))
@@ -212,6 +233,18 @@ mod tests {
         assert_eq!(indented.unwrap().text, "{\n \"b\": [\n  1,\n  \"<ü>\"\n ],\n \"a\": {}\n}");
         let ascii = template("{{ messages[0] | tojson(ensure_ascii=true) }}").render(&messages, false);
         assert!(format!("{:#}", ascii.unwrap_err()).contains("ensure_ascii"));
+    }
+
+    #[test]
+    fn variables_of_a_row() {
+        let source =
+            "{% if tools is none %}none{% else %}{{ tools | length }}{% endif %} {{ date_string }} {{ bos_token }}";
+        let template = template(source);
+        let variables = json!({"tools": [{}, {}], "date_string": "1 May 2025", "bos_token": "<b>"});
+        let rendered = template.render_with(&[], variables.as_object().unwrap(), false).unwrap();
+        assert_eq!(rendered.text, "2 1 May 2025 <b>");
+        assert_eq!(template.render(&[], false).unwrap().text, "none  <s>");
+        assert!(template.mentions("date_string") && !template.mentions("date"));
     }
 
     #[test]

@@ -91,10 +91,25 @@ impl TextTokenizer {
 
     /// A conversation as the chat template writes it; see [`ChatTemplate::render`].
     pub fn render(&self, messages: &[Value], add_generation_prompt: bool) -> Result<Rendered> {
+        self.render_with(messages, &Map::new(), add_generation_prompt)
+    }
+
+    /// A conversation with further variables of the template; see [`ChatTemplate::render_with`].
+    pub fn render_with(
+        &self,
+        messages: &[Value],
+        variables: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<Rendered> {
         let Some(template) = &self.template else {
             bail!("the tokenizer has no chat template (tokenizer_config.json: chat_template, or chat_template.jinja)")
         };
-        template.render(messages, add_generation_prompt)
+        template.render_with(messages, variables, add_generation_prompt)
+    }
+
+    /// Whether the chat template mentions a word; see [`ChatTemplate::mentions`].
+    pub fn template_mentions(&self, word: &str) -> bool {
+        self.template.as_ref().is_some_and(|template| template.mentions(word))
     }
 
     /// The text of the end-of-sequence token.
