@@ -19,6 +19,7 @@
 //! | [`train`] | steps, evaluation, generation, logs | the command line |
 //! | [`recipe`] | what was written (the recipe) becomes what was decided (the job) | |
 //! | [`cli`] | one file per subcommand | |
+//! | [`files`] | opening and reading input files, bounded; names of files as messages show them | everything else |
 //!
 //! # How a step goes
 //!
@@ -71,6 +72,7 @@ pub mod cli;
 pub mod comm;
 pub mod data;
 pub mod device;
+pub mod files;
 pub mod fsdp;
 pub mod model;
 pub mod optim;

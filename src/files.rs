@@ -1,0 +1,220 @@
+//! Input files: opening and reading what a user or a file names, without hanging on it or taking all memory for it.
+//!
+//! Every input is a regular file. A FIFO would wait for a writer, a device may never end, and neither can be read twice.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{Mode, OFlags};
+use serde::de::DeserializeOwned;
+
+/// Largest JSON file of settings: config.json, generation_config.json, adapter_config.json, tokenizer_config.json.
+pub const MAX_SETTINGS_BYTES: u64 = 4 << 20;
+
+/// First line of a file that Git LFS has left in the place of a large one.
+const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1";
+
+/// Opens a regular file for reading; links are followed. Never blocks.
+///
+/// Errors name the path and what is there: nothing, a folder, a FIFO, a device, a socket, a chain of links without end.
+pub fn open(path: &Path) -> Result<File> {
+    let place = || shown_path(path);
+    // Asked before the file is opened, because opening a device can have effects.
+    check_regular(path, &std::fs::metadata(path).with_context(place)?)?;
+    // NONBLOCK: the file may have been replaced by a FIFO in the meantime.
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    let file =
+        File::from(rustix::fs::open(path, flags, Mode::empty()).map_err(std::io::Error::from).with_context(place)?);
+    check_regular(path, &file.metadata().with_context(place)?)?;
+    Ok(file)
+}
+
+fn check_regular(path: &Path, metadata: &std::fs::Metadata) -> Result<()> {
+    let kind = metadata.file_type();
+    let found = match () {
+        () if kind.is_file() => return Ok(()),
+        () if kind.is_dir() => "a folder",
+        () if kind.is_fifo() => "a FIFO (a named or anonymous pipe)",
+        () if kind.is_char_device() || kind.is_block_device() => "a device",
+        () if kind.is_socket() => "a socket",
+        () => "not a file",
+    };
+    bail!("{}: {found}; a regular file is needed here", shown_path(path))
+}
+
+/// Reads a whole file of at most `max_bytes`.
+///
+/// Errors: those of [`open`], a longer file, and a pointer of Git LFS in the place of the file.
+pub fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
+    let file = open(path)?;
+    let place = || shown_path(path);
+    let size = file.metadata().with_context(place)?.len();
+    let check = |size: u64| {
+        ensure!(size <= max_bytes, "{}: {size} bytes, at most {max_bytes} are allowed", shown_path(path));
+        Ok(())
+    };
+    check(size)?;
+    let mut bytes = Vec::with_capacity(size as usize);
+    // The size is only what the file system says; a file may grow, and files of /proc have none.
+    file.take(max_bytes + 1).read_to_end(&mut bytes).with_context(place)?;
+    check(bytes.len() as u64)?;
+    check_lfs_pointer(path, &bytes)?;
+    Ok(bytes)
+}
+
+/// Reads a whole text file of at most `max_bytes` in UTF-8.
+pub fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
+    let bytes = read(path, max_bytes)?;
+    String::from_utf8(bytes)
+        .map_err(|error| error.utf8_error())
+        .with_context(|| format!("{}: not UTF-8", shown_path(path)))
+}
+
+/// Reads a JSON file of at most `max_bytes`.
+pub fn read_json<T: DeserializeOwned>(path: &Path, max_bytes: u64) -> Result<T> {
+    parse_json(path, &read(path, max_bytes)?)
+}
+
+/// Parses the content of a JSON file. The errors of an empty file and of an HTML page say so.
+pub fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
+    ensure!(!bytes.trim_ascii().is_empty(), "{}: an empty file; {DOWNLOAD_AGAIN}", shown_path(path));
+    check_html(path, bytes)?;
+    serde_json::from_slice(bytes).with_context(|| format!("{}: not the JSON that is expected", shown_path(path)))
+}
+
+const DOWNLOAD_AGAIN: &str = "download it again\nhelp: hf download ORG/NAME --local-dir FOLDER";
+
+/// Refuses a pointer of Git LFS, given the file or its beginning.
+pub fn check_lfs_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    ensure!(
+        !bytes.starts_with(LFS_POINTER),
+        "{}: a Git LFS pointer, not the file itself\nhelp: `git lfs pull` in its folder, or hf download ORG/NAME --local-dir FOLDER",
+        shown_path(path)
+    );
+    Ok(())
+}
+
+/// Refuses an HTML page, such as a server's error or login page saved under the name of the file.
+pub fn check_html(path: &Path, bytes: &[u8]) -> Result<()> {
+    let start: Vec<u8> = bytes.trim_ascii_start().iter().take(14).map(u8::to_ascii_lowercase).collect();
+    let is_html = [&b"<!doctype html"[..], b"<html"].iter().any(|tag| start.starts_with(tag));
+    ensure!(!is_html, "{}: an HTML page, not the file itself; {DOWNLOAD_AGAIN}", shown_path(path));
+    Ok(())
+}
+
+/// A name or value that came from a file, as messages show it: control characters and those that reverse the direction of text are
+/// escaped, and what is longer than 200 characters is cut.
+pub fn shown(text: &str) -> String {
+    const MAX_CHARS: usize = 200;
+    let cut = text.char_indices().nth(MAX_CHARS).map_or(text.len(), |(at, _)| at);
+    let dots = if cut < text.len() { format!("… ({} bytes)", text.len()) } else { String::new() };
+    escaped(&text[..cut]).into_owned() + &dots
+}
+
+/// A path as messages show it, escaped as [`shown`] does.
+pub fn shown_path(path: &Path) -> String {
+    escaped(&path.to_string_lossy()).into_owned()
+}
+
+/// Problems as lines of one message, indented; of many, the first 20.
+pub fn listed(problems: &[String]) -> String {
+    const MAX_LINES: usize = 20;
+    let mut lines = problems.iter().take(MAX_LINES).fold(String::new(), |text, problem| text + "\n  " + problem);
+    if problems.len() > MAX_LINES {
+        lines += &format!("\n  and {} more", problems.len() - MAX_LINES);
+    }
+    lines
+}
+
+/// The text with control characters, and those that reverse the direction of text, as Rust's escapes.
+pub fn escaped(text: &str) -> Cow<'_, str> {
+    let hidden = |c: char| {
+        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    if !text.contains(hidden) {
+        return text.into();
+    }
+    text.chars()
+        .map(|c| if hidden(c) { c.escape_default().to_string() } else { c.to_string() })
+        .collect::<String>()
+        .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+    use tempfile::tempdir;
+
+    #[test]
+    fn only_regular_files_are_opened() {
+        let dir = tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        rustix::fs::mknodat(rustix::fs::CWD, path("fifo"), rustix::fs::FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .unwrap();
+        let _socket = UnixListener::bind(path("socket")).unwrap();
+        std::os::unix::fs::symlink("loop", path("loop")).unwrap();
+        std::os::unix::fs::symlink(path("fifo"), path("link")).unwrap();
+        for (name, found) in [
+            ("fifo", "fifo: a FIFO"),
+            ("link", "link: a FIFO"),
+            ("socket", "socket: a socket"),
+            ("", ": a folder"),
+            ("loop", "loop: Too many levels of symbolic links"),
+            ("none", "none: No such file"),
+        ] {
+            let error = format!("{:#}", open(&path(name)).unwrap_err());
+            assert!(error.contains(found), "{found} in {error}");
+        }
+        let error = open(Path::new("/dev/zero")).unwrap_err().to_string();
+        assert!(error.contains("/dev/zero: a device"), "{error}");
+        std::fs::write(path("file"), "text").unwrap();
+        std::os::unix::fs::symlink("file", path("good")).unwrap();
+        assert_eq!(read_text(&path("good"), 4).unwrap(), "text");
+    }
+
+    #[test]
+    fn sizes_are_bounded_before_anything_is_read() {
+        let dir = tempdir().unwrap();
+        let path = dir.path().join("sparse");
+        File::create(&path).unwrap().set_len(1 << 40).unwrap();
+        let error = read(&path, 1 << 20).unwrap_err().to_string();
+        assert!(error.contains("1099511627776 bytes, at most 1048576"), "{error}");
+        // The size of a file of /proc is 0, whatever it holds.
+        let error = read(Path::new("/proc/self/maps"), 10).unwrap_err().to_string();
+        assert!(error.contains("11 bytes, at most 10"), "{error}");
+    }
+
+    #[test]
+    fn other_content_is_recognized() {
+        let dir = tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        for (content, found) in [
+            ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "a Git LFS pointer"),
+            ("\n <!DOCTYPE HTML><html>", "an HTML page"),
+            ("<html lang=en>", "an HTML page"),
+            (" \n", "an empty file"),
+            ("{\"a\": ", "not the JSON that is expected: EOF"),
+        ] {
+            std::fs::write(&path, content).unwrap();
+            let error = format!("{:#}", read_json::<serde_json::Value>(&path, 1000).unwrap_err());
+            assert!(error.contains(&format!("config.json: {found}")), "{found} in {error}");
+        }
+        std::fs::write(&path, [b'a', 0xff]).unwrap();
+        assert!(format!("{:#}", read_text(&path, 10).unwrap_err()).contains("config.json: not UTF-8: invalid utf-8"));
+    }
+
+    #[test]
+    fn what_is_shown_moves_no_cursor() {
+        assert_eq!(shown("plain ü"), "plain ü");
+        assert_eq!(shown("a\x1b[2J\n\u{202e}b\u{9b}"), "a\\u{1b}[2J\\n\\u{202e}b\\u{9b}");
+        assert_eq!(shown(&"ü".repeat(300)), format!("{}… (600 bytes)", "ü".repeat(200)));
+        assert_eq!(shown_path(Path::new("a\nb")), "a\\nb");
+        assert_eq!(listed(&["a".into(), "b".into()]), "\n  a\n  b");
+        assert!(listed(&vec!["a".into(); 1000]).ends_with("\n  a\n  and 980 more"));
+    }
+}
