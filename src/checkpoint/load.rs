@@ -1,15 +1,16 @@
 //! From a Hugging Face directory to what a rank holds: shard files are made when they are not there, then mapped.
 //!
 //! Units are dealt to ranks in rounds. Each rank quantizes the whole tensors of its unit (the offset of double
-//! quantization is the mean over a whole tensor), lays them out and hands every other rank its shard. So the bytes do not
-//! depend on who computed them, and a rank holds one unit, its shards of a round, and no more.
+//! quantization is the mean over a whole tensor), lays them out and sends every other rank the shards that it wants of them,
+//! in pieces. So the bytes do not depend on who computed them, and a rank holds one unit and one piece.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_u64, anywhere, barrier};
+use crate::comm::pairs::{self, PIECE_BYTES};
+use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_bytes, all_gather_u64s, anywhere, barrier, host_name};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::{UnitLayout, UnitTensor};
 use crate::fsdp::unit::{self, Encodings, NumUnits};
@@ -134,6 +135,13 @@ pub fn open(dir: &Path, options: &LoadOptions) -> Result<OpenedBase> {
     Ok(OpenedBase { model: Arc::new(model), config, layouts, spec })
 }
 
+/// The ranks that make units, in the order in which units are dealt to them. Collective.
+fn makers(comm: &mut dyn Comm, num_units: usize) -> Result<Vec<String>> {
+    let own = format!("rank {} on {}", comm.rank(), host_name());
+    let all = all_gather_bytes(comm, own.as_bytes())?;
+    Ok(all.into_iter().take(num_units).map(|name| String::from_utf8_lossy(&name).into_owned()).collect())
+}
+
 /// How many parts a unit can be cut into.
 fn num_records(layout: &UnitLayout) -> usize {
     layout.tensors().iter().map(|t| t.elements.len().div_ceil(RECORD_WEIGHTS)).sum()
@@ -176,39 +184,50 @@ impl OpenedBase {
 
     /// Makes the files of the shards that this rank `writes`, together with all ranks.
     pub fn write(&self, comm: &mut dyn Comm, writes: &[usize], tell: &mut dyn FnMut(String)) -> Result<()> {
-        let (rank, world_size) = (comm.rank(), comm.world_size());
-        let mut writers = writes.iter().map(|&s| ShardWriter::create(&self.spec, s)).collect::<Result<Vec<_>>>()?;
-        // Every rank tells which shards it wants of each unit: rank-major, padded to the longest list.
-        let longest = all_gather_u64(comm, writes.len() as u64)?.into_iter().max().unwrap_or(0) as usize;
-        let mut wanted = Vec::new();
-        for i in 0..longest {
-            wanted.push(all_gather_u64(comm, writes.get(i).map_or(u64::MAX, |&s| s as u64))?);
-        }
-        let (num_units, mut last_tenth) = (self.layouts.len(), 0);
+        self.write_in_pieces(comm, writes, tell, PIECE_BYTES)
+    }
+
+    /// In turn, each rank sends every rank the parts that it wants of its unit. A rank holds its unit and one piece.
+    fn write_in_pieces(
+        &self,
+        comm: &mut dyn Comm,
+        writes: &[usize],
+        tell: &mut dyn FnMut(String),
+        piece_bytes: usize,
+    ) -> Result<()> {
+        let (rank, world_size, num_units) = (comm.rank(), comm.world_size(), self.layouts.len());
+        let wanted = all_gather_u64s(comm, &writes.iter().map(|&shard| shard as u64).collect::<Vec<_>>())?;
+        let makers = makers(comm, num_units)?;
+        let part_bytes = |shard: usize| self.layouts.iter().map(|layout| layout.shard_range(shard).len()).collect();
+        let create = |&shard: &usize| ShardWriter::create(&self.spec, shard, part_bytes(shard), &makers);
+        let mut writers = writes.iter().map(create).collect::<Result<Vec<_>>>()?;
+        let (mut buffer, mut last_tenth) = (Vec::new(), 0);
         for first in (0..num_units).step_by(world_size) {
-            let round = first..(first + world_size).min(num_units);
             // At the start, and then about every tenth.
             if first == 0 || last_tenth != first * 10 / num_units {
                 last_tenth = first * 10 / num_units;
                 tell(format!("quantizing unit {} of {num_units} to {}", first + 1, self.spec.dir.display()));
             }
-            let part = round.clone().map(|u| self.spec.unit_bytes[u]).max().unwrap_or(0);
-            let flat = match round.clone().nth(rank) {
-                Some(unit) => self.sharded_flat(unit)?,
-                None => Vec::new(),
-            };
-            for (i, wanted) in wanted.iter().enumerate() {
-                let mut send = vec![0u8; part * world_size];
-                for (to, &shard) in wanted.iter().enumerate().filter(|&(_, &s)| s != u64::MAX && !flat.is_empty()) {
-                    let bytes = self.spec.unit_bytes[first + rank];
-                    send[to * part..to * part + bytes].copy_from_slice(&flat[shard as usize * bytes..][..bytes]);
-                }
-                let mut received = vec![0u8; part * world_size];
-                comm.all_to_all(&send, &mut received)?;
-                if let Some(writer) = writers.get_mut(i) {
-                    for (from, unit) in round.clone().enumerate() {
-                        writer.write_unit(unit, &received[from * part..][..self.spec.unit_bytes[unit]])?;
+            let own = self.layouts.get(first + rank);
+            let flat = own.map_or(Ok(Vec::new()), |layout| self.flat(layout))?;
+            for (to, from) in pairs::turns(rank, world_size) {
+                let mut sent = own
+                    .into_iter()
+                    .flat_map(|layout| wanted[to].iter().map(|&shard| layout.shard_range(shard as usize)))
+                    .flat_map(|range| flat[range].chunks(piece_bytes));
+                let mut received = self.layouts.get(first + from).into_iter().flat_map(|layout| {
+                    let pieces = |&shard: &usize| layout.shard_range(shard).len().div_ceil(piece_bytes);
+                    writes.iter().enumerate().flat_map(move |(i, shard)| std::iter::repeat_n(i, pieces(shard)))
+                });
+                loop {
+                    let (piece, writer) = (sent.next(), received.next());
+                    if piece.is_none() && writer.is_none() {
+                        break;
                     }
+                    let left = writer.map_or(0, |i| writers[i].bytes_left(first + from));
+                    buffer.resize(left.min(piece_bytes), 0);
+                    comm.send_receive(to, piece.unwrap_or_default(), from, &mut buffer)?;
+                    writer.map_or(Ok(()), |i| writers[i].append(first + from, &buffer))?;
                 }
             }
         }
@@ -216,19 +235,13 @@ impl OpenedBase {
         barrier(comm)
     }
 
-    /// All shards of a unit, padding included, one after the other.
-    fn sharded_flat(&self, unit: usize) -> Result<Vec<u8>> {
-        let layout = &self.layouts[unit];
+    /// A unit without padding: its shards one after the other.
+    fn flat(&self, layout: &UnitLayout) -> Result<Vec<u8>> {
         let mut flat = vec![0u8; layout.flat_bytes()];
         for (idx, tensor) in layout.tensors().iter().enumerate() {
             self.tensor_records(tensor, &mut flat[layout.tensor_range(idx)])?;
         }
-        let mut shards = vec![0u8; layout.gathered_bytes()];
-        for shard in 0..layout.num_shards() {
-            let range = layout.shard_range(shard);
-            shards[shard * layout.shard_bytes()..][..range.len()].copy_from_slice(&flat[range]);
-        }
-        Ok(shards)
+        Ok(flat)
     }
 
     fn tensor_records(&self, tensor: &UnitTensor, out: &mut [u8]) -> Result<()> {
@@ -288,6 +301,87 @@ impl OpenedBase {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::comm::local::LocalComm;
+    use safetensors::SafeTensors;
+
+    /// Refuses messages of more than a piece, and all that every rank would get a copy of.
+    struct Pieces {
+        comm: LocalComm,
+        piece_bytes: usize,
+    }
+
+    /// Bytes of a rank in a collective that only says who wants what.
+    const A_FEW: usize = 200;
+
+    impl Comm for Pieces {
+        fn rank(&self) -> usize {
+            self.comm.rank()
+        }
+
+        fn world_size(&self) -> usize {
+            self.comm.world_size()
+        }
+
+        fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
+            ensure!(send.len() <= A_FEW, "{} bytes to all", send.len());
+            self.comm.all_gather(send, recv)
+        }
+
+        fn all_to_all(&mut self, send: &[u8], _: &mut [u8]) -> Result<()> {
+            bail!("{} bytes to all", send.len())
+        }
+
+        fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()> {
+            ensure!(send.len().max(recv.len()) <= self.piece_bytes, "{} and {} bytes", send.len(), recv.len());
+            self.comm.send_receive(to, send, from, recv)
+        }
+    }
+
+    /// The units of each shard's file, made by the ranks of a world, each of which writes some shards.
+    fn made(writes: &[&[usize]], num_shards: usize, piece_bytes: usize) -> Vec<Vec<Vec<u8>>> {
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
+        let folder = tempfile::tempdir().unwrap();
+        std::thread::scope(|scope| {
+            for comm in LocalComm::world(writes.len()) {
+                let (folder, tiny) = (&folder, &tiny);
+                scope.spawn(move || {
+                    let dir = folder.path().join(comm.rank().to_string());
+                    let options = LoadOptions { load_in_4bit: true, double_quant: None, shards: Some(dir), num_shards };
+                    let opened = open(tiny, &options).unwrap();
+                    let own = writes[comm.rank()];
+                    let mut comm = Pieces { comm, piece_bytes };
+                    opened.write_in_pieces(&mut comm, own, &mut |_| (), piece_bytes).unwrap();
+                    own.iter().for_each(|&shard| assert!(matches!(opened.spec.open(shard), Ok(Found::Valid(_)))));
+                });
+            }
+        });
+        let files = (0..writes.len()).flat_map(|rank| writes[rank].iter().map(move |shard| (shard, rank)));
+        let mut shards = vec![Vec::new(); num_shards];
+        for (&shard, rank) in files {
+            let name = format!("{rank}/nf4-{shard:05}-of-{num_shards:05}.safetensors");
+            let bytes = std::fs::read(folder.path().join(name)).unwrap();
+            let file = SafeTensors::deserialize(&bytes).unwrap();
+            let mut units: Vec<_> = file.iter().map(|(name, unit)| (name, unit.data().to_vec())).collect();
+            units.sort();
+            let units: Vec<Vec<u8>> = units.into_iter().map(|(_, bytes)| bytes).collect();
+            assert!(shards[shard].is_empty() || shards[shard] == units, "shard {shard} of rank {rank}");
+            shards[shard] = units;
+        }
+        shards
+    }
+
+    #[test]
+    fn shards_are_the_same_whoever_makes_and_writes_them_in_pieces_of_any_size() {
+        let alone = made(&[&[0, 1, 2]], 3, usize::MAX);
+        // full_shard, hybrid_shard of two nodes, `quantize` with ranks that write several and none.
+        for writes in [&[&[0][..], &[1], &[2]][..], &[&[0], &[1], &[2], &[0], &[1], &[2]], &[&[2, 0], &[], &[1]]] {
+            for piece_bytes in [1000, 4096, 1 << 20] {
+                assert!(made(writes, 3, piece_bytes) == alone, "{writes:?} in pieces of {piece_bytes}");
+            }
+        }
+        // no_shard: some ranks write the whole.
+        assert!(made(&[&[0], &[], &[0], &[], &[]], 1, 4096) == made(&[&[0]], 1, usize::MAX));
+    }
 
     #[test]
     fn a_config_is_enough_for_a_plan() {

@@ -1,9 +1,11 @@
 //! Shard files: one safetensors file per shard, `nf4-00000-of-00002.safetensors`.
 //!
 //! Each unit is one U8 tensor, `unit.00000` and so on, of equal length in every shard (`fsdp::layout`). The metadata says
-//! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. A file is written beside and
-//! renamed; one whose metadata is not what is expected is stale, one whose checksums fail is damaged.
+//! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also tells which program, and which
+//! rank on which machine, made each unit; files of before it did are valid. A file is written beside and renamed; one whose
+//! metadata is not what is expected is stale, one whose checksums fail is damaged.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::num::NonZeroU64;
@@ -17,13 +19,20 @@ use rustix::fs::{Advice, fadvise};
 use safetensors::SafeTensors;
 use serde_json::{Map, Value, json};
 use tempfile::NamedTempFile;
-use xxhash_rust::xxh3::xxh3_64;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::comm::{ShardBytes, SharedBytes};
 use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
 
 use super::atomic;
 use super::source::map;
+
+/// Key of the program that made a file, and its value.
+const PROGRAM_KEY: &str = "program";
+const PROGRAM: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
+
+/// Key of a JSON list of the ranks that made the units: unit u was made by entry u modulo the length of the list.
+const MAKERS_KEY: &str = "makers";
 
 /// Data begins at a multiple of this.
 const DATA_ALIGN_BYTES: usize = 64;
@@ -67,6 +76,7 @@ impl ShardSpec {
         self.unit_bytes.iter().sum()
     }
 
+    /// The metadata that a file must have to be valid.
     fn metadata(&self, shard: usize, checksums: &[u64]) -> Map<String, Value> {
         let text = |v: String| Value::String(v);
         let checksums: Vec<String> = checksums.iter().map(|c| format!("{c:016x}")).collect();
@@ -81,9 +91,12 @@ impl ShardSpec {
     }
 
     /// The file's first bytes. Their number does not depend on the checksums.
-    fn header(&self, shard: usize, checksums: &[u64]) -> Vec<u8> {
+    fn header(&self, shard: usize, checksums: &[u64], makers: &[String]) -> Vec<u8> {
         let mut header = Map::new();
-        header.insert("__metadata__".into(), Value::Object(self.metadata(shard, checksums)));
+        let mut metadata = self.metadata(shard, checksums);
+        metadata.insert(PROGRAM_KEY.into(), PROGRAM.into());
+        metadata.insert(MAKERS_KEY.into(), json!(makers).to_string().into());
+        header.insert("__metadata__".into(), Value::Object(metadata));
         let mut begin = 0;
         for (idx, bytes) in self.unit_bytes.iter().enumerate() {
             let entry = json!({"dtype": "U8", "shape": [bytes], "data_offsets": [begin, begin + bytes]});
@@ -134,7 +147,12 @@ impl ShardSpec {
         let mut units = Vec::new();
         for (idx, (&bytes, &checksum)) in self.unit_bytes.iter().zip(&checksums).enumerate() {
             let range = begin..begin + bytes;
-            ensure!(xxh3_64(&file[range.clone()]) == checksum, "damaged: the checksum of {} is wrong", unit_name(idx));
+            ensure!(
+                xxh3_64(&file[range.clone()]) == checksum,
+                "damaged: the checksum of {} is wrong{}",
+                unit_name(idx),
+                made_by(&metadata, idx)
+            );
             units.push(Arc::new(MappedUnit { file: mapped.clone(), range }) as SharedBytes);
             begin += bytes;
         }
@@ -144,6 +162,15 @@ impl ShardSpec {
 
 fn unit_name(idx: usize) -> String {
     format!("unit.{idx:05}")
+}
+
+/// Says who made a unit, where the file tells.
+fn made_by(metadata: &HashMap<String, String>, idx: usize) -> String {
+    let makers: Option<Vec<String>> = metadata.get(MAKERS_KEY).and_then(|text| serde_json::from_str(text).ok());
+    match (makers.as_deref(), metadata.get(PROGRAM_KEY)) {
+        (Some(makers @ [_, ..]), Some(program)) => format!(" (made by {}, {program})", makers[idx % makers.len()]),
+        _ => String::new(),
+    }
 }
 
 struct MappedFile {
@@ -173,36 +200,62 @@ impl AsRef<[u8]> for MappedUnit {
     }
 }
 
-/// Writes one shard's file; units may come in any order.
+/// Writes one shard's file. Units may come in any order, each in pieces.
 pub struct ShardWriter<'a> {
     spec: &'a ShardSpec,
     shard: usize,
     file: NamedTempFile,
+    makers: &'a [String],
     header_bytes: usize,
-    checksums: Vec<u64>,
+    units: Vec<WrittenUnit>,
+}
+
+/// How much of a unit has been written.
+struct WrittenUnit {
+    /// Bytes without padding.
+    bytes: usize,
+    written: usize,
+    checksum: Xxh3,
 }
 
 impl<'a> ShardWriter<'a> {
-    /// Fails before anything is written when the disk has no room.
-    pub fn create(spec: &'a ShardSpec, shard: usize) -> Result<Self> {
+    /// `part_bytes`: the bytes of each unit's shard without padding. Fails before anything is written when the disk has no room.
+    pub fn create(spec: &'a ShardSpec, shard: usize, part_bytes: Vec<usize>, makers: &'a [String]) -> Result<Self> {
         let path = spec.path(shard);
         let file = atomic::beside_with_room(&path, spec.data_bytes())
             .context("a shard; another folder can be given with `shards`")?;
-        let checksums = vec![0; spec.unit_bytes.len()];
-        Ok(Self { header_bytes: spec.header(shard, &checksums).len(), spec, shard, file, checksums })
+        let header_bytes = spec.header(shard, &vec![0; part_bytes.len()], makers).len();
+        let unit = |bytes| WrittenUnit { bytes, written: 0, checksum: Xxh3::new() };
+        Ok(Self { spec, shard, file, makers, header_bytes, units: part_bytes.into_iter().map(unit).collect() })
     }
 
-    /// One unit's bytes, padding included.
-    pub fn write_unit(&mut self, idx: usize, bytes: &[u8]) -> Result<()> {
-        ensure!(bytes.len() == self.spec.unit_bytes[idx], "unit {idx} has {} bytes", bytes.len());
-        self.checksums[idx] = xxh3_64(bytes);
-        let offset = self.header_bytes + self.spec.unit_bytes[..idx].iter().sum::<usize>();
+    /// Bytes of a unit that have not been written yet, without padding.
+    pub fn bytes_left(&self, idx: usize) -> usize {
+        self.units[idx].bytes - self.units[idx].written
+    }
+
+    /// The next bytes of a unit.
+    pub fn append(&mut self, idx: usize, bytes: &[u8]) -> Result<()> {
+        ensure!(bytes.len() <= self.bytes_left(idx), "unit {idx}: {} bytes too many", bytes.len());
+        self.pad(idx, bytes)
+    }
+
+    fn pad(&mut self, idx: usize, bytes: &[u8]) -> Result<()> {
+        let unit = &mut self.units[idx];
+        let offset = self.header_bytes + self.spec.unit_bytes[..idx].iter().sum::<usize>() + unit.written;
+        unit.checksum.update(bytes);
+        unit.written += bytes.len();
         self.write_at(offset, bytes)
     }
 
-    /// The header, with the checksums; then the file gets its name.
+    /// Padding and the header, with the checksums; then the file gets its name.
     pub fn finish(mut self) -> Result<()> {
-        let header = self.spec.header(self.shard, &self.checksums);
+        for idx in 0..self.units.len() {
+            ensure!(self.bytes_left(idx) == 0, "unit {idx}: {} bytes are missing", self.bytes_left(idx));
+            self.pad(idx, &vec![0; self.spec.unit_bytes[idx] - self.units[idx].written])?;
+        }
+        let checksums: Vec<u64> = self.units.iter().map(|unit| unit.checksum.digest()).collect();
+        let header = self.spec.header(self.shard, &checksums, self.makers);
         self.write_at(0, &header)?;
         atomic::rename(self.file, &self.spec.path(self.shard))
     }

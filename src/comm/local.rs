@@ -69,15 +69,32 @@ impl Comm for LocalComm {
         );
         let part = send.len() / self.world_size();
         for (rank, to) in self.to.iter().enumerate() {
-            to.send(send[rank * part..(rank + 1) * part].to_vec())
-                .ok()
-                .with_context(|| format!("rank {rank} has gone"))?;
+            pass(rank, to, &send[rank * part..][..part])?;
         }
         for (rank, from) in self.from.iter().enumerate() {
-            let bytes = from.recv().with_context(|| format!("rank {rank} has gone"))?;
-            ensure!(bytes.len() == part, "rank {rank} sent {} bytes, expected {part}", bytes.len());
-            recv[rank * part..(rank + 1) * part].copy_from_slice(&bytes);
+            take(rank, from, &mut recv[rank * part..][..part])?;
         }
         Ok(())
     }
+
+    fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()> {
+        if !send.is_empty() {
+            pass(to, &self.to[to], send)?;
+        }
+        if !recv.is_empty() {
+            take(from, &self.from[from], recv)?;
+        }
+        Ok(())
+    }
+}
+
+fn pass(rank: usize, to: &Sender<Vec<u8>>, bytes: &[u8]) -> Result<()> {
+    to.send(bytes.to_vec()).ok().with_context(|| format!("rank {rank} has gone"))
+}
+
+fn take(rank: usize, from: &Receiver<Vec<u8>>, out: &mut [u8]) -> Result<()> {
+    let bytes = from.recv().with_context(|| format!("rank {rank} has gone"))?;
+    ensure!(bytes.len() == out.len(), "rank {rank} sent {} bytes, expected {}", bytes.len(), out.len());
+    out.copy_from_slice(&bytes);
+    Ok(())
 }

@@ -8,6 +8,7 @@ pub mod local;
 pub mod mpi;
 pub mod nccl;
 mod node;
+pub mod pairs;
 pub mod spans;
 mod watchdog;
 
@@ -20,7 +21,8 @@ use crate::choices::choices;
 use crate::device::{Buffer, Device, Element, HostBuffer, Place};
 use spans::Span;
 
-/// Blocking collectives on host memory. All ranks call the same ones in the same order, from one thread each.
+/// Blocking collectives on host memory, of any number of bytes. All ranks call the same ones in the same order, from one thread
+/// each.
 pub trait Comm: Send {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
@@ -28,6 +30,9 @@ pub trait Comm: Send {
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
     /// Part r of `send` goes to rank r; part r of `recv` comes from rank r. Both have world_size equal parts.
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
+    /// Sends `send` to rank `to` while `recv` is filled by rank `from`, each of which calls this too, with as many bytes. No message
+    /// goes where there are no bytes.
+    fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()>;
 }
 
 /// The ranks of a job, as a sharding strategy groups them.
@@ -241,7 +246,33 @@ pub struct HostCopy<D: Device, T> {
 pub fn all_gather_u64(comm: &mut dyn Comm, value: u64) -> Result<Vec<u64>> {
     let mut recv = vec![0u8; 8 * comm.world_size()];
     comm.all_gather(&value.to_le_bytes(), &mut recv)?;
-    Ok(recv.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes"))).collect())
+    Ok(u64s(&recv))
+}
+
+/// Every rank's `bytes`, in rank order; each rank may have another number of them.
+pub fn all_gather_bytes(comm: &mut dyn Comm, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let lengths = all_gather_u64(comm, bytes.len() as u64)?;
+    let longest = lengths.iter().max().map_or(0, |&len| len as usize);
+    let mut send = bytes.to_vec();
+    send.resize(longest, 0);
+    let mut recv = vec![0; longest * comm.world_size()];
+    comm.all_gather(&send, &mut recv)?;
+    Ok(lengths.iter().enumerate().map(|(rank, &len)| recv[rank * longest..][..len as usize].to_vec()).collect())
+}
+
+/// Every rank's `values`, in rank order; each rank may have another number of them.
+pub fn all_gather_u64s(comm: &mut dyn Comm, values: &[u64]) -> Result<Vec<Vec<u64>>> {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    Ok(all_gather_bytes(comm, &bytes)?.iter().map(|bytes| u64s(bytes)).collect())
+}
+
+fn u64s(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes"))).collect()
+}
+
+/// Name of this machine, for messages and for the record.
+pub fn host_name() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname").map_or("an unknown host".into(), |name| name.trim().into())
 }
 
 /// Whether it is so on any rank.

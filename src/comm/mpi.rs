@@ -10,6 +10,7 @@ use mpi::environment::Universe;
 use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::*;
 
+use super::pairs::{self, PIECE_BYTES};
 use super::{Comm, Groups};
 
 /// Variables in which a launcher says how many ranks it started.
@@ -150,9 +151,9 @@ impl MpiComm {
     }
 }
 
-fn check_count(bytes: usize) -> Result<()> {
-    ensure!(i32::try_from(bytes).is_ok(), "{bytes} bytes in one MPI message; MPI counts to {}", i32::MAX);
-    Ok(())
+/// Whether MPI, which counts in `i32`, can move this many bytes in one call.
+fn is_countable(bytes: usize) -> bool {
+    i32::try_from(bytes).is_ok()
 }
 
 fn poll<'a, T: ?Sized>(
@@ -193,7 +194,9 @@ impl Comm for MpiComm {
 
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
         ensure!(recv.len() == send.len() * self.world_size, "all_gather: {} into {} bytes", send.len(), recv.len());
-        check_count(recv.len())?;
+        if !is_countable(recv.len()) {
+            return pairs::all_gather(self, send, recv);
+        }
         let limit = self.timeout;
         mpi::request::scope(|scope| {
             poll("all_gather", self.communicator.immediate_all_gather_into(scope, send, recv), limit)
@@ -206,10 +209,36 @@ impl Comm for MpiComm {
             "all_to_all: {} bytes",
             send.len()
         );
-        check_count(recv.len())?;
+        if !is_countable(recv.len()) {
+            return pairs::all_to_all(self, send, recv);
+        }
         let limit = self.timeout;
         mpi::request::scope(|scope| {
             poll("all_to_all", self.communicator.immediate_all_to_all_into(scope, send, recv), limit)
         })
+    }
+
+    fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()> {
+        ensure!(to < self.world_size && from < self.world_size, "send_receive: ranks {to} and {from}");
+        if to == self.rank && from == self.rank {
+            ensure!(send.len() == recv.len(), "send_receive: {} into {} bytes", send.len(), recv.len());
+            recv.copy_from_slice(send);
+            return Ok(());
+        }
+        let limit = self.timeout;
+        let [to, from] = [to, from].map(|rank| self.communicator.process_at_rank(rank as i32));
+        let (mut pieces, mut places) = (send.chunks(PIECE_BYTES), recv.chunks_mut(PIECE_BYTES));
+        loop {
+            let (piece, place) = (pieces.next(), places.next());
+            if piece.is_none() && place.is_none() {
+                return Ok(());
+            }
+            mpi::request::scope(|scope| {
+                let received = place.map(|place| from.immediate_receive_into(scope, place));
+                let sent = piece.map(|piece| to.immediate_send(scope, piece));
+                received.map_or(Ok(()), |request| poll("receiving from a rank", request, limit))?;
+                sent.map_or(Ok(()), |request| poll("sending to a rank", request, limit))
+            })?;
+        }
     }
 }
