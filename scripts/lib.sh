@@ -21,3 +21,13 @@ fail() {
     say "error: $*"
     exit 1
 }
+
+# python_packages NAME REQUIREMENTS: sets `venv` to a Python environment of the cache folder that holds these packages
+python_packages() {
+    venv=$cache/$1
+    cmp -s "$2" "$venv/installed.txt" && return
+    say "fetching the packages of $2 into $venv"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$2"
+    cp "$2" "$venv/installed.txt"
+}
