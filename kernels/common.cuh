@@ -19,6 +19,11 @@ struct alignas(16) Act8 {
     Act at[8];
 };
 
+// Eight numbers that go with them.
+struct alignas(16) Float8 {
+    float at[8];
+};
+
 #ifdef ACT_F16
 #define ACT_NAME "f16"
 #else

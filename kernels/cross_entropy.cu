@@ -2,21 +2,34 @@
 // its probabilities; and the end of it. One block a token.
 #include "common.cuh"
 
+// W logits that lie together, and as many activations.
+template <int W> struct alignas(4 * W) Logits {
+    float at[W];
+};
+template <int W> struct alignas(2 * W) Probabilities {
+    Act at[W];
+};
+
 // The running max, sum and target_logit take a piece in; `acc` [hidden] is rescaled to the new maximum. The row of logits f32
 // [rows] becomes exp(logit − new max) as activations, in its first half: every thread has read what it needs before any writes.
-// blockDim 256, rows ≤ 4096; hidden is 0 where there is no acc.
-extern "C" __global__ void cross_entropy_piece(float *max, float *sum, float *target_logit, float *acc, float *logits,
-                                               const u32 *target_ids, u32 rows, u32 first_id, u32 hidden) {
-    const int PER_THREAD = 16;
+// A thread takes W logits at a time, rows is a multiple of W. hidden is 0 where there is no acc.
+template <int W>
+__device__ __forceinline__ void take_piece(float *max, float *sum, float *target_logit, float *acc, float *logits,
+                                           const u32 *target_ids, u32 rows, u32 first_id, u32 hidden) {
+    const int PER_THREAD = 16 / W;
     u64 token = blockIdx.x;
     float *row = logits + token * rows;
-    float values[PER_THREAD];
+    Logits<W> values[PER_THREAD];
     float largest = -INFINITY_F32;
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         u32 i = j * 256 + threadIdx.x;
-        values[j] = i < rows ? row[i] : -INFINITY_F32;
-        largest = fmaxf(largest, values[j]);
+        if (i * W < rows) values[j] = ((const Logits<W> *)row)[i];
+#pragma unroll
+        for (int w = 0; w < W; w++) {
+            if (i * W >= rows) values[j].at[w] = -INFINITY_F32;
+            largest = fmaxf(largest, values[j].at[w]);
+        }
     }
     u32 target = target_ids[token] - first_id;
     if (threadIdx.x == 0 && target < rows) target_logit[token] = row[target];
@@ -25,9 +38,14 @@ extern "C" __global__ void cross_entropy_piece(float *max, float *sum, float *ta
 #pragma unroll
     for (int j = 0; j < PER_THREAD; j++) {
         u32 i = j * 256 + threadIdx.x;
-        values[j] = expf(values[j] - new_max);
-        if (i < rows) ((Act *)row)[i] = to_act(values[j]);
-        total += values[j];
+        Probabilities<W> rounded;
+#pragma unroll
+        for (int w = 0; w < W; w++) {
+            float value = expf(values[j].at[w] - new_max);
+            rounded.at[w] = to_act(value);
+            total += value;
+        }
+        if (i * W < rows) ((Probabilities<W> *)row)[i] = rounded;
     }
     total = block_sum(total);
     float rescale = expf(old_max - new_max);
@@ -39,21 +57,32 @@ extern "C" __global__ void cross_entropy_piece(float *max, float *sum, float *ta
         for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) acc[token * hidden + i] *= rescale;
 }
 
+// blockDim 256, rows ≤ 4096.
+extern "C" __global__ void cross_entropy_piece(float *max, float *sum, float *target_logit, float *acc, float *logits,
+                                               const u32 *target_ids, u32 rows, u32 first_id, u32 hidden) {
+    if (rows % 4 == 0) take_piece<4>(max, sum, target_logit, acc, logits, target_ids, rows, first_id, hidden);
+    else take_piece<1>(max, sum, target_logit, acc, logits, target_ids, rows, first_id, hidden);
+}
+
 // target_rows[i] = W[target] where the target lies in this piece; other rows are left as they are.
-extern "C" __global__ void gather_target_rows(Act *target_rows, const Act *weight, const u32 *target_ids, u32 rows, u32 first_id,
-                                              u32 hidden) {
+extern "C" __global__ void gather_target_rows(Act8 *target_rows, const Act8 *weight, const u32 *target_ids, u32 rows, u32 first_id,
+                                              u32 hidden_eights) {
     u32 target = target_ids[blockIdx.x] - first_id;
     if (target >= rows) return;
-    for (u32 i = threadIdx.x; i < hidden; i += blockDim.x)
-        target_rows[(u64)blockIdx.x * hidden + i] = weight[(u64)target * hidden + i];
+    Act8 *to = target_rows + (u64)blockIdx.x * hidden_eights;
+    const Act8 *from = weight + (u64)target * hidden_eights;
+    for (u32 i = threadIdx.x; i < hidden_eights; i += blockDim.x) to[i] = from[i];
 }
 
 // d_x = coefficient · (acc / sum − W[target])
-extern "C" __global__ void cross_entropy_finish(Act *d_x, const float *acc, const float *sum, const Act *target_rows,
-                                                const float *coefficients, u32 hidden) {
+extern "C" __global__ void cross_entropy_finish(Act8 *d_x, const Float8 *acc, const float *sum, const Act8 *target_rows,
+                                                const float *coefficients, u32 hidden_eights) {
     float reciprocal = 1.0f / sum[blockIdx.x], coefficient = coefficients[blockIdx.x];
-    for (u32 i = threadIdx.x; i < hidden; i += blockDim.x) {
-        u64 at = (u64)blockIdx.x * hidden + i;
-        d_x[at] = to_act(coefficient * (acc[at] * reciprocal - to_f32(target_rows[at])));
+    u64 row = (u64)blockIdx.x * hidden_eights;
+    for (u32 i = threadIdx.x; i < hidden_eights; i += blockDim.x) {
+        Float8 a = acc[row + i];
+        Act8 target = target_rows[row + i], out;
+        for (int j = 0; j < 8; j++) out.at[j] = to_act(coefficient * (a.at[j] * reciprocal - to_f32(target.at[j])));
+        d_x[row + i] = out;
     }
 }

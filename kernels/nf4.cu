@@ -3,6 +3,13 @@
 
 static const u32 BLOCK = 64, RECORD_WEIGHTS = 16384;
 
+// Activations among the dtypes of plain records.
+#ifdef ACT_F16
+static const u32 ACT_DTYPE = 1;
+#else
+static const u32 ACT_DTYPE = 2;
+#endif
+
 __device__ __forceinline__ void store(Act *y, float value) { *y = to_act(value); }
 __device__ __forceinline__ void store(float *y, float value) { *y = value; }
 
@@ -55,17 +62,36 @@ __device__ void dequantize_nf4_records(T *weights, const u8 *records, u64 num_we
     }
 }
 
-// Records of plain weights: dtype 0 f32, 1 f16, 2 bf16.
+__device__ __forceinline__ float plain_weight(const u8 *record, u32 at, u32 dtype) {
+    if (dtype == 0) return ((const float *)record)[at];
+    u16 bits = ((const u16 *)record)[at];
+    return dtype == 1 ? f16_to_f32(bits) : bf16_to_f32(bits);
+}
+
+// at is a multiple of eight.
+__device__ __forceinline__ Float8 eight_plain_weights(const u8 *record, u32 at, u32 dtype) {
+    if (dtype == 0) return ((const Float8 *)record)[at / 8];
+    Act8 bits = ((const Act8 *)record)[at / 8];
+    Float8 values;
+    for (int j = 0; j < 8; j++) values.at[j] = dtype == 1 ? f16_to_f32(bits.at[j].bits) : bf16_to_f32(bits.at[j].bits);
+    return values;
+}
+
+// Records of plain weights: dtype 0 f32, 1 f16, 2 bf16. A thread takes eight weights at a time; they lie in one record. Weights of the
+// type of activations are copied.
 template <typename T>
 __device__ void convert_records(T *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
-    for (u64 i = thread_idx(); i < num_weights; i += num_threads()) {
+    for (u64 i = thread_idx() * 8; i < num_weights; i += num_threads() * 8) {
         const u8 *record = records + i / RECORD_WEIGHTS * record_bytes;
         u32 at = i % RECORD_WEIGHTS;
-        float value;
-        if (dtype == 0) value = ((const float *)record)[at];
-        else if (dtype == 1) value = f16_to_f32(((const u16 *)record)[at]);
-        else value = bf16_to_f32(((const u16 *)record)[at]);
-        store(weights + i, value);
+        if (num_weights - i < 8) {
+            for (u64 j = i; j < num_weights; j++) store(weights + j, plain_weight(record, at + j - i, dtype));
+        } else if (sizeof(T) == 2 && dtype == ACT_DTYPE) {
+            *(uint4 *)(weights + i) = *(const uint4 *)(record + at * 2);
+        } else {
+            Float8 values = eight_plain_weights(record, at, dtype);
+            for (int j = 0; j < 8; j++) store(weights + i + j, values.at[j]);
+        }
     }
 }
 

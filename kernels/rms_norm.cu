@@ -3,10 +3,6 @@
 // the L1 cache, and written once.
 #include "common.cuh"
 
-struct alignas(16) Float8 {
-    float at[8];
-};
-
 // With an addend, x += addend first, rounded to activations: the residual stream.
 extern "C" __global__ void rms_norm_forward(Act8 *y, float *rstd, Act8 *x, const Act8 *addend, const Float8 *weight,
                                             u32 hidden_eights, float eps) {

@@ -1,15 +1,23 @@
 // Rotates pairs (i, i + head_dim/2) of each head in place. x [T, heads · head_dim]; cos, sin [T, head_dim/2] f32; sign −1
-// rotates back. One thread a pair.
+// rotates back. One block a token, a thread eight pairs at a time: every access is 16 bytes wide, and the angles, which all heads of
+// a token share, come from the L1 cache. half_eights is head_dim / 16.
 #include "common.cuh"
 
-extern "C" __global__ void rope(Act *x, const float *cos, const float *sin, u64 num_pairs, u32 num_heads, u32 half, float sign) {
-    for (u64 pair = thread_idx(); pair < num_pairs; pair += num_threads()) {
-        u64 head = pair / half;
-        u32 i = pair % half;
-        u64 angle = head / num_heads * half + i;
-        Act *low = x + head * 2 * half + i, *high = low + half;
-        float a = to_f32(*low), b = to_f32(*high), c = cos[angle], s = sin[angle] * sign;
-        *low = to_act(a * c - b * s);
-        *high = to_act(b * c + a * s);
+extern "C" __global__ void rope(Act8 *x, const Float8 *cos, const Float8 *sin, u32 num_heads, u32 half_eights, float sign) {
+    u64 token = blockIdx.x;
+    Act8 *heads = x + token * num_heads * 2 * half_eights;
+    const Float8 *cos_row = cos + token * half_eights, *sin_row = sin + token * half_eights;
+    for (u32 eight = threadIdx.x; eight < num_heads * half_eights; eight += blockDim.x) {
+        u32 i = eight % half_eights;
+        Act8 *low = heads + eight / half_eights * 2 * half_eights + i, *high = low + half_eights;
+        Act8 a8 = *low, b8 = *high;
+        Float8 c8 = cos_row[i], s8 = sin_row[i];
+        for (int j = 0; j < 8; j++) {
+            float a = to_f32(a8.at[j]), b = to_f32(b8.at[j]), c = c8.at[j], s = s8.at[j] * sign;
+            a8.at[j] = to_act(a * c - b * s);
+            b8.at[j] = to_act(b * c + a * s);
+        }
+        *low = a8;
+        *high = b8;
     }
 }

@@ -8,10 +8,10 @@ macro_rules! choices {
         pub enum $name { $($(#[$variant_doc])* $variant),* }
 
         impl $name {
-            /// The words of a recipe for it.
+            /// The words that a recipe may use.
             pub const ALLOWED: &[&str] = &[$($word),*];
 
-            /// Its word.
+            /// Returns the word of this variant.
             pub fn word(self) -> &'static str {
                 match self {
                     $(Self::$variant => $word),*

@@ -11,8 +11,8 @@ impl<R, F: FnMut() -> R> pulp::WithSimd for Vectorized<F> {
     }
 }
 
-/// Calls `f`, an `#[inline(always)]` closure, in a function of the widest vectors. A closure given to `pulp` as it is
-/// would be called as `FnOnce`, through a shim that is compiled for the narrowest.
+/// Calls `f`, an `#[inline(always)]` closure, in a function that is compiled for the widest vectors. `pulp` would
+/// call a plain closure as `FnOnce`, through a shim that is compiled for the narrowest.
 #[inline(always)]
 pub fn vectorize<R>(f: impl FnMut() -> R) -> R {
     pulp::Arch::new().dispatch(Vectorized(f))

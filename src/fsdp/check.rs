@@ -1,5 +1,5 @@
-//! The rules of a schedule, proved by running it on nothing: [`check`] follows the state of every slot, boundary and
-//! gradient and names the first action that breaks a rule.
+//! Proves the rules of a schedule without performing it: [`check`] follows the state of every slot, boundary and
+//! gradient through the list and names the first action that breaks a rule.
 
 use anyhow::{Result, bail, ensure};
 
@@ -13,7 +13,7 @@ enum Slot {
     Unsharded(Unit),
 }
 
-/// Where a boundary is.
+/// The place of a boundary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Boundary {
     Nowhere,
@@ -31,7 +31,7 @@ enum Grad {
     Reducing(usize),
 }
 
-/// What a schedule has done so far.
+/// The state that a schedule has reached so far.
 struct State<'a> {
     inputs: &'a Inputs,
     slots: Vec<Slot>,

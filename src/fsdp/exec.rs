@@ -26,10 +26,10 @@ use super::offload::Boundaries;
 use super::schedule::{Action, Mode, build};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits, Unit};
 
-/// The frozen base as one rank has it.
+/// The frozen base as one rank holds it.
 pub struct Base {
     pub config: ModelConfig,
-    /// By unit, in the order of [`NumUnits::all`].
+    /// One layout a unit, in the order of [`NumUnits::all`].
     pub layouts: Vec<UnitLayout>,
     /// This rank's shard of each unit; the engine hands them to its queue.
     pub shards: Vec<ShardSource>,
@@ -41,35 +41,35 @@ pub struct Base {
 /// Copies rows of the embedding table: `(ids, out [ids, hidden_size])`.
 pub type Embed = dyn Fn(&[u32], &mut [f32]) -> Result<()> + Sync;
 
-/// Tokens whose rows one thread copies at a time.
+/// Number of tokens whose embedding rows one thread copies at a time.
 const EMBED_TOKENS: usize = 16;
 
-/// What one run of a schedule is about, besides its micro-batches.
+/// The arguments of one run of a schedule, besides its micro-batches.
 #[derive(Clone, Copy, Debug)]
 pub struct RunArgs<'a> {
     pub mode: Mode,
-    /// M of all ranks: those that have fewer micro-batches run empty ones.
+    /// M, the largest of any rank: ranks that have fewer micro-batches run empty ones.
     pub num_micro_batches: usize,
-    /// Of each target token's −log p in the gradient: 1 / all target tokens of the step.
+    /// Weight of each target token's −log p in the gradient: 1 / all target tokens of the step.
     pub coefficient: f32,
-    /// Off: the base alone.
+    /// False computes with the base alone.
     pub adapter: bool,
-    /// Seed and step of the dropout masks; `None`: no dropout.
+    /// Seed and step of the dropout masks; `None` switches dropout off.
     pub dropout: Option<(u64, u32)>,
-    /// What [`Action::Optimizer`] does.
+    /// The update that [`Action::Optimizer`] makes.
     pub update: Option<&'a Update>,
     /// Tokens whose keys and values are there from earlier calls (generation).
     pub num_past_tokens: usize,
 }
 
-/// What came out.
+/// The results of a run.
 #[derive(Clone, Debug, Default)]
 pub struct RunOutput {
     /// log p of each target token, by micro-batch.
     pub log_probabilities: Vec<Vec<f64>>,
     /// Global norm before clipping (training).
     pub grad_norm: f64,
-    /// Time that the computation stood still.
+    /// Time for which the computation stood still.
     pub waits: Waits,
     pub elapsed: Duration,
     /// Bytes of frozen shards received from other ranks.
@@ -85,13 +85,14 @@ enum Slot<D: Ops, Q: Queue<D>> {
     Moving,
 }
 
-/// The trainable values of a gathering unit, or the buffer that a unit without any leaves unused.
+/// The trainable values of a unit that is being gathered, or the buffer that a unit without trainable values leaves
+/// unused.
 enum LoraPart<D: Ops, Q: Queue<D>> {
     Gathering(Q::Pending<TrainableBuffers<D>>),
     Unused(Buffer<D, f32>),
 }
 
-/// A whole gradient of a layer.
+/// The whole gradient of a layer.
 pub(super) enum Grad<D: Ops, Q: Queue<D>> {
     Here(Buffer<D, f32>),
     Reducing(usize, Q::Pending<TrainableBuffers<D>>),
@@ -101,7 +102,7 @@ pub(super) enum Grad<D: Ops, Q: Queue<D>> {
 /// A rank: device, queue, base, adapter and all memory.
 pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) device: D,
-    /// Computes on what is offloaded.
+    /// Computes on values that are offloaded.
     pub(super) host: Cpu,
     pub queue: Q,
     pub(super) base: Base,
@@ -117,12 +118,12 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     dense: Option<Unit>,
     embedding: Vec<D::Act>,
     plan: Plans,
-    /// What the last run did when, if that is recorded.
+    /// Spans of the last run, if they were recorded.
     spans: Option<Vec<Span>>,
 }
 
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
-    /// Takes all memory that will ever be used. `host` computes on what is offloaded.
+    /// Takes all memory that will ever be used. `host` computes on values that are offloaded.
     pub fn new(
         device: D,
         host: Cpu,
@@ -189,14 +190,14 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.lora.as_ref()
     }
 
-    /// Bytes of this rank's shards: of all layers, and of the head.
+    /// Bytes of this rank's shards: those of all layers, and those of the head.
     pub fn shard_bytes(&self) -> (usize, usize) {
         let bytes = |layouts: &[UnitLayout]| layouts.iter().map(UnitLayout::shard_bytes).sum();
         let (layers, head) = self.base.layouts.split_at(self.units.layers);
         (bytes(layers), bytes(head))
     }
 
-    /// Layers and head pieces.
+    /// Number of units: layers and head pieces.
     pub fn num_units(&self) -> usize {
         self.units.count()
     }
@@ -218,13 +219,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.perform(&actions, args, batches)
     }
 
-    /// Keeps what the next runs do when, or no longer.
+    /// Switches the recording of spans on or off for the runs that follow.
     pub fn record_spans(&mut self, on: bool) {
         self.spans = on.then(Vec::new);
         self.queue.record_spans(on);
     }
 
-    /// What the last run did when; nothing if that was not recorded.
+    /// Spans of the last run; empty if they were not recorded.
     pub fn spans(&self) -> &[Span] {
         self.spans.as_deref().unwrap_or_default()
     }
@@ -388,7 +389,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok(())
     }
 
-    /// Place of a micro-batch among those that live at the same time.
+    /// Returns the place of a micro-batch among those that live at the same time.
     pub(super) fn live(&self, micro: usize) -> usize {
         micro % self.memory.batches.len()
     }
@@ -475,7 +476,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             dropout: args.dropout,
         };
         layer::backward(&ctx, &mut d, grads, activations.of(layer_idx, m), x.first(len), scratch)?;
-        // The gradient takes the place of the boundary that backward has consumed; the first layer's nobody needs.
+        // The gradient takes the place of the boundary that backward has consumed. Nobody needs the gradient of the
+        // first layer's input.
         self.boundaries.release(x);
         match layer_idx {
             0 => self.boundaries.release(d),

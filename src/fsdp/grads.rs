@@ -10,7 +10,7 @@ use crate::optim::clip;
 
 use super::exec::{Engine, Grad};
 
-/// Which of a layer's values.
+/// Names one of the values that a layer has for each trainable number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Values {
     Master,
@@ -39,15 +39,16 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok(())
     }
 
-    /// Clips by the global norm and updates; returns the norm before clipping. Where the loss is scaled, a norm that is not
-    /// finite means that some gradient was too large for the scale: all ranks see the same norm, and none updates.
+    /// Clips by the global norm and updates. Returns the norm before clipping. Where the loss is scaled, a norm that
+    /// is not finite means that a gradient was too large for the scale: all ranks see the same norm, so all skip the
+    /// update together.
     pub(super) fn update(&mut self, update: &Update) -> Result<f64> {
         // Gradients that were put to the host are there from here on.
         self.device.synchronize()?;
         let mut sum_of_squares = 0.0;
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
-            // Of what several ranks have, each sums its part.
+            // Where several ranks hold the same values, each sums a part of its own.
             let own = self.trainable.replica_range(self.queue.position().replica);
             sum_of_squares += match grad {
                 Place::Device(grad) => self.device.sum_of_squares(grad.view().range(own))?,
@@ -80,7 +81,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok(norm)
     }
 
-    /// This rank's part of a layer's trainable values becomes that of `values` (as the layout has them).
+    /// Takes this rank's part of `values` as the layer's trainable values. `values` is laid out as the layout says.
     pub fn load_trainable(&mut self, layer: usize, values: &[f32]) -> Result<()> {
         ensure!(values.len() == self.trainable.len, "{} values, the layer has {}", values.len(), self.trainable.len);
         let mut padded = values.to_vec();
@@ -100,7 +101,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         }
     }
 
-    /// A layer's whole values on every rank, as the layout has them.
+    /// Returns all values of a layer on every rank, as the layout has them.
     pub fn gather_trainable_to_host(&mut self, layer: usize, values: Values) -> Result<Vec<f32>> {
         let shard = match values {
             Values::Master => &self.memory.trainables[layer].master,
@@ -137,7 +138,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             hash.update(bytemuck::cast_slice(&self.on_host(master)?));
         }
         let digest = hash.digest();
-        // Two halves, each exact in f64.
+        // Each half of the hash is exact in f64.
         let halves = [(digest >> 32) as f64, (digest & u64::from(u32::MAX)) as f64];
         let all = self.queue.all_gather_f64("checksums of replicas", &halves)?;
         for (rank, other) in all.iter().enumerate().filter(|(rank, _)| rank % position.num_shards == position.shard) {

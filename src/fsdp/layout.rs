@@ -1,8 +1,8 @@
-//! Where each tensor lies in its unit and what each rank holds: pure arithmetic.
+//! The place of each tensor in its unit, and the part of each rank: pure arithmetic.
 //!
-//! A unit's *flat* is the records of its tensors, back to back. It is cut between records into one contiguous part per
-//! shard; every shard is as long as the longest part, so that one all-gather moves a unit. Trainable values are a flat of
-//! f32, cut into equal parts anywhere.
+//! A unit's *flat* is the records of its tensors, back to back. It is cut between records into one contiguous part
+//! per shard. Every shard is padded to the length of the longest part, so that one all-gather moves a unit. Trainable
+//! values are a flat of f32 that may be cut anywhere into equal parts.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ pub const LAYOUT_VERSION: u32 = 2;
 pub struct UnitTensor {
     /// Name in the base checkpoint.
     pub name: String,
-    /// The elements of that tensor that belong here (a head piece is some rows of the head).
+    /// The elements of that tensor that belong to this unit: a head piece has some rows of the head.
     pub elements: Range<usize>,
     pub encoding: Encoding,
 }
@@ -42,7 +42,7 @@ pub struct UnitLayout {
 }
 
 impl UnitLayout {
-    /// Cuts are the record boundaries at or after the even ones.
+    /// Cuts the flat at the first record boundary at or after each even share.
     pub fn new(tensors: Vec<UnitTensor>, num_shards: usize) -> UnitLayout {
         let mut begins = vec![0];
         for tensor in &tensors {
@@ -79,23 +79,23 @@ impl UnitLayout {
         self.shard_bytes * self.num_shards()
     }
 
-    /// The part of the flat that a shard holds.
+    /// Returns the part of the flat that a shard holds.
     pub fn shard_range(&self, shard: usize) -> Range<usize> {
         self.cuts[shard]..self.cuts[shard + 1]
     }
 
-    /// The part of the flat that a tensor's records take.
+    /// Returns the part of the flat that the records of a tensor take.
     pub fn tensor_range(&self, tensor_idx: usize) -> Range<usize> {
         self.begins[tensor_idx]..self.begins[tensor_idx + 1]
     }
 
-    /// What a shard holds of a tensor: weights, counted from its first element in this unit, and the bytes of the shard where their
-    /// records lie.
+    /// Returns what a shard holds of a tensor: a range of weights, counted from the tensor's first element in this
+    /// unit, and the bytes of the shard that hold their records.
     pub fn part(&self, tensor_idx: usize, shard: usize) -> Option<(Range<usize>, Range<usize>)> {
         let tensor = &self.tensors[tensor_idx];
         let (range, shard) = (self.tensor_range(tensor_idx), self.shard_range(shard));
         let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
-        // A byte at a record boundary of this tensor, as a number of weights; the end is not a whole record.
+        // Converts a byte at a record boundary of this tensor to a number of weights; the last record may be shorter.
         let weights_before = |byte: usize| match byte == range.end {
             true => tensor.elements.len(),
             false => (byte - range.start) / record_bytes * RECORD_WEIGHTS,
@@ -104,7 +104,7 @@ impl UnitLayout {
         (begin < end).then(|| (weights_before(begin)..weights_before(end), begin - shard.start..end - shard.start))
     }
 
-    /// Where the tensor lies in the gathered unit: one segment for each shard that holds some of it.
+    /// Returns where the tensor lies in the gathered unit: one segment for each shard that holds some of it.
     pub fn segments(&self, tensor_idx: usize) -> Vec<Segment> {
         let segment = |shard: usize| {
             let (weights, bytes) = self.part(tensor_idx, shard)?;
@@ -121,7 +121,8 @@ fn boundary_at_or_after(tensors: &[UnitTensor], begins: &[usize], byte: usize) -
     begins[idx + 1].min(begins[idx] + (byte - begins[idx]).next_multiple_of(record_bytes))
 }
 
-/// Trainable values of a unit: `len` f32, padded to equal shards, each of which divides into equal parts for the ranks that hold it.
+/// Trainable values of a unit: `len` f32, padded to equal shards. Each shard divides into equal parts for the ranks
+/// that hold it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TrainableLayout {
     pub len: usize,
@@ -140,12 +141,12 @@ impl TrainableLayout {
         self.shard_len() * self.num_shards
     }
 
-    /// The padded values that a shard holds.
+    /// Returns the padded values that a shard holds.
     pub fn shard_range(&self, shard: usize) -> Range<usize> {
         shard * self.shard_len()..(shard + 1) * self.shard_len()
     }
 
-    /// The part of a shard that a replica answers for where one rank must.
+    /// Returns the part of a shard for which one replica answers, where exactly one rank must.
     pub fn replica_range(&self, replica: usize) -> Range<usize> {
         let len = self.shard_len() / self.num_replicas;
         replica * len..(replica + 1) * len

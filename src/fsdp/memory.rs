@@ -17,7 +17,7 @@ use super::layout::{TrainableLayout, UnitLayout};
 use super::schedule::{Accumulation, Inputs, Keep, Mode};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits};
 
-/// What the memory must hold; decided once, before the first step.
+/// The sizes that the memory must hold, decided once, before the first step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// [`Mode::Train`] has room for scoring too.
@@ -33,26 +33,28 @@ pub struct Limits {
     pub keep: Keep,
     pub gather: Gather,
     pub num_slots: usize,
-    /// What is kept on the device and what streams from the host.
+    /// The choice between device and host for everything that may stream.
     pub residency: Residency,
 }
 
-/// What is kept on the device; the rest waits in host memory until it is needed. No choice changes a bit of the result.
+/// Selects what stays on the device. The rest waits in host memory until it is needed. No choice changes a bit of the
+/// result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Residency {
-    /// Units whose shards are on the device.
+    /// Number of units whose shards are on the device.
     pub units: usize,
-    /// LoRA values, gradients and AdamW moments are on the device, and updated there.
+    /// True if LoRA values, gradients and AdamW moments are on the device and updated there.
     pub trainables: bool,
-    /// Device buffers for boundaries.
+    /// Number of device buffers for boundaries.
     pub boundary_buffers: usize,
 }
 
 impl Residency {
-    /// Everything on the device.
+    /// Keeps everything on the device.
     pub const ALL: Residency = Residency { units: usize::MAX, trainables: true, boundary_buffers: usize::MAX };
 
-    /// Which of `num_units` units are resident: spread evenly, so that a fetch always has computation to hide behind.
+    /// Returns which of `num_units` units are resident. They are spread evenly, so that a fetch always has
+    /// computation to hide behind.
     pub fn of_units(&self, num_units: usize) -> Vec<bool> {
         let resident = self.units.min(num_units);
         (0..num_units).map(|i| (i + 1) * resident / num_units > i * resident / num_units).collect()
@@ -60,7 +62,7 @@ impl Residency {
 }
 
 impl Limits {
-    /// Layer-major with two slots; nothing is kept that can be computed again, and everything is on the device.
+    /// Layer-major with two slots, everything on the device, and everything recomputed that can be.
     pub fn new(mode: Mode, max_tokens: usize, max_micro_batches: usize) -> Limits {
         Limits {
             mode,
@@ -88,7 +90,7 @@ impl Limits {
             num_slots,
             num_boundary_buffers: residency.boundary_buffers,
         };
-        // The buffers are those of the largest step that trains; a smaller one keeps more of its boundaries.
+        // Buffers are sized for the largest training step; a smaller step keeps more of its boundaries on the device.
         let planned = Inputs { mode: self.mode, num_micro_batches: self.max_micro_batches, ..inputs };
         let (least, most) = (planned.min_boundary_buffers(), planned.max_boundary_buffers());
         inputs.num_boundary_buffers = residency.boundary_buffers.clamp(least, most);
@@ -96,7 +98,8 @@ impl Limits {
     }
 }
 
-/// A rank's trainable values of one layer and what belongs to them. The buffers are away while a collective has them.
+/// A rank's trainable values of one layer with their gradients and moments. A buffer is `None` while a collective has
+/// it.
 pub struct Trainable<D: Device> {
     pub master: Option<Place<D, f32>>,
     pub grad: Option<Place<D, f32>>,
@@ -114,7 +117,7 @@ pub struct Memory<D: Device> {
     pub trainables: Vec<Trainable<D>>,
     /// Whole gradients of a layer, by gradient slot.
     pub grads: Vec<Buffer<D, f32>>,
-    /// Device buffers for boundaries, and the host's for those that wait there.
+    /// Device buffers for boundaries, and host buffers for those that wait there.
     pub boundaries: Vec<Buffer<D, D::Act>>,
     pub host_boundaries: Vec<HostBuffer<D::Act>>,
     pub activations: Activations<D>,
@@ -125,7 +128,7 @@ pub struct Memory<D: Device> {
     pub logits: Buffer<D, f32>,
 }
 
-/// What a rank takes, by name.
+/// The memory of a rank, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plans {
     pub device: MemoryPlan,
@@ -134,7 +137,7 @@ pub struct Plans {
 }
 
 impl<D: Device> Memory<D> {
-    /// What [`Memory::carve`] takes.
+    /// Computes what [`Memory::carve`] takes, without taking it.
     pub fn plan(
         config: &ModelConfig,
         lora: Option<(&LayerLora, TrainableLayout)>,
@@ -146,7 +149,7 @@ impl<D: Device> Memory<D> {
         Ok(Plans { device: device.into_plan(), host: host.into_plan() })
     }
 
-    /// The first call, on measuring arenas, is the plan; the second takes the memory.
+    /// The first call runs on measuring arenas and gives the plan; the second takes the memory.
     pub fn carve(
         arena: &mut Arena<D>,
         host: &mut Arena<Cpu>,
@@ -227,22 +230,22 @@ pub struct Activations<D: Device> {
     attention: Kept<AttentionPart<D>>,
     mlp: Kept<MlpPart<D>>,
     rest: Kept<RestPart<D>>,
-    /// In generation every layer keeps its own.
+    /// In generation every layer has keys and values of its own.
     key_values: Kept<KeyValue<D>>,
 }
 
 /// One part of the activations.
 struct Kept<T> {
-    /// Of the layer that computes, where it keeps none of its own.
+    /// Buffer shared by all layers that keep none.
     shared: Option<T>,
-    /// Of layer `first_layer` and those after it, by layer and live micro-batch.
+    /// Buffers of layer `first_layer` and the layers after it, by layer and live micro-batch.
     kept: Vec<T>,
     first_layer: usize,
     live: usize,
 }
 
 impl<T> Kept<T> {
-    /// Buffers of which the last `num_kept` of `layers` layers have their own.
+    /// Makes the buffers of a part that the last `num_kept` of `layers` layers keep.
     fn new(layers: usize, num_kept: usize, live: usize, mut carve: impl FnMut(usize) -> Result<T>) -> Result<Self> {
         let first_layer = layers.saturating_sub(num_kept);
         let shared = if first_layer > 0 { Some(carve(0)?) } else { None };
@@ -280,7 +283,7 @@ impl<D: Device> Activations<D> {
         })
     }
 
-    /// Those of a layer and live micro-batch.
+    /// Returns the buffers of a layer and live micro-batch.
     pub fn of(&mut self, layer: usize, micro: usize) -> LayerActivations<'_, D> {
         LayerActivations {
             attention: self.attention.of(layer, micro),

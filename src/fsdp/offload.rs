@@ -1,7 +1,8 @@
-//! Boundaries that wait for backward in host memory: when they are put there and fetched again, and where each of them is.
+//! Boundaries that wait for backward in host memory: when each is put there and fetched again, and where each one is.
 //!
-//! In forward a boundary is put as soon as its layer has read it. In backward the ones that are needed next are fetched into
-//! whatever device buffers are free. The device holds as many as it has buffers for, those that backward needs first.
+//! Forward puts a boundary as soon as its layer has read it. Backward fetches the boundaries that it needs next into
+//! whatever device buffers are free. The boundaries that backward needs first never leave the device: as many as it
+//! has buffers for.
 
 use std::collections::{HashMap, VecDeque};
 
@@ -31,8 +32,8 @@ pub(super) fn with_copies(actions: &[Action], inputs: &Inputs) -> Vec<Action> {
     weaver.woven
 }
 
-/// Offloaded boundaries in the order in which backward needs them, each with the forward action before which its fetch may
-/// start: the last one before its backward.
+/// Offloaded boundaries in the order in which backward needs them. Each comes with the forward action before which
+/// its fetch may start: the last one before its backward.
 fn to_fetch(actions: &[Action], inputs: &Inputs) -> VecDeque<(usize, usize, usize)> {
     let mut last_forward = 0;
     let mut wanted = VecDeque::new();
@@ -50,11 +51,11 @@ fn to_fetch(actions: &[Action], inputs: &Inputs) -> VecDeque<(usize, usize, usiz
 
 struct Weaver<'a> {
     inputs: &'a Inputs,
-    /// Device buffers that nothing holds.
+    /// Device buffers that are free.
     free: usize,
     putting: VecDeque<(usize, usize)>,
     to_fetch: VecDeque<(usize, usize, usize)>,
-    /// Whether a fetched boundary has been waited for.
+    /// True once the fetch of the boundary has been waited for.
     fetched: HashMap<(usize, usize), bool>,
     woven: Vec<Action>,
 }
@@ -77,7 +78,7 @@ impl Weaver<'_> {
                 self.needs_boundary(layer, micro);
                 self.woven.push(action);
                 self.fetched.remove(&(layer, micro));
-                // Of the first layer's the gradient is not needed either.
+                // Nobody needs the gradient of the first layer's input.
                 self.free += if layer == 0 { 2 } else { 1 };
                 return self.fetch_ahead(i);
             }
@@ -110,10 +111,10 @@ impl Weaver<'_> {
         }
     }
 
-    /// Starts fetches, as many as there are free buffers, of boundaries whose forward has passed.
+    /// Starts as many fetches as there are free buffers, of boundaries whose forward has passed.
     fn fetch_ahead(&mut self, now: usize) {
         while let Some(&(_, layer, micro)) = self.to_fetch.front().filter(|(forward, ..)| *forward < now) {
-            // Its own put must have ended, and those that hold the last buffers.
+            // Its own put must have ended, and so must the puts that hold the last buffers.
             while self.putting.contains(&(layer, micro)) || self.free == 0 && !self.putting.is_empty() {
                 self.wait_for_a_put();
             }
@@ -130,7 +131,7 @@ impl Weaver<'_> {
 
 type Copy<D> = HostCopy<D, <D as crate::device::Device>::Act>;
 
-/// Where a boundary is.
+/// The place of a boundary.
 enum Held<D: Ops, Q: Queue<D>> {
     Here(Buffer<D, D::Act>),
     Putting(Q::Pending<Copy<D>>),
@@ -138,7 +139,7 @@ enum Held<D: Ops, Q: Queue<D>> {
     Fetching(Q::Pending<Copy<D>>),
 }
 
-/// All boundaries, by layer (whose input it is) and live micro-batch, and the buffers that hold none.
+/// All boundaries, by the layer whose input they are and by live micro-batch, and the free buffers.
 pub(super) struct Boundaries<D: Ops, Q: Queue<D>> {
     free: Vec<Buffer<D, D::Act>>,
     free_on_host: Vec<HostBuffer<D::Act>>,

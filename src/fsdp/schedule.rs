@@ -1,8 +1,8 @@
-//! The schedule: a pure function from what is to be done to the list of actions that does it.
+//! The schedule: a pure function turns what is to be done into the list of actions that does it.
 //!
-//! *Layer-major*: each unit is gathered once a pass and all micro-batches go through it; what travels between layers is
-//! the boundaries of all of them. *Micro-batch-major*: one micro-batch after the other goes through the whole model, which
-//! gathers everything 2·M times; its gradients are summed in the same order, so the results are the same bits.
+//! Layer-major order gathers each unit once a pass and sends all micro-batches through it, so the boundaries of all
+//! micro-batches travel between layers. Micro-batch-major order sends one micro-batch after the other through the
+//! whole model, which gathers everything 2·M times. Both sum gradients in the same order, so they give the same bits.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,7 @@ use crate::model::activations::Parts;
 use super::offload;
 use super::unit::{NumUnits, Unit};
 
-/// What the schedule is for.
+/// The purpose of a schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     /// Forward, loss, backward, update.
@@ -24,7 +24,7 @@ pub enum Mode {
 }
 
 choices! {
-    /// What is the outer loop of a step.
+    /// The outer loop of a step.
     Accumulation {
         /// Layers: each is gathered once a pass, for all micro-batches.
         Layer = "layer",
@@ -33,8 +33,8 @@ choices! {
     }
 }
 
-/// What forward keeps for backward besides boundaries, part by part: of how many layers, counted from the last. What is not kept is
-/// computed again.
+/// The parts of activations that forward keeps for backward, besides boundaries: for each part the number of layers
+/// that keep it, counted from the last layer. The other layers compute it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
     pub attention: usize,
@@ -45,12 +45,12 @@ pub struct Keep {
 impl Keep {
     /// All layers are recomputed.
     pub const NOTHING: Keep = Keep { attention: 0, mlp: 0, rest: 0 };
-    /// What is dearest to compute again.
+    /// Keeps the parts that cost most to compute again.
     pub const DEAREST: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: 0 };
     /// Nothing is recomputed.
     pub const EVERYTHING: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: usize::MAX };
 
-    /// The same for a model of so many layers.
+    /// The same choice, limited to a model of `layers` layers.
     pub fn clamped(self, layers: usize) -> Keep {
         Keep { attention: self.attention.min(layers), mlp: self.mlp.min(layers), rest: self.rest.min(layers) }
     }
@@ -62,7 +62,7 @@ impl Keep {
     }
 }
 
-/// What a schedule is made from. The same on every rank.
+/// The inputs of a schedule. Every rank has the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inputs {
     pub units: NumUnits,
@@ -110,7 +110,7 @@ pub enum Action {
         layer: usize,
         micro: usize,
     },
-    /// Final norm of the tokens that count.
+    /// Gathers and norms the tokens that count in the loss.
     HeadBegin {
         micro: usize,
     },
@@ -168,7 +168,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// True for what waits for another queue.
+    /// Returns whether the action waits for another queue.
     pub fn is_wait(&self) -> bool {
         use Action::{Wait, WaitFetch, WaitPut, WaitReduce};
         matches!(self, Wait { .. } | WaitReduce { .. } | WaitPut { .. } | WaitFetch { .. })
@@ -193,7 +193,8 @@ impl Inputs {
         }
     }
 
-    /// Device buffers that hold all boundaries of a step; without backward a micro-batch needs one, and one is written.
+    /// Number of device buffers that hold all boundaries of a step. Without backward a micro-batch needs one, and one
+    /// more is written.
     pub fn max_boundary_buffers(&self) -> usize {
         let live = self.num_live_micro_batches();
         if self.mode == Mode::Train { live * (self.units.layers + 1) } else { live + 1 }
@@ -215,13 +216,14 @@ impl Inputs {
         }
     }
 
-    /// Whether a micro-batch's input of a layer waits on the host. Those that backward needs first stay on the device.
+    /// Returns whether a micro-batch's input of a layer waits on the host. The boundaries that backward needs first
+    /// stay on the device.
     pub fn is_offloaded(&self, layer: usize, micro: usize) -> bool {
         let live = self.num_live_micro_batches();
         layer * live + micro % live < self.num_offloaded_boundaries()
     }
 
-    /// Whether some of a layer's activations are computed again.
+    /// Returns whether some activations of a layer are computed again.
     pub fn recomputes(&self, layer: usize) -> bool {
         !self.keep.of(layer, self.units.layers).all()
     }
@@ -231,10 +233,10 @@ impl Inputs {
     }
 }
 
-/// A unit and what is computed while it is unsharded.
+/// A unit and the actions that run while it is unsharded.
 struct Visit {
     unit: Unit,
-    /// Computed before the unit is needed.
+    /// Actions that run before the unit is needed.
     before: Vec<Action>,
     compute: Vec<Action>,
     after: Vec<Action>,
@@ -310,8 +312,8 @@ fn backward_visit(inputs: &Inputs, micros: &[usize], layer: usize) -> Visit {
     Visit { unit: Unit::Layer(layer), before, compute, after }
 }
 
-/// Visits of the same unit that follow each other become one: layer 0 ends a micro-batch's backward and begins the next
-/// one's forward.
+/// Merges neighbouring visits of the same unit: layer 0 ends the backward of one micro-batch and begins the forward
+/// of the next.
 fn merge(visits: Vec<Visit>) -> Vec<Visit> {
     let mut merged: Vec<Visit> = Vec::new();
     for visit in visits {
@@ -327,7 +329,7 @@ fn merge(visits: Vec<Visit>) -> Vec<Visit> {
     merged
 }
 
-/// Puts the gathers in, each as early as a slot is free: while a unit computes, the next is on its way.
+/// Inserts the gathers, each as early as a slot is free: while one unit computes, the next is on its way.
 fn weave(visits: &[Visit], num_slots: usize) -> Vec<Action> {
     let mut actions = Vec::new();
     let gather = |i: usize| visits.get(i).map(|v| Action::Gather { unit: v.unit, slot: i % num_slots });

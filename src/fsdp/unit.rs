@@ -1,4 +1,4 @@
-//! Which tensors make a unit: each layer, and each piece of the head.
+//! The tensors of each unit: a layer, or a piece of the head.
 
 use anyhow::Result;
 
@@ -8,10 +8,10 @@ use crate::quant::record::{Dtype, Encoding};
 
 use super::layout::UnitTensor;
 
-/// Vocabulary rows of a head piece. Fixed by shape alone: sums over pieces are part of the result's bits.
+/// Vocabulary rows of a head piece. The number is fixed, because sums over pieces decide bits of the result.
 pub const HEAD_PIECE_ROWS: usize = 4096;
 
-/// What is gathered and freed together.
+/// A part of the model that is gathered and freed together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Unit {
     Layer(usize),
@@ -27,7 +27,7 @@ impl std::fmt::Display for Unit {
     }
 }
 
-/// How many units of each kind a model has.
+/// The number of units of each kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NumUnits {
     pub layers: usize,
@@ -44,7 +44,7 @@ impl NumUnits {
         (0..self.layers).map(Unit::Layer).chain((0..self.head_pieces).map(Unit::HeadPiece))
     }
 
-    /// Place of a unit in [`NumUnits::all`].
+    /// Index of a unit in [`NumUnits::all`].
     pub fn idx(self, unit: Unit) -> usize {
         match unit {
             Unit::Layer(i) => i,
@@ -57,7 +57,7 @@ impl NumUnits {
     }
 }
 
-/// How tensors of the base are to be stored.
+/// Decides how each tensor of the base is stored.
 pub trait Encodings {
     /// `encoding` of a projection's weight.
     fn projection(&self, name: &str) -> Result<Encoding>;

@@ -1,4 +1,5 @@
-//! Buffers of activations: what forward leaves for backward, and scratch. Sizes are those of the largest micro-batch.
+//! Buffers of activations: the values that forward leaves for backward, and scratch. They are sized for the largest
+//! micro-batch.
 
 use anyhow::Result;
 
@@ -38,7 +39,7 @@ impl Widths {
     }
 }
 
-/// Which parts of a layer's activations are there: one flag for each of [`LayerActivations`]' parts.
+/// Tells which parts of a layer's activations are valid: one flag for each part of [`LayerActivations`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parts {
     pub attention: bool,
@@ -54,7 +55,8 @@ impl Parts {
     }
 }
 
-/// What a layer's backward needs besides its input, in parts that are kept or computed again each for itself.
+/// The values that a layer's backward needs besides its input, in parts that are kept or computed again
+/// independently.
 pub struct LayerActivations<'a, D: Device> {
     pub attention: &'a mut AttentionPart<D>,
     pub mlp: &'a mut MlpPart<D>,
@@ -68,7 +70,7 @@ pub struct AttentionPart<D: Device> {
     pub lse: Buffer<D, f32>,
 }
 
-/// What the large projections after attention give.
+/// Outputs of the large projections after attention.
 pub struct MlpPart<D: Device> {
     /// The residual stream after attention `[T, hidden]`.
     pub h: Buffer<D, D::Act>,
@@ -79,8 +81,8 @@ pub struct MlpPart<D: Device> {
     pub lora_u: [Buffer<D, D::Act>; 4],
 }
 
-/// Norms, the projections before attention, and act = silu(gate) · up: what is computed again most cheaply for its size. Keys and
-/// values are kept with it, in buffers of their own.
+/// Norms, the projections before attention, and act = silu(gate) · up: the values that are cheapest to compute again
+/// for their size. Keys and values are kept with them, in buffers of their own.
 pub struct RestPart<D: Device> {
     /// Normed input of attention `[T, hidden]`, its 1/rms `[T]`.
     pub norm1: Buffer<D, D::Act>,
@@ -152,7 +154,7 @@ impl<D: Device> KeyValue<D> {
     }
 }
 
-/// Space that no two ops share at a time.
+/// Scratch memory that no two ops use at the same time.
 pub struct Scratch<D: Device> {
     /// dropout(x), or d_u · A before its mask: `[T, widest]`.
     pub dropped: Buffer<D, D::Act>,
@@ -164,16 +166,16 @@ pub struct Scratch<D: Device> {
     pub d_q: Buffer<D, D::Act>,
     pub d_k: Buffer<D, D::Act>,
     pub d_v: Buffer<D, D::Act>,
-    /// Of attention's backward `[T, heads]`.
+    /// Row sums of d_out · out in attention's backward, `[T, heads]`.
     pub delta: Buffer<D, f32>,
     pub d_act: Buffer<D, D::Act>,
-    /// As wide as queries too: attention's backward uses them after the MLP's.
+    /// At least as wide as queries, because attention's backward uses these buffers after the MLP's.
     pub d_gate: Buffer<D, D::Act>,
     pub d_up: Buffer<D, D::Act>,
 }
 
 impl<D: Device> Scratch<D> {
-    /// Without `backward` only what forward uses has a size.
+    /// Without `backward` only the buffers that forward uses have a size.
     pub fn carve(arena: &mut Arena<D>, widths: &Widths, tokens: usize, backward: bool) -> Result<Self> {
         let back = if backward { tokens } else { 0 };
         let lora = if widths.lora_rank > 0 { tokens } else { 0 };
@@ -204,7 +206,7 @@ pub struct BatchBuffers<D: Device> {
     /// First token of each document and, last, T.
     pub documents: Vec<u32>,
     pub num_tokens: usize,
-    /// Keys and values of earlier calls (generation).
+    /// Number of tokens whose keys and values are there from earlier calls (generation).
     pub num_past_tokens: usize,
     /// Half of head_dim.
     half: usize,
@@ -225,7 +227,7 @@ impl<D: Device> BatchBuffers<D> {
         })
     }
 
-    /// Takes over a micro-batch; its first position is the number of past tokens in generation.
+    /// Uploads a micro-batch. In generation its first position is the number of past tokens.
     pub fn load(&mut self, device: &D, config: &ModelConfig, batch: &MicroBatch, num_past_tokens: usize) -> Result<()> {
         let tokens = batch.num_tokens();
         let (cos, sin) = config.rope.cos_sin(&batch.positions, &batch.documents);
@@ -245,12 +247,13 @@ impl<D: Device> BatchBuffers<D> {
 
 /// The head's running state of one micro-batch, for its N target tokens.
 pub struct HeadState<D: Device> {
-    /// Which tokens count, and the ids they should predict: `[N]`.
+    /// Rows of the tokens that count, and the ids that they should predict, `[N]`.
     pub rows: Buffer<D, u32>,
     pub target_ids: Buffer<D, u32>,
-    /// What each token's −log p is multiplied by before backward, `[N]`.
+    /// The factor of each token's −log p in the gradient, `[N]`.
     pub coefficients: Buffer<D, f32>,
-    /// The last boundary's rows, and normed: `[N, hidden]`. After the finish, `normed` holds their gradient.
+    /// The last boundary's rows before and after the norm, `[N, hidden]`. After the finish, `normed` holds their
+    /// gradient.
     pub x: Buffer<D, D::Act>,
     pub normed: Buffer<D, D::Act>,
     pub rstd: Buffer<D, f32>,
@@ -284,7 +287,7 @@ impl<D: Device> HeadState<D> {
         })
     }
 
-    /// Takes over which tokens count; each has the same coefficient.
+    /// Uploads which tokens count. All have the same coefficient.
     pub fn load(&mut self, device: &D, batch: &MicroBatch, coefficient: f32) -> Result<()> {
         let rows: Vec<u32> =
             (0..batch.num_tokens() as u32).filter(|&t| batch.targets[t as usize] != NO_TARGET).collect();

@@ -1,12 +1,12 @@
-//! What one forward/backward sees: tokens, where documents begin, what counts in the loss.
+//! A micro-batch: its tokens, where documents begin, and which tokens count in the loss.
 
-/// In [`MicroBatch::targets`]: this token predicts nothing that counts.
+/// Marks a position in [`MicroBatch::targets`] whose prediction does not count in the loss.
 pub const NO_TARGET: u32 = u32::MAX;
 
 /// Host-side descriptor of one micro-batch: documents laid end to end, without padding.
 ///
-/// T tokens, D documents. A micro-batch may be empty (T = 0): that is what a rank gets when the global
-/// batch does not divide evenly.
+/// T is the number of tokens, D the number of documents. A micro-batch may be empty (T = 0): a rank gets an empty one
+/// when the global batch does not divide evenly.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MicroBatch {
     /// Token ids, `[T]`.
@@ -22,7 +22,7 @@ pub struct MicroBatch {
 }
 
 impl MicroBatch {
-    /// No token yet; documents are added with [`MicroBatch::push`].
+    /// Makes an empty micro-batch; [`MicroBatch::push`] adds documents.
     pub fn new() -> Self {
         Self { documents: vec![0], ..Self::default() }
     }
@@ -47,7 +47,7 @@ impl MicroBatch {
         self.input_ids.len()
     }
 
-    /// How many tokens count in the loss.
+    /// Number of tokens that count in the loss.
     pub fn num_target_tokens(&self) -> usize {
         self.targets.iter().filter(|&&t| t != NO_TARGET).count()
     }

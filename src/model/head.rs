@@ -91,7 +91,8 @@ pub fn finish<D: Ops>(
         target_rows: state.target_rows.first(len),
         coefficients: state.coefficients.first(n),
     })?;
-    // The target rows have been used: their place takes the gradient of the norm's input, which is added to.
+    // The target rows are not needed any more: the gradient of the norm's input, which the op adds to, takes their
+    // place.
     let HeadState { target_rows: d_rows, normed: d_normed, x, rstd, rows, .. } = state;
     ops.fill_bytes(d_rows.first_mut(len), 0)?;
     ops.rms_norm_backward(RmsNormBackward {

@@ -1,8 +1,8 @@
-//! Reading a JSON object key by key, with every problem collected.
+//! Reads a JSON object key by key and collects every problem.
 
 use serde_json::{Map, Value};
 
-/// A JSON object of which each key is taken once; what is left at the end was not understood.
+/// A JSON object of which each key is taken once. A key that is left at the end was not understood.
 pub(super) struct Fields {
     pub map: Map<String, Value>,
     /// Of the object's keys, in messages.
@@ -15,7 +15,7 @@ impl Fields {
         self.map.get(key).is_some_and(|value| !value.is_null())
     }
 
-    /// The value; null is the same as nothing.
+    /// Takes a key. Null counts as absent.
     pub fn take(&mut self, key: &str) -> Option<Value> {
         self.map.remove(key).filter(|value| !value.is_null())
     }
@@ -25,7 +25,7 @@ impl Fields {
         self.problems.push(format!("{prefix}{key}: found {found}, allowed: {allowed}"));
     }
 
-    /// Takes a key. `stand_in` is what goes on being checked with where the key is missing or wrong.
+    /// Takes a key. `stand_in` takes its place in later checks where the key is missing or wrong.
     pub fn parse<T>(
         &mut self,
         key: &str,
@@ -82,7 +82,7 @@ impl Fields {
         }
     }
 
-    /// Refuses what nobody took.
+    /// Refuses the keys that nobody took.
     pub fn check_rest(&mut self) {
         for (key, value) in std::mem::take(&mut self.map).into_iter().filter(|(_, value)| !value.is_null()) {
             self.problems.push(format!(

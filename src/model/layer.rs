@@ -12,7 +12,7 @@ use super::lora::{LoraConfig, LoraLayout};
 use super::names::Projection;
 use super::weights::{LayerWeights, Linear};
 
-/// What a layer computes with, besides activations.
+/// The inputs of a layer's computation, besides activations.
 pub struct LayerContext<'a, D: Ops> {
     pub ops: &'a D,
     pub config: &'a ModelConfig,
@@ -24,7 +24,7 @@ pub struct LayerContext<'a, D: Ops> {
     pub dropout: Option<(u64, u32)>,
 }
 
-/// The adapter of a model: what it is, and where a layer's matrices lie.
+/// The adapter of a model: its numbers, and where the matrices of a layer lie.
 pub struct LayerLora {
     pub config: LoraConfig,
     pub layout: LoraLayout,
@@ -74,11 +74,11 @@ impl LayerLora {
     }
 }
 
-/// Stands for an adapter that is off: nothing reads its numbers.
+/// Stands for an adapter that is off; its numbers are never read.
 static NO_LORA: LoraConfig = LoraConfig { lora_rank: 0, scale: 0.0, dropout: 0.0, targets: Vec::new() };
 
-/// out = layer(x); x, out `[T, hidden]`. Parts that are `there` stay as they are. With `out: None` it is a recompute, which stops
-/// before the last projection: backward does not need its output.
+/// out = layer(x); x, out `[T, hidden]`. Parts that are `there` are left as they are. `out: None` makes it a
+/// recompute, which stops before the last projection, because backward does not need its output.
 pub fn forward<D: Ops>(
     ctx: &LayerContext<'_, D>,
     out: Option<&mut Buffer<D, D::Act>>,
@@ -129,7 +129,7 @@ pub fn forward<D: Ops>(
     }
 }
 
-/// Of forward: up to attention's output.
+/// The first half of [`forward`], up to attention's output.
 fn forward_attention<D: Ops>(
     ctx: &LayerContext<'_, D>,
     acts: &mut LayerActivations<'_, D>,
@@ -174,8 +174,8 @@ fn forward_attention<D: Ops>(
     })
 }
 
-/// d (`[T, hidden]`) is the gradient of the layer's output and becomes that of its input x; LoRA gradients are added to
-/// `grads`. `acts` are those of forward.
+/// `d` `[T, hidden]` is the gradient of the layer's output and becomes the gradient of its input x. LoRA gradients
+/// are added to `grads`. `acts` are those of [`forward`].
 pub fn backward<D: Ops>(
     ctx: &LayerContext<'_, D>,
     d: &mut Buffer<D, D::Act>,

@@ -45,12 +45,12 @@ pub fn forward<D: Ops>(
     Ok(())
 }
 
-/// What a backward of one projection writes and uses.
+/// The outputs and inputs of one projection's backward.
 pub struct Backward<'a, D: Ops> {
-    /// `[T, in]`, written or, with `accumulate`, added to.
+    /// `[T, in]`, overwritten, or added to with `accumulate`.
     pub d_x: ViewMut<'a, D, D::Act>,
     pub accumulate: bool,
-    /// The layer's LoRA gradients, added to.
+    /// The layer's LoRA gradients, which are added to.
     pub grads: &'a mut Buffer<D, f32>,
     pub d_y: View<'a, D, D::Act>,
     pub x: View<'a, D, D::Act>,
@@ -103,7 +103,7 @@ fn product<D: Ops>(
     ops.gemm(Gemm { c, a, b, transpose_a: No, transpose_b, m, n, k, alpha, beta })
 }
 
-/// x itself without a mask, else dropout(x) in the scratch buffer.
+/// Returns x itself where there is no mask, else dropout(x) in the scratch buffer.
 fn dropout<'a, D: Ops>(
     ops: &D,
     call: &LoraCall<'_, D>,

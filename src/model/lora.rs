@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::config::ModelConfig;
 use super::names::Projection;
 
-/// What of an adapter the math needs.
+/// The numbers of an adapter that the math needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
     /// PEFT's r.
@@ -36,7 +36,7 @@ pub struct LoraEntry {
 }
 
 impl LoraLayout {
-    /// The same for every layer.
+    /// Lays out one layer; all layers are alike.
     pub fn new(config: &ModelConfig, lora: &LoraConfig) -> LoraLayout {
         let (mut entries, mut len) = (Vec::new(), 0);
         for projection in Projection::ALL.into_iter().filter(|p| lora.targets.contains(p)) {

@@ -1,5 +1,5 @@
-//! Llama-family math on device ops. It does not know that anything is sharded: weights and activations come in, and go
-//! out.
+//! The mathematics of Llama models on device ops. It does not know that anything is sharded: it takes weights and
+//! activations and gives activations and gradients.
 
 pub mod activations;
 pub mod batch;

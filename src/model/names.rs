@@ -8,7 +8,7 @@ pub const EMBED_TOKENS: &str = "model.embed_tokens.weight";
 pub const NORM: &str = "model.norm.weight";
 pub const LM_HEAD: &str = "lm_head.weight";
 
-/// The linear maps of a layer: what is quantized, and what LoRA can be put on.
+/// The linear maps of a layer. They are quantized, and LoRA can be put on them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Projection {
     Q,
@@ -42,7 +42,7 @@ impl Projection {
         }
     }
 
-    /// The projection of this Hugging Face name.
+    /// Returns the projection with this Hugging Face name.
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|projection| projection.name() == name)
     }
@@ -61,7 +61,7 @@ impl Projection {
         }
     }
 
-    /// Whether the model gives it a bias `[out_features]`.
+    /// Returns whether the model gives the projection a bias `[out_features]`.
     pub fn has_bias(self, config: &ModelConfig) -> bool {
         match self {
             Self::Q | Self::K | Self::V | Self::O => config.attention_bias,
@@ -102,16 +102,16 @@ pub fn post_attention_layernorm(layer_idx: usize) -> String {
     format!("model.layers.{layer_idx}.post_attention_layernorm.weight")
 }
 
-/// One tensor that a checkpoint of the architecture has.
+/// A tensor that a checkpoint of the architecture has.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     pub name: String,
     pub shape: Vec<usize>,
-    /// A projection's weight: it may be stored in 4 bit.
+    /// True for the weight of a projection, which may be stored in 4 bit.
     pub is_projection: bool,
 }
 
-/// Every tensor of the architecture. A tied head is not one.
+/// Lists every tensor of the architecture. A tied head is not a tensor of its own.
 pub fn tensors(config: &ModelConfig) -> Vec<TensorSpec> {
     let plain = |name: String, shape: &[usize]| TensorSpec { name, shape: shape.to_vec(), is_projection: false };
     let hidden_size = config.hidden_size;

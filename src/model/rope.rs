@@ -4,7 +4,7 @@ use std::f64::consts::PI;
 
 use rayon::prelude::*;
 
-/// Which variant, with what it needs. Names are those of `rope_parameters` in config.json.
+/// The variant of RoPE with its parameters, named as in `rope_parameters` of config.json.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     Default,
@@ -24,7 +24,7 @@ pub enum RopeScaling {
 pub struct Yarn {
     pub factor: f64,
     pub original_max_position_embeddings: usize,
-    /// What cosines and sines are multiplied with, already decided from `factor` and `mscale`.
+    /// Factor of cosines and sines, already decided from `factor` and `mscale`.
     pub attention_factor: f64,
     pub beta_fast: f64,
     pub beta_slow: f64,
@@ -40,7 +40,7 @@ pub struct Llama3 {
     pub original_max_position_embeddings: usize,
 }
 
-/// All that the rotation depends on.
+/// Everything that the rotation depends on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     pub rope_theta: f64,
@@ -50,7 +50,7 @@ pub struct RopeConfig {
 }
 
 impl RopeConfig {
-    /// Inverse frequencies `[head_dim / 2]` for a document of `num_tokens` tokens; only dynamic NTK looks at it.
+    /// Inverse frequencies `[head_dim / 2]` for a document of `num_tokens` tokens. Only dynamic NTK reads the length.
     pub fn inv_freq(&self, num_tokens: usize) -> Vec<f32> {
         let theta = match self.scaling {
             RopeScaling::Dynamic { factor } => self.dynamic_theta(factor, num_tokens),
@@ -83,8 +83,9 @@ impl RopeConfig {
 
     /// Cosines and sines, each `[T, head_dim / 2]`, attention scaling included.
     ///
-    /// `positions` `[T]`: of each token in its own document; `documents` `[D + 1]`: first token of each and,
-    /// last, T. Dynamic NTK scales each document by its own length, as transformers does a batch of that one.
+    /// `positions` `[T]` are positions of tokens in their own documents; `documents` `[D + 1]` holds the first token
+    /// of each document and, last, T. Dynamic NTK scales each document by its own length, as transformers does for a
+    /// batch of that document alone.
     pub fn cos_sin(&self, positions: &[u32], documents: &[u32]) -> (Vec<f32>, Vec<f32>) {
         let (scaling, half) = (self.attention_scaling(), self.head_dim / 2);
         let (mut cos, mut sin) = (vec![0f32; positions.len() * half], vec![0f32; positions.len() * half]);
@@ -105,7 +106,7 @@ impl RopeConfig {
         (cos, sin)
     }
 
-    /// Base of dynamic NTK. In f32 like the tensor `seq_len` of transformers.
+    /// Base of dynamic NTK, in f32 like the tensor `seq_len` of transformers.
     fn dynamic_theta(&self, factor: f64, num_tokens: usize) -> f64 {
         if num_tokens <= self.max_position_embeddings {
             return self.rope_theta;
@@ -123,7 +124,7 @@ impl Yarn {
         if mscale != 0.0 && mscale_all_dim != 0.0 { get(mscale) / get(mscale_all_dim) } else { get(1.0) }
     }
 
-    /// Dimensions between which frequencies go over from extrapolated to interpolated.
+    /// Dimensions between which frequencies blend from extrapolated to interpolated.
     fn range(&self, rope_theta: f64, head_dim: usize) -> (f64, f64) {
         let dim = head_dim as f64;
         let correction = |rotations: f64| {
@@ -141,7 +142,7 @@ impl Yarn {
 }
 
 impl Llama3 {
-    /// Long wavelengths are slowed by `factor`, short ones kept, those between interpolated.
+    /// Slows long wavelengths by `factor`, keeps short ones, and interpolates between.
     fn scale(&self, inv_freq: f32) -> f32 {
         let [factor, low, high] = [self.factor, self.low_freq_factor, self.high_freq_factor].map(|x| x as f32);
         let length = self.original_max_position_embeddings as f64;

@@ -1,18 +1,19 @@
-//! Shapes of well-known models, for benchmarks on weights that are made up.
+//! Shapes of well-known models, for benchmarks on made-up weights.
 
 use anyhow::{Context, Result};
 use serde_json::json;
 
 use super::config::ModelConfig;
 
-/// Name; layers, hidden size, intermediate size, heads, key-value heads (the models' own config.json).
+/// Each shape: name, layers, hidden size, intermediate size, heads, key-value heads, from the model's own
+/// config.json.
 const SHAPES: [(&str, [usize; 5]); 3] = [
     ("llama-3.1-8b", [32, 4096, 14_336, 32, 8]),
     ("llama-3.1-70b", [80, 8192, 28_672, 64, 8]),
     ("llama-3.1-405b", [126, 16_384, 53_248, 128, 8]),
 ];
 
-/// The configuration of a named shape, with fewer layers when `layers` says so.
+/// Returns the configuration of a named shape, with `layers` layers if that is set.
 pub fn named(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
     let names: Vec<&str> = SHAPES.iter().map(|(name, _)| *name).collect();
     let found = SHAPES.iter().find(|(n, _)| *n == name);

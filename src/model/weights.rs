@@ -1,4 +1,4 @@
-//! Dense weights of the one unit that is computed with.
+//! Dense weights of the unit that is being computed with.
 
 use anyhow::Result;
 
@@ -47,7 +47,7 @@ impl<D: Device> LayerWeights<D> {
         Ok(Self { input_norm, post_attention_norm, linears, lora })
     }
 
-    /// One linear map with its LoRA matrices; `layout` is `None` when the adapter is off.
+    /// Returns a linear map with its LoRA matrices; `layout` is `None` when the adapter is off.
     pub fn linear<'a>(&'a self, projection: Projection, layout: Option<&LoraLayout>) -> Linear<'a, D> {
         let linear = &self.linears[projection as usize];
         let lora = layout.and_then(|l| l.get(projection)).map(|entry| LoraMatrices {

@@ -1,4 +1,4 @@
-//! What one update uses.
+//! The numbers of an AdamW update.
 
 use crate::device::ops::AdamW;
 use crate::device::{View, ViewMut};
@@ -11,9 +11,9 @@ pub struct Update {
     pub beta2: f64,
     pub epsilon: f64,
     pub weight_decay: f64,
-    /// `None`: no clipping.
+    /// `None` switches clipping off.
     pub max_grad_norm: Option<f64>,
-    /// Gradients are this many times too large.
+    /// Factor by which the gradients are too large, because the loss was scaled.
     pub loss_scale: f32,
     /// 1 at the first update.
     pub step: u32,

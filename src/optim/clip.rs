@@ -1,6 +1,6 @@
 //! Clipping by the global norm, as `torch.nn.utils.clip_grad_norm_`.
 
-/// What gradients of this norm are multiplied by: max_norm / (norm + 1e-6), at most 1.
+/// Returns the factor for gradients of this norm: max_norm / (norm + 1e-6), at most 1.
 pub fn coefficient(norm: f64, max_norm: Option<f64>) -> f32 {
     max_norm.map_or(1.0, |max_norm| (max_norm / (norm + 1e-6)).min(1.0)) as f32
 }

@@ -25,7 +25,7 @@ fn dynamic_map() -> [f32; 256] {
     values.try_into().expect("2 + 2·(1 + 2 + … + 64) = 256 values")
 }
 
-/// `torch.linspace` in f32: counted from the nearer end.
+/// `torch.linspace` in f32, which counts from the nearer end.
 fn linspace(start: f32, end: f32, steps: usize) -> Vec<f32> {
     let step = (end - start) / (steps - 1) as f32;
     (0..steps)
@@ -59,7 +59,7 @@ pub fn mean(absmax: &[f32]) -> f32 {
     (sum / absmax.len() as f64) as f32
 }
 
-/// The same with a given offset.
+/// Quantizes with a given offset.
 pub fn quantize_absmax_around(absmax: &[f32], offset: f32) -> NestedAbsmax {
     let mut codes = Vec::with_capacity(absmax.len());
     let mut nested_absmax = Vec::with_capacity(absmax.len().div_ceil(SUPERBLOCK));

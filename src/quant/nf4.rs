@@ -29,9 +29,9 @@ pub const CODEBOOK: [f32; 16] = [
     1.0,
 ];
 
-/// A weight's code is the number of these below it; a value equal to one takes the lower code. They are the constants of
-/// `dQuantizeNF4`: midpoints of neighbouring values, some of which are a bit beside the midpoint that f32 gives (and that
-/// bitsandbytes takes on the CPU).
+/// Thresholds between codes: a weight's code is the number of thresholds below it, and a value equal to a threshold
+/// takes the lower code. They are the constants of `dQuantizeNF4`, midpoints of neighbouring values; some differ in
+/// the last bit from the midpoints that f32 gives, which bitsandbytes takes on the CPU.
 #[allow(clippy::excessive_precision)]
 pub const THRESHOLDS: [f32; 15] = [
     -0.848_096_400_499_343_9,
@@ -160,7 +160,7 @@ impl Nf4Tensor {
         Ok(())
     }
 
-    /// How its records are encoded.
+    /// Returns how the records are encoded.
     pub fn encoding(&self) -> Encoding {
         Encoding::Nf4 { double_quant: matches!(self.absmax, Absmax::Nested(_)) }
     }

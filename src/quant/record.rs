@@ -1,4 +1,4 @@
-//! The record: what a shard never cuts.
+//! The record: the smallest part of a tensor that a shard may hold.
 //!
 //! A tensor is stored as records of [`RECORD_WEIGHTS`] weights (one superblock of NF4), the last one possibly shorter.
 //! A record carries all that is needed to dequantize it, so any run of records is a tensor range of its own. Its parts
@@ -18,7 +18,7 @@ pub const BLOCK: usize = 64;
 pub const SUPERBLOCK: usize = 256;
 /// Weights of a full record.
 pub const RECORD_WEIGHTS: usize = BLOCK * SUPERBLOCK;
-/// Every part of a record begins at a multiple of this: a GPU loads 16 bytes at once.
+/// Every part of a record begins at a multiple of this, because a GPU loads 16 bytes at once.
 pub const RECORD_ALIGN_BYTES: usize = 16;
 
 /// Element type of plain weights.
@@ -38,7 +38,7 @@ impl Dtype {
         }
     }
 
-    /// As safetensors writes it.
+    /// Returns its name in safetensors.
     pub fn name(self) -> &'static str {
         match self {
             Dtype::F32 => "F32",
@@ -48,14 +48,14 @@ impl Dtype {
     }
 }
 
-/// How the weights of a tensor are stored.
+/// The form in which the weights of a tensor are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Encoding {
     Nf4 { double_quant: bool },
     Plain(Dtype),
 }
 
-/// Where the parts of a record of some number of weights lie.
+/// The place of each part in a record of some number of weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RecordParts {
     /// `nested_absmax` and `offset` (double quantization only).

@@ -42,8 +42,9 @@ impl<A: HalfType> Cuda<A> {
         let GatherTargetRows { target_rows, weight, target_ids, first_id } = args;
         let n = target_ids.len();
         let Some(hidden) = target_rows.len().checked_div(n) else { return Ok(()) };
+        ensure!(hidden.is_multiple_of(8), "gather_target_rows: hidden {hidden}");
         let rows = (weight.len() / hidden) as u32;
-        let args = args![target_rows, weight, target_ids, rows, first_id as u32, hidden as u32];
+        let args = args![target_rows, weight, target_ids, rows, first_id as u32, (hidden / 8) as u32];
         self.launch("gather_target_rows", Grid::rows(n), args)
     }
 
@@ -55,10 +56,8 @@ impl<A: HalfType> Cuda<A> {
             "cross_entropy finish: d_x {len}"
         );
         let Some(hidden) = len.checked_div(n) else { return Ok(()) };
-        self.launch(
-            "cross_entropy_finish",
-            Grid::rows(n),
-            args![d_x, acc, sum, target_rows, coefficients, hidden as u32],
-        )
+        ensure!(hidden.is_multiple_of(8), "cross_entropy finish: hidden {hidden}");
+        let args = args![d_x, acc, sum, target_rows, coefficients, (hidden / 8) as u32];
+        self.launch("cross_entropy_finish", Grid::rows(n), args)
     }
 }

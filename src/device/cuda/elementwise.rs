@@ -36,8 +36,9 @@ impl<A: HalfType> Cuda<A> {
         width: usize,
     ) -> Result<()> {
         let len = y.len();
-        ensure!(len == rows.len() * width, "gather_rows: y {len} rows {} width {width}", rows.len());
-        self.launch("gather_rows", Grid::elements(len), args![y, x, rows, len as u64, width as u32])
+        let num_rows = rows.len();
+        ensure!(len == num_rows * width && width.is_multiple_of(8), "gather_rows: y {len} rows {num_rows} width {width}");
+        self.launch("gather_rows", Grid::rows(num_rows), args![y, x, rows, (width / 8) as u32])
     }
 
     pub(super) fn scatter_rows_act(
@@ -47,10 +48,10 @@ impl<A: HalfType> Cuda<A> {
         rows: View<'_, Cuda<A>, u32>,
         width: usize,
     ) -> Result<()> {
-        let (all, len) = (y.len(), x.len());
-        ensure!(len == rows.len() * width, "scatter_rows: x {len} rows {} width {width}", rows.len());
+        let (all, len, num_rows) = (y.len(), x.len(), rows.len());
+        ensure!(len == num_rows * width && width.is_multiple_of(8), "scatter_rows: x {len} rows {num_rows} width {width}");
         self.fill_bytes(y.range_mut(0..all), 0)?;
-        self.launch("scatter_rows", Grid::elements(len), args![y, x, rows, len as u64, width as u32])
+        self.launch("scatter_rows", Grid::rows(num_rows), args![y, x, rows, (width / 8) as u32])
     }
 
     /// sum = the first part of `parts` + the second + …, on a stream.
