@@ -37,7 +37,10 @@ impl<A: HalfType> Cuda<A> {
     ) -> Result<()> {
         let len = y.len();
         let num_rows = rows.len();
-        ensure!(len == num_rows * width && width.is_multiple_of(8), "gather_rows: y {len} rows {num_rows} width {width}");
+        ensure!(
+            len == num_rows * width && width.is_multiple_of(8),
+            "gather_rows: y {len} rows {num_rows} width {width}"
+        );
         self.launch("gather_rows", Grid::rows(num_rows), args![y, x, rows, (width / 8) as u32])
     }
 
@@ -49,7 +52,10 @@ impl<A: HalfType> Cuda<A> {
         width: usize,
     ) -> Result<()> {
         let (all, len, num_rows) = (y.len(), x.len(), rows.len());
-        ensure!(len == num_rows * width && width.is_multiple_of(8), "scatter_rows: x {len} rows {num_rows} width {width}");
+        ensure!(
+            len == num_rows * width && width.is_multiple_of(8),
+            "scatter_rows: x {len} rows {num_rows} width {width}"
+        );
         self.fill_bytes(y.range_mut(0..all), 0)?;
         self.launch("scatter_rows", Grid::rows(num_rows), args![y, x, rows, (width / 8) as u32])
     }

@@ -50,7 +50,11 @@ impl<A: HalfType> Cuda<A> {
                     Dtype::F16 => 1,
                     Dtype::Bf16 => 2,
                 };
-                self.launch(plain, Grid::elements(len.div_ceil(8)), args![weights, records, len as u64, record_bytes, dtype])
+                self.launch(
+                    plain,
+                    Grid::elements(len.div_ceil(8)),
+                    args![weights, records, len as u64, record_bytes, dtype],
+                )
             }
         }
     }
