@@ -1,4 +1,4 @@
-// What every kernel uses. No header of CUDA is included: NVRTC alone compiles these files.
+// Types and functions that every kernel uses. No header of CUDA is included: NVRTC alone compiles these files.
 //
 // `Act` is the type of activations and dense weights: bf16, or fp16 with -DACT_F16. Sums are f32 everywhere.
 #pragma once

@@ -1,5 +1,5 @@
-// One piece of the vocabulary of a streaming cross-entropy, between the product that makes its logits and the one that uses
-// its probabilities; and the end of it. One block a token.
+// A streaming cross-entropy over pieces of the vocabulary. One kernel takes a piece in, between the product that
+// makes its logits and the product that uses its probabilities; another ends it. One block a token.
 #include "common.cuh"
 
 // W logits that lie together, and as many activations.

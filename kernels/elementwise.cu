@@ -43,7 +43,7 @@ extern "C" __global__ void sum_parts(float *sum, const float *parts, u64 len, u3
     }
 }
 
-// sums[block] = Σ x² of the block's part, in f64, by 1024 threads: always the same order.
+// sums[block] = Σ x² of the block's part, in f64, by 1024 threads, always in the same order.
 extern "C" __global__ void sum_of_squares(double *sums, const float *x, u64 len) {
     __shared__ double partial[1024];
     u64 part = (len + gridDim.x - 1) / gridDim.x, end = min(len, (blockIdx.x + 1) * part);
@@ -58,7 +58,7 @@ extern "C" __global__ void sum_of_squares(double *sums, const float *x, u64 len)
     if (threadIdx.x == 0) sums[blockIdx.x] = partial[0];
 }
 
-// Keeps a stream busy for some time: what should have been waited for shows.
+// Keeps a stream busy for some time, so that a missing wait shows in a test.
 extern "C" __global__ void spin(u64 nanoseconds) {
     u64 begin, now;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));

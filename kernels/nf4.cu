@@ -1,9 +1,10 @@
-// Records to dense weights (src/quant/record.rs has the byte layout). One block a record of up to 16,384 weights.
+// Turns records into dense weights (src/quant/record.rs has the byte layout). One block a record of up to 16,384
+// weights.
 #include "common.cuh"
 
 static const u32 BLOCK = 64, RECORD_WEIGHTS = 16384;
 
-// Activations among the dtypes of plain records.
+// The number that stands for the type of activations among the dtypes of plain records.
 #ifdef ACT_F16
 static const u32 ACT_DTYPE = 1;
 #else

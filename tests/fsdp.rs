@@ -21,7 +21,7 @@ use fsdp_qlora::train::step::{StepArgs, StepRecord, step};
 
 const LAYERS: usize = 2;
 
-/// Everything that can streams from the host.
+/// Streams everything from the host that can be streamed.
 const NOTHING_RESIDENT: Residency = Residency { units: 0, trainables: false, boundary_buffers: 0 };
 
 fn update(step: u32, learning_rate: f64) -> Update {
@@ -29,7 +29,7 @@ fn update(step: u32, learning_rate: f64) -> Update {
     Update { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm: Some(4.5), loss_scale: 1.0, step }
 }
 
-/// One step with the same numbers everywhere but in what is given.
+/// Takes one step with the seed of all tests.
 fn take_step(engine: &mut CpuEngine, batches: &[MicroBatch], num_micro_batches: usize, update: &Update) -> StepRecord {
     let args = StepArgs { step: update.step, num_micro_batches, update, seed: 42 };
     step(engine, batches, &args).unwrap()
@@ -71,7 +71,7 @@ fn train(options: &EngineOptions, world_size: usize, per_device: usize, num_step
     train_in_groups(options, (world_size, world_size), per_device, num_steps, dropout)
 }
 
-/// The same where groups of `num_shards` ranks each hold a base.
+/// Trains as [`train`] does, where groups of `num_shards` ranks each hold a base.
 fn train_in_groups(
     options: &EngineOptions,
     (world_size, num_shards): (usize, usize),
@@ -195,7 +195,7 @@ fn the_same_global_batch_on_any_number_of_ranks() {
     }
 }
 
-/// What may be kept: nothing, parts of some layers or of all, everything.
+/// Choices of kept activations: nothing, parts of some layers or of all, everything.
 const KEEPS: [Keep; 5] = [
     Keep::NOTHING,
     Keep { attention: 1, mlp: 0, rest: 0 },
@@ -242,7 +242,7 @@ fn nodes_that_each_hold_a_base() {
     for (world_size, num_shards) in [(4, 2), (6, 2), (6, 3)] {
         let reference = train(&trainer(), world_size, 1, 4, 0.1);
         let hybrid = train_in_groups(&trainer(), (world_size, num_shards), 1, 4, 0.1);
-        // Sums inside a node come first: another order than that of all ranks.
+        // Sums inside a node come first, which is another order than that of all ranks.
         assert_close(&hybrid, &reference, &format!("{world_size} ranks in nodes of {num_shards}"));
         let mut streamed = trainer();
         (streamed.gather, streamed.residency) = (Gather::Host, NOTHING_RESIDENT);
@@ -342,7 +342,7 @@ fn a_rank_receives_only_the_others_shards() {
     }
 }
 
-/// Runs one training step with a schedule that lacks an action; `Err` is the executor's or the checker's word.
+/// Runs one training step with a schedule that lacks an action. `Err` is the message of the executor or the checker.
 fn run_without(
     removed: Option<usize>,
     world_size: usize,
@@ -382,8 +382,8 @@ fn run_without(
 
 #[test]
 fn without_any_one_wait_the_checker_and_the_executor_fail() {
-    // Gathers of two passes and the head, and reduces; where boundaries of three micro-batches are offloaded, a put and a
-    // fetch of each.
+    // There are gathers of two passes and of the head, and reduces; where boundaries of three micro-batches are
+    // offloaded, there is a put and a fetch of each.
     for (residency, copies) in [(Residency::ALL, 0), (NOTHING_RESIDENT, 2 * 3 * LAYERS)] {
         let (actions, performed, checked) = run_without(None, 2, residency);
         assert!(performed.iter().all(Result::is_ok) && checked.is_ok());

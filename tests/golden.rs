@@ -70,7 +70,7 @@ fn nf4_is_that_of_bitsandbytes() {
         let plain = quantize(weight.len(), false, read).unwrap();
         assert_eq!(plain.absmax, Absmax::F32(get("absmax").clone()), "{case}: absmax");
         assert_codes(case, &plain.codes, &bytes_of(get("codes")), weight, get("absmax"));
-        // Their codes: a block of zeros, and values beside a threshold, have others.
+        // Codes of a block of zeros, and of values beside a threshold, differ.
         let theirs = Nf4Tensor { codes: bytes_of(get("codes")), ..plain };
         assert_eq!(dequantize(&theirs), *get("dequantized"), "{case}: dequantized");
 
@@ -89,7 +89,8 @@ fn nf4_is_that_of_bitsandbytes() {
             }
         }
         let theirs = fsdp_qlora::quant::double::NestedAbsmax { codes: bytes_of(get("dq.absmax")), ..nested };
-        // Their codes too: a block of zeros, whose absmax is not quite zero after double quantization, shows its code.
+        // A block of zeros, whose absmax is not quite zero after double quantization, shows its code; so codes are
+        // compared too.
         let codes = bytes_of(get("codes"));
         let theirs = Nf4Tensor { absmax: Absmax::Nested(theirs), codes, ..double };
         assert_eq!(dequantize(&theirs), *get("dq.dequantized"), "{case}: dequantized from nested absmax");
@@ -123,8 +124,8 @@ fn nf4_is_that_of_bitsandbytes_on_a_gpu() {
     }
 }
 
-/// Equal, but for blocks of zeros (CPU 7, CUDA 0), and values between bitsandbytes' threshold on a GPU and the midpoint that
-/// its CPU code takes.
+/// Equal, but for blocks of zeros (7 on the CPU, 0 on CUDA), and for values between bitsandbytes' threshold on a GPU
+/// and the midpoint that its CPU code takes.
 fn assert_codes(case: &str, ours: &[u8], theirs: &[u8], weights: &[f32], absmax: &[f32]) {
     assert_eq!(ours.len(), theirs.len());
     for (i, weight) in weights.iter().enumerate() {
@@ -176,7 +177,7 @@ fn logits_error(model: &std::path::Path, input_ids: &[u32], positions: &[usize],
         let vocab = engine.config().vocab_size;
         let mut worst = 0f32;
         for (i, &position) in positions.iter().enumerate() {
-            // Dynamic NTK looks at the whole sequence: then logits of all positions come from one call each.
+            // Dynamic NTK looks at the whole sequence: its logits of all positions come from one call each.
             let end = if whole { input_ids.len() } else { position + 1 };
             if end != position + 1 {
                 continue;

@@ -1,5 +1,5 @@
-//! Training on GPUs: streaming against resident, several ranks against one, and how a job ends there. Without a GPU the tests
-//! say so and pass, unless REQUIRE_GPU=1. What takes several ranks runs this program again, under mpirun.
+//! Training on GPUs: streaming against resident, several ranks against one, and how a job ends there. Without a GPU
+//! the tests say so and pass, unless REQUIRE_GPU=1. A test of several ranks runs this program again, under mpirun.
 
 mod common;
 
@@ -35,7 +35,7 @@ const LAYERS: usize = 5;
 const GLOBAL_MICRO_BATCHES: usize = 8;
 const TOKENS: usize = 192;
 
-/// Everything that can streams from the host.
+/// Streams everything from the host that can be streamed.
 const NOTHING_RESIDENT: Residency = Residency { units: 0, trainables: false, boundary_buffers: 0 };
 
 fn gpu() -> Option<Cuda<bf16>> {
@@ -76,14 +76,14 @@ fn start_adapter(config: &ModelConfig) -> Adapter {
     adapter
 }
 
-/// How a run is made.
+/// The way in which a run is made.
 #[derive(Clone, Copy, Debug)]
 struct Options {
     accumulation: Accumulation,
     keep: Keep,
     gather: Gather,
     residency: Residency,
-    /// Ranks that hold a base together; nothing: all.
+    /// Number of ranks that hold a base together; `None` means all.
     num_shards: Option<usize>,
     /// Takes the micro-batches of a step in the opposite order: the same step but for the order of sums.
     reversed: bool,
@@ -174,19 +174,19 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
     curve
 }
 
-/// Whether the ranks share a GPU: they do where there is only one.
+/// Returns whether the ranks share a GPU, as they do where there is only one.
 fn shares_gpu() -> bool {
     fsdp_qlora::device::cuda::num_devices().unwrap() < 2
 }
 
-/// The ranks of a run, in groups of so many; nothing: in one.
+/// Makes the ranks of a run, in groups of `num_shards`; `None` makes one group.
 type Ranks<'a> = &'a dyn Fn(Option<usize>) -> Groups;
 
 fn alone(_: Option<usize>) -> Groups {
     local::groups(1, 1).remove(0)
 }
 
-/// Everything that may not change a bit.
+/// Lists the variants of a run that may not change a bit of its result.
 fn variants() -> Vec<Options> {
     let mut all = Vec::new();
     let partly = Residency { units: 3, boundary_buffers: 13, ..Residency::ALL };

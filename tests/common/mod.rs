@@ -1,4 +1,4 @@
-//! What the integration tests share: ranks as threads, and an engine on each.
+//! Shared by the integration tests: ranks as threads, and an engine on each.
 #![allow(dead_code)]
 
 pub mod cli;
@@ -31,7 +31,7 @@ pub fn on_all_ranks<T: Send>(world_size: usize, f: impl Fn(Groups) -> T + Sync) 
     on_groups(world_size, world_size, f)
 }
 
-/// The same where groups of `num_shards` ranks each hold a base.
+/// Calls `f` on every rank of a world of threads in which groups of `num_shards` ranks each hold a base.
 pub fn on_groups<T: Send>(world_size: usize, num_shards: usize, f: impl Fn(Groups) -> T + Sync) -> Vec<T> {
     std::thread::scope(|scope| {
         let ranks = local::groups(world_size, num_shards).into_iter();
@@ -40,7 +40,7 @@ pub fn on_groups<T: Send>(world_size: usize, num_shards: usize, f: impl Fn(Group
     })
 }
 
-/// How a test wants its engine.
+/// The engine that a test wants.
 #[derive(Clone)]
 pub struct EngineOptions {
     pub model: PathBuf,

@@ -16,7 +16,7 @@ use fsdp_qlora::quant::record::{Dtype, Encoding};
 use fsdp_qlora::quant::{double, nf4};
 use half::{bf16, f16};
 
-/// What the kernels compute in.
+/// A type of activations that the kernels are tested in.
 trait Tested: HalfType + Into<f32> {}
 impl Tested for bf16 {}
 impl Tested for f16 {}
@@ -45,12 +45,13 @@ fn gpu<A: Tested>() -> Option<(MutexGuard<'static, ()>, Cuda<A>)> {
     }
 }
 
-/// Whether a case of this many elements is run: under a sanitizer, which is slow, only small ones are (`SMALL_CASES=1`).
+/// Returns whether a case of this many elements is run. Under a sanitizer, which is slow, only small ones are
+/// (`SMALL_CASES=1`).
 fn is_run(elements: usize) -> bool {
     elements < 2_000_000 || std::env::var("SMALL_CASES").is_err()
 }
 
-/// A buffer of its own, every byte 0xFF: what is not written stays NaN.
+/// Makes a buffer whose every byte is 0xFF: elements that are not written stay NaN.
 fn buffer<D: Device, T: Element>(device: &D, len: usize) -> Buffer<D, T> {
     let mut buffer = Arena::carved(device, |arena| arena.carve("x", len)).unwrap();
     device.fill_bytes(buffer.view_mut(), 0xFF).unwrap();
@@ -490,7 +491,7 @@ fn uniform_is_exact<A: Tested>() {
     }
 }
 
-/// Each of these tests for each type of activations.
+/// Declares each of these tests for each type of activations.
 macro_rules! for_both_types {
     ($($name:ident),* $(,)?) => {
         mod in_bf16 {
