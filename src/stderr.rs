@@ -2,8 +2,42 @@
 
 use std::io::Write;
 
-/// Writes a line in one call: the launcher mixes what ranks write, and must not get half a line.
+use crate::files::escaped;
+
+/// Longest text that is written at once; a recipe's list of errors fits.
+const MAX_BYTES: usize = 16 << 10;
+
+/// Writes a line in one call: the launcher mixes what ranks write, and must not get half a line. What a file brought into
+/// the text can neither move the cursor nor fill the screen.
 pub fn line(text: &str) {
     // Nothing can be done when standard error is closed.
-    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+    let _ = std::io::stderr().write_all(format!("{}\n", harmless(text)).as_bytes());
+}
+
+/// The text with control characters escaped except for newlines, cut where it is longer than 16 KiB.
+fn harmless(text: &str) -> String {
+    let end = (0..=MAX_BYTES.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+    let lines: Vec<_> = text[..end].split('\n').map(escaped).collect();
+    let rest = match text.len() - end {
+        0 => String::new(),
+        rest => format!("… ({rest} more bytes)"),
+    };
+    lines.join("\n") + &rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_moves_the_cursor_or_fills_the_screen() {
+        assert_eq!(harmless("line\n  naïve 日本 🦊"), "line\n  naïve 日本 🦊");
+        assert_eq!(harmless("a\u{1b}[2Jb\rc\0\u{9b}\u{202e}"), r"a\u{1b}[2Jb\rc\u{0}\u{9b}\u{202e}");
+        let long = harmless(&("x".to_string() + &"é".repeat(MAX_BYTES)));
+        assert!(
+            long.ends_with("é… (16386 more bytes)") && long.len() < MAX_BYTES + 100,
+            "{}",
+            &long[long.len() - 40..]
+        );
+    }
 }

@@ -67,7 +67,7 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     };
     let paths = std::slice::from_ref(&args.dataset);
     let dataset = Dataset::load(paths, tokenizer.as_ref(), config.vocab_size, &options)?;
-    start.log.line(format!("data: {}", dataset.counts));
+    super::train::tell(start, "data", &dataset, &config);
     let (comm, placement, base) = start.base(opened, &job)?;
     let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
     let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);

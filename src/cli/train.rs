@@ -122,15 +122,31 @@ fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, 
             (train, Some(eval))
         }
     };
-    start.log.line(format!("training data: {}", train.counts));
+    tell(start, "training data", &train, config);
     if let Some(eval) = &eval {
-        start.log.line(format!("evaluation data: {}", eval.counts));
+        tell(start, "evaluation data", eval, config);
     }
     start.log.line(format!(
         "first sample: {}",
         data::describe_sample(tokenizer, &train.documents[train.sequences[0][0]], 1000)
     ));
     Ok((train, eval))
+}
+
+/// Says what the rows have become, and what of it may surprise.
+pub fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelConfig) {
+    start.log.line(format!("{name}: {}", dataset.counts));
+    for note in &dataset.notes {
+        start.log.line(format!("{name}: {note}"));
+    }
+    let (longest, limit) = (dataset.longest_document(), config.rope.max_position_embeddings);
+    if longest > limit {
+        let rows = dataset.documents.iter().filter(|d| d.input_ids.len() > limit).count();
+        start.log.line(format!(
+            "{name}: {rows} documents are longer than the {limit} tokens that the model was made for (config.json: \
+             max_position_embeddings), the longest has {longest}; data.max_length can cut them"
+        ));
+    }
 }
 
 /// The keys of a recipe's data section that say how rows become documents.

@@ -43,8 +43,10 @@ fn best_fit(documents: &[Document], max_length: usize) -> Vec<Vec<usize>> {
     sequences
 }
 
+/// End to end, cut where a sequence is full. Sequences in which no token counts are left out: a step of them would have no
+/// loss.
 fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<usize>>) {
-    let (mut pieces, mut sequences, mut room) = (Vec::new(), Vec::new(), 0);
+    let (mut sequences, mut room): (Vec<Vec<Document>>, usize) = (Vec::new(), 0);
     for document in documents {
         let mut at = 0;
         while at < document.input_ids.len() {
@@ -54,17 +56,21 @@ fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<
             }
             let end = (at + room).min(document.input_ids.len());
             let last = sequences.len() - 1;
-            sequences[last].push(pieces.len());
-            room -= end - at;
-            pieces.push(Document {
-                sample_idx: pieces.len() as u64,
+            sequences[last].push(Document {
+                sample_idx: 0,
                 input_ids: document.input_ids[at..end].to_vec(),
                 is_target: document.is_target[at..end].to_vec(),
             });
+            room -= end - at;
             at = end;
         }
     }
-    (pieces, sequences)
+    sequences.retain(|pieces| pieces.iter().any(|piece| piece.num_target_tokens() > 0));
+    let mut idx = 0..;
+    let numbered = sequences.iter().map(|pieces| idx.by_ref().take(pieces.len()).collect()).collect();
+    let numbered_pieces = sequences.into_iter().flatten().zip(0..);
+    let pieces = numbered_pieces.map(|(piece, idx)| Document { sample_idx: idx, ..piece }).collect();
+    (pieces, numbered)
 }
 
 #[cfg(test)]
@@ -108,6 +114,16 @@ mod tests {
         assert_eq!(sequences, vec![vec![0, 1], vec![2], vec![3]]);
         assert_eq!(docs.iter().map(|d| d.input_ids.len()).collect::<Vec<_>>(), [3, 2, 5, 2]);
         assert_eq!(docs[2].input_ids[0], 102);
+    }
+
+    #[test]
+    fn wrapped_leaves_out_sequences_without_a_target() {
+        let mut docs = documents(&[9, 4]);
+        // Tokens 5 to 8 are the second sequence's own; its fifth is a document's first token, which is never predicted.
+        docs[0].is_target[5..].fill(false);
+        let sequences = pack(&mut docs, Packing::Wrapped, 5);
+        assert_eq!(sequences, vec![vec![0], vec![1]]);
+        assert_eq!(docs.iter().map(|d| (d.sample_idx, d.input_ids[0])).collect::<Vec<_>>(), [(0, 0), (1, 101)]);
     }
 
     #[test]

@@ -121,6 +121,7 @@ mod tests {
             documents: (0..n).map(document).collect(),
             sequences: (0..n).map(|i| vec![i]).collect(),
             counts: Counts::default(),
+            notes: Vec::new(),
         }
     }
 

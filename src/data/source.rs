@@ -1,295 +1,285 @@
-//! JSONL files, row by row, checked against their format.
+//! JSONL files, row by row: a file is never in memory as a whole.
 
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Map, Value, json};
+use anyhow::{Context, Result, anyhow, ensure};
+use serde_json::{Map, Value};
 
-use super::Format;
+use super::row::{self, Row};
+use super::unread::Unread;
+use super::{Format, TextTokenizer};
+use crate::files;
 
-/// One row and where it stands.
-#[derive(Clone, Debug)]
-pub struct Row {
-    pub content: Content,
-    file: Arc<PathBuf>,
-    /// Counted from 1.
-    line: usize,
+/// Bytes of the longest row. Tokenizing takes host memory of about a hundred times as much.
+pub const MAX_ROW_BYTES: usize = 16 << 20;
+
+/// The rows of files and folders (their *.jsonl, by name), in order. Errors name file and line.
+pub struct Rows {
+    files: std::vec::IntoIter<PathBuf>,
+    open: Option<RowFile>,
+    format: Format,
+    unread: Unread,
 }
 
-/// A row by its format.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Content {
-    Text(String),
-    Messages(Vec<Value>),
-    PromptCompletion {
-        prompt: String,
-        completion: String,
-    },
-    /// Both are lists of messages.
-    Conversation {
-        prompt: Vec<Value>,
-        completion: Vec<Value>,
-    },
-    Alpaca {
-        instruction: String,
-        input: String,
-        output: String,
-    },
-    /// `labels` with −100 for what does not count; padding has been dropped.
-    Tokenized {
-        input_ids: Vec<i64>,
-        labels: Option<Vec<i64>>,
-    },
-}
-
-impl Row {
-    /// `file:line`
-    pub fn place(&self) -> String {
-        format!("{}:{}", self.file.display(), self.line)
+impl Rows {
+    /// `Format::Auto` decides for each file by its first row.
+    pub fn open(paths: &[PathBuf], format: Format) -> Result<Rows> {
+        let files = paths.iter().map(|path| files_of(path)).collect::<Result<Vec<_>>>()?.concat().into_iter();
+        Ok(Rows { files, open: None, format, unread: Unread::default() })
     }
 
-    /// What a model should learn to say: rows with the same answer are held out together.
-    pub fn answer(&self) -> String {
-        let content = |messages: &[Value]| {
-            let of_assistant = |m: &&Value| m.get("role").is_some_and(|r| r == "assistant");
-            messages
-                .iter()
-                .rev()
-                .find(of_assistant)
-                .or(messages.last())
-                .map(|m| m["content"].as_str().map_or_else(|| m["content"].to_string(), str::to_string))
-                .unwrap_or_default()
-        };
-        match &self.content {
-            Content::Text(text) => text.clone(),
-            Content::Messages(messages) => content(messages),
-            Content::PromptCompletion { completion, .. } => completion.clone(),
-            Content::Conversation { completion, .. } => content(completion),
-            Content::Alpaca { output, .. } => output.clone(),
-            Content::Tokenized { input_ids, .. } => format!("{input_ids:?}"),
-        }
+    /// Sentences about what the rows read so far hold and nothing reads.
+    pub fn notes(&self, tokenizer: Option<&TextTokenizer>) -> Vec<String> {
+        self.unread.notes(tokenizer)
     }
-}
 
-/// All rows of files and folders (their *.jsonl, by name). Errors name file and line.
-pub fn read(paths: &[PathBuf], format: Format) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    for path in paths {
-        if path.is_dir() {
-            let mut files: Vec<PathBuf> = std::fs::read_dir(path)
-                .and_then(|entries| entries.map(|e| e.map(|e| e.path())).collect())
-                .with_context(|| path.display().to_string())?;
-            files.retain(|f| f.extension().is_some_and(|e| e == "jsonl"));
-            files.sort();
-            ensure!(!files.is_empty(), "{}: holds no *.jsonl file", path.display());
-            for file in files {
-                read_file(&file, format, &mut rows)?;
+    fn next_row(&mut self) -> Result<Option<Row>> {
+        loop {
+            if self.open.is_none() {
+                let Some(path) = self.files.next() else { return Ok(None) };
+                self.open = Some(RowFile::open(path)?);
             }
-        } else {
-            read_file(path, format, &mut rows)?;
+            if let Some(file) = &mut self.open {
+                match file.next_row(self.format, &mut self.unread)? {
+                    Some(row) => return Ok(Some(row)),
+                    None => ensure!(file.format.is_some(), "{}: has no rows", file.path.display()),
+                }
+            }
+            self.open = None;
         }
     }
-    Ok(rows)
 }
 
-fn read_file(path: &Path, mut format: Format, rows: &mut Vec<Row>) -> Result<()> {
-    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
-    ensure!(
-        extension == "jsonl",
-        "{}: found .{extension}; allowed: .jsonl (json, parquet and txt are not supported yet)",
-        path.display()
-    );
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-    let file = Arc::new(path.to_path_buf());
-    let before = rows.len();
-    // Not as text: what is no UTF-8 is refused with its line too.
-    let lines = bytes.split(|&byte| byte == b'\n').enumerate();
-    for (i, line) in lines.filter(|(_, line)| !line.trim_ascii().is_empty()) {
-        let place = || format!("{}:{}", path.display(), i + 1);
-        let object: Map<String, Value> =
-            serde_json::from_slice(line).with_context(|| format!("{}: not a JSON object", place()))?;
-        if format == Format::Auto {
-            format = detect(&object).with_context(place)?;
-        }
-        let content = content(object, format).with_context(place)?;
-        rows.push(Row { content, file: file.clone(), line: i + 1 });
-    }
-    ensure!(rows.len() > before, "{}: has no rows", path.display());
-    Ok(())
-}
+impl Iterator for Rows {
+    type Item = Result<Row>;
 
-fn detect(row: &Map<String, Value>) -> Result<Format> {
-    let has = |key: &str| row.contains_key(key);
-    Ok(match () {
-        _ if has("input_ids") => Format::Tokenized,
-        _ if has("messages") => Format::Messages,
-        _ if has("prompt") && has("completion") => Format::PromptCompletion,
-        _ if has("instruction") && has("output") => Format::Alpaca,
-        _ if has("text") => Format::Text,
-        _ => bail!(
-            "found the keys {:?}; allowed: text | messages | prompt, completion | instruction, input, output | input_ids, \
-             labels, attention_mask",
-            row.keys().collect::<Vec<_>>()
-        ),
-    })
-}
-
-fn content(mut row: Map<String, Value>, format: Format) -> Result<Content> {
-    if let Some(tools) = row.get("tools").filter(|t| !t.is_null() && **t != json!([])) {
-        bail!("tools: found {tools}; allowed: none (tools are not given to the chat template)");
-    }
-    let mut field = |key: &str| row.remove(key).with_context(|| format!("the field {key:?} is missing"));
-    Ok(match format {
-        Format::Text => Content::Text(string("text", field("text")?)?),
-        Format::Messages => Content::Messages(messages("messages", field("messages")?)?),
-        Format::PromptCompletion => match (field("prompt")?, field("completion")?) {
-            (prompt @ Value::Array(_), completion) => Content::Conversation {
-                prompt: messages("prompt", prompt)?,
-                completion: messages("completion", completion)?,
-            },
-            (prompt, completion) => Content::PromptCompletion {
-                prompt: string("prompt", prompt)?,
-                completion: string("completion", completion)?,
-            },
-        },
-        Format::Alpaca => Content::Alpaca {
-            instruction: string("instruction", field("instruction")?)?,
-            output: string("output", field("output")?)?,
-            input: match field("input") {
-                Ok(Value::Null) | Err(_) => String::new(),
-                Ok(input) => string("input", input)?,
-            },
-        },
-        Format::Tokenized => {
-            let input_ids = integers("input_ids", field("input_ids")?)?;
-            let labels = field("labels").ok().map(|v| integers("labels", v)).transpose()?;
-            let mask = field("attention_mask").ok().map(|v| integers("attention_mask", v)).transpose()?;
-            without_padding(input_ids, labels, mask)?
-        }
-        Format::Auto => bail!("the format has not been decided"),
-    })
-}
-
-fn string(key: &str, value: Value) -> Result<String> {
-    match value {
-        Value::String(text) => Ok(text),
-        other => bail!("{key}: found {other}; allowed: a string"),
+    fn next(&mut self) -> Option<Result<Row>> {
+        self.next_row().transpose()
     }
 }
 
-fn messages(key: &str, value: Value) -> Result<Vec<Value>> {
-    let Value::Array(messages) = value else { bail!("{key}: found {value}; allowed: a list of messages") };
-    ensure!(!messages.is_empty(), "{key}: the list is empty");
-    for message in &messages {
-        let has_role = message.get("role").is_some_and(Value::is_string);
+/// The files of a path: itself, or those in the folder.
+fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
+    if !path.is_dir() {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let mut files: Vec<PathBuf> = std::fs::read_dir(path)
+        .and_then(|entries| entries.map(|e| e.map(|e| e.path())).collect())
+        .with_context(|| path.display().to_string())?;
+    files.retain(|f| f.extension().is_some_and(|e| e == "jsonl"));
+    files.sort();
+    ensure!(!files.is_empty(), "{}: holds no *.jsonl file", path.display());
+    Ok(files)
+}
+
+/// A file of rows that is being read.
+struct RowFile {
+    reader: BufReader<File>,
+    path: Arc<PathBuf>,
+    /// Lines read.
+    line: usize,
+    bytes: Vec<u8>,
+    /// `None` before the first row.
+    format: Option<Format>,
+}
+
+impl RowFile {
+    fn open(path: PathBuf) -> Result<RowFile> {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
         ensure!(
-            has_role && message.get("content").is_some(),
-            "{key}: found {message}; allowed: {{\"role\": …, \"content\": …}}"
+            extension == "jsonl",
+            "{}: found .{extension}; allowed: .jsonl (json, parquet and txt are not supported yet)",
+            path.display()
         );
+        let reader = BufReader::with_capacity(1 << 20, files::open(&path)?);
+        Ok(RowFile { reader, path: Arc::new(path), line: 0, bytes: Vec::new(), format: None })
     }
-    Ok(messages)
+
+    fn next_row(&mut self, format: Format, unread: &mut Unread) -> Result<Option<Row>> {
+        let Some(object) = self.next_object()? else { return Ok(None) };
+        let place = || row::place(&self.path, self.line);
+        let mut columns = row::Columns::new(object);
+        let is_auto = format == Format::Auto;
+        let format = match (self.format, is_auto) {
+            (Some(format), _) => format,
+            (None, false) => format,
+            (None, true) => columns.detect().with_context(place)?,
+        };
+        self.format = Some(format);
+        if is_auto {
+            unread.count_forms(&columns, format);
+        }
+        let content = columns.content(format).with_context(place)?;
+        columns.refuse_rest(format, is_auto).with_context(place)?;
+        unread.count(&columns, &content);
+        Ok(Some(Row { content, file: self.path.clone(), line: self.line }))
+    }
+
+    /// The next line that is not empty.
+    fn next_object(&mut self) -> Result<Option<Map<String, Value>>> {
+        loop {
+            self.bytes.clear();
+            let mut limited = self.reader.by_ref().take(MAX_ROW_BYTES as u64 + 2);
+            let n = limited.read_until(b'\n', &mut self.bytes).with_context(|| self.path.display().to_string())?;
+            if n == 0 {
+                return Ok(None);
+            }
+            self.line += 1;
+            let place = || row::place(&self.path, self.line);
+            ensure!(
+                self.bytes.len() <= MAX_ROW_BYTES + 1,
+                "{}: the row is longer than {} MiB, the longest that is read; help: make several rows of it",
+                place(),
+                MAX_ROW_BYTES >> 20
+            );
+            let line = self.bytes.trim_ascii();
+            let line = if self.line == 1 { first_line(&self.path, line)? } else { line };
+            if !line.is_empty() {
+                return object(line).with_context(place).map(Some);
+            }
+        }
+    }
 }
 
-fn integers(key: &str, value: Value) -> Result<Vec<i64>> {
-    let list = value.as_array().and_then(|list| list.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
-    list.with_context(|| format!("{key}: found {}; allowed: a list of whole numbers", json!(value)))
+/// The first line without a byte order mark. Errors: a file of another kind under the name of a JSONL file.
+fn first_line<'a>(path: &Path, line: &'a [u8]) -> Result<&'a [u8]> {
+    files::check_lfs_pointer(path, line)?;
+    files::check_html(path, line)?;
+    let is_utf16 = line.starts_with(&[0xff, 0xfe]) || line.starts_with(&[0xfe, 0xff]);
+    ensure!(!is_utf16, "{}: found UTF-16; allowed: UTF-8; help: iconv -f UTF-16 -t UTF-8", path.display());
+    Ok(line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line).trim_ascii())
 }
 
-fn without_padding(input_ids: Vec<i64>, labels: Option<Vec<i64>>, mask: Option<Vec<i64>>) -> Result<Content> {
-    for (key, other) in [("labels", &labels), ("attention_mask", &mask)] {
-        let len = other.as_ref().map_or(input_ids.len(), Vec::len);
-        ensure!(len == input_ids.len(), "{key}: {len} entries for {} input_ids", input_ids.len());
-    }
-    let Some(mask) = mask else { return Ok(Content::Tokenized { input_ids, labels }) };
-    let keep = |values: Vec<i64>| values.into_iter().zip(&mask).filter(|&(_, &m)| m != 0).map(|(v, _)| v).collect();
-    Ok(Content::Tokenized { input_ids: keep(input_ids), labels: labels.map(keep) })
+fn object(line: &[u8]) -> Result<Map<String, Value>> {
+    serde_json::from_slice(line).map_err(|error| {
+        // A row is one line, so that serde_json's own line number is always 1.
+        let error = error.to_string().replace(" at line 1 column ", ", column ");
+        let help = match line[0] {
+            b'[' => "; help: one object a line (jq -c '.[]')",
+            b'{' if line.len() == 1 => "; help: one object a line (jq -c .)",
+            _ => "",
+        };
+        anyhow!("not a JSON object: {}{help}", files::shown(&error))
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::row::{Alpaca, Content};
     use super::*;
 
-    fn read_text(text: &str, format: Format) -> Result<Vec<Row>> {
+    fn read_bytes(bytes: &[u8], format: Format) -> Result<Vec<Row>> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("rows.jsonl");
-        std::fs::write(&path, text)?;
-        read(&[path], format)
+        std::fs::write(&path, bytes)?;
+        Rows::open(&[path], format)?.collect()
+    }
+
+    fn error_of(bytes: &[u8]) -> String {
+        format!("{:#}", read_bytes(bytes, Format::Auto).unwrap_err())
     }
 
     #[test]
     fn the_format_is_that_of_the_first_row() {
+        let alpaca = Alpaca { instruction: "a".into(), output: "b".into(), ..Alpaca::default() };
         for (text, expected) in [
             (r#"{"text": "a"}"#, Content::Text("a".into())),
-            (
-                r#"{"prompt": "a", "completion": "b", "text": "c"}"#,
-                Content::PromptCompletion { prompt: "a".into(), completion: "b".into() },
-            ),
-            (
-                r#"{"instruction": "a", "input": null, "output": "b"}"#,
-                Content::Alpaca { instruction: "a".into(), input: String::new(), output: "b".into() },
-            ),
-            (r#"{"input_ids": [1, 2]}"#, Content::Tokenized { input_ids: vec![1, 2], labels: None }),
+            (r#"{"instruction": "a", "input": null, "output": "b"}"#, Content::Alpaca(alpaca)),
         ] {
-            assert_eq!(read_text(text, Format::Auto).unwrap()[0].content, expected);
+            assert_eq!(read_bytes(text.as_bytes(), Format::Auto).unwrap()[0].content, expected);
         }
-        let rows = read_text("{\"text\": \"a\"}\n{\"instruction\": \"a\", \"output\": \"b\"}", Format::Auto);
-        assert!(format!("{:#}", rows.unwrap_err()).contains("rows.jsonl:2: the field \"text\" is missing"));
+        let error = error_of(b"{\"text\": \"a\"}\n{\"instruction\": \"a\", \"output\": \"b\"}");
+        assert!(error.contains("rows.jsonl:2: the column \"text\" is missing"), "{error}");
     }
 
     #[test]
     fn errors_name_file_and_line() {
+        let deep = "[".repeat(200);
         for (text, said) in [
-            ("{\"text\": \"a\"}\n\n{\"text\": ", "rows.jsonl:3: not a JSON object"),
-            ("[1]", "rows.jsonl:1: not a JSON object"),
+            (
+                "{\"text\": \"a\"}\n\n{\"text\": ",
+                "rows.jsonl:3: not a JSON object: EOF while parsing a value, column 8",
+            ),
+            (
+                "[1]",
+                "rows.jsonl:1: not a JSON object: invalid type: sequence, expected a map, column 0; help: one object a line",
+            ),
+            ("{\n \"text\": \"a\"\n}", "rows.jsonl:1: not a JSON object: EOF while parsing an object, column 1; help"),
             ("{\"text\": \"a\"}\r\n{\"text\": ", "rows.jsonl:2: not a JSON object"),
+            ("{\"text\": \"a\0b\"}", "rows.jsonl:1: not a JSON object: control character"),
+            (&format!("{{\"text\": {deep}"), "rows.jsonl:1: not a JSON object: recursion limit exceeded"),
             (r#"{"text": 1}"#, "rows.jsonl:1: text: found 1; allowed: a string"),
-            (r#"{"body": "a"}"#, "rows.jsonl:1: found the keys [\"body\"]"),
+            (r#"{"body": "a"}"#, "rows.jsonl:1: found the columns [\"body\"]"),
             (r#"{"messages": []}"#, "rows.jsonl:1: messages: the list is empty"),
-            (r#"{"messages": [{"content": "a"}]}"#, "rows.jsonl:1: messages: found"),
+            (r#"{"messages": [{"content": "a"}]}"#, "rows.jsonl:1: messages[0]: found"),
             (r#"{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}"#, "rows.jsonl:1: completion: found"),
-            (r#"{"input_ids": [1.5]}"#, "rows.jsonl:1: input_ids: found [1.5]"),
-            (r#"{"messages": [{"role": "user", "content": "a"}], "tools": [{}]}"#, "rows.jsonl:1: tools: found"),
+            (r#"{"input_ids": [1.0]}"#, "rows.jsonl:1: input_ids: found [1.0]"),
+            (r#"{"input_ids": [[1]]}"#, "rows.jsonl:1: input_ids: found [[1]]"),
+            (r#"{"input_ids": "1 2"}"#, "rows.jsonl:1: input_ids: found \"1 2\""),
+            ("version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+            ("<!DOCTYPE html>\n<p>", "an HTML page"),
             ("\n \n", "rows.jsonl: has no rows"),
             ("", "rows.jsonl: has no rows"),
         ] {
-            let error = format!("{:#}", read_text(text, Format::Auto).unwrap_err());
+            let error = error_of(text.as_bytes());
             assert!(error.contains(said), "{text}: {error}");
         }
     }
 
     #[test]
     fn bytes_that_are_no_text_are_refused_with_their_line() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("rows.jsonl");
-        std::fs::write(&path, b"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n").unwrap();
-        let error = read(&[path], Format::Auto).unwrap_err();
-        assert!(format!("{error:#}").contains("rows.jsonl:2"), "{error:#}");
+        let error = error_of(b"{\"text\": \"a\"}\n{\"text\": \"caf\xe9\"}\n");
+        assert!(error.contains("rows.jsonl:2: not a JSON object: invalid unicode"), "{error}");
+        let utf16: Vec<u8> = "\u{feff}{}".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        assert!(error_of(&utf16).contains("found UTF-16"), "{}", error_of(&utf16));
+    }
+
+    #[test]
+    fn a_byte_order_mark_and_ends_of_lines_are_no_part_of_rows() {
+        let rows =
+            read_bytes("\u{feff}{\"text\": \"a\"}\r\n\r\n  {\"text\": \"b\"}  ".as_bytes(), Format::Auto).unwrap();
+        assert_eq!(rows.iter().map(Row::answer).collect::<Vec<_>>(), ["a", "b"]);
+        assert!(rows[1].place().ends_with("rows.jsonl:3"));
+    }
+
+    #[test]
+    fn the_longest_row_is_bounded() {
+        let row = |bytes: usize| format!("{{\"text\": \"{}\"}}", "a".repeat(bytes - 12));
+        let long = format!("{}\n{}\n", row(20), row(MAX_ROW_BYTES + 1));
+        let error = error_of(long.as_bytes());
+        assert!(error.contains("rows.jsonl:2: the row is longer than 16 MiB"), "{error}");
+        assert!(error.len() < 500, "{} bytes", error.len());
+        let longest = format!("{}\n{}", row(MAX_ROW_BYTES), row(20));
+        assert_eq!(read_bytes(longest.as_bytes(), Format::Auto).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn errors_show_the_beginning_of_a_value() {
+        let error = error_of(format!("{{\"text\": [\"\u{9b}2J{}\"]}}", "x".repeat(5_000_000)).as_bytes());
+        assert!(error.contains("rows.jsonl:1: text: found [\"\\u{9b}2Jxxx") && error.len() < 1000, "{}", error.len());
     }
 
     #[test]
     fn folders_are_read_by_name_and_other_files_refused() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(read(&[dir.path().into()], Format::Auto).unwrap_err().to_string().contains("no *.jsonl"));
+        let open = |path: PathBuf| Rows::open(&[path], Format::Auto)?.collect::<Result<Vec<Row>>>();
+        assert!(open(dir.path().into()).unwrap_err().to_string().contains("no *.jsonl"));
         for (name, text) in [("b.jsonl", r#"{"text": "2"}"#), ("a.jsonl", r#"{"text": "1"}"#), ("c.csv", "x")] {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
-        let answers: Vec<String> = read(&[dir.path().into()], Format::Auto).unwrap().iter().map(Row::answer).collect();
+        let answers: Vec<String> = open(dir.path().into()).unwrap().iter().map(Row::answer).collect();
         assert_eq!(answers, ["1", "2"]);
-        let error = read(&[dir.path().join("c.csv")], Format::Auto).unwrap_err().to_string();
+        let error = open(dir.path().join("c.csv")).unwrap_err().to_string();
         assert!(error.contains("c.csv") && error.contains(".jsonl"), "{error}");
-    }
-
-    #[test]
-    fn the_answer_is_the_same_in_each_format() {
-        let answers = [
-            r#"{"prompt": "q", "completion": "a"}"#,
-            r#"{"instruction": "q", "output": "a"}"#,
-            r#"{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "thanks"}]}"#,
-            r#"{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}"#,
-        ];
-        for text in answers {
-            assert_eq!(read_text(text, Format::Auto).unwrap()[0].answer(), "a", "{text}");
+        let fifo = dir.path().join("d.jsonl");
+        let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        for path in [fifo, dir.path().into()] {
+            let error = format!("{:#}", open(path).unwrap_err());
+            assert!(error.contains("d.jsonl: a FIFO"), "{error}");
         }
     }
 }

@@ -6,33 +6,50 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::LossOn;
-use super::source::{Content, Row};
+use super::row::{Alpaca, Content, Row, Variables};
 use super::tokenizer::TextTokenizer;
 
-/// In `labels`: does not count.
-const IGNORED: i64 = -100;
-
-/// A row as tokens.
+/// A document as tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokenized {
     pub input_ids: Vec<u32>,
     pub is_target: Vec<bool>,
+    /// False where the tokens of the prompt alone are not those that the document begins with.
+    pub prompt_is_prefix: bool,
 }
 
-/// Errors name the row's place.
-pub fn tokenize(row: &Row, tokenizer: Option<&TextTokenizer>, vocab_size: usize, loss_on: LossOn) -> Result<Tokenized> {
-    let tokenized = match (&row.content, tokenizer) {
-        (Content::Tokenized { input_ids, labels }, _) => labelled(input_ids, labels.as_deref(), loss_on),
+impl Tokenized {
+    /// A document of which all tokens count.
+    fn all_targets(input_ids: Vec<u32>) -> Tokenized {
+        let is_target = vec![true; input_ids.len()];
+        Tokenized::new(input_ids, is_target)
+    }
+
+    /// A document without a prompt, or with one that is its prefix.
+    pub fn new(input_ids: Vec<u32>, is_target: Vec<bool>) -> Tokenized {
+        Tokenized { input_ids, is_target, prompt_is_prefix: true }
+    }
+}
+
+/// The documents of a row: one, except of a tokenized row that holds several. Errors name the row's place.
+pub fn tokenize(
+    row: &Row,
+    tokenizer: Option<&TextTokenizer>,
+    vocab_size: usize,
+    loss_on: LossOn,
+) -> Result<Vec<Tokenized>> {
+    let documents = match (&row.content, tokenizer) {
+        (Content::Tokenized(row), _) => row.documents(loss_on),
         (_, None) => {
             bail!("{}: the row is text, but there is no tokenizer (tokenizer.json in the model's folder)", row.place())
         }
-        (content, Some(tokenizer)) => text(content, tokenizer, loss_on),
+        (content, Some(tokenizer)) => text(content, tokenizer, loss_on).map(|document| vec![document]),
     }
     .with_context(|| row.place())?;
-    if let Some(id) = tokenized.input_ids.iter().find(|&&id| id as usize >= vocab_size) {
+    if let Some(id) = documents.iter().flat_map(|d| &d.input_ids).find(|&&id| id as usize >= vocab_size) {
         bail!("{}: token id {id}; the model's vocabulary has {vocab_size}", row.place());
     }
-    Ok(tokenized)
+    Ok(documents)
 }
 
 fn text(content: &Content, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result<Tokenized> {
@@ -40,28 +57,51 @@ fn text(content: &Content, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result
         Content::Text(text) => {
             ensure!(
                 matches!(loss_on, LossOn::Auto | LossOn::All),
-                "data.loss_on: text rows have neither prompt nor assistant"
+                "data.loss_on: found {}, but text rows have neither prompt nor assistant; use auto",
+                loss_on.word()
             );
-            let input_ids = tokenizer.encode(&with_eos(text, tokenizer), true)?;
-            Ok(Tokenized { is_target: vec![true; input_ids.len()], input_ids })
+            Ok(Tokenized::all_targets(tokenizer.encode(&with_eos(text, tokenizer), true)?))
         }
-        Content::Messages(messages) => conversation(messages, tokenizer, loss_on),
-        Content::Conversation { prompt, completion } => after_prompt(prompt, completion, tokenizer, loss_on),
+        Content::Messages { messages, variables } => conversation(messages, variables, tokenizer, loss_on),
+        Content::Conversation { prompt, completion, variables } => {
+            after_prompt(prompt, completion, variables, tokenizer, loss_on)
+        }
+        // TRL 1.16 adds the end of sequence to `text`, if the row has that column too, in the place of the completion:
+        // an oversight that is not followed.
         Content::PromptCompletion { prompt, completion } => {
             strings(prompt, &format!("{prompt}{}", with_eos(completion, tokenizer)), true, tokenizer, loss_on)
         }
-        Content::Alpaca { instruction, input, output } if tokenizer.has_chat_template() => {
-            let request = if input.is_empty() { instruction.clone() } else { format!("{instruction}\n{input}") };
-            let (prompt, completion) =
-                (json!({"role": "user", "content": request}), json!({"role": "assistant", "content": output}));
-            after_prompt(&[prompt], &[completion], tokenizer, loss_on)
+        Content::Alpaca(alpaca) if tokenizer.has_chat_template() => {
+            let (prompt, completion) = alpaca_messages(alpaca);
+            after_prompt(&prompt, &[completion], &Variables::new(), tokenizer, loss_on)
         }
-        Content::Alpaca { instruction, input, output } => {
+        Content::Alpaca(Alpaca { system, history, instruction, input, output }) => {
+            ensure!(system.is_empty(), "system: it needs a chat template, which the model has not");
+            ensure!(history.is_empty(), "history: it needs a chat template, which the model has not");
             let prompt = alpaca_prompt(instruction, input);
             strings(&prompt, &format!("{prompt}{}", with_eos(output, tokenizer)), true, tokenizer, loss_on)
         }
-        Content::Tokenized { .. } => bail!("tokenized already"),
+        Content::Tokenized(_) => bail!("tokenized already"),
     }
+}
+
+/// The prompt as LLaMA-Factory makes it: system, earlier turns, and the instruction with its input on the next line; then
+/// the answer. LLaMA-Factory counts the answers of earlier turns in the loss too; here they are part of the prompt.
+fn alpaca_messages(alpaca: &Alpaca) -> (Vec<Value>, Value) {
+    let Alpaca { system, history, instruction, input, output } = alpaca;
+    let message = |role: &str, content: &str| json!({"role": role, "content": content});
+    let mut prompt = Vec::new();
+    if !system.is_empty() {
+        prompt.push(message("system", system));
+    }
+    for (user, assistant) in history {
+        prompt.extend([message("user", user), message("assistant", assistant)]);
+    }
+    match input.is_empty() {
+        true => prompt.push(message("user", instruction)),
+        false => prompt.push(message("user", &format!("{instruction}\n{input}"))),
+    }
+    (prompt, message("assistant", output))
 }
 
 /// The prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca).
@@ -98,84 +138,74 @@ fn strings(prompt: &str, whole: &str, special: bool, tokenizer: &TextTokenizer, 
     // that differs is the completion's.
     let begin = prompt_ids.iter().zip(&input_ids).take_while(|(a, b)| a == b).count();
     let is_target = (0..input_ids.len()).map(|i| loss_on == LossOn::All || i >= begin).collect();
-    Ok(Tokenized { input_ids, is_target })
+    Ok(Tokenized { input_ids, is_target, prompt_is_prefix: begin == prompt_ids.len() })
 }
 
 fn after_prompt(
     prompt: &[Value],
     completion: &[Value],
+    variables: &Variables,
     tokenizer: &TextTokenizer,
     loss_on: LossOn,
 ) -> Result<Tokenized> {
     let messages: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
     if loss_on == LossOn::Assistant {
-        return conversation(&messages, tokenizer, loss_on);
+        return conversation(&messages, variables, tokenizer, loss_on);
     }
-    let prompt = tokenizer.render(prompt, true)?.text;
-    let whole = tokenizer.render(&messages, false)?.text;
+    let prompt = tokenizer.render_with(prompt, variables, true)?.text;
+    let whole = tokenizer.render_with(&messages, variables, false)?.text;
     strings(&prompt, &whole, false, tokenizer, loss_on)
 }
 
-fn conversation(messages: &[Value], tokenizer: &TextTokenizer, loss_on: LossOn) -> Result<Tokenized> {
+fn conversation(
+    messages: &[Value],
+    variables: &Variables,
+    tokenizer: &TextTokenizer,
+    loss_on: LossOn,
+) -> Result<Tokenized> {
     ensure!(
         loss_on != LossOn::Completion,
         "data.loss_on is completion, but the rows have no prompt: use assistant or all"
     );
-    let rendered = tokenizer.render(messages, false)?;
-    let (input_ids, offsets) = tokenizer.encode_with_offsets(&rendered.text, false)?;
+    let rendered = tokenizer.render_with(messages, variables, false)?;
     if loss_on != LossOn::Assistant {
-        return Ok(Tokenized { is_target: vec![true; input_ids.len()], input_ids });
+        return Ok(Tokenized::all_targets(tokenizer.encode(&rendered.text, false)?));
     }
     ensure!(
         tokenizer.marks_generation(),
         "data.loss_on is assistant, but the chat template has no {{% generation %}} block that says what the assistant says"
     );
+    let (input_ids, offsets) = tokenizer.encode_with_offsets(&rendered.text, false)?;
     let counts = |token| rendered.assistant_spans.iter().any(|span| is_in(token, span));
-    Ok(Tokenized { is_target: offsets.iter().map(counts).collect(), input_ids })
+    Ok(Tokenized::new(input_ids, offsets.iter().map(counts).collect()))
 }
 
-/// Whether any byte of a token is in a span. Tokenizers with `trim_offsets` give whitespace an empty range at its end.
+/// Whether a token is in a span, as transformers 5 decides it for `return_assistant_tokens_mask`: it begins before the
+/// span's end and ends after its beginning. Whitespace, to which a tokenizer with `trim_offsets` gives an empty range at its
+/// end, is therefore not in a span that it ends.
 fn is_in(token: &Range<usize>, span: &Range<usize>) -> bool {
-    match token.is_empty() {
-        true => span.start < token.start && token.start <= span.end,
-        false => token.start < span.end && span.start < token.end,
-    }
-}
-
-fn labelled(input_ids: &[i64], labels: Option<&[i64]>, loss_on: LossOn) -> Result<Tokenized> {
-    ensure!(
-        matches!(loss_on, LossOn::Auto | LossOn::All),
-        "data.loss_on: tokenized rows have their labels instead; use auto"
-    );
-    let ids = input_ids.iter().map(|&id| u32::try_from(id).ok().with_context(|| format!("token id {id}")));
-    let ids = ids.collect::<Result<Vec<u32>>>()?;
-    let Some(labels) = labels else { return Ok(Tokenized { is_target: vec![true; ids.len()], input_ids: ids }) };
-    for (i, (&label, &id)) in labels.iter().zip(input_ids).enumerate() {
-        ensure!(
-            label == IGNORED || label == id,
-            "labels[{i}] is {label}; allowed: {IGNORED} or the input id there, {id}"
-        );
-    }
-    Ok(Tokenized { is_target: labels.iter().map(|&l| l != IGNORED).collect(), input_ids: ids })
+    token.start < span.end && span.start < token.end
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
+    use super::super::Format;
+    use super::super::source::Rows;
     use super::super::tokenizer::tests::{GOLDEN, with_generation};
-    use super::super::{Format, source};
     use super::*;
 
     fn prepare(row: &Value, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result<Tokenized> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("rows.jsonl");
         std::fs::write(&path, row.to_string())?;
-        tokenize(&source::read(&[path], Format::Auto)?[0], Some(tokenizer), 320, loss_on)
+        let row = Rows::open(&[path], Format::Auto)?.next().unwrap()?;
+        Ok(tokenize(&row, Some(tokenizer), 320, loss_on)?.remove(0))
     }
 
     fn labels(tokenized: &Tokenized) -> Vec<i64> {
-        let label = |(&id, &t): (&u32, &bool)| if t { i64::from(id) } else { IGNORED };
+        let label = |(&id, &t): (&u32, &bool)| if t { i64::from(id) } else { -100 };
         tokenized.input_ids.iter().zip(&tokenized.is_target).map(label).collect()
     }
 
@@ -209,6 +239,18 @@ mod tests {
     }
 
     #[test]
+    fn system_and_history_of_alpaca_are_part_of_the_prompt() {
+        let tokenizer = TextTokenizer::load(Path::new(GOLDEN), &jiff::Zoned::now()).unwrap();
+        let alpaca = json!({"instruction": "a", "output": "b", "system": "be brief", "history": [["q1", "a1"]]});
+        let message = |role: &str, content: &str| json!({"role": role, "content": content});
+        let (system, q1) = (message("system", "be brief"), message("user", "q1"));
+        let prompt = json!([system, q1, message("assistant", "a1"), message("user", "a")]);
+        let chat = json!({"prompt": prompt, "completion": [message("assistant", "b")]});
+        let of = |row| prepare(row, &tokenizer, LossOn::Auto).unwrap();
+        assert_eq!(of(&alpaca), of(&chat));
+    }
+
+    #[test]
     fn alpaca_without_a_template_is_stanfords_prompt() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::copy(Path::new(GOLDEN).join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
@@ -220,6 +262,18 @@ mod tests {
         assert!(text.starts_with("Below is an instruction") && text.contains("### Input:\n2 + 2\n\n### Response:\n"));
         let target: Vec<u32> = labels(&tokenized).iter().filter_map(|&l| u32::try_from(l).ok()).collect();
         assert_eq!(tokenizer.decode(&target, false).unwrap(), "four<|im_end|>");
+    }
+
+    #[test]
+    fn system_and_history_need_a_template() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(Path::new(GOLDEN).join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+        let tokenizer = TextTokenizer::load(dir.path(), &jiff::Zoned::now()).unwrap();
+        for (name, value) in [("system", json!("s")), ("history", json!([["q", "a"]]))] {
+            let row = json!({"instruction": "a", "output": "b", name: value});
+            let error = format!("{:#}", prepare(&row, &tokenizer, LossOn::Auto).unwrap_err());
+            assert!(error.contains(&format!("rows.jsonl:1: {name}: it needs a chat template")), "{error}");
+        }
     }
 
     #[test]
@@ -242,7 +296,7 @@ mod tests {
     fn tokens_of_a_span() {
         let span = 4..8;
         let cases =
-            [(3..4, false), (3..5, true), (7..9, true), (8..9, false), (4..4, false), (5..5, true), (8..8, true)];
+            [(3..4, false), (3..5, true), (7..9, true), (8..9, false), (4..4, false), (5..5, true), (8..8, false)];
         for (token, expected) in cases {
             assert_eq!(is_in(&token, &span), expected, "{token:?}");
         }

@@ -232,6 +232,17 @@ fn check_conflicts(written: &mut Written) {
     {
         conflicts.push("fsdp.gather: with no_shard there is nothing to gather, remove it".into());
     }
+    let packing = written.get(&keys::PACKING);
+    if packing == Some(Packing::Wrapped)
+        && written.has(&keys::OVERLONG)
+        && written.get(&keys::OVERLONG) == Some(Overlong::Truncate)
+    {
+        conflicts.push(
+            "data.overlong: found truncate, which contradicts data.packing: wrapped, for wrapping goes on in the next sequence; \
+             allowed: split | drop | error"
+                .into(),
+        );
+    }
     let units = written.get(&keys::RESIDENT_UNITS).flatten();
     if let (Some(Some(offload)), Some(units)) = (written.get(&keys::OFFLOAD_PARAMS), units)
         && offload == (units > 0)
@@ -264,7 +275,11 @@ fn build(written: &Written) -> Option<Job> {
             format: written.get(&keys::FORMAT)?,
             max_length: written.get(&keys::MAX_LENGTH)?,
             packing: written.get(&keys::PACKING)?,
-            overlong: written.get(&keys::OVERLONG)?,
+            overlong: match (written.get(&keys::PACKING)?, written.has(&keys::OVERLONG)) {
+                // Wrapped packing cuts nothing off, unless told to.
+                (Packing::Wrapped, false) => Overlong::Split,
+                _ => written.get(&keys::OVERLONG)?,
+            },
             loss_on: written.get(&keys::LOSS_ON)?,
         },
         quantization: QuantizationJob {

@@ -59,7 +59,8 @@ keys! {
         &["an integer of at least 2"], "tokens in the longest sequence";
     PACKING: Packing = "data.packing", "true", choice,
         Packing::ALLOWED, "whether documents share a sequence (they never attend to each other)";
-    OVERLONG: Overlong = "data.overlong", "truncate", choice, Overlong::ALLOWED, "what happens to rows over max_length";
+    OVERLONG: Overlong = "data.overlong", "truncate", choice,
+        Overlong::ALLOWED, "what happens to rows over max_length; packing: wrapped never truncates, its default is split";
     LOSS_ON: LossOn = "data.loss_on", "auto", choice,
         LossOn::ALLOWED, "which tokens count; auto: completion where there is a prompt, else all";
 

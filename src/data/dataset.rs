@@ -1,0 +1,478 @@
+//! Documents, and which of them make each sequence.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+
+use super::row::Row;
+use super::source::Rows;
+use super::tokenize::{self, Tokenized};
+use super::{DataOptions, Document, Overlong, Packing, TextTokenizer, pack};
+
+/// What happened to the rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub rows: usize,
+    /// Rows over max_length, with `overlong: truncate`.
+    pub truncated: usize,
+    /// Rows over max_length, with `overlong: split`.
+    pub split: usize,
+    /// Rows over max_length, with `overlong: drop`.
+    pub dropped: usize,
+    /// Documents of fewer than two tokens, or with none that counts in the loss.
+    pub without_target: usize,
+    pub sequences: usize,
+    pub tokens: usize,
+    pub target_tokens: usize,
+    pub max_length: usize,
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(
+            f,
+            "{} rows, {} sequences, {} tokens, {} of them targets",
+            self.rows, self.sequences, self.tokens, self.target_tokens
+        )?;
+        let limit = self.max_length;
+        for (n, what) in [
+            (self.truncated, format!("truncated to {limit} tokens")),
+            (self.split, format!("over {limit} tokens and split")),
+            (self.dropped, format!("over {limit} tokens and dropped")),
+            (self.without_target, "dropped because no token of them counts in the loss".into()),
+        ] {
+            if n > 0 {
+                write!(f, "; {n} {what}")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Documents, and which of them make each sequence.
+#[derive(Clone, Debug)]
+pub struct Dataset {
+    pub documents: Vec<Document>,
+    pub sequences: Vec<Vec<usize>>,
+    pub counts: Counts,
+    /// Sentences about the rows that would surprise whoever wrote them, to be told before training.
+    pub notes: Vec<String>,
+}
+
+impl Dataset {
+    /// Reads files and folders. `tokenizer` may be missing where all rows are tokenized.
+    pub fn load(
+        paths: &[PathBuf],
+        tokenizer: Option<&TextTokenizer>,
+        vocab_size: usize,
+        options: &DataOptions,
+    ) -> Result<Dataset> {
+        let mut rows = Rows::open(paths, options.format)?;
+        let mut builder = Builder::new(tokenizer, vocab_size, *options);
+        for row in &mut rows {
+            builder.add(&row?)?;
+        }
+        let mut dataset = builder.finish()?;
+        dataset.notes.extend(rows.notes(tokenizer));
+        Ok(dataset)
+    }
+
+    /// Reads files and folders into two parts, training and held out. Rows are told apart by a hash of their answer, so that
+    /// no answer is in both. Held-out rows are never cut by packing: `wrapped` packs them as `true` does.
+    pub fn load_with_held_out(
+        paths: &[PathBuf],
+        tokenizer: Option<&TextTokenizer>,
+        vocab_size: usize,
+        options: &DataOptions,
+        fraction: f64,
+    ) -> Result<(Dataset, Dataset)> {
+        const HELD_OUT: &str = "data.eval: the held-out rows";
+        let mut rows = Rows::open(paths, options.format)?;
+        let mut train = Builder::new(tokenizer, vocab_size, *options);
+        let mut held_out = Builder::new(tokenizer, vocab_size, options.for_evaluation());
+        for row in &mut rows {
+            let row = row?;
+            match (xxh3_64(row.answer().as_bytes()) as f64 / u64::MAX as f64) < fraction {
+                true => held_out.add(&row).context(HELD_OUT)?,
+                false => train.add(&row)?,
+            }
+        }
+        let (num_train, num_held_out) = (train.counts.rows, held_out.counts.rows);
+        ensure!(
+            num_train > 0 && num_held_out > 0,
+            "data.eval: {fraction} of the rows leaves {num_train} for training and {num_held_out} for evaluation; give a file, \
+             or another fraction"
+        );
+        let (mut train, held_out) = (train.finish()?, held_out.finish().context(HELD_OUT)?);
+        train.notes.extend(rows.notes(tokenizer));
+        Ok((train, held_out))
+    }
+
+    /// Tokens of the longest document.
+    pub fn longest_document(&self) -> usize {
+        self.documents.iter().map(|d| d.input_ids.len()).max().unwrap_or(0)
+    }
+
+    /// Tokens of each sequence.
+    pub fn sequence_lengths(&self) -> impl Iterator<Item = usize> + '_ {
+        self.sequences.iter().map(|s| s.iter().map(|&d| self.documents[d].input_ids.len()).sum())
+    }
+
+    /// An xxh3 hash of all that training reads: the sequences in order, and the sample index, token ids and targets of each
+    /// of their documents. Two ranks with equal digests see the same data.
+    pub fn digest(&self) -> u64 {
+        let mut hash = Xxh3::new();
+        for sequence in &self.sequences {
+            hash.update(&(sequence.len() as u64).to_le_bytes());
+            for &Document { sample_idx, ref input_ids, ref is_target } in sequence.iter().map(|&d| &self.documents[d]) {
+                hash.update(&sample_idx.to_le_bytes());
+                hash.update(&(input_ids.len() as u64).to_le_bytes());
+                input_ids.iter().for_each(|id| hash.update(&id.to_le_bytes()));
+                is_target.iter().for_each(|&t| hash.update(&[u8::from(t)]));
+            }
+        }
+        hash.digest()
+    }
+
+    /// Host memory that the documents and sequences take, for as long as the data set lives.
+    pub fn host_bytes(&self) -> usize {
+        let of_document = |d: &Document| d.input_ids.capacity() * size_of::<u32>() + d.is_target.capacity();
+        let of_sequence = |s: &Vec<usize>| s.capacity() * size_of::<usize>();
+        self.documents.capacity() * size_of::<Document>()
+            + self.documents.iter().map(of_document).sum::<usize>()
+            + self.sequences.capacity() * size_of::<Vec<usize>>()
+            + self.sequences.iter().map(of_sequence).sum::<usize>()
+    }
+}
+
+/// Rows that all have a property: how many, and where the first ones are.
+#[derive(Default)]
+struct Places {
+    rows: usize,
+    first: Vec<String>,
+}
+
+impl Places {
+    const SHOWN: usize = 5;
+
+    fn add(&mut self, row: &Row) {
+        self.rows += 1;
+        if self.rows <= Places::SHOWN {
+            self.first.push(row.place());
+        }
+    }
+}
+
+impl fmt::Display for Places {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        write!(f, "{}{}", self.first.join(", "), if self.rows > Places::SHOWN { ", …" } else { "" })
+    }
+}
+
+/// A data set while its rows are read.
+struct Builder<'a> {
+    tokenizer: Option<&'a TextTokenizer>,
+    vocab_size: usize,
+    options: DataOptions,
+    documents: Vec<Document>,
+    counts: Counts,
+    overlong: Places,
+    /// Rows whose prompt has other tokens by itself than before its completion.
+    other_prompt: Places,
+}
+
+impl Builder<'_> {
+    fn new(tokenizer: Option<&TextTokenizer>, vocab_size: usize, options: DataOptions) -> Builder<'_> {
+        Builder {
+            tokenizer,
+            vocab_size,
+            options,
+            documents: Vec::new(),
+            counts: Counts { max_length: options.max_length, ..Counts::default() },
+            overlong: Places::default(),
+            other_prompt: Places::default(),
+        }
+    }
+
+    fn add(&mut self, row: &Row) -> Result<()> {
+        self.counts.rows += 1;
+        for document in tokenize::tokenize(row, self.tokenizer, self.vocab_size, self.options.loss_on)? {
+            if document.input_ids.len() > self.options.max_length {
+                self.overlong.add(row);
+            }
+            if !document.prompt_is_prefix {
+                self.other_prompt.add(row);
+            }
+            for (input_ids, is_target) in self.cut(document) {
+                let document = Document { sample_idx: self.documents.len() as u64, input_ids, is_target };
+                match document.num_target_tokens() {
+                    0 => self.counts.without_target += 1,
+                    _ => self.documents.push(document),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The pieces that are left of a document of more than max_length tokens.
+    fn cut(&mut self, document: Tokenized) -> Vec<(Vec<u32>, Vec<bool>)> {
+        let Tokenized { mut input_ids, mut is_target, .. } = document;
+        let limit = self.options.max_length;
+        if input_ids.len() <= limit {
+            return vec![(input_ids, is_target)];
+        }
+        match (self.options.overlong, self.options.packing) {
+            (Overlong::Truncate, _) => {
+                self.counts.truncated += 1;
+                input_ids.truncate(limit);
+                is_target.truncate(limit);
+                vec![(input_ids, is_target)]
+            }
+            // Packing will cut it where sequences end.
+            (Overlong::Split, Packing::Wrapped) => {
+                self.counts.split += 1;
+                vec![(input_ids, is_target)]
+            }
+            (Overlong::Split, _) => {
+                self.counts.split += 1;
+                input_ids.chunks(limit).zip(is_target.chunks(limit)).map(|(i, t)| (i.to_vec(), t.to_vec())).collect()
+            }
+            (Overlong::Drop | Overlong::Error, _) => {
+                self.counts.dropped += 1;
+                Vec::new()
+            }
+        }
+    }
+
+    fn finish(self) -> Result<Dataset> {
+        let Builder { options, mut documents, mut counts, overlong, other_prompt, .. } = self;
+        ensure!(
+            options.overlong != Overlong::Error || overlong.rows == 0,
+            "{} rows are longer than data.max_length ({}), and data.overlong is error: {overlong}",
+            overlong.rows,
+            options.max_length
+        );
+        ensure!(
+            !documents.is_empty(),
+            "no token of the {} rows counts in the loss (data.loss_on, data.max_length {})",
+            counts.rows,
+            options.max_length
+        );
+        let sequences = pack::pack(&mut documents, options.packing, options.max_length);
+        ensure!(!sequences.is_empty(), "no token counts in the loss of a sequence (data.packing)");
+        counts.sequences = sequences.len();
+        counts.tokens = documents.iter().map(|d| d.input_ids.len()).sum();
+        counts.target_tokens = documents.iter().map(Document::num_target_tokens).sum();
+        let mut notes = Vec::new();
+        if other_prompt.rows > 0 {
+            notes.push(format!(
+                "{} prompts have other tokens by themselves than before their completions; what counts begins at the first \
+                 token that differs, and generating from such a prompt begins otherwise than in training: {other_prompt}",
+                other_prompt.rows
+            ));
+        }
+        Ok(Dataset { documents, sequences, counts, notes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::super::{Format, LossOn, tokenizer};
+    use super::*;
+
+    const OPTIONS: DataOptions = DataOptions {
+        format: Format::Auto,
+        max_length: 4,
+        packing: Packing::None,
+        overlong: Overlong::Truncate,
+        loss_on: LossOn::Auto,
+    };
+
+    fn load(text: &str, options: DataOptions) -> Result<Dataset> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, text)?;
+        Dataset::load(&[path], None, 100, &options)
+    }
+
+    fn ids(dataset: &Dataset) -> Vec<&[u32]> {
+        dataset.documents.iter().map(|d| &d.input_ids[..]).collect()
+    }
+
+    fn error(text: &str, options: DataOptions) -> String {
+        format!("{:#}", load(text, options).unwrap_err())
+    }
+
+    const ROWS: &str =
+        "{\"input_ids\": [1, 2, 3, 4, 5, 6, 7, 8, 9]}\n\n{\"input_ids\": [10, 11]}\n{\"input_ids\": [12]}\n";
+
+    #[test]
+    fn overlong_rows_are_counted() {
+        let of = |overlong| load(ROWS, DataOptions { overlong, ..OPTIONS });
+        let truncated = of(Overlong::Truncate).unwrap();
+        assert_eq!(ids(&truncated), [&[1, 2, 3, 4][..], &[10, 11]]);
+        let said = "3 rows, 2 sequences, 6 tokens, 4 of them targets; 1 truncated to 4 tokens; \
+                    1 dropped because no token of them counts in the loss";
+        assert_eq!(truncated.counts.to_string(), said);
+        let split = of(Overlong::Split).unwrap();
+        // The last piece, [9], predicts nothing.
+        assert_eq!(ids(&split), [&[1, 2, 3, 4][..], &[5, 6, 7, 8], &[10, 11]]);
+        assert_eq!((split.counts.split, split.counts.without_target), (1, 2));
+        assert_eq!(split.documents.iter().map(|d| d.sample_idx).collect::<Vec<_>>(), [0, 1, 2]);
+        let dropped = of(Overlong::Drop).unwrap();
+        assert_eq!((ids(&dropped), dropped.counts.dropped), (vec![&[10, 11][..]], 1));
+        let refused = format!("{:#}", of(Overlong::Error).unwrap_err());
+        assert!(refused.contains("1 rows are longer") && refused.contains("rows.jsonl:1"), "{refused}");
+    }
+
+    #[test]
+    fn the_digest_covers_all_that_training_reads() {
+        let data = load(ROWS, OPTIONS).unwrap();
+        let digest_after = |change: &dyn Fn(&mut Dataset)| {
+            let mut changed = data.clone();
+            change(&mut changed);
+            changed.digest()
+        };
+        let digests = [
+            data.digest(),
+            digest_after(&|d| d.documents[0].input_ids[3] = 5),
+            digest_after(&|d| d.documents[1].is_target[1] = false),
+            digest_after(&|d| d.documents[1].sample_idx = 7),
+            digest_after(&|d| d.sequences.swap(0, 1)),
+            digest_after(&|d| d.sequences = vec![vec![0, 1]]),
+            digest_after(&|d| drop(d.sequences.pop())),
+        ];
+        assert_eq!(load(ROWS, OPTIONS).unwrap().digest(), digests[0]);
+        let different: std::collections::BTreeSet<u64> = digests.into();
+        assert_eq!(different.len(), digests.len());
+    }
+
+    #[test]
+    fn host_memory_follows_the_tokens() {
+        let row = |n: usize| format!("{{\"input_ids\": {:?}}}\n", vec![1; n]);
+        let of = |n| load(&row(n), DataOptions { max_length: 100_000, ..OPTIONS }).unwrap().host_bytes();
+        let added = of(20_000) - of(10_000);
+        assert!((50_000..100_000).contains(&added), "{added} bytes for 10000 tokens");
+    }
+
+    #[test]
+    fn labels_and_padding() {
+        let row = r#"{"input_ids": [0, 5, 6, 7], "labels": [-100, -100, -100, 7], "attention_mask": [0, 1, 1, 1]}"#;
+        let data = load(row, OPTIONS).unwrap();
+        assert_eq!((ids(&data)[0], &data.documents[0].is_target), (&[5, 6, 7][..], &vec![false, false, true]));
+    }
+
+    #[test]
+    fn bad_rows_are_refused_with_their_place() {
+        for (text, said) in [
+            ("{\"input_ids\": [1, 2]}\n{\"input_ids\": [1, 100]}", "rows.jsonl:2: token id 100"),
+            (r#"{"input_ids": [1, -2]}"#, "rows.jsonl:1: token id -2"),
+            (r#"{"input_ids": [1, 2], "labels": [1, 3]}"#, "rows.jsonl:1: labels[1] is 3"),
+            (r#"{"input_ids": [1, 2], "labels": [1]}"#, "rows.jsonl:1: labels: 1 entries for 2"),
+            (r#"{"input_ids": [1, 2], "labels": [1, -100]}"#, "no token of the 1 rows counts"),
+            (r#"{"text": "x"}"#, "rows.jsonl:1: the row is text, but there is no tokenizer"),
+        ] {
+            assert!(error(text, OPTIONS).contains(said), "{text}: {}", error(text, OPTIONS));
+        }
+        let completion = DataOptions { loss_on: LossOn::Completion, ..OPTIONS };
+        assert!(error(r#"{"input_ids": [1, 2]}"#, completion).contains("data.loss_on"));
+    }
+
+    #[test]
+    fn no_answer_is_in_both_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let row = |i: usize| format!(r#"{{"prompt": "question {i}", "completion": "answer {}"}}"#, i % 40);
+        std::fs::write(&path, (0..200).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN), &jiff::Zoned::now()).unwrap();
+        let options = DataOptions { max_length: 64, ..OPTIONS };
+        let split = |fraction| {
+            Dataset::load_with_held_out(std::slice::from_ref(&path), Some(&tokenizer), 320, &options, fraction)
+        };
+        let (train, held_out) = split(0.3).unwrap();
+        assert_eq!(train.documents.len() + held_out.documents.len(), 200);
+        let answer = |d: &Document| d.input_ids.iter().zip(&d.is_target).filter(|x| *x.1).map(|x| *x.0).collect();
+        let answers: Vec<Vec<u32>> = train.documents.iter().map(answer).collect();
+        assert!(held_out.documents.iter().all(|d| !answers.contains(&answer(d))));
+        assert!((20..100).contains(&held_out.documents.len()), "{}", held_out.documents.len());
+        assert!(split(0.0).unwrap_err().to_string().contains("data.eval"));
+    }
+
+    #[test]
+    fn wrapping_cuts_nothing_off() {
+        let of = |overlong| load(ROWS, DataOptions { overlong, packing: Packing::Wrapped, ..OPTIONS });
+        let all = of(Overlong::Split).unwrap();
+        // The second document begins where the first one ends, in the third sequence.
+        assert_eq!(ids(&all), [&[1, 2, 3, 4][..], &[5, 6, 7, 8], &[9], &[10, 11]]);
+        assert_eq!((all.sequences.len(), all.counts.split, all.counts.truncated), (3, 1, 0));
+        assert_eq!(ids(&of(Overlong::Drop).unwrap()), [&[10, 11]]);
+        assert!(of(Overlong::Error).is_err());
+    }
+
+    #[test]
+    fn documents_of_a_row_stay_apart() {
+        let row = r#"{"input_ids": [5, 6, 7, 8, 9, 10], "position_ids": [0, 1, 2, 0, 1, 2]}"#;
+        let data = load(row, DataOptions { packing: Packing::BestFit, ..OPTIONS }).unwrap();
+        assert_eq!((ids(&data), data.counts.target_tokens), (vec![&[5, 6, 7][..], &[8, 9, 10]], 4));
+        // Neither is longer than max_length, though the row is.
+        assert_eq!((data.counts.rows, data.counts.truncated), (1, 0));
+    }
+
+    #[test]
+    fn what_nothing_reads_is_told_once_with_a_count() {
+        let rows = [
+            r#"{"input_ids": [1, 2], "topic": "a", "id": 1, "text": "a"}"#,
+            r#"{"input_ids": [3, 4], "topic": "b", "special_tokens_mask": [0, 0]}"#,
+            r#"{"input_ids": [5, 6], "topic": null, "\u001b[2J": 1}"#,
+        ];
+        let notes = load(&rows.join("\n"), OPTIONS).unwrap().notes;
+        assert_eq!(
+            notes,
+            [
+                "1 rows can be read in several formats: `input_ids` are read, as by TRL, and `text` are not; data.format says \
+                 otherwise",
+                "columns that nothing reads: `\\u{1b}[2J` in 1 rows, `id` in 1 rows, `special_tokens_mask` in 1 rows, `text` in \
+                 1 rows, `topic` in 2 rows",
+            ]
+        );
+        let many: Vec<String> = (0..50).map(|i| format!("\"c{i:02}\": 1")).collect();
+        let notes = load(&format!("{{\"input_ids\": [1, 2], {}}}", many.join(", ")), OPTIONS).unwrap().notes;
+        assert!(notes[0].contains("`c19` in 1 rows and 30 more") && !notes[0].contains("c20"), "{notes:?}");
+    }
+
+    #[test]
+    fn what_the_template_and_the_prompt_do_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN), &jiff::Zoned::now()).unwrap();
+        let options = DataOptions { max_length: 64, ..OPTIONS };
+        let notes = |rows: &str| {
+            std::fs::write(&path, rows).unwrap();
+            Dataset::load(std::slice::from_ref(&path), Some(&tokenizer), 320, &options).unwrap().notes
+        };
+        let row = r#"{"messages": [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b", "thinking": "c"}],
+                      "tools": [{"name": "f"}]}"#;
+        let told = notes(&row.replace('\n', ""));
+        assert_eq!(
+            told,
+            [
+                "keys of messages that the chat template does not mention: `name` in 1 messages, `thinking` in 1 messages",
+                "variables that the chat template does not mention: `tools` in 1 rows",
+            ]
+        );
+        let plain = r#"{"prompt": "Wait for", "completion": " the land."}"#;
+        let told = notes(&format!(
+            "{plain}\n{}",
+            plain.replace("for\", \"completion\": \" the", "for \", \"completion\": \"the")
+        ));
+        assert!(
+            told.len() == 1 && told[0].contains("1 prompts have other tokens") && told[0].ends_with("rows.jsonl:2"),
+            "{told:?}"
+        );
+        assert_eq!(notes(plain), Vec::<String>::new());
+    }
+}

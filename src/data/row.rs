@@ -1,0 +1,496 @@
+//! A row: which of its columns say what is trained on, and which are refused.
+//!
+//! Where a row has the columns of several formats, `format: auto` reads those that TRL's SFTTrainer (1.16) reads: `input_ids`
+//! before `prompt` and `completion`, before `messages`, before `text`. TRL does not know `instruction` and `output`: they come
+//! last. A null is as good as no column. [`Columns::content`] takes the columns that it reads; of the rest, those that have a
+//! meaning in TRL, LLaMA-Factory or axolotl are refused by name, and the others are counted and told ([`super::unread`]).
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value, json};
+
+use super::Format;
+use super::message;
+use super::tokenized::TokenizedRow;
+use crate::files::shown;
+
+/// One row and where it stands.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub content: Content,
+    pub(super) file: Arc<PathBuf>,
+    /// Counted from 1.
+    pub(super) line: usize,
+}
+
+/// A row by its format.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Content {
+    Text(String),
+    Messages {
+        messages: Vec<Value>,
+        variables: Variables,
+    },
+    PromptCompletion {
+        prompt: String,
+        completion: String,
+    },
+    /// A prompt and a completion that are lists of messages.
+    Conversation {
+        prompt: Vec<Value>,
+        completion: Vec<Value>,
+        variables: Variables,
+    },
+    Alpaca(Alpaca),
+    Tokenized(TokenizedRow),
+}
+
+/// Variables of the chat template: `tools`, and what `chat_template_kwargs` holds.
+pub type Variables = Map<String, Value>;
+
+/// Empty strings stand for columns that are not there.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Alpaca {
+    pub system: String,
+    /// Earlier turns: what the user said, and what the assistant answered. They belong to the prompt.
+    pub history: Vec<(String, String)>,
+    pub instruction: String,
+    pub input: String,
+    pub output: String,
+}
+
+impl Row {
+    /// `file:line`
+    pub fn place(&self) -> String {
+        place(&self.file, self.line)
+    }
+
+    /// The text that a model should learn to say: rows with the same answer are held out together.
+    pub fn answer(&self) -> String {
+        let content = |messages: &[Value]| {
+            let of_assistant = |m: &&Value| m.get("role").is_some_and(|r| r == "assistant");
+            let Some(message) = messages.iter().rev().find(of_assistant).or(messages.last()) else {
+                return String::new();
+            };
+            message.get("content").and_then(Value::as_str).map_or_else(|| message.to_string(), str::to_string)
+        };
+        match &self.content {
+            Content::Text(text) => text.clone(),
+            Content::Messages { messages, .. } => content(messages),
+            Content::PromptCompletion { completion, .. } => completion.clone(),
+            Content::Conversation { completion, .. } => content(completion),
+            Content::Alpaca(alpaca) => alpaca.output.clone(),
+            Content::Tokenized(row) => format!("{:?}", row.input_ids),
+        }
+    }
+}
+
+/// `file:line`
+pub(super) fn place(file: &Path, line: usize) -> String {
+    format!("{}:{line}", file.display())
+}
+
+/// Formats by the columns that tell them, in the order in which TRL looks for them.
+const FORMS: [(Format, &[&str]); 5] = [
+    (Format::Tokenized, &["input_ids"]),
+    (Format::PromptCompletion, &["prompt", "completion"]),
+    (Format::Messages, &["messages"]),
+    (Format::Text, &["text"]),
+    (Format::Alpaca, &["instruction", "output"]),
+];
+
+const MEDIA: &str = "images, videos and audio are not read; remove the rows that have them";
+const PREFERENCE: &str =
+    "preferences are not trained on; data.format messages or prompt_completion reads the other columns";
+const SHAREGPT: &str = "conversations are not read; write them as messages: [{\"role\": \"user\", \"content\": …}, …]";
+const OF_TOKENS: &str = "it tells of tokens, but the row has no input_ids";
+const OF_TEMPLATE: &str = "it is for the chat template, which renders messages only";
+
+/// Columns that have a meaning in TRL, LLaMA-Factory or axolotl, and why they are refused where they are not read.
+const REFUSED: [(&str, &str); 25] = [
+    ("assistant_masks", OF_TOKENS),
+    ("attention_mask", OF_TOKENS),
+    ("audio", MEDIA),
+    ("audios", MEDIA),
+    ("chat_template", "rows are rendered by the model's template; put another one into its chat_template.jinja"),
+    ("chat_template_kwargs", OF_TEMPLATE),
+    ("chosen", PREFERENCE),
+    ("completion_mask", OF_TOKENS),
+    ("conversations", SHAREGPT),
+    ("documents", "write {\"documents\": …} into chat_template_kwargs"),
+    ("history", "it belongs to instruction and output; write earlier turns as messages"),
+    ("image", MEDIA),
+    ("images", MEDIA),
+    ("kto_tag", "what is undesirable is not trained on; keep the other rows and remove the column"),
+    ("labels", OF_TOKENS),
+    ("pixel_values", MEDIA),
+    ("position_ids", OF_TOKENS),
+    ("rejected", PREFERENCE),
+    ("segments", "write input_ids and labels in their place"),
+    ("seq_lengths", OF_TOKENS),
+    ("system", "write it as the first message: {\"role\": \"system\", \"content\": …}"),
+    ("token_type_ids", OF_TOKENS),
+    ("tools", OF_TEMPLATE),
+    ("video", MEDIA),
+    ("videos", MEDIA),
+];
+
+/// `label` says in TRL's KTO whether a completion is desirable; in a set of texts it is a class, and harmless.
+const KTO_LABEL: &str = "TRL's KTO marks undesirable completions with it; keep the other rows and remove the column";
+
+/// Arguments of transformers' `apply_chat_template` that are no variables of the template, and those that are decided here.
+const NO_VARIABLES: [&str; 13] = [
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+];
+
+/// The columns of a row that have not been read yet.
+pub struct Columns(Map<String, Value>);
+
+impl Columns {
+    /// Columns that are null are left out.
+    pub fn new(mut row: Map<String, Value>) -> Columns {
+        row.retain(|_, value| !value.is_null());
+        Columns(row)
+    }
+
+    /// Names of the columns that have not been read.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(String::as_str)
+    }
+
+    /// Formats whose columns are all there, each with these columns.
+    pub fn forms(&self) -> impl Iterator<Item = (Format, &'static [&'static str])> + '_ {
+        FORMS.into_iter().filter(|(_, columns)| columns.iter().all(|&c| self.0.contains_key(c)))
+    }
+
+    /// The format that TRL would read.
+    pub fn detect(&self) -> Result<Format> {
+        // TRL makes messages of conversations, so that they go before messages.
+        let goes_before = |format| matches!(format, Format::Tokenized | Format::PromptCompletion);
+        match (self.forms().next(), self.0.get("conversations")) {
+            (Some((format, _)), None) => Ok(format),
+            (Some((format, _)), Some(_)) if goes_before(format) => Ok(format),
+            (_, Some(found)) => bail!("conversations: found {}; {SHAREGPT}", shown(&found.to_string())),
+            (None, None) => {
+                let names: Vec<&String> = self.0.keys().collect();
+                bail!(
+                    "found the columns {}; allowed: text | messages | prompt, completion | instruction, input, output, \
+                     system, history | input_ids, labels, attention_mask, …",
+                    shown(&format!("{names:?}"))
+                )
+            }
+        }
+    }
+
+    /// Takes the columns of a format.
+    pub fn content(&mut self, format: Format) -> Result<Content> {
+        Ok(match format {
+            Format::Text => Content::Text(self.string("text")?),
+            Format::Messages => {
+                Content::Messages { messages: self.messages("messages")?, variables: self.variables()? }
+            }
+            Format::PromptCompletion if self.0.get("prompt").is_some_and(Value::is_array) => Content::Conversation {
+                prompt: self.messages("prompt")?,
+                completion: self.messages("completion")?,
+                variables: self.variables()?,
+            },
+            Format::PromptCompletion => {
+                Content::PromptCompletion { prompt: self.string("prompt")?, completion: self.string("completion")? }
+            }
+            Format::Alpaca => Content::Alpaca(Alpaca {
+                system: self.string_or_empty("system")?,
+                history: self.history()?,
+                instruction: self.string("instruction")?,
+                input: self.string_or_empty("input")?,
+                output: self.string("output")?,
+            }),
+            Format::Tokenized => Content::Tokenized(TokenizedRow::take(self)?),
+            Format::Auto => bail!("the format has not been decided"),
+        })
+    }
+
+    /// Refuses the columns that have a meaning but have not been read. Those of another format are let be where the recipe
+    /// names the format, and so are empty ones.
+    pub fn refuse_rest(&self, format: Format, is_auto: bool) -> Result<()> {
+        let is_other_form = |why: &str| why == PREFERENCE || why == SHAREGPT;
+        for (name, value) in self.0.iter().filter(|(_, value)| !is_empty(value)) {
+            let why = match name.as_str() {
+                "label" if matches!(format, Format::PromptCompletion | Format::Messages) => Some(KTO_LABEL),
+                name => REFUSED.iter().find(|(refused, _)| *refused == name).map(|(_, why)| *why),
+            };
+            if let Some(why) = why.filter(|why| is_auto || !is_other_form(why)) {
+                bail!(
+                    "{name}: found {}; this column is not allowed in a row that is read as {}: {why}",
+                    shown(&value.to_string()),
+                    format.word()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a column that may be missing.
+    pub fn take(&mut self, name: &str) -> Option<Value> {
+        self.0.remove(name)
+    }
+
+    /// Takes a column that must be there.
+    pub fn need(&mut self, name: &str) -> Result<Value> {
+        self.take(name).with_context(|| format!("the column {name:?} is missing"))
+    }
+
+    fn string(&mut self, name: &str) -> Result<String> {
+        let value = self.need(name)?;
+        string(name, value)
+    }
+
+    fn string_or_empty(&mut self, name: &str) -> Result<String> {
+        self.take(name).map_or(Ok(String::new()), |value| string(name, value))
+    }
+
+    fn messages(&mut self, name: &str) -> Result<Vec<Value>> {
+        let value = self.need(name)?;
+        message::list(name, value)
+    }
+
+    fn history(&mut self) -> Result<Vec<(String, String)>> {
+        let Some(value) = self.take("history") else { return Ok(Vec::new()) };
+        let pair = |turn: &Value| match turn.as_array().map(Vec::as_slice) {
+            Some([Value::String(user), Value::String(assistant)]) => Some((user.clone(), assistant.clone())),
+            _ => None,
+        };
+        let turns = value.as_array().and_then(|turns| turns.iter().map(pair).collect());
+        turns.with_context(|| {
+            format!("history: found {}; allowed: a list of [instruction, output]", shown(&value.to_string()))
+        })
+    }
+
+    /// Takes `chat_template_kwargs` and `tools`. TRL lets the former win; both are refused here.
+    fn variables(&mut self) -> Result<Variables> {
+        let mut variables = match self.take("chat_template_kwargs") {
+            None => Map::new(),
+            Some(Value::Object(variables)) => variables,
+            Some(found) => bail!("chat_template_kwargs: found {}; allowed: an object", shown(&found.to_string())),
+        };
+        variables.retain(|_, value| !value.is_null());
+        if let Some(name) = variables.keys().find(|name| NO_VARIABLES.contains(&name.as_str())) {
+            bail!("chat_template_kwargs: found {name}; allowed: variables of the chat template");
+        }
+        if let Some(tools) = self.take("tools").filter(|tools| !is_empty(tools)) {
+            ensure!(
+                !variables.contains_key("tools"),
+                "tools: found here and in chat_template_kwargs; allowed: one of them"
+            );
+            variables.insert("tools".into(), list_of_tools(tools)?);
+        }
+        Ok(variables)
+    }
+}
+
+/// Tools are a list, or the JSON text of one: files whose tools differ in their columns are written that way.
+fn list_of_tools(found: Value) -> Result<Value> {
+    let tools = match &found {
+        Value::String(text) => serde_json::from_str(text).unwrap_or_default(),
+        _ => found.clone(),
+    };
+    let is_list = tools.as_array().is_some_and(|tools| tools.iter().all(Value::is_object));
+    ensure!(is_list, "tools: found {}; allowed: a list of objects, or its JSON as a string", shown(&found.to_string()));
+    Ok(tools)
+}
+
+fn is_empty(value: &Value) -> bool {
+    *value == json!("") || *value == json!([]) || *value == json!({})
+}
+
+fn string(name: &str, value: Value) -> Result<String> {
+    match value {
+        Value::String(text) => Ok(text),
+        other => bail!("{name}: found {}; allowed: a string", shown(&other.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What `format` reads of a row; the columns that nothing reads.
+    fn read(row: Value, format: Format) -> Result<(Content, Vec<String>)> {
+        let Value::Object(row) = row else { panic!("a row is an object") };
+        let mut columns = Columns::new(row);
+        let is_auto = format == Format::Auto;
+        let format = if is_auto { columns.detect()? } else { format };
+        let content = columns.content(format)?;
+        columns.refuse_rest(format, is_auto)?;
+        let mut rest: Vec<String> = columns.names().map(str::to_string).collect();
+        rest.sort();
+        Ok((content, rest))
+    }
+
+    fn error(row: &Value, format: Format) -> String {
+        match read(row.clone(), format) {
+            Ok(read) => panic!("{row} is read as {read:?}"),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    fn user_and_assistant() -> [Value; 2] {
+        [json!({"role": "user", "content": "q"}), json!({"role": "assistant", "content": "a"})]
+    }
+
+    #[test]
+    fn of_several_formats_trls_is_read() {
+        let all = json!({
+            "input_ids": [1, 2], "prompt": "p", "completion": "c", "messages": user_and_assistant(), "text": "t",
+            "instruction": "i", "output": "o",
+        });
+        let order =
+            [&["input_ids"][..], &["completion", "prompt"], &["messages"], &["text"], &["instruction", "output"]];
+        let mut row = all;
+        for (i, columns) in order.iter().enumerate() {
+            let (_, rest) = read(row.clone(), Format::Auto).unwrap();
+            let mut expected: Vec<&str> = order[i + 1..].concat();
+            expected.sort_unstable();
+            assert_eq!(rest, expected);
+            columns.iter().for_each(|c| drop(row.as_object_mut().unwrap().remove(*c)));
+        }
+        // A prompt alone is no format: the messages beside it are read (TRL fails).
+        let (content, rest) = read(json!({"prompt": "p", "messages": user_and_assistant()}), Format::Auto).unwrap();
+        assert!(matches!(content, Content::Messages { .. }) && rest == ["prompt"]);
+    }
+
+    #[test]
+    fn null_is_no_column() {
+        let row = json!({"messages": null, "tools": null, "images": null, "labels": null, "text": "t", "id": null});
+        assert_eq!(read(row, Format::Auto).unwrap(), (Content::Text("t".into()), vec![]));
+        let error = error(&json!({"text": null}), Format::Text);
+        assert!(error.contains("\"text\" is missing"), "{error}");
+    }
+
+    #[test]
+    fn columns_without_a_meaning_are_left() {
+        let row = json!({"text": "t", "id": 7, "topic": "x", "label": 1, "images": [], "system": "", "tools": []});
+        assert_eq!(read(row, Format::Auto).unwrap().1, ["id", "images", "label", "system", "tools", "topic"]);
+    }
+
+    #[test]
+    fn columns_with_a_meaning_are_refused_by_name() {
+        let text = json!({"text": "t"});
+        let messages = json!({"messages": user_and_assistant()});
+        let prompt = json!({"prompt": "p", "completion": "c"});
+        let alpaca = json!({"instruction": "i", "output": "o"});
+        let with = |row: &Value, name: &str| {
+            let mut row = row.clone();
+            row[name] = json!([1]);
+            row
+        };
+        for (name, _) in REFUSED {
+            let honoured = matches!(name, "history" | "system");
+            for row in [&text, &messages, &prompt, &alpaca].into_iter().filter(|row| !(honoured && **row == alpaca)) {
+                let error = error(&with(row, name), Format::Auto);
+                assert!(error.contains(&format!("{name}: found [1]")), "{name}: {error}");
+            }
+        }
+        for row in [&messages, &prompt] {
+            assert!(error(&with(row, "label"), Format::Auto).contains("label: found [1]"));
+        }
+        // Preferences and conversations are other formats: whoever names one is not asked about them.
+        for name in ["chosen", "rejected", "conversations"] {
+            assert_eq!(read(with(&messages, name), Format::Messages).unwrap().1, [name]);
+        }
+        assert!(error(&with(&messages, "images"), Format::Messages).contains("images: found"));
+    }
+
+    #[test]
+    fn sharegpt_is_refused_with_help() {
+        let conversations = json!([{"from": "human", "value": "a"}]);
+        for row in [
+            json!({"conversations": conversations}),
+            json!({"conversations": conversations, "messages": user_and_assistant(), "text": "t"}),
+        ] {
+            let error = error(&row, Format::Auto);
+            assert!(
+                error.contains("conversations: found [{\"from\"") && error.contains("write them as messages"),
+                "{error}"
+            );
+        }
+        let error = error(&json!({"messages": conversations}), Format::Auto);
+        assert!(error.contains("messages[0]") && error.contains("rename from to role"), "{error}");
+    }
+
+    #[test]
+    fn variables_of_the_template() {
+        let with = |columns: Value| {
+            let mut row = json!({"messages": user_and_assistant()});
+            row.as_object_mut().unwrap().extend(columns.as_object().unwrap().clone());
+            row
+        };
+        let tools = json!([{"type": "function", "function": {"name": "f"}}]);
+        for (columns, expected) in [
+            (json!({"tools": tools}), json!({"tools": tools})),
+            (json!({"tools": tools.to_string()}), json!({"tools": tools})),
+            (json!({"tools": [], "chat_template_kwargs": {}}), json!({})),
+            (
+                json!({"chat_template_kwargs": {"enable_thinking": false, "date_string": null}, "tools": tools}),
+                json!({"enable_thinking": false, "tools": tools}),
+            ),
+        ] {
+            let Content::Messages { variables, .. } = read(with(columns), Format::Auto).unwrap().0 else { panic!() };
+            assert_eq!(Value::Object(variables), expected);
+        }
+        for (columns, said) in [
+            (json!({"tools": "f(x)"}), "tools: found \"f(x)\""),
+            (json!({"tools": ["f"]}), "tools: found [\"f\"]"),
+            (json!({"tools": tools, "chat_template_kwargs": {"tools": tools}}), "tools: found here and in"),
+            (json!({"chat_template_kwargs": "{}"}), "chat_template_kwargs: found \"{}\""),
+            (json!({"chat_template_kwargs": {"chat_template": "x"}}), "chat_template_kwargs: found chat_template"),
+        ] {
+            let error = error(&with(columns), Format::Auto);
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    #[test]
+    fn history_is_pairs() {
+        let row = |history: Value| json!({"instruction": "i", "output": "o", "history": history});
+        let (content, _) = read(row(json!([["q", "a"]])), Format::Auto).unwrap();
+        let Content::Alpaca(alpaca) = content else { panic!("{content:?}") };
+        assert_eq!(alpaca.history, [("q".to_string(), "a".to_string())]);
+        for history in [json!([["q"]]), json!([{"q": "a"}]), json!("q"), json!([["q", 1]])] {
+            assert!(error(&row(history), Format::Auto).contains("history: found"));
+        }
+    }
+
+    #[test]
+    fn the_answer_is_the_same_in_each_format() {
+        let answers = [
+            json!({"prompt": "q", "completion": "a"}),
+            json!({"instruction": "q", "output": "a"}),
+            json!({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "thanks"}]}),
+            json!({"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}),
+            json!({"prompt": [user_and_assistant()[0]], "completion": [user_and_assistant()[1]]}),
+        ];
+        let answer = |row: Value| {
+            let content = read(row, Format::Auto).unwrap().0;
+            Row { content, file: Arc::default(), line: 1 }.answer()
+        };
+        for row in answers {
+            assert_eq!(answer(row.clone()), "a", "{row}");
+        }
+        let call = |name: &str| json!({"messages": [{"role": "assistant", "tool_calls": [{"name": name}]}]});
+        assert_ne!(answer(call("f")), answer(call("g")), "the answer of a message without content is the message");
+    }
+}

@@ -1,0 +1,96 @@
+//! Names of what rows hold and nothing reads, counted so that it is told once.
+
+use std::collections::BTreeMap;
+
+use super::row::{Columns, Content};
+use super::{Format, TextTokenizer};
+use crate::files::shown;
+
+/// Names that one sentence lists.
+const MAX_NAMES: usize = 20;
+/// Under these three names transformers hands reasoning to a template that reads any of the first two.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// How many rows or messages have each name.
+type Counts = BTreeMap<String, usize>;
+
+/// What was seen so far.
+#[derive(Default)]
+pub struct Unread {
+    columns: Counts,
+    /// Keys of messages besides role and content; whether the template reads them is asked at the end.
+    message_keys: Counts,
+    /// Variables of the template.
+    variables: Counts,
+    /// Rows that could be read in several formats.
+    several_forms: usize,
+    /// What was read and what was not, in the first of them.
+    first_forms: String,
+}
+
+impl Unread {
+    /// Looks at all columns of a row, of which `format` will be read.
+    pub fn count_forms(&mut self, columns: &Columns, format: Format) {
+        let names = |columns: &[&str]| columns.iter().map(|c| format!("`{c}`")).collect::<Vec<_>>().join(", ");
+        let (read, others): (Vec<_>, Vec<_>) = columns.forms().partition(|(form, _)| *form == format);
+        let (Some((_, read)), false) = (read.first(), others.is_empty()) else { return };
+        self.several_forms += 1;
+        if self.several_forms == 1 {
+            let others: Vec<String> = others.iter().map(|(_, columns)| names(columns)).collect();
+            self.first_forms = format!("{} are read, as by TRL, and {} are not", names(read), others.join(" and "));
+        }
+    }
+
+    /// Looks at the columns that a row has left, and at its messages.
+    pub fn count(&mut self, rest: &Columns, content: &Content) {
+        rest.names().for_each(|name| count(&mut self.columns, name));
+        let (prompt, messages, variables) = match content {
+            Content::Messages { messages, variables } => (&[][..], &messages[..], variables),
+            Content::Conversation { prompt, completion, variables } => (&prompt[..], &completion[..], variables),
+            _ => return,
+        };
+        variables.keys().for_each(|name| count(&mut self.variables, name));
+        let keys = prompt.iter().chain(messages).filter_map(|m| m.as_object()).flat_map(|m| m.keys());
+        keys.filter(|key| *key != "role" && *key != "content").for_each(|key| count(&mut self.message_keys, key));
+    }
+
+    /// One sentence about each kind of name.
+    pub fn notes(&self, tokenizer: Option<&TextTokenizer>) -> Vec<String> {
+        let mut notes = Vec::new();
+        if self.several_forms > 0 {
+            let (n, forms) = (self.several_forms, &self.first_forms);
+            notes.push(format!("{n} rows can be read in several formats: {forms}; data.format says otherwise"));
+        }
+        let ignored = |name: &str| tokenizer.is_some_and(|t| !t.template_mentions(name));
+        let unread_key = |key: &str| match REASONING.contains(&key) {
+            true => ignored(key) && ignored(REASONING[0]) && ignored(REASONING[1]),
+            false => ignored(key),
+        };
+        for (counts, unit, sentence, is_unread) in [
+            (&self.columns, "rows", "columns that nothing reads", &(|_: &str| true) as &dyn Fn(&str) -> bool),
+            (&self.message_keys, "messages", "keys of messages that the chat template does not mention", &unread_key),
+            (&self.variables, "rows", "variables that the chat template does not mention", &ignored),
+        ] {
+            let unread: Vec<String> = counts
+                .iter()
+                .filter(|(name, _)| is_unread(name))
+                .map(|(name, n)| format!("`{}` in {n} {unit}", shown(name)))
+                .collect();
+            match unread.len() {
+                0 => {}
+                n if n > MAX_NAMES => {
+                    notes.push(format!("{sentence}: {} and {} more", unread[..MAX_NAMES].join(", "), n - MAX_NAMES));
+                }
+                _ => notes.push(format!("{sentence}: {}", unread.join(", "))),
+            }
+        }
+        notes
+    }
+}
+
+fn count(counts: &mut Counts, name: &str) {
+    match counts.get_mut(name) {
+        Some(n) => *n += 1,
+        None => drop(counts.insert(name.to_string(), 1)),
+    }
+}
