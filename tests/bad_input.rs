@@ -251,7 +251,7 @@ fn a_full_disk_while_shards_are_written() {
 fn stale_and_damaged_shard_files_are_made_again() {
     let place = Place::new();
     let mut args = TRAIN.to_vec();
-    args.extend(["--set", "shards=shards", "--set", "training.max_steps=1"]);
+    args.extend(["--set", "shards=shards", "--set", "training.max_steps=1", "--overwrite"]);
     let loss = |place: &Place| metrics(&place.read("out/metrics.jsonl"))[0]["loss"].clone();
     assert!(succeeds(place.command(&args)).contains("quantizing"));
     let (first, file) = (loss(&place), place.read("shards/nf4-00000-of-00001.safetensors"));

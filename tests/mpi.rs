@@ -185,7 +185,7 @@ fn a_panic_or_an_error_of_one_rank_ends_all_with_its_cause_on_top() {
         let told: Vec<&&str> = before_mpirun.iter().filter(|l| l.contains(cause) || l.contains("rank 1: ")).collect();
         assert!(!told.is_empty() && told[0].starts_with("rank 1: "), "{text}");
         assert!(!place.path("out/adapter_model.safetensors").exists());
-        assert_eq!(ranks_of(&place), Vec::<u32>::new(), "left running");
+        assert_eq!(place.ranks(), Vec::<u32>::new(), "left running");
     }
 }
 
@@ -198,7 +198,7 @@ fn a_rank_that_hangs_is_noticed_by_the_others() {
     let text = fails(command, 1);
     assert!(start.elapsed() < END, "{:?}", start.elapsed());
     assert!(text.contains("did not end within 2 s: another rank is stuck or gone"), "{text}");
-    assert_eq!(ranks_of(&place), Vec::<u32>::new(), "left running");
+    assert_eq!(place.ranks(), Vec::<u32>::new(), "left running");
 }
 
 #[test]
@@ -213,30 +213,12 @@ fn a_killed_rank_ends_all() {
         assert!(start.elapsed() < Duration::from_secs(60), "no step was made");
         std::thread::sleep(Duration::from_millis(50));
     }
-    let ranks = ranks_of(&place);
+    let ranks = place.ranks();
     assert_eq!(ranks.len(), 3);
     let killed = std::process::Command::new("sh").args(["-c", &format!("kill -9 {}", ranks[1])]).status().unwrap();
     assert!(killed.success());
     let start = Instant::now();
     let status = child.wait().unwrap();
     assert!(!status.success() && start.elapsed() < END, "{status:?} after {:?}", start.elapsed());
-    assert_eq!(ranks_of(&place), Vec::<u32>::new(), "left running");
-}
-
-/// Processes of the program that work in this place.
-fn ranks_of(place: &Place) -> Vec<u32> {
-    let cache = format!("FSDP_QLORA_CACHE={}", place.path("cache").display());
-    let mut ranks: Vec<u32> = std::fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
-        .filter(|pid| {
-            let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            let text = String::from_utf8_lossy(&environment).into_owned();
-            text.contains(&cache) && text.contains("OMPI_COMM_WORLD_RANK=")
-                || text.contains(&cache) && text.contains("PMI_RANK=")
-        })
-        .collect();
-    ranks.sort_unstable();
-    ranks
+    assert_eq!(place.ranks(), Vec::<u32>::new(), "left running");
 }

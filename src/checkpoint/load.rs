@@ -20,6 +20,7 @@ use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax};
 use crate::quant::nf4::{self, Nf4Tensor};
 use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
 
+use super::atomic;
 use super::bnb::Absmax;
 use super::shards::{self, Found, ShardSpec, ShardWriter};
 use super::source::{self, BaseModel};
@@ -158,6 +159,7 @@ impl OpenedBase {
         warn: &mut dyn FnMut(String),
     ) -> Result<Base> {
         let shard = comm.rank() % self.spec.num_shards;
+        atomic::remove_abandoned(&self.spec.dir);
         let found = self.spec.open(shard)?;
         if let Found::Invalid(reason) = &found {
             warn(format!("{reason}; it is made again"));

@@ -6,6 +6,8 @@ pub mod bnb;
 mod header;
 mod inventory;
 pub mod load;
+pub mod output;
 pub mod shards;
 pub mod source;
 pub mod synthetic;
+mod zeros;

@@ -17,9 +17,14 @@ use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use crate::comm::mpi::World;
 use crate::train::log::Log;
 
+const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
+
+Exit status: 0 done, or finished before; 2 the command line or the recipe is wrong; 1 anything else, and also an adapter that had to be \
+saved elsewhere than in output_dir (the last line names the place)";
+
 /// QLoRA fine-tuning of Llama-family models, sharded over ranks: `mpirun -np 2 fsdp-qlora`.
 #[derive(Parser)]
-#[command(name = "fsdp-qlora", version, about, after_help = "Without a subcommand: train -c ./fsdp-qlora.yaml")]
+#[command(name = "fsdp-qlora", version, about, after_help = AFTER_HELP)]
 pub struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -54,17 +59,7 @@ enum DeviceKind {
 #[derive(Subcommand)]
 enum Command {
     /// Fine-tune as a recipe says; writes a PEFT adapter
-    Train {
-        /// The recipe
-        #[arg(short, long, default_value = "fsdp-qlora.yaml")]
-        config: PathBuf,
-        /// Write a trace of the second step for <https://ui.perfetto.dev>
-        #[arg(long)]
-        trace: Option<PathBuf>,
-        /// Print all keys of the recipe, and stop
-        #[arg(long)]
-        help_recipe: bool,
-    },
+    Train(train::TrainArgs),
     /// Write the shard files of a model ahead of time
     Quantize {
         /// Hugging Face directory
@@ -97,19 +92,14 @@ impl Cli {
         }
         let log = Log { enabled: world.rank == 0 };
         let cli = start::Start { world, log, device, ranks_per_gpu: ranks_per_gpu as usize };
-        let command = self.command.unwrap_or(Command::Train {
-            config: "fsdp-qlora.yaml".into(),
-            trace: None,
-            help_recipe: false,
-        });
-        match command {
-            Command::Train { help_recipe: true, .. } => {
+        match self.command.unwrap_or(Command::Train(train::TrainArgs::default())) {
+            Command::Train(args) if args.help_recipe => {
                 if world.rank == 0 {
                     print!("{}", crate::recipe::help());
                 }
                 Ok(())
             }
-            Command::Train { config, trace, .. } => train::run(&cli, &config, trace.as_deref(), &overrides),
+            Command::Train(args) => train::run(&cli, &args, &overrides),
             Command::Quantize { model, output, world_size } => {
                 quantize::run(&cli, &model, &output, world_size, &overrides)
             }

@@ -1,12 +1,15 @@
 //! `train`
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
 
 use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
-use crate::checkpoint::atomic;
-use crate::comm::Queue;
+use crate::checkpoint::output::record::RunIdentity;
+use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
+use crate::comm::mpi::MpiComm;
+use crate::comm::{Queue, anywhere};
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
@@ -14,33 +17,137 @@ use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::config::ModelConfig;
 use crate::recipe::{self, EvalData, Job};
+use crate::train::check::{self, IsZero};
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::run::{self, Run};
 
 use super::start::{Setup, Start, Work, check_folder_of};
 
-/// Files of a tokenizer, copied beside the adapter.
-const TOKENIZER_FILES: [&str; 5] =
-    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"];
+/// More than a line of metrics.jsonl takes.
+const METRICS_LINE_BYTES: usize = 1000;
+/// Most room that is looked for before training for metrics.jsonl: `max_steps` may be a number that nobody waits for.
+const MAX_METRICS_BYTES: usize = 1 << 28;
 
-pub fn run(start: &Start, recipe: &Path, trace: Option<&Path>, overrides: &[String]) -> Result<()> {
-    let job = recipe::load(recipe, overrides)?;
+#[derive(Args)]
+pub struct TrainArgs {
+    /// The recipe
+    #[arg(short, long, default_value = "fsdp-qlora.yaml")]
+    config: PathBuf,
+    /// Write a trace of the second step for <https://ui.perfetto.dev>
+    #[arg(long)]
+    trace: Option<PathBuf>,
+    /// Replace what output_dir holds, once the new result is complete
+    #[arg(long)]
+    overwrite: bool,
+    /// Print all keys of the recipe, and stop
+    #[arg(long)]
+    pub help_recipe: bool,
+}
+
+impl Default for TrainArgs {
+    fn default() -> TrainArgs {
+        TrainArgs { config: "fsdp-qlora.yaml".into(), trace: None, overwrite: false, help_recipe: false }
+    }
+}
+
+/// Trains. Exit status 0: the adapter is in output_dir. If it had to be saved elsewhere, that is an error, and its message, the last line,
+/// names the place.
+pub fn run(start: &Start, args: &TrainArgs, overrides: &[String]) -> Result<()> {
+    let mut output = None;
+    let result = train(start, args, overrides, &mut output);
+    if let (Err(error), Some(output)) = (&result, &output) {
+        output.fail(&format!("{error:#}"));
+    }
+    result
+}
+
+/// The same. `output` is set on rank 0 as soon as its folder is locked.
+fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Option<Output>) -> Result<()> {
+    let job = recipe::load(&args.config, overrides)?;
+    let trace = args.trace.as_deref();
     trace.map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let opened = start.open(&job)?;
     let config = opened.config.clone();
     let adapter = start_adapter(&job, &config)?;
-    if start.world.rank == 0 {
-        adapter::check_room(&adapter, &job.output_dir).context("output_dir")?;
+    let kept = Kept::read(&job)?;
+    let is_first = start.world.rank == 0;
+    if is_first {
+        let num_steps = job.training.max_steps.unwrap_or_default();
+        let lines = num_steps.saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
+        let room = adapter.layers.iter().map(|values| size_of_val(&values[..])).sum::<usize>() + kept.bytes() + lines;
+        let opened = Output::open(&job.output_dir, args.overwrite, room, &mut |line| start.log.line(line));
+        *output = Some(opened.context("output_dir")?);
     }
-    let (train, eval) = datasets(&job, &config, start)?;
+    let (train, eval, tokenizer) = datasets(&job, &config, start)?;
     check_batch(&job, start.world.world_size)?;
-    let (comm, placement, base) = start.base(opened, &job)?;
+    let identity = RunIdentity {
+        world_size: start.world.world_size,
+        base: opened.spec.base.clone(),
+        tokenizer,
+        data: digest(&train),
+        eval_data: eval.as_ref().map(digest),
+        recipe: values(&job),
+    };
+    let begun = output.as_mut().map_or(Ok(true), |output| output.begin(identity)).context("output_dir")?;
+    if anywhere(&mut MpiComm::new(start.world)?, !begun)? {
+        start.log.line(format!("already finished: the adapter of this very run is in {}", job.output_dir.display()));
+        return Ok(());
+    }
+    let base = opened.model.clone();
+    let (comm, placement, loaded) = start.base(opened, &job)?;
     let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
-    let work =
-        Training { start, job: &job, config: &config, adapter: &adapter, train: &train, eval: eval.as_ref(), trace };
-    let setup = Setup { comm, base, adapter: Some(&adapter), limits, job: &job.fsdp };
+    let work = Training {
+        start,
+        job: &job,
+        config: &config,
+        adapter: &adapter,
+        train: &train,
+        eval: eval.as_ref(),
+        trace,
+        kept: &kept,
+        output: output.as_mut(),
+        is_zero: &|weight| base.is_zero(weight),
+    };
+    let setup = Setup { comm, base: loaded, adapter: Some(&adapter), limits, job: &job.fsdp };
     start.with_engine(placement, setup, work)
+}
+
+fn digest(data: &Dataset) -> String {
+    format!("{:016x}", data.digest())
+}
+
+/// What was decided, by section of the recipe.
+fn values(job: &Job) -> serde_json::Map<String, serde_json::Value> {
+    let training = crate::recipe::TrainingJob { logging_steps: 0, ..job.training.clone() };
+    let sections = [
+        ("training", format!("{training:?}")),
+        ("lora", format!("{:?}", job.lora)),
+        ("quantization", format!("{:?}", job.quantization)),
+    ];
+    sections.into_iter().map(|(name, text)| (name.to_string(), text.into())).collect()
+}
+
+/// What the end needs of the model's folder, which may be gone by then.
+struct Kept {
+    /// Absolute path of the base, for `adapter_config.json`.
+    base: PathBuf,
+    tokenizer_files: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl Kept {
+    fn read(job: &Job) -> Result<Kept> {
+        let base = std::fs::canonicalize(&job.model).with_context(|| job.model.display().to_string())?;
+        let present =
+            TOKENIZER_FILES.into_iter().map(|name| (name, job.model.join(name))).filter(|(_, path)| path.exists());
+        let read =
+            |(name, path): (_, PathBuf)| Ok((name, std::fs::read(&path).with_context(|| path.display().to_string())?));
+        Ok(Kept { base, tokenizer_files: present.map(read).collect::<Result<_>>()? })
+    }
+
+    fn bytes(&self) -> usize {
+        self.tokenizer_files.iter().map(|(_, content)| content.len()).sum()
+    }
 }
 
 /// A run from the first step to the saved adapter.
@@ -52,16 +159,35 @@ struct Training<'a> {
     train: &'a Dataset,
     eval: Option<&'a Dataset>,
     trace: Option<&'a Path>,
+    kept: &'a Kept,
+    /// `None` on all ranks but the first.
+    output: Option<&'a mut Output>,
+    is_zero: IsZero<'a>,
 }
 
 impl Work for Training<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
-        let Training { start, job, config, adapter, train, eval, trace } = self;
-        let is_first = start.world.rank == 0;
-        let metrics = if is_first { Some(MetricsFile::create(&job.output_dir)?) } else { None };
-        let run = Run { engine: &mut engine, job: &job.training, train, eval, metrics, log: start.log, trace };
+        let Training { start, job, config, adapter, train, eval, trace, kept, output, is_zero } = self;
+        let live = output.as_ref().map(|output| (output.live(), output.keeps_a_result()));
+        if let Some((live, true)) = &live {
+            start.log.line(format!(
+                "output_dir: what is there stays until the run is complete, which writes to {}",
+                live.display()
+            ));
+        }
+        let mut metrics = live.map(|(live, _)| MetricsFile::create(&live, start.log)).transpose()?;
+        let run = Run {
+            engine: &mut engine,
+            job: &job.training,
+            train,
+            eval,
+            metrics: metrics.as_mut(),
+            log: start.log,
+            trace,
+            is_zero,
+        };
         start.log.line(format!(
             "{} steps of {} sequences, {} LoRA parameters",
             run.num_steps(),
@@ -75,15 +201,29 @@ impl Work for Training<'_> {
             ));
         }
         run.run()?;
-        let adapter = run::adapter(&mut engine, &adapter.settings)?;
-        if is_first {
-            save(job, &adapter, config)?;
+        let learned = run::adapter(&mut engine, &adapter.settings)?;
+        check::result_is_sound(adapter, &learned)?;
+        if let (Some(output), Some(metrics)) = (output, metrics) {
+            start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
+            save(output, &learned, config, kept, metrics.lines())?;
             start.log.line(format!("adapter: {}", job.output_dir.display()));
         }
-        start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
         // The other ranks end when the adapter is there: a launcher that sees them end may end the job.
         engine.queue.all_gather_f64("end", &[0.0])?;
         Ok(())
+    }
+}
+
+/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir.
+fn save(output: &mut Output, adapter: &Adapter, config: &ModelConfig, kept: &Kept, metrics: &[u8]) -> Result<()> {
+    let mut others = kept.tokenizer_files.clone();
+    others.push((METRICS_FILE, metrics.to_vec()));
+    let write = |dir: &Path| adapter::save(adapter, config, &kept.base, dir);
+    match output.finish(&RunResult { adapter: &write, others, doubt: None }).context("saving the adapter")? {
+        Place::OutputDir => Ok(()),
+        Place::Elsewhere { dir, why } => {
+            bail!("output_dir takes no result ({why}); the adapter is complete and was saved in {}", dir.display())
+        }
     }
 }
 
@@ -103,7 +243,8 @@ fn start_adapter(job: &Job, config: &ModelConfig) -> Result<Adapter> {
     Ok(adapter::fresh(settings, config, job.training.seed))
 }
 
-fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, Option<Dataset>)> {
+/// The rows to train and to evaluate on, and the tokenizer's identity.
+fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, Option<Dataset>, Option<String>)> {
     let options = data_options(job);
     let tokenizer = match (TextTokenizer::load(&job.model, &jiff::Zoned::now()), job.data.format) {
         (Err(_), data::Format::Tokenized) => None,
@@ -130,7 +271,7 @@ fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, 
         "first sample: {}",
         data::describe_sample(tokenizer, &train.documents[train.sequences[0][0]], 1000)
     ));
-    Ok((train, eval))
+    Ok((train, eval, tokenizer.map(TextTokenizer::identity)))
 }
 
 /// Says what the rows have become, and what of it may surprise.
@@ -182,17 +323,4 @@ fn limits(job: &Job, world_size: usize, train: &Dataset, eval: Option<&Dataset>)
         accumulation: job.fsdp.accumulation,
         ..Limits::new(Mode::Train, max_tokens, job.training.accumulation_steps(world_size))
     }
-}
-
-fn save(job: &Job, adapter: &Adapter, config: &ModelConfig) -> Result<()> {
-    let base = std::fs::canonicalize(&job.model).with_context(|| job.model.display().to_string())?;
-    adapter::save(adapter, config, &base, &job.output_dir).context("saving the adapter")?;
-    for name in TOKENIZER_FILES {
-        let from = job.model.join(name);
-        if from.exists() {
-            let content = std::fs::read(&from).with_context(|| from.display().to_string())?;
-            atomic::write(&job.output_dir.join(name), &content)?;
-        }
-    }
-    Ok(())
 }

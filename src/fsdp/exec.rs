@@ -69,6 +69,8 @@ pub struct RunOutput {
     pub log_probabilities: Vec<Vec<f64>>,
     /// Global norm before clipping (training).
     pub grad_norm: f64,
+    /// Whether the trainable values were updated: not where a loss or a gradient of any rank is not finite.
+    pub updated: bool,
     /// Time for which the computation stood still.
     pub waits: Waits,
     pub elapsed: Duration,
@@ -307,7 +309,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
                 self.boundaries.wait_fetch(&mut self.queue, layer, m)
             }
             Action::Optimizer => {
-                output.grad_norm = self.update(args.update.context("no update was given")?)?;
+                let update = args.update.context("no update was given")?;
+                let sum = output.log_probabilities.iter().flatten().sum();
+                (output.grad_norm, output.updated) = self.update(update, sum)?;
                 Ok(())
             }
         }

@@ -39,10 +39,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok(())
     }
 
-    /// Clips by the global norm and updates. Returns the norm before clipping. Where the loss is scaled, a norm that
-    /// is not finite means that a gradient was too large for the scale: all ranks see the same norm, so all skip the
-    /// update together.
-    pub(super) fn update(&mut self, update: &Update) -> Result<f64> {
+    /// Clips by the global norm and updates; returns the norm before clipping, and whether there was an update. Where the norm or
+    /// any rank's sum of log-probabilities is not finite, no rank updates: all see the same numbers.
+    pub(super) fn update(&mut self, update: &Update, log_probability: f64) -> Result<(f64, bool)> {
         // Gradients that were put to the host are there from here on.
         self.device.synchronize()?;
         let mut sum_of_squares = 0.0;
@@ -56,11 +55,11 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             };
         }
         let loss_scale = f64::from(update.loss_scale);
-        let norm = self.queue.all_reduce_f64("global gradient norm", &[sum_of_squares])?[0].sqrt() / loss_scale;
-        if !norm.is_finite() && D::NEEDS_LOSS_SCALING {
-            return Ok(norm);
+        let sums = self.queue.all_reduce_f64("global gradient norm", &[sum_of_squares, log_probability])?;
+        let norm = sums[0].sqrt() / loss_scale;
+        if !norm.is_finite() || !sums[1].is_finite() {
+            return Ok((norm, false));
         }
-        ensure!(norm.is_finite(), "the gradient norm is {norm}");
         let grad_scale = clip::coefficient(norm, update.max_grad_norm) / update.loss_scale;
         for (layer, trainable) in self.memory.trainables.iter_mut().enumerate() {
             let master =
@@ -78,7 +77,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
                 _ => bail!("the values of layer {layer} are in two places"),
             }
         }
-        Ok(norm)
+        Ok((norm, true))
     }
 
     /// Takes this rank's part of `values` as the layer's trainable values. `values` is laid out as the layout says.

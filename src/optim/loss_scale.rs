@@ -4,34 +4,38 @@
 /// The scale and what has happened since it changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LossScaler {
-    scale: f32,
+    /// `None`: nothing is scaled.
+    scale: Option<f32>,
     good_steps: u32,
 }
 
 const INITIAL_SCALE: f32 = 65_536.0;
 /// Steps without an overflow after which the scale is doubled.
 const GROWTH_INTERVAL: u32 = 2_000;
+/// Gradients that overflow even at this scale are not the scale's fault.
+const MIN_SCALE: f32 = 1.0;
 
 impl LossScaler {
     /// For activations that need it; for others the scale is 1 and stays.
     pub fn new(needed: bool) -> LossScaler {
-        LossScaler { scale: if needed { INITIAL_SCALE } else { 1.0 }, good_steps: 0 }
+        LossScaler { scale: needed.then_some(INITIAL_SCALE), good_steps: 0 }
     }
 
     pub fn scale(&self) -> f32 {
-        self.scale
+        self.scale.unwrap_or(1.0)
     }
 
-    /// Takes note of a step; false when its gradients were not finite, so that it made no update and the scale is halved.
-    pub fn update(&mut self, grad_norm: f64) -> bool {
-        if !grad_norm.is_finite() {
-            (self.scale, self.good_steps) = ((self.scale / 2.0).max(1.0), 0);
-            return false;
+    /// Takes note of a step that has `updated`, or whose gradients overflowed. Returns false if they did and no smaller scale can help.
+    pub fn note(&mut self, updated: bool) -> bool {
+        if updated {
+            self.good_steps += 1;
+            if let (Some(scale), GROWTH_INTERVAL) = (self.scale, self.good_steps) {
+                (self.scale, self.good_steps) = (Some(scale * 2.0), 0);
+            }
+            return true;
         }
-        self.good_steps += 1;
-        if self.scale > 1.0 && self.good_steps == GROWTH_INTERVAL {
-            (self.scale, self.good_steps) = (self.scale * 2.0, 0);
-        }
+        let Some(scale) = self.scale.filter(|&scale| scale > MIN_SCALE) else { return false };
+        (self.scale, self.good_steps) = (Some(scale / 2.0), 0);
         true
     }
 }
@@ -43,12 +47,25 @@ mod tests {
     #[test]
     fn halved_by_an_overflow_and_doubled_after_many_good_steps() {
         let mut scaler = LossScaler::new(true);
-        assert!(!scaler.update(f64::INFINITY) && !scaler.update(f64::NAN));
+        assert!(scaler.note(false) && scaler.note(false));
         assert_eq!(scaler.scale(), 16_384.0);
-        assert!((0..2_000).all(|_| scaler.update(1.0)));
+        assert!((0..2_000).all(|_| scaler.note(true)));
         assert_eq!(scaler.scale(), 32_768.0);
+    }
+
+    #[test]
+    fn the_lowest_scale_is_left_again() {
+        let mut scaler = LossScaler::new(true);
+        assert_eq!((0..20).filter(|_| scaler.note(false)).count(), 16);
+        assert_eq!(scaler.scale(), 1.0);
+        assert!((0..4_000).all(|_| scaler.note(true)));
+        assert_eq!(scaler.scale(), 4.0);
+    }
+
+    #[test]
+    fn without_scaling_nothing_changes() {
         let mut one = LossScaler::new(false);
-        assert!((0..5_000).all(|_| one.update(1.0)));
-        assert_eq!(one.scale(), 1.0);
+        assert!((0..5_000).all(|_| one.note(true)));
+        assert!(!one.note(false) && one.scale() == 1.0);
     }
 }

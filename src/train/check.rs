@@ -1,29 +1,162 @@
-//! Proof that the adapter learns: at the first backward every lora_B has a gradient, and every lora_A once B is not zero.
+//! Proof that the adapter learns: at the first backward every lora_B has a gradient, every lora_A once B is not zero, and at the end the
+//! values are other than at the start.
+//!
+//! A gradient may rightly be zero where the base is: LLaMA Pro adds layers whose `o_proj` and `down_proj` are zero, through which nothing
+//! comes back to the projections before them. Each projection's gradient has the other weights of its branch as factors (attention: q, k,
+//! v, o; MLP: gate, up, down). So a matrix without a gradient is accepted where another weight of its branch is all zeros, and told;
+//! anywhere else it is an error of the program, and so is an adapter without any gradient.
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
+use crate::checkpoint::adapter::Adapter;
 use crate::comm::Queue;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::grads::Values;
 use crate::model::layer::LayerLora;
-use crate::model::names;
+use crate::model::names::{self, Projection};
 
-/// Fails naming the modules whose `matrix` ("A" or "B") has no gradient at all. Collective.
-pub fn every_matrix_has_a_gradient<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, matrix: &str) -> Result<()> {
-    let mut without = Vec::new();
+/// Modules that a message names.
+const MAX_NAMES: usize = 8;
+
+const ATTENTION: &[Projection] = &[Projection::Q, Projection::K, Projection::V, Projection::O];
+const MLP: &[Projection] = &[Projection::Gate, Projection::Up, Projection::Down];
+
+/// Tells whether the base's weight of this name is all zeros.
+pub type IsZero<'a> = &'a dyn Fn(&str) -> Result<bool>;
+
+/// Fails naming the modules whose `matrix` ("A" or "B") should have a gradient and has none. Returns a line about those that rightly have
+/// none. Collective.
+pub fn every_matrix_has_a_gradient<D: Ops, Q: Queue<D>>(
+    engine: &mut Engine<D, Q>,
+    matrix: &str,
+    is_zero: IsZero<'_>,
+) -> Result<Option<String>> {
+    let (mut without, mut num_matrices) = (Vec::new(), 0);
     for layer in 0..engine.config().num_hidden_layers {
         let grads = engine.gather_trainable_to_host(layer, Values::Grad)?;
         let Some(LayerLora { layout, .. }) = engine.lora() else { bail!("there is no adapter") };
         for entry in layout.entries() {
+            num_matrices += 1;
             let range = if matrix == "A" { entry.a.clone() } else { entry.b.clone() };
             if grads[range].iter().all(|&g| g == 0.0) {
-                without.push(format!("{}.lora_{matrix}", names::module(layer, entry.projection)));
+                without.push((layer, entry.projection));
             }
         }
     }
-    if without.is_empty() {
-        return Ok(());
+    judge(&without, num_matrices, matrix, is_zero)
+}
+
+fn judge(
+    without: &[(usize, Projection)],
+    num_matrices: usize,
+    matrix: &str,
+    is_zero: IsZero<'_>,
+) -> Result<Option<String>> {
+    ensure!(without.len() < num_matrices, "no lora_{matrix} has a gradient, so the adapter would not be trained");
+    let (mut rightly, mut wrongly) = (Vec::new(), Vec::new());
+    for &(layer, projection) in without {
+        let name = format!("{}.lora_{matrix}", names::module(layer, projection));
+        let branch = if ATTENTION.contains(&projection) { ATTENTION } else { MLP };
+        let mut others = branch.iter().filter(|&&other| other != projection);
+        match others
+            .try_fold(false, |any, &other| Ok::<_, anyhow::Error>(any || is_zero(&names::weight(layer, other))?))?
+        {
+            true => rightly.push(name),
+            false => wrongly.push(name),
+        }
     }
-    bail!("{} LoRA matrices have no gradient, so they would never be trained: {}", without.len(), without.join(", "))
+    ensure!(
+        wrongly.is_empty(),
+        "{} LoRA matrices have no gradient, so they would never be trained: {}",
+        wrongly.len(),
+        list(&wrongly)
+    );
+    let line = |names: &[String]| {
+        format!(
+            "{} of {num_matrices} lora_{matrix} have no gradient yet, as weights of the base behind or beside them are zeros: {}",
+            names.len(),
+            list(names)
+        )
+    };
+    Ok((!rightly.is_empty()).then(|| line(&rightly)))
+}
+
+fn list(names: &[String]) -> String {
+    let told = names.iter().take(MAX_NAMES).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(MAX_NAMES) {
+        0 => told,
+        more => format!("{told} and {more} more"),
+    }
+}
+
+/// Fails if an adapter must not be saved: it holds a number that is not finite, or nothing was learned since the start.
+pub fn result_is_sound(start: &Adapter, end: &Adapter) -> Result<()> {
+    for (layer, values) in end.layers.iter().enumerate() {
+        if let Some(value) = values.iter().find(|v| !v.is_finite()) {
+            bail!(
+                "training diverged in its last update: the adapter of layer {layer} holds {value}, and nothing was saved; \
+                 help: lower training.learning_rate"
+            );
+        }
+    }
+    ensure!(
+        start.layers != end.layers,
+        "no step changed the adapter, so it would be saved as it was at the start; help: look at learning_rate in \
+         metrics.jsonl, and at training.warmup_steps"
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::adapter::AdapterSettings;
+
+    fn zeros(zeros: &'static [&'static str]) -> impl Fn(&str) -> Result<bool> {
+        |name| Ok(zeros.contains(&name))
+    }
+
+    #[test]
+    fn a_gradient_may_be_zero_only_where_its_branch_is() {
+        let base = zeros(&["model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"]);
+        let expanded = [Projection::Q, Projection::V, Projection::Gate].map(|p| (1, p));
+        let line = judge(&expanded, 14, "B", &base).unwrap().unwrap();
+        assert!(line.starts_with("3 of 14 lora_B") && line.contains("layers.1.self_attn.q_proj.lora_B"), "{line}");
+        assert_eq!(judge(&[], 14, "B", &base).unwrap(), None);
+        // The same modules of a layer that has all its weights, and the zero weights themselves.
+        for wrong in [(0, Projection::Q), (0, Projection::Gate), (1, Projection::O), (1, Projection::Down)] {
+            let error = judge(&[(1, Projection::Q), wrong], 14, "B", &base).unwrap_err().to_string();
+            assert!(
+                error.starts_with("1 LoRA matrices") && error.contains(&names::module(wrong.0, wrong.1)),
+                "{error}"
+            );
+        }
+        assert!(judge(&expanded, 3, "B", &base).unwrap_err().to_string().contains("no lora_B has a gradient"));
+    }
+
+    #[test]
+    fn lists_are_bounded() {
+        let without: Vec<_> = (0..100).map(|layer| (layer, Projection::Q)).collect();
+        let error = judge(&without, 200, "A", &zeros(&[])).unwrap_err().to_string();
+        assert!(
+            error.contains("layers.7.self_attn.q_proj.lora_A and 92 more") && !error.contains("layers.8."),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_adapter_that_learned_nothing_or_too_much_is_refused() {
+        let settings =
+            AdapterSettings { lora_rank: 1, alpha: 1.0, dropout: 0.0, use_rslora: false, targets: vec![Projection::Q] };
+        let adapter =
+            |value: f32| Adapter { settings: settings.clone(), layers: vec![vec![1.0, 0.0], vec![1.0, value]] };
+        let start = adapter(0.0);
+        result_is_sound(&start, &adapter(1e-30)).unwrap();
+        assert!(result_is_sound(&start, &start).unwrap_err().to_string().contains("no step changed the adapter"));
+        for value in [f32::NAN, f32::INFINITY] {
+            let error = result_is_sound(&start, &adapter(value)).unwrap_err().to_string();
+            assert!(error.contains("layer 1") && error.contains("training.learning_rate"), "{error}");
+        }
+    }
 }

@@ -39,5 +39,11 @@ pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBat
     }
     let total = engine.queue.all_reduce_f64("sum of losses", &[sum, num])?;
     ensure!(total[1] > 0.0, "no token counts in the loss");
-    Ok(Score { loss: total[0] / total[1], num_target_tokens: total[1] as u64 })
+    let (loss, num_target_tokens) = (total[0] / total[1], total[1] as u64);
+    ensure!(
+        loss.is_finite(),
+        "the loss over {num_target_tokens} target tokens is {loss}: the model or its adapter computes no finite numbers; \
+         help: if training made them so, lower training.learning_rate"
+    );
+    Ok(Score { loss, num_target_tokens })
 }

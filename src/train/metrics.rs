@@ -1,11 +1,15 @@
 //! metrics.jsonl: one object a step.
 
 use std::fs::File;
-use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+
+use crate::checkpoint::output::{METRICS_FILE, is_at};
+
+use super::log::Log;
 
 /// One line of a training step; the names are part of the file's format.
 #[derive(Clone, Debug, Serialize)]
@@ -22,7 +26,7 @@ pub struct StepMetrics {
     pub gather_wait_ms: f64,
     /// Host to device and back; 0 where the device is the host.
     pub copy_wait_ms: f64,
-    /// Of fp16 only. A step whose `grad_norm` is null overflowed and updated nothing.
+    /// Written for fp16 only. A step whose `grad_norm` is null overflowed and updated nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f32>,
     pub peak_device_bytes: usize,
@@ -38,24 +42,64 @@ pub struct EvalMetrics {
     pub num_target_tokens: u64,
 }
 
-/// The file, of a run that begins.
+/// The file of a run. All lines are kept, some hundred bytes a step: if the file is removed or cannot be written, training goes on, and
+/// the lines come with the result.
 pub struct MetricsFile {
     path: PathBuf,
-    file: File,
+    file: Option<File>,
+    lines: Vec<u8>,
+    /// Bytes of `lines` that are in the file.
+    written: usize,
+    has_failed: bool,
+    log: Log,
 }
 
 impl MetricsFile {
-    pub fn create(dir: &Path) -> Result<MetricsFile> {
-        let path = dir.join("metrics.jsonl");
+    /// Makes an empty file.
+    pub fn create(dir: &Path, log: Log) -> Result<MetricsFile> {
+        let path = dir.join(METRICS_FILE);
         let file = File::create(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
-        Ok(MetricsFile { path, file })
+        Ok(MetricsFile { path, file: Some(file), lines: Vec::new(), written: 0, has_failed: false, log })
     }
 
-    /// Appends one line, whole.
+    /// Appends one line. A file that cannot be written is told once, and tried again with the next line.
     pub fn write(&mut self, line: &impl Serialize) -> Result<()> {
-        let mut bytes = serde_json::to_vec(line)?;
-        bytes.push(b'\n');
-        self.file.write_all(&bytes).with_context(|| format!("{}: cannot be written", self.path.display()))
+        serde_json::to_writer(&mut self.lines, line)?;
+        self.lines.push(b'\n');
+        let result = self.flush().with_context(|| format!("{}: cannot be written", self.path.display()));
+        if let Err(error) = &result
+            && !self.has_failed
+        {
+            self.log.line(format!("{error:#}; training goes on, and the lines will come with the adapter"));
+        }
+        self.has_failed = result.is_err();
+        Ok(())
+    }
+
+    /// All lines so far.
+    pub fn lines(&self) -> &[u8] {
+        &self.lines
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        let file = match self.file.take().filter(|file| is_at(file, &self.path)) {
+            Some(file) => file,
+            None => {
+                if let Some(dir) = self.path.parent() {
+                    std::fs::create_dir_all(dir)?;
+                }
+                self.written = 0;
+                let file = File::create(&self.path)?;
+                self.log.line(format!("{}: was removed during the run, and is made again", self.path.display()));
+                file
+            }
+        };
+        let result = file.write_all_at(&self.lines[self.written..], self.written as u64);
+        // Half a line is taken back where the disk is full; the next line tries again from here.
+        let end = if result.is_ok() { self.lines.len() } else { self.written };
+        let _ = file.set_len(end as u64);
+        (self.file, self.written) = (Some(file), end);
+        result
     }
 }
 
@@ -75,4 +119,33 @@ fn kib_of(path: &str, name: &str) -> usize {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let line = text.lines().find_map(|l| l.strip_prefix(name));
     line.and_then(|l| l.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(path: &Path) -> String {
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    #[test]
+    fn a_file_that_is_removed_is_made_again_with_all_lines() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = place.path().join("out");
+        std::fs::create_dir(&dir).unwrap();
+        let mut metrics = MetricsFile::create(&dir, Log { enabled: false }).unwrap();
+        metrics.write(&1).unwrap();
+        std::fs::remove_dir_all(&dir).unwrap();
+        metrics.write(&2).unwrap();
+        assert_eq!(text(&dir.join(METRICS_FILE)), "1\n2\n");
+        // A file stands in the folder's place: no line is lost, and nothing fails.
+        std::fs::remove_dir_all(&dir).unwrap();
+        std::fs::write(&dir, "").unwrap();
+        metrics.write(&3).unwrap();
+        assert_eq!(metrics.lines(), b"1\n2\n3\n");
+        std::fs::remove_file(&dir).unwrap();
+        metrics.write(&4).unwrap();
+        assert_eq!(text(&dir.join(METRICS_FILE)), "1\n2\n3\n4\n");
+    }
 }

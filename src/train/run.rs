@@ -31,11 +31,22 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub job: &'a TrainingJob,
     pub train: &'a Dataset,
     pub eval: Option<&'a Dataset>,
-    /// Rank 0 only.
-    pub metrics: Option<MetricsFile>,
+    /// `None` on all ranks but the first.
+    pub metrics: Option<&'a mut MetricsFile>,
     pub log: Log,
     /// Where rank 0 writes a trace of the second step, or of the only one.
     pub trace: Option<&'a Path>,
+    pub is_zero: check::IsZero<'a>,
+}
+
+/// What has been updated and checked so far.
+#[derive(Default)]
+struct Progress {
+    num_updates: u32,
+    /// An update with a learning rate above 0 was made: from the next step on lora_A has a gradient.
+    has_learned: bool,
+    a_is_checked: bool,
+    b_is_checked: bool,
 }
 
 impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
@@ -50,18 +61,17 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         self.job.global_batch_size(self.engine.queue.world_size())
     }
 
-    /// Trains from the first step to the last, with an evaluation before and after.
+    /// Trains from the first step to the last, with an evaluation before and after. Fails at the first loss or gradient that is not
+    /// finite, before it is applied.
     pub fn run(mut self) -> Result<()> {
         let (num_steps, rank) = (self.num_steps(), self.engine.queue.rank());
         let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
         self.evaluate(0)?;
         let start = Instant::now();
-        let mut scaler = LossScaler::new(D::NEEDS_LOSS_SCALING);
-        let (mut num_updates, mut updated_with_a_learning_rate) = (0, false);
-        let (mut a_is_checked, mut b_is_checked) = (false, false);
+        let (mut scaler, mut progress) = (LossScaler::new(D::NEEDS_LOSS_SCALING), Progress::default());
         for step_idx in 0..num_steps {
             fault::inject(rank, step_idx + 1)?;
-            let update = self.update(step_idx, num_steps, num_updates, scaler.scale());
+            let update = self.update(step_idx, num_steps, progress.num_updates, scaler.scale());
             let batches = self.batches(&mut sampler, step_idx);
             let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
             let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
@@ -72,29 +82,18 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 trace::write(path, self.engine.spans())?;
                 self.log.line(format!("trace of step {}: {}", step_idx + 1, path.display()));
             }
-            let loss = record.loss;
-            ensure!(
-                loss.is_finite(),
-                "the loss of step {} is {loss}: try a lower training.learning_rate",
-                step_idx + 1
-            );
-            if record.updated && !b_is_checked {
-                check::every_matrix_has_a_gradient(self.engine, "B")?;
-                b_is_checked = true;
-            }
-            if record.updated && updated_with_a_learning_rate && !a_is_checked {
-                check::every_matrix_has_a_gradient(self.engine, "A")?;
-                a_is_checked = true;
-            }
-            if scaler.update(record.grad_norm) {
-                num_updates += 1;
-                updated_with_a_learning_rate |= update.learning_rate > 0.0;
+            self.record(step_idx + 1, num_steps, &update, &record, start.elapsed())?;
+            let goes_on = record.loss.is_finite() && scaler.note(record.updated);
+            ensure!(goes_on, divergence(step_idx + 1, &record, &update, progress.has_learned));
+            if record.updated {
+                self.check_gradients(&mut progress)?;
+                progress.num_updates += 1;
+                progress.has_learned |= update.learning_rate > 0.0;
             } else {
                 let (step, scale) = (step_idx + 1, scaler.scale());
                 self.log
                     .line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
             }
-            self.record(step_idx + 1, num_steps, &update, &record, start.elapsed())?;
             let last = step_idx + 1 == num_steps;
             if last || (step_idx + 1).is_multiple_of(REPLICA_CHECK_STEPS) {
                 self.engine.check_replicas()?;
@@ -103,6 +102,23 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 self.evaluate(step_idx + 1)?;
             }
         }
+        ensure!(
+            progress.num_updates > 0,
+            "in none of the {num_steps} steps were the gradients finite in fp16, so nothing was learned and nothing was saved; help: \
+             train for more steps, or lower training.learning_rate"
+        );
+        Ok(())
+    }
+
+    /// Looks once at the gradients of each kind of matrix.
+    fn check_gradients(&mut self, progress: &mut Progress) -> Result<()> {
+        let (checks_a, checks_b) = (progress.has_learned && !progress.a_is_checked, !progress.b_is_checked);
+        for matrix in [checks_b.then_some("B"), checks_a.then_some("A")].into_iter().flatten() {
+            if let Some(line) = check::every_matrix_has_a_gradient(self.engine, matrix, self.is_zero)? {
+                self.log.line(line);
+            }
+        }
+        (progress.a_is_checked, progress.b_is_checked) = (progress.a_is_checked || checks_a, true);
         Ok(())
     }
 
@@ -198,4 +214,18 @@ pub fn adapter<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, settings: &Adapte
     let layers =
         (0..num_layers).map(|layer| engine.gather_trainable_to_host(layer, Values::Master)).collect::<Result<_>>()?;
     Ok(Adapter { settings: settings.clone(), layers })
+}
+
+/// Says that training cannot go on from here, and what can be done about it. `has_learned`: an update was made before, so that the learning
+/// rate may be the cause.
+fn divergence(step: usize, record: &StepRecord, update: &Update, has_learned: bool) -> String {
+    let StepRecord { loss, grad_norm, .. } = record;
+    let rate = update.learning_rate;
+    let cause = match has_learned {
+        true => "training diverged; help: lower training.learning_rate, or raise training.warmup_steps",
+        false => "nothing was learned before, so the base model or the adapter that training starts from computes this",
+    };
+    format!(
+        "step {step}: loss {loss}, grad_norm {grad_norm}, learning rate {rate:e}: {cause}; this step updated nothing"
+    )
 }

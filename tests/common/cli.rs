@@ -88,6 +88,23 @@ impl Place {
         command
     }
 
+    /// Processes of the program that work in this place, one for each rank.
+    pub fn ranks(&self) -> Vec<u32> {
+        let cache = format!("FSDP_QLORA_CACHE={}", self.path("cache").display());
+        let mut ranks: Vec<u32> = std::fs::read_dir("/proc")
+            .unwrap()
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok())
+            .filter(|pid| {
+                let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+                let text = String::from_utf8_lossy(&environment).into_owned();
+                text.contains(&cache) && ["OMPI_COMM_WORLD_RANK=", "PMI_RANK="].iter().any(|rank| text.contains(rank))
+            })
+            .collect();
+        ranks.sort_unstable();
+        ranks
+    }
+
     /// Files below the folder whose names say that they are not finished, or that are results.
     pub fn results(&self) -> Vec<String> {
         fn walk(dir: &Path, found: &mut Vec<String>) {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -127,9 +127,12 @@ impl Work for Steps<'_> {
             let num_micro_batches = args.accum as usize;
             let step_args = StepArgs { step: step_idx, num_micro_batches, update: &update, seed: 42 };
             let record = step(&mut engine, &batches, &step_args)?;
-            num_updates += u32::from(scaler.update(record.grad_norm));
-            start.log.line(format!("step {step_idx}  loss {:.4}  {:.1} ms", record.loss, record.step_ms));
-            losses.push(record.loss);
+            let StepRecord { loss, grad_norm, updated, .. } = record;
+            let goes_on = loss.is_finite() && scaler.note(updated);
+            ensure!(goes_on, "step {step_idx}: loss {loss}, grad_norm {grad_norm}: not finite");
+            num_updates += u32::from(updated);
+            start.log.line(format!("step {step_idx}  loss {:.4}  {:.1} ms", loss, record.step_ms));
+            losses.push(loss);
             if (WARM_UP_STEPS + 1..=num_steps).contains(&step_idx) {
                 records.push(record);
             }

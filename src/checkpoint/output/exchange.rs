@@ -1,0 +1,190 @@
+//! Puts a whole result, which waits in a folder inside the output folder, in the place of what is there.
+//!
+//! Two folders could be exchanged in one call (renameat2), but an output folder may be a mount point, a link or somebody's working
+//! directory, and NFS has no such call. So the files are moved one after the other: the old `adapter_config.json` leaves first and the
+//! new one comes after all other files. A reader finds the old adapter, none (PEFT and this program refuse a folder without a config),
+//! or the new one, but never tensors with the numbers of another config. The list of moves follows from what lies where, so after a kill
+//! the next start makes the list again and performs the rest.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::super::adapter::{CONFIG_FILE, TENSORS_FILE};
+use super::super::atomic::sync_folder;
+use super::record::{RUN_FILE, RunRecord};
+use super::{RESULT_FILES, STAGING};
+
+/// Where the old config waits until the new tensors are there.
+const REPLACED_CONFIG: &str = "replaced_adapter_config.json";
+
+/// One step, all of which is done or not.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Move {
+    Rename(PathBuf, PathBuf),
+    Remove(PathBuf),
+    /// Makes durable what was moved in this folder.
+    Sync(PathBuf),
+    RemoveFolder(PathBuf),
+}
+
+/// The moves that put the result in its place, or the rest of them.
+pub fn plan(dir: &Path, record: &RunRecord) -> Vec<Move> {
+    let staging = dir.join(STAGING);
+    let (sync, mut moves) = (Move::Sync(dir.into()), Vec::new());
+    if staging.join(TENSORS_FILE).exists() && dir.join(CONFIG_FILE).exists() {
+        moves.extend([Move::Rename(dir.join(CONFIG_FILE), staging.join(REPLACED_CONFIG)), sync.clone()]);
+    }
+    let stale = RESULT_FILES.iter().filter(|name| !record.files.iter().any(|file| file == *name));
+    moves.extend(stale.map(|name| dir.join(name)).filter(|path| path.exists()).map(Move::Remove));
+    let rename = |name: &str| {
+        let from = staging.join(name);
+        from.exists().then(|| Move::Rename(from, dir.join(name)))
+    };
+    moves.extend(record.files.iter().filter(|name| *name != CONFIG_FILE).filter_map(|name| rename(name)));
+    moves.push(sync.clone());
+    moves.extend(rename(CONFIG_FILE));
+    moves.extend([sync.clone(), Move::Rename(staging.join(RUN_FILE), dir.join(RUN_FILE)), sync]);
+    moves.push(Move::RemoveFolder(staging));
+    moves
+}
+
+/// Performs moves in their order.
+pub fn perform(moves: &[Move]) -> Result<()> {
+    for step in moves {
+        match step {
+            Move::Rename(from, to) => {
+                std::fs::rename(from, to).with_context(|| format!("{}: cannot be put in place", to.display()))?
+            }
+            Move::Remove(path) => std::fs::remove_file(path).with_context(|| format!("{}", path.display()))?,
+            Move::Sync(dir) => sync_folder(dir)?,
+            Move::RemoveFolder(dir) => std::fs::remove_dir_all(dir).with_context(|| format!("{}", dir.display()))?,
+        }
+    }
+    Ok(())
+}
+
+/// Takes back what failed, so that the old result is whole again. Once the new tensors are in place there is no way back: the next start
+/// performs the rest.
+pub fn take_back(dir: &Path) {
+    let staging = dir.join(STAGING);
+    let tensors_are_moved = complete(&staging).is_some() && !staging.join(TENSORS_FILE).exists();
+    if !tensors_are_moved {
+        let _ = std::fs::rename(staging.join(REPLACED_CONFIG), dir.join(CONFIG_FILE));
+        let _ = std::fs::remove_dir_all(staging);
+    }
+}
+
+/// The record of a result that was written whole: it is the last of its files.
+fn complete(staging: &Path) -> Option<RunRecord> {
+    RunRecord::read(staging).ok().flatten().filter(|record| !record.files.is_empty())
+}
+
+/// How the output folder was left by the run before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing was under way.
+    Clean,
+    /// A complete result waited, and is in its place now.
+    PutInPlace,
+    /// Files of a run that did not finish were removed.
+    Removed,
+}
+
+/// Ends what a run that was killed has begun: moves a complete result to its place, and removes an incomplete one.
+pub fn recover(dir: &Path) -> Result<Left> {
+    let staging = dir.join(STAGING);
+    if !staging.exists() {
+        return Ok(Left::Clean);
+    }
+    match complete(&staging) {
+        Some(record) => {
+            perform(&plan(dir, &record))?;
+            Ok(Left::PutInPlace)
+        }
+        None => {
+            std::fs::remove_dir_all(&staging).with_context(|| staging.display().to_string())?;
+            Ok(Left::Removed)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::State;
+    use super::super::record::tests::identity;
+    use super::*;
+
+    const CHAT: &str = "chat_template.jinja";
+
+    fn write(dir: &Path, names: &[&str], content: &str) {
+        std::fs::create_dir_all(dir).unwrap();
+        names.iter().for_each(|name| std::fs::write(dir.join(name), content).unwrap());
+    }
+
+    /// An output folder with an old result, and a new one that waits.
+    fn with_two_results() -> (tempfile::TempDir, RunRecord) {
+        let place = tempfile::tempdir().unwrap();
+        write(place.path(), &[TENSORS_FILE, CONFIG_FILE, CHAT, "metrics.jsonl", "notes.txt"], "old");
+        RunRecord::new(identity(1.0))
+            .ended(State::Finished, None, vec![TENSORS_FILE.into()])
+            .write(place.path())
+            .unwrap();
+        let names = [TENSORS_FILE, "tokenizer.json", "metrics.jsonl", CONFIG_FILE];
+        write(&place.path().join(STAGING), &names, "new");
+        let files = names.map(String::from).to_vec();
+        let record = RunRecord::new(identity(2.0)).ended(State::Finished, None, files);
+        record.write(&place.path().join(STAGING)).unwrap();
+        (place, record)
+    }
+
+    fn content(path: PathBuf) -> Option<String> {
+        std::fs::read_to_string(path).ok()
+    }
+
+    #[test]
+    fn a_kill_between_any_two_moves_leaves_an_adapter_that_is_old_new_or_absent() {
+        let (place, record) = with_two_results();
+        let (mut absent, num_moves) = (0, plan(place.path(), &record).len());
+        for done in 0..=num_moves {
+            let (place, record) = with_two_results();
+            let at = |name: &str| place.path().join(name);
+            perform(&plan(place.path(), &record)[..done]).unwrap();
+            match (content(at(CONFIG_FILE)), content(at(TENSORS_FILE))) {
+                (None, _) => absent += 1,
+                (config, tensors) => assert_eq!(config, tensors, "after {done} moves"),
+            }
+            let left = recover(place.path()).unwrap();
+            assert_eq!(left == Left::Clean, done == num_moves, "after {done} moves");
+            for name in record.files.iter() {
+                assert_eq!(content(at(name)).as_deref(), Some("new"), "{name} after {done} moves");
+            }
+            assert!(!at(CHAT).exists(), "the old result's file is no part of the new one");
+            assert_eq!(content(at("notes.txt")).as_deref(), Some("old"), "files of others are left alone");
+            assert_eq!(RunRecord::read(place.path()).unwrap(), Some(record));
+            assert!(!at(STAGING).exists());
+        }
+        assert!(absent > 0, "the order is not what this test is about");
+    }
+
+    #[test]
+    fn a_kill_before_the_new_result_is_complete_leaves_the_old_one() {
+        let (place, _) = with_two_results();
+        std::fs::remove_file(place.path().join(STAGING).join(RUN_FILE)).unwrap();
+        assert_eq!(recover(place.path()).unwrap(), Left::Removed);
+        for name in [TENSORS_FILE, CONFIG_FILE, CHAT] {
+            assert_eq!(content(place.path().join(name)).as_deref(), Some("old"));
+        }
+    }
+
+    #[test]
+    fn a_move_that_fails_is_taken_back() {
+        let (place, record) = with_two_results();
+        std::fs::remove_file(place.path().join(TENSORS_FILE)).unwrap();
+        write(&place.path().join(TENSORS_FILE), &["in the way"], "");
+        assert!(perform(&plan(place.path(), &record)).is_err());
+        take_back(place.path());
+        assert_eq!(content(place.path().join(CONFIG_FILE)).as_deref(), Some("old"));
+        assert!(!place.path().join(STAGING).exists());
+    }
+}

@@ -1,0 +1,105 @@
+//! Only one run at a time writes to an output folder.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// Name of the file that is locked.
+pub const LOCK_FILE: &str = ".fsdp-qlora.lock";
+
+/// A lock on a folder. Dropping it removes the file, and the folder too if this made it and it is empty. The kernel frees the lock
+/// of a process that was killed.
+pub struct Lock {
+    file: File,
+    path: PathBuf,
+    made_folder: bool,
+    /// Why the file system gives no lock.
+    pub unlocked: Option<String>,
+}
+
+/// Name of this machine.
+pub fn host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    if name.trim().is_empty() { "unknown".into() } else { name.trim().into() }
+}
+
+impl Lock {
+    /// Makes the folder if it is not there, and locks it. Fails, naming host and process, if another run holds the lock.
+    pub fn take(dir: &Path) -> Result<Lock> {
+        let made_folder = !dir.exists();
+        std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", dir.display()))?;
+        let path = dir.join(LOCK_FILE);
+        loop {
+            // Locks over NFS need a file that is open for writing.
+            let options = OpenOptions::new().read(true).write(true).create(true).truncate(false).clone();
+            let mut file = options.open(&path).with_context(|| format!("{}: cannot be opened", path.display()))?;
+            let unlocked = match file.try_lock() {
+                Ok(()) => None,
+                Err(TryLockError::Error(why)) => Some(why.to_string()),
+                Err(TryLockError::WouldBlock) => {
+                    let mut holder = String::new();
+                    let _ = file.read_to_string(&mut holder);
+                    bail!("{} is in use by another run ({})", dir.display(), holder.trim())
+                }
+            };
+            // Its holder may have removed it before this process locked it.
+            if !is_at(&file, &path) {
+                continue;
+            }
+            let told = format!("host {}, process {}\n", host(), std::process::id());
+            file.set_len(0)
+                .and_then(|()| file.rewind())
+                .and_then(|()| file.write_all(told.as_bytes()))
+                .with_context(|| format!("{}: cannot be written", path.display()))?;
+            return Ok(Lock { file, path, made_folder, unlocked });
+        }
+    }
+
+    /// Whether the folder still has the file that is locked.
+    pub fn is_held(&self) -> bool {
+        is_at(&self.file, &self.path)
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // What cannot be removed is locked by nobody and does no harm.
+        if self.is_held() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+        if let Some(dir) = self.path.parent().filter(|_| self.made_folder) {
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
+}
+
+/// Whether this open file is the one at `path`.
+pub fn is_at(file: &File, path: &Path) -> bool {
+    let identity = |m: std::fs::Metadata| (m.dev(), m.ino());
+    file.metadata().ok().map(identity) == std::fs::metadata(path).ok().map(identity)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_is_refused_and_told_who_holds_it() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = place.path().join("out");
+        let lock = Lock::take(&dir).unwrap();
+        let error = Lock::take(&dir).err().unwrap().to_string();
+        assert!(error.contains(&format!("host {}, process {}", host(), std::process::id())), "{error}");
+        drop(lock);
+        assert!(!dir.exists(), "an empty folder that it made is removed");
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join(LOCK_FILE), "host gone, process 1, and more text than the next holder writes").unwrap();
+        let lock = Lock::take(&dir).unwrap();
+        assert!(lock.is_held() && !std::fs::read_to_string(dir.join(LOCK_FILE)).unwrap().contains("gone"));
+        std::fs::remove_dir_all(&dir).unwrap();
+        assert!(!lock.is_held());
+    }
+}

@@ -1,0 +1,184 @@
+//! `run.json`: what a run is made of, and how it stands.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use jiff::{Timestamp, Unit};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::super::atomic;
+
+/// Name of the file.
+pub const RUN_FILE: &str = "run.json";
+
+/// Differences that a message names.
+const MAX_DIFFERENCES: usize = 5;
+
+/// Keys that do not change what is learned: places, whose contents are compared by digest, and how things are moved and told.
+const FREE_KEYS: [&str; 6] = ["model", "output_dir", "shards", "data.train", "data.eval", "training.logging_steps"];
+
+/// How a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It is at work, or it was killed: nobody holds the lock then.
+    Running,
+    /// A signal ended it after it saved.
+    Stopped,
+    /// Its result is there.
+    Finished,
+    /// An error ended it.
+    Failed,
+}
+
+/// What decides a result. Two runs that agree in it are the same run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunIdentity {
+    pub world_size: usize,
+    /// Identity of the base model.
+    pub base: String,
+    /// Identity of the tokenizer, if one is needed.
+    pub tokenizer: Option<String>,
+    /// Digest of the training documents in the order of the sequences, and of those that are evaluated.
+    pub data: String,
+    pub eval_data: Option<String>,
+    /// Decided value of each key of the recipe.
+    pub recipe: Map<String, Value>,
+}
+
+/// The content of `run.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunRecord {
+    pub program: String,
+    pub state: State,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// In UTC.
+    pub started: String,
+    pub ended: Option<String>,
+    pub host: String,
+    pub pid: u32,
+    #[serde(flatten)]
+    pub identity: RunIdentity,
+    /// Names of the files of the result.
+    pub files: Vec<String>,
+}
+
+impl RunIdentity {
+    /// Says in which values `other` differs from this; empty if it does not.
+    pub fn differences(&self, other: &RunIdentity) -> String {
+        let (mine, theirs) = (self.values(), other.values());
+        let is_free = |key: &str| FREE_KEYS.contains(&key) || key.starts_with("fsdp.");
+        let mut keys: Vec<&String> = mine.keys().chain(theirs.keys().filter(|key| !mine.contains_key(*key))).collect();
+        keys.retain(|key| mine.get(*key) != theirs.get(*key) && !is_free(key));
+        let text = |value: Option<&Value>| value.map_or("absent".into(), Value::to_string);
+        let told = keys.iter().take(MAX_DIFFERENCES);
+        let told =
+            told.map(|key| format!("{key} is {} here and {} there", text(mine.get(*key)), text(theirs.get(*key))));
+        let mut told: Vec<String> = told.collect();
+        if keys.len() > MAX_DIFFERENCES {
+            told.push(format!("{} more", keys.len() - MAX_DIFFERENCES));
+        }
+        told.join(", ")
+    }
+
+    /// Everything as one list of keys, the recipe's among them.
+    fn values(&self) -> Map<String, Value> {
+        let mut values = self.recipe.clone();
+        values.insert("number of ranks".into(), self.world_size.into());
+        values.insert("base model".into(), self.base.clone().into());
+        values.insert("tokenizer".into(), self.tokenizer.clone().into());
+        values.insert("training data".into(), self.data.clone().into());
+        values.insert("evaluation data".into(), self.eval_data.clone().into());
+        values
+    }
+}
+
+impl RunRecord {
+    /// The record of a run that begins.
+    pub fn new(identity: RunIdentity) -> RunRecord {
+        RunRecord {
+            program: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
+            state: State::Running,
+            reason: None,
+            started: now(),
+            ended: None,
+            host: super::lock::host(),
+            pid: std::process::id(),
+            identity,
+            files: Vec::new(),
+        }
+    }
+
+    /// The record of the same run after its end.
+    pub fn ended(&self, state: State, reason: Option<String>, files: Vec<String>) -> RunRecord {
+        RunRecord { state, reason, files, ended: Some(now()), ..self.clone() }
+    }
+
+    /// Reads the record of a folder; `None` if it has none.
+    pub fn read(dir: &Path) -> Result<Option<RunRecord>> {
+        let path = dir.join(RUN_FILE);
+        match std::fs::read(&path) {
+            Ok(bytes) => {
+                let record = serde_json::from_slice(&bytes);
+                record.map(Some).with_context(|| format!("{}: not the record of a run", path.display()))
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error).with_context(|| path.display().to_string()),
+        }
+    }
+
+    /// Writes it, whole, into a folder.
+    pub fn write(&self, dir: &Path) -> Result<()> {
+        atomic::write(&dir.join(RUN_FILE), (serde_json::to_string_pretty(self)? + "\n").as_bytes())
+    }
+}
+
+fn now() -> String {
+    let now = Timestamp::now();
+    now.round(Unit::Second).unwrap_or(now).to_string()
+}
+
+#[cfg(test)]
+pub mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    pub fn identity(learning_rate: f64) -> RunIdentity {
+        let recipe = json!({"training.learning_rate": learning_rate, "output_dir": "out", "fsdp.gather": "auto"});
+        RunIdentity {
+            world_size: 2,
+            base: "b".into(),
+            tokenizer: None,
+            data: "d".into(),
+            eval_data: None,
+            recipe: recipe.as_object().unwrap().clone(),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_and_compared_by_value() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(RunRecord::read(dir.path()).unwrap(), None);
+        let record = RunRecord::new(identity(0.1 + 0.2)).ended(State::Finished, None, vec!["a".into()]);
+        record.write(dir.path()).unwrap();
+        let read = RunRecord::read(dir.path()).unwrap().unwrap();
+        assert_eq!(read, record);
+        let mut other = identity(0.1 + 0.2);
+        other.recipe["output_dir"] = json!("/home/out");
+        other.recipe["fsdp.gather"] = json!("host");
+        assert_eq!(read.identity.differences(&other), "");
+        other.recipe["training.learning_rate"] = json!(1.0);
+        other.world_size = 4;
+        let told = other.differences(&read.identity);
+        assert!(told.contains("training.learning_rate is 1.0 here and 0.30000000000000004 there"), "{told}");
+        assert!(told.contains("number of ranks is 4 here and 2 there"), "{told}");
+        std::fs::write(dir.path().join(RUN_FILE), "{").unwrap();
+        assert!(
+            format!("{:#}", RunRecord::read(dir.path()).unwrap_err()).contains("run.json: not the record of a run")
+        );
+    }
+}
