@@ -1,0 +1,139 @@
+//! LoRA adapters as PEFT stores them: `adapter_config.json` and `adapter_model.safetensors`.
+
+mod read;
+mod write;
+
+pub use read::load;
+pub use write::{check_room, save};
+
+use crate::model::config::ModelConfig;
+use crate::model::lora::{LoraConfig, LoraEntry, LoraLayout};
+use crate::model::names::{self, Projection};
+
+/// Name of the file of tensors.
+pub const TENSORS_FILE: &str = "adapter_model.safetensors";
+/// Name of the file that says what they are.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+
+/// An adapter as a whole: its numbers, and each layer's values as [`LoraLayout`] lays them out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Adapter {
+    pub settings: AdapterSettings,
+    pub layers: Vec<Vec<f32>>,
+}
+
+/// What `adapter_config.json` says that the math needs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterSettings {
+    /// PEFT's r.
+    pub lora_rank: usize,
+    pub alpha: f64,
+    pub dropout: f32,
+    pub use_rslora: bool,
+    pub targets: Vec<Projection>,
+}
+
+impl AdapterSettings {
+    /// What the model computes with.
+    pub fn lora_config(&self) -> LoraConfig {
+        let r = self.lora_rank as f64;
+        let scale = if self.use_rslora { self.alpha / r.sqrt() } else { self.alpha / r };
+        LoraConfig {
+            lora_rank: self.lora_rank,
+            scale: scale as f32,
+            dropout: self.dropout,
+            targets: self.targets.clone(),
+        }
+    }
+}
+
+/// PEFT's name of a LoRA matrix; `matrix` is "A" or "B".
+fn tensor_name(layer: usize, projection: Projection, matrix: &str) -> String {
+    format!("base_model.model.{}.lora_{matrix}.weight", names::module(layer, projection))
+}
+
+/// A fresh adapter: A uniform in ±1/√in_features (Kaiming-uniform with a = √5, PEFT's start), B zero. The numbers
+/// depend on the seed, the layer and the projection only.
+pub fn fresh(settings: AdapterSettings, config: &ModelConfig, seed: u64) -> Adapter {
+    let layout = LoraLayout::new(config, &settings.lora_config());
+    let layer = |layer: usize| {
+        let mut values = vec![0.0; layout.len];
+        for entry in layout.entries() {
+            let bound = 1.0 / (entry.a_shape[1] as f32).sqrt();
+            let mut state = seed ^ ((layer * Projection::ALL.len() + entry.projection as usize + 1) as u64) << 40;
+            for value in &mut values[entry.a.clone()] {
+                // 24 bits, so that the number in [0, 1) is exact in f32.
+                let uniform = (splitmix64(&mut state) >> 40) as f32 / (1u64 << 24) as f32;
+                *value = (2.0 * uniform - 1.0) * bound;
+            }
+        }
+        values
+    };
+    let layers = (0..config.num_hidden_layers).map(layer).collect();
+    Adapter { settings, layers }
+}
+
+/// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
+fn splitmix64(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+fn matrices(entry: &LoraEntry) -> [(&'static str, std::ops::Range<usize>, [usize; 2]); 2] {
+    [("A", entry.a.clone(), entry.a_shape), ("B", entry.b.clone(), entry.b_shape)]
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn config() -> ModelConfig {
+        ModelConfig::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny")).unwrap()
+    }
+
+    fn settings() -> AdapterSettings {
+        let targets = vec![Projection::Q, Projection::Down];
+        AdapterSettings { lora_rank: 4, alpha: 8.0, dropout: 0.05, use_rslora: true, targets }
+    }
+
+    #[test]
+    fn what_is_saved_is_loaded() {
+        let dir = tempfile::tempdir().unwrap();
+        let adapter = fresh(settings(), &config(), 42);
+        save(&adapter, &config(), Path::new("base"), dir.path()).unwrap();
+        assert_eq!(load(dir.path(), &config()).unwrap(), adapter);
+        let json: Value = serde_json::from_slice(&std::fs::read(dir.path().join(CONFIG_FILE)).unwrap()).unwrap();
+        assert_eq!((&json["lora_dropout"], &json["lora_alpha"]), (&json!(0.05), &json!(8)));
+    }
+
+    #[test]
+    fn a_fresh_adapter_is_kaiming_uniform_and_zero() {
+        let adapter = fresh(settings(), &config(), 42);
+        let layout = LoraLayout::new(&config(), &settings().lora_config());
+        let entry = layout.get(Projection::Down).unwrap();
+        let a = &adapter.layers[1][entry.a.clone()];
+        let bound = 1.0 / 128f32.sqrt();
+        assert!(a.iter().all(|v| v.abs() <= bound));
+        let variance = a.iter().map(|v| v * v).sum::<f32>() / a.len() as f32;
+        assert!((variance / (bound * bound / 3.0) - 1.0).abs() < 0.15, "variance {variance}");
+        assert!(adapter.layers[1][entry.b.clone()].iter().all(|&v| v == 0.0));
+        assert_ne!(adapter.layers[0], adapter.layers[1]);
+    }
+
+    #[test]
+    fn what_is_not_plain_lora_is_refused_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        save(&fresh(settings(), &config(), 1), &config(), Path::new("base"), dir.path()).unwrap();
+        let path = dir.path().join(CONFIG_FILE);
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, text.replace("\"use_dora\": false", "\"use_dora\": true")).unwrap();
+        assert!(format!("{:#}", load(dir.path(), &config()).unwrap_err()).contains("use_dora is true"));
+    }
+}

@@ -1,0 +1,54 @@
+//! Writing an adapter as PEFT reads it.
+
+use std::path::Path;
+
+use anyhow::Result;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+use super::{Adapter, CONFIG_FILE, TENSORS_FILE, matrices, tensor_name};
+use crate::checkpoint::atomic;
+use crate::model::config::ModelConfig;
+use crate::model::lora::LoraLayout;
+
+/// Fails when a folder cannot be written, or has no room for the adapter.
+pub fn check_room(adapter: &Adapter, dir: &Path) -> Result<()> {
+    let bytes = adapter.layers.iter().map(|values| size_of_val(&values[..])).sum();
+    atomic::beside_with_room(&dir.join(TENSORS_FILE), bytes).map(drop)
+}
+
+/// Writes both files, the tensors first: a folder with a config has its tensors. `base` is the model's path.
+pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) -> Result<()> {
+    let layout = LoraLayout::new(config, &adapter.settings.lora_config());
+    let mut views = Vec::new();
+    for (layer, values) in adapter.layers.iter().enumerate() {
+        for entry in layout.entries() {
+            for (matrix, range, shape) in matrices(entry) {
+                let view = TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(&values[range]))?;
+                views.push((tensor_name(layer, entry.projection, matrix), view));
+            }
+        }
+    }
+    let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
+    atomic::write(&dir.join(TENSORS_FILE), &safetensors::serialize(views, Some(metadata))?)?;
+    let settings = &adapter.settings;
+    let alpha = if settings.alpha.fract() == 0.0 { json!(settings.alpha as i64) } else { json!(settings.alpha) };
+    let peft = json!({
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.lora_rank,
+        "lora_alpha": alpha,
+        // Through f64 0.05 would be written as 0.05000000074505806.
+        "lora_dropout": settings.dropout.to_string().parse::<f64>()?,
+        "use_rslora": settings.use_rslora,
+        "use_dora": false,
+        "bias": "none",
+        "fan_in_fan_out": false,
+        "inference_mode": true,
+        "init_lora_weights": true,
+        "modules_to_save": null,
+        "target_modules": settings.targets.iter().map(|p| p.name()).collect::<Vec<_>>(),
+    });
+    atomic::write(&dir.join(CONFIG_FILE), format!("{peft:#}\n").as_bytes())
+}
