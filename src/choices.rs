@@ -19,6 +19,13 @@ macro_rules! choices {
             }
         }
 
+        /// Its word.
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.word())
+            }
+        }
+
         impl std::str::FromStr for $name {
             type Err = ();
             fn from_str(word: &str) -> Result<Self, ()> {

@@ -291,7 +291,7 @@ fn ranks_that_cannot_be_served_and_a_foreign_mpirun() {
     let place = Place::new();
     let mut args = TRAIN.to_vec();
     args.extend(["--set", "training.global_batch_size=2"]);
-    let text = fails(place.mpirun(4, &args), 1);
+    let text = fails(place.mpirun(4, &args), 2);
     assert!(text.contains("4 ranks cannot share a global batch of 2"), "{text}");
     let mut command = place.command(&TRAIN);
     command.env("PMI_SIZE", "2");

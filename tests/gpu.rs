@@ -66,7 +66,14 @@ fn config() -> ModelConfig {
 /// An adapter whose B is not zero, so that every matrix has a gradient.
 fn start_adapter(config: &ModelConfig) -> Adapter {
     let targets = Projection::ALL.to_vec();
-    let settings = AdapterSettings { lora_rank: 8, alpha: 16.0, dropout: 0.1, use_rslora: false, targets };
+    let settings = AdapterSettings {
+        lora_rank: 8,
+        alpha: 16.0,
+        dropout: 0.1,
+        use_rslora: false,
+        targets,
+        init_lora_weights: true.into(),
+    };
     let mut adapter = adapter::fresh(settings, config, 7);
     for values in &mut adapter.layers {
         for (i, value) in values.iter_mut().enumerate().filter(|(_, v)| **v == 0.0) {
@@ -127,7 +134,7 @@ fn micro_batch(step_idx: usize, index: usize) -> MicroBatch {
 fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -> Curve {
     let (groups, config) = (ranks(options.num_shards), config());
     let Position { rank, world_size, shard, num_shards, .. } = groups.position();
-    let base = synthetic::base(cuda, config.clone(), shard, num_shards, |_| ()).unwrap();
+    let base = synthetic::base(cuda, config.clone(), Some(true), (shard, num_shards), |_| ()).unwrap();
     let adapter = start_adapter(&config);
     let lora = LayerLora::new(&config, adapter.settings.lora_config());
     let num_micro_batches = GLOBAL_MICRO_BATCHES / world_size;

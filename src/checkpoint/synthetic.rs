@@ -16,12 +16,10 @@ use crate::fsdp::exec::Base;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::unit::NumUnits;
 use crate::model::config::ModelConfig;
-use crate::model::names::Projection;
 use crate::quant::double::{self, NestedAbsmax};
 use crate::quant::nf4::{Absmax, Nf4Tensor};
 use crate::quant::record::{BLOCK, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
 
-use super::adapter::AdapterSettings;
 use super::load::{self, InBf16};
 
 /// Rows of the embedding table; token ids beyond begin again.
@@ -34,15 +32,9 @@ pub fn embedding_bytes(config: &ModelConfig) -> usize {
     EMBEDDING_ROWS * config.hidden_size * size_of::<f32>()
 }
 
-/// The adapter of benchmarks: r 16 on all projections.
-pub fn adapter_settings(dropout: f32) -> AdapterSettings {
-    let targets = Projection::ALL.to_vec();
-    AdapterSettings { lora_rank: 16, alpha: 16.0, dropout, use_rslora: false, targets }
-}
-
-/// Layouts of all units of a model of this shape: projections in NF4 with double quantization, the rest in bf16.
-pub fn layouts(config: &ModelConfig, num_shards: usize) -> Result<Vec<UnitLayout>> {
-    load::layouts(config, &InBf16 { nf4_double_quant: Some(true) }, num_shards)
+/// Layouts of all units of a model of this shape: projections in NF4, or in bf16 where `nf4_double_quant` is `None`; the rest in bf16.
+pub fn layouts(config: &ModelConfig, nf4_double_quant: Option<bool>, num_shards: usize) -> Result<Vec<UnitLayout>> {
+    load::layouts(config, &InBf16 { nf4_double_quant }, num_shards)
 }
 
 /// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform in ±0.035
@@ -50,12 +42,12 @@ pub fn layouts(config: &ModelConfig, num_shards: usize) -> Result<Vec<UnitLayout
 pub fn base<D: Ops + Clone>(
     device: &D,
     config: ModelConfig,
-    shard: usize,
-    num_shards: usize,
+    nf4_double_quant: Option<bool>,
+    (shard, num_shards): (usize, usize),
     tell: impl Fn(String) + Copy + 'static,
 ) -> Result<Base> {
     let units = NumUnits::new(&config);
-    let layouts = layouts(&config, num_shards)?;
+    let layouts = layouts(&config, nf4_double_quant, num_shards)?;
     let largest = layouts.iter().flat_map(UnitLayout::tensors).map(|t| t.elements.len()).max().unwrap_or(0);
     let hidden_size = config.hidden_size;
     let table_len = EMBEDDING_ROWS * hidden_size;
@@ -121,7 +113,7 @@ impl<D: Ops + Clone> Drawing<D> {
     }
 
     /// The range of the tensor that was drawn, quantized; it begins with a record. The offset is that of the whole tensor.
-    fn quantize(&mut self, num_weights: usize, range: Range<usize>) -> Result<Nf4Tensor> {
+    fn quantize(&mut self, num_weights: usize, range: Range<usize>, double_quant: bool) -> Result<Nf4Tensor> {
         debug_assert!(range.start.is_multiple_of(RECORD_WEIGHTS));
         let (device, blocks) = (self.device.clone(), num_weights.div_ceil(BLOCK));
         device.quantize_nf4(QuantizeNf4 {
@@ -129,8 +121,16 @@ impl<D: Ops + Clone> Drawing<D> {
             absmax: self.absmax.first_mut(blocks),
             weights: self.weights.first(num_weights),
         })?;
+        let of = |weights: usize| range.start / weights..range.end.div_ceil(weights);
         let mut absmax = vec![0f32; blocks];
         device.download(&mut absmax, self.absmax.first(blocks))?;
+        let mut codes = std::mem::take(&mut self.host_codes);
+        codes.resize(range.len().div_ceil(2), 0);
+        device.download(&mut codes, self.codes.view().range(of(2)))?;
+        if !double_quant {
+            let absmax = Absmax::F32(absmax[of(BLOCK)].to_vec());
+            return Ok(Nf4Tensor { num_weights: range.len(), codes, absmax });
+        }
         let offset = double::mean(&absmax);
         device.quantize_absmax(QuantizeAbsmax {
             codes: self.absmax_codes.first_mut(blocks),
@@ -138,15 +138,11 @@ impl<D: Ops + Clone> Drawing<D> {
             absmax: self.absmax.first(blocks),
             offset,
         })?;
-        let of = |weights: usize| range.start / weights..range.end.div_ceil(weights);
-        let (blocks, superblocks) = (of(BLOCK), of(RECORD_WEIGHTS));
+        let superblocks = of(RECORD_WEIGHTS);
         let mut nested =
-            NestedAbsmax { codes: vec![0; blocks.len()], nested_absmax: vec![0.0; superblocks.len()], offset };
-        device.download(&mut nested.codes, self.absmax_codes.view().range(blocks))?;
+            NestedAbsmax { codes: vec![0; of(BLOCK).len()], nested_absmax: vec![0.0; superblocks.len()], offset };
+        device.download(&mut nested.codes, self.absmax_codes.view().range(of(BLOCK)))?;
         device.download(&mut nested.nested_absmax, self.nested_absmax.view().range(superblocks))?;
-        let mut codes = std::mem::take(&mut self.host_codes);
-        codes.resize(range.len().div_ceil(2), 0);
-        device.download(&mut codes, self.codes.view().range(of(2)))?;
         Ok(Nf4Tensor { num_weights: range.len(), codes, absmax: Absmax::Nested(nested) })
     }
 
@@ -163,8 +159,8 @@ impl<D: Ops + Clone> Drawing<D> {
                 self.draw(unit << 8 | idx as u64, tensor.elements.len())?;
             }
             match tensor.encoding {
-                Encoding::Nf4 { .. } => {
-                    let part = self.quantize(tensor.elements.len(), weights)?;
+                Encoding::Nf4 { double_quant } => {
+                    let part = self.quantize(tensor.elements.len(), weights, double_quant)?;
                     part.write_records(out)?;
                     self.host_codes = part.codes;
                 }
@@ -208,26 +204,29 @@ mod tests {
 
     #[test]
     fn shards_are_parts_of_what_one_rank_draws() {
+        [Some(true), Some(false), None].into_iter().for_each(shards_are_parts);
+    }
+
+    fn shards_are_parts(double_quant: Option<bool>) {
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
         let config = ModelConfig { intermediate_size: 1024, ..ModelConfig::load(&tiny).unwrap() };
         let drawn = |shard, num_shards| {
-            let base = base(&Cpu::new(1), config.clone(), shard, num_shards, |_| ()).unwrap();
+            let base = base(&Cpu::new(1), config.clone(), double_quant, (shard, num_shards), |_| ()).unwrap();
             let units = base.shards.into_iter().enumerate();
             units.map(|(unit, source)| (*source.take(unit).unwrap()).as_ref().to_vec()).collect::<Vec<_>>()
         };
         let whole = drawn(0, 1);
         for shard in 0..5 {
-            let (layouts, shards) = (layouts(&config, 5).unwrap(), drawn(shard, 5));
+            let (layouts, shards) = (layouts(&config, double_quant, 5).unwrap(), drawn(shard, 5));
             for ((layout, own), whole) in layouts.iter().zip(&shards).zip(&whole) {
                 let (part, padding) = own.split_at(layout.shard_range(shard).len());
                 assert!(part == &whole[layout.shard_range(shard)] && padding.iter().all(|&b| b == 0));
                 assert_eq!(own.len(), layout.shard_bytes());
             }
         }
-        let layer = &layouts(&config, 5).unwrap()[0];
-        let is_cut = |(idx, tensor): (usize, &UnitTensor)| {
-            matches!(tensor.encoding, Encoding::Nf4 { .. }) && layer.segments(idx).len() > 1
-        };
+        let layer = &layouts(&config, double_quant, 5).unwrap()[0];
+        let is_cut =
+            |(idx, tensor): (usize, &UnitTensor)| tensor.name.ends_with("proj.weight") && layer.segments(idx).len() > 1;
         assert!(layer.tensors().iter().enumerate().any(is_cut), "a projection is in several shards");
     }
 }

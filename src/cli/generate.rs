@@ -1,43 +1,41 @@
 //! `generate`
 
-use std::path::PathBuf;
-
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::checkpoint::adapter;
 use crate::comm::Queue;
 use crate::data::TextTokenizer;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
-use crate::recipe;
+use crate::recipe::{self, Command};
 use crate::train::generate::{Sampling, generate};
 
 use super::start::{Setup, Start, Work};
+use super::usage;
 
 #[derive(Args)]
 pub struct GenerateArgs {
     /// Hugging Face directory
     #[arg(long)]
-    model: PathBuf,
+    model: String,
     /// PEFT adapter
     #[arg(long)]
-    adapter: Option<PathBuf>,
+    adapter: Option<String>,
     /// What to continue; a model with a chat template gets it as the user's message
     #[arg(long)]
     prompt: String,
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]
     raw: bool,
-    #[arg(long, default_value_t = 128)]
-    max_new_tokens: usize,
+    #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    max_new_tokens: u32,
     /// 0: always the most likely token
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// Of the random choice, with a temperature above 0
+    /// Seed of the random choice, with a temperature above 0
     #[arg(long, default_value_t = 42)]
     seed: u64,
 }
@@ -57,15 +55,15 @@ impl Work for Generation<'_> {
 }
 
 pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<()> {
-    ensure!(
-        args.temperature >= 0.0 && args.temperature.is_finite(),
-        "--temperature: found {}; allowed: 0 or more",
-        args.temperature
-    );
-    let job = recipe::for_model(&args.model, overrides)?;
+    if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
+        return Err(usage(&format!("--temperature: found {}; allowed: 0 or more", args.temperature)));
+    }
+    let mut given: Vec<(&str, Value)> = vec![("model", args.model.clone().into()), ("training.seed", args.seed.into())];
+    given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
+    let job = recipe::from_options(Command::Generate, given, overrides)?;
     let opened = start.open(&job)?;
     let config = opened.config.clone();
-    let adapter = args.adapter.as_ref().map(|dir| adapter::load(dir, &config)).transpose().context("--adapter")?;
+    let adapter = start.adapter(&job, &config)?;
     let tokenizer = TextTokenizer::load(&job.model, &jiff::Zoned::now())?;
     let prompt = match tokenizer.has_chat_template() && !args.raw {
         true => {
@@ -75,11 +73,12 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
         false => tokenizer.encode(&args.prompt, true),
     }?;
     let (comm, placement, base) = start.base(opened, &job)?;
-    let max_context = prompt.len() + args.max_new_tokens;
+    let max_new_tokens = args.max_new_tokens as usize;
+    let max_context = prompt.len() + max_new_tokens;
     let limits = Limits { max_context, ..Limits::new(Mode::Generate, prompt.len(), 1) };
-    let sampling = Sampling { temperature: args.temperature, seed: args.seed, max_new_tokens: args.max_new_tokens };
+    let sampling = Sampling { temperature: args.temperature, seed: job.training.seed, max_new_tokens };
     let work = Generation { prompt: &prompt, stop: tokenizer.eos_token_ids(), sampling, adapter: adapter.is_some() };
-    let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job.fsdp };
+    let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job };
     let tokens = start.with_engine(placement, setup, work)?;
     if start.log.enabled {
         println!("{}", tokenizer.decode(&tokens, true)?);

@@ -1,5 +1,6 @@
 //! The command line: one file per subcommand, no logic.
 
+mod asked;
 mod bench;
 mod eval;
 mod generate;
@@ -8,19 +9,21 @@ mod quantize;
 mod start;
 mod train;
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::comm::mpi::World;
+use crate::recipe;
 use crate::train::log::Log;
 
 const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
 
 Exit status: 0 done, or finished before; 2 the command line or the recipe is wrong; 1 anything else, and also an adapter that had to be \
 saved elsewhere than in output_dir (the last line names the place)";
+
+/// More ranks, or shards, than that are a slip of the pen: the work of planning grows with them.
+const MAX_RANKS: i64 = 1 << 14;
 
 /// QLoRA fine-tuning of Llama-family models, sharded over ranks: `mpirun -np 2 fsdp-qlora`.
 #[derive(Parser)]
@@ -39,7 +42,7 @@ struct Common {
     #[arg(long, global = true, value_enum, default_value_t = DeviceKind::Auto)]
     device: DeviceKind,
     /// Ranks that share a GPU: for trying things out, since they also share its memory
-    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_RANKS))]
     ranks_per_gpu: u32,
     /// Overrides a key of the recipe, e.g. --set training.max_steps=100
     #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
@@ -64,12 +67,12 @@ enum Command {
     Quantize {
         /// Hugging Face directory
         #[arg(long)]
-        model: PathBuf,
-        /// Folder of the shard files
+        model: String,
+        /// Folder of the shard files; auto: the user's cache folder
         #[arg(long)]
-        output: PathBuf,
+        output: String,
         /// Number of shards: the ranks that will hold the base together, all of a run or those of a node (hybrid_shard)
-        #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_RANKS))]
         world_size: u32,
     },
     /// Mean loss over the target tokens of a data set
@@ -95,7 +98,7 @@ impl Cli {
         match self.command.unwrap_or(Command::Train(train::TrainArgs::default())) {
             Command::Train(args) if args.help_recipe => {
                 if world.rank == 0 {
-                    print!("{}", crate::recipe::help());
+                    print!("{}", recipe::help());
                 }
                 Ok(())
             }

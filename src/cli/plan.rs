@@ -12,41 +12,42 @@ use crate::checkpoint::{load, synthetic};
 use crate::device::cuda::Cuda;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::memory::Limits;
-use crate::fsdp::schedule::{Keep, Mode};
+use crate::fsdp::schedule::Keep;
 use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 use crate::model::lora::LoraConfig;
 use crate::plan::calibrate::{self, MeasuredRun, Ratios};
-use crate::plan::decide::{Budget, Wishes};
+use crate::plan::decide::{Budget, DoesNotFit, Wishes};
 use crate::plan::hardware::{Hardware, Reached};
+use crate::plan::limits;
 use crate::plan::memory::{Cost, Sizes};
 use crate::plan::throughput::{Links, Timeline, Workload};
 use crate::plan::trace;
-use crate::recipe::{self, FsdpJob, ShardingStrategy};
+use crate::recipe::{self, Command, ComputeDtype, FsdpJob, Job, ShardingStrategy};
 use crate::train::log::bytes;
 
-use super::start::{load_options, possible_gather, wishes};
+use super::asked::{adapter_settings, load_options, nf4_double_quant, possible_gather, step_limits, wishes};
 use super::usage;
 
 #[derive(Args)]
 pub struct PlanArgs {
     /// The recipe; or --shape
-    #[arg(short, long, conflicts_with = "shape")]
+    #[arg(short, long, conflicts_with = "shape", value_parser = recipe::read_path)]
     config: Option<PathBuf>,
     /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
     #[arg(long, required_unless_present_any = ["config", "compare"])]
     shape: Option<String>,
     /// With --shape: fewer layers than it has
     #[arg(long, conflicts_with = "config")]
-    layers: Option<usize>,
+    layers: Option<u32>,
     /// With --shape: sequences of a micro-batch
-    #[arg(long, conflicts_with = "config", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, conflicts_with = "config", default_value_t = 1)]
     micro_batch: u32,
     /// With --shape: tokens of a sequence
-    #[arg(long, conflicts_with = "config", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, conflicts_with = "config", default_value_t = 1024)]
     seq: u32,
     /// With --shape: micro-batches of a step on each rank
-    #[arg(long, conflicts_with = "config", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, conflicts_with = "config", default_value_t = 8)]
     accum: u32,
     /// rtx3060, rtx3090, rtx4090, rtx5090, a100, h100 or h200
     #[arg(long, required_unless_present = "sweep")]
@@ -55,17 +56,17 @@ pub struct PlanArgs {
     #[arg(long, conflicts_with_all = ["gpu", "world_size", "nodes", "trace", "json"])]
     sweep: bool,
     /// Fits the shares of the card's rates that steps reach to these runs, lines of `bench step`
-    #[arg(long, value_name = "FILE", requires = "gpu")]
+    #[arg(long, value_name = "FILE", requires = "gpu", value_parser = recipe::read_path)]
     calibrate: Option<PathBuf>,
     /// Compares predictions with these runs, lines of `bench step`
-    #[arg(long, value_name = "FILE", requires = "gpu", conflicts_with_all = [
+    #[arg(long, value_name = "FILE", requires = "gpu", value_parser = recipe::read_path, conflicts_with_all = [
         "config", "shape", "layers", "micro_batch", "seq", "accum", "world_size", "nodes", "network", "host_gib", "trace", "json",
     ])]
     compare: Option<PathBuf>,
     /// Ranks: GPUs of all nodes
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=super::MAX_RANKS))]
     world_size: u32,
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=super::MAX_RANKS))]
     nodes: u32,
     /// GB a second between nodes
     #[arg(long, default_value_t = 1.25, requires = "nodes")]
@@ -74,7 +75,7 @@ pub struct PlanArgs {
     #[arg(long)]
     host_gib: Option<f64>,
     /// Write the predicted step as a trace for <https://ui.perfetto.dev>
-    #[arg(long)]
+    #[arg(long, value_parser = recipe::read_path)]
     trace: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
@@ -93,21 +94,23 @@ impl PlanArgs {
 }
 
 /// What is trained, from a recipe or a shape.
-struct Job {
+struct Planned {
     name: String,
     config: ModelConfig,
     layouts: Vec<UnitLayout>,
     lora: LoraConfig,
     limits: Limits,
-    fsdp: FsdpJob,
+    job: Job,
     /// Of an embedding table that is not in a file.
     embedding_bytes: usize,
 }
 
 /// Decides and predicts; `overrides` are those of `--set`.
 pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Result<()> {
-    if args.network <= 0.0 {
-        return Err(usage(&format!("--network: found {}, allowed: above 0", args.network)));
+    for (option, value) in [("--network", Some(args.network)), ("--host-gib", args.host_gib)] {
+        if let Some(value) = value.filter(|value| !(*value > 0.0 && value.is_finite())) {
+            return Err(usage(&format!("{option}: found {value}, allowed: a number above 0")));
+        }
     }
     let Some(gpu) = &args.gpu else { return sweep(args, overrides) };
     let mut hardware = Hardware::named(gpu).map_err(|error| usage(&error.to_string()))?;
@@ -161,11 +164,20 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
     println!("{:8} {:>5} {:>12} {:>12} {:>10}", "card", "cards", "GPU memory", "host memory", "tokens/s");
     for gpu in Hardware::names() {
         let hardware = Hardware::named(gpu)?;
-        let mut last = None;
-        let fitting = [1, 2, 4, 8].into_iter().find_map(|world_size| {
-            Report::new(args, &hardware, (world_size, 1), overrides).map_err(|error| last = Some(error)).ok()
-        });
-        match (fitting, last) {
+        let mut why = None;
+        let mut fitting = None;
+        for world_size in [1, 2, 4, 8] {
+            match Report::new(args, &hardware, (world_size, 1), overrides) {
+                Ok(report) => fitting = Some(report),
+                Err(error) if error.is::<DoesNotFit>() => {
+                    why = Some(error);
+                    continue;
+                }
+                Err(error) => return Err(error),
+            }
+            break;
+        }
+        match (fitting, why) {
             (Some(report), _) => println!(
                 "{gpu:8} {:5} {:>12} {:>12} {:>10.0}",
                 report.world_size,
@@ -173,8 +185,7 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
                 bytes((report.cost.host_bytes() + report.process) * report.world_size),
                 report.tokens_per_second()
             ),
-            (None, Some(error)) => println!("{gpu:8} does not fit on 8: {error:#}"),
-            (None, None) => unreachable!("a world size was tried"),
+            (None, why) => println!("{gpu:8} does not fit on 8: {:#}", why.expect("a world size was tried")),
         }
     }
     Ok(())
@@ -182,20 +193,16 @@ fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
 
 fn budget(
     args: &PlanArgs,
-    job: &Job,
+    job: &Planned,
     hardware: &Hardware,
     (world_size, ranks_per_gpu): (usize, usize),
     (libraries, process): (usize, usize),
 ) -> Budget {
-    let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.usable_bytes() / ranks_per_gpu);
+    let vram = job.job.fsdp.vram_budget.unwrap_or(usize::MAX).min(hardware.usable_bytes() / ranks_per_gpu);
     let ranks_of_a_node = (world_size / args.nodes as usize) as f64;
     let of_node = |gib: f64| ((gib * f64::from(1 << 30) / ranks_of_a_node) as usize).saturating_sub(process);
     let host = args.host_gib.map_or(usize::MAX, of_node);
-    Budget { device: vram.saturating_sub(libraries), host: job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
-}
-
-fn limits(fsdp: &FsdpJob, max_tokens: usize, max_length: usize, max_micro_batches: usize) -> Limits {
-    Limits { max_length, accumulation: fsdp.accumulation, ..Limits::new(Mode::Train, max_tokens, max_micro_batches) }
+    Budget { device: vram.saturating_sub(libraries), host: job.job.fsdp.host_budget.unwrap_or(usize::MAX).min(host) }
 }
 
 /// How many ranks hold a base together.
@@ -208,44 +215,42 @@ fn num_shards(args: &PlanArgs, fsdp: &FsdpJob, world_size: usize) -> usize {
 }
 
 /// Micro-batches are taken to be full.
-fn from_recipe(args: &PlanArgs, path: &Path, overrides: &[String], world_size: usize) -> Result<Job> {
-    let job = recipe::load(path, overrides)?;
+fn from_recipe(args: &PlanArgs, path: &Path, overrides: &[String], world_size: usize) -> Result<Planned> {
+    let job = recipe::load(path, Command::Plan, overrides)?;
+    job.training.check_batch(world_size)?;
     let options = load_options(&job, num_shards(args, &job.fsdp, world_size));
     let (config, layouts) = load::planned(&job.model, &options)?;
     let lora = match &job.lora.adapter {
-        Some(dir) => adapter::load(dir, &config).context("lora.adapter")?.settings,
-        None => AdapterSettings {
-            lora_rank: job.lora.r,
-            alpha: job.lora.alpha,
-            dropout: job.lora.dropout,
-            use_rslora: job.lora.use_rslora,
-            targets: job.lora.target_modules.clone(),
-        },
+        Some(dir) => {
+            let settings = adapter::load(dir, &config).context("lora.adapter")?.settings;
+            AdapterSettings { dropout: job.lora.dropout, ..settings }
+        }
+        None => adapter_settings(&job.lora),
     };
-    let max_tokens = job.data.max_length * job.training.per_device_train_batch_size;
-    Ok(Job {
+    Ok(Planned {
         name: job.model.display().to_string(),
-        limits: limits(&job.fsdp, max_tokens, job.data.max_length, job.training.accumulation_steps(world_size)),
+        limits: step_limits(&job, world_size),
         config,
         layouts,
         lora: lora.lora_config(),
-        fsdp: job.fsdp,
+        job,
         embedding_bytes: 0,
     })
 }
 
-fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: usize) -> Result<Job> {
-    let fsdp = recipe::for_bench(overrides)?.fsdp;
+fn from_shape(args: &PlanArgs, shape: &str, overrides: &[String], world_size: usize) -> Result<Planned> {
+    let given = super::bench::given([args.seq, args.micro_batch, args.accum]);
+    let job = recipe::from_options(Command::PlanShape, given, overrides)?;
     let config = super::bench::shape(shape, args.layers)?;
-    let num_shards = num_shards(args, &fsdp, world_size);
-    Ok(Job {
+    let num_shards = num_shards(args, &job.fsdp, world_size);
+    Ok(Planned {
         name: shape.to_string(),
-        layouts: synthetic::layouts(&config, num_shards)?,
+        layouts: synthetic::layouts(&config, nf4_double_quant(&job), num_shards)?,
         embedding_bytes: synthetic::embedding_bytes(&config),
         config,
-        lora: synthetic::adapter_settings(0.05).lora_config(),
-        limits: limits(&fsdp, (args.micro_batch * args.seq) as usize, args.seq as usize, args.accum as usize),
-        fsdp,
+        lora: adapter_settings(&job.lora).lora_config(),
+        limits: step_limits(&job, world_size),
+        job,
     })
 }
 
@@ -253,7 +258,7 @@ struct Report<'a> {
     args: &'a PlanArgs,
     gpu: &'a str,
     world_size: usize,
-    job: Job,
+    job: Planned,
     limits: Limits,
     cost: Cost,
     libraries: usize,
@@ -274,6 +279,13 @@ impl<'a> Report<'a> {
             (None, Some(shape)) => from_shape(args, shape, overrides, world_size)?,
             (None, None) => unreachable!("clap asks for one of them"),
         };
+        let dtype = job.job.quantization.compute_dtype;
+        if dtype == ComputeDtype::Float32 {
+            return Err(usage(
+                "quantization.bnb_4bit_compute_dtype: found float32; a GPU computes in bfloat16 or float16",
+            ));
+        }
+        limits::check_gpu(&job.config)?;
         let lora = LayerLora::new(&job.config, job.lora.clone());
         let (config, layouts, num_shards) = (&job.config, &job.layouts[..], job.layouts[0].num_shards());
         let sizes = Sizes { config, layouts, lora: Some(&lora), world_size };
@@ -284,7 +296,8 @@ impl<'a> Report<'a> {
         let in_a_node = num_shards <= world_size / args.nodes as usize;
         let links = Links::new(&shared, in_a_node, args.nodes == 1, args.network * 1e9);
         let workload = Workload { sizes, hardware: &shared, links };
-        let wishes = Wishes { gather: possible_gather(&job.fsdp, num_shards, in_a_node)?, ..wishes(&job.fsdp) };
+        let wishes =
+            Wishes { gather: possible_gather(&job.job.fsdp, num_shards, in_a_node)?, ..wishes(&job.job, world_size) };
         let limits = workload.decide::<Cuda<bf16>>(job.limits, &wishes, budget)?;
         let cost = sizes.cost::<Cuda<bf16>>(&limits)?;
         let timeline = workload.predict(&limits);

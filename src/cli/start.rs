@@ -5,8 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 
-use crate::checkpoint::adapter::Adapter;
-use crate::checkpoint::load::{self, LoadOptions, OpenedBase};
+use crate::checkpoint::adapter::{self, Adapter};
+use crate::checkpoint::load::{self, OpenedBase};
 use crate::checkpoint::shards;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions, Rates};
 use crate::comm::host_queue::HostQueue;
@@ -18,15 +18,18 @@ use crate::device::{Device, MemoryPlan, Ops};
 use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Keep;
+use crate::model::config::ModelConfig;
 use crate::model::layer::LayerLora;
 use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::Hardware;
+use crate::plan::limits;
 use crate::plan::memory::Sizes;
 use crate::plan::throughput::{Links, Workload};
-use crate::recipe::{ActivationCheckpointing, ComputeDtype, FsdpJob, Job, ShardingStrategy};
+use crate::recipe::{ComputeDtype, FsdpJob, Job, ShardingStrategy};
 use crate::train::log::{Log, bytes};
 
 use super::DeviceKind;
+use super::asked::{load_options, possible_gather, wishes};
 
 /// What is assumed of the network between nodes when choices are weighed: 10 Gbit/s.
 const NETWORK_BYTES_PER_S: f64 = 1.25e9;
@@ -54,7 +57,7 @@ pub struct Setup<'a> {
     pub adapter: Option<&'a Adapter>,
     /// Everything but what is kept and where.
     pub limits: Limits,
-    pub job: &'a FsdpJob,
+    pub job: &'a Job,
 }
 
 /// What a subcommand does with its engine, on whichever device.
@@ -67,6 +70,17 @@ impl Start<'_> {
     /// Opens and checks a job's model.
     pub fn open(&self, job: &Job) -> Result<OpenedBase> {
         load::open(&job.model, &load_options(job, self.num_shards(&job.fsdp)?))
+    }
+
+    /// The adapter that a job names, and what the user should know about it.
+    pub fn adapter(&self, job: &Job, config: &ModelConfig) -> Result<Option<Adapter>> {
+        let Some(dir) = &job.lora.adapter else { return Ok(None) };
+        let name = job.command.name_of("lora.adapter").unwrap_or_default();
+        let adapter = adapter::load(dir, config).with_context(|| name.to_string())?;
+        for remark in adapter::remarks(dir, &job.model)? {
+            self.log.line(format!("{name}: {remark}"));
+        }
+        Ok(Some(adapter))
     }
 
     /// How many ranks hold a base together.
@@ -139,9 +153,12 @@ impl Start<'_> {
         }
     }
 
-    /// The same for a job, whose ways to gather must be those of the device.
-    pub fn place_for(&self, comm: &mut dyn Comm, job: &Job) -> Result<Placement> {
+    /// As [`Start::place`] for a job, whose model and way to gather must be possible on the device.
+    pub fn place_for(&self, comm: &mut dyn Comm, job: &Job, config: &ModelConfig) -> Result<Placement> {
         let placement = self.place(comm, job.quantization.compute_dtype)?;
+        if !matches!(placement, Placement::Cpu(_)) {
+            limits::check_gpu(config)?;
+        }
         ensure!(
             job.fsdp.gather != Some(Gather::Collective) || !matches!(placement, Placement::Cpu(_)),
             "fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host"
@@ -161,7 +178,7 @@ impl Start<'_> {
     /// Communicator, device and the base with its shard mapped.
     pub fn base(&self, opened: OpenedBase, job: &Job) -> Result<(MpiComm, Placement, Base)> {
         let mut comm = MpiComm::new(self.world)?;
-        let placement = self.place_for(&mut comm, job)?;
+        let placement = self.place_for(&mut comm, job, &opened.config)?;
         let writes = self.world.local_rank < opened.spec.num_shards;
         let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
         let base = opened.load(&mut comm, writes, &mut |line| self.log.line(line), &mut warn)?;
@@ -207,7 +224,9 @@ impl Start<'_> {
         barrier(&mut comm)?;
         let mut queue = CudaQueue::new(cuda.clone(), comm.into_groups(sizes.num_shards())?, options)?;
         let mut hardware = Hardware::of_device(&cuda.name()?)?.shared_by(ranks);
-        let wishes = Wishes { gather: self.gathers(&mut queue, job, &mut hardware)?, ..wishes(job) };
+        let wishes = wishes(job, self.world.world_size);
+        let job = &job.fsdp;
+        let wishes = Wishes { gather: self.gathers(&mut queue, job, &mut hardware)?, ..wishes };
         queue.all_gather_f64("start", &[0.0])?;
         let free = cuda.free_bytes()?;
         let taken = CONTEXT_BYTES + LIBRARY_BYTES + before.saturating_sub(free) / ranks;
@@ -257,10 +276,11 @@ impl Start<'_> {
     }
 
     /// Keeping activations on the CPU must leave room for everything else that the machine does.
-    fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &FsdpJob) -> Result<Limits> {
+    fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &Job) -> Result<Limits> {
         let (sizes, hardware) = (self.sizes(base, lora), Hardware::of_a_core());
-        let mut wishes = wishes(job);
+        let mut wishes = wishes(job, self.world.world_size);
         let in_a_node = self.world.fits_a_node(sizes.num_shards());
+        let job = &job.fsdp;
         wishes.gather = possible_gather(job, sizes.num_shards(), in_a_node)?.or(Some(Gather::Collective));
         let share = self.host_budget(job);
         let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };
@@ -337,39 +357,6 @@ fn agree<D: Device, Q: Queue<D>>(queue: &mut Q, budget: &mut Budget, hardware: &
     (*matrix_flops, *memory_bytes_per_s, *host_bytes_per_s, *peer_bytes_per_s) =
         (least(2), least(3), least(4), least(5));
     Ok(())
-}
-
-/// How a job holds its base.
-pub fn load_options(job: &Job, num_shards: usize) -> LoadOptions {
-    LoadOptions {
-        load_in_4bit: job.quantization.load_in_4bit,
-        double_quant: job.quantization.double_quant,
-        shards: job.shards.clone(),
-        num_shards,
-    }
-}
-
-/// What the keys of a recipe ask of the memory.
-pub fn wishes(job: &FsdpJob) -> Wishes {
-    let keep = match job.activation_checkpointing {
-        ActivationCheckpointing::Auto => None,
-        ActivationCheckpointing::Full => Some(Keep::NOTHING),
-        ActivationCheckpointing::Selective => Some(Keep::DEAREST),
-        ActivationCheckpointing::None => Some(Keep::EVERYTHING),
-    };
-    let units = job.resident_units.or(job.offload_params.map(|offload| if offload { 0 } else { usize::MAX }));
-    let trainables = job.offload_params.map(|offload| !offload);
-    Wishes { keep, units, trainables, offload_boundaries: job.activation_offload, gather: job.gather }
-}
-
-/// The only way to gather that a job leaves: the one that it names, or the only possible one; nothing: both. `in_a_node`: whether
-/// the ranks that hold a base are.
-pub fn possible_gather(job: &FsdpJob, num_shards: usize, in_a_node: bool) -> Result<Option<Gather>> {
-    ensure!(
-        in_a_node || job.gather != Some(Gather::Host),
-        "fsdp.gather: host needs the whole base in the memory of each node: one node, or fsdp.sharding_strategy: hybrid_shard"
-    );
-    Ok(job.gather.or((num_shards == 1 || !in_a_node).then_some(Gather::Collective)))
 }
 
 /// MemAvailable, or what the control group leaves when that is less; without /proc there is no limit to check.

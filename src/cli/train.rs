@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
+use crate::checkpoint::adapter::{self, Adapter};
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
 use crate::comm::mpi::MpiComm;
@@ -16,12 +16,13 @@ use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::config::ModelConfig;
-use crate::recipe::{self, EvalData, Job};
+use crate::recipe::{self, Command, EvalData, Job, Steps};
 use crate::train::check::{self, IsZero};
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::run::{self, Run};
 
+use super::asked::{adapter_settings, check_adapter_bytes};
 use super::start::{Setup, Start, Work, check_folder_of};
 
 /// More than a line of metrics.jsonl takes.
@@ -32,10 +33,10 @@ const MAX_METRICS_BYTES: usize = 1 << 28;
 #[derive(Args)]
 pub struct TrainArgs {
     /// The recipe
-    #[arg(short, long, default_value = "fsdp-qlora.yaml")]
+    #[arg(short, long, default_value = "fsdp-qlora.yaml", value_parser = recipe::read_path)]
     config: PathBuf,
     /// Write a trace of the second step for <https://ui.perfetto.dev>
-    #[arg(long)]
+    #[arg(long, value_parser = recipe::read_path)]
     trace: Option<PathBuf>,
     /// Replace what output_dir holds, once the new result is complete
     #[arg(long)]
@@ -64,12 +65,13 @@ pub fn run(start: &Start, args: &TrainArgs, overrides: &[String]) -> Result<()> 
 
 /// The same. `output` is set on rank 0 as soon as its folder is locked.
 fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Option<Output>) -> Result<()> {
-    let job = recipe::load(&args.config, overrides)?;
+    let job = recipe::load(&args.config, Command::Train, overrides)?;
     let trace = args.trace.as_deref();
     trace.map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let opened = start.open(&job)?;
     let config = opened.config.clone();
-    let adapter = start_adapter(&job, &config)?;
+    job.training.check_batch(start.world.world_size)?;
+    let adapter = start_adapter(start, &job, &config)?;
     let kept = Kept::read(&job)?;
     let is_first = start.world.rank == 0;
     if is_first {
@@ -80,14 +82,15 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         *output = Some(opened.context("output_dir")?);
     }
     let (train, eval, tokenizer) = datasets(&job, &config, start)?;
-    check_batch(&job, start.world.world_size)?;
+    let steps = job.training.steps(train.sequences.len(), start.world.world_size)?;
+    steps.remarks.iter().for_each(|remark| start.log.line(remark.clone()));
     let identity = RunIdentity {
         world_size: start.world.world_size,
         base: opened.spec.base.clone(),
         tokenizer,
         data: digest(&train),
         eval_data: eval.as_ref().map(digest),
-        recipe: values(&job),
+        recipe: deciding_values(&job, &steps),
     };
     let begun = output.as_mut().map_or(Ok(true), |output| output.begin(identity)).context("output_dir")?;
     if anywhere(&mut MpiComm::new(start.world)?, !begun)? {
@@ -100,6 +103,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
     let work = Training {
         start,
         job: &job,
+        steps: &steps,
         config: &config,
         adapter: &adapter,
         train: &train,
@@ -109,7 +113,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         output: output.as_mut(),
         is_zero: &|weight| base.is_zero(weight),
     };
-    let setup = Setup { comm, base: loaded, adapter: Some(&adapter), limits, job: &job.fsdp };
+    let setup = Setup { comm, base: loaded, adapter: Some(&adapter), limits, job: &job };
     start.with_engine(placement, setup, work)
 }
 
@@ -117,15 +121,15 @@ fn digest(data: &Dataset) -> String {
     format!("{:016x}", data.digest())
 }
 
-/// What was decided, by section of the recipe.
-fn values(job: &Job) -> serde_json::Map<String, serde_json::Value> {
-    let training = crate::recipe::TrainingJob { logging_steps: 0, ..job.training.clone() };
-    let sections = [
-        ("training", format!("{training:?}")),
-        ("lora", format!("{:?}", job.lora)),
-        ("quantization", format!("{:?}", job.quantization)),
-    ];
-    sections.into_iter().map(|(name, text)| (name.to_string(), text.into())).collect()
+/// The values of the keys that decide the result: not paths, whose content has identities of its own, and not what moves where.
+fn deciding_values(job: &Job, steps: &Steps) -> serde_json::Map<String, serde_json::Value> {
+    let mut values = job.values();
+    values.insert("training.warmup_steps".into(), steps.warmup_steps.into());
+    values.retain(|key, _| {
+        let decides = ["data.", "quantization.", "lora.", "training."].iter().any(|section| key.starts_with(section));
+        decides && !["data.train", "data.eval", "training.logging_steps"].contains(&key.as_str())
+    });
+    values
 }
 
 /// What the end needs of the model's folder, which may be gone by then.
@@ -154,6 +158,7 @@ impl Kept {
 struct Training<'a> {
     start: &'a Start<'a>,
     job: &'a Job,
+    steps: &'a Steps,
     config: &'a ModelConfig,
     adapter: &'a Adapter,
     train: &'a Dataset,
@@ -169,7 +174,7 @@ impl Work for Training<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
-        let Training { start, job, config, adapter, train, eval, trace, kept, output, is_zero } = self;
+        let Training { start, job, steps, config, adapter, train, eval, trace, kept, output, is_zero } = self;
         let live = output.as_ref().map(|output| (output.live(), output.keeps_a_result()));
         if let Some((live, true)) = &live {
             start.log.line(format!(
@@ -181,6 +186,7 @@ impl Work for Training<'_> {
         let run = Run {
             engine: &mut engine,
             job: &job.training,
+            steps,
             train,
             eval,
             metrics: metrics.as_mut(),
@@ -190,16 +196,10 @@ impl Work for Training<'_> {
         };
         start.log.line(format!(
             "{} steps of {} sequences, {} LoRA parameters",
-            run.num_steps(),
+            steps.num_steps,
             job.training.global_batch_size(start.world.world_size),
             adapter.layers.iter().map(Vec::len).sum::<usize>()
         ));
-        let (warmup_steps, num_steps) = (job.training.warmup_steps, run.num_steps());
-        if warmup_steps >= num_steps {
-            start.log.line(format!(
-                "training.warmup_steps is {warmup_steps}, the run has {num_steps} steps: training.learning_rate is never reached"
-            ));
-        }
         run.run()?;
         let learned = run::adapter(&mut engine, &adapter.settings)?;
         check::result_is_sound(adapter, &learned)?;
@@ -227,19 +227,13 @@ fn save(output: &mut Output, adapter: &Adapter, config: &ModelConfig, kept: &Kep
     }
 }
 
-fn start_adapter(job: &Job, config: &ModelConfig) -> Result<Adapter> {
-    if let Some(dir) = &job.lora.adapter {
-        let mut adapter = adapter::load(dir, config).context("lora.adapter")?;
+fn start_adapter(start: &Start, job: &Job, config: &ModelConfig) -> Result<Adapter> {
+    if let Some(mut adapter) = start.adapter(job, config)? {
         adapter.settings.dropout = job.lora.dropout;
         return Ok(adapter);
     }
-    let settings = AdapterSettings {
-        lora_rank: job.lora.r,
-        alpha: job.lora.alpha,
-        dropout: job.lora.dropout,
-        use_rslora: job.lora.use_rslora,
-        targets: job.lora.target_modules.clone(),
-    };
+    let settings = adapter_settings(&job.lora);
+    check_adapter_bytes(&settings, config)?;
     Ok(adapter::fresh(settings, config, job.training.seed))
 }
 
@@ -300,17 +294,6 @@ pub fn data_options(job: &Job) -> DataOptions {
         overlong: data.overlong,
         loss_on: data.loss_on,
     }
-}
-
-fn check_batch(job: &Job, world_size: usize) -> Result<()> {
-    let global = job.training.global_batch_size(world_size);
-    ensure!(
-        world_size <= global.div_ceil(job.training.per_device_train_batch_size),
-        "{world_size} ranks cannot share a global batch of {global} sequences in micro-batches of {}: start fewer ranks or \
-         raise training.global_batch_size",
-        job.training.per_device_train_batch_size
-    );
-    Ok(())
 }
 
 /// What each step must hold; what of it is kept where is decided later.

@@ -8,6 +8,8 @@ use crate::device::cuda::Cuda;
 use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::layer::LayerLora;
+use crate::model::lora::LoraConfig;
+use crate::model::names::Projection;
 use crate::model::shapes;
 
 use super::hardware::{Hardware, Reached};
@@ -36,6 +38,39 @@ pub struct MeasuredRun {
     page_cache_bytes_of_all_ranks: Option<f64>,
     /// Peak of NVML, in MiB for one rank.
     nvml_mib: Option<f64>,
+    #[serde(default)]
+    job: MeasuredJob,
+}
+
+/// Keys of the job that a run had; lines from before they could be chosen lack them.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default)]
+struct MeasuredJob {
+    #[serde(rename = "lora.r")]
+    lora_r: usize,
+    #[serde(rename = "lora.target_modules")]
+    target_modules: Vec<String>,
+    #[serde(rename = "quantization.load_in_4bit")]
+    load_in_4bit: bool,
+    #[serde(rename = "quantization.bnb_4bit_use_double_quant")]
+    double_quant: Option<bool>,
+}
+
+impl Default for MeasuredJob {
+    fn default() -> Self {
+        let target_modules = Projection::ALL.map(|projection| projection.name().to_string()).to_vec();
+        Self { lora_r: 16, target_modules, load_in_4bit: true, double_quant: None }
+    }
+}
+
+impl MeasuredJob {
+    fn nf4_double_quant(&self) -> Option<bool> {
+        self.load_in_4bit.then_some(self.double_quant.unwrap_or(true))
+    }
+
+    fn targets(&self) -> Option<Vec<Projection>> {
+        self.target_modules.iter().map(|name| Projection::from_name(name)).collect()
+    }
 }
 
 /// A prediction over what was measured.
@@ -55,7 +90,7 @@ impl MeasuredRun {
             .map(|(i, line)| {
                 let run: MeasuredRun = serde_json::from_str(line).with_context(|| format!("line {}", i + 1))?;
                 let MeasuredRun { layers, micro_batch, seq, accum, num_shards, world_size, ranks_per_gpu, .. } = run;
-                let counts = [layers, micro_batch, seq, accum, num_shards, world_size, ranks_per_gpu];
+                let counts = [layers, micro_batch, seq, accum, num_shards, world_size, ranks_per_gpu, run.job.lora_r];
                 ensure!(
                     !counts.contains(&0) && world_size.is_multiple_of(num_shards) && run.step_ms > 0.0,
                     "line {}: not a run of `bench step`",
@@ -71,8 +106,10 @@ impl MeasuredRun {
         let hardware = &hardware.shared_by(self.ranks_per_gpu);
         let config =
             shapes::named(&self.shape, Some(self.layers)).context("only runs of a named shape can be compared")?;
-        let layouts = synthetic::layouts(&config, self.num_shards)?;
-        let lora = LayerLora::new(&config, synthetic::adapter_settings(self.dropout).lora_config());
+        let layouts = synthetic::layouts(&config, self.job.nf4_double_quant(), self.num_shards)?;
+        let targets = self.job.targets().context("lora.target_modules")?;
+        let lora = LoraConfig { lora_rank: self.job.lora_r, scale: 1.0, dropout: self.dropout, targets };
+        let lora = LayerLora::new(&config, lora);
         let world_size = self.world_size;
         let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size };
         let links = Links::new(hardware, true, true, hardware.peer_bytes_per_s);
@@ -193,6 +230,7 @@ mod tests {
                 pss_bytes_of_all_ranks: 1.0,
                 page_cache_bytes_of_all_ranks: None,
                 nvml_mib: None,
+                job: MeasuredJob::default(),
             };
             run.step_ms = 1e3 * run.predicted_seconds(hardware).unwrap();
             run
@@ -238,5 +276,18 @@ mod tests {
     fn lines_are_those_of_bench_step() {
         let error = MeasuredRun::read("\n{\"shape\": 1}").unwrap_err();
         assert!(format!("{error:#}").starts_with("line 2: "), "{error:#}");
+    }
+
+    #[test]
+    fn a_line_tells_what_the_adapter_was() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results/h100-calibration.jsonl");
+        let line = std::fs::read_to_string(path).unwrap().lines().next().unwrap().to_string();
+        let job = r#"{"job": {"lora.r": 256, "lora.target_modules": ["q_proj"], "quantization.load_in_4bit": false}, "#;
+        let runs = MeasuredRun::read(&format!("{line}\n{}", line.replacen('{', job, 1))).unwrap();
+        assert_eq!((runs[0].job.lora_r, runs[0].job.nf4_double_quant()), (16, Some(true)));
+        assert_eq!((runs[1].job.lora_r, runs[1].job.nf4_double_quant()), (256, None));
+        assert_eq!(runs[1].job.targets(), Some(vec![Projection::Q]));
+        let hardware = Hardware::named("h100").unwrap();
+        assert_ne!(runs[0].compare(&hardware).unwrap().device, runs[1].compare(&hardware).unwrap().device);
     }
 }

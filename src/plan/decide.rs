@@ -1,11 +1,11 @@
 //! The decision: of all choices of what is kept where, the fastest one that fits.
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 
 use crate::comm::Gather;
 use crate::device::{Device, MemoryPlan};
 use crate::fsdp::memory::{Limits, Residency};
-use crate::fsdp::schedule::{Accumulation, Keep};
+use crate::fsdp::schedule::{Accumulation, Keep, Mode};
 
 use super::memory::{Cost, text};
 use super::throughput::Workload;
@@ -17,17 +17,37 @@ pub struct Budget {
     pub host: usize,
 }
 
-/// What the recipe wants; nothing: what is fastest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What is wanted; `None` leaves the choice to what is fastest.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
     pub keep: Option<Keep>,
     /// Units whose shards are resident.
     pub units: Option<usize>,
     pub trainables: Option<bool>,
     pub offload_boundaries: Option<bool>,
-    /// Nothing where either is possible.
+    /// `None` where both are possible.
     pub gather: Option<Gather>,
+    pub levers: Levers,
 }
+
+/// What the user can turn where a run does not fit, under the names that the user's command knows.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Levers {
+    /// The key that chooses between layer- and micro-batch-major accumulation.
+    pub accumulation: Option<&'static str>,
+    /// What gives the micro-batches of a step, and its value for one of them.
+    pub micro_batches: Option<(&'static str, usize)>,
+    /// What gives the sequences of a micro-batch, and the tokens of a sequence.
+    pub batch_size: Option<&'static str>,
+    pub max_length: Option<&'static str>,
+    /// Keys that say what is kept where.
+    pub placement: Vec<&'static str>,
+}
+
+/// No choice fits. The text has what is needed, what is there, and what would help.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct DoesNotFit(String);
 
 /// Ways to share the room that is left between kept activations and resident units.
 const SHARES: usize = 4;
@@ -37,7 +57,11 @@ const GAIN: f64 = 0.995;
 
 impl Workload<'_> {
     /// The fastest limits that fit. `limits` gives everything but what is kept and where.
+    ///
+    /// # Errors
+    /// [`DoesNotFit`] where none does.
     pub fn decide<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<Limits> {
+        self.check_magnitude(&limits)?;
         let mut best: Option<(f64, Limits)> = None;
         for gather in gathers(wishes) {
             for residency in residencies(wishes) {
@@ -66,8 +90,29 @@ impl Workload<'_> {
         }
         match best {
             Some((_, choice)) => Ok(choice),
-            None => bail!(self.refusal::<D>(limits, wishes, budget)?),
+            None => Err(DoesNotFit(self.refusal::<D>(limits, wishes, budget)?).into()),
         }
+    }
+
+    /// Refuses what no machine holds before it is planned: sizes of buffers, and lists of them, that are beyond all bounds.
+    fn check_magnitude(&self, limits: &Limits) -> Result<(), DoesNotFit> {
+        const MOST_BYTES: f64 = (1u64 << 50) as f64;
+        let config = self.sizes.config;
+        let widest = config.hidden_size.max(config.intermediate_size).max(config.num_attention_heads * config.head_dim);
+        let trains_layer_major = limits.mode == Mode::Train && limits.accumulation == Accumulation::Layer;
+        let boundaries = if trains_layer_major { limits.max_micro_batches * (config.num_hidden_layers + 1) } else { 2 };
+        let tokens = limits.max_tokens.max(limits.max_context) as f64;
+        let bytes = tokens * size_of::<u16>() as f64 * (widest as f64 + boundaries as f64 * config.hidden_size as f64);
+        if bytes < MOST_BYTES {
+            return Ok(());
+        }
+        Err(DoesNotFit(format!(
+            "a rank needs more than {} for activations: {} micro-batches of {} tokens in {} layers",
+            text(MOST_BYTES as usize),
+            limits.max_micro_batches,
+            tokens,
+            config.num_hidden_layers
+        )))
     }
 
     fn fits<D: Device>(&self, limits: &Limits, budget: Budget) -> Result<bool> {
@@ -140,20 +185,28 @@ impl Workload<'_> {
             }
             Ok(fits(&cost))
         };
-        let free = Wishes { gather: wishes.gather, ..Wishes::default() };
-        if *wishes != free {
-            let key = "fsdp.offload_params, fsdp.resident_units, fsdp.activation_offload and fsdp.activation_checkpointing: auto";
-            offer(key.into(), &free, limits)?;
+        let Levers { accumulation, micro_batches, batch_size, max_length, placement } = &wishes.levers;
+        let free = Wishes { gather: wishes.gather, levers: wishes.levers.clone(), ..Wishes::default() };
+        if *wishes != free && !placement.is_empty() {
+            offer(format!("{}: auto", placement.join(", ")), &free, limits)?;
         }
-        let by_micro_batch = Limits { accumulation: Accumulation::MicroBatch, ..limits };
-        offer("fsdp.accumulation: micro_batch".into(), wishes, by_micro_batch)?;
-        for (key, value) in [
-            ("training.gradient_accumulation_steps", limits.max_micro_batches),
-            ("training.per_device_train_batch_size", limits.max_tokens / limits.max_length.max(1)),
-            ("data.max_length", limits.max_length),
-        ] {
+        if let Some(key) = accumulation {
+            let by_micro_batch = Limits { accumulation: Accumulation::MicroBatch, ..limits };
+            offer(format!("{key}: micro_batch"), wishes, by_micro_batch)?;
+        }
+        let sequences = limits.max_tokens / limits.max_length.max(1);
+        let with_micro_batches = |n| Limits { max_micro_batches: n, ..limits };
+        let with_sequences = |n| Limits { max_tokens: limits.max_length * n, ..limits };
+        let with_length = |n| Limits { max_length: n, max_tokens: sequences * n, ..limits };
+        let smaller: [(_, usize, &dyn Fn(usize) -> Limits); 3] = [
+            (*micro_batches, limits.max_micro_batches, &with_micro_batches),
+            (batch_size.map(|name| (name, 1)), sequences, &with_sequences),
+            (max_length.map(|name| (name, 1)), limits.max_length, &with_length),
+        ];
+        for (lever, value, with) in smaller {
+            let Some((name, factor)) = lever else { continue };
             let mut smaller = value / 2;
-            while smaller > 0 && !offer(format!("{key}: {smaller}"), wishes, reduced(limits, key, value, smaller))? {
+            while smaller > 0 && !offer(format!("{name}: {}", smaller * factor), wishes, with(smaller))? {
                 smaller /= 2;
             }
         }
@@ -190,17 +243,6 @@ fn limit(bytes: usize) -> String {
 
 fn with_units(limits: Limits, units: usize) -> Limits {
     Limits { residency: Residency { units, ..limits.residency }, ..limits }
-}
-
-/// The limits where a key goes from `value` to `smaller`.
-fn reduced(limits: Limits, key: &str, value: usize, smaller: usize) -> Limits {
-    match key {
-        "training.gradient_accumulation_steps" => Limits { max_micro_batches: smaller, ..limits },
-        "data.max_length" => {
-            Limits { max_length: smaller, max_tokens: limits.max_tokens / value.max(1) * smaller, ..limits }
-        }
-        _ => Limits { max_tokens: limits.max_length * smaller, ..limits },
-    }
 }
 
 /// The first number from `from` to below `to` that has a property which all later ones have; `to` where none has.
@@ -249,17 +291,21 @@ mod tests {
     use super::super::throughput::tests::with_workload;
     use super::*;
     use crate::device::cuda::Cuda;
-    use crate::fsdp::schedule::Mode;
 
     type Gpu = Cuda<half::bf16>;
     const GIB: usize = 1 << 30;
-    const COLLECTIVE: Wishes = Wishes {
-        keep: None,
-        units: None,
-        trainables: None,
-        offload_boundaries: None,
-        gather: Some(Gather::Collective),
-    };
+
+    /// What `train` would wish, gathers by collectives.
+    fn collective() -> Wishes {
+        let levers = Levers {
+            accumulation: Some("fsdp.accumulation"),
+            micro_batches: Some(("training.gradient_accumulation_steps", 1)),
+            batch_size: Some("training.per_device_train_batch_size"),
+            max_length: Some("data.max_length"),
+            placement: vec!["fsdp.offload_params"],
+        };
+        Wishes { gather: Some(Gather::Collective), levers, ..Wishes::default() }
+    }
 
     /// Llama-3.1-8B over some ranks of a node.
     fn with_8b<T>(world_size: usize, f: impl FnOnce(&Workload<'_>) -> T) -> T {
@@ -273,7 +319,7 @@ mod tests {
     #[test]
     fn with_room_for_everything_nothing_moves() {
         let budget = Budget { device: 80 * GIB, host: 0 };
-        let choice = with_8b(1, |work| work.decide::<Gpu>(limits(), &COLLECTIVE, budget).unwrap());
+        let choice = with_8b(1, |work| work.decide::<Gpu>(limits(), &collective(), budget).unwrap());
         assert_eq!((choice.residency, choice.keep), (Residency::ALL, Keep::EVERYTHING));
     }
 
@@ -283,7 +329,7 @@ mod tests {
             let mut last = f64::INFINITY;
             for device in [3, 4, 6, 8, 12, 16, 24, 48].map(|gib| gib * GIB) {
                 let budget = Budget { device, host: 16 * GIB };
-                let choice = work.decide::<Gpu>(limits(), &COLLECTIVE, budget).unwrap();
+                let choice = work.decide::<Gpu>(limits(), &collective(), budget).unwrap();
                 let cost = work.sizes.cost::<Gpu>(&choice).unwrap();
                 assert!(cost.device_bytes() <= budget.device && cost.host_bytes() <= budget.host);
                 // What is left would not hold one more unit, or one more layer's part.
@@ -298,7 +344,7 @@ mod tests {
     #[test]
     fn where_the_host_is_short_units_stay_on_the_device() {
         with_8b(1, |work| {
-            let of = |host: usize| work.decide::<Gpu>(limits(), &COLLECTIVE, Budget { device: 7 * GIB, host });
+            let of = |host: usize| work.decide::<Gpu>(limits(), &collective(), Budget { device: 7 * GIB, host });
             let short = of(3 * GIB).unwrap().residency;
             assert!(short.units > of(16 * GIB).unwrap().residency.units, "{short:?}");
         });
@@ -306,7 +352,7 @@ mod tests {
 
     #[test]
     fn what_is_wished_is_done() {
-        let wishes = Wishes { keep: Some(Keep::DEAREST), units: Some(7), trainables: Some(false), ..COLLECTIVE };
+        let wishes = Wishes { keep: Some(Keep::DEAREST), units: Some(7), trainables: Some(false), ..collective() };
         let budget = Budget { device: 40 * GIB, host: 40 * GIB };
         let choice = with_8b(1, |work| work.decide::<Gpu>(limits(), &wishes, budget).unwrap());
         assert_eq!((choice.keep, choice.residency.units, choice.residency.trainables), (Keep::DEAREST, 7, false));
@@ -318,7 +364,7 @@ mod tests {
             with_8b(2, |work| {
                 let work = Workload { links: Links { shards_bytes_per_s: link, replicas_bytes_per_s: link }, ..*work };
                 let budget = Budget { device: 6 * GIB, host: 40 * GIB };
-                let any = Wishes { gather: None, ..COLLECTIVE };
+                let any = Wishes { gather: None, ..collective() };
                 work.decide::<Gpu>(Limits::new(Mode::Train, 256, 1), &any, budget).unwrap().gather
             })
         };
@@ -330,13 +376,40 @@ mod tests {
         with_8b(1, |work| {
             let budget = Budget { device: 3 * GIB, host: usize::MAX };
             let limits = Limits { max_length: 2048, ..Limits::new(Mode::Train, 4 * 2048, 8) };
-            let error = work.decide::<Gpu>(limits, &COLLECTIVE, budget).unwrap_err().to_string();
+            let error = work.decide::<Gpu>(limits, &collective(), budget).unwrap_err();
+            let error = error.downcast_ref::<DoesNotFit>().unwrap().to_string();
             assert!(error.contains("a rank needs at least") && error.contains("may take any amount"), "{error}");
             let key = "training.per_device_train_batch_size: ";
             let named = error.split(key).nth(1).unwrap_or_else(|| panic!("{key} is not in {error}"));
             let smaller: usize = named.split(' ').next().unwrap().parse().unwrap();
             let limits = Limits { max_tokens: smaller * 2048, ..limits };
-            work.decide::<Gpu>(limits, &COLLECTIVE, budget).unwrap();
+            work.decide::<Gpu>(limits, &collective(), budget).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_refusal_names_what_the_command_reads_alone() {
+        with_8b(1, |work| {
+            let levers = Levers { max_length: Some("--max-length"), ..Levers::default() };
+            let wishes = Wishes { levers, keep: Some(Keep::NOTHING), ..collective() };
+            let limits = Limits { max_length: 1 << 20, ..Limits::new(Mode::Score, 1 << 20, 4) };
+            let budget = Budget { device: 3 * GIB, host: usize::MAX };
+            let error = work.decide::<Gpu>(limits, &wishes, budget).unwrap_err().to_string();
+            assert!(
+                error.contains("--max-length: ") && !error.contains("training.") && !error.contains("data."),
+                "{error}"
+            );
+        });
+    }
+
+    #[test]
+    fn sizes_beyond_all_bounds_do_not_fit() {
+        with_8b(1, |work| {
+            for limits in [Limits::new(Mode::Train, 1 << 31, 1 << 14), Limits::new(Mode::Generate, 1 << 37, 1)] {
+                let budget = Budget { device: usize::MAX, host: usize::MAX };
+                let error = work.decide::<Gpu>(limits, &collective(), budget).unwrap_err();
+                assert!(error.is::<DoesNotFit>(), "{error}");
+            }
         });
     }
 }

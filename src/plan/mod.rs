@@ -4,6 +4,7 @@
 pub mod calibrate;
 pub mod decide;
 pub mod hardware;
+pub mod limits;
 pub mod memory;
 pub mod throughput;
 pub mod trace;

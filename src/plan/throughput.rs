@@ -348,6 +348,7 @@ pub(super) mod tests {
     use crate::checkpoint::synthetic;
     use crate::fsdp::schedule::{Accumulation, Keep, Mode};
     use crate::model::layer::LayerLora;
+    use crate::model::lora::LoraConfig;
     use crate::model::shapes;
 
     /// A shape with the adapter of `bench step` over some ranks, which hold one base, on these cards.
@@ -358,8 +359,8 @@ pub(super) mod tests {
         f: impl FnOnce(&Workload<'_>) -> T,
     ) -> T {
         let config = shapes::named(shape, layers).unwrap();
-        let layouts = synthetic::layouts(&config, world_size).unwrap();
-        let lora = synthetic::adapter_settings(0.05).lora_config();
+        let layouts = synthetic::layouts(&config, Some(true), world_size).unwrap();
+        let lora = LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() };
         let lora = LayerLora::new(&config, lora);
         let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };

@@ -2,6 +2,10 @@
 
 use std::path::PathBuf;
 
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::command::Command;
 use super::keys::{self, Key};
 use super::overrides::Written;
 use crate::choices::choices;
@@ -51,16 +55,27 @@ choices! {
 /// All decisions of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
-    /// An existing directory.
+    pub command: Command,
+    /// An existing directory; empty where a shape takes its place.
     pub model: PathBuf,
     pub output_dir: PathBuf,
-    /// Folder of the shard files; nothing: the user's cache folder.
+    /// Folder of the shard files; `None`: the user's cache folder.
     pub shards: Option<PathBuf>,
     pub data: DataJob,
     pub quantization: QuantizationJob,
     pub lora: LoraJob,
     pub training: TrainingJob,
     pub fsdp: FsdpJob,
+    values: Map<String, Value>,
+}
+
+impl Job {
+    /// The decided value of every key that the command reads, by its path (`"training.seed"`), in one spelling: equal jobs have equal
+    /// values. `null` where another key decides in its place; `"auto"`, and `null` for warm-up, where the run decides once it knows
+    /// more.
+    pub fn values(&self) -> Map<String, Value> {
+        self.values.clone()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -76,7 +91,8 @@ pub struct DataJob {
 }
 
 /// Where the held-out rows come from.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
 pub enum EvalData {
     File(PathBuf),
     /// Of the training rows, above 0 and below 1.
@@ -86,7 +102,7 @@ pub enum EvalData {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuantizationJob {
     pub load_in_4bit: bool,
-    /// Nothing: as a checkpoint that is in 4 bit already has it, else true.
+    /// `None`: as a checkpoint that is in 4 bit already has it, else true.
     pub double_quant: Option<bool>,
     pub compute_dtype: ComputeDtype,
 }
@@ -113,17 +129,17 @@ pub struct TrainingJob {
     pub adam_beta1: f64,
     pub adam_beta2: f64,
     pub adam_epsilon: f64,
-    /// 0 with [`LrScheduler::Constant`].
-    pub warmup_steps: usize,
+    /// `None`: see [`TrainingJob::steps`].
+    pub warmup_steps: Option<usize>,
     pub num_train_epochs: f64,
     /// Set: it holds in the place of the epochs.
     pub max_steps: Option<usize>,
-    /// Nothing: no clipping.
+    /// `None`: no clipping.
     pub max_grad_norm: Option<f64>,
     pub weight_decay: f64,
     pub seed: u64,
     pub logging_steps: usize,
-    /// Nothing: before and after training only.
+    /// `None`: before and after training only.
     pub eval_steps: Option<usize>,
 }
 
@@ -156,7 +172,7 @@ pub struct FsdpJob {
     pub sharding_strategy: ShardingStrategy,
     pub accumulation: Accumulation,
     pub activation_checkpointing: ActivationCheckpointing,
-    /// Nothing: what fits, here and below.
+    /// `None`: what fits, here and below.
     pub offload_params: Option<bool>,
     pub resident_units: Option<usize>,
     pub activation_offload: Option<bool>,
@@ -166,75 +182,61 @@ pub struct FsdpJob {
     pub host_budget: Option<usize>,
 }
 
-/// Whether a command trains.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Use {
-    Train,
-    Model,
-    Quantize,
-    Bench,
-    DeviceBench,
-}
-
 /// Checks all that was written and decides. Errors: all of them.
-pub(super) fn decide(mut written: Written, usage: Use) -> Result<Job, Vec<String>> {
-    written.check(match usage {
-        Use::Train => None,
-        Use::Model => Some(keys::KEYS_OF_ANY_COMMAND),
-        Use::Quantize => Some(keys::KEYS_OF_QUANTIZE),
-        Use::Bench => Some(keys::KEYS_OF_BENCH),
-        Use::DeviceBench => Some(keys::KEYS_OF_DEVICE_BENCH),
-    });
-    check_required(&mut written, usage);
-    check_conflicts(&mut written);
+pub(super) fn decide(mut written: Written, command: Command) -> Result<Job, Vec<String>> {
+    written.check(command);
+    check_required(&mut written, command);
+    check_conflicts(&mut written, command);
     // A value that cannot be read has been reported, so nothing comes without an error.
-    match build(&written) {
+    let job = values(&written, command).and_then(|values| build(&written, command, values));
+    match job {
         Some(job) if written.errors.is_empty() => Ok(job),
         _ => Err(written.errors),
     }
 }
 
-fn check_required(written: &mut Written, usage: Use) {
+fn check_required(written: &mut Written, command: Command) {
     match written.get(&keys::MODEL) {
+        _ if !command.needs_model() => {}
         Some(None) => written.errors.push("model: missing, it must be a Hugging Face directory".into()),
         Some(Some(dir)) if !dir.is_dir() => {
-            let model = dir.display();
+            let (model, name) = (dir.display(), command.name_of(keys::MODEL.path).unwrap_or(keys::MODEL.path));
             let is_path = dir.is_absolute() || dir.starts_with(".");
-            let name = if is_path { "ORG/NAME".into() } else { model.to_string() };
+            let hub_id = if is_path { "ORG/NAME".into() } else { model.to_string() };
             written.errors.push(format!(
-                "model: found {model}, which is not a directory; to use a model of the hub, \
-                 `hf download {name} --local-dir {model}`"
+                "{name}: found {model}, which is not a directory; to use a model of the hub, \
+                 `hf download {hub_id} --local-dir {model}`"
             ));
         }
         _ => {}
     }
-    if usage == Use::Train && written.get(&keys::TRAIN) == Some(None) {
+    if matches!(command, Command::Train | Command::Plan) && written.get(&keys::TRAIN) == Some(None) {
         written.errors.push("data.train: missing, it must be a file, a directory, or a list of them".into());
     }
 }
 
-fn check_conflicts(written: &mut Written) {
+/// Most tokens of a micro-batch: kernels count rows in 32 bits.
+const MAX_TOKENS: usize = i32::MAX as usize;
+
+fn check_conflicts(written: &mut Written, command: Command) {
     let mut conflicts = Vec::new();
-    let is_set = |key: &Key<Option<usize>>| matches!(written.get(key), Some(Some(_)));
-    if is_set(&keys::GLOBAL_BATCH_SIZE) && written.has(&keys::ACCUMULATION_STEPS) {
+    if is_set(written, &keys::GLOBAL_BATCH_SIZE) && written.has(keys::ACCUMULATION_STEPS.path) {
         let (global, steps) = (keys::GLOBAL_BATCH_SIZE.path, keys::ACCUMULATION_STEPS.path);
         conflicts.push(format!("{global}: {steps} follows from it and the number of ranks, remove one of the two"));
     }
-    if is_set(&keys::EVAL_STEPS) && written.get(&keys::EVAL) == Some(None) {
+    if is_set(written, &keys::EVAL_STEPS) && written.get(&keys::EVAL) == Some(None) {
         conflicts.push("training.eval_steps: there is nothing to evaluate on, set data.eval or remove it".into());
     }
-    let has_warmup = written.has(&keys::WARMUP_STEPS) && written.get(&keys::WARMUP_STEPS) != Some(0);
+    let has_warmup = written.get(&keys::WARMUP_STEPS).flatten().is_some_and(|steps| steps > 0);
     if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
         conflicts.push("training.warmup_steps: constant has no warm-up, use constant_with_warmup or remove it".into());
     }
-    if written.get(&keys::SHARDING_STRATEGY) == Some(ShardingStrategy::NoShard)
-        && matches!(written.get(&keys::GATHER), Some(Some(_)))
-    {
+    if written.get(&keys::SHARDING_STRATEGY) == Some(ShardingStrategy::NoShard) && is_set(written, &keys::GATHER) {
         conflicts.push("fsdp.gather: with no_shard there is nothing to gather, remove it".into());
     }
     let packing = written.get(&keys::PACKING);
     if packing == Some(Packing::Wrapped)
-        && written.has(&keys::OVERLONG)
+        && written.has(keys::OVERLONG.path)
         && written.get(&keys::OVERLONG) == Some(Overlong::Truncate)
     {
         conflicts.push(
@@ -250,23 +252,69 @@ fn check_conflicts(written: &mut Written) {
         let (a, b) = (keys::OFFLOAD_PARAMS.path, keys::RESIDENT_UNITS.path);
         conflicts.push(format!("{a}: found {offload}, which contradicts {b}: {units}, remove one of the two"));
     }
-    if matches!(written.get(&keys::ADAPTER), Some(Some(_))) {
-        let of_adapter = [
-            (keys::LORA_R.path, written.has(&keys::LORA_R)),
-            (keys::LORA_ALPHA.path, written.has(&keys::LORA_ALPHA)),
-            (keys::TARGET_MODULES.path, written.has(&keys::TARGET_MODULES)),
-            (keys::USE_RSLORA.path, written.has(&keys::USE_RSLORA)),
-        ];
-        for (path, _) in of_adapter.into_iter().filter(|(_, is_written)| *is_written) {
+    if is_set(written, &keys::ADAPTER) {
+        for path in OF_ADAPTER.into_iter().filter(|path| written.has(path)) {
             conflicts.push(format!("{path}: it is given by the adapter of lora.adapter, remove one of the two"));
         }
+    }
+    if let (Some(length), Some(sequences)) = (written.get(&keys::MAX_LENGTH), written.get(&keys::BATCH_SIZE))
+        && length * sequences > MAX_TOKENS
+    {
+        let name = |path| command.name_of(path).unwrap_or(path);
+        let (a, b) = (name(keys::MAX_LENGTH.path), name(keys::BATCH_SIZE.path));
+        conflicts.push(format!("{a} {length} times {b} {sequences} is more than {MAX_TOKENS} tokens of a micro-batch"));
     }
     written.errors.append(&mut conflicts);
 }
 
-fn build(written: &Written) -> Option<Job> {
+/// The values of the keys that a command reads, `null` for those that another key decides.
+fn values(written: &Written, command: Command) -> Option<Map<String, Value>> {
+    let mut values = Map::new();
+    for key in keys::ALL.iter().filter(|key| command.name_of(key.path).is_some()) {
+        let value = match (key.decided)(written)? {
+            // A key whose `None` is no null calls it auto.
+            Value::Null if !(key.is_allowed)(&Value::Null) => "auto".into(),
+            value => value,
+        };
+        values.insert(key.path.into(), value);
+    }
+    values
+        .entry(keys::OVERLONG.path)
+        .and_modify(|value| *value = overlong(written).map_or(Value::Null, |o| o.word().into()));
+    let decided_by_another = [
+        (keys::ACCUMULATION_STEPS.path, is_set(written, &keys::GLOBAL_BATCH_SIZE)),
+        (keys::NUM_TRAIN_EPOCHS.path, is_set(written, &keys::MAX_STEPS)),
+        (keys::WARMUP_STEPS.path, written.get(&keys::LR_SCHEDULER)? == LrScheduler::Constant),
+    ];
+    let of_adapter = is_set(written, &keys::ADAPTER);
+    let decided_by_another = decided_by_another.into_iter().chain(OF_ADAPTER.map(|path| (path, of_adapter)));
+    for (path, _) in decided_by_another.filter(|(_, is_decided)| *is_decided) {
+        values.entry(path).and_modify(|value| *value = Value::Null);
+    }
+    Some(values)
+}
+
+/// Wrapped packing cuts nothing off, unless told to.
+fn overlong(written: &Written) -> Option<Overlong> {
+    match (written.get(&keys::PACKING)?, written.has(keys::OVERLONG.path)) {
+        (Packing::Wrapped, false) => Some(Overlong::Split),
+        _ => written.get(&keys::OVERLONG),
+    }
+}
+
+/// Keys that the adapter to go on from decides.
+const OF_ADAPTER: [&str; 4] =
+    [keys::LORA_R.path, keys::LORA_ALPHA.path, keys::TARGET_MODULES.path, keys::USE_RSLORA.path];
+
+/// Whether a key that may be null is not.
+fn is_set<T>(written: &Written, key: &Key<Option<T>>) -> bool {
+    matches!(written.get(key), Some(Some(_)))
+}
+
+fn build(written: &Written, command: Command, values: Map<String, Value>) -> Option<Job> {
     Some(Job {
-        model: written.get(&keys::MODEL)??,
+        command,
+        model: written.get(&keys::MODEL)?.unwrap_or_default(),
         output_dir: written.get(&keys::OUTPUT_DIR)?,
         shards: written.get(&keys::SHARDS)?,
         data: DataJob {
@@ -275,11 +323,7 @@ fn build(written: &Written) -> Option<Job> {
             format: written.get(&keys::FORMAT)?,
             max_length: written.get(&keys::MAX_LENGTH)?,
             packing: written.get(&keys::PACKING)?,
-            overlong: match (written.get(&keys::PACKING)?, written.has(&keys::OVERLONG)) {
-                // Wrapped packing cuts nothing off, unless told to.
-                (Packing::Wrapped, false) => Overlong::Split,
-                _ => written.get(&keys::OVERLONG)?,
-            },
+            overlong: overlong(written)?,
             loss_on: written.get(&keys::LOSS_ON)?,
         },
         quantization: QuantizationJob {
@@ -307,6 +351,7 @@ fn build(written: &Written) -> Option<Job> {
             vram_budget: written.get(&keys::VRAM_BUDGET)?,
             host_budget: written.get(&keys::HOST_BUDGET)?,
         },
+        values,
     })
 }
 
@@ -324,7 +369,7 @@ fn build_training(written: &Written) -> Option<TrainingJob> {
         adam_beta1: written.get(&keys::ADAM_BETA1)?,
         adam_beta2: written.get(&keys::ADAM_BETA2)?,
         adam_epsilon: written.get(&keys::ADAM_EPSILON)?,
-        warmup_steps: if lr_scheduler == LrScheduler::Constant { 0 } else { warmup_steps },
+        warmup_steps: if lr_scheduler == LrScheduler::Constant { Some(0) } else { warmup_steps },
         num_train_epochs: written.get(&keys::NUM_TRAIN_EPOCHS)?,
         max_steps: written.get(&keys::MAX_STEPS)?,
         max_grad_norm: written.get(&keys::MAX_GRAD_NORM)?,

@@ -1,13 +1,17 @@
 //! Every key of a recipe, declared once: path, default, how it is read and checked, what is allowed, help.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use serde_json::Value;
 
+use super::command::Command;
 use super::job::{
     Accumulation, ActivationCheckpointing, ComputeDtype, EvalData, Gather, LrScheduler, ShardingStrategy,
 };
+use super::overrides::Written;
+use super::paths;
 use crate::data::{Format, LossOn, Overlong, Packing};
 use crate::model::names::Projection;
 
@@ -16,7 +20,7 @@ pub(super) struct Key<T> {
     pub path: &'static str,
     /// As it would be written in a recipe.
     pub default: &'static str,
-    /// Nothing, if the value is not allowed.
+    /// `None` if the value is not allowed.
     pub read: fn(&Value) -> Option<T>,
 }
 
@@ -24,125 +28,148 @@ pub(super) struct Key<T> {
 pub(super) struct KeyInfo {
     pub path: &'static str,
     pub default: &'static str,
+    /// Commands that read it in a recipe or after `--set`.
+    pub readers: &'static [Command],
     pub allowed: &'static [&'static str],
     pub help: &'static str,
     pub is_allowed: fn(&Value) -> bool,
+    /// The value that holds, in its one spelling; `None` if what was written is not allowed.
+    pub decided: fn(&Written) -> Option<Value>,
 }
 
 macro_rules! keys {
-    ($($name:ident: $type:ty = $path:literal, $default:literal, $read:expr, $allowed:expr, $help:literal;)*) => {
+    ($($name:ident: $type:ty = $path:literal, $default:literal, $readers:expr, $read:expr, $allowed:expr, $help:literal;)*) => {
         $(pub(super) const $name: Key<$type> = Key { path: $path, default: $default, read: $read };)*
         /// In the order of the help page.
         pub(super) const ALL: &[KeyInfo] = &[$(KeyInfo {
             path: $path,
             default: $default,
+            readers: $readers,
             allowed: $allowed,
             help: $help,
             is_allowed: |value| ($name.read)(value).is_some(),
+            decided: |written| serde_json::to_value(written.get(&$name)?).ok(),
         }),*];
     };
 }
 
+use Command::{BenchKernels, BenchStep, Eval, Generate, Plan, PlanShape, Quantize, Train};
+
+/// Commands that read a key. What the recipe of `plan` holds besides is for `train`, and checked as `train` checks it.
+const TRAINING: &[Command] = &[Train];
+const TRAIN_PLAN: &[Command] = &[Train, Plan];
+const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep];
+const ROWS: &[Command] = &[Train, Eval];
+const BASES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, Quantize, BenchStep];
+const DEQUANTIZES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, Quantize, BenchStep, BenchKernels];
+const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchKernels];
+const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep];
+
 keys! {
-    MODEL: Option<PathBuf> = "model", "null", |v| nullable(v, path),
+    MODEL: Option<PathBuf> = "model", "null", TRAIN_PLAN, |v| nullable(v, path),
         &["a Hugging Face directory"], "the model to start from (required)";
-    OUTPUT_DIR: PathBuf = "output_dir", "./out", path, &["a directory"], "where adapter and metrics go";
-    SHARDS: Option<PathBuf> = "shards", "auto", |v| if v.as_str()? == "auto" { Some(None) } else { path(v).map(Some) },
+    OUTPUT_DIR: PathBuf = "output_dir", "./out", TRAINING, path, &["a directory"], "where adapter and metrics go";
+    SHARDS: Option<PathBuf> = "shards", "auto", &[Train, Eval, Generate], |v| if v.as_str()? == "auto" { Some(None) } else { path(v).map(Some) },
         &["auto", "a directory"], "where quantized shards are kept; auto: the user's cache folder";
 
-    TRAIN: Option<Vec<PathBuf>> = "data.train", "null", |v| nullable(v, paths),
+    TRAIN: Option<Vec<PathBuf>> = "data.train", "null", TRAINING, |v| nullable(v, path_list),
         &["a file", "a directory", "a list of them"], "training data (required to train)";
-    EVAL: Option<EvalData> = "data.eval", "null", |v| nullable(v, eval_data),
+    EVAL: Option<EvalData> = "data.eval", "null", TRAINING, |v| nullable(v, eval_data),
         &["null", "a file", "a fraction of data.train above 0 and below 1"], "held-out data";
-    FORMAT: Format = "data.format", "auto", choice, Format::ALLOWED, "which fields the rows have";
-    MAX_LENGTH: usize = "data.max_length", "1024", |v| integer(v, 2),
-        &["an integer of at least 2"], "tokens in the longest sequence";
-    PACKING: Packing = "data.packing", "true", choice,
+    FORMAT: Format = "data.format", "auto", ROWS, choice, Format::ALLOWED, "which fields the rows have";
+    MAX_LENGTH: usize = "data.max_length", "1024", TRAIN_PLAN, |v| integer(v, 2..=1 << 24),
+        &["an integer from 2 to 16777216"], "tokens in the longest sequence";
+    PACKING: Packing = "data.packing", "true", ROWS, choice,
         Packing::ALLOWED, "whether documents share a sequence (they never attend to each other)";
-    OVERLONG: Overlong = "data.overlong", "truncate", choice,
+    OVERLONG: Overlong = "data.overlong", "truncate", ROWS, choice,
         Overlong::ALLOWED, "what happens to rows over max_length; packing: wrapped never truncates, its default is split";
-    LOSS_ON: LossOn = "data.loss_on", "auto", choice,
+    LOSS_ON: LossOn = "data.loss_on", "auto", ROWS, choice,
         LossOn::ALLOWED, "which tokens count; auto: completion where there is a prompt, else all";
 
-    LOAD_IN_4BIT: bool = "quantization.load_in_4bit", "true", Value::as_bool,
+    LOAD_IN_4BIT: bool = "quantization.load_in_4bit", "true", BASES, Value::as_bool,
         &["true", "false"], "quantize the base to NF4";
-    QUANT_TYPE: () = "quantization.bnb_4bit_quant_type", "nf4", |v| only(v, &["nf4"]), &["nf4"], "the 4-bit type";
-    DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", |v| nullable(v, Value::as_bool),
+    QUANT_TYPE: &str = "quantization.bnb_4bit_quant_type", "nf4", BASES, |v| only(v, "nf4"), &["nf4"], "the 4-bit type";
+    DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", DEQUANTIZES, |v| nullable(v, Value::as_bool),
         &["true", "false", "null"], "quantize the scales too; null: as a 4-bit checkpoint is, else true";
-    COMPUTE_DTYPE: ComputeDtype = "quantization.bnb_4bit_compute_dtype", "auto", choice,
+    COMPUTE_DTYPE: ComputeDtype = "quantization.bnb_4bit_compute_dtype", "auto", COMPUTES, choice,
         ComputeDtype::ALLOWED, "dtype of the arithmetic: a GPU's is bfloat16 (auto) or float16, the CPU's float32 (auto)";
-    QUANT_STORAGE: () = "quantization.bnb_4bit_quant_storage", "uint8", |v| only(v, &["uint8"]),
+    QUANT_STORAGE: &str = "quantization.bnb_4bit_quant_storage", "uint8", BASES, |v| only(v, "uint8"),
         &["uint8"], "dtype of the packed codes";
 
-    LORA_R: usize = "lora.r", "16", |v| integer(v, 1), &["an integer of at least 1"], "rank of the adapter's matrices";
-    LORA_ALPHA: f64 = "lora.lora_alpha", "16", |v| number(v).filter(|&x| x > 0.0),
+    LORA_R: usize = "lora.r", "16", &[Train, Plan, PlanShape, BenchStep, BenchKernels], |v| integer(v, 1..=1 << 16), &["an integer from 1 to 65536"], "rank of the adapter's matrices";
+    LORA_ALPHA: f64 = "lora.lora_alpha", "16", &[Train, BenchStep], positive,
         &["a number above 0"], "the adapter is scaled by alpha/r";
-    LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", |v| number(v).filter(below_1),
+    LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", STEPS, below_1,
         &["a number from 0 to below 1"], "dropout before A";
-    TARGET_MODULES: Vec<Projection> = "lora.target_modules", "all-linear", projections,
+    TARGET_MODULES: Vec<Projection> = "lora.target_modules", "all-linear", STEPS, projections,
         &["all-linear", "one or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"],
         "where adapters are put";
-    USE_RSLORA: bool = "lora.use_rslora", "false", Value::as_bool, &["true", "false"], "scale by alpha/sqrt(r) instead";
-    LORA_BIAS: () = "lora.bias", "none", |v| only(v, &["none"]), &["none"], "which biases are trained";
-    ADAPTER: Option<PathBuf> = "lora.adapter", "null", |v| nullable(v, path),
+    USE_RSLORA: bool = "lora.use_rslora", "false", &[Train, BenchStep], Value::as_bool, &["true", "false"], "scale by alpha/sqrt(r) instead";
+    LORA_BIAS: &str = "lora.bias", "none", TRAINING, |v| only(v, "none"), &["none"], "which biases are trained";
+    ADAPTER: Option<PathBuf> = "lora.adapter", "null", TRAIN_PLAN, |v| nullable(v, path),
         &["null", "a PEFT adapter directory"], "adapter to go on from; r, alpha, targets are then its own";
 
-    BATCH_SIZE: usize = "training.per_device_train_batch_size", "1", |v| integer(v, 1),
-        &["an integer of at least 1"], "sequences of a micro-batch";
-    ACCUMULATION_STEPS: usize = "training.gradient_accumulation_steps", "8", |v| integer(v, 1),
-        &["an integer of at least 1"], "micro-batches of a step, on each rank";
-    GLOBAL_BATCH_SIZE: Option<usize> = "training.global_batch_size", "null", |v| nullable(v, |v| integer(v, 1)),
-        &["null", "an integer of at least 1"],
+    BATCH_SIZE: usize = "training.per_device_train_batch_size", "1", TRAIN_PLAN, |v| integer(v, 1..=1 << 16),
+        &["an integer from 1 to 65536"], "sequences of a micro-batch";
+    ACCUMULATION_STEPS: usize = "training.gradient_accumulation_steps", "8", TRAIN_PLAN, |v| integer(v, 1..=MAX_MICRO_BATCHES),
+        &["an integer from 1 to 16384"], "micro-batches of a step, on each rank";
+    GLOBAL_BATCH_SIZE: Option<usize> = "training.global_batch_size", "null", TRAIN_PLAN, |v| nullable(v, |v| integer(v, 1..=1 << 30)),
+        &["null", "an integer from 1 to 1073741824"],
         "sequences of a step on all ranks, in the place of gradient_accumulation_steps";
-    LEARNING_RATE: f64 = "training.learning_rate", "1.0e-4", |v| number(v).filter(|&x| x >= 0.0),
-        &["a number of at least 0"], "the highest learning rate";
-    LR_SCHEDULER: LrScheduler = "training.lr_scheduler_type", "cosine", choice,
+    LEARNING_RATE: f64 = "training.learning_rate", "1.0e-4", TRAINING, positive,
+        &["a number above 0, in f32"], "the highest learning rate";
+    LR_SCHEDULER: LrScheduler = "training.lr_scheduler_type", "cosine", TRAINING, choice,
         LrScheduler::ALLOWED, "how the learning rate goes";
-    ADAM_BETA1: f64 = "training.adam_beta1", "0.9", |v| number(v).filter(below_1),
+    ADAM_BETA1: f64 = "training.adam_beta1", "0.9", TRAINING, below_1,
         &["a number from 0 to below 1"], "AdamW's decay of the mean";
-    ADAM_BETA2: f64 = "training.adam_beta2", "0.999", |v| number(v).filter(below_1),
+    ADAM_BETA2: f64 = "training.adam_beta2", "0.999", TRAINING, below_1,
         &["a number from 0 to below 1"], "AdamW's decay of the variance";
-    ADAM_EPSILON: f64 = "training.adam_epsilon", "1.0e-8", |v| number(v).filter(|&x| x > 0.0),
+    ADAM_EPSILON: f64 = "training.adam_epsilon", "1.0e-8", TRAINING, positive,
         &["a number above 0"], "AdamW's epsilon";
-    WARMUP_STEPS: usize = "training.warmup_steps", "10", |v| integer(v, 0),
-        &["an integer of at least 0"], "steps in which the learning rate rises";
-    NUM_TRAIN_EPOCHS: f64 = "training.num_train_epochs", "1", |v| number(v).filter(|&x| x > 0.0),
+    WARMUP_STEPS: Option<usize> = "training.warmup_steps", "null", TRAINING, |v| nullable(v, |v| integer(v, 0..=MAX_STEPS_OF_A_RUN)),
+        &["null", "an integer of at least 0 and below the run's steps"],
+        "steps in which the learning rate rises; null: a tenth of the steps, at most 10";
+    NUM_TRAIN_EPOCHS: f64 = "training.num_train_epochs", "1", TRAINING, positive,
         &["a number above 0"], "how often the data is gone through";
-    MAX_STEPS: Option<usize> = "training.max_steps", "null", |v| nullable(v, |v| integer(v, 1)),
-        &["null", "an integer of at least 1"], "steps, in the place of num_train_epochs";
-    MAX_GRAD_NORM: Option<f64> = "training.max_grad_norm", "1.0", |v| nullable(v, |v| number(v).filter(|&x| x > 0.0)),
+    MAX_STEPS: Option<usize> = "training.max_steps", "null", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_STEPS_OF_A_RUN)),
+        &["null", "an integer from 1 to 1073741824"], "steps, in the place of num_train_epochs";
+    MAX_GRAD_NORM: Option<f64> = "training.max_grad_norm", "1.0", TRAINING, |v| nullable(v, positive),
         &["null (no clipping)", "a number above 0"], "gradients are clipped to this global norm";
-    WEIGHT_DECAY: f64 = "training.weight_decay", "0.0", |v| number(v).filter(|&x| x >= 0.0),
+    WEIGHT_DECAY: f64 = "training.weight_decay", "0.0", TRAINING, not_negative,
         &["a number of at least 0"], "AdamW's decoupled decay";
-    SEED: u64 = "training.seed", "42", |v| integer(v, 0).map(|n| n as u64),
-        &["an integer of at least 0"], "of data order, dropout and new adapters";
-    LOGGING_STEPS: usize = "training.logging_steps", "1", |v| integer(v, 1),
+    SEED: u64 = "training.seed", "42", TRAINING, |v| integer(v, 0..=MAX_INTEGER).map(|n| n as u64),
+        &["an integer from 0 to 9007199254740992"], "data order, dropout and new adapters follow from it";
+    LOGGING_STEPS: usize = "training.logging_steps", "1", TRAINING, |v| integer(v, 1..=MAX_INTEGER),
         &["an integer of at least 1"], "a line every so many steps";
-    EVAL_STEPS: Option<usize> = "training.eval_steps", "null", |v| nullable(v, |v| integer(v, 1)),
+    EVAL_STEPS: Option<usize> = "training.eval_steps", "null", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_INTEGER)),
         &["null (before and after training only)", "an integer of at least 1"], "held-out loss every so many steps";
 
-    SHARDING_STRATEGY: ShardingStrategy = "fsdp.sharding_strategy", "full_shard", choice,
+    SHARDING_STRATEGY: ShardingStrategy = "fsdp.sharding_strategy", "full_shard", ENGINES, choice,
         ShardingStrategy::ALLOWED, "who keeps what of the base";
-    ACCUMULATION: Accumulation = "fsdp.accumulation", "layer", choice,
+    ACCUMULATION: Accumulation = "fsdp.accumulation", "layer", STEPS, choice,
         Accumulation::ALLOWED, "layer: each layer is gathered once for all micro-batches";
-    ACTIVATION_CHECKPOINTING: ActivationCheckpointing = "fsdp.activation_checkpointing", "auto", choice,
+    ACTIVATION_CHECKPOINTING: ActivationCheckpointing = "fsdp.activation_checkpointing", "auto", STEPS, choice,
         ActivationCheckpointing::ALLOWED, "full: layers run forward again in backward; selective: without what is dearest; none: everything is kept";
-    OFFLOAD_PARAMS: Option<bool> = "fsdp.offload_params", "auto", auto_or_bool,
+    OFFLOAD_PARAMS: Option<bool> = "fsdp.offload_params", "auto", ENGINES, auto_or_bool,
         &["auto", "true", "false"],
         "true: shards, adapter and its optimizer state wait in host memory; false: on the device; auto: what fits there";
-    RESIDENT_UNITS: Option<usize> = "fsdp.resident_units", "auto", |v| auto_or(v, |v| integer(v, 0)),
+    RESIDENT_UNITS: Option<usize> = "fsdp.resident_units", "auto", ENGINES, |v| auto_or(v, |v| integer(v, 0..=MAX_INTEGER)),
         &["auto", "an integer of at least 0"], "units (layers, and pieces of the head) whose shards stay on the device";
-    ACTIVATION_OFFLOAD: Option<bool> = "fsdp.activation_offload", "auto", auto_or_bool,
+    ACTIVATION_OFFLOAD: Option<bool> = "fsdp.activation_offload", "auto", STEPS, auto_or_bool,
         &["auto", "true", "false"], "whether the layers' inputs wait for backward in host memory";
-    GATHER: Option<Gather> = "fsdp.gather", "auto", |v| auto_or(v, choice),
+    GATHER: Option<Gather> = "fsdp.gather", "auto", ENGINES, |v| auto_or(v, choice),
         &["auto", "nccl", "host"],
         "how shards get to the other ranks of a node: by NCCL, or each rank fetches all of them from shared host memory; auto: the \
          faster, measured";
-    VRAM_BUDGET: Option<usize> = "fsdp.vram_budget", "auto", |v| auto_or(v, size),
+    VRAM_BUDGET: Option<usize> = "fsdp.vram_budget", "auto", ENGINES, |v| auto_or(v, size),
         &["auto", "a size, e.g. 22GiB"], "device memory that a rank may take, driver and libraries included; auto: what is free";
-    HOST_BUDGET: Option<usize> = "fsdp.host_budget", "auto", |v| auto_or(v, size),
+    HOST_BUDGET: Option<usize> = "fsdp.host_budget", "auto", ENGINES, |v| auto_or(v, size),
         &["auto", "a size, e.g. 60GiB"], "host memory that a rank may pin; auto: what is available";
 }
+
+/// Most micro-batches of a step on a rank, and most steps of a run.
+pub(super) const MAX_MICRO_BATCHES: usize = 1 << 14;
+pub(super) const MAX_STEPS_OF_A_RUN: usize = 1 << 30;
 
 /// Keys of the design that nothing honours yet.
 pub(super) const KEYS_NOT_YET: &[&str] =
@@ -150,31 +177,6 @@ pub(super) const KEYS_NOT_YET: &[&str] =
 
 /// Values of the design that nothing honours yet.
 pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[("data.format", "sharegpt")];
-
-/// Keys that commands other than `train` look at: where it ends in a dot, all of that section.
-pub(super) const KEYS_OF_ANY_COMMAND: &[&str] = &[
-    "model",
-    "shards",
-    "data.format",
-    "data.max_length",
-    "data.packing",
-    "data.overlong",
-    "data.loss_on",
-    "quantization.",
-    "lora.adapter",
-    "training.per_device_train_batch_size",
-    "training.seed",
-    "fsdp.",
-];
-
-/// Keys that `quantize` looks at.
-pub(super) const KEYS_OF_QUANTIZE: &[&str] = &["model", "quantization."];
-
-/// Keys that benchmarks on made-up weights look at.
-pub(super) const KEYS_OF_BENCH: &[&str] = &["model", "quantization.bnb_4bit_compute_dtype", "fsdp."];
-
-/// Keys that benchmarks of single ops and collectives look at.
-pub(super) const KEYS_OF_DEVICE_BENCH: &[&str] = &["model", "quantization.bnb_4bit_compute_dtype"];
 
 /// Whether this is the name of a mapping of keys, e.g. `lora`.
 pub(super) fn is_section(path: &str) -> bool {
@@ -198,24 +200,39 @@ fn choice<T: FromStr>(value: &Value) -> Option<T> {
     text(value)?.parse().ok()
 }
 
-fn only(value: &Value, allowed: &[&str]) -> Option<()> {
-    allowed.contains(&value.as_str()?).then_some(())
+/// A word that is the only one of its key.
+fn only(value: &Value, word: &'static str) -> Option<&'static str> {
+    (value.as_str()? == word).then_some(word)
 }
 
 /// Numbers may be quoted: some tools write `1e-4` so that YAML 1.1 readers do not take it for a word.
 fn number(value: &Value) -> Option<f64> {
     let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
-    number.filter(|x| x.is_finite())
+    // The arithmetic is in f32.
+    number.filter(|&x| (x as f32).is_finite())
 }
 
-/// An integer, also as `1e3` or `1000.0`; below 2^53, so that all of them are exact.
-fn integer(value: &Value, min: usize) -> Option<usize> {
-    let number = number(value).filter(|x| x.fract() == 0.0 && (0.0..9e15).contains(x))?;
-    Some(number as usize).filter(|&n| n >= min)
+/// A number above 0, in f32 too.
+fn positive(value: &Value) -> Option<f64> {
+    number(value).filter(|&x| x as f32 > 0.0)
 }
 
-fn below_1(x: &f64) -> bool {
-    (0.0..1.0).contains(x)
+fn not_negative(value: &Value) -> Option<f64> {
+    number(value).filter(|&x| x >= 0.0)
+}
+
+/// Largest integer of keys that have no smaller limit; f64 holds all up to there exactly, however they are written.
+const MAX_INTEGER: usize = 1 << 53;
+
+/// An integer in a range, also as `1e3` or `1000.0`.
+fn integer(value: &Value, range: RangeInclusive<usize>) -> Option<usize> {
+    let number = number(value).filter(|x| x.fract() == 0.0 && (0.0..=MAX_INTEGER as f64).contains(x))?;
+    Some(number as usize).filter(|n| range.contains(n))
+}
+
+/// A number from 0 to below 1, in f32 too.
+fn below_1(value: &Value) -> Option<f64> {
+    number(value).filter(|&x| x >= 0.0 && (x as f32) < 1.0)
 }
 
 fn auto_or<T>(value: &Value, read: fn(&Value) -> Option<T>) -> Option<Option<T>> {
@@ -253,10 +270,18 @@ fn size(value: &Value) -> Option<usize> {
 }
 
 fn path(value: &Value) -> Option<PathBuf> {
-    value.as_str().filter(|text| !text.is_empty()).map(PathBuf::from)
+    paths::read(value.as_str()?).ok()
 }
 
-fn paths(value: &Value) -> Option<Vec<PathBuf>> {
+/// Why a value that should be a path is none.
+pub(super) fn why_no_path(value: &Value) -> Option<String> {
+    match value {
+        Value::Array(list) => list.iter().find_map(why_no_path),
+        value => paths::read(value.as_str()?).err(),
+    }
+}
+
+fn path_list(value: &Value) -> Option<Vec<PathBuf>> {
     match value {
         Value::Array(list) => list.iter().map(path).collect::<Option<_>>().filter(|paths: &Vec<_>| !paths.is_empty()),
         one => path(one).map(|path| vec![path]),
@@ -313,8 +338,8 @@ mod tests {
         assert_eq!(number(&json!("1e-4")), Some(1e-4));
         assert_eq!(number(&json!(3)), Some(3.0));
         assert_eq!([json!("inf"), json!("NaN"), json!("x"), json!(true), json!(null)].map(|v| number(&v)), [None; 5]);
-        assert_eq!(integer(&json!("1e3"), 1), Some(1000));
-        assert_eq!([json!(1.5), json!(-1), json!(0), json!(1e300)].map(|v| integer(&v, 1)), [None; 4]);
+        assert_eq!(integer(&json!("1e3"), 1..=1000), Some(1000));
+        assert_eq!([json!(1.5), json!(-1), json!(0), json!(1e300)].map(|v| integer(&v, 1..=9)), [None; 4]);
     }
 
     #[test]

@@ -3,95 +3,95 @@
 //! A recipe is YAML. Each key is declared once, in `keys.rs`; `overrides.rs` gathers what was written, in the
 //! file and with `--set`; `job.rs` decides. What cannot be honoured is refused, all of it at once.
 
+mod command;
 mod job;
 mod keys;
 mod overrides;
+mod paths;
+mod steps;
 
-use std::fmt;
 use std::fs;
 use std::path::Path;
 
-use job::Use;
+pub use command::Command;
 pub use job::{
     Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Gather, Job, LoraJob,
     LrScheduler, QuantizationJob, ShardingStrategy, TrainingJob,
 };
 use overrides::Written;
+pub use paths::read as read_path;
+use serde_json::Value;
+pub use steps::Steps;
 
-/// Everything that is wrong about a recipe. It ends the program with status 2.
-#[derive(Debug)]
+/// Everything that is wrong about a recipe, or about options that stand for its keys. It ends the program with status 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{source_name}: {} error(s){}", errors.len(), errors.iter().map(|error| format!("\n  {error}")).collect::<String>())]
 pub struct RecipeError {
     /// The file, or what stands for it.
-    source: String,
+    source_name: String,
+    /// One line each: key, what was found, what is allowed.
     errors: Vec<String>,
 }
 
-/// One error a line: key, what was found, what is allowed.
-impl fmt::Display for RecipeError {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}: {} error(s)", self.source, self.errors.len())?;
-        self.errors.iter().try_for_each(|error| write!(f, "\n  {error}"))
+impl RecipeError {
+    /// One error of a recipe that has been read.
+    fn one(error: String) -> RecipeError {
+        RecipeError { source_name: "recipe".into(), errors: vec![error] }
     }
 }
 
-impl std::error::Error for RecipeError {}
-
-/// The job of a recipe file, for training. `overrides` are the `key=value` of `--set`, the value in YAML.
+/// The job of a recipe file, for `train`, or for `plan`. `overrides` are the `key=value` of `--set`, the value in YAML.
 /// Relative paths in it are relative to the current directory.
-pub fn load(path: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
-    let fail = |errors| RecipeError { source: path.display().to_string(), errors };
-    let text = fs::read_to_string(path).map_err(|error| fail(vec![format!("cannot be read: {error}")]))?;
+pub fn load(path: &Path, command: Command, overrides: &[String]) -> Result<Job, RecipeError> {
+    let fail = |errors| RecipeError { source_name: path.display().to_string(), errors };
+    let text = fs::read_to_string(path).map_err(|error| fail(vec![cannot_be_read(&error)]))?;
     let written = Written::new(&text, overrides);
     // What is not there would be told as missing.
     if !written.is_read {
         return Err(fail(written.errors));
     }
-    job::decide(written, Use::Train).map_err(fail)
+    job::decide(written, command).map_err(fail)
 }
 
-/// The job of a command without a recipe file: `model` from the command line, no training data needed. Keys that
-/// only training looks at are refused.
-pub fn for_model(model: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
-    with_model(model, overrides, Use::Model)
-}
-
-fn with_model(model: &Path, overrides: &[String], usage: Use) -> Result<Job, RecipeError> {
-    let fail = |errors| RecipeError { source: "command line".into(), errors };
-    let mut written = Written::new("", overrides);
-    if written.has(&keys::MODEL) {
-        written.errors.push("model: given by --model already, remove it from --set".into());
+/// A user who has no recipe is given one.
+fn cannot_be_read(error: &std::io::Error) -> String {
+    match error.kind() {
+        std::io::ErrorKind::NotFound => format!("is not there; help: write one, e.g.\n\n{EXAMPLE}"),
+        _ => format!("cannot be read: {error}"),
     }
-    written.set(&keys::MODEL, model.to_string_lossy().into());
-    job::decide(written, usage).map_err(fail)
 }
 
-/// As [`for_model`], for a command that only quantizes.
-pub fn for_quantize(model: &Path, overrides: &[String]) -> Result<Job, RecipeError> {
-    with_model(model, overrides, Use::Quantize)
-}
+/// A recipe to begin with.
+const EXAMPLE: &str = "\
+    # fsdp-qlora.yaml
+    model: ./SmolLM2-135M-Instruct    # a Hugging Face directory
+    output_dir: ./out                 # the adapter goes there
+    data:
+      train: train.jsonl              # rows of {text}, {messages}, {prompt, completion}, or {instruction, input, output}
 
-/// What a benchmark on made-up weights takes from `--set`.
-pub fn for_bench(overrides: &[String]) -> Result<Job, RecipeError> {
-    without_model(overrides, Use::Bench)
-}
+  `fsdp-qlora train -c FILE` takes another file, `fsdp-qlora train --help-recipe` tells all keys";
 
-/// What a benchmark of single ops or collectives takes from `--set`.
-pub fn for_device_bench(overrides: &[String]) -> Result<Job, RecipeError> {
-    without_model(overrides, Use::DeviceBench)
-}
-
-fn without_model(overrides: &[String], usage: Use) -> Result<Job, RecipeError> {
+/// The job of a command without a recipe. `given` are the keys that options of the command line give.
+pub fn from_options(
+    command: Command,
+    given: Vec<(&'static str, Value)>,
+    overrides: &[String],
+) -> Result<Job, RecipeError> {
     let mut written = Written::new("", overrides);
-    written.set(&keys::MODEL, ".".into());
-    job::decide(written, usage).map_err(|errors| RecipeError { source: "command line".into(), errors })
+    given.into_iter().for_each(|(path, value)| written.give(command, path, value));
+    job::decide(written, command).map_err(|errors| RecipeError { source_name: "command line".into(), errors })
 }
 
-/// All keys: default, what is allowed, what it does.
+/// All keys: what they do, default, what is allowed, and which commands read them.
 pub fn help() -> String {
     let width = keys::ALL.iter().map(|key| key.path.len()).max().unwrap_or_default();
     let line = |key: &keys::KeyInfo| {
-        let keys::KeyInfo { path, default, allowed, help, .. } = key;
-        format!("{path:width$}  {help}\n{:width$}  default {default}; allowed: {}\n", "", allowed.join(", "))
+        let keys::KeyInfo { path, default, allowed, help, readers, .. } = key;
+        let (allowed, readers) = (allowed.join(", "), readers.iter().map(|c| c.name()).collect::<Vec<_>>().join(", "));
+        format!(
+            "{path:width$}  {help}\n{0:width$}  default {default}; allowed: {allowed}\n{0:width$}  read by {readers}\n",
+            ""
+        )
     };
     keys::ALL.iter().map(line).collect()
 }
@@ -106,7 +106,7 @@ mod tests {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("recipe.yaml");
         fs::write(&path, yaml.replace("MODEL", &dir.path().display().to_string())).unwrap();
-        load(&path, &overrides.iter().map(|text| text.to_string()).collect::<Vec<_>>())
+        load(&path, Command::Train, &overrides.iter().map(|text| text.to_string()).collect::<Vec<_>>())
     }
 
     fn errors(yaml: &str, overrides: &[&str]) -> Vec<String> {
@@ -131,7 +131,7 @@ mod tests {
         assert_eq!(job.quantization, QuantizationJob { load_in_4bit: true, double_quant: None, compute_dtype });
         let training = job.training;
         assert_eq!((training.batch, training.learning_rate), (BatchSize::AccumulationSteps(8), 1e-4));
-        assert_eq!((training.lr_scheduler, training.warmup_steps), (LrScheduler::Cosine, 10));
+        assert_eq!((training.lr_scheduler, training.warmup_steps), (LrScheduler::Cosine, None));
         assert_eq!((training.adam_beta1, training.adam_beta2, training.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((training.num_train_epochs, training.max_steps, training.max_grad_norm), (1.0, None, Some(1.0)));
         assert_eq!((training.seed, training.logging_steps, training.eval_steps), (42, 1, None));
@@ -174,7 +174,7 @@ fsdp:
         let quantization = QuantizationJob { load_in_4bit: false, double_quant: Some(false), compute_dtype };
         assert_eq!(job.quantization, quantization);
         assert_eq!((job.training.learning_rate, job.training.max_grad_norm), (1e-4, None));
-        assert_eq!((job.training.num_train_epochs, job.training.warmup_steps), (0.5, 0));
+        assert_eq!((job.training.num_train_epochs, job.training.warmup_steps), (0.5, Some(0)));
     }
 
     #[test]
@@ -190,10 +190,10 @@ max_steps: 3
         for expected in [
             "recipe.yaml: 13 error(s)",
             "model: found meta-llama/Llama-3.1-8B, which is not a directory; to use a model of the hub, `hf download",
-            "lora.r: found 0, allowed: an integer of at least 1",
+            "lora.r: found 0, allowed: an integer from 1 to 65536",
             "lora.bias: found \"all\", allowed: none",
             "lora.lora_droput: unknown key, the nearest known one is lora.lora_dropout",
-            "training.learning_rate: found \"fast\", allowed: a number of at least 0",
+            "training.learning_rate: found \"fast\", allowed: a number above 0",
             "training.seed: found -1",
             "training.save_steps: not supported yet",
             "fsdp: found 5, this is a mapping of keys",
@@ -222,6 +222,22 @@ max_steps: 3
             ("fsdp: {sharding_strategy: no_shard, gather: host}", "nothing to gather"),
             ("lora: {target_modules: lm_head}", "lora.target_modules: found \"lm_head\""),
             ("lora: {lora_dropout: 1}", "from 0 to below 1"),
+            ("lora: {lora_dropout: 0.99999999999}", "from 0 to below 1"),
+            ("lora: {lora_alpha: 1e300}", "lora.lora_alpha: found 1e+300"),
+            ("lora: {r: 1000000000}", "an integer from 1 to 65536"),
+            ("training: {learning_rate: 0}", "training.learning_rate: found 0, allowed: a number above 0, in f32"),
+            ("training: {learning_rate: 1e-60}", "allowed: a number above 0"),
+            ("training: {num_train_epochs: 1e300}", "training.num_train_epochs: found 1e+300"),
+            ("training: {gradient_accumulation_steps: 1000000000000}", "an integer from 1 to 16384"),
+            ("training: {global_batch_size: 1000000000000}", "an integer from 1 to 1073741824"),
+            ("training: {max_steps: 1e18}", "training.max_steps: found 1e+18"),
+            ("training: {seed: 18446744073709551615}", "an integer from 0 to 9007199254740992"),
+            ("fsdp: {vram_budget: 1e308GiB}", "a size, e.g. 22GiB"),
+            ("data: {max_length: 4294967295}", "an integer from 2 to 16777216"),
+            ("output_dir: ${HOME}/out", "output_dir: found \"${HOME}/out\" (variables are not expanded here"),
+            ("shards: $HOME/out", "variables are not expanded here"),
+            ("data: {eval: $HOME/e.jsonl}", "variables are not expanded here"),
+            ("lora: {adapter: ~you/out}", "not the home folder of another user"),
             ("training: {max_grad_norm: 0}", "null (no clipping)"),
             ("training: {lr_scheduler_type: polynomial}", "constant, constant_with_warmup, linear, cosine"),
             ("data: {eval: 1.5}", "data.eval: found 1.5"),
@@ -234,7 +250,12 @@ max_steps: 3
         assert!(errors("[1]", &[])[0].contains("found [1], a recipe is a mapping"));
         assert!(errors("a: b: c", &[])[0].contains("not valid YAML"));
         assert!(errors("lora: {r: 1}\nlora: {r: 2}", &[])[0].contains("duplicate mapping key"));
-        assert!(load(Path::new("/nowhere.yaml"), &[]).unwrap_err().to_string().contains("cannot be read"));
+        assert!(
+            load(Path::new("/nowhere.yaml"), Command::Train, &[])
+                .unwrap_err()
+                .to_string()
+                .contains("data:\n      train:")
+        );
     }
 
     #[test]
@@ -245,6 +266,8 @@ max_steps: 3
         assert!(errors_of("training.eval_steps: 5")[0].contains("nothing to evaluate on"));
         assert!(errors_of("training: {lr_scheduler_type: constant, warmup_steps: 5}")[0].contains("no warm-up"));
         assert!(errors_of("fsdp: {offload_params: true, resident_units: 3}")[0].contains("contradicts"));
+        let tokens = errors_of("data: {max_length: 16777216}\ntraining: {per_device_train_batch_size: 65536}");
+        assert!(tokens[0].contains("data.max_length 16777216 times training.per_device_train_batch_size 65536"));
         assert_eq!(errors_of("lora: {adapter: a, r: 8, use_rslora: true}").len(), 2);
     }
 
@@ -258,24 +281,94 @@ max_steps: 3
     }
 
     #[test]
-    fn other_commands_need_only_a_model() {
-        let dir = TempDir::new().unwrap();
-        let set = |text: &str| for_model(dir.path(), &[text.to_owned()]);
-        let job = set("quantization.load_in_4bit=false").unwrap();
-        assert_eq!((job.model.as_path(), job.quantization.load_in_4bit), (dir.path(), false));
-        set("fsdp.sharding_strategy=no_shard").unwrap();
-        assert!(set("training.learning_rate=1").unwrap_err().errors[0].contains("this command does not use it"));
-        assert!(set("model=x").unwrap_err().errors[0].contains("given by --model already"));
-        assert!(for_model(Path::new("/nowhere"), &[]).unwrap_err().errors[0].contains("not a directory"));
+    fn decided_values_are_of_every_key_and_one_spelling() {
+        let job =
+            recipe(GOOD, &["training.learning_rate='1e-4'", "lora.target_modules=q_proj", "fsdp.vram_budget=1KiB"]);
+        let values = job.unwrap().values();
+        assert_eq!(values.len(), keys::ALL.len());
+        let of = |path: &str| values[path].to_string();
+        for (path, value) in [
+            ("training.seed", "42"),
+            ("training.learning_rate", "0.0001"),
+            ("lora.target_modules", "[\"q_proj\"]"),
+            ("data.packing", "\"true\""),
+            ("data.eval", "null"),
+            ("fsdp.resident_units", "\"auto\""),
+            ("fsdp.vram_budget", "1024"),
+            ("quantization.bnb_4bit_quant_type", "\"nf4\""),
+            ("quantization.bnb_4bit_use_double_quant", "null"),
+        ] {
+            assert_eq!(of(path), value, "{path}");
+        }
+        // Written out, they are the same job; the model's folder was a temporary one.
+        let written = |(path, value): (&String, &Value)| format!("{path}={value}");
+        let set: Vec<String> = values.iter().map(written).chain(["model=.".into()]).collect();
+        let mut again = recipe("", &set.iter().map(|set| &set[..]).collect::<Vec<_>>()).unwrap().values();
+        again.insert("model".into(), values["model"].clone());
+        assert_eq!(again, values);
     }
 
     #[test]
-    fn benchmarks_refuse_keys_that_they_do_not_use() {
-        let set = ["fsdp.accumulation=micro_batch".to_string()];
-        assert_eq!(for_bench(&set).unwrap().fsdp.accumulation, Accumulation::MicroBatch);
-        assert!(for_device_bench(&set).unwrap_err().errors[0].starts_with("fsdp.accumulation: this command"));
-        let set = ["quantization.bnb_4bit_compute_dtype=float16".to_string()];
-        assert_eq!(for_device_bench(&set).unwrap().quantization.compute_dtype, ComputeDtype::Float16);
+    fn what_another_key_decides_is_null() {
+        let of = |set: &[&str], path: &str| recipe(GOOD, set).unwrap().values()[path].to_string();
+        assert_eq!(of(&["training.max_steps=5"], "training.num_train_epochs"), "null");
+        assert_eq!(of(&["training.global_batch_size=5"], "training.gradient_accumulation_steps"), "null");
+        assert_eq!(of(&["training.lr_scheduler_type=constant"], "training.warmup_steps"), "null");
+        assert_eq!(of(&["lora.adapter=."], "lora.r"), "null");
+        assert_eq!(of(&["data.packing=wrapped"], "data.overlong"), "\"split\"");
+    }
+
+    fn eval(dir: &Path, set: &[&str]) -> Result<Job, RecipeError> {
+        let given = vec![("model", dir.to_string_lossy().into()), ("data.max_length", 64.into())];
+        from_options(Command::Eval, given, &set.iter().map(|text| text.to_string()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn other_commands_read_their_keys_and_refuse_the_rest() {
+        let dir = TempDir::new().unwrap();
+        let job = eval(dir.path(), &["quantization.load_in_4bit=false"]).unwrap();
+        assert_eq!((job.model.as_path(), job.quantization.load_in_4bit), (dir.path(), false));
+        assert_eq!((job.data.max_length, &job.values()["data.max_length"]), (64, &64.into()));
+        assert!(!job.values().contains_key("training.seed"), "eval has none");
+        for (set, expected) in [
+            ("training.seed=1", "training.seed: eval does not read it, remove it"),
+            ("lora.adapter=out", "lora.adapter: eval takes it from --adapter, not from --set"),
+            ("data.max_length=5", "data.max_length: eval takes it from --max-length, not from --set"),
+            ("model=x", "model: eval takes it from --model, not from --set"),
+        ] {
+            assert_eq!(eval(dir.path(), &[set]).unwrap_err().errors, [expected]);
+        }
+        let error = eval(Path::new("/nowhere"), &[]).unwrap_err();
+        assert!(error.errors[0].contains("not a directory"), "{error}");
+        let error = from_options(Command::BenchStep, vec![("data.max_length", 1.into())], &[]).unwrap_err();
+        assert_eq!(error.errors, ["--seq: found 1, allowed: an integer from 2 to 16777216"]);
+    }
+
+    /// Every key is read somewhere, and no command reads a key in two ways.
+    #[test]
+    fn readers_and_options_do_not_overlap() {
+        for key in keys::ALL {
+            assert!(!key.readers.is_empty(), "{}", key.path);
+            for command in Command::ALL {
+                let option = command.options().iter().any(|(path, _)| *path == key.path);
+                assert!(!(option && key.readers.contains(&command)), "{} {command:?}", key.path);
+                let name = command.name_of(key.path);
+                assert_eq!(name.is_some(), option || key.readers.contains(&command), "{}", key.path);
+            }
+        }
+        let is_known = |(path, _): &(&str, &str)| keys::ALL.iter().any(|key| key.path == *path);
+        assert!(Command::ALL.iter().all(|command| command.options().iter().all(is_known)));
+    }
+
+    #[test]
+    fn plan_takes_the_recipe_of_train_and_its_own_overrides() {
+        let dir = TempDir::new().unwrap();
+        let path = dir.path().join("recipe.yaml");
+        let yaml = format!("{GOOD}training: {{seed: 1, max_steps: 5}}\n");
+        fs::write(&path, yaml.replace("MODEL", &dir.path().display().to_string())).unwrap();
+        let plan = |set: &str| load(&path, Command::Plan, &[set.to_string()]);
+        assert_eq!(plan("lora.r=8").unwrap().lora.r, 8);
+        assert_eq!(plan("training.seed=2").unwrap_err().errors, ["training.seed: plan does not read it, remove it"]);
     }
 
     #[test]
@@ -286,13 +379,13 @@ max_steps: 3
         assert!(!recipes.is_empty());
         for path in recipes {
             let model = format!("model={}", dir.path().display());
-            load(&path, &[model]).unwrap_or_else(|error| panic!("{error}"));
+            load(&path, Command::Train, &[model]).unwrap_or_else(|error| panic!("{error}"));
         }
     }
 
     #[test]
     fn help_has_every_key() {
-        assert_eq!(help().lines().count(), 2 * keys::ALL.len());
-        assert!(help().contains("default 1.0e-4; allowed: a number of at least 0"));
+        assert_eq!(help().lines().count(), 3 * keys::ALL.len());
+        assert!(help().contains("default 1.0e-4; allowed: a number above 0"));
     }
 }

@@ -1,14 +1,20 @@
 //! What was written, as one flat list: dotted key to value, from the YAML text and then from `--set key=value`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value;
 
+use super::command::Command;
 use super::keys::{self, Key, KeyInfo};
 
 /// The keys that were written, with their values, and what was wrong about them.
+#[derive(Default)]
 pub(super) struct Written {
     values: BTreeMap<String, Value>,
+    /// Keys that `--set` has written.
+    overridden: BTreeSet<String>,
+    /// Keys that an option of the command line has given.
+    given: BTreeSet<String>,
     pub errors: Vec<String>,
     /// Whether the text is YAML.
     pub is_read: bool,
@@ -17,7 +23,7 @@ pub(super) struct Written {
 impl Written {
     /// `yaml` is the text of a recipe, `overrides` are `key=value` with YAML values; the last one holds.
     pub fn new(yaml: &str, overrides: &[String]) -> Self {
-        let mut written = Self { values: BTreeMap::new(), errors: Vec::new(), is_read: true };
+        let mut written = Self { is_read: true, ..Self::default() };
         match serde_saphyr::from_str::<Value>(yaml) {
             Ok(value) => written.add(String::new(), value, false),
             Err(error) => {
@@ -48,28 +54,39 @@ impl Written {
             }
             // A section with nothing in it.
             Value::Null if is_section => {}
-            value if path.is_empty() => self.errors.push(format!("found {value}, a recipe is a mapping of keys")),
-            value if is_section => self.errors.push(format!("{path}: found {value}, this is a mapping of keys")),
+            value if path.is_empty() => {
+                self.errors.push(format!("found {}, a recipe is a mapping of keys", shortened(&value)))
+            }
+            value if is_section => {
+                self.errors.push(format!("{path}: found {}, this is a mapping of keys", shortened(&value)))
+            }
             value => {
                 if self.values.contains_key(&path) && !is_override {
                     self.errors.push(format!("{path}: is there twice"));
+                }
+                if is_override {
+                    self.overridden.insert(path.clone());
                 }
                 self.values.insert(path, value);
             }
         }
     }
 
-    /// Sets a key from elsewhere on the command line.
-    pub fn set<T>(&mut self, key: &Key<T>, value: Value) {
-        self.values.insert(key.path.to_owned(), value);
+    /// Sets a key that an option of the command line gives.
+    pub fn give(&mut self, command: Command, path: &'static str, value: Value) {
+        if self.has(path) {
+            self.errors.push(not_read(command, path));
+        }
+        self.given.insert(path.to_owned());
+        self.values.insert(path.to_owned(), value);
     }
 
     /// Whether the key was written, be it with its default.
-    pub fn has<T>(&self, key: &Key<T>) -> bool {
-        self.values.contains_key(key.path)
+    pub fn has(&self, path: &str) -> bool {
+        self.values.contains_key(path)
     }
 
-    /// Value of a key, else its default; nothing if what was written is not allowed, which [`Self::check`] has said.
+    /// Value of a key, else its default; `None` if what was written is not allowed, which [`Self::check`] has said.
     pub fn get<T>(&self, key: &Key<T>) -> Option<T> {
         match self.values.get(key.path) {
             Some(value) => (key.read)(value),
@@ -77,10 +94,17 @@ impl Written {
         }
     }
 
-    /// Checks each key that was written. `only`: the keys, or sections, that the command looks at.
-    pub fn check(&mut self, only: Option<&[&str]>) {
+    /// Checks each key that was written. What is in a recipe is for `train`; what is on the command line is for this command.
+    pub fn check(&mut self, command: Command) {
         let problem = |(path, value): (&String, &Value)| match keys::ALL.iter().find(|key| key.path == path) {
-            Some(key) => check_value(key, value).or_else(|| check_used(path, only?)),
+            Some(key) if self.given.contains(path) => {
+                check_value(key, command.name_of(key.path).unwrap_or(key.path), value)
+            }
+            Some(key) => {
+                let reader = if self.overridden.contains(path) { command } else { Command::Train };
+                let is_read = key.readers.contains(&reader);
+                check_value(key, path, value).or_else(|| (!is_read).then(|| not_read(reader, path)))
+            }
             None if keys::KEYS_NOT_YET.contains(&path.as_str()) => {
                 Some(format!("{path}: not supported yet, remove it"))
             }
@@ -96,19 +120,38 @@ fn first_line(error: &serde_saphyr::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
-fn check_value(key: &KeyInfo, value: &Value) -> Option<String> {
+/// `name` is how the user knows the key.
+fn check_value(key: &KeyInfo, name: &str, value: &Value) -> Option<String> {
     if (key.is_allowed)(value) {
         return None;
     }
-    let path = key.path;
-    let not_yet = keys::VALUES_NOT_YET.iter().any(|&(p, v)| p == path && value.as_str() == Some(v));
-    let reason = if not_yet { " (not supported yet)" } else { "" };
-    Some(format!("{path}: found {value}{reason}, allowed: {}", key.allowed.join(", ")))
+    let not_yet = keys::VALUES_NOT_YET.iter().any(|&(path, v)| path == key.path && value.as_str() == Some(v));
+    let reason = match (not_yet, keys::why_no_path(value)) {
+        (true, _) => " (not supported yet)".into(),
+        (false, Some(why)) => format!(" ({why})"),
+        (false, None) => String::new(),
+    };
+    Some(format!("{name}: found {}{reason}, allowed: {}", shortened(value), key.allowed.join(", ")))
 }
 
-fn check_used(path: &str, only: &[&str]) -> Option<String> {
-    let is_used = only.iter().any(|known| path == *known || known.ends_with('.') && path.starts_with(known));
-    (!is_used).then(|| format!("{path}: this command does not use it"))
+/// A value as JSON, its end left out where it is long.
+fn shortened(value: &Value) -> String {
+    const LONGEST: usize = 200;
+    let text = value.to_string();
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
+}
+
+/// A key that a command does not read after `--set`, and what does its work there.
+fn not_read(command: Command, path: &str) -> String {
+    let option = command.options().iter().find(|(key, _)| *key == path);
+    let (name, option) = (command.name(), option.map(|(_, option)| option));
+    match option {
+        Some(option) => format!("{path}: {name} takes it from {option}, not from --set"),
+        None => format!("{path}: {name} does not read it, remove it"),
+    }
 }
 
 /// The known key that takes the fewest edits, its section counted or not.

@@ -15,7 +15,7 @@ use crate::model::batch::MicroBatch;
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
-use crate::recipe::TrainingJob;
+use crate::recipe::{Steps, TrainingJob};
 
 use super::log::{Log, duration};
 use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
@@ -29,6 +29,7 @@ const REPLICA_CHECK_STEPS: usize = 100;
 pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub engine: &'a mut Engine<D, Q>,
     pub job: &'a TrainingJob,
+    pub steps: &'a Steps,
     pub train: &'a Dataset,
     pub eval: Option<&'a Dataset>,
     /// `None` on all ranks but the first.
@@ -50,13 +51,6 @@ struct Progress {
 }
 
 impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
-    /// Steps of the whole run.
-    pub fn num_steps(&self) -> usize {
-        let samples = self.job.num_train_epochs * self.train.sequences.len() as f64;
-        let of_epochs = (samples / self.global_batch_size() as f64).ceil().max(1.0) as usize;
-        self.job.max_steps.unwrap_or(of_epochs)
-    }
-
     fn global_batch_size(&self) -> usize {
         self.job.global_batch_size(self.engine.queue.world_size())
     }
@@ -64,7 +58,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     /// Trains from the first step to the last, with an evaluation before and after. Fails at the first loss or gradient that is not
     /// finite, before it is applied.
     pub fn run(mut self) -> Result<()> {
-        let (num_steps, rank) = (self.num_steps(), self.engine.queue.rank());
+        let (num_steps, rank) = (self.steps.num_steps, self.engine.queue.rank());
         let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
         self.evaluate(0)?;
         let start = Instant::now();
@@ -125,7 +119,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     fn update(&self, step_idx: usize, num_steps: usize, num_updates: u32, loss_scale: f32) -> Update {
         let job = self.job;
         Update {
-            learning_rate: job.learning_rate * job.lr_scheduler.factor(step_idx, job.warmup_steps, num_steps),
+            learning_rate: job.learning_rate * job.lr_scheduler.factor(step_idx, self.steps.warmup_steps, num_steps),
             beta1: job.adam_beta1,
             beta2: job.adam_beta2,
             epsilon: job.adam_epsilon,

@@ -1,10 +1,14 @@
 //! LoRA adapters as PEFT stores them: `adapter_config.json` and `adapter_model.safetensors`.
 
+mod config;
 mod read;
 mod write;
 
+pub use config::remarks;
 pub use read::load;
 pub use write::{check_room, save};
+
+use serde_json::Value;
 
 use crate::model::config::ModelConfig;
 use crate::model::lora::{LoraConfig, LoraEntry, LoraLayout};
@@ -31,6 +35,8 @@ pub struct AdapterSettings {
     pub dropout: f32,
     pub use_rslora: bool,
     pub targets: Vec<Projection>,
+    /// How PEFT drew its first values; kept for the file that is saved.
+    pub init_lora_weights: Value,
 }
 
 impl AdapterSettings {
@@ -90,7 +96,7 @@ fn matrices(entry: &LoraEntry) -> [(&'static str, std::ops::Range<usize>, [usize
 mod tests {
     use std::path::Path;
 
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 
@@ -100,7 +106,14 @@ mod tests {
 
     fn settings() -> AdapterSettings {
         let targets = vec![Projection::Q, Projection::Down];
-        AdapterSettings { lora_rank: 4, alpha: 8.0, dropout: 0.05, use_rslora: true, targets }
+        AdapterSettings {
+            lora_rank: 4,
+            alpha: 8.0,
+            dropout: 0.05,
+            use_rslora: true,
+            targets,
+            init_lora_weights: "eva".into(),
+        }
     }
 
     #[test]
@@ -134,6 +147,27 @@ mod tests {
         let path = dir.path().join(CONFIG_FILE);
         let text = std::fs::read_to_string(&path).unwrap();
         std::fs::write(&path, text.replace("\"use_dora\": false", "\"use_dora\": true")).unwrap();
-        assert!(format!("{:#}", load(dir.path(), &config()).unwrap_err()).contains("use_dora is true"));
+        assert!(format!("{:#}", load(dir.path(), &config()).unwrap_err()).contains("use_dora: found true"));
+    }
+
+    #[test]
+    fn a_config_that_contradicts_the_tensors_is_refused_with_both() {
+        let dir = tempfile::tempdir().unwrap();
+        save(&fresh(settings(), &config(), 1), &config(), Path::new("base"), dir.path()).unwrap();
+        let path = dir.path().join(CONFIG_FILE);
+        let whole: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        for (key, value, words) in [
+            ("r", json!(8), ["r is 8", "[4, 64]"]),
+            ("target_modules", json!(["q_proj"]), ["layers.0.mlp.down_proj", "do not name"]),
+            ("target_modules", json!("all-linear"), ["layers.0.self_attn.k_proj", "no tensors"]),
+            ("target_modules", json!(["q_proj", "down_proj", "lm_head"]), ["lm_head", "projections of layers"]),
+            ("exclude_modules", json!(["layers.1.mlp.down_proj"]), ["layers.1.mlp.down_proj", "do not name"]),
+        ] {
+            let mut changed = whole.clone();
+            changed[key] = value;
+            std::fs::write(&path, changed.to_string()).unwrap();
+            let error = format!("{:#}", load(dir.path(), &config()).unwrap_err());
+            assert!(words.iter().all(|word| error.contains(word)), "{words:?} in {error}");
+        }
     }
 }

@@ -1,37 +1,33 @@
 //! Reading an adapter: which tensors are there, and what `adapter_config.json` says about them.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
-use serde_json::{Map, Value};
 
+use super::config::PeftConfig;
 use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, matrices, tensor_name};
 use crate::checkpoint::source::map;
 use crate::model::config::ModelConfig;
 use crate::model::lora::LoraLayout;
-use crate::model::names::Projection;
+use crate::model::names::{self, Projection};
 
 /// Reads a PEFT adapter for this model. Every tensor must be there, and none may be left over.
+///
+/// # Errors
+/// The files cannot be read, or contradict each other or the model; `adapter_config.json` has what is not implemented.
 pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
-    let config_path = dir.join(CONFIG_FILE);
-    let text = std::fs::read(&config_path).with_context(|| config_path.display().to_string())?;
-    let peft: Map<String, Value> = serde_json::from_slice(&text).with_context(|| config_path.display().to_string())?;
+    let peft = PeftConfig::load(dir)?;
     let path = dir.join(TENSORS_FILE);
     let file = map(&path)?;
     let tensors = SafeTensors::deserialize(&file).with_context(|| path.display().to_string())?;
-    let mut left: std::collections::BTreeSet<String> = tensors.names().into_iter().map(str::to_string).collect();
-    let targets: Vec<Projection> =
-        Projection::ALL.into_iter().filter(|&p| left.contains(&tensor_name(0, p, "A"))).collect();
-    ensure!(
-        !targets.is_empty(),
-        "{}: no LoRA matrix of layer 0 ({}, …)",
-        path.display(),
-        tensor_name(0, Projection::Q, "A")
-    );
-    let settings = settings(&peft, targets).with_context(|| config_path.display().to_string())?;
+    let mut left: BTreeSet<String> = tensors.names().into_iter().map(str::to_string).collect();
+    let targets = targets(&peft, &left, config).with_context(|| dir.display().to_string())?;
+    let settings = AdapterSettings { targets, ..peft.settings };
+    check_rank(&tensors, &settings).with_context(|| dir.display().to_string())?;
     let layout = LoraLayout::new(config, &settings.lora_config());
     let mut layers = Vec::new();
     for layer in 0..config.num_hidden_layers {
@@ -46,57 +42,60 @@ pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
         }
         layers.push(values);
     }
-    ensure!(left.is_empty(), "{}: tensors that this model has no place for: {left:?}", path.display());
+    ensure!(left.is_empty(), "{}: tensors that this model has no place for: {}", path.display(), some_of(&left));
     Ok(Adapter { settings, layers })
 }
 
-/// Reads the numbers; what changes the math and is not done here is refused by name.
-fn settings(peft: &Map<String, Value>, targets: Vec<Projection>) -> Result<AdapterSettings> {
-    let is_off = |v: &Value| {
-        v.is_null()
-            || v == false
-            || v == "none"
-            || v.as_object().is_some_and(Map::is_empty)
-            || v.as_array().is_some_and(Vec::is_empty)
-    };
-    let refused = [
-        "use_dora",
-        "use_qalora",
-        "use_bdlora",
-        "modules_to_save",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "bias",
-        "lora_bias",
-        "layer_replication",
-        "trainable_token_indices",
-        "target_parameters",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "megatron_config",
-    ];
-    for key in refused {
-        if let Some(value) = peft.get(key).filter(|v| !is_off(v)) {
-            bail!("{key} is {value}; allowed: what leaves plain LoRA on the seven projections");
+/// The projections that have an adapter in layer 0, the same as in all layers. The file of tensors and `target_modules` must agree on
+/// every module.
+fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, config: &ModelConfig) -> Result<Vec<Projection>> {
+    for module in ["lm_head", "model.embed_tokens"] {
+        ensure!(
+            !peft.targets(module)?,
+            "{CONFIG_FILE}: target_modules: {module} is one; allowed: projections of layers"
+        );
+    }
+    let has_tensors = |layer: usize, p: Projection| tensors.contains(&tensor_name(layer, p, "A"));
+    for layer in 0..config.num_hidden_layers {
+        for projection in Projection::ALL {
+            let module = names::module(layer, projection);
+            match (peft.targets(&module)?, has_tensors(layer, projection), has_tensors(0, projection)) {
+                (true, true, true) | (false, false, false) => {}
+                (true, false, _) => {
+                    bail!("{TENSORS_FILE}: no tensors for {module}, which target_modules of {CONFIG_FILE} name")
+                }
+                (false, true, _) => {
+                    bail!("{TENSORS_FILE}: tensors for {module}, which target_modules of {CONFIG_FILE} do not name")
+                }
+                _ => bail!("{module}: only some layers have an adapter there; allowed: all or none"),
+            }
         }
     }
-    let peft_type = peft.get("peft_type").and_then(Value::as_str).unwrap_or("(none)");
-    ensure!(peft_type == "LORA", "peft_type is {peft_type}; allowed: LORA");
-    let number =
-        |key: &str| peft.get(key).and_then(Value::as_f64).with_context(|| format!("{key} is missing or no number"));
-    let lora_rank = number("r")? as usize;
-    ensure!(lora_rank > 0, "r is 0");
-    let use_rslora = peft.get("use_rslora").is_some_and(|v| v == true);
-    Ok(AdapterSettings {
-        lora_rank,
-        alpha: number("lora_alpha")?,
-        dropout: number("lora_dropout").unwrap_or(0.0) as f32,
-        use_rslora,
-        targets,
-    })
+    let targets: Vec<Projection> = Projection::ALL.into_iter().filter(|&p| has_tensors(0, p)).collect();
+    ensure!(
+        !targets.is_empty(),
+        "{TENSORS_FILE}: no LoRA matrix of layer 0 ({}, …)",
+        tensor_name(0, Projection::Q, "A")
+    );
+    Ok(targets)
+}
+
+/// Compares r with the tensors before anything of that size is made.
+fn check_rank(tensors: &SafeTensors<'_>, settings: &AdapterSettings) -> Result<()> {
+    let name = tensor_name(0, settings.targets[0], "A");
+    let shape = tensors.tensor(&name)?.shape().to_vec();
+    let rank = settings.lora_rank;
+    ensure!(
+        shape.first() == Some(&rank),
+        "r is {rank} in {CONFIG_FILE}, and {name} of {TENSORS_FILE} has shape {shape:?}"
+    );
+    Ok(())
+}
+
+/// The first of some names, and how many there are.
+fn some_of(names: &BTreeSet<String>) -> String {
+    let first = names.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+    if names.len() > 5 { format!("{first}, … ({} in all)", names.len()) } else { first }
 }
 
 fn read(view: &TensorView<'_>, shape: [usize; 2], out: &mut [f32]) -> Result<()> {

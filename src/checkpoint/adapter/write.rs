@@ -46,7 +46,7 @@ pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) ->
         "bias": "none",
         "fan_in_fan_out": false,
         "inference_mode": true,
-        "init_lora_weights": true,
+        "init_lora_weights": settings.init_lora_weights,
         "modules_to_save": null,
         "target_modules": settings.targets.iter().map(|p| p.name()).collect::<Vec<_>>(),
     });

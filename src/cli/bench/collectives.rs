@@ -16,7 +16,7 @@ use crate::comm::mpi::MpiComm;
 use crate::comm::{Delays, Gather, Queue, ShardSource, TrainableBuffers};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Ops, Place};
-use crate::recipe;
+use crate::recipe::{self, Command, ComputeDtype};
 
 #[derive(Args)]
 pub struct CollectiveBench {
@@ -28,10 +28,10 @@ pub struct CollectiveBench {
 const REPEATS: usize = 5;
 
 pub fn run(start: &Start, args: &CollectiveBench, overrides: &[String]) -> Result<()> {
-    let job = recipe::for_device_bench(overrides)?;
+    recipe::from_options(Command::BenchCollectives, Vec::new(), overrides)?;
     ensure!(start.world.world_size > 1, "bench collectives: one rank; start several, e.g. mpirun -np 2");
     let mut comm = MpiComm::new(start.world)?;
-    match start.place(&mut comm, job.quantization.compute_dtype)? {
+    match start.place(&mut comm, ComputeDtype::Auto)? {
         Placement::Cpu(cpu) => {
             let queue = HostQueue::new(comm.into_groups(start.world.world_size)?, Delays::default())?;
             all_sizes(start, args, &cpu, queue)

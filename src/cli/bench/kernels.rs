@@ -14,7 +14,7 @@ use crate::device::{Buffer, Element, Ops, View, ViewMut};
 use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::quant::record::Encoding;
-use crate::recipe;
+use crate::recipe::{self, Command, Job};
 
 #[derive(Args)]
 pub struct KernelBench {
@@ -22,27 +22,27 @@ pub struct KernelBench {
     #[arg(long)]
     shape: String,
     /// Tokens of one sequence
-    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 4096)]
     seq: u32,
 }
 
-const LORA_RANK: usize = 16;
 /// Timed batches of calls, of which the median counts, and about how long one lasts.
 const BATCHES: usize = 5;
 const BATCH_SECONDS: f64 = 0.02;
 
 pub fn run(start: &Start, args: &KernelBench, overrides: &[String]) -> Result<()> {
-    let job = recipe::for_device_bench(overrides)?;
+    let given = vec![("data.max_length", args.seq.into())];
+    let job = recipe::from_options(Command::BenchKernels, given, overrides)?;
     let config = super::shape(&args.shape, None)?;
     let mut comm = MpiComm::new(start.world)?;
-    let placement = start.place(&mut comm, job.quantization.compute_dtype)?;
+    let placement = start.place_for(&mut comm, &job, &config)?;
     if !start.log.enabled {
         return Ok(());
     }
     match placement {
-        Placement::Cpu(cpu) => Timer::new(&cpu)?.all(&config, args.seq as usize),
-        Placement::Bf16(cuda, _) => Timer::new(&cuda)?.all(&config, args.seq as usize),
-        Placement::Fp16(cuda, _) => Timer::new(&cuda)?.all(&config, args.seq as usize),
+        Placement::Cpu(cpu) => Timer::new(&cpu)?.all(&config, &job),
+        Placement::Bf16(cuda, _) => Timer::new(&cuda)?.all(&config, &job),
+        Placement::Fp16(cuda, _) => Timer::new(&cuda)?.all(&config, &job),
     }
 }
 
@@ -147,13 +147,14 @@ impl<'a, D: Ops> Timer<'a, D> {
         Ok(())
     }
 
-    fn all(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
-        self.products(config, tokens)?;
-        self.dequantize(config)?;
+    fn all(&self, config: &ModelConfig, job: &Job) -> Result<()> {
+        let (tokens, lora_rank) = (job.data.max_length, job.lora.r);
+        self.products(config, tokens, lora_rank)?;
+        self.dequantize(config, job.quantization.double_quant.unwrap_or(true))?;
         self.rows(config, tokens)?;
         self.mlp(config, tokens)?;
         self.attention(config, tokens)?;
-        self.head(config, tokens)
+        self.head(config, tokens, lora_rank)
     }
 
     /// c = a · b + beta · c, b transposed or not.
@@ -169,9 +170,9 @@ impl<'a, D: Ops> Timer<'a, D> {
         self.device.gemm(Gemm { c, a, b, transpose_a: Transpose::No, transpose_b, m, n, k, alpha: 1.0, beta })
     }
 
-    fn products(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+    fn products(&self, config: &ModelConfig, tokens: usize, r: usize) -> Result<()> {
         use Transpose::{No, Yes};
-        let (d, alpha, r) = (self.device, 1.0, LORA_RANK);
+        let (d, alpha) = (self.device, 1.0);
         for projection in [Projection::Q, Projection::Gate, Projection::Down] {
             let [n, k] = projection.shape(config);
             let (x, mut y) = (self.act(tokens * k)?, self.act(tokens * n)?);
@@ -210,9 +211,9 @@ impl<'a, D: Ops> Timer<'a, D> {
         Ok(())
     }
 
-    fn dequantize(&self, config: &ModelConfig) -> Result<()> {
+    fn dequantize(&self, config: &ModelConfig, double_quant: bool) -> Result<()> {
         let (len, encoding) =
-            (Projection::Gate.shape(config).iter().product::<usize>(), Encoding::Nf4 { double_quant: true });
+            (Projection::Gate.shape(config).iter().product::<usize>(), Encoding::Nf4 { double_quant });
         let (records, mut weights) = (self.buffer::<u8>(encoding.tensor_bytes(len))?, self.buffer::<D::Act>(len)?);
         let bytes = (records.len() + len * size_of::<D::Act>()) as f64;
         self.time("dequantize gate_proj", Amount::Bytes(bytes), || {
@@ -308,7 +309,7 @@ impl<'a, D: Ops> Timer<'a, D> {
         })
     }
 
-    fn head(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+    fn head(&self, config: &ModelConfig, tokens: usize, lora_rank: usize) -> Result<()> {
         let (d, hidden) = (self.device, config.hidden_size);
         let rows = crate::fsdp::unit::HEAD_PIECE_ROWS.min(config.vocab_size);
         let (x, weight, target_ids) =
@@ -329,7 +330,7 @@ impl<'a, D: Ops> Timer<'a, D> {
                 first_id: 0,
             })
         })?;
-        let len = Projection::Gate.shape(config).iter().sum::<usize>() * LORA_RANK;
+        let len = Projection::Gate.shape(config).iter().sum::<usize>() * lora_rank;
         let mut state = [self.f32s(len)?, self.f32s(len)?, self.f32s(len)?];
         let grad = self.f32s(len)?;
         self.time("adamw", Amount::Bytes((7 * 4 * len) as f64), || {

@@ -4,16 +4,16 @@ mod collectives;
 mod kernels;
 mod step;
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::Subcommand;
+use serde_json::Value;
 
 use super::start::Start;
 use super::usage;
 use crate::device::{Arena, Buffer, Element, Ops};
 use crate::model::config::ModelConfig;
 use crate::model::shapes;
+use crate::recipe;
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -34,13 +34,26 @@ pub fn run(start: &Start, bench: &Bench, overrides: &[String]) -> Result<()> {
 }
 
 /// The configuration that `--shape` names, with fewer layers when `layers` says so.
-pub fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
-    let folder = PathBuf::from(name);
-    if !folder.join("config.json").exists() {
-        return shapes::named(name, layers).map_err(|error| usage(&error.to_string()));
+pub fn shape(name: &str, layers: Option<u32>) -> Result<ModelConfig> {
+    let folder = recipe::read_path(name).map_err(|error| usage(&format!("--shape: found {name}: {error}")))?;
+    let config = match folder.join("config.json").exists() {
+        true => ModelConfig::load(&folder)?,
+        false => shapes::named(name, None).map_err(|error| usage(&error.to_string()))?,
+    };
+    let all = config.num_hidden_layers;
+    match layers.map_or(all, |layers| layers as usize) {
+        layers if (1..=all).contains(&layers) => Ok(ModelConfig { num_hidden_layers: layers, ..config }),
+        layers => Err(usage(&format!("--layers: found {layers}, allowed: 1 to the {all} of {name}"))),
     }
-    let config = ModelConfig::load(&folder)?;
-    Ok(ModelConfig { num_hidden_layers: layers.unwrap_or(config.num_hidden_layers), ..config })
+}
+
+/// Keys that sizes on the command line stand for: tokens of a sequence, sequences of a micro-batch, micro-batches of a step.
+pub fn given([seq, micro_batch, accum]: [u32; 3]) -> Vec<(&'static str, Value)> {
+    vec![
+        ("data.max_length", seq.into()),
+        ("training.per_device_train_batch_size", micro_batch.into()),
+        ("training.gradient_accumulation_steps", accum.into()),
+    ]
 }
 
 /// A buffer of its own, cleared.

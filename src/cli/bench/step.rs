@@ -12,7 +12,7 @@ use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::{Limits, Residency};
+use crate::fsdp::memory::Residency;
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
@@ -21,13 +21,13 @@ use crate::model::names::Projection;
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
-use crate::recipe;
+use crate::recipe::{self, Command, Job};
 use crate::train::fault;
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
+use super::super::asked::{adapter_settings, check_adapter_bytes, nf4_double_quant, step_limits};
 use super::super::start::{Placement, Setup, Start, Work, check_folder_of};
-use super::super::usage;
 use super::kernels;
 
 #[derive(Args)]
@@ -37,39 +37,37 @@ pub struct StepBench {
     shape: String,
     /// Fewer layers than the shape has
     #[arg(long)]
-    layers: Option<usize>,
+    layers: Option<u32>,
     /// Sequences of a micro-batch
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1)]
     micro_batch: u32,
     /// Tokens of a sequence
-    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, default_value_t = 1024)]
     seq: u32,
     /// Micro-batches of a step on each rank
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 1)]
     accum: u32,
     /// Timed steps, after two that warm up
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
     steps: u32,
-    #[arg(long, default_value_t = 0.05)]
-    dropout: f32,
     /// Write a trace of the last step, which is not timed, for <https://ui.perfetto.dev>
-    #[arg(long)]
+    #[arg(long, value_parser = recipe::read_path)]
     trace: Option<PathBuf>,
 }
 
 const WARM_UP_STEPS: u32 = 2;
 
 pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> {
-    let job = recipe::for_bench(overrides)?;
-    if !(0.0..1.0).contains(&args.dropout) {
-        return Err(usage(&format!("--dropout: found {}; allowed: 0 to below 1", args.dropout)));
-    }
+    let sizes = [args.seq, args.micro_batch, args.accum];
+    let job = recipe::from_options(Command::BenchStep, super::given(sizes), overrides)?;
     args.trace.as_deref().map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let config = super::shape(&args.shape, args.layers)?;
     let mut comm = MpiComm::new(start.world)?;
-    let placement = start.place_for(&mut comm, &job)?;
+    let settings = adapter_settings(&job.lora);
+    check_adapter_bytes(&settings, &config)?;
+    let placement = start.place_for(&mut comm, &job, &config)?;
     let num_shards = start.num_shards(&job.fsdp)?;
-    let shard = start.world.rank % num_shards;
+    let (part, nf4) = ((start.world.rank % num_shards, num_shards), nf4_double_quant(&job));
     let log = start.log;
     let tell = move |line: String| log.line(line);
     let matrix_rate = match &placement {
@@ -78,24 +76,20 @@ pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> 
         Placement::Fp16(cuda, _) => kernels::matrix_rate(cuda),
     }?;
     let base = match &placement {
-        Placement::Cpu(cpu) => synthetic::base(cpu, config.clone(), shard, num_shards, tell),
-        Placement::Bf16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, tell),
-        Placement::Fp16(cuda, _) => synthetic::base(cuda, config.clone(), shard, num_shards, tell),
+        Placement::Cpu(cpu) => synthetic::base(cpu, config.clone(), nf4, part, tell),
+        Placement::Bf16(cuda, _) => synthetic::base(cuda, config.clone(), nf4, part, tell),
+        Placement::Fp16(cuda, _) => synthetic::base(cuda, config.clone(), nf4, part, tell),
     }?;
-    let adapter = adapter::fresh(synthetic::adapter_settings(args.dropout), &config, 42);
-    let max_tokens = (args.micro_batch * args.seq) as usize;
-    let limits = Limits {
-        max_length: args.seq as usize,
-        accumulation: job.fsdp.accumulation,
-        ..Limits::new(Mode::Train, max_tokens, args.accum as usize)
-    };
-    let setup = Setup { comm, base, adapter: Some(&adapter), limits, job: &job.fsdp };
-    start.with_engine(placement, setup, Steps { start, args, matrix_rate })
+    let adapter = adapter::fresh(settings, &config, 42);
+    let limits = step_limits(&job, start.world.world_size);
+    let setup = Setup { comm, base, adapter: Some(&adapter), limits, job: &job };
+    start.with_engine(placement, setup, Steps { start, args, job: &job, matrix_rate })
 }
 
 struct Steps<'a> {
     start: &'a Start<'a>,
     args: &'a StepBench,
+    job: &'a Job,
     /// FLOP/s of a large matrix product on this device.
     matrix_rate: f64,
 }
@@ -112,7 +106,14 @@ impl Work for Steps<'_> {
             engine.record_spans(step_idx > num_steps);
             fault::inject(start.world.rank, step_idx as usize)?;
             let batches: Vec<MicroBatch> = (0..args.accum)
-                .map(|m| batch(args, &config, u64::from(step_idx * args.accum + m), start.world.rank as u64))
+                .map(|m| {
+                    batch(
+                        args,
+                        &config,
+                        u64::from(step_idx) * u64::from(args.accum) + u64::from(m),
+                        start.world.rank as u64,
+                    )
+                })
                 .collect();
             let update = Update {
                 learning_rate: 1e-4,
@@ -159,7 +160,7 @@ impl Steps<'_> {
         losses: &[f64],
         (used_bytes, memory): (usize, &[f64]),
     ) -> Value {
-        let Steps { start, args, matrix_rate } = self;
+        let Steps { start, args, job, matrix_rate } = self;
         let (config, world_size) = (engine.config(), start.world.world_size);
         let median = |of: fn(&StepRecord) -> f64| {
             let mut values: Vec<f64> = records.iter().map(of).collect();
@@ -167,7 +168,8 @@ impl Steps<'_> {
             values[values.len() / 2]
         };
         let step_ms = median(|r| r.step_ms);
-        let tokens = f64::from(args.micro_batch * args.seq * args.accum) * world_size as f64;
+        let tokens =
+            [args.micro_batch, args.seq, args.accum].into_iter().map(f64::from).product::<f64>() * world_size as f64;
         let seconds = step_ms * 1e-3 * world_size as f64;
         let (limits, num_layers) = (*engine.limits(), config.num_hidden_layers);
         let (model, hardware) = flops_per_token(config, f64::from(args.seq), limits.keep);
@@ -180,7 +182,7 @@ impl Steps<'_> {
         json!({
             "shape": args.shape, "layers": config.num_hidden_layers, "micro_batch": args.micro_batch,
             "seq": args.seq, "accum": args.accum, "world_size": world_size,
-            "ranks_per_gpu": if D::IS_HOST { 1 } else { start.ranks_per_gpu }, "dropout": args.dropout,
+            "ranks_per_gpu": if D::IS_HOST { 1 } else { start.ranks_per_gpu }, "dropout": job.lora.dropout, "job": job.values(),
             "num_shards": engine.queue.position().num_shards, "accumulation": limits.accumulation.word(),
             "gather": limits.gather.word(), "keep": limits.keep.clamped(num_layers), "residency": residency,
             "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),

@@ -8,7 +8,7 @@ use super::launch::{Grid, args};
 use super::{Cuda, HalfType};
 
 /// Widths of a head that the kernels are made for.
-const HEAD_DIMS: [usize; 3] = [64, 96, 128];
+pub const HEAD_DIMS: [usize; 3] = [64, 96, 128];
 /// The kernels that have a block for so many queries (or keys) of a head, and its threads.
 const TILED_KERNELS: [&str; 3] = ["attention_forward", "attention_backward_queries", "attention_backward_keys"];
 const ROWS: usize = 128;

@@ -34,6 +34,7 @@ use half::{bf16, f16};
 
 use super::ops::*;
 use super::{Ops, View, ViewMut};
+pub use attention::HEAD_DIMS;
 use launch::{Grid, args};
 
 /// What a process takes of a GPU's memory before it has allocated anything: the driver's context, the kernels, cuBLAS and its

@@ -1,0 +1,371 @@
+//! `adapter_config.json`, by an allow-list: a key that PEFT 0.21 knows is read, harmless, or refused by name; an unknown one is refused.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use fancy_regex::Regex;
+use serde_json::{Map, Value, json};
+
+use super::{AdapterSettings, CONFIG_FILE};
+use crate::model::names::Projection;
+
+/// Keys that do not change what is computed: file keeping, and settings of what other keys would switch on.
+const HARMLESS: [&str; 16] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "inference_mode",
+    "layers_pattern",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "merge_weights",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+];
+
+/// Keys that would change what is computed, with the one value besides `null` that does not.
+fn neutral_values() -> [(&'static str, Value); 20] {
+    [
+        ("alora_invocation_tokens", json!([])),
+        ("alpha_pattern", json!({})),
+        ("arrow_config", json!({})),
+        ("bias", json!("none")),
+        ("enable_lora", json!([])),
+        ("fan_in_fan_out", json!(false)),
+        ("kasa_config", json!(null)),
+        ("layer_replication", json!([])),
+        ("layers_to_transform", json!([])),
+        ("lora_bias", json!(false)),
+        ("megatron_config", json!({})),
+        ("modules_to_save", json!([])),
+        ("monteclora_config", json!(null)),
+        ("rank_pattern", json!({})),
+        ("target_parameters", json!([])),
+        ("trainable_token_indices", json!([])),
+        ("use_bdlora", json!(null)),
+        ("use_dora", json!(false)),
+        ("use_qalora", json!(false)),
+        ("velora_config", json!(null)),
+    ]
+}
+
+/// Starts of an adapter that leave the base model and the training as they are.
+const INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
+
+/// Most that `r` may be; also the recipe's limit.
+const MAX_RANK: u64 = 1 << 16;
+
+/// Longest regular expression, in bytes.
+const MAX_PATTERN: usize = 1 << 14;
+
+/// What `adapter_config.json` says.
+pub(super) struct PeftConfig {
+    /// All but the targets, which the tensors tell.
+    pub settings: AdapterSettings,
+    targets: Modules,
+    excluded: Option<Modules>,
+}
+
+/// Modules as `target_modules` and `exclude_modules` name them.
+enum Modules {
+    AllLinear,
+    Pattern(Regex),
+    /// Whole names, or what stands behind a dot at their end.
+    Names(Vec<String>),
+}
+
+impl Modules {
+    /// As PEFT's `check_target_module_exists`.
+    fn contain(&self, module: &str) -> Result<bool> {
+        match self {
+            Self::AllLinear => Ok(Projection::ALL.iter().any(|p| module.ends_with(p.path()))),
+            Self::Pattern(pattern) => {
+                pattern.is_match(module).with_context(|| format!("{pattern}: too much work for {module}"))
+            }
+            Self::Names(names) => Ok(names.iter().any(|name| {
+                module.strip_suffix(name.as_str()).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+            })),
+        }
+    }
+
+    fn read(value: &Value) -> Option<Modules> {
+        match value {
+            Value::String(word) if word.eq_ignore_ascii_case("all-linear") => Some(Self::AllLinear),
+            Value::String(pattern) if pattern.len() <= MAX_PATTERN => {
+                Regex::new(&format!("^(?:{pattern})$")).ok().map(Self::Pattern)
+            }
+            Value::Array(names) => {
+                names.iter().map(|name| name.as_str().map(String::from)).collect::<Option<_>>().map(Self::Names)
+            }
+            _ => None,
+        }
+    }
+}
+
+/// The keys, each taken once; what is left was not understood.
+struct Keys {
+    map: Map<String, Value>,
+    problems: Vec<String>,
+}
+
+impl Keys {
+    /// The value of a key; `null` is absent.
+    fn take(&mut self, key: &str) -> Option<Value> {
+        self.map.remove(key).filter(|value| !value.is_null())
+    }
+
+    fn refuse(&mut self, key: &str, found: &Value, allowed: &str) {
+        let found: String = found.to_string().chars().take(200).collect();
+        self.problems.push(format!("{key}: found {found}, allowed: {allowed}"));
+    }
+
+    /// Reads a key; one without a default must be there. `None` where that is a problem.
+    fn read<T>(
+        &mut self,
+        key: &str,
+        default: Option<T>,
+        allowed: &str,
+        read: impl Fn(&Value) -> Option<T>,
+    ) -> Option<T> {
+        let Some(value) = self.take(key) else {
+            if default.is_none() {
+                self.problems.push(format!("{key}: missing, it must be {allowed}"));
+            }
+            return default;
+        };
+        let found = read(&value);
+        if found.is_none() {
+            self.refuse(key, &value, allowed);
+        }
+        found
+    }
+
+    /// Refuses what nobody took.
+    fn check_rest(&mut self) {
+        for (key, neutral) in neutral_values() {
+            match self.take(key) {
+                Some(found) if found != neutral => {
+                    self.refuse(key, &found, &format!("{neutral}; other values are not implemented"))
+                }
+                _ => {}
+            }
+        }
+        for (key, value) in std::mem::take(&mut self.map) {
+            if !value.is_null() && !HARMLESS.contains(&key.as_str()) {
+                self.refuse(&key, &value, "keys of PEFT's LoraConfig; remove it if it does not change the adapter");
+            }
+        }
+    }
+}
+
+impl PeftConfig {
+    /// Reads the file of a folder. The error names every key that cannot be honoured.
+    pub fn load(dir: &Path) -> Result<PeftConfig> {
+        let path = dir.join(CONFIG_FILE);
+        let mut keys = Keys { map: read_map(&path)?, problems: Vec::new() };
+        let config = Self::read(&mut keys);
+        keys.check_rest();
+        match config {
+            Some(config) if keys.problems.is_empty() => Ok(config),
+            _ => bail!("{}: this adapter cannot be used:\n  {}", path.display(), keys.problems.join("\n  ")),
+        }
+    }
+
+    fn read(keys: &mut Keys) -> Option<PeftConfig> {
+        // Every key is read before one that is wrong ends it.
+        let number = |value: &Value| value.as_f64().filter(|&x| (x as f32).is_finite());
+        let peft_type = keys.read("peft_type", None, "LORA", |v| (v == "LORA").then_some(()));
+        let rank = keys.read("r", None, "an integer from 1 to 65536", |v| {
+            v.as_u64().filter(|r| (1..=MAX_RANK).contains(r)).map(|r| r as usize)
+        });
+        let alpha = keys.read("lora_alpha", None, "a number above 0", |v| number(v).filter(|&x| x as f32 > 0.0));
+        let dropout = keys.read("lora_dropout", Some(0.0), "a number from 0 to below 1", |v| {
+            number(v).map(|x| x as f32).filter(|x| (0.0..1.0).contains(x))
+        });
+        let use_rslora = keys.read("use_rslora", Some(false), "true or false", Value::as_bool);
+        let allowed = "true, false, gaussian, eva or orthogonal; pissa, olora, corda, loftq and lora_ga change the base model that the \
+                       adapter belongs to, and mica its training: convert the adapter with PEFT first (save_pretrained with \
+                       path_initial_model_for_weight_conversion)";
+        let init_lora_weights = keys.read("init_lora_weights", Some(json!(true)), allowed, |v| {
+            (v.is_boolean() || v.as_str().is_some_and(|word| INITS.contains(&word))).then(|| v.clone())
+        });
+        let allowed = "a list of names, a regular expression, or all-linear";
+        // PEFT's own targets of a Llama model.
+        let default = Modules::Names(vec!["q_proj".into(), "v_proj".into()]);
+        let targets = keys.read("target_modules", Some(default), allowed, Modules::read);
+        let excluded = keys.read("exclude_modules", Some(None), allowed, |v| Modules::read(v).map(Some));
+        peft_type?;
+        let settings = AdapterSettings {
+            lora_rank: rank?,
+            alpha: alpha?,
+            dropout: dropout?,
+            use_rslora: use_rslora?,
+            targets: Vec::new(),
+            init_lora_weights: init_lora_weights?,
+        };
+        Some(PeftConfig { settings, targets: targets?, excluded: excluded? })
+    }
+
+    /// Whether the file says that a module has an adapter.
+    pub fn targets(&self, module: &str) -> Result<bool> {
+        let is_excluded = self.excluded.as_ref().map_or(Ok(false), |excluded| excluded.contain(module));
+        Ok(self.targets.contain(module).context("target_modules")? && !is_excluded.context("exclude_modules")?)
+    }
+}
+
+fn read_map(path: &Path) -> Result<Map<String, Value>> {
+    let text = std::fs::read(path).with_context(|| path.display().to_string())?;
+    serde_json::from_slice(&text).with_context(|| format!("{}: not a JSON object", path.display()))
+}
+
+/// What the user should know about an adapter: that it was made for another task, or for a model of another name.
+pub fn remarks(dir: &Path, model: &Path) -> Result<Vec<String>> {
+    let map = read_map(&dir.join(CONFIG_FILE))?;
+    let text = |key: &str| map.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
+    let mut remarks = Vec::new();
+    if let Some(task) = text("task_type").filter(|&task| task != "CAUSAL_LM") {
+        remarks.push(format!("{CONFIG_FILE} has task_type {task:?}; it is used for CAUSAL_LM"));
+    }
+    let model = std::fs::canonicalize(model).unwrap_or_else(|_| model.into());
+    if let (Some(base), Some(name)) = (text("base_model_name_or_path"), model_name(&model))
+        && model_name(Path::new(base)).is_some_and(|base| !base.eq_ignore_ascii_case(&name))
+    {
+        remarks.push(format!("{CONFIG_FILE} says that it was made for {base:?}; it is used with {}", model.display()));
+    }
+    if let Some(revision) = text("revision").filter(|&revision| revision != "main") {
+        remarks.push(format!(
+            "{CONFIG_FILE} says that it was made for revision {revision:?} of its base, which is not compared"
+        ));
+    }
+    Ok(remarks)
+}
+
+/// Last part of a model's name: of `org/name`, of a folder, or of the hub's cache (`models--org--name/snapshots/…`).
+fn model_name(path: &Path) -> Option<String> {
+    let parts = || path.components().filter_map(|part| part.as_os_str().to_str());
+    let cached = parts().find_map(|part| part.strip_prefix("models--")?.rsplit("--").next());
+    cached.or_else(|| parts().next_back()).map(String::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(change: Value) -> Result<PeftConfig> {
+        let mut config =
+            json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]});
+        config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(CONFIG_FILE), config.to_string()).unwrap();
+        PeftConfig::load(dir.path())
+    }
+
+    fn error(change: Value) -> String {
+        load(change.clone()).map(|_| panic!("{change} must be refused")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_changes_the_adapter_is_refused_by_name() {
+        for (key, value) in [
+            ("init_lora_weights", json!("pissa")),
+            ("init_lora_weights", json!("pissa_niter_16")),
+            ("init_lora_weights", json!("olora")),
+            ("init_lora_weights", json!("corda")),
+            ("init_lora_weights", json!("loftq")),
+            ("init_lora_weights", json!("lora_ga")),
+            ("init_lora_weights", json!("mica")),
+            ("r", json!(4.7)),
+            ("r", json!(0)),
+            ("r", json!(-1)),
+            ("r", json!(1e30)),
+            ("r", json!("4")),
+            ("lora_alpha", json!("8")),
+            ("lora_alpha", json!(0)),
+            ("lora_alpha", json!(1e300)),
+            ("lora_dropout", json!(1)),
+            ("lora_dropout", json!(0.999_999_999_9)),
+            ("use_rslora", json!(1)),
+            ("use_rslora", json!("true")),
+            ("peft_type", json!("LOHA")),
+            ("use_dora", json!(true)),
+            ("use_qalora", json!(true)),
+            ("use_bdlora", json!({"nblocks": 2})),
+            ("bias", json!("all")),
+            ("lora_bias", json!(true)),
+            ("fan_in_fan_out", json!(true)),
+            ("modules_to_save", json!(["lm_head"])),
+            ("layers_to_transform", json!([0])),
+            ("layers_to_transform", json!(0)),
+            ("layer_replication", json!([[0, 2]])),
+            ("rank_pattern", json!({"q_proj": 8})),
+            ("alpha_pattern", json!({"q_proj": 8})),
+            ("trainable_token_indices", json!([1])),
+            ("target_parameters", json!(["weight"])),
+            ("alora_invocation_tokens", json!([1])),
+            ("arrow_config", json!({"top_k": 3})),
+            ("megatron_config", json!({"a": 1})),
+            ("velora_config", json!({"scale": 1})),
+            ("kasa_config", json!({"beta": 1})),
+            ("monteclora_config", json!({"num_samples": 1})),
+            ("target_modules", json!(7)),
+            ("target_modules", json!("(")),
+            ("exclude_modules", json!([1])),
+            ("a_new_key", json!(false)),
+        ] {
+            let error = error(json!({key: value}));
+            assert!(error.contains(&format!("\n  {key}: found {value}, allowed: ")), "{error}");
+        }
+        assert_eq!(error(json!({"r": 0, "use_dora": true, "new": 1})).lines().count(), 4, "all at once");
+        assert!(error(json!({"r": null})).contains("r: missing"));
+    }
+
+    #[test]
+    fn what_peft_writes_of_a_plain_adapter_is_fine() {
+        for init in [json!(true), json!(false), json!("gaussian"), json!("eva"), json!("orthogonal")] {
+            let config =
+                load(json!({"init_lora_weights": init, "lora_alpha": 8.5, "eva_config": {"rho": 2.0}})).unwrap();
+            assert_eq!((config.settings.init_lora_weights, config.settings.alpha), (init, 8.5));
+        }
+        load(json!({"peft_version": "0.21.2", "loftq_config": {}, "rank_pattern": {}, "unknown": null, "inference_mode": true,
+            "megatron_core": "megatron.core", "qalora_group_size": 16, "corda_config": null, "runtime_config": {}}))
+        .unwrap();
+    }
+
+    #[test]
+    fn modules_are_named_as_in_peft() {
+        let is_target = |change: Value, module: &str| load(change).unwrap().targets(module).unwrap();
+        let q = "model.layers.3.self_attn.q_proj";
+        assert!(is_target(json!({}), q));
+        assert!(!is_target(json!({}), "model.layers.3.self_attn.k_proj"));
+        assert!(!is_target(json!({"target_modules": ["proj"]}), q), "a name is whole between dots");
+        assert!(is_target(json!({"target_modules": [q]}), q));
+        assert!(is_target(json!({"target_modules": r"model\.layers\.(?!1\.)\d+\..*\.(q|v)_proj"}), q));
+        assert!(!is_target(json!({"target_modules": "q_proj"}), q), "an expression matches whole names");
+        assert!(is_target(json!({"target_modules": "all-linear"}), q));
+        assert!(!is_target(json!({"target_modules": "all-linear"}), "lm_head"));
+        assert!(!is_target(json!({"exclude_modules": ["self_attn.q_proj"]}), q));
+        assert!(!is_target(json!({"exclude_modules": r".*\.3\..*"}), q));
+        assert!(
+            is_target(json!({"target_modules": null}), q) && is_target(json!({"target_modules": null}), "a.v_proj")
+        );
+        let slow = load(json!({"target_modules": r"(?=(a+)+b)(a|m|o|d|e|l)*\1x"})).unwrap();
+        assert!(slow.targets(&"a".repeat(64)).is_err(), "the work is bounded");
+    }
+
+    #[test]
+    fn another_base_is_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = json!({"base_model_name_or_path": "org/Tiny-1B", "task_type": "SEQ_CLS", "revision": "v2"});
+        std::fs::write(dir.path().join(CONFIG_FILE), config.to_string()).unwrap();
+        let count = |model: &str| remarks(dir.path(), Path::new(model)).unwrap().len();
+        assert_eq!(count("/models/tiny-1b"), 2);
+        assert_eq!(count("/hub/models--org--Tiny-1B/snapshots/abc"), 2);
+        assert_eq!(count("/models/tiny-7b"), 3);
+    }
+}

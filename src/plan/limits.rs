@@ -1,0 +1,52 @@
+//! What the kernels of a GPU cannot do, refused before any work.
+
+use crate::device::cuda::HEAD_DIMS;
+use crate::model::config::ModelConfig;
+
+/// A model that a GPU cannot run.
+#[derive(Debug, thiserror::Error)]
+#[error("config.json: this model cannot run on a GPU:{}", problems.iter().map(|p| format!("\n  {p}")).collect::<String>())]
+pub struct NotOnGpu {
+    problems: Vec<String>,
+}
+
+/// Kernels read eight 16-bit values at once; a micro-batch may have any number of tokens, so that rows must divide by eight.
+const VALUES_AT_ONCE: usize = 8;
+
+/// Checks that each kernel can run this model, whatever the number of tokens is.
+///
+/// # Errors
+/// Every key of config.json that has a value which some kernel refuses, and what is allowed.
+pub fn check_gpu(config: &ModelConfig) -> Result<(), NotOnGpu> {
+    let mut problems = Vec::new();
+    if !HEAD_DIMS.contains(&config.head_dim) {
+        problems.push(format!("head_dim: found {}, allowed: {HEAD_DIMS:?}", config.head_dim));
+    }
+    for (key, value) in [("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)] {
+        if !value.is_multiple_of(VALUES_AT_ONCE) {
+            problems.push(format!("{key}: found {value}, allowed: a multiple of {VALUES_AT_ONCE}"));
+        }
+    }
+    if problems.is_empty() { Ok(()) } else { Err(NotOnGpu { problems }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::shapes;
+
+    #[test]
+    fn what_kernels_refuse_is_refused_by_key() {
+        let good = shapes::named("llama-3.1-8b", None).unwrap();
+        check_gpu(&good).unwrap();
+        let bad = ModelConfig { head_dim: 80, hidden_size: 2564, intermediate_size: 6911, ..good };
+        let error = check_gpu(&bad).unwrap_err().to_string();
+        for expected in [
+            "head_dim: found 80, allowed: [64, 96, 128]",
+            "hidden_size: found 2564, allowed: a multiple of 8",
+            "intermediate_size: found 6911, allowed: a multiple of 8",
+        ] {
+            assert!(error.contains(expected), "{expected} is not in {error}");
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Which command reads which keys of a recipe, and what takes the place of a key on its command line.
+
+use super::keys;
+
+/// A command that reads some of the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    Train,
+    /// `plan` with a recipe.
+    Plan,
+    /// `plan` with a shape.
+    PlanShape,
+    Eval,
+    Generate,
+    Quantize,
+    BenchStep,
+    BenchKernels,
+    BenchCollectives,
+}
+
+impl Command {
+    pub const ALL: [Command; 9] = [
+        Self::Train,
+        Self::Plan,
+        Self::PlanShape,
+        Self::Eval,
+        Self::Generate,
+        Self::Quantize,
+        Self::BenchStep,
+        Self::BenchKernels,
+        Self::BenchCollectives,
+    ];
+
+    /// As it is written on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Plan => "plan",
+            Self::PlanShape => "plan --shape",
+            Self::Eval => "eval",
+            Self::Generate => "generate",
+            Self::Quantize => "quantize",
+            Self::BenchStep => "bench step",
+            Self::BenchKernels => "bench kernels",
+            Self::BenchCollectives => "bench collectives",
+        }
+    }
+
+    /// Keys that an option of the command line gives, with that option.
+    pub(super) fn options(self) -> &'static [(&'static str, &'static str)] {
+        const MODEL: &str = keys::MODEL.path;
+        const LENGTH: &str = keys::MAX_LENGTH.path;
+        match self {
+            Self::Train | Self::Plan | Self::BenchCollectives => &[],
+            Self::Eval => &[
+                (MODEL, "--model"),
+                (keys::ADAPTER.path, "--adapter"),
+                (keys::TRAIN.path, "--dataset"),
+                (LENGTH, "--max-length"),
+            ],
+            Self::Generate => &[(MODEL, "--model"), (keys::ADAPTER.path, "--adapter"), (keys::SEED.path, "--seed")],
+            Self::Quantize => &[(MODEL, "--model"), (keys::SHARDS.path, "--output")],
+            Self::PlanShape | Self::BenchStep => &[
+                (MODEL, "--shape"),
+                (LENGTH, "--seq"),
+                (keys::BATCH_SIZE.path, "--micro-batch"),
+                (keys::ACCUMULATION_STEPS.path, "--accum"),
+            ],
+            Self::BenchKernels => &[(MODEL, "--shape"), (LENGTH, "--seq")],
+        }
+    }
+
+    /// What a user of this command writes to set a key: `--set key=…` and a recipe know it by its path, the command line may have an
+    /// option. `None` if the command does not read it.
+    pub fn name_of(self, path: &'static str) -> Option<&'static str> {
+        let option = self.options().iter().find(|(key, _)| *key == path).map(|(_, option)| *option);
+        let is_read = || keys::ALL.iter().any(|key| key.path == path && key.readers.contains(&self));
+        option.or_else(|| is_read().then_some(path))
+    }
+
+    /// Whether the command needs the folder of a model.
+    pub(super) fn needs_model(self) -> bool {
+        matches!(self, Self::Train | Self::Plan | Self::Eval | Self::Generate | Self::Quantize)
+    }
+}

@@ -1,0 +1,53 @@
+//! Paths that a user writes: `~` is the home folder; variables are refused, as nobody has expanded them.
+
+use std::path::{Path, PathBuf};
+
+/// The path that a text means. Errors: why it means none.
+pub fn read(text: &str) -> Result<PathBuf, String> {
+    read_at(text, std::env::var_os("HOME").map(PathBuf::from).as_deref())
+}
+
+fn read_at(text: &str, home: Option<&Path>) -> Result<PathBuf, String> {
+    if text.is_empty() {
+        return Err("a path is not empty".into());
+    }
+    if text.contains('\0') {
+        return Err("a path has no zero byte".into());
+    }
+    let is_variable = |(at, _)| text[at + 1..].starts_with(|c: char| c == '{' || c == '_' || c.is_ascii_alphabetic());
+    if text.match_indices('$').any(is_variable) {
+        return Err("variables are not expanded here; write the path out".into());
+    }
+    let Some(rest) = text.strip_prefix('~') else { return Ok(text.into()) };
+    match (home, rest.strip_prefix('/')) {
+        (Some(home), Some(rest)) => Ok(home.join(rest.trim_start_matches('/'))),
+        (Some(home), None) if rest.is_empty() => Ok(home.into()),
+        (None, _) => Err("~ is the folder that HOME names, and HOME is not set".into()),
+        _ => Err("only ~ and ~/… are known, not the home folder of another user; write the path out".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tilde_is_the_home_folder() {
+        let read = |text: &str| read_at(text, Some(Path::new("/home/me")));
+        for (text, path) in [
+            ("~", "/home/me"),
+            ("~/a", "/home/me/a"),
+            ("~//a", "/home/me/a"),
+            ("a/~/b", "a/~/b"),
+            ("./~", "./~"),
+            ("costs 5$", "costs 5$"),
+            ("$5", "$5"),
+        ] {
+            assert_eq!(read(text), Ok(path.into()), "{text}");
+        }
+        for text in ["~you/a", "${HOME}/a", "$HOME", "a/$x", "", "a\0b"] {
+            assert!(read(text).is_err(), "{text}");
+        }
+        assert!(read_at("~/a", None).unwrap_err().contains("HOME is not set"));
+    }
+}
