@@ -156,6 +156,44 @@ fn rows() {
 }
 
 #[test]
+fn columns_of_rows() {
+    for (row, words) in [
+        (json!({"text": "a b", "assistant_masks": [1]}), ["rows.jsonl:2: assistant_masks", "text"]),
+        (
+            json!({"messages": [{"role": "user", "content": "a"}], "images": ["x"]}),
+            ["rows.jsonl:2: images", "messages"],
+        ),
+        (json!({"conversations": [{"from": "human", "value": "a"}]}), ["rows.jsonl:2: conversations", "role"]),
+        (json!({"input_ids": [1, 2], "attention_mask": [1, 2]}), ["rows.jsonl:2: attention_mask[1] is 2", "0 or 1"]),
+        (json!({"\u{1b}[2J": "a"}), ["rows.jsonl:2: found the columns", r"u{1b}"]),
+    ] {
+        let place = Place::new();
+        place.write("rows.jsonl", format!("\n{row}\n"));
+        let text = fails(place.command(&train_with(&[])), 1);
+        assert!(words.iter().all(|word| text.contains(word)) && !text.contains('\u{1b}'), "{text}");
+        assert_eq!(place.results(), Vec::<String>::new(), "left behind");
+    }
+    let place = Place::new();
+    place.write(
+        "rows.jsonl",
+        "{\"text\": \"hello there\", \"topic\": \"x\"}\n{\"text\": \"how are you\", \"topic\": 1, \"id\": null}\n",
+    );
+    let text = succeeds(place.command(&train_with(&["training.global_batch_size=4", "data.packing=false"])));
+    assert!(text.contains("columns that nothing reads: `topic` in 2 rows\n"), "{text}");
+    assert!(text.contains("an epoch is less than a step: the run has"), "{text}");
+}
+
+#[test]
+fn a_row_that_is_too_long() {
+    let place = Place::new();
+    place.write("rows.jsonl", format!("{{\"text\": \"a\"}}\n{{\"text\": \"{}\"}}\n", "a ".repeat(3 << 20)));
+    train_fails(&place, &[], 1, &["rows.jsonl:2: the row is longer than 4 MiB"]);
+    place.write("rows.jsonl", format!("{{\"text\": [\"{}\"]}}\n", "a ".repeat(1 << 20)));
+    let text = fails(place.command(&train_with(&[])), 1);
+    assert!(text.contains("rows.jsonl:1: text: found [") && text.len() < 5_000, "{} bytes", text.len());
+}
+
+#[test]
 fn no_tokenizer() {
     let place = Place::new();
     std::fs::remove_file(place.path("model/tokenizer.json")).unwrap();

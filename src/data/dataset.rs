@@ -433,15 +433,15 @@ mod tests {
         assert_eq!(
             notes,
             [
-                "1 rows can be read in several formats: `input_ids` are read, as by TRL, and `text` are not; data.format says \
-                 otherwise",
-                "columns that nothing reads: `\\u{1b}[2J` in 1 rows, `id` in 1 rows, `special_tokens_mask` in 1 rows, `text` in \
-                 1 rows, `topic` in 2 rows",
+                "1 row can be read in several formats: `input_ids` are read, as by TRL, and `text` are not; data.format can \
+                 name another one",
+                "columns that nothing reads: `\\u{1b}[2J` in 1 row, `id` in 1 row, `special_tokens_mask` in 1 row, `text` in \
+                 1 row, `topic` in 2 rows",
             ]
         );
         let many: Vec<String> = (0..50).map(|i| format!("\"c{i:02}\": 1")).collect();
         let notes = load(&format!("{{\"input_ids\": [1, 2], {}}}", many.join(", ")), OPTIONS).unwrap().notes;
-        assert!(notes[0].contains("`c19` in 1 rows and 30 more") && !notes[0].contains("c20"), "{notes:?}");
+        assert!(notes[0].contains("`c19` in 1 row and 30 more") && !notes[0].contains("c20"), "{notes:?}");
     }
 
     #[test]
@@ -460,8 +460,8 @@ mod tests {
         assert_eq!(
             told,
             [
-                "keys of messages that the chat template does not mention: `name` in 1 messages, `thinking` in 1 messages",
-                "variables that the chat template does not mention: `tools` in 1 rows",
+                "keys of messages that the chat template does not mention: `name` in 1 message, `thinking` in 1 message",
+                "variables that the chat template does not mention: `tools` in 1 row",
             ]
         );
         let plain = r#"{"prompt": "Wait for", "completion": " the land."}"#;

@@ -58,8 +58,8 @@ impl Unread {
     pub fn notes(&self, tokenizer: Option<&TextTokenizer>) -> Vec<String> {
         let mut notes = Vec::new();
         if self.several_forms > 0 {
-            let (n, forms) = (self.several_forms, &self.first_forms);
-            notes.push(format!("{n} rows can be read in several formats: {forms}; data.format says otherwise"));
+            let (rows, forms) = (counted(self.several_forms, "row"), &self.first_forms);
+            notes.push(format!("{rows} can be read in several formats: {forms}; data.format can name another one"));
         }
         let ignored = |name: &str| tokenizer.is_some_and(|t| !t.template_mentions(name));
         let unread_key = |key: &str| match REASONING.contains(&key) {
@@ -67,14 +67,14 @@ impl Unread {
             false => ignored(key),
         };
         for (counts, unit, sentence, is_unread) in [
-            (&self.columns, "rows", "columns that nothing reads", &(|_: &str| true) as &dyn Fn(&str) -> bool),
-            (&self.message_keys, "messages", "keys of messages that the chat template does not mention", &unread_key),
-            (&self.variables, "rows", "variables that the chat template does not mention", &ignored),
+            (&self.columns, "row", "columns that nothing reads", &(|_: &str| true) as &dyn Fn(&str) -> bool),
+            (&self.message_keys, "message", "keys of messages that the chat template does not mention", &unread_key),
+            (&self.variables, "row", "variables that the chat template does not mention", &ignored),
         ] {
             let unread: Vec<String> = counts
                 .iter()
                 .filter(|(name, _)| is_unread(name))
-                .map(|(name, n)| format!("`{}` in {n} {unit}", shown(name)))
+                .map(|(name, n)| format!("`{}` in {}", shown(name), counted(*n, unit)))
                 .collect();
             match unread.len() {
                 0 => {}
@@ -86,6 +86,11 @@ impl Unread {
         }
         notes
     }
+}
+
+/// `1 row`, `2 rows`
+fn counted(n: usize, unit: &str) -> String {
+    format!("{n} {unit}{}", if n == 1 { "" } else { "s" })
 }
 
 fn count(counts: &mut Counts, name: &str) {

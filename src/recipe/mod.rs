@@ -99,6 +99,7 @@ pub fn help() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::Overlong;
     use crate::model::names::Projection;
     use tempfile::TempDir;
 
@@ -269,6 +270,15 @@ max_steps: 3
         let tokens = errors_of("data: {max_length: 16777216}\ntraining: {per_device_train_batch_size: 65536}");
         assert!(tokens[0].contains("data.max_length 16777216 times training.per_device_train_batch_size 65536"));
         assert_eq!(errors_of("lora: {adapter: a, r: 8, use_rslora: true}").len(), 2);
+        assert!(errors_of("data: {packing: wrapped, overlong: truncate}")[0].contains("allowed: split | drop | error"));
+    }
+
+    #[test]
+    fn wrapping_does_not_truncate() {
+        let overlong = |sets: &[&str]| recipe(GOOD, sets).unwrap().data.overlong;
+        assert_eq!(overlong(&[]), Overlong::Truncate);
+        assert_eq!(overlong(&["data.packing=wrapped"]), Overlong::Split);
+        assert_eq!(overlong(&["data.packing=wrapped", "data.overlong=drop"]), Overlong::Drop);
     }
 
     #[test]
