@@ -180,7 +180,7 @@ fn conversation(
     Ok(Tokenized::new(input_ids, offsets.iter().map(counts).collect()))
 }
 
-/// Whether a token is in a span, as transformers 5 decides it for `return_assistant_tokens_mask`: it begins before the
+/// Whether a token is in a span, as transformers 5.24 decides it for `return_assistant_tokens_mask`: it begins before the
 /// span's end and ends after its beginning. Whitespace, to which a tokenizer with `trim_offsets` gives an empty range at its
 /// end, is therefore not in a span that it ends.
 fn is_in(token: &Range<usize>, span: &Range<usize>) -> bool {
@@ -193,7 +193,7 @@ mod tests {
 
     use super::super::Format;
     use super::super::source::Rows;
-    use super::super::tokenizer::tests::{GOLDEN, with_generation};
+    use super::super::tokenizer::tests::{GOLDEN, with_template};
     use super::*;
 
     fn prepare(row: &Value, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result<Tokenized> {
@@ -213,12 +213,16 @@ mod tests {
     fn rows_are_what_trl_makes_of_them() {
         let golden = std::fs::read(Path::new(GOLDEN).join("tokenized.json")).unwrap();
         let golden: Value = serde_json::from_slice(&golden).unwrap();
-        let (plain, generation) =
-            (TextTokenizer::load(Path::new(GOLDEN), &jiff::Zoned::now()).unwrap(), with_generation());
+        let plain = TextTokenizer::load(Path::new(GOLDEN), &jiff::Zoned::now()).unwrap();
+        let (generation, variables) = (with_template("generation"), with_template("variables"));
         let rows = golden["rows"].as_array().unwrap();
         assert!(!rows.is_empty());
         for case in rows {
-            let tokenizer = if case["template"] == "generation" { &generation } else { &plain };
+            let tokenizer = match case["template"].as_str() {
+                Some("generation") => &generation,
+                Some("variables") => &variables,
+                _ => &plain,
+            };
             let loss_on = case["loss_on"].as_str().unwrap().parse().unwrap();
             let tokenized = prepare(&case["row"], tokenizer, loss_on).unwrap();
             assert_eq!(json!(tokenized.input_ids), case["input_ids"], "{}", case["row"]);
@@ -290,6 +294,33 @@ mod tests {
             let error = format!("{:#}", prepare(row, &tokenizer, loss_on).unwrap_err());
             assert!(error.contains(said) && error.contains("rows.jsonl:1"), "{error}");
         }
+    }
+
+    #[test]
+    fn trimmed_whitespace_that_ends_a_span_is_not_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = std::fs::read(Path::new(GOLDEN).join("tokenizer.json")).unwrap();
+        let mut json: Value = serde_json::from_slice(&file).unwrap();
+        json["post_processor"] =
+            json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true});
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let template = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}\
+                        {% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '\n' if loop.last else '<|im_end|>' }}{% endfor %}";
+        std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+        let tokenizer = TextTokenizer::load(dir.path(), &jiff::Zoned::now()).unwrap();
+        let message = |role: &str, content: &str| json!({"role": role, "content": content});
+        let (user, first, last) =
+            (message("user", "Wait "), message("assistant", "the fox  "), message("assistant", " the dog "));
+        let row = json!({"messages": [user, first, message("user", "the"), last]});
+        let tokenized = prepare(&row, &tokenizer, LossOn::Assistant).unwrap();
+        let text = tokenizer.decode(&tokenized.input_ids, false).unwrap();
+        assert_eq!(
+            text,
+            "user: Wait <|im_end|>assistant: the fox  <|im_end|>user: the<|im_end|>assistant:  the dog \n"
+        );
+        // As transformers 5.24 masks it; 5.23 goes on to the end of the conversation.
+        let targets: Vec<usize> = (0..36).filter(|&i| tokenized.is_target[i]).collect();
+        assert_eq!(targets, [15, 16, 31, 32, 33]);
     }
 
     #[test]

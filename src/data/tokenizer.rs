@@ -192,9 +192,10 @@ pub mod tests {
         TextTokenizer::load(dir.path(), &Zoned::now())
     }
 
-    /// The golden tokenizer with the chat template that marks what the assistant says.
-    pub fn with_generation() -> TextTokenizer {
-        let template = std::fs::read_to_string(Path::new(GOLDEN).join("generation_template.jinja")).unwrap();
+    /// The golden tokenizer with another chat template: `generation` marks what the assistant says, `variables` writes tools,
+    /// tool calls and a date.
+    pub fn with_template(name: &str) -> TextTokenizer {
+        let template = std::fs::read_to_string(Path::new(GOLDEN).join(format!("{name}_template.jinja"))).unwrap();
         let config = std::fs::read(Path::new(GOLDEN).join("tokenizer_config.json")).unwrap();
         with_files(serde_json::from_slice(&config).unwrap(), &[("chat_template.jinja", &template)]).unwrap()
     }
