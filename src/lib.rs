@@ -14,7 +14,7 @@
 //! | [`fsdp`] | layout, units, the schedule and its checker, the executor | files, data, the recipe |
 //! | [`optim`] | AdamW's numbers, learning rates, clipping | |
 //! | [`data`] | rows to documents to sequences to micro-batches | devices |
-//! | [`checkpoint`] | base models, shard files, adapters | the recipe |
+//! | [`checkpoint`] | base models, shard files, adapters, the life of an output folder | the recipe |
 //! | [`plan`] | what a run will use: which memory is kept where, and how long a step takes, for this machine or another | files, data, the recipe |
 //! | [`train`] | steps, evaluation, generation, logs | the command line |
 //! | [`recipe`] | what was written (the recipe) becomes what was decided (the job) | |
@@ -59,7 +59,7 @@
 //! - Reductions over ranks are sums in rank order (hybrid_shard: inside each node, then over nodes). Layer- or micro-batch-major, recomputed or kept, sharded or not, resident or
 //!   streamed, gathered by NCCL or from the host: the same bits (tests/fsdp.rs on CPU ranks, tests/gpu.rs on GPUs).
 //! - Any error or panic on any rank ends all ranks ([`comm::mpi::abort`]); nothing half-written has a final name
-//!   ([`checkpoint::atomic`]).
+//!   ([`checkpoint::atomic`]), and a result takes the place of another as one step ([`checkpoint::output`]).
 //!
 //! Where bitsandbytes' CPU and CUDA code differ, CUDA is followed (tests/golden/nf4_cuda.safetensors was made there): a block of
 //! zeros gets code 0 (so that with double quantization it dequantizes to minus the error of its absmax, as there), a short last

@@ -3,8 +3,9 @@
 //!
 //! A gradient may rightly be zero where the base is: LLaMA Pro adds layers whose `o_proj` and `down_proj` are zero, through which nothing
 //! comes back to the projections before them. Each projection's gradient has the other weights of its branch as factors (attention: q, k,
-//! v, o; MLP: gate, up, down). So a matrix without a gradient is accepted where another weight of its branch is all zeros, and told;
-//! anywhere else it is an error of the program, and so is an adapter without any gradient.
+//! v, o; MLP: gate, up, down). So a matrix without a gradient is accepted where another weight of its branch is all zeros, and told.
+//! Queries and keys have none either where every target is predicted from the first token of its document, which can attend only to
+//! itself. Anywhere else a matrix without a gradient is an error of the program, and so is an adapter without any.
 
 use anyhow::{Result, bail, ensure};
 
@@ -13,6 +14,7 @@ use crate::comm::Queue;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::grads::Values;
+use crate::model::batch::{MicroBatch, NO_TARGET};
 use crate::model::layer::LayerLora;
 use crate::model::names::{self, Projection};
 
@@ -26,12 +28,15 @@ const MLP: &[Projection] = &[Projection::Gate, Projection::Up, Projection::Down]
 pub type IsZero<'a> = &'a dyn Fn(&str) -> Result<bool>;
 
 /// Fails naming the modules whose `matrix` ("A" or "B") should have a gradient and has none. Returns a line about those that rightly have
-/// none. Collective.
+/// none. `batches` are this rank's of the step. Collective.
 pub fn every_matrix_has_a_gradient<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
     matrix: &str,
+    batches: &[MicroBatch],
     is_zero: IsZero<'_>,
 ) -> Result<Option<String>> {
+    let attending = batches.iter().map(num_attending_targets).sum::<usize>();
+    let attends = engine.queue.all_reduce_f64("targets that attend to several tokens", &[attending as f64])?[0] > 0.0;
     let (mut without, mut num_matrices) = (Vec::new(), 0);
     for layer in 0..engine.config().num_hidden_layers {
         let grads = engine.gather_trainable_to_host(layer, Values::Grad)?;
@@ -44,13 +49,24 @@ pub fn every_matrix_has_a_gradient<D: Ops, Q: Queue<D>>(
             }
         }
     }
-    judge(&without, num_matrices, matrix, is_zero)
+    judge(&without, num_matrices, matrix, attends, is_zero)
+}
+
+/// Counts the targets that are predicted from more than the first token of their document.
+fn num_attending_targets(batch: &MicroBatch) -> usize {
+    batch
+        .targets
+        .iter()
+        .zip(&batch.positions)
+        .filter(|&(&target, &position)| target != NO_TARGET && position > 0)
+        .count()
 }
 
 fn judge(
     without: &[(usize, Projection)],
     num_matrices: usize,
     matrix: &str,
+    attends: bool,
     is_zero: IsZero<'_>,
 ) -> Result<Option<String>> {
     ensure!(without.len() < num_matrices, "no lora_{matrix} has a gradient, so the adapter would not be trained");
@@ -58,13 +74,11 @@ fn judge(
     for &(layer, projection) in without {
         let name = format!("{}.lora_{matrix}", names::module(layer, projection));
         let branch = if ATTENTION.contains(&projection) { ATTENTION } else { MLP };
-        let mut others = branch.iter().filter(|&&other| other != projection);
-        match others
-            .try_fold(false, |any, &other| Ok::<_, anyhow::Error>(any || is_zero(&names::weight(layer, other))?))?
-        {
-            true => rightly.push(name),
-            false => wrongly.push(name),
+        let mut is_right = !attends && matches!(projection, Projection::Q | Projection::K);
+        for &other in branch.iter().filter(|&&other| other != projection) {
+            is_right = is_right || is_zero(&names::weight(layer, other))?;
         }
+        if is_right { rightly.push(name) } else { wrongly.push(name) }
     }
     ensure!(
         wrongly.is_empty(),
@@ -72,14 +86,10 @@ fn judge(
         wrongly.len(),
         list(&wrongly)
     );
-    let line = |names: &[String]| {
-        format!(
-            "{} of {num_matrices} lora_{matrix} have no gradient yet, as weights of the base behind or beside them are zeros: {}",
-            names.len(),
-            list(names)
-        )
-    };
-    Ok((!rightly.is_empty()).then(|| line(&rightly)))
+    let why = "as weights of the base beside them are zeros, or no token attends to another";
+    let line =
+        || format!("{} of {num_matrices} lora_{matrix} have no gradient yet, {why}: {}", rightly.len(), list(&rightly));
+    Ok((!rightly.is_empty()).then(line))
 }
 
 fn list(names: &[String]) -> String {
@@ -121,24 +131,39 @@ mod tests {
     fn a_gradient_may_be_zero_only_where_its_branch_is() {
         let base = zeros(&["model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"]);
         let expanded = [Projection::Q, Projection::V, Projection::Gate].map(|p| (1, p));
-        let line = judge(&expanded, 14, "B", &base).unwrap().unwrap();
+        let line = judge(&expanded, 14, "B", true, &base).unwrap().unwrap();
         assert!(line.starts_with("3 of 14 lora_B") && line.contains("layers.1.self_attn.q_proj.lora_B"), "{line}");
-        assert_eq!(judge(&[], 14, "B", &base).unwrap(), None);
+        assert_eq!(judge(&[], 14, "B", true, &base).unwrap(), None);
         // The same modules of a layer that has all its weights, and the zero weights themselves.
         for wrong in [(0, Projection::Q), (0, Projection::Gate), (1, Projection::O), (1, Projection::Down)] {
-            let error = judge(&[(1, Projection::Q), wrong], 14, "B", &base).unwrap_err().to_string();
+            let error = judge(&[(1, Projection::Q), wrong], 14, "B", true, &base).unwrap_err().to_string();
             assert!(
                 error.starts_with("1 LoRA matrices") && error.contains(&names::module(wrong.0, wrong.1)),
                 "{error}"
             );
         }
-        assert!(judge(&expanded, 3, "B", &base).unwrap_err().to_string().contains("no lora_B has a gradient"));
+        assert!(judge(&expanded, 3, "B", true, &base).unwrap_err().to_string().contains("no lora_B has a gradient"));
+    }
+
+    #[test]
+    fn queries_and_keys_of_single_tokens_have_no_gradient() {
+        let base = zeros(&[]);
+        let without = [(0, Projection::Q), (0, Projection::K)];
+        assert!(judge(&without, 14, "B", false, &base).unwrap().unwrap().starts_with("2 of 14"));
+        assert!(judge(&without, 14, "B", true, &base).is_err());
+        assert!(judge(&[(0, Projection::V)], 14, "B", false, &base).is_err());
+        let mut batch = MicroBatch::new();
+        batch.push(0, &[5, 6], &[true, true]);
+        batch.push(1, &[5, 6, 7], &[true, true, false]);
+        assert_eq!(num_attending_targets(&batch), 0);
+        batch.push(2, &[5, 6, 7], &[true, false, true]);
+        assert_eq!(num_attending_targets(&batch), 1);
     }
 
     #[test]
     fn lists_are_bounded() {
         let without: Vec<_> = (0..100).map(|layer| (layer, Projection::Q)).collect();
-        let error = judge(&without, 200, "A", &zeros(&[])).unwrap_err().to_string();
+        let error = judge(&without, 200, "A", true, &zeros(&[])).unwrap_err().to_string();
         assert!(
             error.contains("layers.7.self_attn.q_proj.lora_A and 92 more") && !error.contains("layers.8."),
             "{error}"

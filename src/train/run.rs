@@ -80,7 +80,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             let goes_on = record.loss.is_finite() && scaler.note(record.updated);
             ensure!(goes_on, divergence(step_idx + 1, &record, &update, progress.has_learned));
             if record.updated {
-                self.check_gradients(&mut progress)?;
+                self.check_gradients(&mut progress, &batches)?;
                 progress.num_updates += 1;
                 progress.has_learned |= update.learning_rate > 0.0;
             } else {
@@ -105,10 +105,10 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     }
 
     /// Looks once at the gradients of each kind of matrix.
-    fn check_gradients(&mut self, progress: &mut Progress) -> Result<()> {
+    fn check_gradients(&mut self, progress: &mut Progress, batches: &[MicroBatch]) -> Result<()> {
         let (checks_a, checks_b) = (progress.has_learned && !progress.a_is_checked, !progress.b_is_checked);
         for matrix in [checks_b.then_some("B"), checks_a.then_some("A")].into_iter().flatten() {
-            if let Some(line) = check::every_matrix_has_a_gradient(self.engine, matrix, self.is_zero)? {
+            if let Some(line) = check::every_matrix_has_a_gradient(self.engine, matrix, batches, self.is_zero)? {
                 self.log.line(line);
             }
         }
