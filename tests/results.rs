@@ -124,7 +124,7 @@ fn the_same_run_is_finished_and_another_is_refused() {
     assert!(before != files(&place.path("out")) && hidden(&place).is_empty());
     std::fs::remove_file(place.path("out/run.json")).unwrap();
     let text = fails(place.mpirun(2, &train_with(&["training.learning_rate=2e-2"])), 1);
-    assert!(text.contains("an adapter and no run.json"), "{text}");
+    assert!(text.contains("has adapter_model.safetensors and no run.json"), "{text}");
     assert!(place.path(ADAPTER).exists());
 }
 
@@ -301,6 +301,24 @@ fn a_result_that_cannot_be_where_it_should_is_beside() {
         assert_eq!(num_steps(&place, &format!("{saved}/metrics.jsonl")), 60);
         eval(&place, saved);
     }
+}
+
+#[test]
+fn files_that_no_run_has_written_are_kept() {
+    let place = Place::new();
+    let before = files(&place.path("model"));
+    let text = fails(place.command(&train_with(&["output_dir=model"])), 1);
+    assert!(text.contains("model has tokenizer.json and no run.json"), "{text}");
+    assert!(before == files(&place.path("model")));
+    std::fs::create_dir(place.path("out")).unwrap();
+    place.write("out/notes.txt", "mine");
+    succeeds(place.command(&TRAIN));
+    place.write("out/chat_template.jinja", "mine");
+    succeeds(place.command(&overwrite(&["lora.r=2"])));
+    assert_eq!(
+        (place.read("out/notes.txt"), place.read("out/chat_template.jinja")),
+        (b"mine".to_vec(), b"mine".to_vec())
+    );
 }
 
 #[test]

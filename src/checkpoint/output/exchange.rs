@@ -35,7 +35,10 @@ pub fn plan(dir: &Path, record: &RunRecord) -> Vec<Move> {
     if staging.join(TENSORS_FILE).exists() && dir.join(CONFIG_FILE).exists() {
         moves.extend([Move::Rename(dir.join(CONFIG_FILE), staging.join(REPLACED_CONFIG)), sync.clone()]);
     }
-    let stale = RESULT_FILES.iter().filter(|name| !record.files.iter().any(|file| file == *name));
+    // Files of the old result that the new one does not have. What no run has written is left alone.
+    let old = RunRecord::read(dir).ok().flatten().map(|old| old.files).unwrap_or_default();
+    let stale = RESULT_FILES.iter().map(|name| name.to_string());
+    let stale = stale.filter(|name| old.contains(name) && !record.files.contains(name));
     moves.extend(stale.map(|name| dir.join(name)).filter(|path| path.exists()).map(Move::Remove));
     let rename = |name: &str| {
         let from = staging.join(name);
@@ -75,9 +78,10 @@ pub fn take_back(dir: &Path) {
     }
 }
 
-/// The record of a result that was written whole: it is the last of its files.
+/// The record of a result that was written whole: it is the last of its files. A record that names other files is not this program's.
 fn complete(staging: &Path) -> Option<RunRecord> {
-    RunRecord::read(staging).ok().flatten().filter(|record| !record.files.is_empty())
+    let is_ours = |files: &[String]| !files.is_empty() && files.iter().all(|name| RESULT_FILES.contains(&&name[..]));
+    RunRecord::read(staging).ok().flatten().filter(|record| is_ours(&record.files))
 }
 
 /// How the output folder was left by the run before.
@@ -127,7 +131,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         write(place.path(), &[TENSORS_FILE, CONFIG_FILE, CHAT, "metrics.jsonl", "notes.txt"], "old");
         RunRecord::new(identity(1.0))
-            .ended(State::Finished, None, vec![TENSORS_FILE.into()])
+            .ended(State::Finished, None, [TENSORS_FILE, CONFIG_FILE, CHAT].map(String::from).to_vec())
             .write(place.path())
             .unwrap();
         let names = [TENSORS_FILE, "tokenizer.json", "metrics.jsonl", CONFIG_FILE];

@@ -290,7 +290,7 @@ fn has_content(path: &Path) -> bool {
 }
 
 fn has_adapter(dir: &Path) -> bool {
-    [TENSORS_FILE, CONFIG_FILE, "adapter_model.bin"].iter().any(|name| dir.join(name).exists())
+    [TENSORS_FILE, CONFIG_FILE].iter().any(|name| dir.join(name).exists())
 }
 
 /// Finds what a folder, which nobody is writing to, holds.
@@ -301,9 +301,10 @@ fn look(dir: &Path) -> Found {
     };
     let has_metrics = has_content(&dir.join(METRICS_FILE));
     match record {
-        None if has_adapter(dir) => Found::Other("has an adapter and no run.json".into()),
-        None if has_metrics => Found::Other("has a metrics.jsonl and no run.json".into()),
-        None => Found::Nothing,
+        None => match RESULT_FILES.iter().find(|name| has_content(&dir.join(name))) {
+            Some(name) => Found::Other(format!("has {name} and no run.json")),
+            None => Found::Nothing,
+        },
         Some(record) if record.state == State::Finished => {
             match record.files.iter().find(|name| !dir.join(name).exists()) {
                 Some(gone) => Found::Other(format!("has the result of a run, of which {gone} is gone")),
