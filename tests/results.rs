@@ -322,6 +322,16 @@ fn files_that_no_run_has_written_are_kept() {
 }
 
 #[test]
+fn an_adapter_that_is_between_two_results_is_told_as_such() {
+    let place = Place::new();
+    succeeds(place.command(&TRAIN));
+    std::fs::create_dir(place.path("out/.fsdp-qlora-new")).unwrap();
+    std::fs::remove_file(place.path("out/adapter_config.json")).unwrap();
+    let text = fails(place.command(&["eval", "--model", "model", "--adapter", "out", "--dataset", "rows.jsonl"]), 1);
+    assert!(text.contains("a new adapter is being put in place"), "{text}");
+}
+
+#[test]
 fn what_the_end_needs_is_tried_at_the_start() {
     let cases: [(&str, Mischief); 2] = [
         ("adapter_config.json: a folder is in the place", |out| {

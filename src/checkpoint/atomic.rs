@@ -79,6 +79,17 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     rename(file, path)
 }
 
+/// Writes a file and waits until the disk has it.
+pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<File> {
+    let write = || {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        Ok::<_, std::io::Error>(file)
+    };
+    write().with_context(|| format!("{}: cannot be written", path.display()))
+}
+
 /// Makes durable which names a folder has.
 pub fn sync_folder(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).with_context(|| dir.display().to_string())

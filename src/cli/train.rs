@@ -77,7 +77,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
     if is_first {
         let num_steps = job.training.max_steps.unwrap_or_default();
         let lines = num_steps.saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
-        let room = adapter.layers.iter().map(|values| size_of_val(&values[..])).sum::<usize>() + kept.bytes() + lines;
+        let room = adapter.bytes() + kept.bytes() + lines;
         let opened = Output::open(&job.output_dir, args.overwrite, room, &mut |line| start.log.line(line));
         *output = Some(opened.context("output_dir")?);
     }
@@ -88,9 +88,10 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         world_size: start.world.world_size,
         base: opened.spec.base.clone(),
         tokenizer,
-        data: digest(&train),
-        eval_data: eval.as_ref().map(digest),
-        recipe: deciding_values(&job, &steps),
+        adapter: hex(adapter.digest()),
+        data: hex(train.digest()),
+        eval_data: eval.as_ref().map(|eval| hex(eval.digest())),
+        recipe: decided_values(&job, &steps),
     };
     let begun = output.as_mut().map_or(Ok(true), |output| output.begin(identity)).context("output_dir")?;
     if anywhere(&mut MpiComm::new(start.world)?, !begun)? {
@@ -117,18 +118,14 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
     start.with_engine(placement, setup, work)
 }
 
-fn digest(data: &Dataset) -> String {
-    format!("{:016x}", data.digest())
+fn hex(digest: u64) -> String {
+    format!("{digest:016x}")
 }
 
-/// The values of the keys that decide the result: not paths, whose content has identities of its own, and not what moves where.
-fn deciding_values(job: &Job, steps: &Steps) -> serde_json::Map<String, serde_json::Value> {
+/// What was decided for every key.
+fn decided_values(job: &Job, steps: &Steps) -> serde_json::Map<String, serde_json::Value> {
     let mut values = job.values();
     values.insert("training.warmup_steps".into(), steps.warmup_steps.into());
-    values.retain(|key, _| {
-        let decides = ["data.", "quantization.", "lora.", "training."].iter().any(|section| key.starts_with(section));
-        decides && !["data.train", "data.eval", "training.logging_steps"].contains(&key.as_str())
-    });
     values
 }
 

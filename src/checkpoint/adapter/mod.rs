@@ -6,9 +6,10 @@ mod write;
 
 pub use config::remarks;
 pub use read::load;
-pub use write::{check_room, save};
+pub use write::save;
 
 use serde_json::Value;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::model::config::ModelConfig;
 use crate::model::lora::{LoraConfig, LoraEntry, LoraLayout};
@@ -24,6 +25,21 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 pub struct Adapter {
     pub settings: AdapterSettings,
     pub layers: Vec<Vec<f32>>,
+}
+
+impl Adapter {
+    /// Digest of numbers and values.
+    pub fn digest(&self) -> u64 {
+        let mut hash = Xxh3::new();
+        hash.update(format!("{:?}", self.settings).as_bytes());
+        self.layers.iter().for_each(|values| hash.update(bytemuck::cast_slice(values)));
+        hash.digest()
+    }
+
+    /// Bytes of the values.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(|values| size_of_val(&values[..])).sum()
+    }
 }
 
 /// What `adapter_config.json` says that the math needs.

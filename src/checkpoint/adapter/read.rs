@@ -10,6 +10,7 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use super::config::PeftConfig;
 use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, matrices, tensor_name};
+use crate::checkpoint::output::STAGING;
 use crate::checkpoint::source::map;
 use crate::model::config::ModelConfig;
 use crate::model::lora::LoraLayout;
@@ -20,6 +21,11 @@ use crate::model::names::{self, Projection};
 /// # Errors
 /// The files cannot be read, or contradict each other or the model; `adapter_config.json` has what is not implemented.
 pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
+    ensure!(
+        dir.join(CONFIG_FILE).exists() || !dir.join(STAGING).exists(),
+        "{}: a new adapter is being put in place, or was when its run was killed; help: the same `train` again finishes it",
+        dir.display()
+    );
     let peft = PeftConfig::load(dir)?;
     let path = dir.join(TENSORS_FILE);
     let file = map(&path)?;

@@ -1,8 +1,9 @@
 //! Writing an adapter as PEFT reads it.
 
+use std::fs::File;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
@@ -11,13 +12,8 @@ use crate::checkpoint::atomic;
 use crate::model::config::ModelConfig;
 use crate::model::lora::LoraLayout;
 
-/// Fails when a folder cannot be written, or has no room for the adapter.
-pub fn check_room(adapter: &Adapter, dir: &Path) -> Result<()> {
-    let bytes = adapter.layers.iter().map(|values| size_of_val(&values[..])).sum();
-    atomic::beside_with_room(&dir.join(TENSORS_FILE), bytes).map(drop)
-}
-
-/// Writes both files, the tensors first: a folder with a config has its tensors. `base` is the model's path.
+/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result is the matter of
+/// [`crate::checkpoint::output`]. `base` is the model's path.
 pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) -> Result<()> {
     let layout = LoraLayout::new(config, &adapter.settings.lora_config());
     let mut views = Vec::new();
@@ -30,7 +26,12 @@ pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) ->
         }
     }
     let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-    atomic::write(&dir.join(TENSORS_FILE), &safetensors::serialize(views, Some(metadata))?)?;
+    let path = dir.join(TENSORS_FILE);
+    // Straight to the file: a copy of all values in memory may not fit.
+    safetensors::serialize_to_file(views, Some(metadata), &path)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| Ok(File::open(&path)?.sync_all()?))
+        .with_context(|| format!("{}: cannot be written", path.display()))?;
     let settings = &adapter.settings;
     let alpha = if settings.alpha.fract() == 0.0 { json!(settings.alpha as i64) } else { json!(settings.alpha) };
     let peft = json!({
@@ -50,5 +51,5 @@ pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) ->
         "modules_to_save": null,
         "target_modules": settings.targets.iter().map(|p| p.name()).collect::<Vec<_>>(),
     });
-    atomic::write(&dir.join(CONFIG_FILE), format!("{peft:#}\n").as_bytes())
+    atomic::write_synced(&dir.join(CONFIG_FILE), format!("{peft:#}\n").as_bytes()).map(drop)
 }

@@ -9,8 +9,6 @@ mod exchange;
 mod lock;
 pub mod record;
 
-use std::fs::File;
-use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -222,7 +220,7 @@ impl Output {
         let (staging, probe) = (self.dir.join(STAGING), ".fsdp-qlora-probe");
         let tried = || -> Result<()> {
             std::fs::create_dir_all(&staging).with_context(|| staging.display().to_string())?;
-            let file = write_synced(&staging.join(probe), b"probe")?;
+            let file = atomic::write_synced(&staging.join(probe), b"probe")?;
             atomic::check_room(&file, &self.dir.join(TENSORS_FILE), bytes)?;
             let to = self.dir.join(probe);
             std::fs::rename(staging.join(probe), &to).with_context(|| to.display().to_string())?;
@@ -268,21 +266,10 @@ fn names(result: &RunResult<'_>) -> Vec<String> {
 fn write_result(dir: &Path, result: &RunResult<'_>, record: &RunRecord) -> Result<()> {
     (result.adapter)(dir)?;
     for (name, content) in &result.others {
-        write_synced(&dir.join(name), content)?;
+        atomic::write_synced(&dir.join(name), content)?;
     }
     atomic::sync_folder(dir)?;
     record.write(dir)
-}
-
-/// Writes a file and waits until the disk has it.
-pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<File> {
-    let write = || {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        Ok::<_, std::io::Error>(file)
-    };
-    write().with_context(|| format!("{}: cannot be written", path.display()))
 }
 
 fn has_content(path: &Path) -> bool {

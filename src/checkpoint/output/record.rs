@@ -16,7 +16,8 @@ pub const RUN_FILE: &str = "run.json";
 const MAX_DIFFERENCES: usize = 5;
 
 /// Keys that do not change what is learned: places, whose contents are compared by digest, and how things are moved and told.
-const FREE_KEYS: [&str; 6] = ["model", "output_dir", "shards", "data.train", "data.eval", "training.logging_steps"];
+const FREE_KEYS: [&str; 7] =
+    ["model", "output_dir", "shards", "data.train", "data.eval", "lora.adapter", "training.logging_steps"];
 
 /// How a run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,6 +41,8 @@ pub struct RunIdentity {
     pub base: String,
     /// Identity of the tokenizer, if one is needed.
     pub tokenizer: Option<String>,
+    /// Digest of the adapter before the first step.
+    pub adapter: String,
     /// Digest of the training documents in the order of the sequences, and of those that are evaluated.
     pub data: String,
     pub eval_data: Option<String>,
@@ -90,6 +93,7 @@ impl RunIdentity {
         values.insert("number of ranks".into(), self.world_size.into());
         values.insert("base model".into(), self.base.clone().into());
         values.insert("tokenizer".into(), self.tokenizer.clone().into());
+        values.insert("adapter to start from".into(), self.adapter.clone().into());
         values.insert("training data".into(), self.data.clone().into());
         values.insert("evaluation data".into(), self.eval_data.clone().into());
         values
@@ -153,6 +157,7 @@ pub mod tests {
             world_size: 2,
             base: "b".into(),
             tokenizer: None,
+            adapter: "a".into(),
             data: "d".into(),
             eval_data: None,
             recipe: recipe.as_object().unwrap().clone(),
