@@ -2,6 +2,13 @@
 
 mod common;
 
+#[path = "bad_input/adapters.rs"]
+mod adapters;
+#[path = "bad_input/arguments.rs"]
+mod arguments;
+#[path = "bad_input/keys.rs"]
+mod keys;
+
 use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
 use serde_json::{Value, json};
 

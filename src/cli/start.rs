@@ -223,7 +223,14 @@ impl Start<'_> {
         let before = cuda.free_bytes()?;
         barrier(&mut comm)?;
         let mut queue = CudaQueue::new(cuda.clone(), comm.into_groups(sizes.num_shards())?, options)?;
-        let mut hardware = Hardware::of_device(&cuda.name()?)?.shared_by(ranks);
+        let (card, is_known) = Hardware::of_device(&cuda.name()?)?;
+        if !is_known {
+            self.log.line(format!(
+                "plan: choices are weighed with the rates of a guess, {}, as this card is unknown",
+                card.name
+            ));
+        }
+        let mut hardware = card.shared_by(ranks);
         let wishes = wishes(job, self.world.world_size);
         let job = &job.fsdp;
         let wishes = Wishes { gather: self.gathers(&mut queue, job, &mut hardware)?, ..wishes };
@@ -255,6 +262,10 @@ impl Start<'_> {
     ) -> Result<Option<Gather>> {
         let num_shards = queue.position().num_shards;
         if let Some(gather) = possible_gather(job, num_shards, self.world.fits_a_node(num_shards))? {
+            self.log.line(format!(
+                "plan: {:.0} GB/s between host and GPU is assumed; it is measured where ranks gather from each other and fsdp.gather is auto",
+                hardware.host_bytes_per_s * 1e-9
+            ));
             return Ok(Some(gather));
         }
         let Rates { nccl, host } = queue.measure_gathers()?;

@@ -103,11 +103,13 @@ impl Hardware {
         (self.vram_bytes * 0.98) as usize
     }
 
-    /// What comes nearest to a GPU of this name, e.g. `NVIDIA GeForce RTX 4090`; it orders choices, no more.
-    pub fn of_device(device: &str) -> Result<Hardware> {
+    /// The card that a GPU of this name is, e.g. `NVIDIA GeForce RTX 4090`, and whether it is known to be that one: an unknown GPU is
+    /// taken for an RTX 3090. It orders choices, no more.
+    pub fn of_device(device: &str) -> Result<(Hardware, bool)> {
         let device = device.to_lowercase();
         let number = |name: &&str| device.contains(name.trim_start_matches("rtx"));
-        Hardware::named(Hardware::names().into_iter().find(number).unwrap_or("rtx3090"))
+        let found = Hardware::names().into_iter().find(number);
+        Ok((Hardware::named(found.unwrap_or("rtx3090"))?, found.is_some()))
     }
 
     /// A core of a host; it orders choices, no more.
@@ -120,6 +122,23 @@ impl Hardware {
             host_bytes_per_s: 5e9,
             peer_bytes_per_s: 2e9,
             reached: REACHED,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_card_is_a_guess() {
+        for (device, name, is_known) in [
+            ("NVIDIA GeForce RTX 4090", "rtx4090", true),
+            ("NVIDIA H100 80GB HBM3", "h100", true),
+            ("NVIDIA L40S", "rtx3090", false),
+        ] {
+            let (hardware, known) = Hardware::of_device(device).unwrap();
+            assert_eq!((&hardware.name[..], known), (name, is_known), "{device}");
         }
     }
 }

@@ -174,10 +174,10 @@ mod tests {
         let whole: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         for (key, value, words) in [
             ("r", json!(8), ["r is 8", "[4, 64]"]),
-            ("target_modules", json!(["q_proj"]), ["layers.0.mlp.down_proj", "do not name"]),
+            ("target_modules", json!(["q_proj"]), ["layers.0.mlp.down_proj", "leave out"]),
             ("target_modules", json!("all-linear"), ["layers.0.self_attn.k_proj", "no tensors"]),
             ("target_modules", json!(["q_proj", "down_proj", "lm_head"]), ["lm_head", "projections of layers"]),
-            ("exclude_modules", json!(["layers.1.mlp.down_proj"]), ["layers.1.mlp.down_proj", "do not name"]),
+            ("exclude_modules", json!(["layers.1.mlp.down_proj"]), ["layers.1.mlp.down_proj", "leave out"]),
         ] {
             let mut changed = whole.clone();
             changed[key] = value;

@@ -68,10 +68,12 @@ fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, config: &ModelConfig) 
             match (peft.targets(&module)?, has_tensors(layer, projection), has_tensors(0, projection)) {
                 (true, true, true) | (false, false, false) => {}
                 (true, false, _) => {
-                    bail!("{TENSORS_FILE}: no tensors for {module}, which target_modules of {CONFIG_FILE} name")
+                    bail!("{TENSORS_FILE}: no tensors for {module}, which target_modules of {CONFIG_FILE} ask for")
                 }
                 (false, true, _) => {
-                    bail!("{TENSORS_FILE}: tensors for {module}, which target_modules of {CONFIG_FILE} do not name")
+                    bail!(
+                        "{TENSORS_FILE}: tensors for {module}, which target_modules and exclude_modules of {CONFIG_FILE} leave out"
+                    )
                 }
                 _ => bail!("{module}: only some layers have an adapter there; allowed: all or none"),
             }

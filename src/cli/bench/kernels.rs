@@ -46,7 +46,7 @@ pub fn run(start: &Start, args: &KernelBench, overrides: &[String]) -> Result<()
     }
 }
 
-/// How long a device works before its rate is that of work that goes on.
+/// How long a GPU works before its rate is that of work that goes on.
 const WARM_UP: Duration = Duration::from_millis(1500);
 
 /// FLOP/s of a large matrix product, after a while of them: a card is faster while it is cool.
@@ -55,7 +55,7 @@ pub fn matrix_rate<D: Ops>(device: &D) -> Result<f64> {
     let start = Instant::now();
     loop {
         let (n, seconds) = timer.matrix_product()?;
-        if start.elapsed() > WARM_UP {
+        if D::IS_HOST || start.elapsed() > WARM_UP {
             return Ok(2.0 * (n as f64).powi(3) / seconds);
         }
     }
@@ -182,17 +182,17 @@ impl<'a, D: Ops> Timer<'a, D> {
             self.time(&format!("{projection} x·Wᵀ"), flops(k, n), || {
                 self.product(y.view_mut(), x.view(), w.view(), Yes, [tokens, n, k], 0.0)
             })?;
-            self.time(&format!("{projection} u = x·Aᵀ"), flops(k, r), || {
+            self.time(&format!("{projection} u = x·Aᵀ, r {r}"), flops(k, r), || {
                 self.product(u.view_mut(), x.view(), a.view(), Yes, [tokens, r, k], 0.0)
             })?;
-            self.time(&format!("{projection} y += u·Bᵀ"), flops(r, n), || {
+            self.time(&format!("{projection} y += u·Bᵀ, r {r}"), flops(r, n), || {
                 self.product(y.view_mut(), u.view(), b.view(), Yes, [tokens, n, r], 1.0)
             })?;
             let mut d_x = self.act(tokens * k)?;
             self.time(&format!("{projection} d_y·W"), flops(n, k), || {
                 self.product(d_x.view_mut(), y.view(), w.view(), No, [tokens, k, n], 0.0)
             })?;
-            self.time(&format!("{projection} dB += d_yᵀ·u"), flops(n, r), || {
+            self.time(&format!("{projection} dB += d_yᵀ·u, r {r}"), flops(n, r), || {
                 let (c, a, b) = (grad.view_mut(), y.view(), u.view());
                 d.gemm_grad(Gemm {
                     c,
@@ -216,7 +216,7 @@ impl<'a, D: Ops> Timer<'a, D> {
             (Projection::Gate.shape(config).iter().product::<usize>(), Encoding::Nf4 { double_quant });
         let (records, mut weights) = (self.buffer::<u8>(encoding.tensor_bytes(len))?, self.buffer::<D::Act>(len)?);
         let bytes = (records.len() + len * size_of::<D::Act>()) as f64;
-        self.time("dequantize gate_proj", Amount::Bytes(bytes), || {
+        self.time(&format!("dequantize gate_proj, {}", encoding.name()), Amount::Bytes(bytes), || {
             self.device.dequantize(Dequantize { weights: weights.view_mut(), records: records.view(), encoding })
         })
     }

@@ -1,0 +1,269 @@
+//! Each command reads the keys that it says it reads: changing one changes the result, or is refused for its value. All other keys are
+//! refused by name. Which keys those are comes from `train --help-recipe`, and so from their one declaration.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use fancy_regex::Regex;
+
+use crate::common::cli::{Place, fails, metrics};
+
+/// A key and what proves that it is read: `--set` of it, more `--set` on both sides, and on how many ranks.
+struct Proof {
+    set: &'static str,
+    with: &'static [&'static str],
+    ranks: usize,
+}
+
+const fn by(set: &'static str) -> Proof {
+    Proof { set, with: &[], ranks: 1 }
+}
+
+const fn by_with(set: &'static str, with: &'static [&'static str]) -> Proof {
+    Proof { set, with, ranks: 1 }
+}
+
+const fn by_two(set: &'static str, with: &'static [&'static str]) -> Proof {
+    Proof { set, with, ranks: 2 }
+}
+
+/// Of all commands that hold a base.
+const BASE: [Proof; 4] = [
+    by("quantization.load_in_4bit=false"),
+    by("quantization.bnb_4bit_quant_type=fp4"),
+    by("quantization.bnb_4bit_use_double_quant=false"),
+    by("quantization.bnb_4bit_quant_storage=int8"),
+];
+
+/// Of all commands that have an engine on this machine.
+const ENGINE: [Proof; 5] = [
+    by("quantization.bnb_4bit_compute_dtype=float16"),
+    by_two("fsdp.gather=host", &[]),
+    by_two("fsdp.sharding_strategy=no_shard", &[]),
+    by("fsdp.vram_budget=100KB"),
+    by_two("fsdp.resident_units=1", &["fsdp.gather=host"]),
+];
+
+/// Of commands that train, or would.
+const STEPS: [Proof; 5] = [
+    by("lora.r=8"),
+    by("lora.lora_dropout=0"),
+    by("lora.target_modules=q_proj"),
+    by_with("fsdp.accumulation=micro_batch", &["fsdp.activation_checkpointing=full"]),
+    by("fsdp.activation_checkpointing=full"),
+];
+
+/// Of commands that train on this machine.
+const STEPS_HERE: [Proof; 5] = [
+    by("lora.lora_alpha=64"),
+    by("lora.use_rslora=true"),
+    by("fsdp.offload_params=true"),
+    by("fsdp.activation_offload=true"),
+    by_with("fsdp.host_budget=1KB", &["fsdp.offload_params=true"]),
+];
+
+/// Commands as `--help-recipe` names them, with the keys that they read.
+fn readers() -> BTreeMap<String, BTreeSet<String>> {
+    let output = Place::new().command(&["train", "--help-recipe"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut readers = BTreeMap::<String, BTreeSet<String>>::new();
+    let mut key = String::new();
+    for line in text.lines() {
+        match line.trim().strip_prefix("read by ") {
+            Some(commands) => commands.split(", ").for_each(|command| {
+                readers.entry(command.into()).or_default().insert(key.clone());
+            }),
+            None if !line.starts_with(' ') => key = line.split(' ').next().unwrap().into(),
+            None => {}
+        }
+    }
+    readers
+}
+
+/// A place in which every command finds what it needs.
+fn place() -> Place {
+    let place = Place::new();
+    std::fs::create_dir(place.path("adapter")).unwrap();
+    let adapter = crate::common::golden("qlora_steps/final");
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::fs::copy(adapter.join(file), place.path("adapter").join(file)).unwrap();
+    }
+    // No weights: heads as wide as a GPU wants them.
+    std::fs::create_dir(place.path("shape")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&place.read("model/config.json")).unwrap();
+    config["head_dim"] = 64.into();
+    place.write("shape/config.json", config.to_string());
+    place
+}
+
+/// All that a run leaves behind but times.
+fn observe(args: &[&str], sets: &[&str], ranks: usize) -> String {
+    let place = place();
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let args: Vec<&str> = args.iter().copied().chain(sets).collect();
+    let mut command: Command = if ranks == 1 { place.command(&args) } else { place.mpirun(ranks, &args) };
+    let output = command.output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).replace(place.path("").to_str().unwrap(), "");
+    let times = Regex::new(concat!(
+        r#"(?m)"[a-z_]*(_ms|_bytes|per_second|_rank|tflops|rate|peak)[a-z_]*":[^,}]*|[\d.]+ (tok/s|ms\b)|\S+ left|"#,
+        r#""(ms|rate|share_of_peak)":[^,}]*|^peak.*|^rank 1:.*|\[[^\]]*\d+[^\]]*\] .*"#
+    ));
+    let mut seen = times.unwrap().replace_all(&text, "").into_owned();
+    let mut files = place.results();
+    files.sort();
+    seen += &files.join("\n").replace(place.path("").to_str().unwrap(), "");
+    for out in ["out", "elsewhere"] {
+        if let Ok(bytes) = std::fs::read(place.path(out).join("metrics.jsonl")) {
+            for line in metrics(&bytes) {
+                seen += &format!("\n{} {} {}", line["loss"], line["learning_rate"], line["eval_loss"]);
+            }
+        }
+    }
+    format!("{:?}\n{seen}", output.status.code())
+}
+
+/// Proves each key of a command, and that it refuses the others.
+fn check(name: &str, args: &[&str], proofs: &[&[Proof]]) {
+    let mut unproved = readers().remove(name).unwrap_or_default();
+    let mut refused: BTreeSet<String> = readers().into_values().flatten().collect();
+    refused.retain(|key| !unproved.contains(key));
+    let mut baselines = BTreeMap::new();
+    for Proof { set, with, ranks } in proofs.iter().copied().flatten() {
+        let before = baselines.entry((*with, *ranks)).or_insert_with(|| {
+            let (once, twice) = (observe(args, with, *ranks), observe(args, with, *ranks));
+            assert_eq!(once, twice, "{name} {with:?}: two runs must be alike, or no proof is one");
+            once
+        });
+        let after = observe(args, &[with, &[*set][..]].concat(), *ranks);
+        assert_ne!(*before, after, "{name} --set {set} changes nothing");
+        let key = set.split('=').next().unwrap();
+        assert!(!after.contains(&format!("{key}: {name} ")), "{after}");
+        assert!(unproved.remove(key), "{name} does not say that it reads {key}, or a proof stands here twice");
+    }
+    assert!(unproved.is_empty(), "{name} says that it reads {unproved:?}; nothing here proves it");
+    let place = place();
+    let sets: Vec<String> = refused.iter().map(|key| format!("{key}=1")).collect();
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    if refused.is_empty() {
+        return;
+    }
+    let text = fails(place.command(&args.iter().copied().chain(sets).collect::<Vec<_>>()), 2);
+    for key in refused {
+        let told = text.contains(&format!("  {key}: {name} ")) || text.contains(&format!("  {key}: found 1"));
+        assert!(told, "{name} --set {key}=1 is not refused by name:\n{text}");
+    }
+}
+
+#[test]
+fn train() {
+    let own = [
+        by("model=nowhere"),
+        by("output_dir=elsewhere"),
+        by("shards=shards"),
+        by("data.train=nowhere.jsonl"),
+        by("data.eval=0.3"),
+        by("data.format=messages"),
+        by("data.max_length=16"),
+        by("data.packing=true"),
+        by_with("data.overlong=drop", &["data.max_length=24"]),
+        by("data.loss_on=completion"),
+        by("lora.bias=all"),
+        by("lora.adapter=nowhere"),
+        by("training.per_device_train_batch_size=2"),
+        by_with("training.gradient_accumulation_steps=2", &["training.global_batch_size=null"]),
+        by("training.global_batch_size=4"),
+        by("training.learning_rate=0.001"),
+        by("training.lr_scheduler_type=linear"),
+        by("training.adam_beta1=0.5"),
+        by("training.adam_beta2=0.5"),
+        by("training.adam_epsilon=0.1"),
+        by("training.warmup_steps=1"),
+        by_with("training.num_train_epochs=0.5", &["training.max_steps=null"]),
+        by("training.max_steps=2"),
+        by("training.max_grad_norm=0.001"),
+        by("training.weight_decay=0.5"),
+        by("training.seed=7"),
+        by("training.logging_steps=2"),
+        by_with("training.eval_steps=1", &["data.eval=0.3"]),
+    ];
+    check("train", &["--device", "cpu", "train", "-c", "recipe.yaml"], &[&own, &BASE, &ENGINE, &STEPS, &STEPS_HERE]);
+}
+
+#[test]
+fn eval() {
+    let own = [
+        by("shards=shards"),
+        by("data.format=messages"),
+        by("data.packing=false"),
+        by_with("data.overlong=drop", &[]),
+        by("data.loss_on=completion"),
+        by("fsdp.offload_params=true"),
+        by_with("fsdp.host_budget=1KB", &["fsdp.offload_params=true"]),
+    ];
+    let args = ["--device", "cpu", "eval", "--model", "model", "--adapter", "adapter", "--dataset", "rows.jsonl"];
+    check("eval", &[&args[..], &["--max-length", "24"]].concat(), &[&own, &BASE, &ENGINE]);
+}
+
+#[test]
+fn generate() {
+    let own = [
+        by("shards=shards"),
+        by("fsdp.offload_params=true"),
+        by_with("fsdp.host_budget=1KB", &["fsdp.offload_params=true"]),
+    ];
+    let args =
+        ["--device", "cpu", "generate", "--model", "model", "--adapter", "adapter", "--prompt", "hello", "--raw"];
+    check("generate", &[&args[..], &["--max-new-tokens", "4"]].concat(), &[&own, &BASE, &ENGINE]);
+}
+
+#[test]
+fn quantize() {
+    check("quantize", &["quantize", "--model", "model", "--output", "shards", "--world-size", "2"], &[&BASE]);
+}
+
+#[test]
+fn benchmarks() {
+    let args = ["--device", "cpu", "bench", "step", "--shape", "model", "--seq", "16", "--accum", "2", "--steps", "1"];
+    check("bench step", &args, &[&BASE, &ENGINE, &STEPS, &STEPS_HERE]);
+    let of_ops = [
+        by("lora.r=8"),
+        by("quantization.bnb_4bit_use_double_quant=false"),
+        by("quantization.bnb_4bit_compute_dtype=float16"),
+    ];
+    check("bench kernels", &["--device", "cpu", "bench", "kernels", "--shape", "model", "--seq", "16"], &[&of_ops]);
+    check("bench collectives", &["--device", "cpu", "bench", "collectives"], &[]);
+}
+
+#[test]
+fn plan() {
+    let engine = [
+        by("quantization.bnb_4bit_compute_dtype=float32"),
+        by("fsdp.gather=host"),
+        by("fsdp.sharding_strategy=no_shard"),
+        by("fsdp.vram_budget=100MB"),
+        by("fsdp.resident_units=1"),
+        by("fsdp.offload_params=true"),
+        by("fsdp.activation_offload=true"),
+        by_with("fsdp.host_budget=1KB", &["fsdp.offload_params=true"]),
+    ];
+    let base = [
+        by("quantization.load_in_4bit=false"),
+        by("quantization.bnb_4bit_quant_type=fp4"),
+        by("quantization.bnb_4bit_use_double_quant=false"),
+        by("quantization.bnb_4bit_quant_storage=int8"),
+    ];
+    let cards = ["--gpu", "h100", "--world-size", "2"];
+    let own = [
+        by("model=nowhere"),
+        by("data.max_length=64"),
+        by("lora.adapter=nowhere"),
+        by("training.per_device_train_batch_size=2"),
+        by_with("training.gradient_accumulation_steps=2", &["training.global_batch_size=null"]),
+        by("training.global_batch_size=4"),
+    ];
+    let recipe = ["plan", "-c", "recipe.yaml", "--set", "model=shape", "--set", "lora.lora_dropout=0.1"];
+    check("plan", &[&recipe[..], &cards].concat(), &[&own, &engine, &base, &STEPS]);
+    let shape = ["plan", "--shape", "llama-3.1-8b", "--layers", "2", "--seq", "4096"];
+    check("plan --shape", &[&shape[..], &cards].concat(), &[&engine, &base, &STEPS]);
+}
