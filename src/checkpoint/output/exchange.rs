@@ -71,11 +71,12 @@ pub fn perform(moves: &[Move]) -> Result<()> {
 /// performs the rest.
 pub fn take_back(dir: &Path) {
     let staging = dir.join(STAGING);
-    let tensors_are_moved = complete(&staging).is_some() && !staging.join(TENSORS_FILE).exists();
-    if !tensors_are_moved {
+    if staging.join(TENSORS_FILE).exists() {
         let _ = std::fs::rename(staging.join(REPLACED_CONFIG), dir.join(CONFIG_FILE));
-        let _ = std::fs::remove_dir_all(staging);
+    } else if complete(&staging).is_some() {
+        return;
     }
+    let _ = std::fs::remove_dir_all(staging);
 }
 
 /// The record of a result that was written whole: it is the last of its files. A record that names other files is not this program's.
@@ -178,6 +179,21 @@ mod tests {
         assert_eq!(recover(place.path()).unwrap(), Left::Removed);
         for name in [TENSORS_FILE, CONFIG_FILE, CHAT] {
             assert_eq!(content(place.path().join(name)).as_deref(), Some("old"));
+        }
+    }
+
+    #[test]
+    fn a_failure_between_any_two_moves_leaves_no_tensors_with_another_config() {
+        for done in 0..=plan(with_two_results().0.path(), &with_two_results().1).len() {
+            let (place, record) = with_two_results();
+            let at = |name: &str| content(place.path().join(name));
+            perform(&plan(place.path(), &record)[..done]).unwrap();
+            take_back(place.path());
+            let is_absent = at(CONFIG_FILE).is_none();
+            assert!(is_absent || at(CONFIG_FILE) == at(TENSORS_FILE), "after {done} moves");
+            let left = recover(place.path()).unwrap();
+            assert!(at(CONFIG_FILE).is_some() && at(CONFIG_FILE) == at(TENSORS_FILE), "after {done} moves");
+            assert!(!is_absent || left == Left::PutInPlace, "after {done} moves");
         }
     }
 
