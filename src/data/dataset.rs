@@ -1,4 +1,4 @@
-//! Documents, and which of them make each sequence.
+//! A data set: documents, and the sequences that they make.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -11,15 +11,15 @@ use super::source::Rows;
 use super::tokenize::{self, Tokenized};
 use super::{DataOptions, Document, Overlong, Packing, TextTokenizer, pack};
 
-/// What happened to the rows.
+/// Counts of what happened to the rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     pub rows: usize,
-    /// Rows over max_length, with `overlong: truncate`.
+    /// Documents over max_length, with `overlong: truncate`.
     pub truncated: usize,
-    /// Rows over max_length, with `overlong: split`.
+    /// Documents over max_length, with `overlong: split`.
     pub split: usize,
-    /// Rows over max_length, with `overlong: drop`.
+    /// Documents over max_length, with `overlong: drop`.
     pub dropped: usize,
     /// Documents of fewer than two tokens, or with none that counts in the loss.
     pub without_target: usize,
@@ -51,7 +51,7 @@ impl fmt::Display for Counts {
     }
 }
 
-/// Documents, and which of them make each sequence.
+/// Documents, and for each sequence the indices of its documents.
 #[derive(Clone, Debug)]
 pub struct Dataset {
     pub documents: Vec<Document>,
@@ -110,17 +110,17 @@ impl Dataset {
         Ok((train, held_out))
     }
 
-    /// Tokens of the longest document.
+    /// Counts the tokens of the longest document.
     pub fn longest_document(&self) -> usize {
         self.documents.iter().map(|d| d.input_ids.len()).max().unwrap_or(0)
     }
 
-    /// Tokens of each sequence.
+    /// Counts the tokens of each sequence.
     pub fn sequence_lengths(&self) -> impl Iterator<Item = usize> + '_ {
         self.sequences.iter().map(|s| s.iter().map(|&d| self.documents[d].input_ids.len()).sum())
     }
 
-    /// An xxh3 hash of all that training reads: the sequences in order, and the sample index, token ids and targets of each
+    /// Returns an xxh3 hash of all that training reads: the sequences in order, and the sample index, token ids and targets of each
     /// of their documents. Two ranks with equal digests see the same data.
     pub fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
@@ -136,7 +136,7 @@ impl Dataset {
         hash.digest()
     }
 
-    /// Host memory that the documents and sequences take, for as long as the data set lives.
+    /// Counts the host memory that documents and sequences take for as long as the data set lives.
     pub fn host_bytes(&self) -> usize {
         let of_document = |d: &Document| d.input_ids.capacity() * size_of::<u32>() + d.is_target.capacity();
         let of_sequence = |s: &Vec<usize>| s.capacity() * size_of::<usize>();
@@ -171,7 +171,7 @@ impl fmt::Display for Places {
     }
 }
 
-/// A data set while its rows are read.
+/// A data set whose rows are still being read.
 struct Builder<'a> {
     tokenizer: Option<&'a TextTokenizer>,
     vocab_size: usize,
@@ -216,7 +216,7 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// The pieces that are left of a document of more than max_length tokens.
+    /// Returns the pieces that are left of a document after `overlong` has been applied.
     fn cut(&mut self, document: Tokenized) -> Vec<(Vec<u32>, Vec<bool>)> {
         let Tokenized { mut input_ids, mut is_target, .. } = document;
         let limit = self.options.max_length;

@@ -12,7 +12,7 @@ const REFUSED: [&str; 5] = ["loss", "train", "train_detail", "training", "weight
 /// Roles of what a tool returned; their content may be any JSON value, which the template writes.
 const TOOL_ROLES: [&str; 4] = ["function", "ipython", "observation", "tool"];
 
-/// A list of messages: objects with a role. As in transformers, keys whose value is null are dropped, and a message
+/// Checks a list of messages, which are objects with a role. As in transformers, keys whose value is null are dropped, and a message
 /// without content is one. Content that is a list of text parts becomes their text.
 pub fn list(column: &str, value: Value) -> Result<Vec<Value>> {
     let Value::Array(messages) = value else {
@@ -52,7 +52,7 @@ fn is_parts(list: &[Value]) -> bool {
     !list.is_empty() && list.iter().all(|part| part.get("type").is_some_and(Value::is_string))
 }
 
-/// The texts of `{"type": "text", "text": …}`, one after the other.
+/// Joins the texts of `{"type": "text", "text": …}`, one after the other.
 fn text_of_parts(parts: &[Value]) -> Result<String> {
     let text = |part: &Value| {
         let keys: Option<Map<String, Value>> =

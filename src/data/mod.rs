@@ -21,9 +21,9 @@ pub use sampler::{Sampler, eval_micro_batches, num_step_target_tokens, step_micr
 pub use tokenizer::TextTokenizer;
 
 choices! {
-    /// What the rows of a file are.
+    /// Forms that the rows of a file can have.
     Format {
-        /// By the columns of a file's first row; see [`row`].
+        /// The form is decided by the columns of a file's first row; see [`row`].
         Auto = "auto",
         Text = "text",
         Messages = "messages",
@@ -34,20 +34,20 @@ choices! {
 }
 
 choices! {
-    /// How documents make sequences; they never attend to each other.
+    /// Ways to put documents into sequences. Documents never attend to each other.
     Packing {
-        /// Whole documents, as many as fit.
+        /// A sequence holds whole documents, as many as fit.
         BestFit = "true",
-        /// End to end, cut where a sequence is full.
+        /// Documents stand end to end and are cut where a sequence is full.
         Wrapped = "wrapped",
-        /// One document a sequence.
+        /// A sequence holds one document.
         None = "false",
     }
 }
 
 choices! {
-    /// What becomes of rows over max_length. Wrapped packing cuts rows wherever a sequence is full, so that there `split`
-    /// (and no choice) leaves rows as long as they are, and `truncate` is refused.
+    /// Ways to treat rows over max_length. Wrapped packing cuts rows where a sequence is full: there `split`, which is then
+    /// the default, leaves rows as long as they are, and a recipe with `truncate` is refused.
     Overlong {
         Truncate = "truncate",
         Split = "split",
@@ -57,18 +57,18 @@ choices! {
 }
 
 choices! {
-    /// Which tokens count in the loss.
+    /// Choices of the tokens that count in the loss.
     LossOn {
-        /// The completion where there is a prompt, else all.
+        /// The completion counts where there is a prompt, else all tokens; masks and labels of tokenized rows apply.
         Auto = "auto",
         All = "all",
         Completion = "completion",
-        /// What the chat template marks as generated.
+        /// The text counts that the chat template marks as generated.
         Assistant = "assistant",
     }
 }
 
-/// The recipe's data section, as far as it says how rows become documents.
+/// The part of the recipe's data section that says how rows become documents.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DataOptions {
     pub format: Format,
@@ -79,7 +79,7 @@ pub struct DataOptions {
 }
 
 impl DataOptions {
-    /// Documents are evaluated whole: what would be cut to fill sequences is packed by best fit.
+    /// Returns the options for evaluation: documents that would be cut to fill sequences are packed by best fit instead.
     pub fn for_evaluation(self) -> DataOptions {
         match self.packing {
             Packing::Wrapped => DataOptions { packing: Packing::BestFit, ..self },
@@ -94,18 +94,18 @@ pub struct Document {
     /// Unique in the data set; it seeds dropout.
     pub sample_idx: u64,
     pub input_ids: Vec<u32>,
-    /// Which tokens count in the loss when they are predicted.
+    /// True for each token that counts in the loss when it is predicted.
     pub is_target: Vec<bool>,
 }
 
 impl Document {
-    /// The first token is never predicted.
+    /// Counts the tokens that are predicted and count in the loss. The first token is never predicted.
     pub fn num_target_tokens(&self) -> usize {
         self.is_target.iter().skip(1).filter(|&&t| t).count()
     }
 }
 
-/// A document as text, its runs of target tokens between 【 and 】; as ids where there is no tokenizer.
+/// Shows a document as text with its target tokens between 【 and 】, or as ids where there is no tokenizer.
 pub fn describe_sample(tokenizer: Option<&TextTokenizer>, document: &Document, max_chars: usize) -> String {
     let mut text = String::new();
     // What is predicted is marked, so not the first token.

@@ -1,10 +1,11 @@
-//! Documents into sequences of at most max_length tokens.
+//! Puts documents into sequences of at most max_length tokens.
 
 use std::collections::BTreeSet;
 
 use super::{Document, Packing};
 
-/// Which documents make each sequence. `wrapped` cuts documents at the ends of sequences: the pieces replace them.
+/// Returns the indices of each sequence's documents. `wrapped` cuts documents at the ends of sequences: the pieces replace
+/// them.
 pub fn pack(documents: &mut Vec<Document>, packing: Packing, max_length: usize) -> Vec<Vec<usize>> {
     match packing {
         Packing::None => (0..documents.len()).map(|i| vec![i]).collect(),
@@ -17,8 +18,8 @@ pub fn pack(documents: &mut Vec<Document>, packing: Packing, max_length: usize) 
     }
 }
 
-/// Best fit, decreasing: the longest first, each into the fullest sequence that still has room; sequences in the order of
-/// their first documents.
+/// Packs by best fit, decreasing: the longest document comes first, and each goes into the fullest sequence that still has
+/// room. Sequences are in the order of their first documents.
 fn best_fit(documents: &[Document], max_length: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..documents.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(documents[i].input_ids.len()), i));
@@ -43,8 +44,8 @@ fn best_fit(documents: &[Document], max_length: usize) -> Vec<Vec<usize>> {
     sequences
 }
 
-/// End to end, cut where a sequence is full. Sequences in which no token counts are left out: a step of them would have no
-/// loss.
+/// Puts documents end to end and cuts them where a sequence is full. Sequences in which no token counts are left out: a
+/// step of them would have no loss.
 fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<usize>>) {
     let (mut sequences, mut room): (Vec<Vec<Document>>, usize) = (Vec::new(), 0);
     for document in documents {

@@ -1,4 +1,4 @@
-//! A row: which of its columns say what is trained on, and which are refused.
+//! Decides which columns of a row are read and which are refused.
 //!
 //! Where a row has the columns of several formats, `format: auto` reads those that TRL's SFTTrainer (1.16) reads: `input_ids`
 //! before `prompt` and `completion`, before `messages`, before `text`. TRL does not know `instruction` and `output`: they come
@@ -67,7 +67,7 @@ impl Row {
         place(&self.file, self.line)
     }
 
-    /// The text that a model should learn to say: rows with the same answer are held out together.
+    /// Returns the text that a model should learn to say: rows with the same answer are held out together.
     pub fn answer(&self) -> String {
         let content = |messages: &[Value]| {
             let of_assistant = |m: &&Value| m.get("role").is_some_and(|r| r == "assistant");
@@ -177,7 +177,7 @@ impl Columns {
         FORMS.into_iter().filter(|(_, columns)| columns.iter().all(|&c| self.0.contains_key(c)))
     }
 
-    /// The format that TRL would read.
+    /// Returns the format that TRL would read.
     pub fn detect(&self) -> Result<Format> {
         // TRL makes messages of conversations, so that they go before messages.
         let goes_before = |format| matches!(format, Format::Tokenized | Format::PromptCompletion);
@@ -279,7 +279,8 @@ impl Columns {
         })
     }
 
-    /// Takes `chat_template_kwargs` and `tools`. TRL lets the former win; both are refused here.
+    /// Takes `chat_template_kwargs` and `tools`. An empty list of tools is as good as none, though TRL hands it to the template,
+    /// and where tools are in both TRL takes the former; here that is refused.
     fn variables(&mut self) -> Result<Variables> {
         let mut variables = match self.take("chat_template_kwargs") {
             None => Map::new(),
@@ -290,12 +291,10 @@ impl Columns {
         if let Some(name) = variables.keys().find(|name| NO_VARIABLES.contains(&name.as_str())) {
             bail!("chat_template_kwargs: found {name}; allowed: variables of the chat template");
         }
-        if let Some(tools) = self.take("tools").filter(|tools| !is_empty(tools)) {
-            ensure!(
-                !variables.contains_key("tools"),
-                "tools: found here and in chat_template_kwargs; allowed: one of them"
-            );
-            variables.insert("tools".into(), list_of_tools(tools)?);
+        let tools = self.take("tools").filter(|tools| !is_empty(tools)).map(list_of_tools).transpose()?;
+        if let Some(tools) = tools.filter(|tools| !is_empty(tools)) {
+            let is_new = variables.insert("tools".into(), tools).is_none();
+            ensure!(is_new, "tools: found here and in chat_template_kwargs; allowed: one of them");
         }
         Ok(variables)
     }
@@ -327,7 +326,7 @@ fn string(name: &str, value: Value) -> Result<String> {
 mod tests {
     use super::*;
 
-    /// What `format` reads of a row; the columns that nothing reads.
+    /// Reads a row and returns its content and the columns that nothing reads.
     fn read(row: Value, format: Format) -> Result<(Content, Vec<String>)> {
         let Value::Object(row) = row else { panic!("a row is an object") };
         let mut columns = Columns::new(row);
@@ -443,6 +442,7 @@ mod tests {
             (json!({"tools": tools}), json!({"tools": tools})),
             (json!({"tools": tools.to_string()}), json!({"tools": tools})),
             (json!({"tools": [], "chat_template_kwargs": {}}), json!({})),
+            (json!({"tools": "[]"}), json!({})),
             (
                 json!({"chat_template_kwargs": {"enable_thinking": false, "date_string": null}, "tools": tools}),
                 json!({"enable_thinking": false, "tools": tools}),

@@ -1,4 +1,4 @@
-//! Which sequences a step sees, and which of them a rank: the same global order whatever the world size.
+//! Deals sequences to steps and ranks. The global order is the same whatever the world size.
 
 use crate::model::batch::MicroBatch;
 
@@ -12,13 +12,13 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Panics without a sequence.
+    /// Begins the first epoch. Panics if there is no sequence.
     pub fn new(num_sequences: usize, seed: u64) -> Sampler {
         assert!(num_sequences > 0, "a sampler needs a sequence");
         Sampler { seed, epoch: 0, order: permutation(num_sequences, seed, 0) }
     }
 
-    /// The sequence at a place of the endless order; `cursor` counts sequences since the start of the run.
+    /// Returns the sequence at a place of the endless order; `cursor` counts sequences since the start of the run.
     pub fn sequence_at(&mut self, cursor: u64) -> usize {
         let num_sequences = self.order.len() as u64;
         let epoch = cursor / num_sequences;
@@ -30,7 +30,7 @@ impl Sampler {
     }
 }
 
-/// Fisher–Yates over SplitMix64 (Steele, Lea, Flood 2014), seeded by seed and epoch.
+/// Shuffles 0..n by Fisher–Yates with SplitMix64 (Steele, Lea, Flood 2014), seeded by seed and epoch.
 fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut state = seed.wrapping_mul(0x2545_F491_4F6C_DD1D) ^ epoch.wrapping_mul(0xD6E8_FEB8_6659_FD93);
     let mut next = || {
@@ -48,7 +48,7 @@ fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
     order
 }
 
-/// A rank's micro-batches of the step that begins at `cursor`. Micro-batch m of rank r holds places
+/// Returns a rank's micro-batches of the step that begins at `cursor`. Micro-batch m of rank r holds places
 /// (m · world_size + r) · per_device … of the global batch; what lies past its end is left out, so that a micro-batch may
 /// be empty.
 pub fn step_micro_batches(
@@ -71,8 +71,8 @@ pub fn step_micro_batches(
         .collect()
 }
 
-/// Tokens that count in the loss in the whole global batch that begins at `cursor`: the same on every rank, without
-/// asking the others.
+/// Counts the tokens that count in the loss in the whole global batch that begins at `cursor`. Every rank gets the same
+/// number without asking the others.
 pub fn num_step_target_tokens(dataset: &Dataset, sampler: &mut Sampler, cursor: u64, global_batch: usize) -> usize {
     (cursor..cursor + global_batch as u64)
         .flat_map(|place| &dataset.sequences[sampler.sequence_at(place)])
@@ -80,8 +80,8 @@ pub fn num_step_target_tokens(dataset: &Dataset, sampler: &mut Sampler, cursor: 
         .sum()
 }
 
-/// A rank's micro-batches of a whole data set: sequences in order, as many as `max_tokens` takes, dealt round. Every rank
-/// gets the same number; the last ones may be empty. A sequence over `max_tokens` is a micro-batch of its own.
+/// Returns a rank's micro-batches of a whole data set. Each takes as many of the next sequences as fit into `max_tokens`, and
+/// ranks take turns. Every rank gets the same number of micro-batches; the last ones may be empty. A sequence over `max_tokens` is a micro-batch of its own.
 pub fn eval_micro_batches(dataset: &Dataset, max_tokens: usize, world_size: usize, rank: usize) -> Vec<MicroBatch> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;

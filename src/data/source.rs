@@ -1,4 +1,4 @@
-//! JSONL files, row by row: a file is never in memory as a whole.
+//! Reads JSONL files row by row: a file is never in memory as a whole.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -16,7 +16,7 @@ use crate::files;
 /// Bytes of the longest row. Tokenizing takes about 170 times as much host memory, 700 MiB, on every rank.
 pub const MAX_ROW_BYTES: usize = 4 << 20;
 
-/// The rows of files and folders (their *.jsonl, by name), in order. Errors name file and line.
+/// Iterates over the rows of files and folders (their *.jsonl, by name), in order. Errors name file and line.
 pub struct Rows {
     files: std::vec::IntoIter<PathBuf>,
     open: Option<RowFile>,
@@ -31,7 +31,7 @@ impl Rows {
         Ok(Rows { files, open: None, format, unread: Unread::default() })
     }
 
-    /// Sentences about what the rows read so far hold and nothing reads.
+    /// Returns sentences about columns and keys of the rows read so far that nothing reads.
     pub fn notes(&self, tokenizer: Option<&TextTokenizer>) -> Vec<String> {
         self.unread.notes(tokenizer)
     }
@@ -61,7 +61,7 @@ impl Iterator for Rows {
     }
 }
 
-/// The files of a path: itself, or those in the folder.
+/// Returns the path itself, or the *.jsonl files of the folder that it is.
 fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
     if !path.is_dir() {
         return Ok(vec![path.to_path_buf()]);
@@ -79,7 +79,7 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
 struct RowFile {
     reader: BufReader<File>,
     path: Arc<PathBuf>,
-    /// Lines read.
+    /// How many lines have been read.
     line: usize,
     bytes: Vec<u8>,
     /// `None` before the first row.
@@ -118,7 +118,7 @@ impl RowFile {
         Ok(Some(Row { content, file: self.path.clone(), line: self.line }))
     }
 
-    /// The next line that is not empty.
+    /// Reads the next line that is not empty.
     fn next_object(&mut self) -> Result<Option<Map<String, Value>>> {
         loop {
             self.bytes.clear();
@@ -144,7 +144,7 @@ impl RowFile {
     }
 }
 
-/// The first line without a byte order mark. Errors: a file of another kind under the name of a JSONL file.
+/// Returns the first line without a byte order mark. Errors: a file of another kind under the name of a JSONL file.
 fn first_line<'a>(path: &Path, line: &'a [u8]) -> Result<&'a [u8]> {
     files::check_lfs_pointer(path, line)?;
     files::check_html(path, line)?;

@@ -1,4 +1,4 @@
-//! Rows to token ids and what counts in the loss, as TRL's SFTTrainer does it.
+//! Turns rows into token ids and targets, as TRL's SFTTrainer (1.16) does.
 
 use std::ops::Range;
 
@@ -31,7 +31,7 @@ impl Tokenized {
     }
 }
 
-/// The documents of a row: one, except of a tokenized row that holds several. Errors name the row's place.
+/// Returns the documents of a row: one, or several where a tokenized row tells them apart. Errors name the row's place.
 pub fn tokenize(
     row: &Row,
     tokenizer: Option<&TextTokenizer>,
@@ -85,8 +85,8 @@ fn text(content: &Content, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result
     }
 }
 
-/// The prompt as LLaMA-Factory makes it: system, earlier turns, and the instruction with its input on the next line; then
-/// the answer. LLaMA-Factory counts the answers of earlier turns in the loss too; here they are part of the prompt.
+/// Returns the prompt as LLaMA-Factory makes it (system, earlier turns, and the instruction with its input on the next line)
+/// and the answer. LLaMA-Factory counts the answers of earlier turns in the loss too; here they are part of the prompt.
 fn alpaca_messages(alpaca: &Alpaca) -> (Vec<Value>, Value) {
     let Alpaca { system, history, instruction, input, output } = alpaca;
     let message = |role: &str, content: &str| json!({"role": role, "content": content});
@@ -126,7 +126,7 @@ fn with_eos(text: &str, tokenizer: &TextTokenizer) -> String {
     }
 }
 
-/// A prompt, and the same with its completion. TRL 1.16 masks the tokens that both begin with (`common_prefix_length`).
+/// Tokenizes a prompt alone and with its completion. TRL masks the tokens that both begin with (`common_prefix_length`).
 fn strings(prompt: &str, whole: &str, special: bool, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result<Tokenized> {
     ensure!(
         loss_on != LossOn::Assistant,
@@ -180,7 +180,7 @@ fn conversation(
     Ok(Tokenized::new(input_ids, offsets.iter().map(counts).collect()))
 }
 
-/// Whether a token is in a span, as transformers 5.24 decides it for `return_assistant_tokens_mask`: it begins before the
+/// Tells if a token is in a span, as transformers 5.24 does for `return_assistant_tokens_mask`: it begins before the
 /// span's end and ends after its beginning. Whitespace, to which a tokenizer with `trim_offsets` gives an empty range at its
 /// end, is therefore not in a span that it ends.
 fn is_in(token: &Range<usize>, span: &Range<usize>) -> bool {

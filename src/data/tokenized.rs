@@ -62,7 +62,7 @@ impl TokenizedRow {
         Ok(TokenizedRow { input_ids, labels, assistant_masks, completion_mask, lengths })
     }
 
-    /// The documents of the row. As in TRL, `assistant_masks` always apply; `completion_mask` applies where a completion may
+    /// Returns the documents of the row. As in TRL, `assistant_masks` always apply; `completion_mask` applies where a completion may
     /// be asked for, which in TRL is `completion_only_loss`.
     pub fn documents(&self, loss_on: LossOn) -> Result<Vec<Tokenized>> {
         let (labels, assistant, completion) = (&self.labels, &self.assistant_masks, &self.completion_mask);
@@ -117,7 +117,7 @@ fn only(name: &str, values: Option<&[i64]>, allowed: &[i64]) -> Result<()> {
     bail!("{name}[{i}] is {value}; allowed: {}", allowed.iter().map(i64::to_string).collect::<Vec<_>>().join(" or "))
 }
 
-/// The tokens between the padding at both ends.
+/// Returns the range of tokens between the padding at both ends.
 fn without_padding(mask: &[i64]) -> Result<std::ops::Range<usize>> {
     only("attention_mask", Some(mask), &[0, 1])?;
     let begin = mask.iter().position(|&m| m == 1).unwrap_or(mask.len());
@@ -131,7 +131,7 @@ fn without_padding(mask: &[i64]) -> Result<std::ops::Range<usize>> {
     Ok(begin..end)
 }
 
-/// Positions count up from 0, and begin again with each document.
+/// Returns the lengths of documents: positions count up from 0 and begin again with each document.
 fn lengths_by_position(positions: &[i64]) -> Result<Vec<usize>> {
     let mut lengths: Vec<usize> = Vec::new();
     for (i, &position) in positions.iter().enumerate() {

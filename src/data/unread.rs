@@ -1,4 +1,4 @@
-//! Names of what rows hold and nothing reads, counted so that it is told once.
+//! Counts the columns and keys of rows that nothing reads, so that each is told once.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 /// How many rows or messages have each name.
 type Counts = BTreeMap<String, usize>;
 
-/// What was seen so far.
+/// Names in the rows that have been read so far.
 #[derive(Default)]
 pub struct Unread {
     columns: Counts,
@@ -24,7 +24,7 @@ pub struct Unread {
     variables: Counts,
     /// Rows that could be read in several formats.
     several_forms: usize,
-    /// What was read and what was not, in the first of them.
+    /// Says of the first of them which columns were read and which were not.
     first_forms: String,
 }
 
@@ -54,7 +54,7 @@ impl Unread {
         keys.filter(|key| *key != "role" && *key != "content").for_each(|key| count(&mut self.message_keys, key));
     }
 
-    /// One sentence about each kind of name.
+    /// Returns a sentence about each kind of name.
     pub fn notes(&self, tokenizer: Option<&TextTokenizer>) -> Vec<String> {
         let mut notes = Vec::new();
         if self.several_forms > 0 {
