@@ -61,7 +61,8 @@ pub fn perform(moves: &[Move]) -> Result<()> {
             }
             Move::Remove(path) => std::fs::remove_file(path).with_context(|| format!("{}", path.display()))?,
             Move::Sync(dir) => sync_folder(dir)?,
-            Move::RemoveFolder(dir) => std::fs::remove_dir_all(dir).with_context(|| format!("{}", dir.display()))?,
+            // The result is in place. What cannot be removed is removed by the next start.
+            Move::RemoveFolder(dir) => drop(std::fs::remove_dir_all(dir)),
         }
     }
     Ok(())
