@@ -1,22 +1,55 @@
-//! Chat templates, rendered as transformers renders them: Jinja through minijinja.
+//! Chat templates, rendered as transformers 5.24 renders them: Jinja through minijinja, values as Python has them
+//! ([`python`]).
+//!
+//! A template comes with a model, so it is not trusted. It renders on a thread of its own with a large stack, because syntax trees
+//! and values are walked recursively; with fuel, which counts instructions, and bytes and items that they produce; and for a
+//! limited time and in limited memory, for work that fuel does not count: comparing strings, and adding up lists, which minijinja
+//! does when their items are asked for. What passes a limit is refused; it neither hangs nor takes all memory.
+//!
+//! Differences from Jinja2 that are known: `~` prints a float that the template itself computed as Rust does (`0.00000001`, where
+//! Python has `1e-08`), and a list or dict prints characters that Python escapes as not printable (U+00A0) as they are.
 
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use jiff::Zoned;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, Error, ErrorKind, State, Value};
-use serde::Serialize;
-use serde_json::ser::Formatter;
+use minijinja::value::Kwargs;
+use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
+use minijinja_contrib::pycompat;
+use serde_json::{Map, Value as Json};
+
+use super::python;
+use crate::files::shown;
 
 /// Mark the assistant's spans in rendered text: noncharacters of Unicode, refused in messages.
 const SPAN_BEGIN: char = '\u{FDD0}';
 const SPAN_END: char = '\u{FDD1}';
 
+/// Longest template. The longest of the 73 that TRL 1.16 has is of 20 kB.
+const MAX_SOURCE_BYTES: usize = 256 << 10;
+/// Operators of a template: a chain of them is a syntax tree as deep as it is long. TRL's have up to 1,400.
+const MAX_OPERATORS: usize = 10_000;
+/// Instructions of one rendering; 64 bytes that it writes count as one, and so do 4 bytes of JSON.
+const FUEL: u64 = 5_000_000;
+/// Room for the deepest value that the fuel can build (0.7 million levels). Only what is used of it takes memory.
+const STACK_BYTES: usize = 512 << 20;
+/// A rendering takes milliseconds.
+const MAX_TIME: Duration = Duration::from_secs(30);
+/// Memory that the process may gain during a rendering. Fuel pays for 320 MB of text, which may be there twice while it grows.
+const MAX_GROWTH_BYTES: u64 = 1 << 30;
+/// How often time and memory are looked at.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Names under which a message's reasoning goes, by precedence.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
 /// A compiled template.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     special_tokens: Vec<(String, String)>,
     marks_generation: bool,
     source: String,
@@ -32,27 +65,17 @@ pub struct Rendered {
 impl ChatTemplate {
     /// `special_tokens` are variables of the template: `bos_token`, `eos_token`, …; `now` is what `strftime_now` formats.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>, now: &Zoned) -> Result<ChatTemplate> {
+        check_size(source)?;
         let (source, marks_generation) = rewrite_generation(&source.replace("\r\n", "\n"));
-        let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| anyhow!("{e:#}"))?);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", to_json);
-        environment.add_filter("mark_generation", |text: String| format!("{SPAN_BEGIN}{text}{SPAN_END}"));
-        // To minijinja none is iterable, to Jinja not; undefined is to both. Templates ask it of `tools`, which is none.
-        environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
-        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
-            Err(Error::new(ErrorKind::InvalidOperation, message))
-        });
-        let now = now.clone();
-        environment.add_function("strftime_now", move |format: String| -> Result<String, Error> {
-            jiff::fmt::strtime::format(&format, &now)
-                .map_err(|e| Error::new(ErrorKind::InvalidOperation, e.to_string()))
-        });
-        environment
-            .add_template_owned("chat", source.clone())
-            .map_err(|e| anyhow!("the chat template is not valid: {e:#}"))?;
-        Ok(ChatTemplate { environment, special_tokens, marks_generation, source })
+        let (text, now) = (source.clone(), now.clone());
+        let environment = on_own_thread(move || {
+            let mut environment = environment(now)?;
+            environment
+                .add_template_owned("chat", text)
+                .map_err(|e| anyhow!("the chat template is not valid: {}", described(&e)))?;
+            Ok(environment)
+        })?;
+        Ok(ChatTemplate { environment: Arc::new(environment), special_tokens, marks_generation, source })
     }
 
     /// Whether it says which text the assistant generates.
@@ -62,21 +85,24 @@ impl ChatTemplate {
 
     /// Whether this word stands anywhere in the template. A message's key that does not is never read.
     pub fn mentions(&self, word: &str) -> bool {
-        self.source.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == word)
+        let is_there = |word: &str| self.source.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == word);
+        // Reasoning goes under two more names.
+        is_there(word) || (REASONING.contains(&word) && REASONING[..2].iter().any(|name| is_there(name)))
     }
 
     /// Renders a conversation; `add_generation_prompt` ends it where the assistant begins to speak.
-    /// Errors: what the template refuses with `raise_exception`, or cannot do.
-    pub fn render(&self, messages: &[serde_json::Value], add_generation_prompt: bool) -> Result<Rendered> {
-        self.render_with(messages, &serde_json::Map::new(), add_generation_prompt)
+    ///
+    /// Errors: what the template refuses with `raise_exception`, cannot do, or does beyond the limits of this module.
+    pub fn render(&self, messages: &[Json], add_generation_prompt: bool) -> Result<Rendered> {
+        self.render_with(messages, &Map::new(), add_generation_prompt)
     }
 
     /// Renders a conversation with further variables: `tools`, `documents`, and any others that the template reads. They
     /// replace special tokens of the same name.
     pub fn render_with(
         &self,
-        messages: &[serde_json::Value],
-        variables: &serde_json::Map<String, serde_json::Value>,
+        messages: &[Json],
+        variables: &Map<String, Json>,
         add_generation_prompt: bool,
     ) -> Result<Rendered> {
         for text in [serde_json::to_string(messages)?, serde_json::to_string(variables)?] {
@@ -85,20 +111,153 @@ impl ChatTemplate {
                 "a message holds U+FDD0 or U+FDD1, which mark what the assistant says; allowed: characters of Unicode"
             );
         }
-        let mut context = serde_json::Map::new();
-        context.insert("messages".into(), messages.into());
+        let mut context = Map::new();
+        context.insert("messages".into(), messages.iter().map(prepared).collect());
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
         for key in ["tools", "documents"] {
-            context.insert(key.into(), serde_json::Value::Null);
+            context.insert(key.into(), Json::Null);
         }
         for (name, token) in &self.special_tokens {
             context.insert(name.clone(), token.clone().into());
         }
         context.extend(variables.clone());
-        let template = self.environment.get_template("chat").map_err(|e| anyhow!("{e:#}"))?;
-        let marked = template.render(Serde(&context)).map_err(|e| anyhow!("the chat template refuses: {e:#}"))?;
+        let environment = self.environment.clone();
+        let marked = on_own_thread(move || {
+            let template = environment.get_template("chat").map_err(|e| anyhow!("{}", described(&e)))?;
+            template.render(python::from_json(&Json::Object(context))).map_err(|e| match is_out_of_fuel(&e) {
+                true => anyhow!(
+                    "the chat template does too much: more than {FUEL} instructions, of which 64 bytes of text count as one"
+                ),
+                false => anyhow!("the chat template refuses: {}", described(&e)),
+            })
+        })?;
         Ok(take_spans(&marked))
     }
+}
+
+/// Filters, tests and functions that transformers has, and those of Jinja2 that minijinja has otherwise.
+fn environment(now: Zoned) -> Result<Environment<'static>> {
+    let mut environment = Environment::new();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    environment.set_syntax(syntax.map_err(|e| anyhow!("{e:#}"))?);
+    environment.set_fuel(Some(FUEL));
+    environment.set_unknown_method_callback(call_method);
+    environment.set_formatter(|out: &mut Output, _: &mut State, value: &Value| {
+        out.write_str(&python::str(value)).map_err(|_| Error::from(ErrorKind::WriteFailure))
+    });
+    environment.add_filter("string", |value: &Value| python::str(value));
+    environment
+        .add_filter("tojson", |state: &State, value: &Value, kwargs: Kwargs| python::to_json(state, value, kwargs));
+    environment.add_filter("mark_generation", |text: String| format!("{SPAN_BEGIN}{text}{SPAN_END}"));
+    environment.add_test("number", |value: &Value| python::is_number(value, true, true));
+    environment.add_test("integer", |value: &Value| python::is_number(value, true, false));
+    environment.add_test("float", |value: &Value| python::is_number(value, false, true));
+    // To minijinja none is iterable, to Jinja not; undefined is to both. Templates ask it of `tools`, which is none.
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", move |format: String| python::strftime(&format, &now));
+    Ok(environment)
+}
+
+/// Methods of Python's types. A width in `format` is not paid for in fuel before the text is there.
+fn call_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    if method == "format" {
+        let text = value.as_str().unwrap_or_default();
+        if text.split(|c: char| !c.is_ascii_digit()).any(|digits| digits.len() > 4) {
+            return Err(Error::new(ErrorKind::InvalidOperation, "format: a width or precision of more than 4 digits"));
+        }
+    }
+    pycompat::unknown_method_callback(state, value, method, args)
+}
+
+fn check_size(source: &str) -> Result<()> {
+    let (bytes, allowed) = (source.len(), MAX_SOURCE_BYTES);
+    ensure!(bytes <= allowed, "the chat template is of {bytes} bytes; allowed: at most {allowed}");
+    let words = source.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|w| ["and", "not", "or"].contains(w));
+    let operators = source.matches(['+', '-', '*', '/', '%', '~']).count() + words.count();
+    ensure!(
+        operators <= MAX_OPERATORS,
+        "the chat template has {operators} operators (+ - * / % ~ and or not); allowed: at most {MAX_OPERATORS}"
+    );
+    Ok(())
+}
+
+/// Runs what a template can make deep or long on a thread with a large stack. A thread past a limit is left behind: the program
+/// ends with the error.
+fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    let (sender, receiver) = sync_channel(1);
+    let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
+    let (started, mut resident) = (Instant::now(), None);
+    thread
+        .spawn(move || {
+            // Nobody listens after a limit.
+            let _ = sender.send(work());
+        })
+        .context("the thread that renders the chat template")?;
+    loop {
+        match receiver.recv_timeout(LOOK) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => bail!("the chat template makes the renderer panic"),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        ensure!(
+            started.elapsed() < MAX_TIME,
+            "the chat template takes more than {} s for one conversation",
+            MAX_TIME.as_secs()
+        );
+        let now = resident_bytes()?;
+        ensure!(
+            now.saturating_sub(*resident.get_or_insert(now)) < MAX_GROWTH_BYTES,
+            "the chat template takes more than {} GiB of memory for one conversation",
+            MAX_GROWTH_BYTES >> 30
+        );
+    }
+}
+
+/// Memory of this process.
+fn resident_bytes() -> Result<u64> {
+    let path = "/proc/self/status";
+    let text = std::fs::read_to_string(path).context(path)?;
+    let kib = text.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    Ok(kib.with_context(|| format!("{path}: no VmRSS"))? * 1024)
+}
+
+/// An error of minijinja and its causes in one line, without the source text that it would show.
+fn described(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    shown(&text)
+}
+
+fn is_out_of_fuel(error: &Error) -> bool {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(cause) = source {
+        if cause.downcast_ref::<Error>().is_some_and(|e| e.kind() == ErrorKind::OutOfFuel) {
+            return true;
+        }
+        source = cause.source();
+    }
+    false
+}
+
+/// A message as transformers hands it to a template: without keys whose value is null, and with its reasoning as
+/// `reasoning_content` and `thinking`, whichever of the names it came under.
+fn prepared(message: &Json) -> Json {
+    let Json::Object(keys) = message else { return message.clone() };
+    let mut keys: Map<String, Json> = keys.clone().into_iter().filter(|(_, value)| !value.is_null()).collect();
+    if let Some(reasoning) = REASONING.iter().find_map(|&name| keys.get(name).cloned()) {
+        if !keys.contains_key("thinking") {
+            keys.shift_insert(0, "thinking".into(), reasoning.clone());
+        }
+        keys.insert("reasoning_content".into(), reasoning);
+    }
+    Json::Object(keys)
 }
 
 /// `{% generation %}` is transformers' own tag. It becomes a filter block, a block tag too, so that whitespace control
@@ -135,44 +294,6 @@ fn take_spans(marked: &str) -> Rendered {
         }
     }
     Rendered { text, assistant_spans }
-}
-
-/// `json.dumps(value, ensure_ascii=False, indent=…)`; other arguments are refused.
-fn to_json(_: &State, value: Value, kwargs: Kwargs) -> Result<Value, Error> {
-    let indent: Option<usize> = kwargs.get("indent")?;
-    let ensure_ascii: Option<bool> = kwargs.get("ensure_ascii")?;
-    if ensure_ascii == Some(true) {
-        return Err(Error::new(ErrorKind::InvalidOperation, "tojson: ensure_ascii is true; allowed: false"));
-    }
-    kwargs.assert_all_used()?;
-    let fail = |e: serde_json::Error| Error::new(ErrorKind::BadSerialization, e.to_string());
-    let mut bytes = Vec::new();
-    match indent {
-        None => {
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, PythonFormatter)).map_err(fail)?
-        }
-        Some(n) => {
-            let spaces = " ".repeat(n);
-            let formatter = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
-            value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, formatter)).map_err(fail)?
-        }
-    }
-    Ok(Value::from_safe_string(String::from_utf8_lossy(&bytes).into_owned()))
-}
-
-/// Python's separators: `", "` and `": "`.
-struct PythonFormatter;
-
-impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-        writer.write_all(b": ")
-    }
 }
 
 #[cfg(test)]
@@ -224,15 +345,82 @@ mod tests {
         }
     }
 
+    /// What the template makes of one message whose `x` is this JSON.
+    fn render_x(source: &str, x: &str) -> Result<String> {
+        let row = format!("{{\"role\": \"user\", \"x\": {x}}}");
+        let message = serde_json::from_slice(&python::keep_long_integers(row.as_bytes())?)?;
+        let source = format!("{{% set x = messages[0].x %}}{source}");
+        Ok(template(&source).render(&[message], false)?.text)
+    }
+
+    /// Expected texts are those of transformers 5.24 on Python 3.11.
     #[test]
-    fn to_json_is_pythons() {
-        let messages = [json!({"b": [1, "<ü>"], "a": {}})];
-        let plain = template("{{ messages[0] | tojson }}").render(&messages, false).unwrap().text;
-        assert_eq!(plain, r#"{"b": [1, "<ü>"], "a": {}}"#);
-        let indented = template("{{ messages[0] | tojson(indent=1, ensure_ascii=false) }}").render(&messages, false);
-        assert_eq!(indented.unwrap().text, "{\n \"b\": [\n  1,\n  \"<ü>\"\n ],\n \"a\": {}\n}");
-        let ascii = template("{{ messages[0] | tojson(ensure_ascii=true) }}").render(&messages, false);
-        assert!(format!("{:#}", ascii.unwrap_err()).contains("ensure_ascii"));
+    fn to_json_is_json_dumps() {
+        for (arguments, x, expected) in [
+            (
+                "",
+                r#"{"b": [1, "<ü>"], "a": {}, "n": null, "t": true}"#,
+                r#"{"b": [1, "<ü>"], "a": {}, "n": null, "t": true}"#,
+            ),
+            ("", "[1e-05, 1e-07, 1e+16, 1e20, 100.0, 0.1]", "[1e-05, 1e-07, 1e+16, 1e+20, 100.0, 0.1]"),
+            ("", "[12345678901234567890123, -0]", "[12345678901234567890123, 0]"),
+            ("", r#""\u0001\b\f\n\r\t\"\\/\u007f""#, "\"\\u0001\\b\\f\\n\\r\\t\\\"\\\\/\u{7f}\""),
+            ("(ensure_ascii=true)", "\"ü🦊\u{7f}\"", r#""\u00fc\ud83e\udd8a\u007f""#),
+            (
+                "(indent=1, ensure_ascii=false)",
+                r#"{"b": [1, {}], "a": []}"#,
+                "{\n \"b\": [\n  1,\n  {}\n ],\n \"a\": []\n}",
+            ),
+            ("(indent='--')", "[1]", "[\n--1\n]"),
+            ("(indent=none)", "[1, 2]", "[1, 2]"),
+            ("(separators=(',', ':'))", r#"{"a": [1, 2]}"#, r#"{"a":[1,2]}"#),
+            ("(sort_keys=true)", r#"{"b": 1, "a": 2}"#, r#"{"a": 2, "b": 1}"#),
+        ] {
+            assert_eq!(render_x(&format!("{{{{ x | tojson{arguments} }}}}"), x).unwrap(), expected, "{arguments} {x}");
+        }
+        let computed = render_x("{{ {1: x, none: 1e400, 2.5: [x][:1]} | tojson }}", "7").unwrap();
+        assert_eq!(computed, r#"{"1": 7, "null": Infinity, "2.5": [7]}"#);
+        for (source, said) in [("{{ y | tojson }}", "undefined"), ("{{ x | tojson(skipkeys=true) }}", "skipkeys")] {
+            let error = format!("{:#}", render_x(source, "1").unwrap_err());
+            assert!(error.contains(said), "{error}");
+        }
+    }
+
+    /// Expected texts are those of Jinja2 3.1.6 on Python 3.11.
+    #[test]
+    fn values_print_as_in_python() {
+        for (source, x, expected) in [
+            ("{{ x }}", "1e20", "1e+20"),
+            ("{{ x }} {{ x | string }} {{ '' ~ x }} {{ [x] | join }}", "1e-7", "1e-07 1e-07 1e-07 1e-07"),
+            ("{{ x }} {{ x + 1 }}", "12345678901234567890123", "12345678901234567890123 12345678901234567890124"),
+            (
+                "{{ x }}",
+                r#"[true, null, 1.0, 1e-7, "it's", {"a": "b"}]"#,
+                r#"[True, None, 1.0, 1e-07, "it's", {'a': 'b'}]"#,
+            ),
+            ("{{ x / 3e10 }} {{ (x / 3e10) | string }}", "1.0", "3.3333333333333335e-11 3.3333333333333335e-11"),
+            (
+                "{{ x is number }} {{ x is float }} {{ x is integer }} {{ x is string }}",
+                "1e-9",
+                "True True False False",
+            ),
+        ] {
+            assert_eq!(render_x(source, x).unwrap(), expected, "{source} {x}");
+        }
+    }
+
+    #[test]
+    fn reasoning_goes_under_its_names() {
+        let source = "{% for m in messages %}[{{ m.reasoning_content }}|{{ m.thinking }}|{{ m.reasoning }}|{{ m.content }}]{% endfor %}";
+        let messages = [
+            json!({"role": "assistant", "reasoning": "r", "content": null}),
+            json!({"role": "assistant", "thinking": "t", "reasoning": "r"}),
+            json!({"role": "assistant", "reasoning_content": "c", "thinking": "t", "reasoning": null}),
+            json!({"role": "assistant", "content": "a"}),
+        ];
+        let text = template(source).render(&messages, false).unwrap().text;
+        assert_eq!(text, "[r|r|r|][t|t|r|][c|t||][|||a]");
+        assert!(template("{{ x.thinking }}").mentions("reasoning") && !template("{{ x }}").mentions("reasoning"));
     }
 
     #[test]
@@ -260,7 +448,8 @@ mod tests {
         assert!(format!("{error:#}").contains("no system role"));
         let marked = template("{{ messages[0].content }}").render(&[json!({"content": "\u{FDD0}"})], false);
         assert!(format!("{:#}", marked.unwrap_err()).contains("U+FDD0"));
-        assert!(ChatTemplate::new("{% if %}", Vec::new(), &Zoned::now()).is_err());
+        let invalid = ChatTemplate::new("{% if %}", Vec::new(), &Zoned::now()).err().unwrap();
+        assert!(format!("{invalid:#}").contains("the chat template is not valid"), "{invalid:#}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Map, Value};
 
+use super::python;
 use super::row::{self, Row};
 use super::unread::Unread;
 use super::{Format, TextTokenizer};
@@ -154,7 +155,7 @@ fn first_line<'a>(path: &Path, line: &'a [u8]) -> Result<&'a [u8]> {
 }
 
 fn object(line: &[u8]) -> Result<Map<String, Value>> {
-    serde_json::from_slice(line).map_err(|error| {
+    serde_json::from_slice(&python::keep_long_integers(line)?).map_err(|error| {
         // A row is one line, so that serde_json's own line number is always 1.
         let error = error.to_string().replace(" at line 1 column ", ", column ");
         let help = match line[0] {

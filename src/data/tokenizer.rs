@@ -1,55 +1,94 @@
 //! The tokenizer of a Hugging Face directory, with its chat template and special tokens.
+//!
+//! transformers 5.24 is followed, for a folder with a tokenizer.json:
+//!
+//! - Tokens that other files name are added: `special_tokens`.
+//! - `add_bos_token`, `add_eos_token` and `model_max_length` of tokenizer_config.json have no effect: tokenizer.json's
+//!   post-processor says what is added to a text, and nothing is cut.
+//! - `tokenizer_class: LlamaTokenizer` (or LlamaTokenizerFast), where tokenizer.json is not byte-level, takes vocabulary and merges
+//!   from there and puts its own normalizer, pre-tokenizer and decoder in the place of those: `legacy` (false where it is missing) and
+//!   `add_prefix_space` decide where a text gets a space in front. Its default tokens are `<s>`, `</s>` and `<unk>`.
+//! - With any other class tokenizer.json is taken as it is. transformers 5 does so for PreTrainedTokenizerFast and
+//!   TokenizersBackend; GPT2Tokenizer and other classes of its own it rebuilds from vocabulary and merges, which is the same for what
+//!   these classes saved. `add_prefix_space` then has to be what tokenizer.json says.
+//! - `clean_up_tokenization_spaces` is about decoding. It is not done, as by default.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use jiff::Zoned;
 use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
+use tokenizers::decoders::DecoderWrapper;
+use tokenizers::decoders::byte_fallback::ByteFallback;
+use tokenizers::decoders::fuse::Fuse;
+use tokenizers::decoders::sequence::Sequence;
+use tokenizers::decoders::strip::Strip;
+use tokenizers::normalizers::{NormalizerWrapper, Replace};
+use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::chat_template::{ChatTemplate, Rendered};
+use super::special_tokens::{self, Files};
+use crate::files;
 
 /// Files that decide how text becomes tokens, in the order in which the identity covers them.
-const FILES: [&str; 4] = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"];
+const FILES: [&str; 5] =
+    ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE];
+const TEMPLATE_FILE: &str = "chat_template.jinja";
+
+/// The largest tokenizer.json known is of 40 MB.
+const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
 
 /// Text to token ids and back.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    /// The template and the file that it stands in.
+    template: Option<(PathBuf, ChatTemplate)>,
     eos_token: Option<String>,
     eos_token_ids: Vec<u32>,
     identity: String,
 }
 
 impl TextTokenizer {
-    /// Reads tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, chat_template.jinja and
-    /// the eos ids of generation_config.json and config.json. `now` is what the template's `strftime_now` tells.
+    /// Reads tokenizer.json and, where they are, tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+    /// chat_template.jinja and the eos ids of generation_config.json and config.json. `now` is what the template's
+    /// `strftime_now` tells.
     pub fn load(dir: &Path, now: &Zoned) -> Result<TextTokenizer> {
         let path = dir.join("tokenizer.json");
         ensure!(path.exists(), "{}: tokenizer.json is missing; other tokenizer files are not read", dir.display());
-        let mut tokenizer = Tokenizer::from_file(&path).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let bytes = files::read(&path, MAX_TOKENIZER_BYTES)?;
+        let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         // What a data set or a prompt needs of either is decided here, not by whoever saved the file.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
-        let config = json_file(&dir.join("tokenizer_config.json"))?;
-        let map = json_file(&dir.join("special_tokens_map.json"))?;
-        let special = |name: &str| token(config.get(name)).or_else(|| token(map.get(name)));
-        let names = ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
-        let special_tokens = names.iter().filter_map(|&name| Some((name.to_string(), special(name)?))).collect();
-        let template = match template_source(dir, &config)? {
-            Some(source) => {
-                Some(ChatTemplate::new(&source, special_tokens, now).with_context(|| dir.display().to_string())?)
+        let mut named_by = Files {
+            config: json_file(&dir.join("tokenizer_config.json"))?,
+            map: json_file(&dir.join("special_tokens_map.json"))?,
+            added: json_file(&dir.join("added_tokens.json"))?,
+        };
+        follow_class(&mut tokenizer, &mut named_by.config)
+            .with_context(|| dir.join("tokenizer_config.json").display().to_string())?;
+        let special_tokens =
+            special_tokens::add(&mut tokenizer, &named_by).with_context(|| dir.display().to_string())?;
+        let config = json_file(&dir.join("config.json"))?;
+        for (name, token) in special_tokens.iter().filter(|(name, _)| name == "bos_token" || name == "eos_token") {
+            check_token(&tokenizer, name, token, &config).with_context(|| dir.display().to_string())?;
+        }
+        let eos_token = special_tokens.iter().find(|(name, _)| name == "eos_token").map(|(_, token)| token.clone());
+        let template = match template_source(dir, &named_by.config)? {
+            Some((file, source)) => {
+                let template = ChatTemplate::new(&source, special_tokens, now);
+                Some((file.clone(), template.with_context(|| file.display().to_string())?))
             }
             None => None,
         };
-        let eos_token = special("eos_token");
         let mut eos_token_ids: Vec<u32> = eos_token.iter().filter_map(|t| tokenizer.token_to_id(t)).collect();
-        for file in ["generation_config.json", "config.json"] {
-            let ids = json_file(&dir.join(file))?.remove("eos_token_id").unwrap_or_default();
+        for mut settings in [json_file(&dir.join("generation_config.json"))?, config] {
+            let ids = settings.remove("eos_token_id").unwrap_or_default();
             let ids = ids.as_array().cloned().unwrap_or_else(|| vec![ids]);
-            eos_token_ids.extend(ids.iter().filter_map(Value::as_u64).map(|id| id as u32));
+            eos_token_ids.extend(ids.iter().filter_map(Value::as_u64).filter_map(|id| u32::try_from(id).ok()));
         }
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
@@ -88,7 +127,7 @@ impl TextTokenizer {
 
     /// Whether the chat template says which text the assistant generates.
     pub fn marks_generation(&self) -> bool {
-        self.template.as_ref().is_some_and(ChatTemplate::marks_generation)
+        self.template.as_ref().is_some_and(|(_, template)| template.marks_generation())
     }
 
     /// A conversation as the chat template writes it; see [`ChatTemplate::render`].
@@ -103,15 +142,15 @@ impl TextTokenizer {
         variables: &Map<String, Value>,
         add_generation_prompt: bool,
     ) -> Result<Rendered> {
-        let Some(template) = &self.template else {
+        let Some((file, template)) = &self.template else {
             bail!("the tokenizer has no chat template (tokenizer_config.json: chat_template, or chat_template.jinja)")
         };
-        template.render_with(messages, variables, add_generation_prompt)
+        template.render_with(messages, variables, add_generation_prompt).with_context(|| file.display().to_string())
     }
 
     /// Whether the chat template mentions a word; see [`ChatTemplate::mentions`].
     pub fn template_mentions(&self, word: &str) -> bool {
-        self.template.as_ref().is_some_and(|template| template.mentions(word))
+        self.template.as_ref().is_some_and(|(_, template)| template.mentions(word))
     }
 
     /// The text of the end-of-sequence token.
@@ -130,14 +169,72 @@ fn json_file(path: &Path) -> Result<Map<String, Value>> {
     if !path.exists() {
         return Ok(Map::new());
     }
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
-    serde_json::from_slice(&bytes).with_context(|| format!("{}: not a JSON object", path.display()))
+    files::read_json(path, files::MAX_SETTINGS_BYTES)
 }
 
-/// A special token is a string, or an object with its content.
-fn token(value: Option<&Value>) -> Option<String> {
-    let value = value?;
-    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_string)
+/// Rebuilds the tokenizer where transformers' class does, and adds that class's defaults to the settings.
+fn follow_class(tokenizer: &mut Tokenizer, config: &mut Map<String, Value>) -> Result<()> {
+    let class = config.get("tokenizer_class").and_then(Value::as_str).unwrap_or_default();
+    let prefix = config.get("add_prefix_space").and_then(Value::as_bool);
+    let parts = serde_json::json!([tokenizer.get_pre_tokenizer(), tokenizer.get_decoder()]);
+    let byte_level = find_type(&parts, "ByteLevel");
+    if class.trim_end_matches("Fast") != "LlamaTokenizer" || byte_level.is_some() {
+        let is_generic = ["", "PreTrainedTokenizerFast", "TokenizersBackend", "LlamaTokenizer", "LlamaTokenizerFast"]
+            .contains(&class);
+        let found = find_type(&parts[0], "ByteLevel").and_then(|part| part["add_prefix_space"].as_bool());
+        if let (false, Some(wanted), Some(found)) = (is_generic, prefix, found) {
+            ensure!(
+                wanted == found,
+                "add_prefix_space: found {wanted}, but tokenizer.json has {found}; allowed with {class}: the same in both"
+            );
+        }
+        return Ok(());
+    }
+    let is_legacy = config.get("legacy").and_then(Value::as_bool).unwrap_or(false);
+    let scheme = match prefix.unwrap_or(true) {
+        true if is_legacy => PrependScheme::Always,
+        true => PrependScheme::First,
+        false => PrependScheme::Never,
+    };
+    let fail = |e| anyhow!("{e}");
+    tokenizer.with_normalizer(None::<NormalizerWrapper>).map_err(fail)?;
+    tokenizer.with_pre_tokenizer(Some(Metaspace::new('▁', scheme, false)));
+    let mut decoders: Vec<DecoderWrapper> =
+        vec![Replace::new("▁", " ").map_err(fail)?.into(), ByteFallback::new().into(), Fuse::new().into()];
+    if scheme != PrependScheme::Never {
+        decoders.push(Strip::new(' ', 1, 0).into());
+    }
+    tokenizer.with_decoder(Some(Sequence::new(decoders)));
+    for (name, token) in [("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")] {
+        config.entry(name).or_insert(token.into());
+    }
+    Ok(())
+}
+
+/// The part of a tokenizer.json of this type, at any depth.
+fn find_type<'a>(parts: &'a Value, kind: &str) -> Option<&'a Value> {
+    match parts {
+        Value::Object(part) if part.get("type").is_some_and(|t| t == kind) => Some(parts),
+        Value::Object(part) => part.values().find_map(|part| find_type(part, kind)),
+        Value::Array(parts) => parts.iter().find_map(|part| find_type(part, kind)),
+        _ => None,
+    }
+}
+
+/// A token that begins or ends texts has to be one token, of an id that the model has.
+fn check_token(tokenizer: &Tokenizer, name: &str, token: &str, config: &Map<String, Value>) -> Result<()> {
+    let encoding = tokenizer.encode_fast(token, false).map_err(|e| anyhow!("tokenizing: {e}"))?;
+    let ids = encoding.get_ids();
+    let &[id] = ids else {
+        bail!("{name}: found {token:?}, of which the tokenizer makes {} tokens; allowed: one", ids.len())
+    };
+    let vocab_size = config.get("vocab_size").and_then(Value::as_u64).unwrap_or(u64::MAX);
+    ensure!(
+        u64::from(id) < vocab_size,
+        "{name}: found {token:?}, which gets the token id {id}, but config.json has vocab_size {vocab_size}; help: name a token \
+         that the model has"
+    );
+    Ok(())
 }
 
 /// An xxh3 digest of 128 bits, in hex, over the name, size and bytes of each file and the tokens that were decided.
@@ -146,7 +243,7 @@ fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Resul
     for name in FILES {
         let path = dir.join(name);
         if path.exists() {
-            let bytes = std::fs::read(&path).with_context(|| path.display().to_string())?;
+            let bytes = files::read(&path, MAX_TOKENIZER_BYTES)?;
             digest.update(format!("{name} {}\n", bytes.len()).as_bytes());
             digest.update(&bytes);
         }
@@ -155,22 +252,30 @@ fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Resul
     Ok(format!("{:032x}", digest.digest128()))
 }
 
-fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<String>> {
-    let path = dir.join("chat_template.jinja");
+/// The default chat template and its file: chat_template.jinja before tokenizer_config.json. Other templates
+/// (`additional_chat_templates/`, other names of a list) have to be asked for in transformers; nothing asks for them here.
+fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>> {
+    let path = dir.join(TEMPLATE_FILE);
     if path.exists() {
-        return std::fs::read_to_string(&path).map(Some).with_context(|| path.display().to_string());
+        let source = files::read_text(&path, files::MAX_SETTINGS_BYTES)?;
+        return Ok(Some((path, source)));
     }
-    let place = || format!("{}: chat_template", dir.join("tokenizer_config.json").display());
-    match config.get("chat_template") {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(source)) => Ok(Some(source.clone())),
+    let path = dir.join("tokenizer_config.json");
+    let place = || format!("{}: chat_template", path.display());
+    let source = match config.get("chat_template") {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(source)) => source.clone(),
         Some(Value::Array(list)) => {
-            let default = list.iter().find(|t| t.get("name").is_some_and(|n| n == "default"));
+            let default = list.iter().rfind(|t| t.get("name").is_some_and(|n| n == "default"));
             let source = default.and_then(|t| t.get("template")?.as_str()).map(str::to_string);
-            source.map(Some).with_context(|| format!("{}: none of the list is named default", place()))
+            source.with_context(|| format!("{}: none of the list is named default", place()))?
         }
-        Some(other) => bail!("{}: found {other}; allowed: a string, or a list of {{name, template}}", place()),
-    }
+        Some(other) => {
+            let other = files::shown(&other.to_string());
+            bail!("{}: found {other}; allowed: a string, or a list of {{name, template}}", place())
+        }
+    };
+    Ok(Some((path, source)))
 }
 
 #[cfg(test)]
@@ -232,6 +337,75 @@ pub mod tests {
         assert_eq!(render(&[("chat_template.jinja", "j")]), "j");
         let error = with_files(json!({"chat_template": [{"name": "rag", "template": "r"}]}), &[]).err().unwrap();
         assert!(format!("{error:#}").contains("tokenizer_config.json: chat_template"), "{error:#}");
+        let refused = with_files(config.clone(), &[("chat_template.jinja", "{{ raise_exception('no') }}")]).unwrap();
+        let error = format!("{:#}", refused.render(&[], false).unwrap_err());
+        assert!(error.contains("chat_template.jinja: the chat template refuses: invalid operation: no"), "{error}");
+    }
+
+    /// A tokenizer.json like Llama 2's: bytes, `▁`, a, b, c and the merges `▁a` (263) and `ab` (264).
+    fn llama2() -> Value {
+        let mut vocab: Map<String, Value> = Map::new();
+        let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
+        let pieces = ["<unk>", "<s>", "</s>"].map(String::from).into_iter().chain(bytes);
+        for piece in pieces.chain(["▁", "a", "b", "c", "▁a", "ab"].map(String::from)) {
+            vocab.insert(piece, vocab.len().into());
+        }
+        let special = |(id, content): (usize, &str)| {
+            json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                   "normalized": false, "special": true})
+        };
+        let added: Vec<Value> = ["<unk>", "<s>", "</s>"].into_iter().enumerate().map(special).collect();
+        json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "post_processor": null,
+            "pre_tokenizer": null,
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            ]},
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+                "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+                "vocab": vocab, "merges": [["▁", "a"], ["a", "b"]]},
+        })
+    }
+
+    /// Expected ids are those of transformers 5.24.
+    #[test]
+    fn a_llama_tokenizer_puts_spaces_in_front_as_transformers_does() {
+        let load = |config: Value| {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("tokenizer.json"), llama2().to_string()).unwrap();
+            std::fs::write(dir.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+            TextTokenizer::load(dir.path(), &Zoned::now()).unwrap()
+        };
+        let first = vec![263, 2, 261, 259, 262, 2, 263, 261];
+        let always = vec![263, 2, 259, 261, 259, 262, 2, 263, 261];
+        let never = vec![260, 2, 261, 259, 262, 2, 263, 261];
+        let json_alone = vec![263, 2, 259, 261, 259, 262, 2, 259, 263, 261];
+        for (config, expected) in [
+            (json!({"tokenizer_class": "LlamaTokenizer"}), &first),
+            (json!({"tokenizer_class": "LlamaTokenizerFast", "legacy": false}), &first),
+            (json!({"tokenizer_class": "LlamaTokenizer", "legacy": true}), &always),
+            (json!({"tokenizer_class": "LlamaTokenizer", "legacy": true, "add_prefix_space": false}), &never),
+            (json!({"tokenizer_class": "PreTrainedTokenizerFast", "legacy": false}), &json_alone),
+        ] {
+            assert_eq!(load(config.clone()).encode("a</s>b c</s> ab", false).unwrap(), *expected, "{config}");
+        }
+        let llama = load(json!({"tokenizer_class": "LlamaTokenizer"}));
+        assert_eq!((llama.eos_token(), llama.decode(&first, true).unwrap().as_str()), (Some("</s>"), "ab c ab"));
+    }
+
+    #[test]
+    fn tokens_that_cannot_end_a_text_are_refused() {
+        let small = ("config.json", r#"{"vocab_size": 320}"#);
+        let error = |config: Value| format!("{:#}", with_files(config, &[small]).err().unwrap());
+        let new = error(json!({"eos_token": "<|new|>"}));
+        assert!(new.contains("eos_token") && new.contains("token id 320") && new.contains("vocab_size 320"), "{new}");
+        // Named, but not used: allowed.
+        assert!(with_files(json!({"pad_token": "<|new|>"}), &[small]).is_ok());
+        let other = json!({"eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": true});
+        assert!(error(other).contains("add_prefix_space: found true"));
+        assert!(with_files(json!({"add_prefix_space": true, "add_bos_token": true}), &[small]).is_ok());
     }
 
     #[test]
@@ -241,6 +415,7 @@ pub mod tests {
         assert_eq!((plain.len(), &plain), (32, &of(&[])));
         for (name, text) in [
             ("chat_template.jinja", "x"),
+            ("added_tokens.json", "{}"),
             ("special_tokens_map.json", "{}"),
             ("tokenizer_config.json", "{ }"),
             ("generation_config.json", r#"{"eos_token_id": 3}"#),
