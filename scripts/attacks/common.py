@@ -43,9 +43,9 @@ training: {global_batch_size: 4, max_steps: 2, learning_rate: 1.0e-2, warmup_ste
 
 ROWS = [
     {"text": "the quick brown fox"},
-    {"prompt": "what is it?", "completion": " it is a fox"},
-    {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello there"}]},
-    {"instruction": "say a word", "input": "", "output": "fox"},
+    {"text": "what is it? it is a fox"},
+    {"text": "hello there"},
+    {"text": "say a word"},
     {"text": "a lazy dog sleeps in the sun all day long"},
     {"text": "jumps over"},
 ]

@@ -123,8 +123,7 @@ def rows(_):
         for text in texts:
 
             def prepare(place: Place, text=text):
-                with place.path("rows.jsonl").open("a") as file:
-                    file.write(text + "\n")
+                place.path("rows.jsonl").write_text(text + "\n", encoding="utf-8")
 
             yield Attack(f"the row {text[:60]}", prepare, allowed, EVAL)
 

@@ -250,7 +250,9 @@ impl Columns {
 
     /// Takes a column that must be there.
     pub fn need(&mut self, name: &str) -> Result<Value> {
-        self.take(name).with_context(|| format!("the column {name:?} is missing"))
+        self.take(name).with_context(|| {
+            format!("the column {name:?} is missing; the rows of a file have one format, that of the first row or data.format")
+        })
     }
 
     fn string(&mut self, name: &str) -> Result<String> {
