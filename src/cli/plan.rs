@@ -10,6 +10,7 @@ use serde_json::json;
 use crate::checkpoint::adapter::{self, AdapterSettings};
 use crate::checkpoint::{load, synthetic};
 use crate::device::cuda::Cuda;
+use crate::files;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Keep;
@@ -141,8 +142,11 @@ pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Resul
     Ok(())
 }
 
+/// Largest file of measured runs.
+const MAX_RUNS_BYTES: u64 = 64 << 20;
+
 fn measured(path: &Path) -> Result<Vec<MeasuredRun>> {
-    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let text = files::read_text(path, MAX_RUNS_BYTES)?;
     let runs = MeasuredRun::read(&text).with_context(|| path.display().to_string())?;
     ensure!(!runs.is_empty(), "{}: no run of `bench step` in it", path.display());
     Ok(runs)

@@ -61,7 +61,7 @@ impl Workload<'_> {
     /// # Errors
     /// [`DoesNotFit`] where none does.
     pub fn decide<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<Limits> {
-        self.check_magnitude(&limits)?;
+        self.check_magnitude(&limits, wishes)?;
         let mut best: Option<(f64, Limits)> = None;
         for gather in gathers(wishes) {
             for residency in residencies(wishes) {
@@ -95,12 +95,22 @@ impl Workload<'_> {
     }
 
     /// Refuses what no machine holds before it is planned: sizes of buffers, and lists of them, that are beyond all bounds.
-    fn check_magnitude(&self, limits: &Limits) -> Result<(), DoesNotFit> {
+    fn check_magnitude(&self, limits: &Limits, wishes: &Wishes) -> Result<(), DoesNotFit> {
         const MOST_BYTES: f64 = (1u64 << 50) as f64;
+        /// A schedule has some actions for each of them, and is gone through for each choice.
+        const MOST_INPUTS: usize = 1 << 18;
         let config = self.sizes.config;
+        let inputs = limits.max_micro_batches * (config.num_hidden_layers + 1);
+        if inputs > MOST_INPUTS {
+            let lever = wishes.levers.micro_batches.map_or(String::new(), |(name, _)| format!(": lower {name}"));
+            return Err(DoesNotFit(format!(
+                "a step has {} micro-batches in {} layers, {inputs} inputs of layers, and at most {MOST_INPUTS} can be planned{lever}",
+                limits.max_micro_batches, config.num_hidden_layers
+            )));
+        }
         let widest = config.hidden_size.max(config.intermediate_size).max(config.num_attention_heads * config.head_dim);
         let trains_layer_major = limits.mode == Mode::Train && limits.accumulation == Accumulation::Layer;
-        let boundaries = if trains_layer_major { limits.max_micro_batches * (config.num_hidden_layers + 1) } else { 2 };
+        let boundaries = if trains_layer_major { inputs } else { 2 };
         let tokens = limits.max_tokens.max(limits.max_context) as f64;
         let bytes = tokens * size_of::<u16>() as f64 * (widest as f64 + boundaries as f64 * config.hidden_size as f64);
         if bytes < MOST_BYTES {
@@ -405,7 +415,11 @@ mod tests {
     #[test]
     fn sizes_beyond_all_bounds_do_not_fit() {
         with_8b(1, |work| {
-            for limits in [Limits::new(Mode::Train, 1 << 31, 1 << 14), Limits::new(Mode::Generate, 1 << 37, 1)] {
+            for limits in [
+                Limits::new(Mode::Train, 1 << 31, 1 << 12),
+                Limits::new(Mode::Train, 2, 1 << 14),
+                Limits::new(Mode::Generate, 1 << 37, 1),
+            ] {
                 let budget = Budget { device: usize::MAX, host: usize::MAX };
                 let error = work.decide::<Gpu>(limits, &collective(), budget).unwrap_err();
                 assert!(error.is::<DoesNotFit>(), "{error}");

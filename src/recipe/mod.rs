@@ -10,9 +10,9 @@ mod overrides;
 mod paths;
 mod steps;
 
-use std::fs;
 use std::path::Path;
 
+use crate::files::{self, listed};
 pub use command::Command;
 pub use job::{
     Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Gather, Job, LoraJob,
@@ -25,7 +25,7 @@ pub use steps::Steps;
 
 /// Everything that is wrong about a recipe, or about options that stand for its keys. It ends the program with status 2.
 #[derive(Debug, thiserror::Error)]
-#[error("{source_name}: {} error(s){}", errors.len(), errors.iter().map(|error| format!("\n  {error}")).collect::<String>())]
+#[error("{source_name}: {} error(s){}", errors.len(), listed(errors))]
 pub struct RecipeError {
     /// The file, or what stands for it.
     source_name: String,
@@ -43,8 +43,11 @@ impl RecipeError {
 /// The job of a recipe file, for `train`, or for `plan`. `overrides` are the `key=value` of `--set`, the value in YAML.
 /// Relative paths in it are relative to the current directory.
 pub fn load(path: &Path, command: Command, overrides: &[String]) -> Result<Job, RecipeError> {
-    let fail = |errors| RecipeError { source_name: path.display().to_string(), errors };
-    let text = fs::read_to_string(path).map_err(|error| fail(vec![cannot_be_read(&error)]))?;
+    let fail = |errors| RecipeError { source_name: files::shown_path(path), errors };
+    if !path.exists() {
+        return Err(fail(vec![format!("is not there; help: write one, e.g.\n\n{EXAMPLE}")]));
+    }
+    let text = files::read_text(path, MAX_BYTES).map_err(|error| fail(vec![format!("cannot be read: {error:#}")]))?;
     let written = Written::new(&text, overrides);
     // What is not there would be told as missing.
     if !written.is_read {
@@ -53,13 +56,8 @@ pub fn load(path: &Path, command: Command, overrides: &[String]) -> Result<Job, 
     job::decide(written, command).map_err(fail)
 }
 
-/// A user who has no recipe is given one.
-fn cannot_be_read(error: &std::io::Error) -> String {
-    match error.kind() {
-        std::io::ErrorKind::NotFound => format!("is not there; help: write one, e.g.\n\n{EXAMPLE}"),
-        _ => format!("cannot be read: {error}"),
-    }
-}
+/// Largest recipe.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// A recipe to begin with.
 const EXAMPLE: &str = "\
@@ -98,6 +96,8 @@ pub fn help() -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::data::Overlong;
     use crate::model::names::Projection;

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::command::Command;
 use super::keys::{self, Key, KeyInfo};
+use crate::files::shown;
 
 /// The keys that were written, with their values, and what was wrong about them.
 #[derive(Default)]
@@ -35,9 +36,11 @@ impl Written {
             match text.split_once('=').map(|(key, value)| (key, serde_saphyr::from_str(value))) {
                 Some((key, Ok(value))) if !key.trim().is_empty() => written.add(key.trim().to_owned(), value, true),
                 Some((_, Err(error))) => {
-                    written.errors.push(format!("--set {text}: not valid YAML: {}", first_line(&error)))
+                    written.errors.push(format!("--set {}: not valid YAML: {}", shown(text), first_line(&error)))
                 }
-                _ => written.errors.push(format!("--set {text}: expected key=value, e.g. training.max_steps=100")),
+                _ => written
+                    .errors
+                    .push(format!("--set {}: expected key=value, e.g. training.max_steps=100", shown(text))),
             }
         }
         written
@@ -55,10 +58,10 @@ impl Written {
             // A section with nothing in it.
             Value::Null if is_section => {}
             value if path.is_empty() => {
-                self.errors.push(format!("found {}, a recipe is a mapping of keys", shortened(&value)))
+                self.errors.push(format!("found {}, a recipe is a mapping of keys", shown(&value.to_string())))
             }
             value if is_section => {
-                self.errors.push(format!("{path}: found {}, this is a mapping of keys", shortened(&value)))
+                self.errors.push(format!("{path}: found {}, this is a mapping of keys", shown(&value.to_string())))
             }
             value => {
                 if self.values.contains_key(&path) && !is_override {
@@ -103,12 +106,12 @@ impl Written {
             Some(key) => {
                 let reader = if self.overridden.contains(path) { command } else { Command::Train };
                 let is_read = key.readers.contains(&reader);
-                check_value(key, path, value).or_else(|| (!is_read).then(|| not_read(reader, path)))
+                if is_read { check_value(key, path, value) } else { Some(not_read(reader, path)) }
             }
             None if keys::KEYS_NOT_YET.contains(&path.as_str()) => {
                 Some(format!("{path}: not supported yet, remove it"))
             }
-            None => Some(format!("{path}: unknown key, the nearest known one is {}", nearest(path))),
+            None => Some(format!("{}: unknown key, the nearest known one is {}", shown(path), nearest(path))),
         };
         let problems: Vec<String> = self.values.iter().filter_map(problem).collect();
         self.errors.extend(problems);
@@ -117,7 +120,7 @@ impl Written {
 
 /// The message alone; an excerpt of the text follows it.
 fn first_line(error: &serde_saphyr::Error) -> String {
-    error.to_string().lines().next().unwrap_or_default().to_owned()
+    shown(error.to_string().lines().next().unwrap_or_default())
 }
 
 /// `name` is how the user knows the key.
@@ -131,17 +134,7 @@ fn check_value(key: &KeyInfo, name: &str, value: &Value) -> Option<String> {
         (false, Some(why)) => format!(" ({why})"),
         (false, None) => String::new(),
     };
-    Some(format!("{name}: found {}{reason}, allowed: {}", shortened(value), key.allowed.join(", ")))
-}
-
-/// A value as JSON, its end left out where it is long.
-fn shortened(value: &Value) -> String {
-    const LONGEST: usize = 200;
-    let text = value.to_string();
-    match text.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
-    }
+    Some(format!("{name}: found {}{reason}, allowed: {}", shown(&value.to_string()), key.allowed.join(", ")))
 }
 
 /// A key that a command does not read after `--set`, and what does its work there.

@@ -60,8 +60,10 @@ fn plan_refuses_what_no_machine_has() {
         );
     }
     // Room is a matter of the machine, all else is not.
-    let sizes = ["--seq", "16777216", "--micro-batch", "64", "--accum", "16384"];
+    let sizes = ["--seq", "16777216", "--micro-batch", "64", "--accum", "4096"];
     refused(&place, &[&plan[..], &sizes].concat(), 1, &["a rank needs more than"]);
+    let words = ["16384 micro-batches in 32 layers", "lower --accum"];
+    refused(&place, &[&plan[..], &["--accum", "16384"]].concat(), 1, &words);
     let sweep = ["plan", "--shape", "llama-3.1-405b", "--sweep", "--host-gib", "64"];
     let output = place.command(&sweep).output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
@@ -151,4 +153,20 @@ fn a_run_that_does_not_fit_names_what_its_command_reads() {
     let eval = [&EVAL[..], &["--set", "fsdp.vram_budget=100KB"]].concat();
     let text = fails(place.command(&eval), 1);
     assert!(text.contains("a rank needs at least") && !text.contains("training.") && !text.contains("data."), "{text}");
+}
+
+#[test]
+fn a_recipe_is_a_file_of_bounded_size() {
+    let place = Place::new();
+    let fifo = place.path("fifo.yaml");
+    assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+    refused(&place, &["train", "-c", "fifo.yaml"], 2, &["fifo.yaml", "a FIFO"]);
+    refused(&place, &["train", "-c", "/dev/zero"], 2, &["/dev/zero", "a device"]);
+    place.write("large.yaml", vec![b' '; 2 << 20]);
+    refused(&place, &["train", "-c", "large.yaml"], 2, &["large.yaml", "at most 1048576"]);
+    let keys: String = (0..10_000).map(|i| format!("key{i}: 1\n")).collect();
+    place.write("keys.yaml", keys);
+    let text = fails(place.command(&["train", "-c", "keys.yaml"]), 2);
+    assert!(text.contains("10001 error(s)") || text.contains("10002 error(s)"), "{text}");
+    assert!(text.len() < 5000, "{} bytes of message", text.len());
 }

@@ -7,6 +7,7 @@ use fancy_regex::Regex;
 use serde_json::{Map, Value, json};
 
 use super::{AdapterSettings, CONFIG_FILE};
+use crate::files::{self, MAX_SETTINGS_BYTES, listed, shown, shown_path};
 use crate::model::names::Projection;
 
 /// Keys that do not change what is computed: file keeping, and settings of what other keys would switch on.
@@ -121,7 +122,7 @@ impl Keys {
     }
 
     fn refuse(&mut self, key: &str, found: &Value, allowed: &str) {
-        let found: String = found.to_string().chars().take(200).collect();
+        let (key, found) = (shown(key), shown(&found.to_string()));
         self.problems.push(format!("{key}: found {found}, allowed: {allowed}"));
     }
 
@@ -173,7 +174,7 @@ impl PeftConfig {
         keys.check_rest();
         match config {
             Some(config) if keys.problems.is_empty() => Ok(config),
-            _ => bail!("{}: this adapter cannot be used:\n  {}", path.display(), keys.problems.join("\n  ")),
+            _ => bail!("{}: this adapter cannot be used:{}", shown_path(&path), listed(&keys.problems)),
         }
     }
 
@@ -220,8 +221,7 @@ impl PeftConfig {
 }
 
 fn read_map(path: &Path) -> Result<Map<String, Value>> {
-    let text = std::fs::read(path).with_context(|| path.display().to_string())?;
-    serde_json::from_slice(&text).with_context(|| format!("{}: not a JSON object", path.display()))
+    files::read_json(path, MAX_SETTINGS_BYTES)
 }
 
 /// What the user should know about an adapter: that it was made for another task, or for a model of another name.
@@ -230,17 +230,22 @@ pub fn remarks(dir: &Path, model: &Path) -> Result<Vec<String>> {
     let text = |key: &str| map.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());
     let mut remarks = Vec::new();
     if let Some(task) = text("task_type").filter(|&task| task != "CAUSAL_LM") {
-        remarks.push(format!("{CONFIG_FILE} has task_type {task:?}; it is used for CAUSAL_LM"));
+        remarks.push(format!("{CONFIG_FILE} has task_type {:?}; it is used for CAUSAL_LM", shown(task)));
     }
     let model = std::fs::canonicalize(model).unwrap_or_else(|_| model.into());
     if let (Some(base), Some(name)) = (text("base_model_name_or_path"), model_name(&model))
         && model_name(Path::new(base)).is_some_and(|base| !base.eq_ignore_ascii_case(&name))
     {
-        remarks.push(format!("{CONFIG_FILE} says that it was made for {base:?}; it is used with {}", model.display()));
+        remarks.push(format!(
+            "{CONFIG_FILE} says that it was made for {:?}; it is used with {}",
+            shown(base),
+            shown_path(&model)
+        ));
     }
     if let Some(revision) = text("revision").filter(|&revision| revision != "main") {
         remarks.push(format!(
-            "{CONFIG_FILE} says that it was made for revision {revision:?} of its base, which is not compared"
+            "{CONFIG_FILE} says that it was made for revision {:?} of its base, which is not compared",
+            shown(revision)
         ));
     }
     Ok(remarks)
