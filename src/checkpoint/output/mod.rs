@@ -310,3 +310,27 @@ fn look(dir: &Path) -> Found {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sticky_folder_keeps_the_files_of_others() {
+        let (me, other, third, sticky) = (7, 8, 9, 0o41777);
+        assert!(may_replace(me, other, 0o40777, third), "no sticky bit");
+        assert!(may_replace(me, me, sticky, other), "my folder");
+        assert!(may_replace(me, other, sticky, me), "my file");
+        assert!(may_replace(0, other, sticky, third), "root");
+        assert!(!may_replace(me, other, sticky, third) && !may_replace(me, other, sticky, other));
+    }
+
+    #[test]
+    fn a_folder_without_room_is_refused_before_anything_is_lost() {
+        let place = tempfile::tempdir().unwrap();
+        let dir = place.path().join("out");
+        let error = Output::open(&dir, false, usize::MAX, &mut |_| ()).err().unwrap().to_string();
+        assert!(error.contains("bytes are needed"), "{error}");
+        assert!(!dir.exists());
+    }
+}
