@@ -1,7 +1,7 @@
 """tests/golden/chat_templates.json: conversations rendered by transformers through templates of real models.
 
-A list of {name, template, messages, add_generation_prompt, bos_token, eos_token, rendered}; `rendered` is null where the
-template refuses the conversation (raise_exception). Llama's and Qwen's templates are those that TRL carries.
+A list of {name, template, messages, variables, add_generation_prompt, bos_token, eos_token, rendered}; `rendered` is null where
+the template refuses the conversation (raise_exception). Llama's and Qwen's templates are those that TRL carries.
 """
 
 from pathlib import Path
@@ -33,7 +33,28 @@ TEMPLATES = {
     "mistral": (MISTRAL, "<s>", "</s>"),
     "llama3_training": (None, "<|begin_of_text|>", "<|eot_id|>"),
     "qwen2_5_training": (None, "<|endoftext|>", "<|im_end|>"),
+    "qwen3": (None, "<|endoftext|>", "<|im_end|>"),
 }
+# the templates that write tool calls and reasoning
+WITH_TOOLS = ("llama3_1", "qwen2_5", "qwen3")
+TOOL = {"type": "function", "function": {"name": "f", "description": "Does <f>.", "parameters": {
+    "type": "object", "properties": {"x": {"type": "number", "minimum": 1e-07}}, "required": ["x"]}}}
+
+
+def call(arguments):
+    return {"role": "assistant", "content": None, "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": arguments}}]}
+
+
+# messages, variables of the template
+WITH_VARIABLES = [
+    ([{"role": "user", "content": "a"}, call({"lr": 1e-05, "n": 12345678901234567890123, "é": [True, None, 1e16, -0.5]}),
+      {"role": "tool", "name": "f", "content": "{\"r\": 1}"}, {"role": "assistant", "content": "b", "tool_calls": None}],
+     {"tools": [TOOL], "date_string": "1 May 2025"}),
+    ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning": "because"}],
+     {"date_string": "1 May 2025"}),
+    ([{"role": "user", "content": "a"}], {"enable_thinking": False, "date_string": "1 May 2025"}),
+]
 CONVERSATIONS = [
     [{"role": "system", "content": "  You answer briefly.\n"}, {"role": "user", "content": "What is a permit?"},
      {"role": "assistant", "content": "A decision."}, {"role": "user", "content": "By whom?\n\nTell me. "},
@@ -51,15 +72,16 @@ def main():
     for name, (template, bos, eos) in TEMPLATES.items():
         template = template or (from_trl / f"{name}.jinja").read_text()
         tokenizer.bos_token, tokenizer.eos_token = bos, eos
-        for messages in CONVERSATIONS:
+        more = WITH_VARIABLES if name in WITH_TOOLS else []
+        for messages, variables in [(messages, {}) for messages in CONVERSATIONS] + more:
             prompt = messages[-1]["role"] == "user"
             try:
                 text = tokenizer.apply_chat_template(
-                    messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+                    messages, chat_template=template, tokenize=False, add_generation_prompt=prompt, **variables)
             except jinja2.TemplateError:
                 text = None
-            rendered.append({"name": name, "template": template, "messages": messages, "add_generation_prompt": prompt,
-                             "bos_token": bos, "eos_token": eos, "rendered": text})
+            rendered.append({"name": name, "template": template, "messages": messages, "variables": variables,
+                             "add_generation_prompt": prompt, "bos_token": bos, "eos_token": eos, "rendered": text})
     write_json(folder() / "chat_templates.json", rendered)
 
 

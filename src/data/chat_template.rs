@@ -308,7 +308,7 @@ mod tests {
 
     fn golden() -> Vec<serde_json::Value> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/chat_templates.json");
-        serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+        serde_json::from_slice(&python::keep_long_integers(&std::fs::read(path).unwrap()).unwrap()).unwrap()
     }
 
     #[test]
@@ -323,7 +323,8 @@ mod tests {
                 &Zoned::now(),
             );
             let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
-            let rendered = template.unwrap().render(case["messages"].as_array().unwrap(), add_generation_prompt);
+            let (messages, variables) = (case["messages"].as_array().unwrap(), case["variables"].as_object().unwrap());
+            let rendered = template.unwrap().render_with(messages, variables, add_generation_prompt);
             let text = rendered.as_ref().ok().map(|r| r.text.as_str());
             assert_eq!(text, case["rendered"].as_str(), "case {i}, {}", case["name"]);
         }
