@@ -7,12 +7,12 @@
 // other side pass through shared memory, the next one being fetched while one is worked on. Backward is kernels that each own what
 // they write, so that no sum depends on the order in which blocks run: one for queries, one for the keys and values that one head
 // sees, and one that adds heads which share them.
-#include "common.cuh"
+#include "attention.cuh"
+#include "attention_sum.cuh"
 
 static const int WARPS = 8, THREADS = 32 * WARPS;
 // Rows of a block, and of a tile that passes.
 static const int ROWS = 16 * WARPS, PASSING = 64;
-static const float LOG2_E = 1.4426950408889634f;
 
 // Shared memory is two stages of two tiles. A tile's rows are D elements in chunks of eight; the chunks of a row change places by
 // the row, so that the eight rows that ldmatrix reads at once lie in different banks.
@@ -20,12 +20,6 @@ template <int D> struct Shared {
     static const int TILE_BYTES = PASSING * D * 2, STAGE_BYTES = 2 * TILE_BYTES;
 };
 template <int D> __device__ __forceinline__ int turn(int row) { return D == 96 ? row / 2 % 4 : row % 8; }
-
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // Starts to copy rows `first..first + NUM` of one head; rows at or past `end` become zeros.
 template <int D, int NUM>
@@ -387,21 +381,6 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const Act *d_out, const float 
     }
     store_rows<D>(d_k + head * D, k_acc, row, tokens, width, scale, scale);
     store_rows<D>(d_v + head * D, v_acc, row, tokens, width, 1.0f, 1.0f);
-}
-
-// y [T, kv_heads · D] = the sum of x [T, heads · D] over the heads of a group, in their order; by eights.
-extern "C" __global__ void attention_sum_heads(Act8 *y, const Act8 *x, u64 eights, u32 group, u32 head_eights) {
-    for (u64 i = thread_idx(); i < eights; i += num_threads()) {
-        u64 first = i / head_eights * group * head_eights + i % head_eights;
-        float sum[8] = {};
-        for (u32 g = 0; g < group; g++) {
-            Act8 part = x[first + g * head_eights];
-            for (int j = 0; j < 8; j++) sum[j] += to_f32(part.at[j]);
-        }
-        Act8 rounded;
-        for (int j = 0; j < 8; j++) rounded.at[j] = to_act(sum[j]);
-        y[i] = rounded;
-    }
 }
 
 #define INSTANCES(D)                                                                                                            \

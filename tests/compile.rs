@@ -1,14 +1,15 @@
-//! Every kernel for every architecture, without a GPU: what it takes, and that it spills no registers. Without NVRTC the test says so
-//! and passes, unless REQUIRE_NVRTC=1.
+//! Every kernel for every architecture, without a GPU: what it takes, that it spills no registers, and that
+//! the assembler expects no loss of speed. Without NVRTC the test says so and passes, unless REQUIRE_NVRTC=1.
 
 use fsdp_qlora::device::cuda::{HalfType, compile, libraries};
 use half::f16;
 
-/// Architectures that are claimed: A100, RTX 30, RTX 40, H100, B200, RTX 50.
+/// Architectures that are claimed: A100, RTX 30, RTX 40, H100 (with its own instructions: sm_90a), B200, RTX 50.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
 /// Bytes of spilled registers that a kernel may have (stores and loads, the most of any architecture).
-const ALLOWED_SPILL_BYTES: [(&str, u32); 1] = [("attention_backward_keys_128", 36)];
+const ALLOWED_SPILL_BYTES: [(&str, u32); 2] =
+    [("attention_backward_keys_128", 36), ("attention_hopper_backward_keys_128", 24)];
 
 #[test]
 fn every_kernel_compiles_without_spills() {
@@ -19,28 +20,43 @@ fn every_kernel_compiles_without_spills() {
         return;
     }
     println!("NVRTC {}", compile::nvrtc_version().unwrap());
-    println!("{:34} {:4} {:>6} {:>9} {:>13} {:>11}", "kernel", "act", "sm", "registers", "shared bytes", "spill bytes");
+    println!(
+        "{:37} {:4} {:>7} {:>9} {:>13} {:>11}",
+        "kernel", "act", "target", "registers", "shared bytes", "spill bytes"
+    );
     let mut spilled = Vec::new();
-    for (stem, source, names) in compile::SOURCES {
-        for (arch, option) in
-            ARCHITECTURES.into_iter().flat_map(|arch| [(arch, None), (arch, <f16 as HalfType>::COMPILE_OPTION)])
-        {
-            let mut resources = resources(&compile::compile(stem, source, arch, option).unwrap().log);
+    for (arch, option) in
+        ARCHITECTURES.into_iter().flat_map(|arch| [(arch, None), (arch, <f16 as HalfType>::COMPILE_OPTION)])
+    {
+        let target = compile::target(arch);
+        for source in compile::sources(arch) {
+            let log = compile::compile(source, arch, option).unwrap().log;
+            // E.g. products of a warpgroup that wait for each other, because registers are short or used too early.
+            assert!(!log.contains("Potential Performance Loss"), "kernels/{}.cu for {target}: {log}", source.stem);
+            let mut resources = resources(&log);
             if resources.is_empty() && !required {
                 // NVRTC 13.0 keeps the assembler's report to itself; later ones hand it out.
                 continue;
             }
             resources.sort_by(|a, b| a.name.cmp(&b.name));
-            let mut expected: Vec<&str> = names.to_vec();
+            let mut expected: Vec<&str> = source.kernels.to_vec();
             expected.sort_unstable();
-            assert_eq!(resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(), expected, "kernels/{stem}.cu");
+            assert_eq!(
+                resources.iter().map(|r| r.name.as_str()).collect::<Vec<_>>(),
+                expected,
+                "kernels/{}.cu",
+                source.stem
+            );
             for r in resources {
                 let allowed =
                     ALLOWED_SPILL_BYTES.iter().find(|(name, _)| *name == r.name).map_or(0, |(_, bytes)| *bytes);
                 let act = if option.is_some() { "fp16" } else { "bf16" };
-                println!("{:34} {act} {arch:6} {:9} {:13} {:11}", r.name, r.registers, r.shared_bytes, r.spill_bytes);
+                println!(
+                    "{:37} {act} {target:>7} {:9} {:13} {:11}",
+                    r.name, r.registers, r.shared_bytes, r.spill_bytes
+                );
                 if r.spill_bytes > allowed {
-                    spilled.push(format!("{} for sm_{arch}: {} bytes, allowed {allowed}", r.name, r.spill_bytes));
+                    spilled.push(format!("{} for {target}: {} bytes, allowed {allowed}", r.name, r.spill_bytes));
                 }
             }
         }

@@ -94,6 +94,8 @@ fn every_kernel_has_its_two_twins() {
         let path = entry.unwrap().path();
         if path.extension().is_some_and(|e| e == "cu") {
             let stem = path.file_stem().unwrap().to_str().unwrap();
+            // Kernels of one architecture have the twins of what they do.
+            let stem = stem.split("_hopper").next().unwrap();
             for twin in ["cpu", "cuda"].map(|device| root.join(format!("src/device/{device}/{stem}.rs"))) {
                 assert!(twin.exists(), "{} has no {}", path.display(), twin.display());
             }

@@ -122,7 +122,7 @@ fn plain_attention<A: Tested>(case: AttentionCase<'_>) -> [Vec<f32>; 4] {
 
 pub fn attention<A: Tested>() {
     let Some((_guard, cuda)) = gpu::<A>() else { return };
-    let cases: [AttentionCase<'_>; 7] = [
+    let cases: [AttentionCase<'_>; 12] = [
         // Many heads, so that the error is not that of one number.
         (32, 32, 64, &[2]),
         (9, 3, 64, &[65]),
@@ -131,6 +131,13 @@ pub fn attention<A: Tested>() {
         (8, 2, 128, &[100, 31, 200]),
         (2, 2, 64, &[3, 3, 3, 120, 63]),
         (3, 3, 96, &[127, 129]),
+        // Many tiles, and documents that begin and end inside of them.
+        (8, 2, 128, &[300, 1, 500]),
+        (4, 1, 96, &[513]),
+        (2, 1, 64, &[700, 400]),
+        // So many keys that one block adds the gradients of all heads that share them, or of two of four.
+        (512, 256, 64, &[30, 35]),
+        (512, 128, 64, &[65]),
     ];
     for case in cases {
         let (results, references) = (run_attention(&cuda, case), run_attention(&Cpu::new(1), case));
@@ -172,7 +179,7 @@ pub fn attention_of_new_tokens_over_past_ones<A: Tested>() {
         d.attention_forward(AttentionForward { out: out.view_mut(), lse: lse.view_mut(), q, k, v, shape }).unwrap();
         get_act(d, &out)
     }
-    for (past, new) in [(0, 5), (1, 1), (200, 1), (63, 70)] {
+    for (past, new) in [(0, 5), (1, 1), (200, 1), (63, 70), (500, 300)] {
         close::<A>("out", &run(&cuda, past, new), &run(&Cpu::new(1), past, new), 2.0);
     }
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 
+use crate::device::ViewMut;
 use crate::device::ops::{AttentionBackward, AttentionForward, AttentionShape};
 
 use super::launch::{Grid, args};
@@ -36,9 +37,17 @@ fn check<A: HalfType>(shape: &AttentionShape<'_, Cuda<A>>, q: usize, k: usize, l
 
 impl<A: HalfType> Cuda<A> {
     pub(super) fn attention_forward_act(&self, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
+        let tokens = check(&args.shape, args.q.len(), args.k.len(), args.lse.len())?;
+        ensure!(
+            args.out.len() == args.q.len() && args.v.len() == args.k.len(),
+            "attention: out {} v {}",
+            args.out.len(),
+            args.v.len()
+        );
+        if let Some(hopper) = self.hopper {
+            return self.hopper_attention_forward(hopper, args);
+        }
         let AttentionForward { out, lse, q, k, v, shape } = args;
-        let tokens = check(&shape, q.len(), k.len(), lse.len())?;
-        ensure!(out.len() == q.len() && v.len() == k.len(), "attention: out {} v {}", out.len(), v.len());
         let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, positions, .. } = shape;
         let scale = 1.0 / (head_dim as f32).sqrt();
         let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
@@ -47,17 +56,20 @@ impl<A: HalfType> Cuda<A> {
     }
 
     pub(super) fn attention_backward_act(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
-        let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
-        let tokens = check(&shape, q.len(), k.len(), lse.len())?;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, positions, .. } = shape;
+        let (q_len, k_len, lse_len) = (args.q.len(), args.k.len(), args.lse.len());
+        let tokens = check(&args.shape, q_len, k_len, lse_len)?;
         ensure!(
-            [d_q.len(), out.len(), d_out.len(), head_d_k.len(), head_d_v.len()] == [q.len(); 5]
-                && [v.len(), d_k.len(), d_v.len()] == [k.len(); 3],
-            "attention backward: q {} k {}",
-            q.len(),
-            k.len()
+            [args.d_q.len(), args.out.len(), args.d_out.len(), args.head_d_k.len(), args.head_d_v.len()] == [q_len; 5]
+                && [args.v.len(), args.d_k.len(), args.d_v.len()] == [k_len; 3],
+            "attention backward: q {q_len} k {k_len}"
         );
-        ensure!(delta.len() == lse.len() && shape.num_past_tokens == 0, "attention backward: delta {}", delta.len());
+        let (delta_len, past) = (args.delta.len(), args.shape.num_past_tokens);
+        ensure!(delta_len == lse_len && past == 0, "attention backward: delta {delta_len}, {past} past tokens");
+        if let Some(hopper) = self.hopper {
+            return self.hopper_attention_backward(hopper, args);
+        }
+        let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, positions, .. } = shape;
         let scale = 1.0 / (head_dim as f32).sqrt();
         let (t, heads, kv_heads) = (tokens as i32, num_heads as i32, num_key_value_heads as i32);
         let rows = tokens * num_heads;
@@ -73,26 +85,49 @@ impl<A: HalfType> Cuda<A> {
         self.launch(&format!("attention_backward_queries_{head_dim}"), grid, args)?;
         let kernel = format!("attention_backward_keys_{head_dim}");
         let group = num_heads / num_key_value_heads;
-        if group == 1 {
+        self.sum_over_heads(Parts { d_k, d_v, head_d_k, head_d_v, parts: group, head_dim }, |d_k, d_v| {
             let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
-            return self.launch(&kernel, grid, args);
+            self.launch(&kernel, grid, args)
+        })
+    }
+
+    /// Runs a kernel that writes the gradients of keys and values in so many parts, and adds these.
+    pub(super) fn sum_over_heads(
+        &self,
+        to: Parts<'_, A>,
+        kernel: impl Fn(ViewMut<'_, Cuda<A>, A>, ViewMut<'_, Cuda<A>, A>) -> Result<()>,
+    ) -> Result<()> {
+        let Parts { d_k, d_v, mut head_d_k, mut head_d_v, parts, head_dim } = to;
+        if parts == 1 {
+            return kernel(d_k, d_v);
         }
-        let (mut k_parts, mut v_parts, all) = (head_d_k, head_d_v, 0..q.len());
-        let (part_k, part_v) = (k_parts.range_mut(all.clone()), v_parts.range_mut(all));
-        let args = args![part_k, part_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
-        self.launch(&kernel, grid, args)?;
-        for (sum, parts) in [(d_k, k_parts.view()), (d_v, v_parts.view())] {
+        let all = 0..d_k.len() * parts;
+        kernel(head_d_k.range_mut(all.clone()), head_d_v.range_mut(all.clone()))?;
+        for (sum, parts_of_it) in [(d_k, head_d_k.view()), (d_v, head_d_v.view())] {
             let eights = sum.len() / 8;
-            let args = args![sum, parts, eights as u64, group as u32, (head_dim / 8) as u32];
+            let args = args![sum, parts_of_it, eights as u64, parts as u32, (head_dim / 8) as u32];
             self.launch("attention_sum_heads", Grid::elements(eights), args)?;
         }
         Ok(())
     }
 
     pub(super) fn allow_attention_memory(&self) -> Result<()> {
+        if self.hopper.is_some() {
+            return self.allow_hopper_attention_memory(&HEAD_DIMS);
+        }
         let mut all = HEAD_DIMS.into_iter().flat_map(|head_dim| TILED_KERNELS.map(|kernel| (kernel, head_dim)));
         all.try_for_each(|(kernel, head_dim)| {
             self.allow_shared_bytes(&format!("{kernel}_{head_dim}"), shared_bytes(head_dim))
         })
     }
+}
+
+/// Where the gradients of keys and values go, and room for `parts` parts of each.
+pub(super) struct Parts<'a, A: HalfType> {
+    pub d_k: ViewMut<'a, Cuda<A>, A>,
+    pub d_v: ViewMut<'a, Cuda<A>, A>,
+    pub head_d_k: ViewMut<'a, Cuda<A>, A>,
+    pub head_d_v: ViewMut<'a, Cuda<A>, A>,
+    pub parts: usize,
+    pub head_dim: usize,
 }

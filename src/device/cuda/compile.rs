@@ -1,5 +1,6 @@
 //! The kernels: compiled by NVRTC to machine code of one architecture, and kept in a folder for the next start.
 
+use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -8,13 +9,46 @@ use anyhow::{Context, Result, anyhow};
 use cudarc::nvrtc;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// `kernels/*.cu` by stem, with the names of what they define.
-pub const SOURCES: [(&str, &str, &[&str]); 10] = [
-    ("adamw", include_str!("../../../kernels/adamw.cu"), &["adamw"]),
-    (
+/// Compute capability of Hopper. Its own instructions (wgmma, setmaxnreg) are in machine code for `sm_90a` alone.
+pub const HOPPER: u32 = 90;
+
+/// One file of `kernels/`.
+pub struct Source {
+    pub stem: &'static str,
+    pub text: &'static str,
+    /// The kernels that it defines.
+    pub kernels: &'static [&'static str],
+    gpus: Gpus,
+}
+
+#[derive(PartialEq, Eq)]
+enum Gpus {
+    All,
+    Hopper,
+    /// Hopper has files of its own for what these do.
+    AllButHopper,
+}
+
+/// The file of a stem with the kernels that it defines; for all GPUs unless told otherwise.
+macro_rules! source {
+    ($stem:literal, $kernels:expr) => {
+        source!($stem, $kernels, Gpus::All)
+    };
+    ($stem:literal, $kernels:expr, $gpus:expr) => {
+        Source {
+            stem: $stem,
+            text: include_str!(concat!("../../../kernels/", $stem, ".cu")),
+            kernels: &$kernels,
+            gpus: $gpus,
+        }
+    };
+}
+
+const SOURCES: [Source; 12] = [
+    source!("adamw", ["adamw"]),
+    source!(
         "attention",
-        include_str!("../../../kernels/attention.cu"),
-        &[
+        [
             "attention_delta",
             "attention_forward_64",
             "attention_forward_96",
@@ -27,30 +61,62 @@ pub const SOURCES: [(&str, &str, &[&str]); 10] = [
             "attention_backward_keys_128",
             "attention_sum_heads",
         ],
+        Gpus::AllButHopper
     ),
-    (
-        "cross_entropy",
-        include_str!("../../../kernels/cross_entropy.cu"),
-        &["cross_entropy_piece", "gather_target_rows", "cross_entropy_finish"],
+    source!(
+        "attention_hopper_forward",
+        ["attention_hopper_forward_64", "attention_hopper_forward_96", "attention_hopper_forward_128"],
+        Gpus::Hopper
     ),
-    (
+    source!(
+        "attention_hopper_backward",
+        [
+            "attention_hopper_backward_queries_64",
+            "attention_hopper_backward_queries_96",
+            "attention_hopper_backward_queries_128",
+            "attention_hopper_backward_keys_64",
+            "attention_hopper_backward_keys_96",
+            "attention_hopper_backward_keys_128",
+            "attention_sum_heads",
+        ],
+        Gpus::Hopper
+    ),
+    source!("cross_entropy", ["cross_entropy_piece", "gather_target_rows", "cross_entropy_finish"]),
+    source!(
         "elementwise",
-        include_str!("../../../kernels/elementwise.cu"),
-        &["add", "add_bias", "cast", "gather_rows", "scatter_rows", "sum_parts", "sum_of_squares", "spin"],
+        ["add", "add_bias", "cast", "gather_rows", "scatter_rows", "sum_parts", "sum_of_squares", "spin"]
     ),
-    ("lora_dropout", include_str!("../../../kernels/lora_dropout.cu"), &["lora_dropout"]),
-    (
+    source!("lora_dropout", ["lora_dropout"]),
+    source!(
         "nf4",
-        include_str!("../../../kernels/nf4.cu"),
-        &["dequantize_nf4", "dequantize_nf4_f32", "convert", "convert_f32", "quantize_nf4", "quantize_absmax"],
+        ["dequantize_nf4", "dequantize_nf4_f32", "convert", "convert_f32", "quantize_nf4", "quantize_absmax"]
     ),
-    ("rms_norm", include_str!("../../../kernels/rms_norm.cu"), &["rms_norm_forward", "rms_norm_backward"]),
-    ("rope", include_str!("../../../kernels/rope.cu"), &["rope"]),
-    ("swiglu", include_str!("../../../kernels/swiglu.cu"), &["swiglu_forward", "swiglu_backward"]),
-    ("uniform", include_str!("../../../kernels/uniform.cu"), &["uniform"]),
+    source!("rms_norm", ["rms_norm_forward", "rms_norm_backward"]),
+    source!("rope", ["rope"]),
+    source!("swiglu", ["swiglu_forward", "swiglu_backward"]),
+    source!("uniform", ["uniform"]),
 ];
 
-const COMMON: &str = include_str!("../../../kernels/common.cuh");
+/// The files that a GPU of this architecture runs.
+pub fn sources(arch: u32) -> impl Iterator<Item = &'static Source> {
+    let other = if arch == HOPPER { Gpus::AllButHopper } else { Gpus::Hopper };
+    const ALL: &[Source] = &SOURCES;
+    ALL.iter().filter(move |source| source.gpus != other)
+}
+
+/// The headers that the files include, by name.
+const HEADERS: [(&CStr, &str); 5] = [
+    (c"common.cuh", include_str!("../../../kernels/common.cuh")),
+    (c"attention.cuh", include_str!("../../../kernels/attention.cuh")),
+    (c"attention_sum.cuh", include_str!("../../../kernels/attention_sum.cuh")),
+    (c"attention_hopper.cuh", include_str!("../../../kernels/attention_hopper.cuh")),
+    (c"hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
+];
+
+/// What machine code of an architecture is made for.
+pub fn target(arch: u32) -> String {
+    format!("sm_{arch}{}", if arch == HOPPER { "a" } else { "" })
+}
 
 /// Machine code, and what the assembler says about registers and memory.
 pub struct Cubin {
@@ -58,25 +124,41 @@ pub struct Cubin {
     pub log: String,
 }
 
-/// Compiles one source for `sm_<arch>`, with one more option when there is one. NVRTC must be loaded.
-pub fn compile(stem: &str, source: &str, arch: u32, option: Option<&str>) -> Result<Cubin> {
-    let text = std::ffi::CString::new(source.replace("#include \"common.cuh\"", COMMON))?;
-    let name = std::ffi::CString::new(format!("{stem}.cu"))?;
+/// Compiles one source for an architecture, with one more option when there is one. NVRTC must be loaded.
+pub fn compile(source: &Source, arch: u32, option: Option<&str>) -> Result<Cubin> {
+    let stem = source.stem;
+    let (text, name) = (CString::new(source.text)?, CString::new(format!("{stem}.cu"))?);
+    let headers = HEADERS.iter().map(|(_, text)| CString::new(*text)).collect::<Result<Vec<_>, _>>()?;
+    let header_texts: Vec<_> = headers.iter().map(|text| text.as_ptr()).collect();
+    let header_names: Vec<_> = HEADERS.iter().map(|(name, _)| name.as_ptr()).collect();
+    let target = target(arch);
     let mut options = vec![
-        format!("--gpu-architecture=sm_{arch}"),
+        format!("--gpu-architecture={target}"),
         "-std=c++17".into(),
         "-default-device".into(),
         "--ptxas-options=-v".into(),
     ];
     options.extend(option.map(String::from));
-    let program = nvrtc::result::create_program(&text, Some(&name)).map_err(|e| anyhow!("NVRTC: {e:?}"))?;
+    let mut program = std::ptr::null_mut();
+    // SAFETY: all strings end with a zero and outlive the call; there are as many headers as names.
+    let created = unsafe {
+        nvrtc::sys::nvrtcCreateProgram(
+            &mut program,
+            text.as_ptr(),
+            name.as_ptr(),
+            HEADERS.len() as i32,
+            header_texts.as_ptr(),
+            header_names.as_ptr(),
+        )
+    };
+    created.result().map_err(|e| anyhow!("NVRTC: {e:?}"))?;
     // SAFETY: the program is valid until it is destroyed below.
     let (compiled, log) = unsafe {
         let compiled = nvrtc::result::compile_program(program, &options);
         let log = nvrtc::result::get_program_log(program).unwrap_or_default();
         (compiled, log.iter().map(|&c| c as u8 as char).collect::<String>())
     };
-    compiled.map_err(|e| anyhow!("kernels/{stem}.cu for sm_{arch}: {e:?}\n{log}"))?;
+    compiled.map_err(|e| anyhow!("kernels/{stem}.cu for {target}: {e:?}\n{log}"))?;
     let mut len = 0;
     // SAFETY: as above; the buffer is as long as NVRTC says that the code is.
     let code = unsafe {
@@ -99,8 +181,9 @@ pub fn nvrtc_version() -> Result<String> {
 
 /// The code of one source, from the folder or compiled. One process compiles while the others wait for its lock; a file that
 /// is damaged is made anew.
-pub fn cached(folder: &Path, stem: &str, source: &str, arch: u32, option: Option<&str>) -> Result<Vec<u8>> {
-    let key = xxh3_64(format!("{COMMON}\0{source}\0{arch}\0{option:?}\0{}", nvrtc_version()?).as_bytes());
+pub fn cached(folder: &Path, source: &Source, arch: u32, option: Option<&str>) -> Result<Vec<u8>> {
+    let (stem, text) = (source.stem, source.text);
+    let key = xxh3_64(format!("{HEADERS:?}\0{text}\0{arch}\0{option:?}\0{}", nvrtc_version()?).as_bytes());
     let path = folder.join(format!("{stem}-sm_{arch}-{key:016x}.cubin"));
     if let Some(code) = read(&path) {
         return Ok(code);
@@ -111,7 +194,7 @@ pub fn cached(folder: &Path, stem: &str, source: &str, arch: u32, option: Option
     if let Some(code) = read(&path) {
         return Ok(code);
     }
-    let code = compile(stem, source, arch, option)?.code;
+    let code = compile(source, arch, option)?.code;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(&xxh3_64(&code).to_le_bytes())?;
     file.write_all(&code)?;

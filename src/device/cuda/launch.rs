@@ -2,23 +2,33 @@
 
 use std::ffi::c_void;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaStream, result, sys};
 
 use crate::device::{Element, View, ViewMut};
 
 use super::{Cuda, HalfType};
 
-/// One argument of a kernel: an address or a number, in the low bytes.
+/// One argument of a kernel, in the low bytes: an address, a number or a tensor map.
+#[repr(C, align(64))]
 #[derive(Clone, Copy)]
-pub struct Arg(u64);
+pub struct Arg([u64; 16]);
+const _: () = assert!(size_of::<Arg>() == size_of::<sys::CUtensorMap>());
+
+impl Arg {
+    fn bits(bits: u64) -> Arg {
+        let mut arg = [0; 16];
+        arg[0] = bits;
+        Arg(arg)
+    }
+}
 
 macro_rules! number_args {
     ($($t:ty: $bits:expr),*) => {
         $(impl From<$t> for Arg {
             fn from(value: $t) -> Arg {
                 let bits: fn($t) -> u64 = $bits;
-                Arg(bits(value))
+                Arg::bits(bits(value))
             }
         })*
     };
@@ -27,14 +37,49 @@ number_args!(u32: u64::from, u64: |v| v, i32: |v| u64::from(v as u32), f32: |v| 
 
 impl<A: HalfType, T: Element> From<View<'_, Cuda<A>, T>> for Arg {
     fn from(view: View<'_, Cuda<A>, T>) -> Arg {
-        Arg(view.addr() as u64)
+        Arg::bits(view.addr() as u64)
     }
 }
 
 impl<A: HalfType, T: Element> From<ViewMut<'_, Cuda<A>, T>> for Arg {
     fn from(view: ViewMut<'_, Cuda<A>, T>) -> Arg {
-        Arg(view.addr() as u64)
+        Arg::bits(view.addr() as u64)
     }
+}
+
+/// The tensor map that a Hopper's copies need, of a matrix whose rows are `width` elements of 16 bits: boxes of 64 rows and as many
+/// columns as `hopper.cuh` has in a row of a tile `[.., head_dim]`.
+pub(super) fn tile_map<A: HalfType>(matrix: View<'_, Cuda<A>, A>, width: usize, head_dim: usize) -> Result<Arg> {
+    let (columns, swizzle) = if head_dim.is_multiple_of(64) {
+        (64, sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B)
+    } else {
+        (32, sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B)
+    };
+    ensure!(
+        matrix.addr().is_multiple_of(16) && width.is_multiple_of(columns),
+        "a matrix at {:x} {width}",
+        matrix.addr()
+    );
+    let mut map = sys::CUtensorMap { opaque: [0; 16] };
+    // SAFETY: the arrays have the lengths that two dimensions take (one stride); the map is written, the matrix is not read.
+    let encoded = unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map,
+            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            2,
+            matrix.addr() as *mut c_void,
+            [width as u64, (matrix.len() / width) as u64].as_ptr(),
+            [(width * size_of::<A>()) as u64].as_ptr(),
+            [columns as u32, 64].as_ptr(),
+            [1, 1].as_ptr(),
+            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            swizzle,
+            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    };
+    encoded.result().map_err(|e| anyhow!("a tensor map of {} × {width}: {e}", matrix.len() / width))?;
+    Ok(Arg(map.opaque))
 }
 
 /// How many threads: blocks (x, y), threads of a block, dynamic shared memory.

@@ -6,6 +6,7 @@
 
 mod adamw;
 mod attention;
+mod attention_hopper;
 pub mod compile;
 mod cross_entropy;
 mod elementwise;
@@ -35,6 +36,7 @@ use half::{bf16, f16};
 use super::ops::*;
 use super::{Ops, View, ViewMut};
 pub use attention::HEAD_DIMS;
+use attention_hopper::Hopper;
 use launch::{Grid, args};
 
 /// What a process takes of a GPU's memory before it has allocated anything: the driver's context, the kernels, cuBLAS and its
@@ -91,6 +93,8 @@ pub struct Cuda<A: HalfType> {
     blas: Arc<gemm::Blas>,
     kernels: Arc<HashMap<&'static str, CudaFunction>>,
     tables: Arc<memory::Tables>,
+    /// Where it is a Hopper, whose attention has kernels of its own.
+    hopper: Option<Hopper>,
     compute: Arc<CudaStream>,
     context: Arc<CudaContext>,
     _act: PhantomData<fn() -> A>,
@@ -98,9 +102,17 @@ pub struct Cuda<A: HalfType> {
 
 impl<A: HalfType> Clone for Cuda<A> {
     fn clone(&self) -> Self {
-        let Cuda { blas, kernels, tables, compute, context, _act } = self;
+        let Cuda { blas, kernels, tables, hopper, compute, context, _act } = self;
         let (blas, kernels, tables) = (blas.clone(), kernels.clone(), tables.clone());
-        Cuda { blas, kernels, tables, compute: compute.clone(), context: context.clone(), _act: PhantomData }
+        Cuda {
+            blas,
+            kernels,
+            tables,
+            hopper: *hopper,
+            compute: compute.clone(),
+            context: context.clone(),
+            _act: PhantomData,
+        }
     }
 }
 
@@ -119,10 +131,12 @@ impl<A: HalfType> Cuda<A> {
         let capability = context.compute_capability().map_err(|e| anyhow!("GPU {ordinal}: {e}"))?;
         check_capability(ordinal, capability)?;
         let compute = context.new_stream().map_err(|e| anyhow!("GPU {ordinal}: {e}"))?;
-        let kernels = Arc::new(load_kernels::<A>(&context, (capability.0 * 10 + capability.1) as u32, cache)?);
+        let arch = (capability.0 * 10 + capability.1) as u32;
+        let kernels = Arc::new(load_kernels::<A>(&context, arch, cache)?);
+        let hopper = if arch == compile::HOPPER { Some(Hopper::new(&context)?) } else { None };
         let tables = Arc::new(memory::Tables::new(&context)?);
         let blas = Arc::new(gemm::Blas::new(compute.clone(), tables.clone())?);
-        let cuda = Cuda { blas, kernels, tables, compute, context, _act: PhantomData };
+        let cuda = Cuda { blas, kernels, tables, hopper, compute, context, _act: PhantomData };
         cuda.allow_attention_memory()?;
         Ok(cuda)
     }
@@ -219,10 +233,10 @@ fn load_kernels<A: HalfType>(
     cache: &Path,
 ) -> Result<HashMap<&'static str, CudaFunction>> {
     let mut kernels = HashMap::new();
-    for (stem, source, names) in compile::SOURCES {
-        let code = compile::cached(cache, stem, source, arch, A::COMPILE_OPTION).context("compiling the kernels")?;
-        let module = context.load_module(Ptx::from_binary(code)).map_err(|e| not_loaded(stem, &e))?;
-        for &name in names {
+    for source in compile::sources(arch) {
+        let code = compile::cached(cache, source, arch, A::COMPILE_OPTION).context("compiling the kernels")?;
+        let module = context.load_module(Ptx::from_binary(code)).map_err(|e| not_loaded(source.stem, &e))?;
+        for &name in source.kernels {
             let function = module.load_function(name).map_err(|e| anyhow!("kernel {name}: {e}"))?;
             kernels.insert(name, function);
         }
