@@ -9,7 +9,7 @@
 //! |---|---|---|
 //! | [`device`] | memory, one op per kernel ([`device::ops`]); [`device::cpu`] is the reference, [`device::cuda`] the same on a GPU, its kernels in `kernels/` | models, ranks |
 //! | [`quant`] | NF4, double quantization, the record | devices, files |
-//! | [`comm`] | groups of ranks, host collectives (MPI, threads), NCCL, memory that the ranks of a node share, and the ordered queues of collectives on device memory and of copies to and from the host | models |
+//! | [`comm`] | groups of ranks, host collectives (MPI, threads), NCCL, the watchdog, memory that the ranks of a node share, and the ordered queues of collectives on device memory and of copies to and from the host | models |
 //! | [`model`] | Llama math on device ops | that it is sharded: neither [`comm`] nor [`fsdp`] |
 //! | [`fsdp`] | layout, units, the schedule and its checker, the executor | files, data, the recipe |
 //! | [`optim`] | AdamW's numbers, learning rates, clipping | |
@@ -30,7 +30,7 @@
 //! flat list of ops forward, the same list cut short for a recompute, and a list backward.
 //!
 //! On a GPU each queue is a stream: starting an action makes its stream wait for the compute stream, waiting makes the compute
-//! stream wait for the action, and the host runs ahead. A watchdog thread ends all ranks when an action takes too long.
+//! stream wait for the action, and the host runs ahead. [`comm::watch`] ends all ranks where one waits too long, from MPI_Init to MPI_Finalize.
 //!
 //! # What streams
 //!

@@ -2,16 +2,13 @@
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::IsTerminal;
-use std::time::Duration;
 
 use clap::Parser;
 use fsdp_qlora::cli::Cli;
-use fsdp_qlora::comm::mpi::{World, abort};
+use fsdp_qlora::comm::mpi::{World, abort, launcher_rank};
+use fsdp_qlora::comm::watch;
 use fsdp_qlora::recipe::RecipeError;
 use fsdp_qlora::stderr;
-
-/// How long the other ranks leave the word to rank 0 when all fail alike.
-const RANK_0_FIRST: Duration = Duration::from_secs(1);
 
 fn main() {
     let cli = match Cli::try_parse() {
@@ -22,37 +19,43 @@ fn main() {
     };
     let world = match World::init() {
         Ok(world) => world,
-        Err(error) => {
-            stderr::line(&format!("error: {error:#}"));
-            std::process::exit(1);
-        }
+        Err(error) => fail(&error, &prefix(launcher_rank(), 1)),
     };
-    end_all_ranks_on_panic(world.rank, world.world_size);
-    let result = cli.map_err(anyhow::Error::from).and_then(|cli| cli.run(&world));
-    if let Err(error) = result {
-        if world.rank != 0 {
-            std::thread::sleep(RANK_0_FIRST);
-        }
-        let status = match (error.downcast_ref::<RecipeError>(), error.downcast_ref::<clap::Error>()) {
-            (None, None) => 1,
-            _ => 2,
-        };
+    let prefix = prefix(world.rank, world.world_size);
+    end_all_ranks_on_panic(prefix.clone());
+    // The world lives on where this fails: to drop it is to wait for the other ranks.
+    if let Err(error) = cli.map_err(anyhow::Error::from).and_then(|cli| cli.run(&world)) {
+        fail(&error, &prefix);
+    }
+    if let Err(error) = world.end() {
+        fail(&error, &prefix);
+    }
+}
+
+/// Prints an error chain, on one rank where several fail alike, and ends all ranks: 2 is the exit status of what was asked for in a way
+/// that cannot be, 1 that of everything else.
+fn fail(error: &anyhow::Error, prefix: &str) -> ! {
+    let status = match (error.downcast_ref::<RecipeError>(), error.downcast_ref::<clap::Error>()) {
+        (None, None) => 1,
+        _ => 2,
+    };
+    if watch::takes_the_word(true) {
         match error.downcast_ref::<clap::Error>() {
             Some(usage) if std::io::stderr().is_terminal() => eprint!("{}", usage.render().ansi()),
             Some(usage) => eprint!("{}", usage.render()),
-            None => stderr::line(&format!("{}error: {error:#}", prefix(world.rank, world.world_size))),
+            None => stderr::line(&format!("{prefix}error: {error:#}")),
         }
-        abort(status);
     }
+    abort(status);
 }
 
 /// Names the rank where there are several.
 fn prefix(rank: usize, world_size: usize) -> String {
-    if world_size > 1 { format!("rank {rank}: ") } else { String::new() }
+    if world_size > 1 || rank > 0 { format!("rank {rank}: ") } else { String::new() }
 }
 
 /// A panic on any thread of any rank ends the job: unwinding would wait for the other ranks in MPI_Finalize.
-fn end_all_ranks_on_panic(rank: usize, world_size: usize) {
+fn end_all_ranks_on_panic(prefix: String) {
     std::panic::set_hook(Box::new(move |info| {
         // Whoever read standard output has gone: there is nobody to tell.
         if info.payload().downcast_ref::<String>().is_some_and(|text| text.starts_with("failed printing to stdout")) {
@@ -60,13 +63,15 @@ fn end_all_ranks_on_panic(rank: usize, world_size: usize) {
         }
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");
-        let mut text = format!("{}thread '{name}' {info}", prefix(rank, world_size));
+        let mut text = format!("{prefix}thread '{name}' {info}");
         let backtrace = Backtrace::capture();
         match backtrace.status() {
             BacktraceStatus::Captured => text += &format!("\n{backtrace}"),
             _ => text += "\nnote: RUST_BACKTRACE=1 shows where it came from",
         }
-        stderr::line(&text);
+        if watch::takes_the_word(false) {
+            stderr::line(&text);
+        }
         abort(1);
     }));
 }

@@ -300,9 +300,9 @@ fn a_stuck_gather_ends_all_ranks_with_its_name() {
 #[test]
 #[ignore = "runs under mpirun, started by a_stuck_gather_ends_all_ranks_with_its_name"]
 fn as_a_stuck_rank() {
-    let world = World::init().unwrap();
     // SAFETY: no other thread reads the environment yet.
     unsafe { std::env::set_var("FSDP_QLORA_TIMEOUT_S", "3") };
+    let world = World::init().unwrap();
     let gpu = if shares_gpu() { 0 } else { world.local_rank };
     let cuda = Cuda::new(gpu, &std::env::temp_dir().join("fsdp-qlora-test-kernels")).unwrap();
     let delay = if world.rank == 1 { Duration::from_secs(30) } else { Duration::ZERO };

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::comm::pairs::{self, PIECE_BYTES};
+use crate::comm::watch::{self, Phase};
 use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_bytes, all_gather_u64s, anywhere, barrier, host_name};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::{UnitLayout, UnitTensor};
@@ -158,6 +159,7 @@ impl OpenedBase {
         tell: &mut dyn FnMut(String),
         warn: &mut dyn FnMut(String),
     ) -> Result<Base> {
+        watch::phase(Phase::Load)?;
         let shard = comm.rank() % self.spec.num_shards;
         atomic::remove_abandoned(&self.spec.dir);
         let found = self.spec.open(shard)?;
@@ -197,6 +199,7 @@ impl OpenedBase {
         tell: &mut dyn FnMut(String),
         piece_bytes: usize,
     ) -> Result<()> {
+        watch::phase(Phase::Quantize)?;
         let (rank, world_size, num_units) = (comm.rank(), comm.world_size(), self.layouts.len());
         let wanted = all_gather_u64s(comm, &writes.iter().map(|&shard| shard as u64).collect::<Vec<_>>())?;
         let makers = makers(comm, num_units)?;
@@ -210,6 +213,11 @@ impl OpenedBase {
                 last_tenth = first * 10 / num_units;
                 tell(format!("quantizing unit {} of {num_units} to {}", first + 1, self.spec.dir.display()));
             }
+            watch::at(format!(
+                "quantizing units {} to {} of {num_units}",
+                first + 1,
+                num_units.min(first + world_size)
+            ));
             let own = self.layouts.get(first + rank);
             let flat = own.map_or(Ok(Vec::new()), |layout| self.flat(layout))?;
             for (to, from) in pairs::turns(rank, world_size) {
@@ -242,6 +250,7 @@ impl OpenedBase {
         let mut flat = vec![0u8; layout.flat_bytes()];
         for (idx, tensor) in layout.tensors().iter().enumerate() {
             self.tensor_records(tensor, &mut flat[layout.tensor_range(idx)])?;
+            watch::beat();
         }
         Ok(flat)
     }

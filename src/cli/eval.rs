@@ -45,8 +45,8 @@ struct Scoring {
 
 impl Work for Scoring {
     type Output = Score;
-    fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<Score> {
-        eval::score(&mut engine, &self.batches, self.adapter)
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Score> {
+        eval::score(engine, &self.batches, self.adapter)
     }
 }
 

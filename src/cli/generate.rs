@@ -49,8 +49,8 @@ struct Generation<'a> {
 
 impl Work for Generation<'_> {
     type Output = Vec<u32>;
-    fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<Vec<u32>> {
-        generate(&mut engine, self.prompt, self.stop, &self.sampling, self.adapter)
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Vec<u32>> {
+        generate(engine, self.prompt, self.stop, &self.sampling, self.adapter)
     }
 }
 

@@ -11,6 +11,7 @@ use crate::checkpoint::shards;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions, Rates};
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::{MpiComm, World};
+use crate::comm::watch::{self, Phase};
 use crate::comm::{Comm, Delays, Gather, Queue, all_gather_u64, anywhere, barrier};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, CONTEXT_BYTES, Cuda, HalfType, LIBRARY_BYTES};
@@ -63,7 +64,7 @@ pub struct Setup<'a> {
 /// What a subcommand does with its engine, on whichever device.
 pub trait Work {
     type Output;
-    fn run<D: Ops, Q: Queue<D>>(self, engine: Engine<D, Q>) -> Result<Self::Output>;
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Self::Output>;
 }
 
 impl Start<'_> {
@@ -119,6 +120,7 @@ impl Start<'_> {
 
     /// Starts the threads and decides for the CPU or for the GPU of this rank, the same on every rank, and says so.
     pub fn place(&self, comm: &mut dyn Comm, dtype: ComputeDtype) -> Result<Placement> {
+        watch::phase(Phase::Device)?;
         let threads = self.threads(comm)?;
         let World { world_size, local_rank, local_size, .. } = *self.world;
         let refused = |device: &str, allowed: &str| {
@@ -167,7 +169,9 @@ impl Start<'_> {
     }
 
     fn gpu<A: HalfType>(&self, ordinal: usize) -> Result<Cuda<A>> {
+        let wait = watch::wait(format!("starting GPU {ordinal}"));
         let cuda = Cuda::new(ordinal, &shards::cache_dir()?.join("kernels"))?;
+        drop(wait);
         let sharing =
             if self.ranks_per_gpu > 1 { format!(", {} ranks on each", self.ranks_per_gpu) } else { String::new() };
         let (name, world_size) = (cuda.name()?, self.world.world_size);
@@ -324,7 +328,12 @@ impl Start<'_> {
             engine.load_trainable(layer, values)?;
         }
         self.tell_memory(&engine);
-        work.run(engine)
+        let result = work.run(&mut engine);
+        if result.is_err() {
+            // Its threads and its GPU may be waiting for a rank that never comes; the error is to be told now.
+            std::mem::forget(engine);
+        }
+        result
     }
 
     fn tell_memory<D: Ops, Q: Queue<D>>(&self, engine: &Engine<D, Q>) {

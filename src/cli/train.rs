@@ -9,6 +9,7 @@ use crate::checkpoint::adapter::{self, Adapter};
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
 use crate::comm::mpi::MpiComm;
+use crate::comm::watch::{self, Phase};
 use crate::comm::{Queue, anywhere};
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
 use crate::device::Ops;
@@ -170,7 +171,7 @@ struct Training<'a> {
 impl Work for Training<'_> {
     type Output = ();
 
-    fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<()> {
         let Training { start, job, steps, config, adapter, train, eval, trace, kept, output, is_zero } = self;
         let live = output.as_ref().map(|output| (output.live(), output.keeps_a_result()));
         if let Some((live, true)) = &live {
@@ -181,7 +182,7 @@ impl Work for Training<'_> {
         }
         let mut metrics = live.map(|(live, _)| MetricsFile::create(&live, start.log)).transpose()?;
         let run = Run {
-            engine: &mut engine,
+            engine: &mut *engine,
             job: &job.training,
             steps,
             train,
@@ -198,11 +199,14 @@ impl Work for Training<'_> {
             adapter.layers.iter().map(Vec::len).sum::<usize>()
         ));
         run.run()?;
-        let learned = run::adapter(&mut engine, &adapter.settings)?;
+        watch::phase(Phase::Save)?;
+        let learned = run::adapter(engine, &adapter.settings)?;
         check::result_is_sound(adapter, &learned)?;
         if let (Some(output), Some(metrics)) = (output, metrics) {
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
+            let wait = watch::wait("saving the adapter");
             save(output, &learned, config, kept, metrics.lines())?;
+            drop(wait);
             start.log.line(format!("adapter: {}", job.output_dir.display()));
         }
         // The other ranks end when the adapter is there: a launcher that sees them end may end the job.

@@ -3,15 +3,16 @@
 //! over MPI.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaEvent, CudaStream};
 
 use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored};
-use super::nccl::Nccl;
+use super::nccl::{self, Nccl};
 use super::spans::{Lane, Span};
-use super::watchdog::Watchdog;
+use super::watch::{self, Limit, Probe, Probed};
 use super::{Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, Element, Place, ViewMut};
@@ -43,8 +44,10 @@ enum Kind {
 
 /// The queues of one rank.
 pub struct CudaQueue<A: HalfType> {
-    // The watchdog goes before what it watches.
-    watchdog: Watchdog,
+    // The watchdog lets go of what it looks at before the rest goes.
+    _probed: Probed,
+    /// What the watchdog is to look at.
+    started: Sender<(String, Arc<CudaEvent>)>,
     cuda: Cuda<A>,
     communication: Arc<CudaStream>,
     fetch: Arc<CudaStream>,
@@ -58,8 +61,31 @@ pub struct CudaQueue<A: HalfType> {
     host_bytes: usize,
     /// Before and after each wait, on the compute stream.
     waits: Vec<(Kind, CudaEvent, CudaEvent)>,
-    /// What the other streams did; nothing while that is not recorded.
+    /// What the other streams did; `None` while that is not recorded.
     spans: Option<Vec<(Lane, String, CudaEvent, CudaEvent)>>,
+}
+
+/// The actions that were started and have not ended, in their order, as the watchdog sees them.
+struct UnderWay {
+    actions: Receiver<(String, Arc<CudaEvent>)>,
+    oldest: Option<(String, Arc<CudaEvent>)>,
+    nccl: Vec<Arc<Nccl>>,
+}
+
+impl Probe for UnderWay {
+    fn look(&mut self) -> Result<(usize, Option<String>)> {
+        let mut num_ended = 0;
+        loop {
+            self.oldest = self.oldest.take().or_else(|| self.actions.try_recv().ok());
+            let Some((name, done)) = &self.oldest else { return Ok((num_ended, None)) };
+            self.nccl.iter().try_for_each(|nccl| nccl.check_errors()).with_context(|| name.clone())?;
+            let has_ended = done.try_is_complete().map_err(|e| anyhow!("{name}: the GPU reports: {e}"))?;
+            if !has_ended {
+                return Ok((num_ended, Some(name.clone())));
+            }
+            (num_ended, self.oldest) = (num_ended + 1, None);
+        }
+    }
 }
 
 /// NCCL's communicators between the ranks that hold a base together, and between those that hold the same shard; none where that
@@ -95,6 +121,7 @@ pub struct Pending<T> {
 impl<A: HalfType> CudaQueue<A> {
     /// Collective.
     pub fn new(cuda: Cuda<A>, mut groups: Groups, options: QueueOptions) -> Result<Self> {
+        watch::start(groups.world.rank(), groups.world.world_size())?;
         if options.share_gpu {
             Nccl::hide_host(groups.world.rank());
         }
@@ -102,9 +129,16 @@ impl<A: HalfType> CudaQueue<A> {
         let received = if nccl.all().is_empty() { 0 } else { options.max_gradients };
         let received = Arena::carved(&cuda, |arena| arena.carve::<f32>("received gradients", received))?;
         let communication = cuda.new_stream()?;
-        nccl.all().iter().try_for_each(|nccl| first_use(&cuda, nccl, &communication))?;
+        {
+            let _wait = watch::wait_within("the first collectives of NCCL", Limit::Start, Some(nccl::HELP));
+            nccl.all().iter().try_for_each(|nccl| first_use(&cuda, nccl, &communication))?;
+        }
+        let (started, actions) = channel();
+        let help = (!nccl.all().is_empty()).then_some(nccl::HELP);
+        let under_way = UnderWay { actions, oldest: None, nccl: nccl.all() };
         Ok(CudaQueue {
-            watchdog: Watchdog::new(nccl.all(), groups.world.rank())?,
+            _probed: watch::probe(Box::new(under_way), help)?,
+            started,
             communication,
             fetch: cuda.new_stream()?,
             put: cuda.new_stream()?,
@@ -123,6 +157,7 @@ impl<A: HalfType> CudaQueue<A> {
     /// Measures both ways to gather, all ranks at once. Collective.
     pub fn measure_gathers(&mut self) -> Result<Rates> {
         let position = self.position();
+        let _wait = watch::wait_within("the measurement of gathers", Limit::Start, Some(nccl::HELP));
         let host = cuda_store::host_bytes_per_s(&self.cuda, &mut *self.groups.shards);
         let nccl = self.nccl.shards.as_deref().context("one rank gathers nothing")?;
         let (part, parts) = (PROBE_BYTES, position.num_shards);
@@ -154,7 +189,8 @@ impl<A: HalfType> CudaQueue<A> {
         if let Some(spans) = &mut self.spans {
             spans.extend(marks.into_iter().map(|(lane, begin, end)| (lane, name.clone(), begin, end)));
         }
-        self.watchdog.watch(name, done.clone());
+        // The watchdog listens for as long as this lives.
+        let _ = self.started.send((name, done.clone()));
         Ok(Pending { value, kind, done })
     }
 
@@ -210,7 +246,9 @@ impl<A: HalfType> CudaQueue<A> {
             (Place::Host(shard), nccl) => {
                 let own = position.shard * len..(position.shard + 1) * len;
                 self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, marks, |stream| {
-                    self.cuda.fetch_on(stream, whole.range_mut(own), shard.view())
+                    // SAFETY: nobody writes to a shard while it is gathered: it waits in the queue's store, or is handed to the
+                    // queue until the gather has been waited for; the memory of either is let go when the GPU is idle.
+                    unsafe { self.cuda.fetch_on(stream, whole.range_mut(own), shard.view()) }
                 })?;
                 let Some(nccl) = nccl else { return Ok(Lane::Fetch) };
                 self.on(Lane::Communication, Lane::Fetch, delays.before_gather, marks, |stream| {
@@ -333,7 +371,8 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
                     let mut rest = out.view_mut();
                     for shard in shards {
                         let (part, after) = rest.split_at(shard.len());
-                        self.cuda.fetch_on(stream, part, shard.view())?;
+                        // SAFETY: the shards are published: nobody writes to them, and their memory is let go when the GPU is idle.
+                        unsafe { self.cuda.fetch_on(stream, part, shard.view()) }?;
                         rest = after;
                     }
                     Ok(())
@@ -376,7 +415,8 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
             }
             Place::Host(shard) => {
                 self.on(Lane::Put, Lane::Communication, self.delays.before_put, &mut marks, |stream| {
-                    self.cuda.put_on(stream, shard.view_mut(), sum)
+                    // SAFETY: the shard belongs to the queue until the reduction has been waited for.
+                    unsafe { self.cuda.put_on(stream, shard.view_mut(), sum) }
                 })?;
                 Lane::Put
             }
@@ -391,7 +431,8 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
     ) -> Result<Pending<HostCopy<Cuda<A>, T>>> {
         let (mut marks, HostCopy { device, host, len }) = (Marks::new(), &mut copy);
         self.on(Lane::Put, Lane::Compute, self.delays.before_put, &mut marks, |stream| {
-            self.cuda.put_on(stream, host.first_mut(*len), device.first(*len))
+            // SAFETY: the host's buffer belongs to the queue until the copy has been waited for.
+            unsafe { self.cuda.put_on(stream, host.first_mut(*len), device.first(*len)) }
         })?;
         self.pending(name, Kind::Copy, Lane::Put, marks, copy)
     }
@@ -403,7 +444,8 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
     ) -> Result<Pending<HostCopy<Cuda<A>, T>>> {
         let (mut marks, HostCopy { device, host, len }) = (Marks::new(), &mut copy);
         self.on(Lane::Fetch, Lane::Compute, self.delays.before_fetch, &mut marks, |stream| {
-            self.cuda.fetch_on(stream, device.first_mut(*len), host.first(*len))
+            // SAFETY: the host's buffer belongs to the queue until the copy has been waited for.
+            unsafe { self.cuda.fetch_on(stream, device.first_mut(*len), host.first(*len)) }
         })?;
         self.pending(name, Kind::Copy, Lane::Fetch, marks, copy)
     }

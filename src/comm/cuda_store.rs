@@ -2,13 +2,14 @@
 
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use rayon::prelude::*;
 
-use super::{Comm, Gather, ShardSource, anywhere, barrier, node};
+use super::node::{Draft, Published};
+use super::{Comm, Gather, ShardSource, anywhere, barrier, watch};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{Cuda, HalfType};
-use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Place};
+use crate::device::{Arena, Buffer, Device, MemoryPlan, Place};
 
 /// Bytes that one thread copies at a time.
 const COPY_BYTES: usize = 1 << 20;
@@ -21,7 +22,7 @@ pub enum Stored<A: HalfType> {
     /// This rank's shard; the others' come by NCCL.
     Shard(Place<Cuda<A>, u8>),
     /// All shards, in memory that the ranks of the node share.
-    Node(Vec<HostBuffer<u8>>),
+    Node(Vec<Published<u8>>),
     /// All shards, one after the other.
     Whole(Buffer<Cuda<A>, u8>),
 }
@@ -53,64 +54,93 @@ pub fn store<A: HalfType>(
     let (on_device, on_host) = (plan(true, whole), plan(false, 1));
     let (device_bytes, host_bytes) = (on_device.total_bytes(), on_host.total_bytes());
     let mut device = Arena::allocate(cuda, on_device).context("resident shards")?;
-    let mut host = host_arenas(cuda, comm, on_host, gather).context("shards in pinned host memory")?;
-    let own = if gather == Gather::Host { comm.rank() } else { 0 };
-    let mut units = Vec::new();
+    let mut host = HostMemory::new(cuda, comm, on_host, gather).context("shards in pinned host memory")?;
+    // `None` until the memory that ranks share is published.
+    let mut units: Vec<Option<Stored<A>>> = Vec::new();
     for (i, shard) in shards.into_iter().enumerate() {
         let (expected, shard) = (shard.bytes, shard.take(i)?);
         let bytes = (*shard).as_ref();
-        units.push(match (resident[i], gather) {
-            (true, Gather::Collective) => {
+        units.push(match (resident[i], &mut host) {
+            (true, _) if gather == Gather::Collective => {
                 let mut stored = device.carve(&name(i), expected)?;
                 cuda.upload(stored.view_mut(), bytes)?;
-                Stored::Shard(Place::Device(stored))
+                Some(Stored::Shard(Place::Device(stored)))
             }
-            (true, Gather::Host) => {
+            (true, _) => {
                 let mut stored = device.carve(&name(i), expected * comm.world_size())?;
-                let mut at = 0;
-                for part in bytes.chunks(GATHER_BYTES) {
-                    let mut all = vec![0; part.len() * comm.world_size()];
-                    comm.all_gather(part, &mut all)?;
-                    for (rank, part) in all.chunks_exact(part.len()).enumerate() {
-                        let begin = rank * expected + at;
-                        cuda.upload(stored.view_mut().into_range(begin..begin + part.len()), part)?;
-                    }
-                    at += part.len();
-                }
-                Stored::Whole(stored)
+                gather_to(cuda, comm, bytes, &mut stored)?;
+                Some(Stored::Whole(stored))
             }
-            (false, _) => {
-                let mut stored = node::carve(&mut host, &name(i), expected)?;
-                let parts = stored[own].view_mut().host_mut().par_chunks_mut(COPY_BYTES);
-                parts.zip(bytes.par_chunks(COPY_BYTES)).for_each(|(to, from)| to.copy_from_slice(from));
-                match gather {
-                    Gather::Collective => Stored::Shard(Place::Host(stored.remove(0))),
-                    Gather::Host => Stored::Node(stored),
-                }
+            (false, HostMemory::Own(arena)) => {
+                let mut stored = arena.carve(&name(i), expected)?;
+                copy(stored.view_mut().host_mut(), bytes);
+                Some(Stored::Shard(Place::Host(stored)))
             }
+            (false, HostMemory::Shared(draft)) => {
+                copy(draft.carve(&name(i), expected)?, bytes);
+                None
+            }
+            (false, HostMemory::None) => bail!("{} was not planned in host memory", name(i)),
         });
         shard.let_go();
+        watch::beat();
     }
-    // Nobody reads what another rank has not written yet.
-    barrier(comm)?;
+    let mut shared = match host {
+        HostMemory::Shared(draft) => draft.publish(comm)?.into_iter(),
+        HostMemory::Own(_) | HostMemory::None => {
+            barrier(comm)?;
+            Vec::new().into_iter()
+        }
+    };
+    let units = units.into_iter().map(|unit| unit.or_else(|| shared.next().map(Stored::Node)));
+    let units = units.collect::<Option<_>>().context("a shard that is shared was not published")?;
     Ok(Store { units, device_bytes, host_bytes })
+}
+
+/// Every rank's shard of a unit, one after the other, on the device. Collective.
+fn gather_to<A: HalfType>(
+    cuda: &Cuda<A>,
+    comm: &mut dyn Comm,
+    shard: &[u8],
+    stored: &mut Buffer<Cuda<A>, u8>,
+) -> Result<()> {
+    let mut at = 0;
+    for part in shard.chunks(GATHER_BYTES) {
+        let mut all = vec![0; part.len() * comm.world_size()];
+        comm.all_gather(part, &mut all)?;
+        for (rank, part) in all.chunks_exact(part.len()).enumerate() {
+            let begin = rank * shard.len() + at;
+            cuda.upload(stored.view_mut().into_range(begin..begin + part.len()), part)?;
+        }
+        at += part.len();
+    }
+    Ok(())
+}
+
+fn copy(to: &mut [u8], from: &[u8]) {
+    to.par_chunks_mut(COPY_BYTES).zip(from.par_chunks(COPY_BYTES)).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 fn name(unit: usize) -> String {
     format!("shards/{unit}")
 }
 
-/// Pinned memory for a plan: this rank's own, or that of every rank of the node.
-fn host_arenas<A: HalfType>(
-    cuda: &Cuda<A>,
-    comm: &mut dyn Comm,
-    plan: MemoryPlan,
-    gather: Gather,
-) -> Result<Vec<Arena<Cpu>>> {
-    match gather {
-        _ if plan.total_bytes() == 0 => Ok(Vec::new()),
-        Gather::Collective => Ok(vec![Arena::allocate_host(cuda, plan)?]),
-        Gather::Host => node::arenas(cuda, comm, &plan),
+/// Pinned memory for the shards that are not resident.
+enum HostMemory {
+    /// All are.
+    None,
+    Own(Arena<Cpu>),
+    /// The ranks of the node read each other's.
+    Shared(Draft),
+}
+
+impl HostMemory {
+    fn new<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm, plan: MemoryPlan, gather: Gather) -> Result<HostMemory> {
+        match gather {
+            _ if plan.total_bytes() == 0 => Ok(HostMemory::None),
+            Gather::Collective => Ok(HostMemory::Own(Arena::allocate_host(cuda, plan)?)),
+            Gather::Host => Ok(HostMemory::Shared(Draft::new(cuda, comm, &plan)?)),
+        }
     }
 }
 
@@ -123,16 +153,21 @@ pub const PROBES: usize = 3;
 pub fn host_bytes_per_s<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm) -> Result<f64> {
     let mut plan = MemoryPlan::default();
     plan.push("probe", PROBE_BYTES);
-    let buffers = node::arenas(cuda, comm, &plan).and_then(|mut arenas| {
-        let out = Arena::carved(cuda, |arena| arena.carve::<u8>("probe", PROBE_BYTES))?;
-        Ok((node::carve(&mut arenas, "probe", PROBE_BYTES)?, out))
+    let shared = Draft::new(cuda, comm, &plan).and_then(|mut draft| {
+        draft.carve("probe", PROBE_BYTES)?;
+        draft.publish(comm)
     });
-    let failed = anywhere(comm, buffers.is_err())?;
-    let (shards, mut out) = buffers?;
-    ensure!(!failed, "another rank of this node cannot pin shared memory");
+    let out = Arena::carved(cuda, |arena| arena.carve::<u8>("probe", PROBE_BYTES));
+    let failed = anywhere(comm, shared.is_err() || out.is_err())?;
+    let (shared, mut out) = (shared?, out?);
+    ensure!(!failed, "another rank of this node has no memory to measure with");
+    let shards = &shared[0];
     let start = Instant::now();
-    let mut probes = (0..PROBES).flat_map(|_| &shards);
-    let fetched = probes.try_for_each(|shard| cuda.fetch_on(cuda.compute(), out.view_mut(), shard.view()));
+    let mut probes = (0..PROBES).flat_map(|_| shards);
+    let fetched = probes.try_for_each(|shard| {
+        // SAFETY: both buffers live until the stream is synchronized, or the device is idle, below; nobody else reaches them.
+        unsafe { cuda.fetch_on(cuda.compute(), out.view_mut(), shard.view()) }
+    });
     let fetched = fetched.and_then(|()| cuda.synchronize());
     let seconds = start.elapsed().as_secs_f64();
     // The others' memory stays until they are done with it.

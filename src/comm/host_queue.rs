@@ -7,12 +7,12 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::device::cpu::Cpu;
-use crate::device::{Buffer, Element, HostBuffer, MemoryPlan, Place};
+use crate::device::{Buffer, Element, MemoryPlan, Place};
 
+use super::node::{Draft, Published};
 use super::spans::{Lane, Span};
 use super::{
-    Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits,
-    barrier, node,
+    Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits, watch,
 };
 
 type Job = Box<dyn FnOnce(&mut Groups) + Send>;
@@ -25,7 +25,7 @@ pub struct HostQueue {
     delays: Delays,
     waits: Waits,
     host_bytes: usize,
-    /// What the thread did when; nothing while that is not recorded.
+    /// What the thread did when; `None` while that is not recorded.
     spans: Option<Arc<Mutex<Done>>>,
 }
 
@@ -35,7 +35,7 @@ pub enum Stored {
     /// This rank's shard; the others' come by MPI.
     Shard(SharedBytes),
     /// All shards, in memory that the ranks of the node share.
-    Node(Arc<Vec<HostBuffer<u8>>>),
+    Node(Arc<Vec<Published<u8>>>),
 }
 
 /// Actions with their begin and end.
@@ -104,7 +104,9 @@ impl HostQueue {
         let (spans, span_name) = (self.spans.clone(), name.clone());
         let job: Job = Box::new(move |groups| {
             let begin = Instant::now();
+            let wait = watch::wait(span_name.as_str());
             let value = f(groups);
+            drop(wait);
             if let Some(spans) = spans {
                 spans.lock().unwrap_or_else(PoisonError::into_inner).push((lane, span_name, begin, Instant::now()));
             }
@@ -136,24 +138,22 @@ impl Queue<Cpu> for HostQueue {
         if gather == Gather::Collective {
             return shards.into_iter().enumerate().map(|(i, shard)| Ok(Stored::Shard(shard.take(i)?))).collect();
         }
-        let (mut plan, own) = (MemoryPlan::default(), self.position.shard);
+        let mut plan = MemoryPlan::default();
         let name = |i: usize| format!("shards/{i}");
         shards.iter().enumerate().for_each(|(i, shard)| plan.push(&name(i), shard.bytes));
         let bytes = plan.total_bytes();
-        let mut arenas =
-            self.run("shared shards", move |groups| node::arenas(&Cpu::new(1), &mut *groups.shards, &plan))?;
-        let units = shards.into_iter().enumerate().map(|(i, shard)| {
-            let mut all = node::carve(&mut arenas, &name(i), shard.bytes)?;
+        let mut draft =
+            self.run("shared shards", move |groups| Draft::new(&Cpu::new(1), &mut *groups.shards, &plan))?;
+        for (i, shard) in shards.into_iter().enumerate() {
+            let own = draft.carve(&name(i), shard.bytes)?;
             let shard = shard.take(i)?;
-            all[own].view_mut().host_mut().copy_from_slice((*shard).as_ref());
+            own.copy_from_slice((*shard).as_ref());
             shard.let_go();
-            Ok(Stored::Node(Arc::new(all)))
-        });
-        let units = units.collect::<Result<_>>()?;
+            watch::beat();
+        }
         self.host_bytes = bytes;
-        // Nobody reads what another rank has not written yet.
-        self.run("shared shards", |groups| barrier(&mut *groups.shards))?;
-        Ok(units)
+        let units = self.run("shared shards", |groups| draft.publish(&mut *groups.shards))?;
+        Ok(units.into_iter().map(|parts| Stored::Node(Arc::new(parts))).collect())
     }
 
     fn device_bytes(&self) -> usize {

@@ -10,12 +10,12 @@ pub mod nccl;
 mod node;
 pub mod pairs;
 pub mod spans;
-mod watchdog;
+pub mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use crate::choices::choices;
 use crate::device::{Buffer, Device, Element, HostBuffer, Place};
@@ -78,18 +78,6 @@ choices! {
         /// From where they wait: memory that the ranks of a node share.
         Host = "host",
     }
-}
-
-/// Names the seconds that a collective may take.
-const TIMEOUT_VARIABLE: &str = "FSDP_QLORA_TIMEOUT_S";
-
-/// How long a collective may take before it is an error: `$FSDP_QLORA_TIMEOUT_S` seconds, else half an hour. A rank that died is
-/// noticed by MPI long before; this is for one that hangs.
-pub fn timeout() -> Result<Duration> {
-    let Ok(text) = std::env::var(TIMEOUT_VARIABLE) else { return Ok(Duration::from_secs(1800)) };
-    let seconds: u64 = text.parse().with_context(|| format!("{TIMEOUT_VARIABLE} is {text:?}, allowed: seconds"))?;
-    ensure!(seconds > 0, "{TIMEOUT_VARIABLE} is 0, allowed: 1 or more");
-    Ok(Duration::from_secs(seconds))
 }
 
 /// Bytes of a shard, a range of a mapped shard file.

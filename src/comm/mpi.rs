@@ -2,7 +2,8 @@
 
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use mpi::Threading;
@@ -11,10 +12,19 @@ use mpi::topology::{Color, SimpleCommunicator};
 use mpi::traits::*;
 
 use super::pairs::{self, PIECE_BYTES};
+use super::watch::{self, Board, Limit, Phase};
 use super::{Comm, Groups};
+use crate::device::cpu::SharedWords;
 
 /// Variables in which a launcher says how many ranks it started.
 const LAUNCHER_SIZES: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS", "PALS_SIZE"];
+
+/// Variables in which a launcher says which rank a process is.
+const LAUNCHER_RANKS: [&str; 5] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID"];
+
+/// Why MPI_Init may wait for ever.
+const INIT_HELP: &str =
+    "all ranks must be started, by the mpirun or srun of one MPI, and reach each other over the network";
 
 /// Time between two looks at a collective that is under way: a rank that waits leaves its core to the computation.
 const POLL: Duration = Duration::from_micros(50);
@@ -27,7 +37,8 @@ static ANY_THREAD_MAY_ABORT: AtomicBool = AtomicBool::new(false);
 
 /// The MPI world. Dropping it finalizes MPI, which waits for all ranks.
 pub struct World {
-    _universe: Universe,
+    /// Shared with all communicators: MPI is not finalized while one is left.
+    universe: Arc<ManuallyDrop<Universe>>,
     pub rank: usize,
     pub world_size: usize,
     pub local_rank: usize,
@@ -40,9 +51,12 @@ pub struct World {
 const NODE_SIZE_VARIABLE: &str = "FSDP_QLORA_RANKS_PER_NODE";
 
 impl World {
-    /// Initializes MPI. Fails when the launcher speaks of more ranks than this MPI sees: an MPI that does not belong to
-    /// the launcher starts every rank as a world of its own.
+    /// Starts the watchdog and initializes MPI. Fails when the launcher speaks of more ranks than this MPI sees: an MPI that does not
+    /// belong to the launcher starts every rank as a world of its own.
     pub fn init() -> Result<World> {
+        watch::start(launcher_rank(), launcher_sizes().map(|(_, size)| size).max().unwrap_or(1))?;
+        watch::phase(Phase::Start)?;
+        let wait = watch::wait_within("MPI_Init", Limit::Start, Some(INIT_HELP));
         let (universe, provided) =
             mpi::initialize_with_threading(Threading::Multiple).context("MPI is initialized already")?;
         ensure!(provided >= Threading::Serialized, "this MPI gives thread level {provided:?}; Serialized is needed");
@@ -69,7 +83,20 @@ impl World {
                 })?)
             }
         };
-        Ok(World { _universe: universe, rank, world_size, local_rank, local_size, node_size })
+        share_board(&node, rank, world_size)?;
+        drop(wait);
+        let universe = Arc::new(ManuallyDrop::new(universe));
+        Ok(World { universe, rank, world_size, local_rank, local_size, node_size })
+    }
+
+    /// Ends MPI when all ranks have come here.
+    pub fn end(self) -> Result<()> {
+        let result = watch::phase(Phase::End);
+        if result.is_err() {
+            // The others may never come to MPI_Finalize; the error is to be told now.
+            std::mem::forget(self);
+        }
+        result
     }
 
     /// Whether groups of this many ranks that follow each other lie inside a node.
@@ -78,27 +105,75 @@ impl World {
     }
 }
 
-fn check_launcher() -> Result<()> {
-    let mut sizes: Vec<(&str, String)> =
-        LAUNCHER_SIZES.iter().filter_map(|&name| Some((name, std::env::var(name).ok()?))).collect();
-    if let (Ok(_), Ok(tasks)) = (std::env::var("SLURM_STEP_ID"), std::env::var("SLURM_STEP_NUM_TASKS")) {
-        sizes.push(("SLURM_STEP_NUM_TASKS", tasks));
+impl Drop for World {
+    fn drop(&mut self) {
+        // Where a communicator is left, perhaps on another thread, MPI stays as it is until the process ends.
+        let Some(universe) = Arc::get_mut(&mut self.universe) else { return };
+        let wait = watch::wait("MPI_Finalize");
+        // From here on a rank that has to end just exits: MPI_Abort inside MPI_Finalize makes Open MPI's launcher crash.
+        ANY_THREAD_MAY_ABORT.store(false, Ordering::Relaxed);
+        // SAFETY: no communicator is left, and `self` is used no more.
+        unsafe { ManuallyDrop::drop(universe) };
+        watch::done();
+        drop(wait);
     }
-    for (name, value) in sizes {
-        if value.parse::<usize>().is_ok_and(|size| size > 1) {
-            bail!(
-                "the launcher started {value} ranks ({name}), but this program's MPI sees a world of 1: mpirun or srun \
-                 belongs to another MPI than the one this program was built with ({}). Use that MPI's mpirun, or \
-                 `srun --mpi=pmix`",
-                mpi::environment::library_version().unwrap_or_default().lines().next().unwrap_or_default().trim()
-            );
-        }
+}
+
+/// The rank that the launcher gives this process, before MPI tells it; 0 when it says nothing.
+pub fn launcher_rank() -> usize {
+    let numbers = LAUNCHER_RANKS.iter().filter_map(|name| std::env::var(name).ok()?.parse().ok());
+    numbers.into_iter().next().unwrap_or(0)
+}
+
+/// Gives the watchdog a board that all ranks of a node write on, or, where their processes cannot see each other's memory, leaves it
+/// one of its own. Collective.
+fn share_board(node: &SimpleCommunicator, rank: usize, world_size: usize) -> Result<()> {
+    let (own, num_ranks) = (node.rank() as usize, node.size() as usize);
+    let bytes = Board::bytes(num_ranks);
+    let first = if own == 0 { Some(SharedWords::shareable(bytes)?) } else { None };
+    let number = first.as_ref().map_or(0, |(_, file)| file.number());
+    let mut ranks = vec![[0u64; 3]; num_ranks];
+    let told = [rank as u64, u64::from(std::process::id()), number];
+    node.all_gather_into(&told[..], ranks.as_flattened_mut());
+    let [_, process, number] = ranks[0];
+    let (words, file) = match first {
+        Some((words, file)) => (Ok(words), Some(file)),
+        // SAFETY: local rank 0 has made the file for words, just now.
+        None => (unsafe { SharedWords::shared_by(process, number, bytes) }, None),
+    };
+    let board = words.ok().map(|words| Board::over(words, own));
+    // From here on every record is there, and the file may go.
+    node.barrier();
+    drop(file);
+    let world_ranks = ranks.iter().map(|[rank, ..]| *rank as usize).collect();
+    match board {
+        Some(board) => watch::join(board, rank, world_size, world_ranks),
+        None => watch::join(Board::alone()?, rank, world_size, vec![rank]),
     }
     Ok(())
 }
 
+/// How many ranks the launcher says that it started, with the name of the variable in which it says so.
+fn launcher_sizes() -> impl Iterator<Item = (&'static str, usize)> {
+    let step = std::env::var("SLURM_STEP_ID").ok().map(|_| "SLURM_STEP_NUM_TASKS");
+    let names = LAUNCHER_SIZES.into_iter().chain(step);
+    names.filter_map(|name| Some((name, std::env::var(name).ok()?.parse().ok()?)))
+}
+
+fn check_launcher() -> Result<()> {
+    match launcher_sizes().find(|(_, size)| *size > 1) {
+        None => Ok(()),
+        Some((name, size)) => bail!(
+            "the launcher started {size} ranks ({name}), but this program's MPI sees a world of 1: mpirun or srun belongs to another \
+             MPI than the one this program was built with ({}). Use that MPI's mpirun, or `srun --mpi=pmix`",
+            mpi::environment::library_version().unwrap_or_default().lines().next().unwrap_or_default().trim()
+        ),
+    }
+}
+
 /// Ends every rank of the job with this exit status. Does nothing but exit when there is no other rank.
 pub fn abort(status: i32) -> ! {
+    watch::end_soon();
     if ANY_THREAD_MAY_ABORT.load(Ordering::Relaxed) {
         std::thread::sleep(MESSAGE_FIRST);
         // SAFETY: MPI was initialized with thread level Multiple, so any thread may call it at any time.
@@ -108,28 +183,36 @@ pub fn abort(status: i32) -> ! {
     std::process::exit(status)
 }
 
-/// Host collectives over an MPI communicator; all calls come from the queue's thread.
+/// Only one thread at a time calls MPI where that is all it allows; elsewhere the lock costs nothing.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn in_turn<T>(call: impl FnOnce() -> T) -> T {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    call()
+}
+
+/// Host collectives over an MPI communicator.
 pub struct MpiComm {
     /// Never freed: that would be one more collective, and a rank that fails does not come to it.
     communicator: ManuallyDrop<SimpleCommunicator>,
+    /// MPI is not finalized before this goes.
+    universe: Arc<ManuallyDrop<Universe>>,
     rank: usize,
     world_size: usize,
-    timeout: Duration,
 }
 
-// SAFETY: the handle of a communicator is the same on every thread; MPI runs at thread level Serialized or Multiple and
-// only the thread that owns this value makes calls through it.
+// SAFETY: the handle of a communicator is the same on every thread, and so is that MPI is initialized; all calls take turns.
 unsafe impl Send for MpiComm {}
 
 impl MpiComm {
-    /// `_world` proves that MPI is initialized.
-    pub fn new(_world: &World) -> Result<MpiComm> {
-        Self::over(SimpleCommunicator::world())
+    /// Over all ranks. Each value is to be used by one thread at a time, in the same order of calls on every rank.
+    pub fn new(world: &World) -> Result<MpiComm> {
+        Ok(Self::over(SimpleCommunicator::world(), &world.universe))
     }
 
-    fn over(comm: SimpleCommunicator) -> Result<MpiComm> {
+    fn over(comm: SimpleCommunicator, universe: &Arc<ManuallyDrop<Universe>>) -> MpiComm {
         let (rank, world_size) = (comm.rank() as usize, comm.size() as usize);
-        Ok(MpiComm { communicator: ManuallyDrop::new(comm), rank, world_size, timeout: super::timeout()? })
+        MpiComm { communicator: ManuallyDrop::new(comm), universe: universe.clone(), rank, world_size }
     }
 
     /// This communicator, and those of the base's shards and replicas, where groups of `num_shards` ranks hold a base. Collective.
@@ -140,11 +223,10 @@ impl MpiComm {
             self.world_size
         );
         let split = |color: usize| -> Result<Box<dyn Comm>> {
-            let part = self
-                .communicator
-                .split_by_color(Color::with_value(color as i32))
+            let _wait = watch::wait("MPI_Comm_split");
+            let part = in_turn(|| self.communicator.split_by_color(Color::with_value(color as i32)))
                 .context("MPI made no communicator")?;
-            Ok(Box::new(MpiComm::over(part)?))
+            Ok(Box::new(MpiComm::over(part, &self.universe)))
         };
         let (shards, replicas) = (split(self.rank / num_shards)?, split(self.rank % num_shards)?);
         Ok(Groups { world: Box::new(self), shards, replicas })
@@ -156,31 +238,17 @@ fn is_countable(bytes: usize) -> bool {
     i32::try_from(bytes).is_ok()
 }
 
-fn poll<'a, T: ?Sized>(
-    what: &str,
-    mut request: mpi::request::Request<'a, T, &mpi::request::LocalScope<'a>>,
-    limit: Duration,
-) -> Result<()> {
-    let start = Instant::now();
+/// Returns when a request of MPI is done. The watchdog ends all ranks when that takes too long: MPI owns the buffers of a request that
+/// did not end, so there is nothing to return to.
+fn complete<'a, T: ?Sized>(mut request: mpi::request::Request<'a, T, &mpi::request::LocalScope<'a>>) {
+    let _wait = watch::wait_here();
     loop {
-        request = match request.test() {
-            Ok(_) => return Ok(()),
+        request = match in_turn(|| request.test()) {
+            Ok(_) => return,
             Err(request) => request,
         };
-        if start.elapsed() > limit {
-            abort_after_timeout(what, limit);
-        }
         std::thread::sleep(POLL);
     }
-}
-
-/// MPI owns the buffers of a request that did not end, so there is nothing to return to.
-fn abort_after_timeout(what: &str, limit: Duration) -> ! {
-    crate::stderr::line(&format!(
-        "error: {what} did not end within {} s: another rank is stuck or gone",
-        limit.as_secs()
-    ));
-    abort(1)
 }
 
 impl Comm for MpiComm {
@@ -197,10 +265,10 @@ impl Comm for MpiComm {
         if !is_countable(recv.len()) {
             return pairs::all_gather(self, send, recv);
         }
-        let limit = self.timeout;
         mpi::request::scope(|scope| {
-            poll("all_gather", self.communicator.immediate_all_gather_into(scope, send, recv), limit)
-        })
+            complete(in_turn(|| self.communicator.immediate_all_gather_into(scope, send, recv)));
+        });
+        Ok(())
     }
 
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
@@ -212,10 +280,10 @@ impl Comm for MpiComm {
         if !is_countable(recv.len()) {
             return pairs::all_to_all(self, send, recv);
         }
-        let limit = self.timeout;
         mpi::request::scope(|scope| {
-            poll("all_to_all", self.communicator.immediate_all_to_all_into(scope, send, recv), limit)
-        })
+            complete(in_turn(|| self.communicator.immediate_all_to_all_into(scope, send, recv)));
+        });
+        Ok(())
     }
 
     fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()> {
@@ -225,7 +293,6 @@ impl Comm for MpiComm {
             recv.copy_from_slice(send);
             return Ok(());
         }
-        let limit = self.timeout;
         let [to, from] = [to, from].map(|rank| self.communicator.process_at_rank(rank as i32));
         let (mut pieces, mut places) = (send.chunks(PIECE_BYTES), recv.chunks_mut(PIECE_BYTES));
         loop {
@@ -234,11 +301,11 @@ impl Comm for MpiComm {
                 return Ok(());
             }
             mpi::request::scope(|scope| {
-                let received = place.map(|place| from.immediate_receive_into(scope, place));
-                let sent = piece.map(|piece| to.immediate_send(scope, piece));
-                received.map_or(Ok(()), |request| poll("receiving from a rank", request, limit))?;
-                sent.map_or(Ok(()), |request| poll("sending to a rank", request, limit))
-            })?;
+                let received = place.map(|place| in_turn(|| from.immediate_receive_into(scope, place)));
+                let sent = piece.map(|piece| in_turn(|| to.immediate_send(scope, piece)));
+                received.into_iter().for_each(complete);
+                sent.into_iter().for_each(complete);
+            });
         }
     }
 }

@@ -1,16 +1,17 @@
 //! NCCL: a communicator over the functions that the schedule uses, loaded at run time. Sizes are checked before each call.
 //!
 //! `libnccl.so.2` is looked for where CUDA's libraries are ([`crate::device::cuda::libraries`]). The communicator is
-//! non-blocking: a call that waits for other ranks returns, and is polled until it is done or has taken too long.
+//! non-blocking: a call that waits for other ranks returns, and is polled until it is done or the watchdog ends all ranks.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use libloading::os::unix::{Library, Symbol};
 
 use super::Comm;
+use super::watch::{self, Limit};
 use crate::device::cuda::{Cuda, HalfType, libraries};
 use crate::device::{Element, View, ViewMut};
 
@@ -44,6 +45,10 @@ const UNDEFINED: c_int = c_int::MIN;
 const UINT8: c_int = 1;
 const IN_PROGRESS: c_int = 7;
 
+/// Why a collective of NCCL may wait for ever.
+pub const HELP: &str = "where the GPUs cannot reach each other's memory although the driver says so (many consumer boards), \
+                        NCCL_P2P_DISABLE=1 goes through host memory; NCCL_DEBUG=INFO says how far NCCL has come";
+
 /// Time between two looks at a call that waits for other ranks.
 const POLL: Duration = Duration::from_micros(100);
 
@@ -59,7 +64,6 @@ pub struct Nccl {
     handle: Handle,
     rank: usize,
     world_size: usize,
-    timeout: Duration,
     /// One thread at a time: who asks for an error also completes the calls that are under way.
     turn: Mutex<()>,
     all_gather: Symbol<AllGather>,
@@ -103,7 +107,6 @@ impl Nccl {
                 handle: std::ptr::null_mut(),
                 rank,
                 world_size,
-                timeout: super::timeout()?,
                 turn: Mutex::new(()),
                 all_gather: library.get(b"ncclAllGather")?,
                 send: library.get(b"ncclSend")?,
@@ -117,6 +120,7 @@ impl Nccl {
             };
             (nccl, get_unique_id, init)
         };
+        let wait = watch::wait_within("ncclCommInitRank", Limit::Start, Some(HELP));
         let mut id = UniqueId([0; 128]);
         if rank == 0 {
             // SAFETY: `id` is a place for an id.
@@ -140,6 +144,7 @@ impl Nccl {
         let status = unsafe { init(&mut nccl.handle, world_size as c_int, id, rank as c_int, &mut config) };
         nccl.check("ncclCommInitRankConfig", status)?;
         nccl.settle("ncclCommInitRankConfig")?;
+        drop(wait);
         Ok(nccl)
     }
 
@@ -248,13 +253,11 @@ impl Nccl {
 
     /// Returns when the call is on its stream: the first ones connect ranks, which takes all of them.
     fn settle(&self, call: &str) -> Result<()> {
-        let start = Instant::now();
+        if self.is_settled(call)? {
+            return Ok(());
+        }
+        let _wait = watch::wait_within(call, Limit::Any, Some(HELP));
         while !self.is_settled(call)? {
-            ensure!(
-                start.elapsed() < self.timeout,
-                "{call} has waited {} s for the other ranks: one is stuck or gone",
-                self.timeout.as_secs()
-            );
             std::thread::sleep(POLL);
         }
         Ok(())

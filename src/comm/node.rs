@@ -1,39 +1,84 @@
 //! Memory that the ranks of a node share: one mapping of exact size by each rank, which the others map too.
+//!
+//! A rank writes its own part of a [`Draft`], which the others cannot read yet; publishing waits for all of them, and from then on all
+//! parts are read and none is written. So no rank ever reads what another one writes.
 
 use anyhow::{Context, Result, bail};
 
-use super::{Comm, all_gather_u64, anywhere};
+use super::{Comm, all_gather_u64, anywhere, barrier};
 use crate::device::cpu::{Cpu, HostRegion};
-use crate::device::{Arena, Device, HostBuffer, MemoryPlan};
+use crate::device::{Arena, Device, Element, HostBuffer, MemoryPlan, View};
 
-/// Memory for the plan of each rank of `comm`, in rank order, zeroed, for copies to and from `device`; every rank writes to its own.
-/// Collective.
-pub fn arenas<D: Device>(device: &D, comm: &mut dyn Comm, plan: &MemoryPlan) -> Result<Vec<Arena<Cpu>>> {
-    let regions = share(comm, plan.total_bytes())?.into_iter();
-    regions.map(|region| Ok(Arena::over_host(device.pin(region)?, plan.clone()))).collect()
+/// Memory for the plan of each rank, in rank order, zeroed, of which only this rank's part can be reached.
+pub struct Draft {
+    arenas: Vec<Arena<Cpu>>,
+    own: usize,
+    /// The range of each rank, for each name that was carved.
+    carved: Vec<Vec<HostBuffer<u8>>>,
 }
 
-/// The next range of each arena.
-pub fn carve(arenas: &mut [Arena<Cpu>], name: &str, len: usize) -> Result<Vec<HostBuffer<u8>>> {
-    arenas.iter_mut().map(|arena| arena.carve(name, len)).collect()
+/// A range of host memory that nobody writes any more.
+pub struct Published<T>(HostBuffer<T>);
+
+impl<T: Element> Published<T> {
+    /// The range.
+    pub fn view(&self) -> View<'_, Cpu, T> {
+        self.0.view()
+    }
+
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl Draft {
+    /// Memory for copies to and from `device`, by the same plan on each rank of `comm`. Collective; when it fails on one rank, it fails
+    /// on all.
+    pub fn new<D: Device>(device: &D, comm: &mut dyn Comm, plan: &MemoryPlan) -> Result<Draft> {
+        let regions = share(comm, plan.total_bytes())?.into_iter();
+        let arenas: Result<Vec<_>> =
+            regions.map(|region| Arena::over_host(device.pin(region)?, plan.clone())).collect();
+        if anywhere(comm, arenas.is_err())? {
+            arenas?;
+            bail!("another rank of this node cannot pin shared memory");
+        }
+        Ok(Draft { arenas: arenas?, own: comm.rank(), carved: Vec::new() })
+    }
+
+    /// The next range of the plan: this rank's own part of it.
+    pub fn carve(&mut self, name: &str, len: usize) -> Result<&mut [u8]> {
+        let parts: Result<Vec<_>> = self.arenas.iter_mut().map(|arena| arena.carve(name, len)).collect();
+        self.carved.push(parts?);
+        let parts = self.carved.last_mut().context("a range was carved")?;
+        Ok(parts[self.own].view_mut().host_mut())
+    }
+
+    /// Each range that was carved, of each rank. Collective: returns when every rank has written its part.
+    pub fn publish(self, comm: &mut dyn Comm) -> Result<Vec<Vec<Published<u8>>>> {
+        barrier(comm)?;
+        Ok(self.carved.into_iter().map(|parts| parts.into_iter().map(Published).collect()).collect())
+    }
 }
 
 /// `bytes` of memory of each rank, which every rank maps. Collective; when it fails on one rank it fails on all.
 fn share(comm: &mut dyn Comm, bytes: usize) -> Result<Vec<HostRegion>> {
     let own = HostRegion::shareable(bytes);
     let processes = all_gather_u64(comm, u64::from(std::process::id()))?;
-    let files = all_gather_u64(comm, own.as_ref().map_or(u64::MAX, |(_, file)| HostRegion::number(file)))?;
+    let files = all_gather_u64(comm, own.as_ref().map_or(u64::MAX, |(_, file)| file.number()))?;
     let all = own.and_then(|(own, file)| {
         let (rank, mut own) = (comm.rank(), Some(own));
         let regions =
             processes.iter().zip(&files).enumerate().map(|(r, (process, number))| match own.take_if(|_| r == rank) {
                 Some(own) => Ok(own),
-                None => HostRegion::shared_by(*process, *number, bytes)
+                // SAFETY: a `Draft` gives out this rank's memory alone, to write, until all ranks have come to `publish`, and after
+                // that all memory, to read.
+                None => unsafe { HostRegion::shared_by(*process, *number, bytes) }
                     .with_context(|| format!("memory of rank {r} of this node cannot be shared")),
             });
         Ok((regions.collect::<Result<Vec<_>>>()?, file))
     });
-    // The descriptors stay open until every rank has mapped the memory, which this waits for.
+    // The files stay open until every rank has mapped the memory, which this waits for.
     let failed = anywhere(comm, all.is_err())?;
     match all {
         Ok((regions, _)) if !failed => Ok(regions),
@@ -44,7 +89,6 @@ fn share(comm: &mut dyn Comm, bytes: usize) -> Result<Vec<HostRegion>> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::barrier;
     use super::super::local::LocalComm;
     use super::*;
 
@@ -56,18 +100,18 @@ mod tests {
                 .map(|mut comm| {
                     scope.spawn(move || {
                         let mut plan = MemoryPlan::default();
-                        plan.push("x", 5000);
-                        let mut arenas = arenas(&Cpu::new(1), &mut comm, &plan).unwrap();
-                        let mut buffers = carve(&mut arenas, "x", 5000).unwrap();
-                        let rank = comm.rank();
-                        buffers[rank].view_mut().host_mut().fill(rank as u8 + 1);
-                        barrier(&mut comm).unwrap();
-                        buffers.iter().map(|b| b.view().host()[4999]).collect()
+                        ["x", "y"].iter().for_each(|name| plan.push(name, 5000));
+                        let mut draft = Draft::new(&Cpu::new(1), &mut comm, &plan).unwrap();
+                        let rank = comm.rank() as u8;
+                        draft.carve("x", 5000).unwrap().fill(rank + 1);
+                        draft.carve("y", 5000).unwrap().fill(rank + 11);
+                        let ranges = draft.publish(&mut comm).unwrap();
+                        ranges.iter().flatten().map(|part| part.view().host()[4999]).collect()
                     })
                 })
                 .collect();
             ranks.into_iter().map(|r| r.join().unwrap()).collect()
         });
-        assert_eq!(seen, vec![vec![1, 2, 3]; 3]);
+        assert_eq!(seen, vec![vec![1, 2, 3, 11, 12, 13]; 3]);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::Device;
 use super::cpu::{Cpu, HostRegion};
@@ -30,14 +30,15 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// One more range.
+    /// Adds a range.
     pub fn push(&mut self, name: &str, bytes: usize) {
-        self.entries.push(PlanEntry { name: name.to_string(), bytes: bytes.next_multiple_of(ALIGN_BYTES) });
+        let bytes = bytes.checked_next_multiple_of(ALIGN_BYTES).unwrap_or(usize::MAX);
+        self.entries.push(PlanEntry { name: name.to_string(), bytes });
     }
 
-    /// Sum over all entries, in bytes.
+    /// Sum over all entries, in bytes; what cannot be counted is more than there is.
     pub fn total_bytes(&self) -> usize {
-        self.entries.iter().map(|e| e.bytes).sum()
+        self.entries.iter().fold(0, |sum: usize, entry| sum.saturating_add(entry.bytes))
     }
 
     /// Bytes by the first part of the name, largest first.
@@ -87,7 +88,9 @@ impl<D: Device> Arena<D> {
 
     /// The next range: `len` elements of `T`. Fails when it is not what the plan has at this place.
     pub fn carve<T: Element>(&mut self, name: &str, len: usize) -> Result<Buffer<D, T>> {
-        let bytes = (len * size_of::<T>()).next_multiple_of(ALIGN_BYTES);
+        const { assert!(align_of::<T>() <= ALIGN_BYTES) };
+        let bytes = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_next_multiple_of(ALIGN_BYTES));
+        let bytes = bytes.with_context(|| format!("{name}: {len} elements are more bytes than can be counted"))?;
         let entry = PlanEntry { name: name.to_string(), bytes };
         let buffer = match &self.memory {
             None => Buffer::new(None, 0, len),
@@ -111,14 +114,15 @@ impl<D: Device> Arena<D> {
 impl Arena<Cpu> {
     /// Allocates the whole plan on the host, for copies to and from `device`.
     pub fn allocate_host<D: Device>(device: &D, plan: MemoryPlan) -> Result<Self> {
-        let region = device.pin(HostRegion::new(plan.total_bytes().max(ALIGN_BYTES))?)?;
-        Ok(Self::over_host(region, plan))
+        Self::over_host(device.pin(HostRegion::new(plan.total_bytes().max(ALIGN_BYTES))?)?, plan)
     }
 
-    /// Carves the plan from memory that is there.
-    pub fn over_host(region: HostRegion, plan: MemoryPlan) -> Self {
+    /// Carves the plan from memory that is there, and must be enough.
+    pub fn over_host(region: HostRegion, plan: MemoryPlan) -> Result<Self> {
+        let (bytes, needed) = (region.bytes(), plan.total_bytes());
+        ensure!(needed <= bytes, "{needed} bytes are planned in {bytes} bytes of host memory");
         let addr = region.addr();
-        Self::over((region, addr), plan)
+        Ok(Self::over((region, addr), plan))
     }
 }
 
@@ -139,5 +143,18 @@ mod tests {
         assert_eq!(x.view().host(), [2.0; 3]);
         assert!(arena.carve::<u8>("a/y", 600).is_err(), "a size that the plan does not have");
         assert!(arena.carve::<u8>("a/z", 257).is_err(), "a name that the plan does not have");
+    }
+
+    #[test]
+    fn no_plan_reaches_beyond_its_memory() {
+        let mut plan = MemoryPlan::default();
+        plan.push("a", 8192);
+        assert!(Arena::over_host(HostRegion::new(4096).unwrap(), plan.clone()).is_err());
+        assert!(Arena::over_host(HostRegion::new(8192).unwrap(), plan.clone()).is_ok());
+        plan.push("b", usize::MAX - 100);
+        assert_eq!(plan.total_bytes(), usize::MAX);
+        assert!(Arena::over_host(HostRegion::new(8192).unwrap(), plan.clone()).is_err());
+        assert!(Arena::allocate(&Cpu::new(1), plan).is_err());
+        assert!(Arena::<Cpu>::measure().carve::<f32>("c", usize::MAX / 2).is_err());
     }
 }

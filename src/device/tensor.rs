@@ -129,8 +129,9 @@ impl<'a, D: Device, T: Element> View<'a, D, T> {
         self.addr
     }
 
-    /// The same bytes as elements of another type, as many as are whole.
+    /// The same bytes as elements of another type that is aligned no more strictly, as many as are whole.
     pub fn reinterpret<U: Element>(self) -> View<'a, D, U> {
+        const { assert!(align_of::<U>() <= align_of::<T>() && size_of::<U>() > 0) };
         let len = self.len * size_of::<T>() / size_of::<U>();
         View { addr: self.addr, len, _borrow: PhantomData, _device: PhantomData }
     }

@@ -7,6 +7,7 @@ use bytemuck::Zeroable;
 use rayon::prelude::*;
 
 use crate::comm::spans::{Lane, Span};
+use crate::comm::watch;
 use crate::comm::{Gather, Position, Queue, ShardSource, TrainableBuffers, Waits};
 use crate::device::cpu::Cpu;
 use crate::device::ops::Dequantize;
@@ -242,13 +243,20 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let mut marks = Vec::new();
         for action in actions {
             let batch = |micro: usize| batches.get(micro).unwrap_or(&empty);
+            watch::at(format!("{action:?}"));
+            // On a GPU, what takes long is waiting for the device.
+            let _wait = (!D::IS_HOST).then(watch::wait_here);
             let before = if self.spans.is_some() { Some(self.device.mark()?) } else { None };
             self.act(action, args, batch, &mut output).with_context(|| format!("{action:?}"))?;
             if let Some(before) = before {
                 marks.push((action, before, self.device.mark()?));
             }
         }
-        self.device.synchronize()?;
+        {
+            watch::at("the end of the queues");
+            let _wait = watch::wait_here();
+            self.device.synchronize()?;
+        }
         if let Some(spans) = &mut self.spans {
             *spans = self.queue.take_spans(&begin)?;
             for (action, from, to) in marks {

@@ -2,7 +2,6 @@
 
 pub mod check;
 pub mod eval;
-pub mod fault;
 pub mod generate;
 pub mod log;
 pub mod metrics;

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 use crate::comm::Queue;
+use crate::comm::watch::{self, Phase};
 use crate::data::{self, Dataset, Sampler};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
@@ -20,7 +21,7 @@ use crate::recipe::{Steps, TrainingJob};
 use super::log::{Log, duration};
 use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
 use super::step::{StepArgs, StepRecord, step};
-use super::{check, eval, fault};
+use super::{check, eval};
 
 /// Steps between two looks at whether ranks that hold the same values hold the same bytes.
 const REPLICA_CHECK_STEPS: usize = 100;
@@ -64,7 +65,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let start = Instant::now();
         let (mut scaler, mut progress) = (LossScaler::new(D::NEEDS_LOSS_SCALING), Progress::default());
         for step_idx in 0..num_steps {
-            fault::inject(rank, step_idx + 1)?;
+            watch::phase(Phase::Step(step_idx + 1))?;
             let update = self.update(step_idx, num_steps, progress.num_updates, scaler.scale());
             let batches = self.batches(&mut sampler, step_idx);
             let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());

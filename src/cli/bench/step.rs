@@ -10,6 +10,7 @@ use crate::checkpoint::adapter;
 use crate::checkpoint::synthetic;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
+use crate::comm::watch::{self, Phase};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Residency;
@@ -22,7 +23,6 @@ use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
 use crate::recipe::{self, Command, Job};
-use crate::train::fault;
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
@@ -97,14 +97,14 @@ struct Steps<'a> {
 impl Work for Steps<'_> {
     type Output = ();
 
-    fn run<D: Ops, Q: Queue<D>>(self, mut engine: Engine<D, Q>) -> Result<()> {
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<()> {
         let (Steps { start, args, .. }, config) = (&self, engine.config().clone());
         let (mut records, mut losses) = (Vec::new(), Vec::new());
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
         let num_steps = WARM_UP_STEPS + args.steps;
         for step_idx in 1..=num_steps + u32::from(args.trace.is_some()) {
             engine.record_spans(step_idx > num_steps);
-            fault::inject(start.world.rank, step_idx as usize)?;
+            watch::phase(Phase::Step(step_idx as usize))?;
             let batches: Vec<MicroBatch> = (0..args.accum)
                 .map(|m| {
                     batch(
@@ -127,7 +127,7 @@ impl Work for Steps<'_> {
             };
             let num_micro_batches = args.accum as usize;
             let step_args = StepArgs { step: step_idx, num_micro_batches, update: &update, seed: 42 };
-            let record = step(&mut engine, &batches, &step_args)?;
+            let record = step(engine, &batches, &step_args)?;
             let StepRecord { loss, grad_norm, updated, .. } = record;
             let goes_on = loss.is_finite() && scaler.note(updated);
             ensure!(goes_on, "step {step_idx}: loss {loss}, grad_norm {grad_norm}: not finite");
@@ -146,7 +146,7 @@ impl Work for Steps<'_> {
         let (pss_bytes, cached_bytes) = pss_bytes();
         let memory = engine.queue.all_reduce_f64("host memory", &[pss_bytes as f64, cached_bytes as f64])?;
         if start.log.enabled {
-            println!("{}", self.report(&engine, &records, &losses, (used_bytes, &memory)));
+            println!("{}", self.report(engine, &records, &losses, (used_bytes, &memory)));
         }
         Ok(())
     }

@@ -19,7 +19,7 @@ mod uniform;
 use std::time::Instant;
 
 use anyhow::Result;
-pub use memory::HostRegion;
+pub use memory::{HostRegion, SharedFile, SharedWords};
 use rayon::prelude::*;
 
 use super::ops::*;

@@ -24,7 +24,8 @@ impl Drop for DeviceRegion {
     fn drop(&mut self) {
         // Nothing can be done about an error here: the process ends, or has failed already.
         let _ = self.context.bind_to_thread();
-        // SAFETY: allocated in `allocate`; `cuMemFree` waits for what still runs, and no `Buffer` is left.
+        let _ = self.context.synchronize();
+        // SAFETY: allocated in `allocate`; no `Buffer` is left, and nothing runs that was given one.
         let _ = unsafe { result::free_sync(self.addr) };
     }
 }
@@ -51,7 +52,8 @@ impl Drop for Pin {
     fn drop(&mut self) {
         // Nothing can be done about an error here: the process ends, or has failed already.
         let _ = self.context.bind_to_thread();
-        // SAFETY: registered in `new`; no copy is under way, as no buffer of the memory is left.
+        let _ = self.context.synchronize();
+        // SAFETY: registered in `new`; no buffer of the memory is left, and no copy is under way that was given one.
         let _ = unsafe { sys::cuMemHostUnregister(self.addr as *mut c_void) };
     }
 }
@@ -112,7 +114,8 @@ impl Tables {
 }
 
 impl<A: HalfType> Cuda<A> {
-    /// Device to device on a stream; the lengths must be equal.
+    /// Copies on the device, on a stream; the lengths must be equal. Values depend on the order of streams, which is the caller's
+    /// business; memory does not: it is freed when the GPU is idle.
     pub fn copy_on<T: Element>(
         &self,
         stream: &CudaStream,
@@ -129,9 +132,11 @@ impl<A: HalfType> Cuda<A> {
             .map_err(|e| anyhow!("copy on the GPU: {e}"))
     }
 
-    /// Pinned host memory to the device, on a stream; the lengths must be equal, and nobody touches either until the stream has
-    /// passed the copy.
-    pub fn fetch_on<T: Element>(
+    /// Copies pinned host memory to the device, on a stream; the lengths must be equal.
+    ///
+    /// # Safety
+    /// The call returns before the copy is made: nobody writes to `src` until the stream has passed it.
+    pub unsafe fn fetch_on<T: Element>(
         &self,
         stream: &CudaStream,
         dst: ViewMut<'_, Cuda<A>, T>,
@@ -141,13 +146,16 @@ impl<A: HalfType> Cuda<A> {
         if src.is_empty() {
             return Ok(());
         }
-        // SAFETY: the lengths are equal; the queue owns both buffers until the copy has been waited for.
+        // SAFETY: the lengths are equal; the caller keeps the source as it is, and memory of either kind is freed when the GPU is idle.
         unsafe { result::memcpy_htod_async(dst.addr() as u64, src.host(), stream.cu_stream()) }
             .map_err(|e| anyhow!("copy to the GPU: {e}"))
     }
 
-    /// The device to pinned host memory, on a stream; as for [`Cuda::fetch_on`].
-    pub fn put_on<T: Element>(
+    /// Copies from the device to pinned host memory, on a stream; the lengths must be equal.
+    ///
+    /// # Safety
+    /// The call returns before the copy is made: nobody reads or writes `dst` until the stream has passed it.
+    pub unsafe fn put_on<T: Element>(
         &self,
         stream: &CudaStream,
         dst: ViewMut<'_, Cpu, T>,
@@ -157,7 +165,7 @@ impl<A: HalfType> Cuda<A> {
         if src.is_empty() {
             return Ok(());
         }
-        // SAFETY: as in `fetch_on`.
+        // SAFETY: as in `fetch_on`, with the caller keeping away from the destination.
         unsafe { result::memcpy_dtoh_async(dst.host_mut(), src.addr() as u64, stream.cu_stream()) }
             .map_err(|e| anyhow!("copy from the GPU: {e}"))
     }

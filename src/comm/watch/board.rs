@@ -1,0 +1,200 @@
+//! The board of a node: memory that all its ranks share, where each of them writes what it is doing.
+//!
+//! A rank that waits too long reads there who has not come. The board never takes part in a collective.
+
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst, fence};
+
+use anyhow::Result;
+
+use crate::device::cpu::SharedWords;
+
+/// Words of a rank's record, and of the header in front of the records.
+const RECORD_WORDS: usize = 64;
+
+/// Places in a record.
+const PROCESS: usize = 0;
+const STARTED: usize = 1;
+const BEATS: usize = 2;
+const STATE: usize = 3;
+const SEQUENCE: usize = 4;
+const LENGTHS: usize = 5;
+const DOING: usize = 8;
+const WAITING: usize = DOING + TEXT_WORDS;
+
+/// Words of each of the two texts; longer ones are cut.
+const TEXT_WORDS: usize = 24;
+
+/// Place in the header: 1 + the rank that speaks for all.
+const SPEAKER: usize = 0;
+
+/// How often a reader tries to get a record that is not being changed.
+const READS: usize = 1000;
+
+/// How far a rank has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Not seen from here: its process cannot map the board.
+    Unknown,
+    Running,
+    /// It has ended well, or is ending all ranks.
+    Done,
+}
+
+/// What a rank has written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub state: State,
+    pub process: u64,
+    /// When the process was started, in clock ticks since the machine was.
+    pub started: u64,
+    pub doing: String,
+    /// Empty when it waits for nobody.
+    pub waiting: String,
+}
+
+/// The records of the ranks of a node, in the order of their local ranks.
+pub struct Board {
+    words: SharedWords,
+    own: usize,
+}
+
+impl Board {
+    /// Bytes of the board of a node with so many ranks.
+    pub fn bytes(num_ranks: usize) -> usize {
+        (1 + num_ranks) * RECORD_WORDS * size_of::<u64>()
+    }
+
+    /// A board of one rank.
+    pub fn alone() -> Result<Board> {
+        Ok(Board::over(SharedWords::new(Board::bytes(1))?, 0))
+    }
+
+    /// The board in memory that is shared; `own` is the local rank of this process.
+    pub fn over(words: SharedWords, own: usize) -> Board {
+        let board = Board { words, own };
+        let process = u64::from(std::process::id());
+        board.own(PROCESS).store(process, SeqCst);
+        board.own(STARTED).store(super::process::start_time(process).unwrap_or(0), SeqCst);
+        board.set_state(State::Running);
+        board
+    }
+
+    pub fn num_ranks(&self) -> usize {
+        self.words.words().len() / RECORD_WORDS - 1
+    }
+
+    fn word(&self, local_rank: usize, place: usize) -> &AtomicU64 {
+        &self.words.words()[(1 + local_rank) * RECORD_WORDS + place]
+    }
+
+    fn own(&self, place: usize) -> &AtomicU64 {
+        self.word(self.own, place)
+    }
+
+    /// Something has moved on this rank.
+    pub fn beat(&self) {
+        self.own(BEATS).fetch_add(1, SeqCst);
+    }
+
+    /// All beats of all ranks.
+    pub fn beats(&self) -> u64 {
+        (0..self.num_ranks()).fold(0, |sum, rank| sum.wrapping_add(self.word(rank, BEATS).load(SeqCst)))
+    }
+
+    pub fn set_state(&self, state: State) {
+        self.own(STATE).store(state as u64, SeqCst);
+    }
+
+    /// Makes this rank the one that speaks for all; false when another one does already.
+    pub fn take_the_word(&self) -> bool {
+        let own = 1 + self.own as u64;
+        let taken = self.words.words()[SPEAKER].compare_exchange(0, own, SeqCst, SeqCst);
+        taken.is_ok_and(|_| true) || taken == Err(own)
+    }
+
+    /// Whether another rank speaks for all.
+    pub fn another_speaks(&self) -> bool {
+        let speaker = self.words.words()[SPEAKER].load(SeqCst);
+        speaker != 0 && speaker != 1 + self.own as u64
+    }
+
+    /// Writes what this rank does and what it waits for. One thread at a time.
+    pub fn write(&self, doing: &str, waiting: &str) {
+        let sequence = self.own(SEQUENCE);
+        let odd = sequence.load(SeqCst) | 1;
+        sequence.store(odd, SeqCst);
+        fence(SeqCst);
+        let lengths = [(DOING, doing), (WAITING, waiting)].map(|(place, text)| self.write_text(place, text));
+        self.own(LENGTHS).store(lengths[0] | lengths[1] << 32, SeqCst);
+        fence(SeqCst);
+        sequence.store(odd + 1, SeqCst);
+        self.beat();
+    }
+
+    fn write_text(&self, place: usize, text: &str) -> u64 {
+        // What is cut inside a character is read as a replacement character.
+        let bytes = &text.as_bytes()[..text.len().min(TEXT_WORDS * size_of::<u64>())];
+        for (i, chunk) in bytes.chunks(size_of::<u64>()).enumerate() {
+            let mut word = [0; size_of::<u64>()];
+            word[..chunk.len()].copy_from_slice(chunk);
+            self.own(place + i).store(u64::from_ne_bytes(word), SeqCst);
+        }
+        bytes.len() as u64
+    }
+
+    /// What a rank has written last.
+    pub fn read(&self, local_rank: usize) -> Record {
+        let word = |place: usize| self.word(local_rank, place).load(SeqCst);
+        let texts = || {
+            let lengths = word(LENGTHS);
+            [(DOING, lengths as u32 as usize), (WAITING, (lengths >> 32) as usize)].map(|(place, len)| {
+                let bytes: Vec<u8> = (0..TEXT_WORDS).flat_map(|i| word(place + i).to_ne_bytes()).collect();
+                String::from_utf8_lossy(&bytes[..len.min(bytes.len())]).into_owned()
+            })
+        };
+        let mut unchanged = (0..READS).find_map(|_| {
+            let before = word(SEQUENCE);
+            let texts = texts();
+            (before % 2 == 0 && word(SEQUENCE) == before).then_some(texts)
+        });
+        // A process that was killed while it wrote leaves its record like that.
+        let [doing, waiting] = unchanged.take().unwrap_or_else(texts);
+        let state = match word(STATE) {
+            state if state == State::Running as u64 => State::Running,
+            state if state == State::Done as u64 => State::Done,
+            _ => State::Unknown,
+        };
+        Record { state, process: word(PROCESS), started: word(STARTED), doing, waiting }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_board_gives_back_what_was_written_last() {
+        let board = Board::alone().unwrap();
+        let long = "x".repeat(200);
+        for (doing, waiting) in [("step 2", ""), ("saving", "gather of layer 7"), ("", "x"), (long.as_str(), "")] {
+            let beats = board.beats();
+            board.write(doing, waiting);
+            assert!(board.beats() > beats);
+            let read = board.read(0);
+            assert_eq!(read.state, State::Running);
+            assert!(doing.starts_with(&read.doing) && read.doing.len() == doing.len().min(192), "{read:?}");
+            assert_eq!(read.waiting, waiting);
+        }
+    }
+
+    #[test]
+    fn one_rank_has_the_word() {
+        let (words, again) = SharedWords::pair(Board::bytes(2)).unwrap();
+        let (first, second) = (Board::over(words, 0), Board::over(again, 1));
+        assert!(!first.another_speaks() && second.take_the_word() && second.take_the_word());
+        assert!(first.another_speaks() && !second.another_speaks() && !first.take_the_word());
+        second.set_state(State::Done);
+        assert_eq!(first.read(1).state, State::Done);
+        assert_eq!(first.read(1).process, u64::from(std::process::id()));
+    }
+}

@@ -1,0 +1,43 @@
+//! Faults on purpose, for tests of how a job ends: `FSDP_QLORA_FAULT=KIND:RANK:PHASE`.
+//!
+//! KIND is `panic`, `error`, `abort` (dies without a word), `hang` (stands still) or `slow` (takes some seconds, in which it moves on).
+//! PHASE is the number of a step or a word of [`Phase::word`].
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use super::Phase;
+
+const VARIABLE: &str = "FSDP_QLORA_FAULT";
+
+/// How often a slow rank moves on, and the time between.
+const SLOW_BEATS: u32 = 8;
+const SLOW_PAUSE: Duration = Duration::from_millis(500);
+
+/// Does what the variable asks for at this rank and phase.
+pub fn inject(rank: usize, phase: Phase) -> Result<()> {
+    let Ok(fault) = std::env::var(VARIABLE) else { return Ok(()) };
+    let parts: Vec<&str> = fault.split(':').collect();
+    let [kind, at_rank, at_phase] = parts[..] else {
+        bail!("{VARIABLE} is {fault:?}; allowed: panic|error|abort|hang|slow:RANK:PHASE")
+    };
+    let at_rank: usize = at_rank.parse().with_context(|| format!("{VARIABLE}: {at_rank:?} is no rank"))?;
+    if at_rank != rank || at_phase != phase.word() {
+        return Ok(());
+    }
+    match kind {
+        "panic" => panic!("a panic was asked for by {VARIABLE}"),
+        "error" => bail!("an error was asked for by {VARIABLE}"),
+        "abort" => std::process::abort(),
+        "hang" => loop {
+            std::thread::park();
+        },
+        "slow" => (0..SLOW_BEATS).for_each(|_| {
+            std::thread::sleep(SLOW_PAUSE);
+            super::beat();
+        }),
+        other => bail!("{VARIABLE}: {other:?}; allowed: panic, error, abort, hang, slow"),
+    }
+    Ok(())
+}

@@ -1,0 +1,495 @@
+//! The watchdog: a thread of each rank that sees to it that what waits for others ends, from before MPI_Init to after MPI_Finalize.
+//!
+//! A rank says what it is at ([`at`], [`phase`]) and what it waits for ([`wait`]). All ranks of a node write this on one [`board`].
+//! Where a rank waits and nothing has moved on any rank of the node for as long as the limit, the watchdog ends all ranks with one
+//! message: who has not come, and what each rank is doing. So a rank that waits for one that works for long, and says so now and then
+//! ([`beat`]), waits on. A rank whose process is gone without a word ends all ranks too.
+//!
+//! There is one watchdog a process, as there is one MPI: its functions do nothing before it is started. It takes part in no collective
+//! and changes no value.
+
+mod board;
+mod fault;
+mod process;
+mod report;
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use rustix::process::{Signal, getpid, kill_process};
+
+pub use board::Board;
+use board::{Record, State};
+use process::Process;
+use report::TimeOut;
+
+use super::mpi::abort;
+
+/// Time between two looks.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Ticks between two looks at the other processes.
+const TICKS_OF_A_LOOK: u32 = 4;
+
+/// A pause of this process (a job that is suspended, a laptop that sleeps) is not counted as longer than this.
+const LONGEST_TICK: Duration = Duration::from_secs(1);
+
+/// How long the other ranks leave the word to rank 0 when all fail alike; and before there is a board, on which they see that it speaks.
+const RANK_0_FIRST: Duration = Duration::from_secs(1);
+const RANK_0_FIRST_WITHOUT_A_BOARD: Duration = Duration::from_secs(3);
+
+/// How long the launcher gets to end all ranks after one is gone, which it sees, too.
+const LAUNCHER_FIRST: Duration = Duration::from_secs(4);
+
+/// How long a rank that leaves the word to another one waits to be ended by it.
+const WAIT_FOR_THE_END: Duration = Duration::from_secs(10);
+
+/// How long the ways to end a process well may take.
+const END_IN_ANY_CASE: Duration = Duration::from_secs(15);
+
+/// Parts of a run, for messages and for tests of how it ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Before MPI_Init.
+    Start,
+    /// The exchange of what ranks must have in common.
+    Agree,
+    /// Making shard files.
+    Quantize,
+    /// Reading and mapping what the model needs.
+    Load,
+    /// Starting the device and its collectives.
+    Device,
+    Step(usize),
+    Save,
+    /// Before MPI_Finalize.
+    End,
+}
+
+impl Phase {
+    /// What the variable for faults calls it.
+    fn word(self) -> String {
+        match self {
+            Phase::Step(step) => step.to_string(),
+            other => format!("{other:?}").to_lowercase(),
+        }
+    }
+
+    fn text(self) -> String {
+        match self {
+            Phase::Start => "the start of MPI".into(),
+            Phase::Agree => "the agreement of the ranks".into(),
+            Phase::Quantize => "making the shards".into(),
+            Phase::Load => "loading the model".into(),
+            Phase::Device => "starting the device".into(),
+            Phase::Step(step) => format!("step {step}"),
+            Phase::Save => "saving".into(),
+            Phase::End => "the end".into(),
+        }
+    }
+}
+
+/// How long a wait may take without anything moving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// For what all ranks come to at once: MPI_Init, the first collectives of NCCL.
+    Start,
+    /// For everything else.
+    Any,
+}
+
+#[derive(Clone, Copy)]
+struct Limits {
+    start: Duration,
+    any: Duration,
+}
+
+const LIMIT_VARIABLE: &str = "FSDP_QLORA_TIMEOUT_S";
+const START_LIMIT_VARIABLE: &str = "FSDP_QLORA_START_TIMEOUT_S";
+const LIMIT: Duration = Duration::from_secs(1800);
+const START_LIMIT: Duration = Duration::from_secs(120);
+
+impl Limits {
+    /// `$FSDP_QLORA_TIMEOUT_S`, else half an hour; `$FSDP_QLORA_START_TIMEOUT_S`, else two minutes or the former where that is less.
+    fn from_environment() -> Result<Limits> {
+        let seconds = |name: &str, default: Duration| -> Result<Duration> {
+            let Ok(text) = std::env::var(name) else { return Ok(default) };
+            let seconds = text.parse().ok().filter(|&seconds: &u64| seconds > 0);
+            seconds.map(Duration::from_secs).with_context(|| format!("{name} is {text:?}, allowed: seconds, 1 or more"))
+        };
+        let any = seconds(LIMIT_VARIABLE, LIMIT)?;
+        Ok(Limits { start: seconds(START_LIMIT_VARIABLE, START_LIMIT.min(any))?, any })
+    }
+
+    fn of(&self, limit: Limit) -> (Duration, &'static str) {
+        match limit {
+            Limit::Start => (self.start, START_LIMIT_VARIABLE),
+            Limit::Any => (self.any, LIMIT_VARIABLE),
+        }
+    }
+}
+
+/// Something that is under way elsewhere, on a GPU, for the watchdog to look at.
+pub trait Probe: Send {
+    /// How many actions have ended since the last look, and the name of the oldest that has not. An error ends all ranks.
+    fn look(&mut self) -> Result<(usize, Option<String>)>;
+}
+
+struct Waiting {
+    id: u64,
+    name: String,
+    limit: Limit,
+    help: Option<&'static str>,
+}
+
+struct Inner {
+    rank: usize,
+    world_size: usize,
+    /// The ranks of this node, in the order of the board; empty before MPI tells who they are.
+    ranks: Vec<usize>,
+    /// Those of them whose processes /proc shows.
+    seen: Vec<usize>,
+    board: Board,
+    phase: String,
+    /// The phase, and what of it.
+    doing: String,
+    /// The oldest first.
+    waits: Vec<Waiting>,
+    next_id: u64,
+}
+
+impl Inner {
+    fn publish(&self) {
+        self.board.write(&self.doing, self.waits.first().map_or("", |wait| &wait.name));
+    }
+
+    /// The board of the node takes the place of that of one rank. Every rank of the node has one.
+    fn join(&mut self, board: Board, rank: usize, world_size: usize, ranks: Vec<usize>) {
+        let is_seen = |local: usize| {
+            let record = board.read(local);
+            process::start_time(record.process) == Some(record.started)
+        };
+        self.seen = ranks.iter().enumerate().filter(|(local, _)| is_seen(*local)).map(|(_, &rank)| rank).collect();
+        (self.board, self.rank, self.world_size, self.ranks) = (board, rank, world_size, ranks);
+        self.publish();
+    }
+
+    fn begin(&mut self, name: String, limit: Limit, help: Option<&'static str>) -> u64 {
+        self.next_id += 1;
+        self.waits.push(Waiting { id: self.next_id, name, limit, help });
+        self.publish();
+        self.next_id
+    }
+
+    fn end(&mut self, id: u64) {
+        self.waits.retain(|wait| wait.id != id);
+        self.publish();
+    }
+
+    fn prefix(&self) -> String {
+        if self.world_size > 1 { format!("rank {}: ", self.rank) } else { String::new() }
+    }
+}
+
+/// A probe with its number, which is that of its wait, and the help for it.
+type Looked = (u64, Option<&'static str>, Box<dyn Probe>);
+
+struct Watch {
+    limits: Limits,
+    inner: Mutex<Inner>,
+    /// Locked before `inner`.
+    probes: Mutex<Vec<Looked>>,
+}
+
+static WATCH: OnceLock<Watch> = OnceLock::new();
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Watch {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        lock(&self.inner)
+    }
+}
+
+fn with_inner<T>(f: impl FnOnce(&mut Inner) -> T) -> Option<T> {
+    WATCH.get().map(|watch| f(&mut watch.inner()))
+}
+
+/// Starts the watchdog of this process, or leaves the one that runs. Rank and number of ranks are what the launcher says.
+pub fn start(rank: usize, world_size: usize) -> Result<()> {
+    if WATCH.get().is_some() {
+        return Ok(());
+    }
+    let inner = Inner {
+        rank,
+        world_size,
+        ranks: Vec::new(),
+        seen: Vec::new(),
+        board: Board::alone()?,
+        phase: String::new(),
+        doing: String::new(),
+        waits: Vec::new(),
+        next_id: 0,
+    };
+    let watch = Watch { limits: Limits::from_environment()?, inner: Mutex::new(inner), probes: Mutex::default() };
+    if WATCH.set(watch).is_ok() {
+        let thread = std::thread::Builder::new().name("watchdog".into());
+        thread.spawn(|| run(WATCH.get().expect("set above"))).context("starting the watchdog")?;
+    }
+    Ok(())
+}
+
+/// From here on this process is a rank of a world, with a board that the ranks of its node share.
+pub fn join(board: Board, rank: usize, world_size: usize, ranks: Vec<usize>) {
+    with_inner(|inner| inner.join(board, rank, world_size, ranks));
+}
+
+/// What this rank does of its phase from here on.
+pub fn at(action: impl std::fmt::Display) {
+    with_inner(|inner| {
+        inner.doing = format!("{}: {action}", inner.phase);
+        inner.publish();
+    });
+}
+
+/// Begins a part of the run; in tests, with a fault.
+pub fn phase(phase: Phase) -> Result<()> {
+    let rank = with_inner(|inner| {
+        inner.phase = phase.text();
+        inner.doing.clone_from(&inner.phase);
+        inner.publish();
+        inner.rank
+    });
+    match rank {
+        Some(rank) => fault::inject(rank, phase),
+        None => Ok(()),
+    }
+}
+
+/// This rank moves: it works for long at what it last said, while others may be waiting for it.
+pub fn beat() {
+    with_inner(|inner| inner.board.beat());
+}
+
+/// A wait that is under way until this is dropped.
+#[must_use]
+pub struct Wait(Option<u64>);
+
+/// This rank waits for others, or for a device, in the action of this name.
+pub fn wait(name: impl Into<String>) -> Wait {
+    wait_within(name, Limit::Any, None)
+}
+
+/// A wait with a limit of its own, and with what may help when it takes too long.
+pub fn wait_within(name: impl Into<String>, limit: Limit, help: Option<&'static str>) -> Wait {
+    Wait(with_inner(|inner| inner.begin(name.into(), limit, help)))
+}
+
+/// This rank waits for others in what it is at.
+pub fn wait_here() -> Wait {
+    Wait(with_inner(|inner| inner.begin(inner.doing.clone(), Limit::Any, None)))
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        if let Some(id) = self.0 {
+            with_inner(|inner| inner.end(id));
+        }
+    }
+}
+
+/// A probe that the watchdog looks at until this is dropped.
+#[must_use]
+pub struct Probed(u64);
+
+/// Looks at `probe` until the returned value is dropped. `help` says what may help when an action takes too long.
+pub fn probe(probe: Box<dyn Probe>, help: Option<&'static str>) -> Result<Probed> {
+    let watch = WATCH.get().context("the watchdog was not started")?;
+    let id = {
+        let mut inner = watch.inner();
+        inner.next_id += 1;
+        inner.next_id
+    };
+    lock(&watch.probes).push((id, help, probe));
+    Ok(Probed(id))
+}
+
+impl Drop for Probed {
+    fn drop(&mut self) {
+        if let Some(watch) = WATCH.get() {
+            lock(&watch.probes).retain(|(id, ..)| *id != self.0);
+            watch.inner().end(self.0);
+        }
+    }
+}
+
+/// This rank has ended well: its process may go.
+pub fn done() {
+    with_inner(|inner| inner.board.set_state(State::Done));
+}
+
+/// True on the one rank of this node that is to tell why all end. The others wait here to be ended, and get false when nobody does it.
+/// `gives_way`: rank 0 tells it, if it fails too.
+pub fn takes_the_word(gives_way: bool) -> bool {
+    let Some(watch) = WATCH.get() else { return true };
+    let (is_rank_0, has_a_board) = {
+        let inner = watch.inner();
+        inner.board.set_state(State::Done);
+        (inner.rank == 0, !inner.ranks.is_empty())
+    };
+    if gives_way && !is_rank_0 {
+        std::thread::sleep(if has_a_board { RANK_0_FIRST } else { RANK_0_FIRST_WITHOUT_A_BOARD });
+    }
+    let takes = watch.inner().board.take_the_word();
+    if !takes {
+        std::thread::sleep(WAIT_FOR_THE_END);
+    }
+    takes
+}
+
+/// Counts how long nothing has moved.
+struct Quiet {
+    beats: u64,
+    time: Duration,
+}
+
+impl Quiet {
+    /// After a tick that took so long.
+    fn tick(&mut self, beats: u64, elapsed: Duration) {
+        self.time = if beats == self.beats { self.time + elapsed.min(LONGEST_TICK) } else { Duration::ZERO };
+        self.beats = beats;
+    }
+}
+
+fn run(watch: &Watch) {
+    let mut quiet = Quiet { beats: 0, time: Duration::ZERO };
+    let mut silenced = Duration::ZERO;
+    let mut last = Instant::now();
+    for tick in 0.. {
+        std::thread::sleep(TICK);
+        let elapsed = last.elapsed();
+        last = Instant::now();
+        if let Err(error) = look_at_probes(watch) {
+            end_all_ranks(&format!("{error:#}"), Duration::ZERO);
+        }
+        let (beats, another_speaks) = {
+            let inner = watch.inner();
+            (inner.board.beats(), inner.board.another_speaks())
+        };
+        quiet.tick(beats, elapsed);
+        if another_speaks {
+            // It ends all ranks; where it cannot, this one ends by itself.
+            silenced += elapsed;
+            if silenced > WAIT_FOR_THE_END {
+                abort(1);
+            }
+            continue;
+        }
+        if tick % TICKS_OF_A_LOOK == 0
+            && let Some(message) = gone(watch)
+        {
+            end_all_ranks(&message, LAUNCHER_FIRST);
+        }
+        if let Some(message) = timed_out(watch, quiet.time) {
+            end_all_ranks(&message, Duration::ZERO);
+        }
+    }
+}
+
+/// What is under way on GPUs is a wait of this rank, too.
+fn look_at_probes(watch: &Watch) -> Result<()> {
+    for (id, help, probe) in lock(&watch.probes).iter_mut() {
+        let (ended, oldest) = probe.look()?;
+        let mut inner = watch.inner();
+        let known = inner.waits.iter().find(|wait| wait.id == *id).map(|wait| &wait.name);
+        if ended > 0 || known != oldest.as_ref() {
+            inner.waits.retain(|wait| wait.id != *id);
+            inner.waits.extend(oldest.map(|name| Waiting { id: *id, name, limit: Limit::Any, help: *help }));
+            inner.publish();
+        }
+    }
+    Ok(())
+}
+
+/// The message about a rank of this node whose process has ended without one.
+fn gone(watch: &Watch) -> Option<String> {
+    let running: Vec<(usize, Record)> = {
+        let inner = watch.inner();
+        let records = inner.ranks.iter().enumerate().map(|(local, &rank)| (rank, inner.board.read(local)));
+        records.filter(|(rank, record)| inner.seen.contains(rank) && record.state == State::Running).collect()
+    };
+    let (rank, Record { process, doing, .. }) =
+        running.into_iter().find(|(_, record)| process::look(record.process, record.started) == Process::Gone)?;
+    // It may have written its last word after its record was read.
+    let inner = watch.inner();
+    let local = inner.ranks.iter().position(|&other| other == rank)?;
+    (inner.board.read(local).state == State::Running && !inner.board.another_speaks()).then(|| {
+        format!(
+            "rank {rank} (process {process}) was killed or has crashed at {doing}: where the kernel ran out of memory, `dmesg` \
+             says so"
+        )
+    })
+}
+
+/// The message about a wait that has taken too long.
+fn timed_out(watch: &Watch, quiet: Duration) -> Option<String> {
+    let inner = watch.inner();
+    let wait = inner.waits.iter().find(|wait| watch.limits.of(wait.limit).0 <= quiet)?;
+    let (limit, variable) = watch.limits.of(wait.limit);
+    let ranks = inner.ranks.iter().enumerate().map(|(local, &rank)| {
+        let record = inner.board.read(local);
+        let process = process::look(record.process, record.started);
+        (rank, record, process)
+    });
+    let ranks: Vec<_> = ranks.collect();
+    let (name, limit_s, help, world_size) = (&wait.name, limit.as_secs(), wait.help, inner.world_size);
+    Some(TimeOut { name, limit_s, variable, help, ranks: &ranks, world_size }.text())
+}
+
+/// Tells it and ends all ranks, after a pause. The rank may be waiting for the very action, so there is nothing to return to.
+fn end_all_ranks(message: &str, pause: Duration) -> ! {
+    end_soon();
+    let has_no_board = with_inner(|inner| inner.ranks.is_empty()).unwrap_or(true);
+    if takes_the_word(has_no_board) {
+        crate::stderr::line(&format!("{}error: {message}", with_inner(|inner| inner.prefix()).unwrap_or_default()));
+        std::thread::sleep(pause);
+    }
+    abort(1)
+}
+
+/// Ends this process in any case: what ends it well may itself wait for what is stuck.
+pub fn end_soon() {
+    let thread = std::thread::Builder::new().name("end".into());
+    // Without the thread, the launcher is left to do it.
+    let _ = thread.spawn(|| {
+        std::thread::sleep(END_IN_ANY_CASE);
+        let _ = kill_process(getpid(), Signal::KILL);
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_time_in_which_nothing_moves_counts() {
+        let (second, mut quiet) = (Duration::from_secs(1), Quiet { beats: 0, time: Duration::ZERO });
+        (0..5).for_each(|_| quiet.tick(0, second));
+        assert_eq!(quiet.time, 5 * second);
+        quiet.tick(1, second);
+        assert_eq!(quiet.time, Duration::ZERO, "a rank has moved");
+        quiet.tick(1, 3600 * second);
+        assert_eq!(quiet.time, LONGEST_TICK, "this process was suspended");
+    }
+
+    #[test]
+    fn faults_know_every_phase_by_one_word() {
+        let phases = [Phase::Start, Phase::Agree, Phase::Quantize, Phase::Load, Phase::Device, Phase::Save, Phase::End];
+        let words: Vec<String> = phases.iter().map(|phase| phase.word()).collect();
+        assert_eq!(words, ["start", "agree", "quantize", "load", "device", "save", "end"]);
+        assert_eq!(Phase::Step(12).word(), "12");
+    }
+}
