@@ -23,6 +23,7 @@ use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
 
 use super::atomic;
 use super::bnb::Absmax;
+use super::room::{self, Want};
 use super::shards::{self, Found, ShardSpec, ShardWriter};
 use super::source::{self, BaseModel};
 
@@ -44,6 +45,8 @@ pub struct OpenedBase {
     pub config: ModelConfig,
     pub layouts: Vec<UnitLayout>,
     pub spec: ShardSpec,
+    /// Room that is to be left on disks when the shards are made: for what this rank writes later.
+    pub kept_free: Vec<Want>,
 }
 
 impl Encodings for (&BaseModel, &LoadOptions) {
@@ -134,7 +137,7 @@ pub fn open(dir: &Path, options: &LoadOptions) -> Result<OpenedBase> {
         None => shards::automatic_dir(&base, &encoding)?,
     };
     let spec = ShardSpec::new(dir, base, encoding, &layouts);
-    Ok(OpenedBase { model: Arc::new(model), config, layouts, spec })
+    Ok(OpenedBase { model: Arc::new(model), config, layouts, spec, kept_free: Vec::new() })
 }
 
 /// The ranks that make units, in the order in which units are dealt to them. Collective.
@@ -201,6 +204,9 @@ impl OpenedBase {
     ) -> Result<()> {
         watch::phase(Phase::Quantize)?;
         let (rank, world_size, num_units) = (comm.rank(), comm.world_size(), self.layouts.len());
+        let shards = Want { dir: self.spec.dir.clone(), bytes: writes.len() * self.spec.data_bytes() };
+        let wants: Vec<Want> = self.kept_free.iter().cloned().chain((!writes.is_empty()).then_some(shards)).collect();
+        room::check(comm, &wants).context("no room for the shards; another folder can be given with `shards`")?;
         let wanted = all_gather_u64s(comm, &writes.iter().map(|&shard| shard as u64).collect::<Vec<_>>())?;
         let makers = makers(comm, num_units)?;
         let part_bytes = |shard: usize| self.layouts.iter().map(|layout| layout.shard_range(shard).len()).collect();

@@ -7,6 +7,7 @@ mod header;
 mod inventory;
 pub mod load;
 pub mod output;
+pub mod room;
 pub mod shards;
 pub mod source;
 pub mod synthetic;

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use super::start::available_host_bytes;
+use super::host_memory;
 use crate::checkpoint::adapter::AdapterSettings;
 use crate::checkpoint::load::LoadOptions;
 use crate::comm::Gather;
@@ -104,7 +104,7 @@ pub fn possible_gather(job: &FsdpJob, num_shards: usize, in_a_node: bool) -> Res
 pub fn check_adapter_bytes(settings: &AdapterSettings, config: &ModelConfig) -> Result<()> {
     let (r, layers) = (settings.lora_rank as f64, config.num_hidden_layers as f64);
     let widths = settings.targets.iter().map(|p| p.shape(config).iter().map(|&n| n as f64).sum::<f64>());
-    let (needed, there) = (widths.sum::<f64>() * r * layers * size_of::<f32>() as f64, available_host_bytes());
+    let (needed, there) = (widths.sum::<f64>() * r * layers * size_of::<f32>() as f64, host_memory::available_bytes());
     ensure!(
         needed < there as f64,
         "lora.r: {} makes an adapter of {}, and {} of host memory are available: lower lora.r, or lora.target_modules to fewer",

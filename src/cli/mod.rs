@@ -4,6 +4,7 @@ mod asked;
 mod bench;
 mod eval;
 mod generate;
+mod host_memory;
 mod plan;
 mod quantize;
 mod start;

@@ -29,8 +29,8 @@ use crate::plan::throughput::{Links, Workload};
 use crate::recipe::{ComputeDtype, FsdpJob, Job, ShardingStrategy};
 use crate::train::log::{Log, bytes};
 
-use super::DeviceKind;
 use super::asked::{load_options, possible_gather, wishes};
+use super::{DeviceKind, host_memory};
 
 /// What is assumed of the network between nodes when choices are weighed: 10 Gbit/s.
 const NETWORK_BYTES_PER_S: f64 = 1.25e9;
@@ -201,7 +201,7 @@ impl Start<'_> {
 
     fn on_cpu<W: Work>(&self, cpu: Cpu, lora: Option<LayerLora>, setup: Setup<'_>, work: W) -> Result<W::Output> {
         let Setup { comm, base, adapter, limits, job } = setup;
-        let limits = self.decide_on_cpu(&base, lora.as_ref(), limits, job)?;
+        let limits = self.decide_on_cpu(&base, (lora.as_ref(), adapter), limits, job)?;
         let queue = HostQueue::new(comm.into_groups(base.layouts[0].num_shards())?, Delays::default())?;
         self.run(Engine::new(cpu.clone(), cpu, queue, base, lora, limits)?, adapter, work)
     }
@@ -244,7 +244,7 @@ impl Start<'_> {
         let free = free.saturating_sub(ranks * LIBRARY_BYTES) / ranks;
         let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(taken).min(free));
         // What the queue has taken is in the plan.
-        let mut budget = Budget { device: device + queue.device_bytes(), host: self.host_budget(job) };
+        let mut budget = Budget { device: device + queue.device_bytes(), host: self.host_budget(job, adapter) };
         agree(&mut queue, &mut budget, &mut hardware)?;
         let (base_in_a_node, one_node) =
             (self.world.fits_a_node(sizes.num_shards()), self.world.fits_a_node(self.world.world_size));
@@ -291,13 +291,19 @@ impl Start<'_> {
     }
 
     /// Keeping activations on the CPU must leave room for everything else that the machine does.
-    fn decide_on_cpu(&self, base: &Base, lora: Option<&LayerLora>, limits: Limits, job: &Job) -> Result<Limits> {
+    fn decide_on_cpu(
+        &self,
+        base: &Base,
+        (lora, adapter): (Option<&LayerLora>, Option<&Adapter>),
+        limits: Limits,
+        job: &Job,
+    ) -> Result<Limits> {
         let (sizes, hardware) = (self.sizes(base, lora), Hardware::of_a_core());
         let mut wishes = wishes(job, self.world.world_size);
         let in_a_node = self.world.fits_a_node(sizes.num_shards());
         let job = &job.fsdp;
         wishes.gather = possible_gather(job, sizes.num_shards(), in_a_node)?.or(Some(Gather::Collective));
-        let share = self.host_budget(job);
+        let share = self.host_budget(job, adapter);
         let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };
         let keeps = Limits { keep: Keep::EVERYTHING, ..limits };
         if wishes.keep.is_none() && sizes.cost::<Cpu>(&keeps)?.device_bytes() > budget.device / 4 {
@@ -312,9 +318,11 @@ impl Start<'_> {
         Sizes { config, layouts, lora, world_size }
     }
 
-    /// Host memory for a rank: what the recipe allows, or its share of what is available.
-    fn host_budget(&self, job: &FsdpJob) -> usize {
-        let share = available_host_bytes() / self.world.local_size;
+    /// Host memory for a rank: what the recipe allows, or its share of what is available, less what saving takes.
+    fn host_budget(&self, job: &FsdpJob, adapter: Option<&Adapter>) -> usize {
+        // The trained values of all ranks come together on each of them.
+        let saving_bytes = adapter.map_or(0, Adapter::bytes);
+        let share = host_memory::share(host_memory::available_bytes(), self.world.local_size, saving_bytes);
         job.host_budget.map_or(share, |budget| budget.min(share))
     }
 
@@ -379,35 +387,6 @@ fn agree<D: Device, Q: Queue<D>>(queue: &mut Q, budget: &mut Budget, hardware: &
     Ok(())
 }
 
-/// MemAvailable, or what the control group leaves when that is less; without /proc there is no limit to check.
-pub fn available_host_bytes() -> usize {
-    let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-    let meminfo = text("/proc/meminfo");
-    let line = meminfo.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let available = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<usize>().ok());
-    let group = text("/proc/self/cgroup").lines().find_map(|l| l.strip_prefix("0::/").map(String::from));
-    let left = group_bytes(Path::new("/sys/fs/cgroup"), &group.unwrap_or_default());
-    available.map_or(usize::MAX, |kib| kib * 1024).min(left)
-}
-
-/// What the limits of a control group (version 2) and of those around it leave; page cache can be given back.
-fn group_bytes(root: &Path, group: &str) -> usize {
-    let number = |path: &Path, file: &str| -> Option<usize> {
-        std::fs::read_to_string(path.join(file)).ok()?.trim().parse().ok()
-    };
-    let left = |path: &Path| -> Option<usize> {
-        let stat = std::fs::read_to_string(path.join("memory.stat")).unwrap_or_default();
-        let of =
-            |name: &str| stat.lines().find_map(|l| l.strip_prefix(name)?.trim().parse::<usize>().ok()).unwrap_or(0);
-        // Shared memory counts as file, and stays.
-        let cache = of("file ").saturating_sub(of("shmem "));
-        let used = number(path, "memory.current")?.saturating_sub(cache);
-        Some(number(path, "memory.max")?.saturating_sub(used))
-    };
-    let path = root.join(group);
-    path.ancestors().take_while(|p| p.starts_with(root)).filter_map(left).min().unwrap_or(usize::MAX)
-}
-
 /// Fails when a file cannot be made at a path, as its folder is not there.
 pub fn check_folder_of(key: &str, path: &Path) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
@@ -419,24 +398,4 @@ pub fn check_folder_of(key: &str, path: &Path) -> Result<()> {
 pub fn check_file(key: &str, path: &Path) -> Result<()> {
     ensure!(path.exists(), "{key}: {} is not there", path.display());
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_tightest_control_group_counts() {
-        let root = tempfile::tempdir().unwrap();
-        let inner = root.path().join("job/step");
-        std::fs::create_dir_all(&inner).unwrap();
-        assert_eq!(group_bytes(root.path(), "job/step"), usize::MAX, "no limit is set");
-        let write = |path: &Path, file: &str, text: &str| std::fs::write(path.join(file), text).unwrap();
-        for (path, max, current, cache) in [(&inner, "max", "5", "0"), (&root.path().join("job"), "100", "30", "10")] {
-            write(path, "memory.max", max);
-            write(path, "memory.current", current);
-            write(path, "memory.stat", &format!("anon 1\nfile {cache}\n"));
-        }
-        assert_eq!(group_bytes(root.path(), "job/step"), 100 - (30 - 10));
-    }
 }

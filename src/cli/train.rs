@@ -8,6 +8,7 @@ use clap::Args;
 use crate::checkpoint::adapter::{self, Adapter};
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
+use crate::checkpoint::room::Want;
 use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
 use crate::comm::{Queue, anywhere};
@@ -69,7 +70,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
     let job = recipe::load(&args.config, Command::Train, overrides)?;
     let trace = args.trace.as_deref();
     trace.map_or(Ok(()), |path| check_folder_of("--trace", path))?;
-    let opened = start.open(&job)?;
+    let mut opened = start.open(&job)?;
     let config = opened.config.clone();
     job.training.check_batch(start.world.world_size)?;
     let adapter = start_adapter(start, &job, &config)?;
@@ -79,8 +80,9 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         let num_steps = job.training.max_steps.unwrap_or_default();
         let lines = num_steps.saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
         let room = adapter.bytes() + kept.bytes() + lines;
-        let opened = Output::open(&job.output_dir, args.overwrite, room, &mut |line| start.log.line(line));
-        *output = Some(opened.context("output_dir")?);
+        let held = Output::open(&job.output_dir, args.overwrite, room, &mut |line| start.log.line(line));
+        *output = Some(held.context("output_dir")?);
+        opened.kept_free.push(Want { dir: job.output_dir.clone(), bytes: room });
     }
     let (train, eval, tokenizer) = datasets(&job, &config, start)?;
     let steps = job.training.steps(train.sequences.len(), start.world.world_size)?;
@@ -271,7 +273,7 @@ fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, 
 
 /// Says what the rows have become, and what of it may surprise.
 pub fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelConfig) {
-    start.log.line(format!("{name}: {}", dataset.counts));
+    start.log.line(format!("{name}: {}, {} of host memory", dataset.counts, bytes(dataset.host_bytes())));
     for note in &dataset.notes {
         start.log.line(format!("{name}: {note}"));
     }
