@@ -8,11 +8,13 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use super::source::{BaseModel, Dtype, TensorView};
+use crate::files::shown;
 
 /// Weights that share one absmax.
 const BLOCK: usize = 64;
 /// Absmax values that share one scale.
 const SUPERBLOCK: usize = 256;
+const MAX_STATE_BYTES: usize = 4096;
 const QUANT_STATE: &str = "quant_state.bitsandbytes__nf4";
 
 /// One NF4 matrix as bitsandbytes stores it.
@@ -75,9 +77,15 @@ impl BaseModel {
     pub(super) fn read_bnb(&self, weight: &str) -> Result<BnbTensor<'_>> {
         let codes = self.tensor(weight)?;
         let state_view = self.part(weight, QUANT_STATE)?;
+        ensure!(
+            state_view.bytes.len() <= MAX_STATE_BYTES,
+            "{state_view}: {} bytes, at most {MAX_STATE_BYTES} are allowed",
+            state_view.bytes.len()
+        );
         let state: QuantState = serde_json::from_slice(state_view.bytes).with_context(|| state_view.to_string())?;
         let dtype = state.check().with_context(|| state_view.to_string())?;
-        let num_weights: usize = state.shape.iter().product();
+        let num_weights = state.shape.iter().try_fold(1, |product: usize, &size| product.checked_mul(size));
+        let num_weights = num_weights.with_context(|| format!("{state_view}: shape {:?} overflows", state.shape))?;
         expect(&codes, Dtype::U8, num_weights.div_ceil(2))?;
 
         let num_blocks = num_weights.div_ceil(BLOCK);
@@ -119,7 +127,7 @@ impl BaseModel {
 
 impl QuantState {
     fn check(&self) -> Result<Dtype> {
-        ensure!(self.quant_type == "nf4", "quant_type {}, allowed: nf4", self.quant_type);
+        ensure!(self.quant_type == "nf4", "quant_type {}, allowed: nf4", shown(&self.quant_type));
         ensure!(self.blocksize == BLOCK, "blocksize {}, allowed: {BLOCK}", self.blocksize);
         let nested = (self.nested_blocksize, self.nested_dtype.as_deref(), self.nested_offset.is_some());
         ensure!(
@@ -134,7 +142,7 @@ impl QuantState {
             "bfloat16" => Ok(Dtype::BF16),
             "float16" => Ok(Dtype::F16),
             "float32" => Ok(Dtype::F32),
-            other => bail!("dtype {other}, allowed: bfloat16, float16, float32"),
+            other => bail!("dtype {}, allowed: bfloat16, float16, float32", shown(other)),
         }
     }
 }
@@ -241,6 +249,8 @@ pub(super) mod tests {
         assert!(state("{", "[").contains("quant_state.bitsandbytes__nf4"));
         assert!(state("0.0516", "1e300").contains("nested_offset inf is not finite"));
         assert!(state("\"shape\"", "\"twist\":1,\"shape\"").contains("unknown field `twist`"));
+        assert!(state("[3,43]", "[4294967296,4294967297]").contains("overflows"));
+        assert!(state("[3,43]", &format!("[3,43{}]", " ".repeat(5000))).contains("at most 4096 are allowed"));
         assert!(state("[3,43]", "[3,44]").contains("x.weight: 65 elements of U8, expected 66"));
     }
 

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use super::source::{BaseModel, Dtype, TensorView};
-use crate::model::config::ModelConfig;
+use crate::files::{listed, shown, shown_path};
+use crate::model::config::{BnbConfig, ModelConfig};
 use crate::model::names::{self, TensorSpec};
 
 impl BaseModel {
@@ -13,8 +14,16 @@ impl BaseModel {
     /// projection, in bitsandbytes' NF4 layout — and that there is no other. Only `*.rotary_emb.inv_freq` and, with
     /// tied embeddings, an `lm_head.weight` equal to the embedding may be there besides.
     ///
-    /// One error names all that is missing, wrong or unknown.
+    /// One error names what is missing, wrong or unknown.
     pub fn check(&self, config: &ModelConfig) -> Result<()> {
+        // Before a list is made of as many layers.
+        ensure!(
+            config.num_hidden_layers <= self.num_tensors(),
+            "{}: config.json: num_hidden_layers is {}, but there are only {} tensors",
+            shown_path(self.dir()),
+            config.num_hidden_layers,
+            self.num_tensors()
+        );
         let specs = names::tensors(config);
         let mut problems = Vec::new();
         let mut known = BTreeSet::new();
@@ -31,16 +40,36 @@ impl BaseModel {
         let unknown = self.names().filter(|name| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
         for name in unknown {
             if name != names::LM_HEAD {
-                problems.push(format!("{name} is no tensor of this architecture"));
+                problems.push(format!("{} is no tensor of this architecture", shown(name)));
             } else if !self.same_bytes(names::LM_HEAD, names::EMBED_TOKENS)? {
                 problems
                     .push(format!("{name} differs from {} although tie_word_embeddings is true", names::EMBED_TOKENS));
             }
         }
-        match problems.is_empty() {
-            true => Ok(()),
-            false => bail!("{}: tensors do not fit config.json:\n  {}", self.dir().display(), problems.join("\n  ")),
+        problems.extend(config.quantization.iter().flat_map(|bnb| self.check_quantized(bnb, &specs)));
+        if problems.is_empty() {
+            return Ok(());
         }
+        bail!("{}: tensors do not fit config.json:{}", shown_path(self.dir()), listed(&problems))
+    }
+
+    /// Checks `quantization_config` against what is in 4 bit.
+    fn check_quantized(&self, bnb: &BnbConfig, specs: &[TensorSpec]) -> Vec<String> {
+        let mut in_4bit = specs.iter().filter(|spec| spec.is_projection && self.is_bnb(&spec.name)).peekable();
+        if in_4bit.peek().is_none() {
+            return vec![
+                "quantization_config says that the checkpoint is in 4 bit, but none of its projections is; remove that key to have \
+                 them quantized"
+                    .into(),
+            ];
+        }
+        let contradicted = in_4bit.filter_map(|spec| {
+            let module = bnb.skips(spec.name.strip_suffix(".weight")?)?;
+            let name = &spec.name;
+            let key = "quantization_config.llm_int8_skip_modules";
+            Some(format!("{name} is in 4 bit, although {key} names {}", shown(module)))
+        });
+        contradicted.collect()
     }
 
     fn check_tensor(&self, view: &TensorView, spec: &TensorSpec) -> Result<()> {
@@ -159,5 +188,38 @@ mod tests {
             assert!(error.contains(expected), "{expected} is not in {error}");
         }
         assert_eq!(error.lines().count(), 8, "{error}");
+    }
+
+    #[test]
+    fn a_checkpoint_in_4_bit_may_keep_projections_plain() {
+        let bnb = |skip_modules: &[&str]| ModelConfig {
+            quantization: Some(BnbConfig { skip_modules: skip_modules.iter().map(|m| m.to_string()).collect() }),
+            ..config()
+        };
+        let name = "model.layers.1.mlp.up_proj.weight";
+        let plain = plain(&config());
+        let mut mixed: Vec<_> = plain.iter().filter(|tensor| tensor.0 != name).cloned().collect();
+        mixed.extend(bnb::tests::nested(name, 12, 8));
+        check(&mixed, &bnb(&[])).unwrap();
+        check(&mixed, &bnb(&["lm_head", "model.layers.0", "self_attn", "model.layers.1.mlp.up"])).unwrap();
+        for module in ["model.layers.1.mlp.up_proj", "model.layers.1", "mlp", "up_proj"] {
+            let error = check(&mixed, &bnb(&["lm_head", module])).unwrap_err().to_string();
+            let expected =
+                format!("{name} is in 4 bit, although quantization_config.llm_int8_skip_modules names {module}");
+            assert!(error.contains(&expected), "{error}");
+        }
+        let error = check(&plain, &bnb(&[])).unwrap_err().to_string();
+        assert!(error.contains("in 4 bit, but none of its projections is"), "{error}");
+    }
+
+    #[test]
+    fn sizes_of_a_config_are_compared_with_the_tensors_before_lists_are_made() {
+        let config = ModelConfig { num_hidden_layers: 999, ..config() };
+        let error = check(&plain(&self::config()), &config).unwrap_err().to_string();
+        assert!(error.contains("num_hidden_layers is 999, but there are only 20 tensors"), "{error}");
+        let mut many = plain(&self::config());
+        many.extend((0..100).map(|i| f32s(&format!("extra\x1b.{i}"), &[1], &[0.5])));
+        let error = check(&many, &self::config()).unwrap_err().to_string();
+        assert!(error.ends_with("\n  and 80 more") && error.contains("extra\\u{1b}.0 is no tensor"), "{error}");
     }
 }

@@ -19,13 +19,17 @@ use crate::model::config::ModelConfig;
 use crate::model::names;
 use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax};
 use crate::quant::nf4::{self, Nf4Tensor};
-use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
+use crate::quant::record::{Encoding, RECORD_WEIGHTS};
 
 use super::atomic;
 use super::bnb::Absmax;
+use super::encodings::{Decided, InBf16, projections};
+use super::folder;
+use super::identity::{self, BaseStamps, Digested};
+use super::record::{Record, RecordPlace};
 use super::room::{self, Want};
 use super::shards::{self, Found, ShardSpec, ShardWriter};
-use super::source::{self, BaseModel};
+use super::source::BaseModel;
 
 /// How the base is to be held.
 #[derive(Clone, Debug)]
@@ -39,7 +43,7 @@ pub struct LoadOptions {
     pub num_shards: usize,
 }
 
-/// An opened base model whose tensors have been checked, and how they will be stored.
+/// A base model whose tensors have been checked, how they will be stored, and which base it is.
 pub struct OpenedBase {
     pub model: Arc<BaseModel>,
     pub config: ModelConfig,
@@ -47,56 +51,10 @@ pub struct OpenedBase {
     pub spec: ShardSpec,
     /// Room that is to be left on disks when the shards are made: for what this rank writes later.
     pub kept_free: Vec<Want>,
-}
-
-impl Encodings for (&BaseModel, &LoadOptions) {
-    fn projection(&self, name: &str) -> Result<Encoding> {
-        let (model, options) = *self;
-        if model.is_bnb(name) {
-            let double_quant = model.get(&format!("{name}.nested_absmax")).is_some();
-            ensure!(
-                options.load_in_4bit,
-                "quantization.load_in_4bit is false, but {name} is in 4 bit in the checkpoint"
-            );
-            ensure!(
-                options.double_quant.is_none_or(|wanted| wanted == double_quant),
-                "quantization.bnb_4bit_use_double_quant is {}, but {name} has {double_quant} in the checkpoint",
-                !double_quant
-            );
-            return Ok(Encoding::Nf4 { double_quant });
-        }
-        match options.load_in_4bit {
-            true => Ok(Encoding::Nf4 { double_quant: options.double_quant.unwrap_or(true) }),
-            false => Ok(Encoding::Plain(self.plain(name)?)),
-        }
-    }
-
-    fn plain(&self, name: &str) -> Result<Dtype> {
-        let view = self.0.tensor(name)?;
-        match view.dtype {
-            source::Dtype::F32 => Ok(Dtype::F32),
-            source::Dtype::F16 => Ok(Dtype::F16),
-            source::Dtype::BF16 => Ok(Dtype::Bf16),
-            other => bail!("{view}: dtype {other:?}; allowed: BF16, F16, F32"),
-        }
-    }
-}
-
-/// A base whose weights are, or would be, in bf16.
-pub struct InBf16 {
-    /// Nothing: projections stay in bf16.
-    pub nf4_double_quant: Option<bool>,
-}
-
-impl Encodings for InBf16 {
-    fn projection(&self, _: &str) -> Result<Encoding> {
-        let nf4 = self.nf4_double_quant.map(|double_quant| Encoding::Nf4 { double_quant });
-        Ok(nf4.unwrap_or(Encoding::Plain(Dtype::Bf16)))
-    }
-
-    fn plain(&self, _: &str) -> Result<Dtype> {
-        Ok(Dtype::Bf16)
-    }
+    stamps: BaseStamps,
+    record_place: RecordPlace,
+    /// Where this rank has to keep one.
+    new_record: Option<Record>,
 }
 
 /// Layouts of all units of a model.
@@ -108,36 +66,90 @@ pub fn layouts(config: &ModelConfig, encodings: &impl Encodings, num_shards: usi
 /// Config and layouts for planning; of a folder with a config.json and no weights, as if they were in bf16.
 pub fn planned(dir: &Path, options: &LoadOptions) -> Result<(ModelConfig, Vec<UnitLayout>)> {
     if BaseModel::has_weights(dir) {
-        let opened = open(dir, options)?;
-        return Ok((opened.config, opened.layouts));
+        let checked = check(dir, options)?;
+        return Ok((checked.config, checked.layouts));
     }
+    folder::check(dir)?;
     let config = ModelConfig::load(dir)?;
     let nf4_double_quant = options.load_in_4bit.then_some(options.double_quant.unwrap_or(true));
     let layouts = layouts(&config, &InBf16 { nf4_double_quant }, options.num_shards)?;
     Ok((config, layouts))
 }
 
-/// Opens and checks a base model; nothing is computed yet.
-pub fn open(dir: &Path, options: &LoadOptions) -> Result<OpenedBase> {
+/// A base model whose tensors have been checked, and how they will be stored.
+struct Checked {
+    model: BaseModel,
+    config: ModelConfig,
+    layouts: Vec<UnitLayout>,
+    /// How each projection's weight is stored, by its name.
+    projections: Vec<(String, Encoding)>,
+}
+
+fn check(dir: &Path, options: &LoadOptions) -> Result<Checked> {
+    folder::check(dir)?;
     let config = ModelConfig::load(dir)?;
     let model = BaseModel::open(dir)?;
     model.check(&config)?;
-    let encodings = (&model, options);
-    let layouts = layouts(&config, &encodings, options.num_shards)?;
+    let decided = Decided::new(&model, &config, options);
+    let layouts = layouts(&config, &decided, options.num_shards)?;
     let smallest = layouts.iter().take(config.num_hidden_layers).map(num_records).min().unwrap_or(0);
     ensure!(
         options.num_shards <= smallest,
         "{} ranks, but a layer of this model divides into {smallest} parts at most: start fewer ranks",
         options.num_shards
     );
-    let base = model.identity()?;
-    let encoding = encodings.projection(&names::weight(0, names::Projection::Q))?.name().to_string();
-    let dir = match &options.shards {
+    let projections = projections(&config).map(|name| decided.projection(&name).map(|encoding| (name, encoding)));
+    let projections = projections.collect::<Result<_>>()?;
+    Ok(Checked { model, config, layouts, projections })
+}
+
+impl Checked {
+    /// The encodings of the projections, NF4 first: several where a checkpoint in 4 bit keeps some projections plain.
+    fn encoding(&self) -> String {
+        let mut names: Vec<&str> = self.projections.iter().map(|(_, encoding)| encoding.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        names.reverse();
+        names.join(",")
+    }
+
+    /// Says which projections are not in 4 bit although others are.
+    fn tell_plain(&self, tell: &mut dyn FnMut(String)) {
+        let is_plain = |(_, encoding): &&(String, Encoding)| matches!(encoding, Encoding::Plain(_));
+        let mut plain = self.projections.iter().filter(is_plain);
+        let num_plain = plain.clone().count();
+        if let Some((first, _)) = plain.next().filter(|_| num_plain < self.projections.len()) {
+            let all = self.projections.len();
+            tell(format!(
+                "{num_plain} of {all} projections are not in 4 bit in the checkpoint, and stay as they are ({first} first)"
+            ));
+        }
+    }
+}
+
+/// Opens and checks a base model and finds out which one it is; weights are read only where no earlier start has kept their
+/// digests. Collective. `tell` gets progress.
+pub fn open(
+    dir: &Path,
+    options: &LoadOptions,
+    comm: &mut dyn Comm,
+    tell: &mut dyn FnMut(String),
+) -> Result<OpenedBase> {
+    let checked = check(dir, options)?;
+    checked.tell_plain(tell);
+    let encoding = checked.encoding();
+    let Checked { model, config, layouts, .. } = checked;
+    let model = Arc::new(model);
+    let record_folders = options.shards.clone().into_iter().chain(shards::automatic_root().ok()).collect();
+    let record_place = RecordPlace::new(dir, record_folders)?;
+    let Digested { stamps, new_record } = identity::digest(&model, &record_place, comm, tell)?;
+    let weights = stamps.weights();
+    let shards = match &options.shards {
         Some(dir) => dir.clone(),
-        None => shards::automatic_dir(&base, &encoding)?,
+        None => shards::automatic_dir(&weights, &encoding)?,
     };
-    let spec = ShardSpec::new(dir, base, encoding, &layouts);
-    Ok(OpenedBase { model: Arc::new(model), config, layouts, spec, kept_free: Vec::new() })
+    let spec = ShardSpec::new(shards, weights, encoding, &layouts);
+    Ok(OpenedBase { model, config, layouts, spec, kept_free: Vec::new(), stamps, record_place, new_record })
 }
 
 /// The ranks that make units, in the order in which units are dealt to them. Collective.
@@ -153,10 +165,28 @@ fn num_records(layout: &UnitLayout) -> usize {
 }
 
 impl OpenedBase {
+    /// Which base this is: 32 hex digits that are the same wherever the same bytes lie, and differ where one differs or where
+    /// config.json makes another model of them.
+    pub fn identity(&self) -> String {
+        self.stamps.identity(&self.config)
+    }
+
+    /// What a run compares at its end, to notice a base that was overwritten meanwhile.
+    pub fn stamps(&self) -> BaseStamps {
+        self.stamps.clone()
+    }
+
+    /// Keeps the digests of this start for the next one, on the rank that has to. `tell` gets a failure.
+    pub fn keep_digests(&mut self, tell: &mut dyn FnMut(String)) {
+        if let Some(record) = self.new_record.take() {
+            self.record_place.keep(&record, tell);
+        }
+    }
+
     /// Maps this rank's shard, after all ranks together have made the files if any of them lacks its own. `tell` gets
     /// progress, the same on all ranks; `warn` what is wrong with this rank's file.
     pub fn load(
-        self,
+        mut self,
         comm: &mut dyn Comm,
         writes: bool,
         tell: &mut dyn FnMut(String),
@@ -166,8 +196,10 @@ impl OpenedBase {
         let shard = comm.rank() % self.spec.num_shards;
         atomic::remove_abandoned(&self.spec.dir);
         let found = self.spec.open(shard)?;
-        if let Found::Invalid(reason) = &found {
-            warn(format!("{reason}; it is made again"));
+        match &found {
+            Found::Foreign(reason) => bail!(shards::foreign(reason)),
+            Found::Damaged(reason) => warn(format!("{reason}; it is made again")),
+            Found::Missing | Found::Valid(_) => {}
         }
         let mut units = match found {
             Found::Valid(units) => Some(units),
@@ -183,9 +215,10 @@ impl OpenedBase {
             None => match self.spec.open(shard)? {
                 Found::Valid(units) => units,
                 Found::Missing => bail!("{}: was written and is not there", self.spec.path(shard).display()),
-                Found::Invalid(reason) => bail!("{reason}, right after it was written"),
+                Found::Foreign(reason) | Found::Damaged(reason) => bail!("{reason}, right after it was written"),
             },
         };
+        self.keep_digests(warn);
         self.into_base(units)
     }
 
@@ -247,6 +280,9 @@ impl OpenedBase {
                 }
             }
         }
+        // No file gets its name before every rank has found that its part came from the base that all have agreed on.
+        self.stamps.check_unchanged()?;
+        barrier(comm)?;
         writers.into_iter().try_for_each(ShardWriter::finish)?;
         barrier(comm)
     }
@@ -359,12 +395,12 @@ mod tests {
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
         let folder = tempfile::tempdir().unwrap();
         std::thread::scope(|scope| {
-            for comm in LocalComm::world(writes.len()) {
+            for mut comm in LocalComm::world(writes.len()) {
                 let (folder, tiny) = (&folder, &tiny);
                 scope.spawn(move || {
                     let dir = folder.path().join(comm.rank().to_string());
                     let options = LoadOptions { load_in_4bit: true, double_quant: None, shards: Some(dir), num_shards };
-                    let opened = open(tiny, &options).unwrap();
+                    let opened = open(tiny, &options, &mut comm, &mut |_| ()).unwrap();
                     let own = writes[comm.rank()];
                     let mut comm = Pieces { comm, piece_bytes };
                     opened.write_in_pieces(&mut comm, own, &mut |_| (), piece_bytes).unwrap();
@@ -418,9 +454,7 @@ mod tests {
             };
             assert_eq!(tensors(&with.1), tensors(&without.1));
         }
-        assert!(
-            open(bare.path(), &LoadOptions { load_in_4bit: true, double_quant: None, shards: None, num_shards: 1 })
-                .is_err()
-        );
+        let options = LoadOptions { load_in_4bit: true, double_quant: None, shards: None, num_shards: 1 };
+        assert!(check(bare.path(), &options).is_err());
     }
 }

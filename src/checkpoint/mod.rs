@@ -3,10 +3,14 @@
 pub mod adapter;
 pub mod atomic;
 pub mod bnb;
+mod encodings;
+mod folder;
 mod header;
+pub mod identity;
 mod inventory;
 pub mod load;
 pub mod output;
+mod record;
 pub mod room;
 pub mod shards;
 pub mod source;

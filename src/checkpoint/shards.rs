@@ -3,7 +3,7 @@
 //! Each unit is one U8 tensor, `unit.00000` and so on, of equal length in every shard (`fsdp::layout`). The metadata says
 //! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also tells which program, and which
 //! rank on which machine, made each unit; files of before it did are valid. A file is written beside and renamed; one whose
-//! metadata is not what is expected is stale, one whose checksums fail is damaged.
+//! metadata is not what is expected is foreign, one whose checksums fail is damaged.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use memmap2::{Mmap, UncheckedAdvice};
 use rustix::fs::{Advice, fadvise};
 use safetensors::SafeTensors;
@@ -22,10 +22,11 @@ use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::comm::{ShardBytes, SharedBytes};
+use crate::files::{self, shown, shown_path};
 use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
 
-use super::atomic;
-use super::source::map;
+use super::source::{map, map_opened};
+use super::{atomic, header};
 
 /// Key of the program that made a file, and its value.
 const PROGRAM_KEY: &str = "program";
@@ -36,15 +37,17 @@ const MAKERS_KEY: &str = "makers";
 
 /// Data begins at a multiple of this.
 const DATA_ALIGN_BYTES: usize = 64;
+/// What the metadata of every shard file says it is.
+const FORMAT: &str = "fsdp-qlora shard";
 
 /// What the shard files of one base, quantization and number of shards are.
 #[derive(Clone, Debug)]
 pub struct ShardSpec {
     /// Folder of the files.
     pub dir: PathBuf,
-    /// Identity of the base (`BaseModel::identity`).
+    /// Digest of the base's weights (`identity::BaseStamps::weights`).
     pub base: String,
-    /// Encoding of the projections, `nf4+dq`, `nf4` or a plain type.
+    /// Encodings of the projections, `nf4+dq`, `nf4` or a plain type; several, NF4 first, where they differ.
     pub encoding: String,
     pub num_shards: usize,
     /// Bytes of a shard of each unit.
@@ -55,8 +58,17 @@ pub struct ShardSpec {
 pub enum Found {
     Valid(Vec<SharedBytes>),
     Missing,
-    /// Stale or damaged, and why.
-    Invalid(String),
+    /// The file of something else, and what shows it: never overwritten.
+    Foreign(String),
+    /// Not a whole file, and why.
+    Damaged(String),
+}
+
+/// The error of a [`Found::Foreign`].
+pub fn foreign(reason: &str) -> String {
+    format!(
+        "{reason}; it is not overwritten\nhelp: name another folder in `shards` (--output of quantize), or remove the file"
+    )
 }
 
 impl ShardSpec {
@@ -81,7 +93,7 @@ impl ShardSpec {
         let text = |v: String| Value::String(v);
         let checksums: Vec<String> = checksums.iter().map(|c| format!("{c:016x}")).collect();
         let mut metadata = Map::new();
-        metadata.insert("format".into(), text("fsdp-qlora shard".into()));
+        metadata.insert("format".into(), text(FORMAT.into()));
         metadata.insert("layout_version".into(), text(LAYOUT_VERSION.to_string()));
         metadata.insert("base".into(), text(self.base.clone()));
         metadata.insert("encoding".into(), text(self.encoding.clone()));
@@ -116,31 +128,44 @@ impl ShardSpec {
         if !path.exists() {
             return Ok(Found::Missing);
         }
-        let file = File::open(&path).with_context(|| path.display().to_string())?;
-        let mapped = Arc::new(MappedFile { map: map(&path)?, file });
-        Ok(match self.check(&mapped, shard) {
+        let file = files::open(&path)?;
+        let mapped = Arc::new(MappedFile { map: map_opened(&file).with_context(|| shown_path(&path))?, file });
+        if let Some(reason) = self.foreign(&mapped.map, shard) {
+            return Ok(Found::Foreign(format!("{}: {reason}", shown_path(&path))));
+        }
+        Ok(match self.check(&mapped) {
             Ok(units) => Found::Valid(units),
-            Err(reason) => Found::Invalid(format!("{}: {reason:#}", path.display())),
+            Err(reason) => Found::Damaged(format!("{}: damaged: {reason:#}", shown_path(&path))),
         })
     }
 
-    fn check(&self, mapped: &Arc<MappedFile>, shard: usize) -> Result<Vec<SharedBytes>> {
+    /// Why the file is not this shard's, if its header can be read and says so.
+    fn foreign(&self, file: &[u8], shard: usize) -> Option<String> {
+        let metadata = read_header(file).ok()?.1;
+        let foreign = metadata.get("format").map(String::as_str) != Some(FORMAT);
+        if foreign {
+            return Some("is there and is not a shard file of this program".into());
+        }
+        let differs = |(key, expected): (String, Value)| {
+            let found = metadata.get(&key).cloned().unwrap_or_default();
+            let differs = key != "checksums" && expected.as_str() != Some(&found);
+            differs.then(|| format!("holds other shards: {key} is {:?}, should be {expected}", shown(&found)))
+        };
+        self.metadata(shard, &[]).into_iter().find_map(differs)
+    }
+
+    fn check(&self, mapped: &Arc<MappedFile>) -> Result<Vec<SharedBytes>> {
         let file = &mapped.map;
-        let (header_bytes, header) = SafeTensors::read_metadata(file).context("damaged")?;
-        let metadata = header.metadata().clone().unwrap_or_default();
+        let (header_bytes, metadata) = read_header(file)?;
         let checksums: Vec<u64> = metadata
             .get("checksums")
             .map(|text| text.split(' ').filter_map(|c| u64::from_str_radix(c, 16).ok()).collect())
             .unwrap_or_default();
-        ensure!(checksums.len() == self.unit_bytes.len(), "stale: not a shard file of this model");
-        for (key, expected) in self.metadata(shard, &checksums) {
-            let found = metadata.get(&key).cloned().unwrap_or_default();
-            ensure!(expected.as_str() == Some(&found), "stale: {key} is {found:?}, should be {expected}");
-        }
+        ensure!(checksums.len() == self.unit_bytes.len(), "it has {} checksums", checksums.len());
         let mut begin = 8 + header_bytes;
         ensure!(
             file.len() == begin + self.data_bytes(),
-            "damaged: {} bytes, should be {}",
+            "{} bytes, should be {}",
             file.len(),
             begin + self.data_bytes()
         );
@@ -149,7 +174,7 @@ impl ShardSpec {
             let range = begin..begin + bytes;
             ensure!(
                 xxh3_64(&file[range.clone()]) == checksum,
-                "damaged: the checksum of {} is wrong{}",
+                "the checksum of {} is wrong{}",
                 unit_name(idx),
                 made_by(&metadata, idx)
             );
@@ -158,6 +183,13 @@ impl ShardSpec {
         }
         Ok(units)
     }
+}
+
+/// Length and metadata of a file's header.
+fn read_header(file: &[u8]) -> Result<(usize, HashMap<String, String>)> {
+    header::data_start(file)?;
+    let (header_bytes, header) = SafeTensors::read_metadata(file)?;
+    Ok((header_bytes, header.metadata().clone().unwrap_or_default()))
 }
 
 fn unit_name(idx: usize) -> String {
@@ -219,9 +251,15 @@ struct WrittenUnit {
 }
 
 impl<'a> ShardWriter<'a> {
-    /// `part_bytes`: the bytes of each unit's shard without padding. Fails before anything is written when the disk has no room.
+    /// `part_bytes`: the bytes of each unit's shard without padding. Fails before anything is written when the disk has no room,
+    /// or when another base's shard lies in its place.
     pub fn create(spec: &'a ShardSpec, shard: usize, part_bytes: Vec<usize>, makers: &'a [String]) -> Result<Self> {
         let path = spec.path(shard);
+        if path.exists()
+            && let Some(reason) = spec.foreign(&map(&path)?, shard)
+        {
+            bail!(foreign(&format!("{}: {reason}", shown_path(&path))));
+        }
         let file = atomic::beside_with_room(&path, spec.data_bytes())
             .context("a shard; another folder can be given with `shards`")?;
         let header_bytes = spec.header(shard, &vec![0; part_bytes.len()], makers).len();
@@ -280,7 +318,12 @@ pub fn cache_dir() -> Result<PathBuf> {
         .join("fsdp-qlora"))
 }
 
+/// Folder of the folders of automatic shard files.
+pub fn automatic_root() -> Result<PathBuf> {
+    Ok(cache_dir()?.join("shards"))
+}
+
 /// Folder of automatic shard files. Other bases, encodings and layouts have other folders.
 pub fn automatic_dir(base: &str, encoding: &str) -> Result<PathBuf> {
-    Ok(cache_dir()?.join("shards").join(format!("{base}-{encoding}-v{LAYOUT_VERSION}")))
+    Ok(automatic_root()?.join(format!("{base}-{encoding}-v{LAYOUT_VERSION}")))
 }

@@ -1,7 +1,7 @@
 //! The base model on disk: the safetensors files of a Hugging Face directory, mapped read-only.
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -10,16 +10,15 @@ use half::slice::HalfFloatSliceExt;
 use memmap2::{Mmap, UncheckedAdvice};
 pub use safetensors::Dtype;
 use serde::Deserialize;
-use xxhash_rust::xxh3::Xxh3;
 
+use super::folder::{self, INDEX_FILE, SINGLE_FILE};
 use super::header::{self, Entry};
+use crate::files::{self, shown, shown_path};
 
-const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
-/// Bytes of each sample that [`BaseModel::identity`] takes.
-const SAMPLE_BYTES: usize = 4096;
+/// Largest index that is read: some 300,000 tensors.
+const MAX_INDEX_BYTES: u64 = 32 << 20;
 
-/// All tensors of a model directory. Nothing is read until it is asked for.
+/// All tensors of a model directory. A tensor's bytes are read when it is asked for.
 #[derive(Debug)]
 pub struct BaseModel {
     dir: PathBuf,
@@ -31,9 +30,8 @@ pub struct BaseModel {
 #[derive(Debug)]
 struct MappedFile {
     path: PathBuf,
+    file: File,
     map: Mmap,
-    /// Where the data begins, in bytes.
-    data_start: usize,
 }
 
 /// One tensor, in place in its mapped file.
@@ -54,10 +52,14 @@ struct Index {
 
 /// Maps a whole file, read-only.
 pub(super) fn map(path: &Path) -> Result<Mmap> {
-    let file = fs::File::open(path).with_context(|| path.display().to_string())?;
+    map_opened(&files::open(path)?).with_context(|| shown_path(path))
+}
+
+/// Maps a file that is open, read-only.
+pub(super) fn map_opened(file: &File) -> Result<Mmap> {
     // SAFETY: read-only, and no file is written in place by this program. Another process that cuts the file short
     // under us ends this one with SIGBUS; nothing but a copy of the whole file prevents that.
-    unsafe { Mmap::map(&file) }.with_context(|| format!("{}: cannot be mapped", path.display()))
+    unsafe { Mmap::map(file) }.context("cannot be mapped")
 }
 
 impl BaseModel {
@@ -69,32 +71,29 @@ impl BaseModel {
     /// Maps `model.safetensors` of `dir` or, without one, the files of `model.safetensors.index.json`: what
     /// transformers loads, in its order of preference.
     ///
-    /// Errors name the file, and the tensor where there is one: neither file is there, a named file is missing
-    /// or damaged (see `header::parse`), a tensor is in two files or not in the one that the index names.
+    /// Errors name the file, and the tensor where there is one: neither file is there, a named file is missing, leads
+    /// elsewhere or is damaged (see `header::parse`), a tensor is in two files or not in the one that the index names.
     pub fn open(dir: &Path) -> Result<Self> {
-        ensure!(dir.is_dir(), "{}: not a directory", dir.display());
         if dir.join(SINGLE_FILE).exists() {
             return Self::map(dir, [SINGLE_FILE]);
         }
         let index_path = dir.join(INDEX_FILE);
-        ensure!(index_path.exists(), "{}: neither {SINGLE_FILE} nor {INDEX_FILE} is there", dir.display());
-        let index = fs::read(&index_path).with_context(|| index_path.display().to_string())?;
-        let Index { weight_map } =
-            serde_json::from_slice(&index).with_context(|| format!("{}: not an index", index_path.display()))?;
+        ensure!(index_path.exists(), folder::no_weights(dir));
+        let place = || shown_path(&index_path);
+        let Index { weight_map } = files::read_json(&index_path, MAX_INDEX_BYTES)?;
         let mut names: Vec<&str> = weight_map.values().map(String::as_str).collect();
         names.sort_unstable();
         names.dedup();
-        ensure!(!names.is_empty(), "{}: weight_map names no file", index_path.display());
-        if let Some(missing) = names.iter().find(|name| !dir.join(name).exists()) {
-            bail!("{}: names {missing}, which is not there", index_path.display());
-        }
+        ensure!(!names.is_empty(), "{}: weight_map names no file", place());
+        names.iter().try_for_each(|name| folder::check_named(dir, name)).with_context(place)?;
         let model = Self::map(dir, names)?;
         for (tensor, file) in &weight_map {
             let found = model.tensors.get(tensor).map(|&(file_idx, _)| &model.files[file_idx].path);
             ensure!(
                 found == Some(&dir.join(file)),
-                "{}: says that tensor {tensor} is in {file}, which lacks it",
-                index_path.display()
+                "{}: says that tensor {} is in {file}, which lacks it",
+                place(),
+                shown(tensor)
             );
         }
         Ok(model)
@@ -104,16 +103,21 @@ impl BaseModel {
         let mut model = Self { dir: dir.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };
         for name in names {
             let path = dir.join(name);
-            let map = map(&path)?;
-            let header = header::parse(&map).with_context(|| path.display().to_string())?;
-            for (tensor, entry) in header.tensors {
+            let file = files::open(&path)?;
+            let map = map_opened(&file).with_context(|| shown_path(&path))?;
+            let beginning = &map[..map.len().min(200)];
+            ensure!(!map.is_empty(), "{}: truncated: 0 bytes; download it again", shown_path(&path));
+            files::check_lfs_pointer(&path, beginning)?;
+            files::check_html(&path, beginning)?;
+            let tensors = header::parse(&map).with_context(|| shown_path(&path))?;
+            for (tensor, entry) in tensors {
                 if let Some((other, _)) = model.tensors.get(&tensor) {
-                    let other = model.files[*other].path.display();
-                    bail!("{}: tensor {tensor} is also in {other}", path.display());
+                    let other = shown_path(&model.files[*other].path);
+                    bail!("{}: tensor {} is also in {other}", shown_path(&path), shown(&tensor));
                 }
                 model.tensors.insert(tensor, (model.files.len(), entry));
             }
-            model.files.push(MappedFile { path, map, data_start: header.data_start });
+            model.files.push(MappedFile { path, file, map });
         }
         Ok(model)
     }
@@ -128,7 +132,22 @@ impl BaseModel {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The tensor of this name, or nothing.
+    /// Number of tensors.
+    pub fn num_tensors(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// The files, each with its path.
+    pub(super) fn files(&self) -> impl ExactSizeIterator<Item = (&Path, &File)> {
+        self.files.iter().map(|file| (file.path.as_path(), &file.file))
+    }
+
+    /// Every tensor with the index of its file and its place there, sorted by name.
+    pub(super) fn entries(&self) -> impl ExactSizeIterator<Item = (&str, usize, &Entry)> {
+        self.tensors.iter().map(|(name, (file_idx, entry))| (name.as_str(), *file_idx, entry))
+    }
+
+    /// The tensor of this name, or `None`.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, (file_idx, entry)) = self.tensors.get_key_value(name)?;
         let MappedFile { path, map, .. } = &self.files[*file_idx];
@@ -138,7 +157,7 @@ impl BaseModel {
 
     /// The tensor of this name. Error: there is none.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        self.get(name).with_context(|| format!("{}: tensor {name} is missing", self.dir.display()))
+        self.get(name).with_context(|| format!("{}: tensor {} is missing", shown_path(&self.dir), shown(name)))
     }
 
     /// Gives the resident pages of a tensor back to the system, so that walking over a model does not make
@@ -149,32 +168,7 @@ impl BaseModel {
         // SAFETY: the mapping is a read-only, shared one of a file, so that dropped pages come back from the
         // file with the same bytes; neighbours that share the first or last page do so too.
         unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.range.start, entry.range.len()) }
-            .with_context(|| format!("{}: madvise", tensor.file.display()))
-    }
-
-    /// 128-bit xxh3, in hex, of config.json, of each file's name, size and header, and of three samples (first,
-    /// middle and last 4 KiB) of each tensor. It does not depend on where the directory lies.
-    ///
-    /// Not of every byte: reading 140 GB at each start takes minutes, while another model, another revision or
-    /// other weights differ in nearly every tensor. Bytes edited by hand between the samples go unnoticed.
-    pub fn identity(&self) -> Result<String> {
-        let config_path = self.dir.join("config.json");
-        let mut hash = Xxh3::new();
-        hash.update(&fs::read(&config_path).with_context(|| config_path.display().to_string())?);
-        for MappedFile { path, map, data_start } in &self.files {
-            hash.update(path.file_name().unwrap_or_default().as_encoded_bytes());
-            hash.update(&(map.len() as u64).to_le_bytes());
-            hash.update(&map[..*data_start]);
-        }
-        for name in self.names() {
-            let tensor = self.tensor(name)?;
-            let end = tensor.bytes.len();
-            for start in [0, (end / 2).saturating_sub(SAMPLE_BYTES / 2), end.saturating_sub(SAMPLE_BYTES)] {
-                hash.update(&tensor.bytes[start..end.min(start + SAMPLE_BYTES)]);
-            }
-            self.release(&tensor)?;
-        }
-        Ok(format!("{:032x}", hash.digest128()))
+            .with_context(|| format!("{}: madvise", shown_path(tensor.file)))
     }
 }
 
@@ -225,13 +219,15 @@ fn f16_to_f32(bytes: &[u8], out: &mut [f32]) {
 /// File and tensor, for messages.
 impl std::fmt::Display for TensorView<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{}: tensor {}", self.file.display(), self.name)
+        write!(f, "{}: tensor {}", shown_path(self.file), shown(self.name))
     }
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use std::fs;
+
     use half::bf16;
     use tempfile::TempDir;
 
@@ -336,7 +332,7 @@ pub(super) mod tests {
         write_index(&dir, "{}");
         assert!(error(&dir).contains("names no file"));
         write_index(&dir, "[");
-        assert!(error(&dir).contains("not an index"));
+        assert!(error(&dir).contains("not the JSON that is expected"));
         write(&dir.path().join("x-2.safetensors"), &[f32s("a", &[1], &[3.0])]);
         write_index(&dir, r#"{"a":"x-1.safetensors","b":"x-2.safetensors"}"#);
         assert!(error(&dir).contains("x-2.safetensors: tensor a is also in"));
@@ -353,24 +349,5 @@ pub(super) mod tests {
         let whole = fs::read(&path).unwrap();
         fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         assert!(error(&dir).contains("model.safetensors: tensor a: data_offsets [0, 8] are out of range"));
-        let missing = BaseModel::open(&dir.path().join("nowhere")).unwrap_err();
-        assert!(missing.to_string().contains("nowhere: not a directory"));
-    }
-
-    #[test]
-    fn identity_sees_config_and_weights_but_not_the_place() {
-        let identity = |config: &str, weight: f32| {
-            let dir = TempDir::new().unwrap();
-            fs::write(dir.path().join("config.json"), config).unwrap();
-            let mut values = vec![0.5; 5000];
-            values[2500] = weight;
-            write(&dir.path().join(SINGLE_FILE), &[f32s("a", &[5000], &values)]);
-            BaseModel::open(dir.path()).unwrap().identity().unwrap()
-        };
-        let first = identity("{}", 1.0);
-        assert_eq!(first.len(), 32);
-        assert_eq!(first, identity("{}", 1.0));
-        assert_ne!(first, identity("{ }", 1.0));
-        assert_ne!(first, identity("{}", 1.5));
     }
 }

@@ -20,7 +20,8 @@ use crate::quant::double::{self, NestedAbsmax};
 use crate::quant::nf4::{Absmax, Nf4Tensor};
 use crate::quant::record::{BLOCK, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
 
-use super::load::{self, InBf16};
+use super::encodings::InBf16;
+use super::load;
 
 /// Rows of the embedding table; token ids beyond begin again.
 const EMBEDDING_ROWS: usize = 4096;

@@ -14,11 +14,13 @@ pub fn run(start: &Start, model: &str, output: &str, world_size: u32, overrides:
     let given = vec![("model", model.into()), ("shards", output.into())];
     let job = recipe::from_options(Command::Quantize, given, overrides)?;
     let num_shards = world_size as usize;
-    let opened = load::open(&job.model, &load_options(&job, num_shards))?;
     let mut comm = MpiComm::new(start.world)?;
+    let mut tell = |line| start.log.line(line);
+    let mut opened = load::open(&job.model, &load_options(&job, num_shards), &mut comm, &mut tell)?;
     start.threads(&mut comm)?;
     let own: Vec<usize> = (0..num_shards).filter(|s| s % start.world.world_size == start.world.rank).collect();
-    opened.write(&mut comm, &own, &mut |line| start.log.line(line))?;
+    opened.write(&mut comm, &own, &mut tell)?;
+    opened.keep_digests(&mut tell);
     let size = bytes(opened.spec.data_bytes());
     start.log.line(format!(
         "{}: {num_shards} shard files of {size}, {}",

@@ -68,9 +68,10 @@ pub trait Work {
 }
 
 impl Start<'_> {
-    /// Opens and checks a job's model.
+    /// Opens and checks a job's model and finds out which one it is. Collective.
     pub fn open(&self, job: &Job) -> Result<OpenedBase> {
-        load::open(&job.model, &load_options(job, self.num_shards(&job.fsdp)?))
+        let options = load_options(job, self.num_shards(&job.fsdp)?);
+        load::open(&job.model, &options, &mut MpiComm::new(self.world)?, &mut |line| self.log.line(line))
     }
 
     /// The adapter that a job names, and what the user should know about it.

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::checkpoint::adapter::{self, Adapter};
+use crate::checkpoint::identity::BaseStamps;
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
 use crate::checkpoint::room::Want;
@@ -13,7 +14,7 @@ use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
 use crate::comm::{Queue, anywhere};
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
-use crate::device::Ops;
+use crate::device::{Device, Ops};
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
@@ -89,7 +90,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
     steps.remarks.iter().for_each(|remark| start.log.line(remark.clone()));
     let identity = RunIdentity {
         world_size: start.world.world_size,
-        base: opened.spec.base.clone(),
+        base: opened.identity(),
         tokenizer,
         adapter: hex(adapter.digest()),
         data: hex(train.digest()),
@@ -101,7 +102,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         start.log.line(format!("already finished: the adapter of this very run is in {}", job.output_dir.display()));
         return Ok(());
     }
-    let base = opened.model.clone();
+    let (base, stamps) = (opened.model.clone(), opened.stamps());
     let (comm, placement, loaded) = start.base(opened, &job)?;
     let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
     let work = Training {
@@ -115,6 +116,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         trace,
         kept: &kept,
         output: output.as_mut(),
+        stamps: &stamps,
         is_zero: &|weight| base.is_zero(weight),
     };
     let setup = Setup { comm, base: loaded, adapter: Some(&adapter), limits, job: &job };
@@ -167,6 +169,7 @@ struct Training<'a> {
     kept: &'a Kept,
     /// `None` on all ranks but the first.
     output: Option<&'a mut Output>,
+    stamps: &'a BaseStamps,
     is_zero: IsZero<'a>,
 }
 
@@ -174,7 +177,7 @@ impl Work for Training<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<()> {
-        let Training { start, job, steps, config, adapter, train, eval, trace, kept, output, is_zero } = self;
+        let Training { start, job, steps, config, adapter, train, eval, trace, kept, output, stamps, is_zero } = self;
         let live = output.as_ref().map(|output| (output.live(), output.keeps_a_result()));
         if let Some((live, true)) = &live {
             start.log.line(format!(
@@ -204,10 +207,11 @@ impl Work for Training<'_> {
         watch::phase(Phase::Save)?;
         let learned = run::adapter(engine, &adapter.settings)?;
         check::result_is_sound(adapter, &learned)?;
+        let doubt = doubt(&mut engine.queue, start, stamps)?;
         if let (Some(output), Some(metrics)) = (output, metrics) {
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
             let wait = watch::wait("saving the adapter");
-            save(output, &learned, config, kept, metrics.lines())?;
+            save(output, &learned, config, kept, metrics.lines(), doubt)?;
             drop(wait);
             start.log.line(format!("adapter: {}", job.output_dir.display()));
         }
@@ -217,12 +221,39 @@ impl Work for Training<'_> {
     }
 }
 
-/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir.
-fn save(output: &mut Output, adapter: &Adapter, config: &ModelConfig, kept: &Kept, metrics: &[u8]) -> Result<()> {
+/// Says which file of the base changed during the run. Collective; the first rank of each node looks.
+fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, start: &Start, stamps: &BaseStamps) -> Result<Option<String>> {
+    let looks = start.world.local_rank == 0;
+    watch::at("comparing the base with what it was at the start");
+    let own = looks.then(|| stamps.check_unchanged().err()).flatten().map(|error| format!("{error:#}"));
+    let changed = queue.all_gather_f64("stamps of the base", &[f64::from(own.is_some())])?;
+    let other = changed.iter().position(|changed| changed[0] > 0.0);
+    Ok(own.or(other.map(|rank| format!("the base on the machine of rank {rank} has changed during the run"))))
+}
+
+/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir or if there is a
+/// doubt about the result.
+fn save(
+    output: &mut Output,
+    adapter: &Adapter,
+    config: &ModelConfig,
+    kept: &Kept,
+    metrics: &[u8],
+    doubt: Option<String>,
+) -> Result<()> {
     let mut others = kept.tokenizer_files.clone();
     others.push((METRICS_FILE, metrics.to_vec()));
     let write = |dir: &Path| adapter::save(adapter, config, &kept.base, dir);
-    match output.finish(&RunResult { adapter: &write, others, doubt: None }).context("saving the adapter")? {
+    let result = RunResult { adapter: &write, others, doubt: doubt.clone() };
+    let place = output.finish(&result).context("saving the adapter")?;
+    if let Some(doubt) = doubt {
+        let dir = match &place {
+            Place::OutputDir => "output_dir",
+            Place::Elsewhere { dir, .. } => &dir.display().to_string(),
+        };
+        bail!("{doubt}; the adapter was saved in {dir}, but cannot be trusted");
+    }
+    match place {
         Place::OutputDir => Ok(()),
         Place::Elsewhere { dir, why } => {
             bail!("output_dir takes no result ({why}); the adapter is complete and was saved in {}", dir.display())

@@ -1,13 +1,14 @@
 //! config.json of a Llama model, as transformers 4 and 5 write it. A key that is not understood is refused.
 
-use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
+use anyhow::{Result, bail};
+use serde_json::{Map, Value, json};
 
 use super::json_fields::Fields;
+use super::names::Projection;
 use super::rope::{Llama3, RopeConfig, RopeScaling, Yarn};
+use crate::files::{self, MAX_SETTINGS_BYTES, listed};
 
 /// Keys that do not change what the model computes: generation defaults, tokens, file keeping.
 #[rustfmt::skip]
@@ -47,6 +48,10 @@ fn neutral_values() -> [(&'static str, Value); 16] {
     ]
 }
 
+/// Weights of a model, at most: two hundred times as many as the largest model there is has, and few enough for every product of
+/// sizes to fit in 64 bits.
+const MAX_WEIGHTS: u128 = 100_000_000_000_000;
+
 /// Sizes and variants of a Llama model, under the names of Hugging Face.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
@@ -73,29 +78,52 @@ pub struct ModelConfig {
     pub quantization: Option<BnbConfig>,
 }
 
-/// What counts of a bitsandbytes `quantization_config`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Keys of a bitsandbytes `quantization_config` that do not change what the stored weights are.
+const HARMLESS_BNB: &[&str] = &[
+    "_load_in_4bit",
+    "_load_in_8bit",
+    "bnb_4bit_compute_dtype",
+    "bnb_4bit_use_double_quant",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_threshold",
+];
+
+/// What counts of a bitsandbytes `quantization_config`. Each tensor says for itself whether it is in 4 bit.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BnbConfig {
-    pub double_quant: bool,
+    /// `llm_int8_skip_modules`: modules that are not in 4 bit.
+    pub skip_modules: Vec<String>,
+}
+
+impl BnbConfig {
+    /// The entry of [`Self::skip_modules`] that names a module: as its path or a part of it, e.g. `lm_head`, `model.layers.1` or
+    /// `mlp` for `model.layers.1.mlp.up_proj`.
+    pub fn skips(&self, module: &str) -> Option<&str> {
+        let dotted = format!(".{module}.");
+        self.skip_modules.iter().map(String::as_str).find(|skipped| dotted.contains(&format!(".{skipped}.")))
+    }
 }
 
 impl ModelConfig {
     /// Reads `dir/config.json`. The error names every key that cannot be honoured, what it is and what is allowed.
     pub fn load(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let text = fs::read(&path).with_context(|| path.display().to_string())?;
-        Self::parse(&text, &path.display().to_string())
+        Self::from_map(files::read_json(&path, MAX_SETTINGS_BYTES)?, &files::shown_path(&path))
     }
 
     /// Reads the text of a config.json that came from `source`.
     pub fn parse(text: &[u8], source: &str) -> Result<Self> {
-        let map = serde_json::from_slice(text).with_context(|| format!("{source}: not a JSON object"))?;
+        Self::from_map(files::parse_json(Path::new(source), text)?, source)
+    }
+
+    fn from_map(map: Map<String, Value>, source: &str) -> Result<Self> {
         let mut fields = Fields { map, prefix: "", problems: Vec::new() };
         let config = Self::read(&mut fields);
         if fields.problems.is_empty() {
             return Ok(config);
         }
-        bail!("{source}: this model cannot be used:\n  {}", fields.problems.join("\n  "))
+        bail!("{source}: this model cannot be used:{}", listed(&fields.problems))
     }
 
     /// Reads all keys; what is wrong is in `fields.problems`, and then the value means nothing.
@@ -140,10 +168,45 @@ impl ModelConfig {
             eos_token_ids: read_eos_token_ids(fields),
             quantization: read_quantization(fields),
         };
+        config.check_sizes(fields);
         fields.check_neutral(neutral_values());
         fields.map.retain(|key, _| !HARMLESS.contains(&key.as_str()));
         fields.check_rest();
         config
+    }
+
+    /// Refuses sizes whose products would overflow somewhere, and rotations that are no numbers.
+    fn check_sizes(&self, fields: &mut Fields) {
+        // Far more than any model has. Lists are made of as many layers, pieces of the vocabulary and frequencies.
+        for (key, found, most) in [
+            ("num_hidden_layers", self.num_hidden_layers, 1000),
+            ("vocab_size", self.vocab_size, 100_000_000),
+            ("head_dim", self.head_dim, 65_536),
+        ] {
+            if found > most {
+                fields.refuse(key, found, format!("at most {most}"));
+            }
+        }
+        let weights: u128 =
+            Projection::ALL.iter().map(|p| p.shape(self).iter().map(|&n| n as u128).product::<u128>()).sum();
+        let layers = weights.saturating_mul(self.num_hidden_layers as u128);
+        let embedding = self.vocab_size as u128 * self.hidden_size as u128;
+        if layers.saturating_add(2 * embedding) > MAX_WEIGHTS {
+            fields.problems.push(format!(
+                "hidden_size {}, intermediate_size {}, num_hidden_layers {}, vocab_size {}, num_attention_heads {}, head_dim {}: \
+                 together more than 10^14 weights",
+                self.hidden_size,
+                self.intermediate_size,
+                self.num_hidden_layers,
+                self.vocab_size,
+                self.num_attention_heads,
+                self.head_dim
+            ));
+        } else if fields.problems.is_empty() && !self.rope.is_finite() {
+            fields
+                .problems
+                .push(format!("rope_parameters: they give rotations that are no finite numbers ({:?})", self.rope));
+        }
     }
 }
 
@@ -201,23 +264,38 @@ fn read_quantization(fields: &mut Fields) -> Option<BnbConfig> {
         return None;
     }
     let mut quantization = fields.object("quantization_config");
-    let expected = [
-        ("quant_method", json!("bitsandbytes")),
-        ("load_in_8bit", json!(false)),
-        ("load_in_4bit", json!(true)),
-        ("bnb_4bit_quant_type", json!("nf4")),
-        ("bnb_4bit_quant_storage", json!("uint8")),
-    ];
-    // Written out, because bitsandbytes' own default of the type is fp4.
-    for required in ["quant_method", "bnb_4bit_quant_type"] {
-        if !quantization.has(required) {
-            quantization.problems.push(format!("quantization_config.{required}: missing"));
+    let method = quantization.take("quant_method");
+    if let Some(other) = method.clone().filter(|method| method != "bitsandbytes") {
+        quantization.refuse(
+            "quant_method",
+            other,
+            "\"bitsandbytes\" in NF4; use the 16-bit model that this one was made from",
+        );
+        // The other keys mean something else with this method.
+        quantization.map.clear();
+    } else {
+        if method.is_none() {
+            quantization.problems.push("quantization_config.quant_method: missing, allowed: \"bitsandbytes\"".into());
         }
+        // Written out, because bitsandbytes' own default of the type is fp4.
+        if !quantization.has("bnb_4bit_quant_type") {
+            quantization.problems.push("quantization_config.bnb_4bit_quant_type: missing, allowed: \"nf4\"".into());
+        }
+        quantization.check_neutral([
+            ("load_in_8bit", json!(false)),
+            ("load_in_4bit", json!(true)),
+            ("bnb_4bit_quant_type", json!("nf4")),
+            ("bnb_4bit_quant_storage", json!("uint8")),
+        ]);
     }
-    quantization.check_neutral(expected);
-    let double_quant = quantization.flag("bnb_4bit_use_double_quant", false);
+    let strings = |value: &Value| value.as_array()?.iter().map(|v| v.as_str().map(str::to_string)).collect();
+    let none = Some(Vec::new());
+    let skip_modules =
+        quantization.parse("llm_int8_skip_modules", none, Vec::new(), "a list of names of modules", strings);
+    quantization.map.retain(|key, _| !HARMLESS_BNB.contains(&key.as_str()));
+    quantization.check_rest();
     fields.problems.append(&mut quantization.problems);
-    Some(BnbConfig { double_quant })
+    Some(BnbConfig { skip_modules })
 }
 
 fn read_eos_token_ids(fields: &mut Fields) -> Vec<u32> {
@@ -242,6 +320,8 @@ fn check_architecture(fields: &mut Fields) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+
     use tempfile::TempDir;
 
     fn smollm() -> Value {
@@ -358,7 +438,92 @@ mod tests {
     fn a_bitsandbytes_config_is_read() {
         let config = json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true,
             "load_in_8bit": false, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": true,
-            "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_threshold": 6.0}});
-        assert_eq!(load(&with(config)).unwrap().quantization, Some(BnbConfig { double_quant: true }));
+            "bnb_4bit_quant_storage": "uint8", "bnb_4bit_compute_dtype": "bfloat16", "llm_int8_threshold": 6.0,
+            "llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}});
+        let bnb = load(&with(config)).unwrap().quantization.unwrap();
+        assert_eq!(bnb.skip_modules, ["lm_head", "model.layers.1.mlp"]);
+        assert_eq!(bnb.skips("model.layers.1.mlp.up_proj"), Some("model.layers.1.mlp"));
+        assert_eq!(bnb.skips("model.layers.11.mlp.up_proj"), None);
+    }
+
+    #[test]
+    fn a_quantization_is_understood_wholly_or_refused() {
+        for (changes, expected) in [
+            (json!({"llm_int8_skip_modules": "lm_head"}), "llm_int8_skip_modules: found \"lm_head\", allowed: a list"),
+            (json!({"llm_int8_skip_modules": [1]}), "llm_int8_skip_modules: found [1]"),
+            (json!({"bnb_4bit_blocksize": 32}), "quantization_config.bnb_4bit_blocksize: found 32, not a key"),
+            (json!({"quant_method": "gptq", "bits": 4}), "quant_method: found \"gptq\", allowed: \"bitsandbytes\""),
+            (json!({"quant_method": null}), "quant_method: missing"),
+            (json!({"bnb_4bit_quant_type": null}), "bnb_4bit_quant_type: missing"),
+        ] {
+            let mut quantization = json!({"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"});
+            quantization.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            let found = error(json!({"quantization_config": quantization}));
+            assert!(found.contains(expected) && found.lines().count() == 2, "{expected} is not all of {found}");
+        }
+    }
+
+    #[test]
+    fn odd_numbers_are_refused_by_key_and_none_panics() {
+        const WORDS: [&str; 13] = [
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "vocab_size",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "eos_token_id",
+            "tie_word_embeddings",
+            "rope_scaling",
+        ];
+        let odd = [
+            json!(-1),
+            json!(0),
+            json!(1e308),
+            json!(-1e308),
+            json!(1e-320),
+            json!(2.5),
+            json!("9"),
+            json!([]),
+            json!([[1]]),
+            json!({}),
+            json!({"rope_type": 1}),
+            json!(u64::MAX),
+            json!(4_294_967_295_u32),
+            json!(1_000_000_000),
+            json!(1),
+            json!(true),
+            json!("\u{1b}[2J"),
+            json!("x".repeat(100_000)),
+        ];
+        for key in WORDS {
+            for value in &odd {
+                if let Err(error) = load(&with(json!({key: value}))) {
+                    let text = error.to_string();
+                    assert!(
+                        text.contains(key) || key == "num_key_value_heads" || key.starts_with("rope"),
+                        "{key}: {text}"
+                    );
+                    assert!(text.len() < 1000 && !text.contains('\x1b'), "{key}: {} bytes", text.len());
+                }
+            }
+        }
+        for rope in [
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 1}),
+            json!({"rope_type": "linear", "factor": 1e300}),
+            json!({"rope_type": "yarn", "factor": 1e-308}),
+            json!({"rope_type": "yarn", "factor": 2, "beta_fast": 1e308, "beta_slow": 1e308}),
+        ] {
+            let found = load(&with(json!({"rope_scaling": rope.clone()})));
+            assert!(found.as_ref().is_ok_and(|config| config.rope.is_finite()) || found.is_err(), "{rope}: {found:?}");
+        }
+        let huge = error(json!({"num_hidden_layers": 1_000_000_000}));
+        assert!(huge.contains("num_hidden_layers: found 1000000000, allowed: at most 1000"), "{huge}");
+        let huge = error(json!({"hidden_size": 9_000_000, "intermediate_size": 4_000_000_000_u32}));
+        assert!(huge.contains("hidden_size 9000000") && huge.contains("together more than 10^14 weights"), "{huge}");
     }
 }

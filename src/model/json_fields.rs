@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value};
 
+use crate::files::shown;
+
 /// A JSON object of which each key is taken once. A key that is left at the end was not understood.
 pub(super) struct Fields {
     pub map: Map<String, Value>,
@@ -21,7 +23,7 @@ impl Fields {
     }
 
     pub fn refuse(&mut self, key: &str, found: impl Into<Value>, allowed: impl AsRef<str>) {
-        let (prefix, found, allowed) = (self.prefix, found.into(), allowed.as_ref());
+        let (prefix, found, allowed) = (self.prefix, shown(&found.into().to_string()), allowed.as_ref());
         self.problems.push(format!("{prefix}{key}: found {found}, allowed: {allowed}"));
     }
 
@@ -53,7 +55,9 @@ impl Fields {
     }
 
     pub fn float(&mut self, key: &str, default: Option<f64>) -> f64 {
-        self.parse(key, default, 1.0, "a number above 0", |value| value.as_f64().filter(|&x| x > 0.0))
+        // Beyond these, f32 has no such number, or none of full precision.
+        let read = |value: &Value| value.as_f64().filter(|x| (1e-30..=1e30).contains(x));
+        self.parse(key, default, 1.0, "a number above 0 (from 1e-30 to 1e30)", read)
     }
 
     pub fn flag(&mut self, key: &str, default: bool) -> bool {
@@ -86,8 +90,10 @@ impl Fields {
     pub fn check_rest(&mut self) {
         for (key, value) in std::mem::take(&mut self.map).into_iter().filter(|(_, value)| !value.is_null()) {
             self.problems.push(format!(
-                "{}{key}: found {value}, not a key this program knows; remove it if it does not change the model",
-                self.prefix
+                "{}{}: found {}, not a key this program knows; remove it if it does not change the model",
+                self.prefix,
+                shown(&key),
+                shown(&value.to_string())
             ));
         }
     }

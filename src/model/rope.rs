@@ -73,6 +73,12 @@ impl RopeConfig {
         }
     }
 
+    /// Whether all that documents are rotated with are finite numbers.
+    pub(super) fn is_finite(&self) -> bool {
+        let documents = [1, self.max_position_embeddings.saturating_mul(2)];
+        documents.into_iter().flat_map(|n| self.inv_freq(n)).all(f32::is_finite) && self.attention_scaling().is_finite()
+    }
+
     /// Factor of cosines and sines; 1 except for YaRN.
     pub fn attention_scaling(&self) -> f32 {
         match &self.scaling {

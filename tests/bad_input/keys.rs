@@ -111,6 +111,8 @@ fn observe(args: &[&str], sets: &[&str], ranks: usize) -> String {
     ));
     let mut seen = times.unwrap().replace_all(&text, "").into_owned();
     let mut files = place.results();
+    // The name of a record of digests depends on where the model lies.
+    files.retain(|file| !file.contains("/base-"));
     files.sort();
     seen += &files.join("\n").replace(place.path("").to_str().unwrap(), "");
     for out in ["out", "elsewhere"] {
@@ -189,7 +191,8 @@ fn train() {
         by("training.logging_steps=2"),
         by_with("training.eval_steps=1", &["data.eval=0.3"]),
     ];
-    check("train", &["--device", "cpu", "train", "-c", "recipe.yaml"], &[&own, &BASE, &ENGINE, &STEPS, &STEPS_HERE]);
+    let args = ["--device", "cpu", "train", "-c", "recipe.yaml", "--set", "lora.lora_dropout=0.1"];
+    check("train", &args, &[&own, &BASE, &ENGINE, &STEPS, &STEPS_HERE]);
 }
 
 #[test]

@@ -90,7 +90,7 @@ impl EngineOptions {
             shards: Some(shards.to_path_buf()),
             num_shards: position.num_shards,
         };
-        let opened = load::open(&self.model, &options).unwrap();
+        let opened = load::open(&self.model, &options, &mut *groups.world, &mut |_| ()).unwrap();
         let base = opened.load(&mut *groups.world, position.replica == 0, &mut |_| (), &mut |_| ()).unwrap();
         let limits = Limits {
             max_context: self.max_tokens,

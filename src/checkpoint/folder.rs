@@ -1,0 +1,208 @@
+//! The folder of a base model: which files it may consist of, and what a folder that is no model most likely is.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::files::{shown, shown_path};
+
+pub(super) const SINGLE_FILE: &str = "model.safetensors";
+pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// Checks that this is the folder of a model. The error says what it is instead: the root of a repository in the hub's cache, an
+/// adapter, weights in another format.
+pub(super) fn check(dir: &Path) -> Result<()> {
+    ensure!(dir.is_dir(), "{}: not a directory", shown_path(dir));
+    if dir.join("config.json").exists() {
+        return Ok(());
+    }
+    if let Some(snapshot) = snapshot_of(dir) {
+        bail!(
+            "{}: a repository in the hub's cache, not a model's folder; the model is in a snapshot\nhelp: model: {}",
+            shown_path(dir),
+            shown_path(&snapshot)
+        );
+    }
+    if dir.join("adapter_config.json").exists() {
+        bail!(
+            "{}: an adapter (adapter_config.json), not a base model; give the folder of its base model",
+            shown_path(dir)
+        );
+    }
+    bail!("{}: there is no config.json{}", shown_path(dir), other_weights(dir).unwrap_or_default())
+}
+
+/// The error of a folder with a config.json and no safetensors file.
+pub(super) fn no_weights(dir: &Path) -> String {
+    let others = other_weights(dir)
+        .unwrap_or_else(|| format!("\nhelp: hf download {} --local-dir {}", repository(dir), shown_path(dir)));
+    format!("{}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{others}", shown_path(dir))
+}
+
+/// What there is of weights in other formats, and how they become safetensors.
+fn other_weights(dir: &Path) -> Option<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(dir).ok()?.flatten().map(|e| e.file_name().to_string_lossy().into()).collect();
+    names.sort();
+    let with = |extensions: &[&str]| names.iter().find(|name| extensions.iter().any(|e| name.ends_with(e)));
+    if let Some(name) = with(&[".bin", ".pth", ".pt", ".ckpt"]) {
+        return Some(format!(
+            "; {} is in PyTorch's format, which is not read: convert it to safetensors\n\
+             help: python -c \"from transformers import AutoModelForCausalLM as A; \
+             A.from_pretrained('{2}', dtype='auto').save_pretrained('{2}-safetensors')\", or look for a revision with safetensors \
+             (hf download {1})",
+            shown(name),
+            repository(dir),
+            shown_path(dir)
+        ));
+    }
+    if let Some(name) = with(&[".gguf"]) {
+        return Some(format!(
+            "; {} is in GGUF, which is not read: download the model that it was made from\nhelp: hf download ORG/NAME \
+             --local-dir FOLDER",
+            shown(name)
+        ));
+    }
+    with(&[".safetensors"]).map(|name| {
+        format!("; {} is there, but no {INDEX_FILE} that names it: download it again\nhelp: hf download {} --local-dir FOLDER", shown(name), repository(dir))
+    })
+}
+
+/// The snapshot that a repository in the hub's cache (`models--ORG--NAME`) means: that of `refs/main`, else any.
+fn snapshot_of(dir: &Path) -> Option<PathBuf> {
+    let snapshots = dir.join("snapshots");
+    let main = std::fs::read_dir(dir.join("refs"))
+        .ok()
+        .and_then(|_| crate::files::read_text(&dir.join("refs/main"), 1000).ok());
+    let main = main.map(|revision| snapshots.join(revision.trim())).filter(|path| path.is_dir());
+    let mut all: Vec<PathBuf> = std::fs::read_dir(&snapshots).ok()?.flatten().map(|entry| entry.path()).collect();
+    all.sort();
+    main.or(all.pop())
+}
+
+/// `ORG/NAME` where a folder of the hub's cache tells it.
+fn repository(dir: &Path) -> String {
+    let root = dir.ancestors().filter_map(|path| path.file_name()?.to_str()?.strip_prefix("models--")).next();
+    root.map_or("ORG/NAME".into(), |name| shown(&name.replacen("--", "/", 1)))
+}
+
+/// Checks a file that an index names: it lies in the model's folder, or is a link to a file there or, from a snapshot of the hub's
+/// cache, to one in `../../blobs`. An index comes from somebody else, and must not choose which files of this machine are read.
+pub(super) fn check_named(dir: &Path, name: &str) -> Result<()> {
+    let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
+    ensure!(plain, "names {:?}; allowed are names of files in its own folder", shown(name));
+    let path = dir.join(name);
+    ensure!(path.symlink_metadata().is_ok(), "names {}, which is not there", shown(name));
+    let place = || shown_path(&path);
+    let real = path.canonicalize().with_context(place)?;
+    let own = dir.canonicalize().with_context(place)?;
+    let blobs = own
+        .parent()
+        .filter(|parent| parent.ends_with("snapshots"))
+        .and_then(Path::parent)
+        .map(|root| root.join("blobs"));
+    let blobs = blobs.and_then(|blobs| blobs.canonicalize().ok());
+    ensure!(
+        real.parent() == Some(&own) || blobs.is_some() && real.parent() == blobs.as_deref(),
+        "names {}, a link to {}; allowed are files of its own folder, and of ../../blobs from a snapshot in the hub's cache",
+        shown(name),
+        shown_path(&real)
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use tempfile::tempdir;
+
+    #[test]
+    fn a_folder_that_is_no_model_is_told_apart() {
+        let error = |files: &[&str]| {
+            let dir = tempdir().unwrap();
+            let root = dir.path().join("models--org--some--name");
+            fs::create_dir(&root).unwrap();
+            for file in files {
+                fs::create_dir_all(root.join(file).parent().unwrap()).unwrap();
+                fs::write(root.join(file), "b\n").unwrap();
+            }
+            match check(&root) {
+                Err(error) => error.to_string(),
+                Ok(()) => no_weights(&root),
+            }
+        };
+        for (files, found) in [
+            (&["snapshots/a/config.json", "snapshots/b/config.json"][..], "/snapshots/b"),
+            (&["snapshots/b/config.json", "snapshots/c/config.json", "refs/main"], "/snapshots/b"),
+            (&["adapter_config.json", "adapter_model.safetensors"], "an adapter (adapter_config.json)"),
+            (&["consolidated.00.pth"], "no config.json; consolidated.00.pth is in PyTorch's format"),
+            (
+                &["config.json", "pytorch_model.bin"],
+                "pytorch_model.bin is in PyTorch's format, which is not read: convert",
+            ),
+            (&["config.json", "model-Q4_K.gguf"], "model-Q4_K.gguf is in GGUF"),
+            (&["config.json", "model-00001-of-00002.safetensors"], "no model.safetensors.index.json that names it"),
+            (&["config.json"], "help: hf download org/some--name --local-dir"),
+            (&[], "there is no config.json"),
+        ] {
+            let error = error(files);
+            assert!(error.contains(found), "{found} in {error}");
+        }
+        let error = check(Path::new("/nowhere/at/all")).unwrap_err().to_string();
+        assert_eq!(error, "/nowhere/at/all: not a directory");
+    }
+
+    #[test]
+    fn an_index_names_files_of_its_own_folder_or_of_the_hub_s_blobs() {
+        let cache = tempdir().unwrap();
+        let root = cache.path().join("models--org--name");
+        let (snapshot, blobs) = (root.join("snapshots/abc"), root.join("blobs"));
+        fs::create_dir_all(&snapshot).unwrap();
+        fs::create_dir_all(&blobs).unwrap();
+        for file in [snapshot.join("own"), blobs.join("1234"), root.join("other"), cache.path().join("outside")] {
+            fs::write(file, "").unwrap();
+        }
+        for (name, target) in [
+            ("blob", "../../blobs/1234"),
+            ("link", "own"),
+            ("twice", "blob"),
+            ("other", "../../other"),
+            ("outside", "../../../outside"),
+            ("absolute", "/etc/hostname"),
+            ("dangling", "none"),
+            ("endless", "endless"),
+        ] {
+            symlink(target, snapshot.join(name)).unwrap();
+        }
+        for name in ["own", "blob", "link", "twice"] {
+            check_named(&snapshot, name).unwrap();
+        }
+        for name in [
+            "other",
+            "outside",
+            "absolute",
+            "dangling",
+            "endless",
+            "none",
+            "../abc/own",
+            "/etc/hostname",
+            "..",
+            ".",
+            "",
+            "a/b",
+        ] {
+            let error = format!("{:#}", check_named(&snapshot, name).unwrap_err());
+            assert!(error.contains("names ") || error.contains("os error"), "{name}: {error}");
+        }
+        // Outside the hub's cache there are no blobs.
+        let plain = cache.path().join("plain/folder/model");
+        fs::create_dir_all(&plain).unwrap();
+        fs::create_dir(cache.path().join("plain/blobs")).unwrap();
+        fs::write(cache.path().join("plain/blobs/1"), "").unwrap();
+        symlink("../../blobs/1", plain.join("blob")).unwrap();
+        assert!(check_named(&plain, "blob").unwrap_err().to_string().contains("a link to"));
+    }
+}
