@@ -15,6 +15,9 @@ use serde::de::DeserializeOwned;
 /// Largest JSON file of settings: config.json, generation_config.json, adapter_config.json, tokenizer_config.json.
 pub const MAX_SETTINGS_BYTES: u64 = 4 << 20;
 
+/// Largest file of a tokenizer; the largest tokenizer.json known has 40 MB.
+pub const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
+
 /// First line of a file that Git LFS has left in the place of a large one.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1";
 

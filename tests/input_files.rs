@@ -63,6 +63,24 @@ fn what_is_no_regular_file() {
 }
 
 #[test]
+fn what_is_only_kept_or_looked_at_is_no_fifo_either() {
+    let place = Place::new();
+    place.write("rows.jsonl", "{\"input_ids\": [1, 2, 3, 4]}\n".repeat(6));
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::remove_file(place.path(&format!("model/{name}"))).unwrap();
+    }
+    // Rows that are tokenized need no tokenizer, but the files of one go beside the adapter.
+    fifo(&place.path("model/added_tokens.json"));
+    refused(&place, &["model/added_tokens.json: a FIFO"]);
+
+    let place = Place::new();
+    std::fs::create_dir(place.path("out")).unwrap();
+    fifo(&place.path("out/run.json"));
+    let text = fails(place.command(&TRAIN), 1);
+    assert!(text.contains("out/run.json: a FIFO"), "{text}");
+}
+
+#[test]
 fn what_is_not_the_file_itself() {
     let page = "\n<!doctype html><html><body>404</body></html>";
     let cases: [(&str, &str, &[&str]); 8] = [

@@ -15,6 +15,7 @@ use crate::comm::watch::{self, Phase};
 use crate::comm::{Queue, anywhere};
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
 use crate::device::{Device, Ops};
+use crate::files;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
@@ -146,8 +147,7 @@ impl Kept {
         let base = std::fs::canonicalize(&job.model).with_context(|| job.model.display().to_string())?;
         let present =
             TOKENIZER_FILES.into_iter().map(|name| (name, job.model.join(name))).filter(|(_, path)| path.exists());
-        let read =
-            |(name, path): (_, PathBuf)| Ok((name, std::fs::read(&path).with_context(|| path.display().to_string())?));
+        let read = |(name, path): (_, PathBuf)| Ok((name, files::read(&path, files::MAX_TOKENIZER_BYTES)?));
         Ok(Kept { base, tokenizer_files: present.map(read).collect::<Result<_>>()? })
     }
 

@@ -38,9 +38,6 @@ const FILES: [&str; 5] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE];
 const TEMPLATE_FILE: &str = "chat_template.jinja";
 
-/// The largest tokenizer.json known is of 40 MB.
-const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
-
 /// Text to token ids and back.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
@@ -58,7 +55,7 @@ impl TextTokenizer {
     pub fn load(dir: &Path, now: &Zoned) -> Result<TextTokenizer> {
         let path = dir.join("tokenizer.json");
         ensure!(path.exists(), "{}: tokenizer.json is missing; other tokenizer files are not read", dir.display());
-        let bytes = files::read(&path, MAX_TOKENIZER_BYTES)?;
+        let bytes = files::read(&path, files::MAX_TOKENIZER_BYTES)?;
         let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         // What a data set or a prompt needs of either is decided here, not by whoever saved the file.
         tokenizer.with_padding(None);
@@ -243,7 +240,7 @@ fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Resul
     for name in FILES {
         let path = dir.join(name);
         if path.exists() {
-            let bytes = files::read(&path, MAX_TOKENIZER_BYTES)?;
+            let bytes = files::read(&path, files::MAX_TOKENIZER_BYTES)?;
             digest.update(format!("{name} {}\n", bytes.len()).as_bytes());
             digest.update(&bytes);
         }

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::super::atomic;
+use crate::files;
 
 /// Name of the file.
 pub const RUN_FILE: &str = "run.json";
@@ -124,14 +125,11 @@ impl RunRecord {
     /// Reads the record of a folder; `None` if it has none.
     pub fn read(dir: &Path) -> Result<Option<RunRecord>> {
         let path = dir.join(RUN_FILE);
-        match std::fs::read(&path) {
-            Ok(bytes) => {
-                let record = serde_json::from_slice(&bytes);
-                record.map(Some).with_context(|| format!("{}: not the record of a run", path.display()))
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).with_context(|| path.display().to_string()),
+        if path.symlink_metadata().is_err_and(|error| error.kind() == std::io::ErrorKind::NotFound) {
+            return Ok(None);
         }
+        let record = serde_json::from_slice(&files::read(&path, files::MAX_SETTINGS_BYTES)?);
+        record.map(Some).with_context(|| format!("{}: not the record of a run", path.display()))
     }
 
     /// Writes it, whole, into a folder.
