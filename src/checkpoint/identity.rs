@@ -32,6 +32,7 @@ const READ_BYTES: usize = 1 << 20;
 const MAX_THREADS: usize = 4;
 /// Progress is told about every tenth of a base that is larger.
 const LARGE_BYTES: usize = 4 << 30;
+
 /// The tensors of a base with their digests, and the stamps of its files before they were read.
 #[derive(Clone)]
 pub struct BaseStamps {
