@@ -8,7 +8,7 @@ const MAX_FUNCTION_LINES: usize = 70;
 const LONG_LISTS: [&str; 3] = ["fsdp/memory.rs:carve", "model/layer.rs:forward", "model/layer.rs:backward"];
 
 /// The only files that may be unsafe: mappings, allocations, MPI, NCCL, CUDA, and calls that take raw pointers.
-const UNSAFE: [&str; 15] = [
+const UNSAFE: [&str; 10] = [
     "checkpoint/shards.rs",
     "checkpoint/source.rs",
     "comm/cuda_queue.rs",
@@ -18,12 +18,7 @@ const UNSAFE: [&str; 15] = [
     "comm/node.rs",
     "device/cpu/gemm.rs",
     "device/cpu/memory.rs",
-    "device/cuda/compile.rs",
-    "device/cuda/gemm.rs",
-    "device/cuda/launch.rs",
-    "device/cuda/libraries.rs",
-    "device/cuda/memory.rs",
-    "device/cuda/mod.rs",
+    "device/cuda/",
 ];
 
 /// The only files that may print.
@@ -126,7 +121,7 @@ fn unsafe_and_printing_stay_where_they_belong() {
     let mut wrong = Vec::new();
     for (name, text) in sources() {
         for line in code(&text).lines().filter(|l| !is_comment(l)) {
-            if line.contains("unsafe ") && !UNSAFE.contains(&name.as_str()) {
+            if line.contains("unsafe ") && !UNSAFE.iter().any(|p| name.starts_with(p)) {
                 wrong.push(format!("{name}: {line}"));
             }
             if line.contains("println!(") && !PRINTS.iter().any(|p| name.starts_with(p)) {

@@ -32,6 +32,7 @@ impl<A: HalfType> Cuda<A> {
             bias_correction2_sqrt,
             epsilon as f32
         ];
-        self.launch("adamw", Grid::elements(len), args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch("adamw", Grid::elements(len), args) }
     }
 }

@@ -52,7 +52,8 @@ impl<A: HalfType> Cuda<A> {
         let scale = 1.0 / (head_dim as f32).sqrt();
         let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
         let args = args![out, lse, q, k, v, positions, tokens as i32, heads, kv_heads, past, scale];
-        self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, head_dim), args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, head_dim), args) }
     }
 
     pub(super) fn attention_backward_act(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
@@ -74,20 +75,25 @@ impl<A: HalfType> Cuda<A> {
         let (t, heads, kv_heads) = (tokens as i32, num_heads as i32, num_key_value_heads as i32);
         let rows = tokens * num_heads;
         let delta_args = args![delta.view(), d_out, out, rows as u64, head_dim as u32];
-        self.launch(
-            "attention_delta",
-            Grid { blocks: (rows.div_ceil(8), 1), threads: 256, shared_bytes: 0 },
-            delta_args,
-        )?;
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe {
+            self.launch(
+                "attention_delta",
+                Grid { blocks: (rows.div_ceil(8), 1), threads: 256, shared_bytes: 0 },
+                delta_args,
+            )
+        }?;
         let delta = delta.view();
         let args = args![d_q, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
         let grid = grid(tokens, num_heads, head_dim);
-        self.launch(&format!("attention_backward_queries_{head_dim}"), grid, args)?;
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch(&format!("attention_backward_queries_{head_dim}"), grid, args) }?;
         let kernel = format!("attention_backward_keys_{head_dim}");
         let group = num_heads / num_key_value_heads;
         self.sum_over_heads(Parts { d_k, d_v, head_d_k, head_d_v, parts: group, head_dim }, |d_k, d_v| {
             let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
-            self.launch(&kernel, grid, args)
+            // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+            unsafe { self.launch(&kernel, grid, args) }
         })
     }
 
@@ -106,7 +112,8 @@ impl<A: HalfType> Cuda<A> {
         for (sum, parts_of_it) in [(d_k, head_d_k.view()), (d_v, head_d_v.view())] {
             let eights = sum.len() / 8;
             let args = args![sum, parts_of_it, eights as u64, parts as u32, (head_dim / 8) as u32];
-            self.launch("attention_sum_heads", Grid::elements(eights), args)?;
+            // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+            unsafe { self.launch("attention_sum_heads", Grid::elements(eights), args) }?;
         }
         Ok(())
     }

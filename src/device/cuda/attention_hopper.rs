@@ -59,7 +59,8 @@ impl<A: HalfType> Cuda<A> {
         let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
         let args = args![out, lse, q?, k?, v?, positions, tokens as i32, heads, kv_heads, past, scale];
         let grid = hopper.grid(tokens.div_ceil(ROWS) * num_heads);
-        self.launch(&format!("attention_hopper_forward_{head_dim}"), grid, args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch(&format!("attention_hopper_forward_{head_dim}"), grid, args) }
     }
 
     pub(super) fn hopper_attention_backward(&self, hopper: Hopper, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
@@ -79,7 +80,8 @@ impl<A: HalfType> Cuda<A> {
         let delta = delta.view();
         let args = args![d_q, delta, d_out_map, q, k, v, d_out, out, lse, positions, t, heads, kv_heads, scale];
         let grid = hopper.grid(blocks * num_heads);
-        self.launch(&format!("attention_hopper_backward_queries_{head_dim}"), grid, args)?;
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch(&format!("attention_hopper_backward_queries_{head_dim}"), grid, args) }?;
         let group = num_heads / num_key_value_heads;
         let of_a_piece = hopper.heads_of_a_piece(tokens, num_key_value_heads, group);
         let parts = group / of_a_piece;
@@ -88,7 +90,8 @@ impl<A: HalfType> Cuda<A> {
             let args =
                 args![d_k, d_v, d_out_map, q, k, v, lse, delta, positions, t, heads, kv_heads, of_a_piece, scale];
             let grid = hopper.grid(blocks * num_key_value_heads * parts);
-            self.launch(&format!("attention_hopper_backward_keys_{head_dim}"), grid, args)
+            // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+            unsafe { self.launch(&format!("attention_hopper_backward_keys_{head_dim}"), grid, args) }
         })
     }
 

@@ -35,7 +35,7 @@ impl Blas {
         // SAFETY: stream and workspace are kept beside the handle.
         unsafe {
             result::set_stream(handle, stream.cu_stream().cast()).map_err(|e| anyhow!("cuBLAS: {e:?}"))?;
-            sys::cublasSetWorkspace_v2(handle, tables.workspace() as *mut c_void, WORKSPACE_BYTES)
+            sys::cublasSetWorkspace_v2(handle, tables.workspace().0 as *mut c_void, WORKSPACE_BYTES)
                 .result()
                 .map_err(|e| anyhow!("cuBLAS: {e:?}"))?;
             // Partial sums of a product split over k stay f32: rounded to 16 bits they would cost three times its error.
@@ -84,7 +84,7 @@ impl<A: HalfType> Cuda<A> {
         self.gemm_strided(c, (a, a_stride, transpose_a), (b, b_stride, transpose_b), [m, n, k], alpha, beta)
     }
 
-    /// [`Gemm`] with operands whose rows are apart by a stride; the lengths are the caller's business.
+    /// [`Gemm`] with operands whose rows are apart by a stride.
     pub(super) fn gemm_strided<C: BlasType>(
         &self,
         c: ViewMut<'_, Cuda<A>, C>,
@@ -103,6 +103,20 @@ impl<A: HalfType> Cuda<A> {
         };
         let int = |size: usize| i32::try_from(size);
         let operand = A::TYPE;
+        let reach = |stride: usize, transpose, rows: usize, columns: usize| match (transpose, rows * columns) {
+            (_, 0) => 0,
+            (Transpose::No, _) => (rows - 1) * stride + columns,
+            (Transpose::Yes, _) => (columns - 1) * stride + rows,
+        };
+        ensure!(
+            m * n <= c.len()
+                && reach(a_stride, transpose_a, m, k) <= a.len()
+                && reach(b_stride, transpose_b, k, n) <= b.len(),
+            "gemm m {m} n {n} k {k}: strides a {a_stride} b {b_stride} reach beyond a {} or b {}, or c {} is too short",
+            a.len(),
+            b.len(),
+            c.len()
+        );
         // SAFETY: cuBLAS counts in columns, so that it sees Cᵀ = op(B)ᵀ · op(A)ᵀ of the same memory; sizes and strides were
         // checked against the views; alpha and beta are read before the call returns.
         unsafe {

@@ -7,6 +7,7 @@ use cudarc::driver::{CudaStream, result, sys};
 
 use crate::device::{Element, View, ViewMut};
 
+use super::memory::TableAddr;
 use super::{Cuda, HalfType};
 
 /// One argument of a kernel, in the low bytes: an address, a number or a tensor map.
@@ -44,6 +45,19 @@ impl<A: HalfType, T: Element> From<View<'_, Cuda<A>, T>> for Arg {
 impl<A: HalfType, T: Element> From<ViewMut<'_, Cuda<A>, T>> for Arg {
     fn from(view: ViewMut<'_, Cuda<A>, T>) -> Arg {
         Arg::bits(view.addr() as u64)
+    }
+}
+
+/// An optional view: address 0 stands for `None`.
+impl<A: HalfType, T: Element> From<Option<View<'_, Cuda<A>, T>>> for Arg {
+    fn from(view: Option<View<'_, Cuda<A>, T>>) -> Arg {
+        Arg::bits(view.map_or(0, |view| view.addr() as u64))
+    }
+}
+
+impl From<TableAddr> for Arg {
+    fn from(addr: TableAddr) -> Arg {
+        Arg::bits(addr.0)
     }
 }
 
@@ -110,11 +124,20 @@ pub(super) use args;
 
 impl<A: HalfType> Cuda<A> {
     /// Starts a kernel on the compute stream; none for a grid without blocks.
-    pub(super) fn launch<const N: usize>(&self, name: &str, grid: Grid, args: [Arg; N]) -> Result<()> {
-        self.launch_on(&self.compute, name, grid, args)
+    ///
+    /// # Safety
+    /// The arguments are those that the kernel declares, in its order, and what it reaches through them, in a grid of this size, lies in
+    /// the views that they were made of. Memory is freed when the GPU is idle, so that views need not outlive the call.
+    pub(super) unsafe fn launch<const N: usize>(&self, name: &str, grid: Grid, args: [Arg; N]) -> Result<()> {
+        // SAFETY: the caller's duty.
+        unsafe { self.launch_on(&self.compute, name, grid, args) }
     }
 
-    pub(super) fn launch_on<const N: usize>(
+    /// Starts a kernel on a stream.
+    ///
+    /// # Safety
+    /// As for [`Cuda::launch`].
+    pub(super) unsafe fn launch_on<const N: usize>(
         &self,
         stream: &CudaStream,
         name: &str,
@@ -127,8 +150,7 @@ impl<A: HalfType> Cuda<A> {
         let kernel = self.kernels.get(name).with_context(|| format!("no kernel is named {name}"))?;
         let mut pointers = args.each_ref().map(|arg| std::ptr::from_ref(&arg.0).cast::<c_void>().cast_mut());
         let (x, y) = (u32::try_from(grid.blocks.0)?, u32::try_from(grid.blocks.1)?);
-        // SAFETY: each op passes the arguments that its kernel declares, in order, and has checked that what the kernel
-        // reaches lies in the views that it was given; their memory lives until the stream has been synchronized.
+        // SAFETY: the caller vouches for the arguments; each is as large as any that a kernel declares.
         let launched = unsafe {
             result::launch_kernel(
                 kernel.cu_function(),

@@ -34,6 +34,7 @@ impl<A: HalfType> Cuda<A> {
             scale,
             u32::from(accumulate)
         ];
-        self.launch("lora_dropout", Grid::elements(len / 8), args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch("lora_dropout", Grid::elements(len / 8), args) }
     }
 }

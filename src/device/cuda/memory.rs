@@ -1,7 +1,8 @@
 //! Device memory, copies and fills.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
@@ -30,6 +31,19 @@ impl Drop for DeviceRegion {
     }
 }
 
+/// Ranges of host memory that the driver holds in place: addresses of the first byte and of what follows the last.
+static PINNED: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
+
+fn pinned() -> MutexGuard<'static, Vec<Range<usize>>> {
+    PINNED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether the driver may still read a slice when an asynchronous copy from it has returned.
+fn is_pinned<T>(slice: &[T]) -> bool {
+    let own = slice.as_ptr_range();
+    pinned().iter().any(|range| range.start < own.end as usize && (own.start as usize) < range.end)
+}
+
 /// Host memory that the driver holds in place; let go on drop.
 struct Pin {
     addr: usize,
@@ -44,6 +58,7 @@ impl Pin {
         status.result().map_err(|e| {
             anyhow!("the driver cannot pin {bytes} bytes of host memory: {e}; fsdp.host_budget says how many it may be")
         })?;
+        pinned().push(addr..addr + bytes);
         Ok(Pin { addr, context: context.clone() })
     }
 }
@@ -55,8 +70,13 @@ impl Drop for Pin {
         let _ = self.context.synchronize();
         // SAFETY: registered in `new`; no buffer of the memory is left, and no copy is under way that was given one.
         let _ = unsafe { sys::cuMemHostUnregister(self.addr as *mut c_void) };
+        pinned().retain(|range| range.start != self.addr);
     }
 }
+
+/// Address of one of [`Tables`].
+#[derive(Clone, Copy)]
+pub struct TableAddr(pub(super) u64);
 
 /// Small ranges of the device itself, in one allocation.
 pub struct Tables {
@@ -88,28 +108,28 @@ impl Tables {
     }
 
     /// f32 `[16]`
-    pub fn codebook(&self) -> u64 {
-        self.region.addr + CODEBOOK_AT
+    pub fn codebook(&self) -> TableAddr {
+        TableAddr(self.region.addr + CODEBOOK_AT)
     }
 
     /// f32 `[15]`
-    pub fn thresholds(&self) -> u64 {
-        self.region.addr + THRESHOLDS_AT
+    pub fn thresholds(&self) -> TableAddr {
+        TableAddr(self.region.addr + THRESHOLDS_AT)
     }
 
     /// f32 `[256]`
-    pub fn map(&self) -> u64 {
-        self.region.addr + MAP_AT
+    pub fn map(&self) -> TableAddr {
+        TableAddr(self.region.addr + MAP_AT)
     }
 
     /// f64 `[SUM_PARTS]`
-    pub fn sums(&self) -> u64 {
-        self.region.addr + SUMS_AT
+    pub fn sums(&self) -> TableAddr {
+        TableAddr(self.region.addr + SUMS_AT)
     }
 
     /// [`gemm::WORKSPACE_BYTES`]
-    pub fn workspace(&self) -> u64 {
-        self.region.addr + WORKSPACE_AT
+    pub fn workspace(&self) -> TableAddr {
+        TableAddr(self.region.addr + WORKSPACE_AT)
     }
 }
 
@@ -174,7 +194,7 @@ impl<A: HalfType> Cuda<A> {
     pub(super) fn read_sums(&self) -> Result<[f64; SUM_PARTS]> {
         let mut sums = [0f64; SUM_PARTS];
         // SAFETY: the range holds as many f64, and the copy is waited for.
-        unsafe { result::memcpy_dtoh_async(&mut sums, self.tables.sums(), self.compute.cu_stream()) }
+        unsafe { result::memcpy_dtoh_async(&mut sums, self.tables.sums().0, self.compute.cu_stream()) }
             .map_err(|e| anyhow!("copy from the GPU: {e}"))?;
         self.synchronize()?;
         Ok(sums)
@@ -238,9 +258,11 @@ impl<A: HalfType> Device for Cuda<A> {
         if src.is_empty() {
             return Ok(());
         }
-        // SAFETY: the lengths are equal; from memory that is not pinned the call returns when the source has been read.
+        // SAFETY: the lengths are equal; from memory that is not pinned the call returns when the source has been read, and otherwise
+        // the copy is waited for below.
         unsafe { result::memcpy_htod_async(dst.addr() as u64, src, self.compute.cu_stream()) }
-            .map_err(|e| anyhow!("copy to the GPU: {e}"))
+            .map_err(|e| anyhow!("copy to the GPU: {e}"))?;
+        if is_pinned(src) { self.synchronize() } else { Ok(()) }
     }
 
     fn download<T: Element>(&self, dst: &mut [T], src: View<'_, Self, T>) -> Result<()> {
@@ -260,5 +282,21 @@ impl<A: HalfType> Device for Cuda<A> {
 
     fn fill_bytes<T: Element>(&self, dst: ViewMut<'_, Self, T>, byte: u8) -> Result<()> {
         self.fill_on(&self.compute, dst, byte)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slice_that_touches_pinned_memory_is_known() {
+        let memory = vec![0u32; 64];
+        let begin = memory.as_ptr() as usize;
+        pinned().push(begin + 64..begin + 128);
+        assert!(!is_pinned(&memory[..16]) && is_pinned(&memory[..17]) && is_pinned(&memory[20..22]));
+        assert!(is_pinned(&memory[31..]) && !is_pinned(&memory[32..]));
+        pinned().retain(|range| range.start != begin + 64);
+        assert!(!is_pinned(&memory));
     }
 }

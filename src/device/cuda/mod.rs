@@ -174,7 +174,8 @@ impl<A: HalfType> Cuda<A> {
             return Ok(());
         }
         let grid = Grid { blocks: (1, 1), threads: 1, shared_bytes: 0 };
-        self.launch_on(stream, "spin", grid, args![time.as_nanos() as u64])
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch_on(stream, "spin", grid, args![time.as_nanos() as u64]) }
     }
 
     /// Bytes of GPU memory that are free.

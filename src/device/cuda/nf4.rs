@@ -16,7 +16,8 @@ impl<A: HalfType> Cuda<A> {
         ensure!(codes.len() == n.div_ceil(2) && blocks == n.div_ceil(BLOCK), "quantize: {n} weights");
         // Eight warps a thread block.
         let args = args![codes, absmax, weights, n as u64, self.tables.thresholds()];
-        self.launch("quantize_nf4", Grid::rows(blocks.div_ceil(8)), args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch("quantize_nf4", Grid::rows(blocks.div_ceil(8)), args) }
     }
 
     pub(super) fn quantize_superblocks(&self, args: QuantizeAbsmax<'_, Cuda<A>>) -> Result<()> {
@@ -24,7 +25,8 @@ impl<A: HalfType> Cuda<A> {
         let (n, superblocks) = (absmax.len(), nested_absmax.len());
         ensure!(codes.len() == n && superblocks == n.div_ceil(SUPERBLOCK), "quantize: {n} absmax values");
         let args = args![codes, nested_absmax, absmax, n as u64, offset, self.tables.map()];
-        self.launch("quantize_absmax", Grid::rows(superblocks), args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch("quantize_absmax", Grid::rows(superblocks), args) }
     }
 
     /// `nf4` and `plain` name the kernels for T.
@@ -42,7 +44,8 @@ impl<A: HalfType> Cuda<A> {
             Encoding::Nf4 { double_quant } => {
                 let (codebook, map) = (self.tables.codebook(), self.tables.map());
                 let args = args![weights, records, len as u64, record_bytes, u32::from(double_quant), codebook, map];
-                self.launch(nf4, Grid::rows(len.div_ceil(RECORD_WEIGHTS)), args)
+                // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+                unsafe { self.launch(nf4, Grid::rows(len.div_ceil(RECORD_WEIGHTS)), args) }
             }
             Encoding::Plain(dtype) => {
                 let dtype: u32 = match dtype {
@@ -50,11 +53,14 @@ impl<A: HalfType> Cuda<A> {
                     Dtype::F16 => 1,
                     Dtype::Bf16 => 2,
                 };
-                self.launch(
-                    plain,
-                    Grid::elements(len.div_ceil(8)),
-                    args![weights, records, len as u64, record_bytes, dtype],
-                )
+                // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+                unsafe {
+                    self.launch(
+                        plain,
+                        Grid::elements(len.div_ceil(8)),
+                        args![weights, records, len as u64, record_bytes, dtype],
+                    )
+                }
             }
         }
     }

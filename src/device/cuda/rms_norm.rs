@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use crate::device::ops::{Normed, RmsNormBackward, RmsNormForward};
 
-use super::launch::{Grid, args};
+use super::launch::{Arg, Grid, args};
 use super::{Cuda, HalfType};
 
 impl<A: HalfType> Cuda<A> {
@@ -15,13 +15,16 @@ impl<A: HalfType> Cuda<A> {
         ensure!(len == y.len() && len == rows * hidden, "rms_norm: x {len} rstd {rows}");
         ensure!(hidden.is_multiple_of(8), "rms_norm: rows of {hidden}, allowed: a multiple of 8");
         let (x, addend) = match x {
-            Normed::Plain(x) => (x.addr() as u64, 0),
+            Normed::Plain(x) => (Arg::from(x), None),
             Normed::Sum { sum, addend } => {
                 ensure!(addend.len() == len, "rms_norm: x {len} addend {}", addend.len());
-                (sum.addr() as u64, addend.addr() as u64)
+                (Arg::from(sum), Some(addend))
             }
         };
-        self.launch("rms_norm_forward", Grid::rows(rows), args![y, rstd, x, addend, weight, hidden_eights, eps])
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe {
+            self.launch("rms_norm_forward", Grid::rows(rows), args![y, rstd, x, addend, weight, hidden_eights, eps])
+        }
     }
 
     pub(super) fn rms_norm_backward_act(&self, args: RmsNormBackward<'_, Cuda<A>>) -> Result<()> {
@@ -29,6 +32,9 @@ impl<A: HalfType> Cuda<A> {
         let (rows, hidden) = (rstd.len(), weight.len());
         ensure!([x.len(), d_y.len(), d_x.len()] == [rows * hidden; 3], "rms_norm backward: x {} rstd {rows}", x.len());
         ensure!(hidden.is_multiple_of(8), "rms_norm: rows of {hidden}, allowed: a multiple of 8");
-        self.launch("rms_norm_backward", Grid::rows(rows), args![d_x, d_y, x, rstd, weight, (hidden / 8) as u32])
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe {
+            self.launch("rms_norm_backward", Grid::rows(rows), args![d_x, d_y, x, rstd, weight, (hidden / 8) as u32])
+        }
     }
 }

@@ -19,6 +19,9 @@ impl<A: HalfType> Cuda<A> {
         );
         let sign: f32 = if inverse { -1.0 } else { 1.0 };
         let tokens = cos.len() / half;
-        self.launch("rope", Grid::rows(tokens), args![x, cos, sin, num_heads as u32, (half / 8) as u32, sign])
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe {
+            self.launch("rope", Grid::rows(tokens), args![x, cos, sin, num_heads as u32, (half / 8) as u32, sign])
+        }
     }
 }

@@ -11,6 +11,7 @@ impl<A: HalfType> Cuda<A> {
     pub(super) fn uniform_f32(&self, args: Uniform<'_, Cuda<A>>) -> Result<()> {
         let Uniform { y, seed, first, half_width } = args;
         let len = y.len();
-        self.launch("uniform", Grid::elements(len), args![y, len as u64, first, seed, half_width])
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch("uniform", Grid::elements(len), args![y, len as u64, first, seed, half_width]) }
     }
 }
