@@ -6,8 +6,9 @@ use anyhow::{Result, bail, ensure};
 
 use super::source::{BaseModel, Dtype, TensorView};
 use crate::files::{listed, shown, shown_path};
-use crate::model::config::{BnbConfig, ModelConfig};
+use crate::model::config::ModelConfig;
 use crate::model::names::{self, TensorSpec};
+use crate::model::quantization::BnbConfig;
 
 impl BaseModel {
     /// Checks that every tensor of the architecture is there in the right shape, as bf16, f16 or f32 — or, for a

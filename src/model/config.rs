@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::json_fields::Fields;
 use super::names::Projection;
+use super::quantization::{self, BnbConfig};
 use super::rope::{Llama3, RopeConfig, RopeScaling, Yarn};
 use crate::files::{self, MAX_SETTINGS_BYTES, listed};
 
@@ -78,33 +79,6 @@ pub struct ModelConfig {
     pub quantization: Option<BnbConfig>,
 }
 
-/// Keys of a bitsandbytes `quantization_config` that do not change what the stored weights are.
-const HARMLESS_BNB: &[&str] = &[
-    "_load_in_4bit",
-    "_load_in_8bit",
-    "bnb_4bit_compute_dtype",
-    "bnb_4bit_use_double_quant",
-    "llm_int8_enable_fp32_cpu_offload",
-    "llm_int8_has_fp16_weight",
-    "llm_int8_threshold",
-];
-
-/// What counts of a bitsandbytes `quantization_config`. Each tensor says for itself whether it is in 4 bit.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BnbConfig {
-    /// `llm_int8_skip_modules`: modules that are not in 4 bit.
-    pub skip_modules: Vec<String>,
-}
-
-impl BnbConfig {
-    /// The entry of [`Self::skip_modules`] that names a module: as its path or a part of it, e.g. `lm_head`, `model.layers.1` or
-    /// `mlp` for `model.layers.1.mlp.up_proj`.
-    pub fn skips(&self, module: &str) -> Option<&str> {
-        let dotted = format!(".{module}.");
-        self.skip_modules.iter().map(String::as_str).find(|skipped| dotted.contains(&format!(".{skipped}.")))
-    }
-}
-
 impl ModelConfig {
     /// Reads `dir/config.json`. The error names every key that cannot be honoured, what it is and what is allowed.
     pub fn load(dir: &Path) -> Result<Self> {
@@ -166,7 +140,7 @@ impl ModelConfig {
             max_position_embeddings,
             rope: read_rope(fields, head_dim, max_position_embeddings),
             eos_token_ids: read_eos_token_ids(fields),
-            quantization: read_quantization(fields),
+            quantization: quantization::read(fields),
         };
         config.check_sizes(fields);
         fields.check_neutral(neutral_values());
@@ -257,45 +231,6 @@ fn read_yarn(rope: &mut Fields, max_position_embeddings: usize) -> Yarn {
         beta_slow: rope.float("beta_slow", Some(1.0)),
         truncate: rope.flag("truncate", true),
     }
-}
-
-fn read_quantization(fields: &mut Fields) -> Option<BnbConfig> {
-    if !fields.has("quantization_config") {
-        return None;
-    }
-    let mut quantization = fields.object("quantization_config");
-    let method = quantization.take("quant_method");
-    if let Some(other) = method.clone().filter(|method| method != "bitsandbytes") {
-        quantization.refuse(
-            "quant_method",
-            other,
-            "\"bitsandbytes\" in NF4; use the 16-bit model that this one was made from",
-        );
-        // The other keys mean something else with this method.
-        quantization.map.clear();
-    } else {
-        if method.is_none() {
-            quantization.problems.push("quantization_config.quant_method: missing, allowed: \"bitsandbytes\"".into());
-        }
-        // Written out, because bitsandbytes' own default of the type is fp4.
-        if !quantization.has("bnb_4bit_quant_type") {
-            quantization.problems.push("quantization_config.bnb_4bit_quant_type: missing, allowed: \"nf4\"".into());
-        }
-        quantization.check_neutral([
-            ("load_in_8bit", json!(false)),
-            ("load_in_4bit", json!(true)),
-            ("bnb_4bit_quant_type", json!("nf4")),
-            ("bnb_4bit_quant_storage", json!("uint8")),
-        ]);
-    }
-    let strings = |value: &Value| value.as_array()?.iter().map(|v| v.as_str().map(str::to_string)).collect();
-    let none = Some(Vec::new());
-    let skip_modules =
-        quantization.parse("llm_int8_skip_modules", none, Vec::new(), "a list of names of modules", strings);
-    quantization.map.retain(|key, _| !HARMLESS_BNB.contains(&key.as_str()));
-    quantization.check_rest();
-    fields.problems.append(&mut quantization.problems);
-    Some(BnbConfig { skip_modules })
 }
 
 fn read_eos_token_ids(fields: &mut Fields) -> Vec<u32> {

@@ -10,6 +10,7 @@ pub mod layer;
 pub mod linear;
 pub mod lora;
 pub mod names;
+pub mod quantization;
 pub mod rope;
 pub mod shapes;
 pub mod weights;
