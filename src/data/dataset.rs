@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
+use crate::comm::watch;
+
 use super::row::Row;
 use super::source::Rows;
 use super::tokenize::{self, Tokenized};
@@ -72,6 +74,7 @@ impl Dataset {
         let mut rows = Rows::open(paths, options.format)?;
         let mut builder = Builder::new(tokenizer, vocab_size, *options);
         for row in &mut rows {
+            watch::beat();
             builder.add(&row?)?;
         }
         let mut dataset = builder.finish()?;
@@ -93,6 +96,7 @@ impl Dataset {
         let mut train = Builder::new(tokenizer, vocab_size, *options);
         let mut held_out = Builder::new(tokenizer, vocab_size, options.for_evaluation());
         for row in &mut rows {
+            watch::beat();
             let row = row?;
             match (xxh3_64(row.answer().as_bytes()) as f64 / u64::MAX as f64) < fraction {
                 true => held_out.add(&row).context(HELD_OUT)?,
