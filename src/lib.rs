@@ -18,6 +18,7 @@
 //! | [`plan`] | what a run will use: which memory is kept where, and how long a step takes, for this machine or another | files, data, the recipe |
 //! | [`train`] | steps, evaluation, generation, logs | the command line |
 //! | [`recipe`] | what was written (the recipe) becomes what was decided (the job) | |
+//! | [`start`] | what all ranks must have in common is compared ([`start::agree`]) | the command line |
 //! | [`cli`] | one file per subcommand | |
 //! | [`files`] | opening and reading input files, bounded; names of files as messages show them | everything else |
 //!
@@ -80,5 +81,6 @@ pub mod plan;
 pub mod quant;
 pub mod recipe;
 mod simd;
+pub mod start;
 pub mod stderr;
 pub mod train;

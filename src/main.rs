@@ -8,6 +8,7 @@ use fsdp_qlora::cli::Cli;
 use fsdp_qlora::comm::mpi::{World, abort, launcher_rank};
 use fsdp_qlora::comm::watch;
 use fsdp_qlora::recipe::RecipeError;
+use fsdp_qlora::start::agree::Disagreement;
 use fsdp_qlora::stderr;
 
 fn main() {
@@ -35,10 +36,8 @@ fn main() {
 /// Prints an error chain, on one rank where several fail alike, and ends all ranks: 2 is the exit status of what was asked for in a way
 /// that cannot be, 1 that of everything else.
 fn fail(error: &anyhow::Error, prefix: &str) -> ! {
-    let status = match (error.downcast_ref::<RecipeError>(), error.downcast_ref::<clap::Error>()) {
-        (None, None) => 1,
-        _ => 2,
-    };
+    let refused = error.is::<RecipeError>() || error.is::<clap::Error>() || error.is::<Disagreement>();
+    let status = if refused { 2 } else { 1 };
     if watch::takes_the_word(true) {
         match error.downcast_ref::<clap::Error>() {
             Some(usage) if std::io::stderr().is_terminal() => eprint!("{}", usage.render().ansi()),

@@ -25,7 +25,7 @@ const UNSAFE: [&str; 10] = [
 const PRINTS: [&str; 6] = ["main.rs", "train/log.rs", "comm/mpi.rs", "comm/watch/", "cli/", "stderr.rs"];
 
 /// What a module must not name.
-const FORBIDDEN: [(&str, &[&str]); 8] = [
+const FORBIDDEN: [(&str, &[&str]); 9] = [
     (
         "device/",
         &["crate::model", "crate::comm", "crate::fsdp", "crate::data", "crate::train", "crate::recipe", "crate::cli"],
@@ -36,7 +36,8 @@ const FORBIDDEN: [(&str, &[&str]); 8] = [
     ("fsdp/", &["crate::data", "crate::train", "crate::recipe", "crate::cli", "crate::checkpoint"]),
     ("data/", &["crate::device", "crate::fsdp", "crate::train", "crate::recipe", "crate::cli"]),
     ("optim/", &["crate::train", "crate::recipe", "crate::cli", "crate::fsdp", "crate::comm"]),
-    ("train/", &["crate::cli"]),
+    ("train/", &["crate::cli", "crate::start"]),
+    ("start/", &["crate::cli"]),
 ];
 
 fn sources() -> Vec<(String, String)> {

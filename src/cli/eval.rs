@@ -12,6 +12,7 @@ use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::batch::MicroBatch;
 use crate::recipe::{self, Command};
+use crate::start::agree::Facts;
 use crate::train::eval::{self, Score};
 
 use super::start::{Setup, Start, Work, check_file};
@@ -57,21 +58,26 @@ pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
         ("data.max_length", args.max_length.into()),
     ];
     given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
-    let job = recipe::from_options(Command::Eval, given, overrides)?;
+    let job = start.agree_on(recipe::from_options(Command::Eval, given, overrides)?)?;
     check_file("--dataset", &job.data.train[0])?;
     let opened = start.open(&job)?;
     let config = opened.config.clone();
     let adapter = start.adapter(&job, &config)?;
     let options = super::train::data_options(&job).for_evaluation();
-    let tokenizer = match (TextTokenizer::load(&job.model, &jiff::Zoned::now()), options.format) {
+    let tokenizer = match (TextTokenizer::load(&job.model, &start.clock), options.format) {
         (Err(_), data::Format::Tokenized) => None,
         (tokenizer, _) => Some(tokenizer?),
     };
     let dataset = Dataset::load(&job.data.train, tokenizer.as_ref(), config.vocab_size, &options)?;
     super::train::tell(start, "data", &dataset, &config);
-    let (comm, placement, base) = start.base(opened, &job)?;
     let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
     let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
+    let mut inputs = Facts::default();
+    inputs.add_adapter("--adapter", adapter.as_ref());
+    inputs.add_tokenizer(tokenizer.as_ref());
+    inputs.add_data("--dataset", &dataset);
+    inputs.add_limits(&limits);
+    let (comm, placement, base) = start.base(opened, &job, &start.agree_on_inputs(inputs)?)?;
     let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
     let work = Scoring { batches, adapter: adapter.is_some() };
     let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job };

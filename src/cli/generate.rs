@@ -11,6 +11,7 @@ use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::recipe::{self, Command};
+use crate::start::agree::Facts;
 use crate::train::generate::{Sampling, generate};
 
 use super::start::{Setup, Start, Work};
@@ -60,11 +61,11 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
     }
     let mut given: Vec<(&str, Value)> = vec![("model", args.model.clone().into()), ("training.seed", args.seed.into())];
     given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
-    let job = recipe::from_options(Command::Generate, given, overrides)?;
+    let job = start.agree_on(recipe::from_options(Command::Generate, given, overrides)?)?;
     let opened = start.open(&job)?;
     let config = opened.config.clone();
     let adapter = start.adapter(&job, &config)?;
-    let tokenizer = TextTokenizer::load(&job.model, &jiff::Zoned::now())?;
+    let tokenizer = TextTokenizer::load(&job.model, &start.clock)?;
     let prompt = match tokenizer.has_chat_template() && !args.raw {
         true => {
             let message = json!({"role": "user", "content": args.prompt});
@@ -72,10 +73,14 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
         }
         false => tokenizer.encode(&args.prompt, true),
     }?;
-    let (comm, placement, base) = start.base(opened, &job)?;
     let max_new_tokens = args.max_new_tokens as usize;
     let max_context = prompt.len() + max_new_tokens;
     let limits = Limits { max_context, ..Limits::new(Mode::Generate, prompt.len(), 1) };
+    let mut inputs = Facts::default();
+    inputs.add_adapter("--adapter", adapter.as_ref());
+    inputs.add_tokenizer(Some(&tokenizer));
+    inputs.add_limits(&limits);
+    let (comm, placement, base) = start.base(opened, &job, &start.agree_on_inputs(inputs)?)?;
     let sampling = Sampling { temperature: args.temperature, seed: job.training.seed, max_new_tokens };
     let work = Generation { prompt: &prompt, stop: tokenizer.eos_token_ids(), sampling, adapter: adapter.is_some() };
     let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job };

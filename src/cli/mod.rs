@@ -14,8 +14,10 @@ use anyhow::Result;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::comm::mpi::World;
+use crate::comm::mpi::{MpiComm, World};
+use crate::comm::watch::{self, Phase};
 use crate::recipe;
+use crate::start::agree::{Facts, agree, clock_of_rank_0};
 use crate::train::log::Log;
 
 const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
@@ -94,8 +96,14 @@ impl Cli {
         if device == DeviceKind::Cpu && ranks_per_gpu != 1 {
             return Err(usage("--ranks-per-gpu is not for --device cpu"));
         }
+        watch::phase(Phase::Agree)?;
+        let mut comm = MpiComm::new(world)?;
+        if world.world_size > 1 {
+            agree(&mut comm, &invocation()?)?;
+        }
+        let clock = clock_of_rank_0(&mut comm)?;
         let log = Log { enabled: world.rank == 0 };
-        let cli = start::Start { world, log, device, ranks_per_gpu: ranks_per_gpu as usize };
+        let cli = start::Start { world, log, clock, device, ranks_per_gpu: ranks_per_gpu as usize };
         match self.command.unwrap_or(Command::Train(train::TrainArgs::default())) {
             Command::Train(args) if args.help_recipe => {
                 if world.rank == 0 {
@@ -124,6 +132,33 @@ impl Cli {
             Command::Bench(bench) => bench::run(&cli, &bench, &overrides),
         }
     }
+}
+
+/// Options that ranks need not have in common: those that say where something lies, whose content is compared where it matters, and
+/// `--set`, of which the decided job is compared.
+const NOT_COMPARED: [&str; 9] =
+    ["config", "trace", "model", "output", "adapter", "dataset", "calibrate", "compare", "overrides"];
+
+/// Returns what this rank was started with: program, environment, subcommand and its options, as given or by default.
+fn invocation() -> Result<Facts> {
+    let (mut command, mut facts) = (Cli::command(), Facts::of_process());
+    command.build();
+    let matches = command.clone().try_get_matches()?;
+    let (mut command, mut matches, mut name) = (&command, &matches, String::new());
+    while let Some((subcommand, of_subcommand)) = matches.subcommand() {
+        command = command.find_subcommand(subcommand).unwrap_or(command);
+        (matches, name) = (of_subcommand, format!("{name} {subcommand}"));
+    }
+    facts.add("subcommand", if name.is_empty() { "train" } else { name.trim() });
+    for id in command.get_arguments().map(|argument| argument.get_id().as_str()) {
+        let Ok(Some(values)) = matches.try_get_raw(id) else { continue };
+        let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
+        // A flag that is not given is false; without a subcommand there are no flags.
+        if !NOT_COMPARED.contains(&id) && values != ["false"] {
+            facts.add(format!("--{}", id.replace('_', "-")), values.join(" "));
+        }
+    }
+    Ok(facts)
 }
 
 /// A command line that cannot be meant.

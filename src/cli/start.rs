@@ -4,9 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use half::{bf16, f16};
+use jiff::Zoned;
 
 use crate::checkpoint::adapter::{self, Adapter};
-use crate::checkpoint::load::{self, OpenedBase};
+use crate::checkpoint::load::{self, LoadOptions, OpenedBase};
 use crate::checkpoint::shards;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions, Rates};
 use crate::comm::host_queue::HostQueue;
@@ -27,6 +28,7 @@ use crate::plan::limits;
 use crate::plan::memory::Sizes;
 use crate::plan::throughput::{Links, Workload};
 use crate::recipe::{ComputeDtype, FsdpJob, Job, ShardingStrategy};
+use crate::start::agree::{self, Agreed, Facts};
 use crate::train::log::{Log, bytes};
 
 use super::asked::{load_options, possible_gather, wishes};
@@ -39,6 +41,8 @@ const NETWORK_BYTES_PER_S: f64 = 1.25e9;
 pub struct Start<'a> {
     pub world: &'a World,
     pub log: Log,
+    /// When the program was started, by the clock of rank 0.
+    pub clock: Zoned,
     /// As the command line has it.
     pub device: DeviceKind,
     pub ranks_per_gpu: usize,
@@ -68,10 +72,29 @@ pub trait Work {
 }
 
 impl Start<'_> {
-    /// Opens and checks a job's model and finds out which one it is. Collective.
-    pub fn open(&self, job: &Job) -> Result<OpenedBase> {
-        let options = load_options(job, self.num_shards(&job.fsdp)?);
-        load::open(&job.model, &options, &mut MpiComm::new(self.world)?, &mut |line| self.log.line(line))
+    /// Returns the job, if all ranks have decided the same. Collective.
+    pub fn agree_on(&self, job: Job) -> Result<Agreed<Job>> {
+        agree::agree_on(&mut MpiComm::new(self.world)?, job)
+    }
+
+    /// Returns the inputs, if all ranks have read the same. Collective.
+    pub fn agree_on_inputs(&self, inputs: Facts) -> Result<Agreed<Facts>> {
+        agree::agree_on_inputs(&mut MpiComm::new(self.world)?, inputs)
+    }
+
+    /// Opens and checks a job's model, which must be the same on all ranks. Collective.
+    pub fn open(&self, job: &Agreed<Job>) -> Result<OpenedBase> {
+        self.open_with(job, &load_options(job, self.num_shards(&job.fsdp)?))
+    }
+
+    /// Opens and checks a job's model with other options than the job's. Collective.
+    pub fn open_with(&self, job: &Agreed<Job>, options: &LoadOptions) -> Result<OpenedBase> {
+        let mut comm = MpiComm::new(self.world)?;
+        let opened = load::open(&job.model, options, &mut comm, &mut |line| self.log.line(line))?;
+        let mut facts = Facts::default();
+        facts.add("model", format!("content {}", opened.identity()));
+        agree::agree(&mut comm, &facts)?;
+        Ok(opened)
     }
 
     /// The adapter that a job names, and what the user should know about it.
@@ -157,7 +180,7 @@ impl Start<'_> {
     }
 
     /// As [`Start::place`] for a job, whose model and way to gather must be possible on the device.
-    pub fn place_for(&self, comm: &mut dyn Comm, job: &Job, config: &ModelConfig) -> Result<Placement> {
+    pub fn place_for(&self, comm: &mut dyn Comm, job: &Agreed<Job>, config: &ModelConfig) -> Result<Placement> {
         let placement = self.place(comm, job.quantization.compute_dtype)?;
         if !matches!(placement, Placement::Cpu(_)) {
             limits::check_gpu(config)?;
@@ -180,8 +203,9 @@ impl Start<'_> {
         Ok(cuda)
     }
 
-    /// Communicator, device and the base with its shard mapped.
-    pub fn base(&self, opened: OpenedBase, job: &Job) -> Result<(MpiComm, Placement, Base)> {
+    /// Returns communicator, device and the base with its shard mapped, which is made if it is not there. All ranks have agreed on the
+    /// inputs before. Collective.
+    pub fn base(&self, opened: OpenedBase, job: &Agreed<Job>, _: &Agreed<Facts>) -> Result<(MpiComm, Placement, Base)> {
         let mut comm = MpiComm::new(self.world)?;
         let placement = self.place_for(&mut comm, job, &opened.config)?;
         let writes = self.world.local_rank < opened.spec.num_shards;
@@ -201,8 +225,8 @@ impl Start<'_> {
     }
 
     fn on_cpu<W: Work>(&self, cpu: Cpu, lora: Option<LayerLora>, setup: Setup<'_>, work: W) -> Result<W::Output> {
-        let Setup { comm, base, adapter, limits, job } = setup;
-        let limits = self.decide_on_cpu(&base, (lora.as_ref(), adapter), limits, job)?;
+        let Setup { mut comm, base, adapter, limits, job } = setup;
+        let limits = self.decide_on_cpu(&mut comm, &base, (lora.as_ref(), adapter), limits, job)?;
         let queue = HostQueue::new(comm.into_groups(base.layouts[0].num_shards())?, Delays::default())?;
         self.run(Engine::new(cpu.clone(), cpu, queue, base, lora, limits)?, adapter, work)
     }
@@ -246,7 +270,7 @@ impl Start<'_> {
         let device = job.vram_budget.map_or(free, |budget| budget.saturating_sub(taken).min(free));
         // What the queue has taken is in the plan.
         let mut budget = Budget { device: device + queue.device_bytes(), host: self.host_budget(job, adapter) };
-        agree(&mut queue, &mut budget, &mut hardware)?;
+        least_of_all(&mut queue, &mut budget, &mut hardware)?;
         let (base_in_a_node, one_node) =
             (self.world.fits_a_node(sizes.num_shards()), self.world.fits_a_node(self.world.world_size));
         let links = Links::new(&hardware, base_in_a_node, one_node, NETWORK_BYTES_PER_S);
@@ -291,9 +315,11 @@ impl Start<'_> {
         Ok(None)
     }
 
-    /// Keeping activations on the CPU must leave room for everything else that the machine does.
+    /// Keeping activations on the CPU must leave room for everything else that the machine does. The rank with the least memory
+    /// decides for all. Collective.
     fn decide_on_cpu(
         &self,
+        comm: &mut dyn Comm,
         base: &Base,
         (lora, adapter): (Option<&LayerLora>, Option<&Adapter>),
         limits: Limits,
@@ -304,7 +330,8 @@ impl Start<'_> {
         let in_a_node = self.world.fits_a_node(sizes.num_shards());
         let job = &job.fsdp;
         wishes.gather = possible_gather(job, sizes.num_shards(), in_a_node)?.or(Some(Gather::Collective));
-        let share = self.host_budget(job, adapter);
+        let shares = all_gather_u64(comm, self.host_budget(job, adapter) as u64)?;
+        let share = shares.into_iter().min().map_or(0, |share| share as usize);
         let budget = Budget { device: job.vram_budget.unwrap_or(share), host: share };
         let keeps = Limits { keep: Keep::EVERYTHING, ..limits };
         if wishes.keep.is_none() && sizes.cost::<Cpu>(&keeps)?.device_bytes() > budget.device / 4 {
@@ -376,7 +403,7 @@ impl Start<'_> {
 }
 
 /// The least of all ranks, so that they decide alike. Collective.
-fn agree<D: Device, Q: Queue<D>>(queue: &mut Q, budget: &mut Budget, hardware: &mut Hardware) -> Result<()> {
+fn least_of_all<D: Device, Q: Queue<D>>(queue: &mut Q, budget: &mut Budget, hardware: &mut Hardware) -> Result<()> {
     let Hardware { matrix_flops, memory_bytes_per_s, host_bytes_per_s, peer_bytes_per_s, .. } = hardware;
     let rates = [*matrix_flops, *memory_bytes_per_s, *host_bytes_per_s, *peer_bytes_per_s];
     let own = [&[budget.device as f64, budget.host as f64], &rates[..]].concat();

@@ -21,6 +21,7 @@ use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::config::ModelConfig;
 use crate::recipe::{self, Command, EvalData, Job, Steps};
+use crate::start::agree::Facts;
 use crate::train::check::{self, IsZero};
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
@@ -69,7 +70,7 @@ pub fn run(start: &Start, args: &TrainArgs, overrides: &[String]) -> Result<()> 
 
 /// The same. `output` is set on rank 0 as soon as its folder is locked.
 fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Option<Output>) -> Result<()> {
-    let job = recipe::load(&args.config, Command::Train, overrides)?;
+    let job = start.agree_on(recipe::load(&args.config, Command::Train, overrides)?)?;
     let trace = args.trace.as_deref();
     trace.map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let mut opened = start.open(&job)?;
@@ -86,7 +87,12 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         *output = Some(held.context("output_dir")?);
         opened.kept_free.push(Want { dir: job.output_dir.clone(), bytes: room });
     }
-    let (train, eval, tokenizer) = datasets(&job, &config, start)?;
+    let mut inputs = Facts::default();
+    inputs.add_adapter("lora.adapter", Some(&adapter));
+    let (train, eval, tokenizer) = datasets(&job, &config, start, &mut inputs)?;
+    let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
+    inputs.add_limits(&limits);
+    let inputs = start.agree_on_inputs(inputs)?;
     let steps = job.training.steps(train.sequences.len(), start.world.world_size)?;
     steps.remarks.iter().for_each(|remark| start.log.line(remark.clone()));
     let identity = RunIdentity {
@@ -104,8 +110,7 @@ fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Opt
         return Ok(());
     }
     let (base, stamps) = (opened.model.clone(), opened.stamps());
-    let (comm, placement, loaded) = start.base(opened, &job)?;
-    let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
+    let (comm, placement, loaded) = start.base(opened, &job, &inputs)?;
     let work = Training {
         start,
         job: &job,
@@ -271,10 +276,15 @@ fn start_adapter(start: &Start, job: &Job, config: &ModelConfig) -> Result<Adapt
     Ok(adapter::fresh(settings, config, job.training.seed))
 }
 
-/// The rows to train and to evaluate on, and the tokenizer's identity.
-fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, Option<Dataset>, Option<String>)> {
+/// The rows to train and to evaluate on, and the tokenizer's identity; `inputs` gets what ranks must have in common of them.
+fn datasets(
+    job: &Job,
+    config: &ModelConfig,
+    start: &Start,
+    inputs: &mut Facts,
+) -> Result<(Dataset, Option<Dataset>, Option<String>)> {
     let options = data_options(job);
-    let tokenizer = match (TextTokenizer::load(&job.model, &jiff::Zoned::now()), job.data.format) {
+    let tokenizer = match (TextTokenizer::load(&job.model, &start.clock), job.data.format) {
         (Err(_), data::Format::Tokenized) => None,
         (tokenizer, _) => Some(tokenizer?),
     };
@@ -291,6 +301,9 @@ fn datasets(job: &Job, config: &ModelConfig, start: &Start) -> Result<(Dataset, 
             (train, Some(eval))
         }
     };
+    inputs.add_tokenizer(tokenizer);
+    inputs.add_data("data.train", &train);
+    eval.iter().for_each(|eval| inputs.add_data("data.eval", eval));
     tell(start, "training data", &train, config);
     if let Some(eval) = &eval {
         tell(start, "evaluation data", eval, config);

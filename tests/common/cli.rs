@@ -82,6 +82,15 @@ impl Place {
         self.with_environment(command, args)
     }
 
+    /// Ranks that each have a command line of their own, the program first.
+    pub fn mpirun_each(&self, ranks: &[Vec<String>]) -> Command {
+        let mut command = Command::new(std::env::var("MPIEXEC").unwrap_or("mpirun".into()));
+        for (rank, words) in ranks.iter().enumerate() {
+            command.args((rank > 0).then_some(":")).args(["-np", "1"]).args(words);
+        }
+        self.with_environment(command, &[])
+    }
+
     fn with_environment(&self, mut command: Command, args: &[&str]) -> Command {
         command.args(args).current_dir(self.dir.path()).env("FSDP_QLORA_CACHE", self.path("cache"));
         command.env("RAYON_NUM_THREADS", "1").envs(MPI_ENVIRONMENT);

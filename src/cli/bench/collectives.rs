@@ -28,7 +28,7 @@ pub struct CollectiveBench {
 const REPEATS: usize = 5;
 
 pub fn run(start: &Start, args: &CollectiveBench, overrides: &[String]) -> Result<()> {
-    recipe::from_options(Command::BenchCollectives, Vec::new(), overrides)?;
+    start.agree_on(recipe::from_options(Command::BenchCollectives, Vec::new(), overrides)?)?;
     ensure!(start.world.world_size > 1, "bench collectives: one rank; start several, e.g. mpirun -np 2");
     let mut comm = MpiComm::new(start.world)?;
     match start.place(&mut comm, ComputeDtype::Auto)? {

@@ -32,7 +32,7 @@ const BATCH_SECONDS: f64 = 0.02;
 
 pub fn run(start: &Start, args: &KernelBench, overrides: &[String]) -> Result<()> {
     let given = vec![("data.max_length", args.seq.into())];
-    let job = recipe::from_options(Command::BenchKernels, given, overrides)?;
+    let job = start.agree_on(recipe::from_options(Command::BenchKernels, given, overrides)?)?;
     let config = super::shape(&args.shape, None)?;
     let mut comm = MpiComm::new(start.world)?;
     let placement = start.place_for(&mut comm, &job, &config)?;

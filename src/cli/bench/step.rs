@@ -23,6 +23,7 @@ use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
 use crate::recipe::{self, Command, Job};
+use crate::start::agree::{Facts, agree};
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
@@ -59,10 +60,13 @@ const WARM_UP_STEPS: u32 = 2;
 
 pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> {
     let sizes = [args.seq, args.micro_batch, args.accum];
-    let job = recipe::from_options(Command::BenchStep, super::given(sizes), overrides)?;
+    let job = start.agree_on(recipe::from_options(Command::BenchStep, super::given(sizes), overrides)?)?;
     args.trace.as_deref().map_or(Ok(()), |path| check_folder_of("--trace", path))?;
     let config = super::shape(&args.shape, args.layers)?;
     let mut comm = MpiComm::new(start.world)?;
+    let mut inputs = Facts::default();
+    inputs.add("config.json of --shape", format!("{config:?}"));
+    agree(&mut comm, &inputs)?;
     let settings = adapter_settings(&job.lora);
     check_adapter_bytes(&settings, &config)?;
     let placement = start.place_for(&mut comm, &job, &config)?;

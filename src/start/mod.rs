@@ -1,0 +1,3 @@
+//! Everything between a job and the first step.
+
+pub mod agree;
