@@ -204,7 +204,9 @@ fn a_rank_that_lacks_an_input_ends_all_with_its_message() {
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(!output.status.success() && begin.elapsed() < SECONDS, "{message}: {text}");
         assert!(text.contains("rank 1: error: ") && text.contains(message), "{message}: {text}");
-        assert!(place.results().is_empty(), "{:?}", place.results());
+        // A process that is ended from outside leaves the file that it had locked; nobody holds the lock.
+        let left: Vec<String> = place.results().into_iter().filter(|path| !path.ends_with(".lock")).collect();
+        assert!(left.is_empty(), "{left:?}");
     }
 }
 

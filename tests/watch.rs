@@ -71,6 +71,7 @@ fn an_error_of_all_ranks_is_told_once() {
 #[test]
 fn a_rank_that_hangs_is_named_in_every_phase() {
     for (fault, action) in [
+        ("hang:1:agree", "did not end"),
         ("hang:1:load", "loading the model did not end"),
         ("hang:2:quantize", "making the shards did not end"),
         ("hang:1:device", "starting the device did not end"),
