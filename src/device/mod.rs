@@ -6,6 +6,7 @@
 pub mod arena;
 pub mod cpu;
 pub mod cuda;
+pub mod lora;
 pub mod ops;
 pub mod tensor;
 

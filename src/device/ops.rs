@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 
-use super::{Device, View, ViewMut};
+use super::{Device, View, ViewMut, lora};
 use crate::quant::record::Encoding;
 
 /// A sum of squares is that of so many parts of equal length, one after the other; each is that of so many lanes: lane i sums
@@ -258,6 +258,49 @@ pub struct LoraDropout<'a, D: Device> {
     pub accumulate: bool,
 }
 
+/// y = x · Wᵀ + bias + scale · u · Bᵀ. x `[T, in]`, W `[out, in]`, bias `[out]`, u `[T, r]`, B `[out, r]`, y `[T, out]`. The order of
+/// these sums is the device's own.
+pub struct LoraLinear<'a, D: Device> {
+    pub y: ViewMut<'a, D, D::Act>,
+    pub x: View<'a, D, D::Act>,
+    pub weight: View<'a, D, D::Act>,
+    pub bias: Option<View<'a, D, f32>>,
+    pub u: View<'a, D, D::Act>,
+    pub b: View<'a, D, D::Act>,
+    pub lora_rank: usize,
+    pub scale: f32,
+}
+
+/// u = dropout(x) · Aᵀ, without dropout where there is no mask. x `[T, in]`, A `[r, in]`, u `[T, r]`; scratch is at least as long as x.
+pub struct LoraDown<'a, D: Device> {
+    pub u: ViewMut<'a, D, D::Act>,
+    pub x: View<'a, D, D::Act>,
+    pub a: View<'a, D, D::Act>,
+    pub mask: Option<DropoutMask<'a, D>>,
+    pub lora_rank: usize,
+    pub scratch: ViewMut<'a, D, D::Act>,
+}
+
+/// d_A += d_uᵀ · dropout(x) in f32. d_u `[T, r]`, x `[T, in]`, d_A `[r, in]`; scratch is at least as long as x.
+pub struct LoraGradA<'a, D: Device> {
+    pub d_a: ViewMut<'a, D, f32>,
+    pub d_u: View<'a, D, D::Act>,
+    pub x: View<'a, D, D::Act>,
+    pub mask: Option<DropoutMask<'a, D>>,
+    pub lora_rank: usize,
+    pub scratch: ViewMut<'a, D, D::Act>,
+}
+
+/// d_x += mask ∘ (d_u · A). d_u `[T, r]`, A `[r, in]`, d_x `[T, in]`; scratch is at least as long as d_x.
+pub struct LoraGradX<'a, D: Device> {
+    pub d_x: ViewMut<'a, D, D::Act>,
+    pub d_u: View<'a, D, D::Act>,
+    pub a: View<'a, D, D::Act>,
+    pub mask: Option<DropoutMask<'a, D>>,
+    pub lora_rank: usize,
+    pub scratch: ViewMut<'a, D, D::Act>,
+}
+
 /// One AdamW update as `torch.optim.AdamW` does it (decoupled decay, bias correction), all f32 and of one length.
 pub struct AdamW<'a, D> {
     pub param: ViewMut<'a, D, f32>,
@@ -298,6 +341,18 @@ pub trait Ops: Device {
     fn gather_target_rows(&self, args: GatherTargetRows<'_, Self>) -> Result<()>;
     fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Self>) -> Result<()>;
     fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()>;
+    fn lora_linear(&self, args: LoraLinear<'_, Self>) -> Result<()> {
+        lora::linear(self, args)
+    }
+    fn lora_down(&self, args: LoraDown<'_, Self>) -> Result<()> {
+        lora::down(self, args)
+    }
+    fn lora_grad_a(&self, args: LoraGradA<'_, Self>) -> Result<()> {
+        lora::grad_a(self, args)
+    }
+    fn lora_grad_x(&self, args: LoraGradX<'_, Self>) -> Result<()> {
+        lora::grad_x(self, args)
+    }
     fn adamw(&self, args: AdamW<'_, Self>) -> Result<()>;
     /// Sum of squares in f64, always in the same order ([`SUM_PARTS`], [`SUM_LANES`]). Waits for the compute queue.
     fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64>;

@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 
-use crate::device::ops::{DropoutMask, Gemm, LoraDropout, Transpose};
+use crate::device::lora::product;
+use crate::device::ops::{DropoutMask, Gemm, LoraDown, LoraGradA, LoraGradX, LoraLinear, Transpose};
 use crate::device::{Buffer, Ops, View, ViewMut};
 
 use super::lora::{LoraConfig, LoraEntry};
@@ -29,20 +30,24 @@ pub fn forward<D: Ops>(
     dropped: &mut Buffer<D, D::Act>,
 ) -> Result<()> {
     let (n, k) = (linear.base.out_features, linear.base.in_features);
-    let (m, r) = (x.len() / k, call.config.lora_rank);
-    if let Some(lora) = &linear.lora {
-        let x = dropout(ops, call, x, dropped)?;
-        product(ops, u.first_mut(m * r), x, (lora.a, Yes), [m, r, k], 1.0, 0.0)?;
-    }
-    let Some(mut y) = y else { return Ok(()) };
-    product(ops, y.range_mut(0..m * n), x, (linear.base.weight.view(), Yes), [m, n, k], 1.0, 0.0)?;
-    if let Some(bias) = &linear.base.bias {
-        ops.add_bias(y.range_mut(0..m * n), bias.view())?;
-    }
-    if let Some(lora) = &linear.lora {
-        product(ops, y, u.first(m * r), (lora.b, Yes), [m, n, r], call.config.scale, 1.0)?;
-    }
-    Ok(())
+    let (m, lora_rank, mask) = (x.len() / k, call.config.lora_rank, call.mask);
+    let (weight, bias) = (linear.base.weight.view(), linear.base.bias.as_ref().map(Buffer::view));
+    let Some(lora) = &linear.lora else {
+        let Some(mut y) = y else { return Ok(()) };
+        product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], 1.0, 0.0)?;
+        return bias.map_or(Ok(()), |bias| ops.add_bias(y, bias));
+    };
+    ops.lora_down(LoraDown {
+        u: u.first_mut(m * lora_rank),
+        x,
+        a: lora.a,
+        mask,
+        lora_rank,
+        scratch: dropped.view_mut(),
+    })?;
+    let Some(y) = y else { return Ok(()) };
+    let (u, b, scale) = (u.first(m * lora_rank), lora.b, call.config.scale);
+    ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale })
 }
 
 /// The outputs and inputs of one projection's backward.
@@ -75,42 +80,11 @@ pub fn backward<D: Ops>(
     let (Some(lora), Some(entry)) = (&linear.lora, entry) else { return Ok(()) };
     product(ops, d_u.first_mut(m * r), d_y, (lora.b, No), [m, r, out], scale, 0.0)?;
     let (a_grad, b_grad) = grads.view_mut().into_range(entry.a.start..entry.b.end).split_at(entry.a.len());
-    // Both products sum over tokens: [out, T] · [T, r] and [r, T] · [T, in].
+    // A sum over tokens: [out, T] · [T, r].
     let (transpose_a, transpose_b, beta) = (Yes, No, 1.0);
     let (u, (n, k)) = (u.first(m * r), (r, m));
     ops.gemm_grad(Gemm { c: b_grad, a: d_y, b: u, transpose_a, transpose_b, m: out, n, k, alpha: scale, beta })?;
-    let (a, b) = (d_u.first(m * r), dropout(ops, call, x, dropped)?);
-    ops.gemm_grad(Gemm { c: a_grad, a, b, transpose_a, transpose_b, m: r, n: input, k, alpha: 1.0, beta })?;
-    match &call.mask {
-        None => product(ops, d_x, d_u.first(m * r), (lora.a, No), [m, input, r], 1.0, 1.0),
-        Some(mask) => {
-            product(ops, dropped.first_mut(m * input), d_u.first(m * r), (lora.a, No), [m, input, r], 1.0, 0.0)?;
-            ops.lora_dropout(LoraDropout { y: d_x, x: dropped.first(m * input), mask: *mask, accumulate: true })
-        }
-    }
-}
-
-/// c `[m, n]` = alpha · a `[m, k]` · b + beta · c, b `[k, n]` after its transposition.
-fn product<D: Ops>(
-    ops: &D,
-    c: ViewMut<'_, D, D::Act>,
-    a: View<'_, D, D::Act>,
-    (b, transpose_b): (View<'_, D, D::Act>, Transpose),
-    [m, n, k]: [usize; 3],
-    alpha: f32,
-    beta: f32,
-) -> Result<()> {
-    ops.gemm(Gemm { c, a, b, transpose_a: No, transpose_b, m, n, k, alpha, beta })
-}
-
-/// Returns x itself where there is no mask, else dropout(x) in the scratch buffer.
-fn dropout<'a, D: Ops>(
-    ops: &D,
-    call: &LoraCall<'_, D>,
-    x: View<'a, D, D::Act>,
-    dropped: &'a mut Buffer<D, D::Act>,
-) -> Result<View<'a, D, D::Act>> {
-    let Some(mask) = call.mask else { return Ok(x) };
-    ops.lora_dropout(LoraDropout { y: dropped.first_mut(x.len()), x, mask, accumulate: false })?;
-    Ok(dropped.first(x.len()))
+    let (mask, lora_rank, d_u) = (call.mask, r, d_u.first(m * r));
+    ops.lora_grad_a(LoraGradA { d_a: a_grad, d_u, x, mask, lora_rank, scratch: dropped.view_mut() })?;
+    ops.lora_grad_x(LoraGradX { d_x, d_u, a: lora.a, mask, lora_rank, scratch: dropped.view_mut() })
 }

@@ -3,6 +3,7 @@
 //! times for gradients). Without a GPU the tests say so and pass, unless REQUIRE_GPU=1.
 
 mod attention;
+mod lora;
 
 use std::sync::{Mutex, MutexGuard};
 
@@ -15,6 +16,7 @@ use fsdp_qlora::device::{Arena, Buffer, Device, Element, Ops};
 use fsdp_qlora::quant::record::{Dtype, Encoding};
 use fsdp_qlora::quant::{double, nf4};
 use half::{bf16, f16};
+use lora::{lora_dropout_has_the_masks_of_the_cpu, lora_linear, lora_products};
 
 /// A type of activations that the kernels are tested in.
 trait Tested: HalfType + Into<f32> {}
@@ -340,32 +342,6 @@ fn dequantize_is_exact<A: Tested>() {
     }
 }
 
-fn lora_dropout_has_the_masks_of_the_cpu<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, tokens: usize, features: usize, probability: f32, accumulate: bool) -> Vec<f32>
-    where
-        D::Act: Into<f32>,
-    {
-        let (x, mut y) =
-            (put_act(d, &random(tokens * features, 1.0, 1)), put_act(d, &random(tokens * features, 1.0, 2)));
-        let positions: Vec<u32> = (0..tokens as u32).collect();
-        let sample_idx: Vec<u64> = (0..tokens as u64).map(|t| t / 3).collect();
-        let (positions, sample_idx) = (put(d, &positions), put(d, &sample_idx));
-        let (sample_idx, positions) = (sample_idx.view(), positions.view());
-        let mask = DropoutMask { probability, seed: 42 << 33, step: 7, module: 205, sample_idx, positions };
-        d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate }).unwrap();
-        get_act(d, &y)
-    }
-    for (tokens, features) in ROWS {
-        let plain = run(&cuda, tokens, features, 0.05, false);
-        let reference: Vec<f32> =
-            run(&Cpu::new(1), tokens, features, 0.05, false).into_iter().map(rounded::<A>).collect();
-        assert!(plain == reference, "dropout of [{tokens}, {features}]");
-        let reference = run(&Cpu::new(1), tokens, features, 0.5, true);
-        close::<A>("accumulated", &run(&cuda, tokens, features, 0.5, true), &reference, 2.0);
-    }
-}
-
 fn adamw<A: Tested>() {
     let Some((_guard, cuda)) = gpu::<A>() else { return };
     fn run<D: Ops>(d: &D, len: usize) -> [Vec<f32>; 3] {
@@ -516,6 +492,8 @@ for_both_types!(
     gemm_of_all_transpositions,
     dequantize_is_exact,
     lora_dropout_has_the_masks_of_the_cpu,
+    lora_products,
+    lora_linear,
     adamw,
     cross_entropy_over_pieces,
     attention,

@@ -172,43 +172,62 @@ impl<'a, D: Ops> Timer<'a, D> {
 
     fn products(&self, config: &ModelConfig, tokens: usize, r: usize) -> Result<()> {
         use Transpose::{No, Yes};
-        let (d, alpha) = (self.device, 1.0);
         for projection in [Projection::Q, Projection::Gate, Projection::Down] {
             let [n, k] = projection.shape(config);
-            let (x, mut y) = (self.act(tokens * k)?, self.act(tokens * n)?);
-            let (w, a, b, mut u) = (self.act(n * k)?, self.act(r * k)?, self.act(n * r)?, self.act(tokens * r)?);
-            let mut grad = self.f32s(n * r)?;
-            let flops = |k: usize, n: usize| Amount::Flops(2.0 * (tokens * k * n) as f64);
-            self.time(&format!("{projection} x·Wᵀ"), flops(k, n), || {
+            let (x, mut y, w) = (self.act(tokens * k)?, self.act(tokens * n)?, self.act(n * k)?);
+            let flops = Amount::Flops(2.0 * (tokens * k * n) as f64);
+            self.time(&format!("{projection} x·Wᵀ"), flops, || {
                 self.product(y.view_mut(), x.view(), w.view(), Yes, [tokens, n, k], 0.0)
             })?;
-            self.time(&format!("{projection} u = x·Aᵀ, r {r}"), flops(k, r), || {
-                self.product(u.view_mut(), x.view(), a.view(), Yes, [tokens, r, k], 0.0)
-            })?;
-            self.time(&format!("{projection} y += u·Bᵀ, r {r}"), flops(r, n), || {
-                self.product(y.view_mut(), u.view(), b.view(), Yes, [tokens, n, r], 1.0)
-            })?;
             let mut d_x = self.act(tokens * k)?;
-            self.time(&format!("{projection} d_y·W"), flops(n, k), || {
+            self.time(&format!("{projection} d_y·W"), flops, || {
                 self.product(d_x.view_mut(), y.view(), w.view(), No, [tokens, k, n], 0.0)
             })?;
-            self.time(&format!("{projection} dB += d_yᵀ·u, r {r}"), flops(n, r), || {
-                let (c, a, b) = (grad.view_mut(), y.view(), u.view());
-                d.gemm_grad(Gemm {
-                    c,
-                    a,
-                    b,
-                    transpose_a: Yes,
-                    transpose_b: No,
-                    m: n,
-                    n: r,
-                    k: tokens,
-                    alpha,
-                    beta: 1.0,
-                })
-            })?;
+            self.lora(&projection.to_string(), [tokens, n, k, r], &x, &w)?;
         }
         Ok(())
+    }
+
+    /// LoRA's products of a projection, with dropout. Amounts are what must be read and written at least.
+    fn lora(
+        &self,
+        name: &str,
+        [tokens, n, k, r]: [usize; 4],
+        x: &Buffer<D, D::Act>,
+        weight: &Buffer<D, D::Act>,
+    ) -> Result<()> {
+        let d = self.device;
+        let (positions, sample_idx) = (self.buffer::<u32>(tokens)?, self.buffer::<u64>(tokens)?);
+        let (sample_idx, positions) = (sample_idx.view(), positions.view());
+        let mask = Some(DropoutMask { probability: 0.05, seed: 1, step: 1, module: 1, sample_idx, positions });
+        let (a, b, mut u, d_u) = (self.act(r * k)?, self.act(n * r)?, self.act(tokens * r)?, self.act(tokens * r)?);
+        let (mut y, mut d_x, mut scratch) = (self.act(tokens * n)?, self.act(tokens * k)?, self.act(tokens * k)?);
+        let (mut d_a, mut d_b) = (self.f32s(r * k)?, self.f32s(n * r)?);
+        let moved = |elements: usize| Amount::Bytes((elements * size_of::<D::Act>()) as f64);
+        self.time(&format!("{name} u = dropout(x)·Aᵀ, r {r}"), moved(tokens * k), || {
+            let (u, x, a, scratch) = (u.view_mut(), x.view(), a.view(), scratch.view_mut());
+            d.lora_down(LoraDown { u, x, a, mask, lora_rank: r, scratch })
+        })?;
+        self.time(&format!("{name} x·Wᵀ + u·Bᵀ, r {r}"), Amount::Flops(2.0 * (tokens * (k + r) * n) as f64), || {
+            let (y, x, weight, u, b) = (y.view_mut(), x.view(), weight.view(), u.view(), b.view());
+            d.lora_linear(LoraLinear { y, x, weight, bias: None, u, b, lora_rank: r, scale: 1.0 })
+        })?;
+        self.time(&format!("{name} d_u = d_y·B, r {r}"), moved(tokens * n), || {
+            self.product(u.view_mut(), y.view(), b.view(), Transpose::No, [tokens, r, n], 0.0)
+        })?;
+        self.time(&format!("{name} dA += d_uᵀ·dropout(x), r {r}"), moved(tokens * k), || {
+            let (d_a, d_u, x, scratch) = (d_a.view_mut(), d_u.view(), x.view(), scratch.view_mut());
+            d.lora_grad_a(LoraGradA { d_a, d_u, x, mask, lora_rank: r, scratch })
+        })?;
+        self.time(&format!("{name} d_x += mask ∘ (d_u·A), r {r}"), moved(2 * tokens * k), || {
+            let (d_x, d_u, a, scratch) = (d_x.view_mut(), d_u.view(), a.view(), scratch.view_mut());
+            d.lora_grad_x(LoraGradX { d_x, d_u, a, mask, lora_rank: r, scratch })
+        })?;
+        self.time(&format!("{name} dB += d_yᵀ·u, r {r}"), moved(tokens * n), || {
+            let (c, a, b, m, n, k) = (d_b.view_mut(), y.view(), u.view(), n, r, tokens);
+            let (transpose_a, transpose_b) = (Transpose::Yes, Transpose::No);
+            d.gemm_grad(Gemm { c, a, b, transpose_a, transpose_b, m, n, k, alpha: 1.0, beta: 1.0 })
+        })
     }
 
     fn dequantize(&self, config: &ModelConfig, double_quant: bool) -> Result<()> {

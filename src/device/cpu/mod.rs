@@ -7,7 +7,7 @@ mod attention;
 mod cross_entropy;
 mod elementwise;
 mod gemm;
-mod lora_dropout;
+mod lora;
 mod math;
 mod memory;
 mod nf4;

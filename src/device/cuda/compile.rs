@@ -86,7 +86,24 @@ const SOURCES: [Source; 12] = [
         "elementwise",
         ["add", "add_bias", "cast", "gather_rows", "scatter_rows", "sum_parts", "sum_of_squares", "spin"]
     ),
-    source!("lora_dropout", ["lora_dropout"]),
+    source!(
+        "lora",
+        [
+            "lora_dropout",
+            "lora_down_8",
+            "lora_down_16",
+            "lora_down_32",
+            "lora_down_64",
+            "lora_grad_a_8",
+            "lora_grad_a_16",
+            "lora_grad_a_32",
+            "lora_grad_a_64",
+            "lora_grad_x_8",
+            "lora_grad_x_16",
+            "lora_grad_x_32",
+            "lora_grad_x_64",
+        ]
+    ),
     source!(
         "nf4",
         ["dequantize_nf4", "dequantize_nf4_f32", "convert", "convert_f32", "quantize_nf4", "quantize_absmax"]

@@ -13,7 +13,7 @@ mod elementwise;
 mod gemm;
 mod launch;
 pub mod libraries;
-mod lora_dropout;
+mod lora;
 mod memory;
 mod nf4;
 mod rms_norm;
@@ -299,6 +299,18 @@ impl<A: HalfType> Ops for Cuda<A> {
     }
     fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()> {
         self.lora_dropout_act(args)
+    }
+    fn lora_linear(&self, args: LoraLinear<'_, Self>) -> Result<()> {
+        self.lora_linear_act(args)
+    }
+    fn lora_down(&self, args: LoraDown<'_, Self>) -> Result<()> {
+        self.lora_down_act(args)
+    }
+    fn lora_grad_a(&self, args: LoraGradA<'_, Self>) -> Result<()> {
+        self.lora_grad_a_f32(args)
+    }
+    fn lora_grad_x(&self, args: LoraGradX<'_, Self>) -> Result<()> {
+        self.lora_grad_x_act(args)
     }
     fn adamw(&self, args: AdamW<'_, Self>) -> Result<()> {
         self.adamw_f32(args)
