@@ -60,14 +60,19 @@ struct alignas(16) Pairs {
 __device__ __forceinline__ float low(u32 pair) { return to_f32(Act{(u16)pair}); }
 __device__ __forceinline__ float high(u32 pair) { return to_f32(Act{(u16)(pair >> 16)}); }
 
-// Eight features of a token after dropout; zeros where the token or the features do not exist.
-__device__ __forceinline__ Pairs load_dropped(const Act *x, u32 token, u32 eight, u32 tokens, u32 eights, const Mask &mask) {
+// Eight features of a row, or zeros where it does not exist.
+__device__ __forceinline__ Pairs load(const Act *x, u32 row, u32 eight, u32 rows, u32 eights) {
     Pairs pairs = {};
-    if (token >= tokens || eight >= eights) return pairs;
-    pairs = ((const Pairs *)x)[(u64)token * eights + eight];
+    if (row < rows && eight < eights) pairs = ((const Pairs *)x)[(u64)row * eights + eight];
+    return pairs;
+}
+
+// Eight features of a token after dropout.
+__device__ __forceinline__ Pairs drop(Pairs pairs, u32 token, u32 eight, u32 tokens, const Mask &mask) {
     if (!mask.is_there()) return pairs;
     u32 words[4];
-    draw(words, mask, token, eight);
+    // A token that does not exist is all zeros, whatever is drawn for it.
+    draw(words, mask, min(token, tokens - 1), eight);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         float first = is_kept(words, 2 * j, mask.threshold) ? low(pairs.at[j]) * mask.scale : 0.0f;
@@ -122,34 +127,47 @@ extern "C" __global__ void lora_dropout(Act8 *y, const Act8 *x, MASK_PARAMETERS,
     }
 }
 
-// u [T, r] = dropout(x) [T, features] · Aᵀ, A [r, features]; r is 8 · R8. A block has 32 tokens; its eight warps take turns at the
-// chunks of 32 features. x is read once.
-template <int R8> __device__ __forceinline__ void down(Act *u, const Act *x, const Act *a, Mask mask, u32 tokens, u32 eights) {
-    const int WARPS = 8;
-    u32 lane = threadIdx.x % 32, row = lane / 4, first_token = blockIdx.x * 32;
-    float sums[2 * R8][4] = {};
-    for (u32 chunk = threadIdx.x / 32 * 4; chunk < eights; chunk += WARPS * 4) {
-        u32 eight = chunk + lane % 4;
-        Pairs tokens_of[4];
+// u [T, r] = dropout(x) [T, features] · Aᵀ, A [r, features]; r is 8 · R8. A block has TILES · 16 tokens; its warps take turns at the
+// chunks of 32 features, and load the next chunk while they work on one. x is read once.
+template <int R8, int TILES, int WARPS>
+__device__ __forceinline__ void down(Act *u, const Act *x, const Act *a, Mask mask, u32 tokens, u32 eights) {
+    u32 lane = threadIdx.x % 32, row = lane / 4, first_token = blockIdx.x * 16 * TILES;
+    u32 eight = threadIdx.x / 32 * 4 + lane % 4, num_chunks = (eights + 3) / 4;
+    float sums[TILES * R8][4] = {};
+    Pairs next_x[2 * TILES], next_a[R8];
 #pragma unroll
-        for (int i = 0; i < 4; i++) tokens_of[i] = load_dropped(x, first_token + 8 * i + row, eight, tokens, eights, mask);
+    for (int i = 0; i < 2 * TILES; i++) next_x[i] = load(x, first_token + 8 * i + row, eight, tokens, eights);
+#pragma unroll
+    for (int n = 0; n < R8; n++) next_a[n] = load(a, 8 * n + row, eight, 8 * R8, eights);
+    for (u32 chunk = threadIdx.x / 32; chunk < num_chunks; chunk += WARPS) {
+        Pairs these[2 * TILES], columns[R8];
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; i++) {
+            these[i] = next_x[i];
+            next_x[i] = load(x, first_token + 8 * i + row, eight + WARPS * 4, tokens, eights);
+        }
 #pragma unroll
         for (int n = 0; n < R8; n++) {
-            Pairs columns = {};
-            if (eight < eights) columns = ((const Pairs *)a)[(u64)(8 * n + row) * eights + eight];
-#pragma unroll
-            for (int m = 0; m < 2; m++) {
-                const Pairs &top = tokens_of[2 * m], &bottom = tokens_of[2 * m + 1];
-                float *c = sums[m * R8 + n];
-                mma(c, top.at[0], bottom.at[0], top.at[1], bottom.at[1], columns.at[0], columns.at[1]);
-                mma(c, top.at[2], bottom.at[2], top.at[3], bottom.at[3], columns.at[2], columns.at[3]);
-            }
+            columns[n] = next_a[n];
+            next_a[n] = load(a, 8 * n + row, eight + WARPS * 4, 8 * R8, eights);
         }
+#pragma unroll
+        for (int i = 0; i < 2 * TILES; i++) these[i] = drop(these[i], first_token + 8 * i + row, eight, tokens, mask);
+        eight += WARPS * 4;
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int n = 0; n < R8; n++) {
+                const Pairs &top = these[2 * m], &bottom = these[2 * m + 1];
+                float *c = sums[m * R8 + n];
+                mma(c, top.at[0], bottom.at[0], top.at[1], bottom.at[1], columns[n].at[0], columns[n].at[1]);
+                mma(c, top.at[2], bottom.at[2], top.at[3], bottom.at[3], columns[n].at[2], columns[n].at[3]);
+            }
     }
-    add_warps<WARPS, 8 * R8>(&sums[0][0]);
+    add_warps<WARPS, 4 * TILES * R8>(&sums[0][0]);
     if (threadIdx.x >= 32) return;
 #pragma unroll
-    for (int m = 0; m < 2; m++)
+    for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int n = 0; n < R8; n++)
 #pragma unroll
@@ -161,33 +179,42 @@ template <int R8> __device__ __forceinline__ void down(Act *u, const Act *x, con
 }
 
 // d_a [r, features] += d_uᵀ · dropout(x): d_u [T, r], x [T, features]; r is 8 · R8. A block has 32 features; its warps take turns at the
-// chunks of 16 tokens. x is read once.
-template <int R8> __device__ __forceinline__ void grad_a(float *d_a, const Act *d_u, const Act *x, Mask mask, u32 tokens, u32 eights) {
-    const int WARPS = R8 == 8 ? 8 : 16, M = (R8 + 1) / 2;
+// chunks of 16 tokens, and load the next chunk while they work on one. x is read once.
+template <int R8, int WARPS>
+__device__ __forceinline__ void grad_a(float *d_a, const Act *d_u, const Act *x, Mask mask, u32 tokens, u32 eights) {
+    const int M = (R8 + 1) / 2;
     u32 lane = threadIdx.x % 32, row = lane / 4, eight = blockIdx.x * 4 + lane % 4;
     float sums[4 * M][4] = {};
-    for (u32 chunk = threadIdx.x / 32 * 16; chunk < tokens; chunk += WARPS * 16) {
-        Pairs top = load_dropped(x, chunk + row, eight, tokens, eights, mask);
-        Pairs bottom = load_dropped(x, chunk + 8 + row, eight, tokens, eights, mask);
+    u32 chunk = threadIdx.x / 32 * 16;
+    Pairs next[2] = {load(x, chunk + row, eight, tokens, eights), load(x, chunk + 8 + row, eight, tokens, eights)};
+    for (; chunk < tokens; chunk += WARPS * 16) {
+        Pairs these[2] = {next[0], next[1]};
+        u32 following = chunk + WARPS * 16 + row;
+        next[0] = load(x, following, eight, tokens, eights);
+        next[1] = load(x, following + 8, eight, tokens, eights);
+        // Matrix i of d_u: tokens i / 2, ranks i % 2; before it is transposed a row is a token.
+        u32 rows[M][4] = {};
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 token = chunk + i / 2 * 8 + row, pair = (16 * m + i % 2 * 8) / 2 + lane % 4;
+                if (2 * m + i % 2 < R8 && token < tokens) rows[m][i] = ((const u32 *)d_u)[(u64)token * (4 * R8) + pair];
+            }
         u32 columns[4][2];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            columns[j][0] = transpose(top.at[j]);
-            columns[j][1] = transpose(bottom.at[j]);
+        for (int half = 0; half < 2; half++) {
+            Pairs dropped = drop(these[half], chunk + 8 * half + row, eight, tokens, mask);
+#pragma unroll
+            for (int j = 0; j < 4; j++) columns[j][half] = transpose(dropped.at[j]);
         }
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            u32 rows[4] = {};
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                // Matrix i: tokens i / 2, ranks i % 2; before it is transposed a row is a token.
-                u32 token = chunk + i / 2 * 8 + row, pair = (16 * m + i % 2 * 8) / 2 + lane % 4;
-                u32 values = 0;
-                if (2 * m + i % 2 < R8 && token < tokens) values = ((const u32 *)d_u)[(u64)token * (4 * R8) + pair];
-                rows[i] = transpose(values);
-            }
+            for (int i = 0; i < 4; i++) rows[m][i] = transpose(rows[m][i]);
 #pragma unroll
-            for (int j = 0; j < 4; j++) mma(sums[m * 4 + j], rows[0], rows[1], rows[2], rows[3], columns[j][0], columns[j][1]);
+            for (int j = 0; j < 4; j++)
+                mma(sums[m * 4 + j], rows[m][0], rows[m][1], rows[m][2], rows[m][3], columns[j][0], columns[j][1]);
         }
     }
     add_warps<WARPS, 16 * M>(&sums[0][0]);
@@ -215,8 +242,7 @@ template <int R8> __device__ __forceinline__ void grad_x(Act *d_x, const Act *d_
     for (int k = 0; k < K; k++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            Pairs pairs = {};
-            if (2 * k + half < R8 && eight < eights) pairs = ((const Pairs *)a)[(u64)(16 * k + 8 * half + row) * eights + eight];
+            Pairs pairs = load(a, 16 * k + 8 * half + row, eight, 8 * R8, eights);
 #pragma unroll
             for (int j = 0; j < 4; j++) columns[k][j][half] = transpose(pairs.at[j]);
         }
@@ -257,20 +283,22 @@ template <int R8> __device__ __forceinline__ void grad_x(Act *d_x, const Act *d_
     }
 }
 
-#define LORA_KERNELS(R, GRAD_A_THREADS, GRAD_A_BLOCKS)                                                                \
-    extern "C" __global__ void __launch_bounds__(256)                                                                 \
+// TILES: of 16 tokens, in a block of lora_down. WARPS: in a block of lora_down and of lora_grad_a. BLOCKS: of lora_down, at a time
+// on a multiprocessor. The host has the same numbers.
+#define LORA_KERNELS(R, TILES, WARPS, BLOCKS)                                                                         \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                  \
         lora_down_##R(Act *u, const Act *x, const Act *a, MASK_PARAMETERS, u32 tokens, u32 eights) {                  \
-        down<R / 8>(u, x, a, MASK, tokens, eights);                                                                   \
+        down<R / 8, TILES, WARPS>(u, x, a, MASK, tokens, eights);                                                     \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(GRAD_A_THREADS, GRAD_A_BLOCKS)                                       \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)                                                       \
         lora_grad_a_##R(float *d_a, const Act *d_u, const Act *x, MASK_PARAMETERS, u32 tokens, u32 eights) {          \
-        grad_a<R / 8>(d_a, d_u, x, MASK, tokens, eights);                                                             \
+        grad_a<R / 8, WARPS>(d_a, d_u, x, MASK, tokens, eights);                                                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256)                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                              \
         lora_grad_x_##R(Act *d_x, const Act *d_u, const Act *a, MASK_PARAMETERS, u32 tokens, u32 eights) {            \
         grad_x<R / 8>(d_x, d_u, a, MASK, tokens, eights);                                                             \
     }
-LORA_KERNELS(8, 512, 2)
-LORA_KERNELS(16, 512, 2)
-LORA_KERNELS(32, 512, 1)
-LORA_KERNELS(64, 256, 1)
+LORA_KERNELS(8, 1, 16, 2)
+LORA_KERNELS(16, 1, 16, 2)
+LORA_KERNELS(32, 2, 8, 2)
+LORA_KERNELS(64, 2, 8, 1)

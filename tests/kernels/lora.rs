@@ -132,22 +132,32 @@ pub fn lora_products<A: Tested>() {
 
 pub fn lora_linear<A: Tested>() {
     let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, [tokens, out, features]: [usize; 3], lora_rank: usize, with_bias: bool) -> Vec<f32>
+    /// Scales of x, u and the bias; one of 0 leaves its part out.
+    type Scales = [f32; 3];
+    fn run<D: Ops>(d: &D, [tokens, out, features]: [usize; 3], lora_rank: usize, [x, u, bias]: Scales) -> Vec<f32>
     where
         D::Act: Into<f32>,
     {
-        let (x, weight) = (put_act(d, &random(tokens * features, 1.0, 1)), put_act(d, &random(out * features, 0.1, 2)));
-        let (u, b) = (put_act(d, &random(tokens * lora_rank, 1.0, 3)), put_act(d, &random(out * lora_rank, 0.1, 4)));
-        let (bias, mut y) = (put(d, &random(out, 1.0, 5)), buffer(d, tokens * out));
-        let bias = Some(bias.view()).filter(|_| with_bias);
+        let (x, weight) = (put_act(d, &random(tokens * features, x, 1)), put_act(d, &random(out * features, 0.1, 2)));
+        let (u, b) = (put_act(d, &random(tokens * lora_rank, u, 3)), put_act(d, &random(out * lora_rank, 0.1, 4)));
+        let (bias_values, mut y) = (put(d, &random(out, bias, 5)), buffer(d, tokens * out));
+        let bias = Some(bias_values.view()).filter(|_| bias > 0.0);
         let (x, weight, u, b) = (x.view(), weight.view(), u.view(), b.view());
         d.lora_linear(LoraLinear { y: y.view_mut(), x, weight, bias, u, b, lora_rank, scale: 0.5 }).unwrap();
         get_act(d, &y)
     }
+    let cpu = Cpu::new(1);
     for (sizes, lora_rank) in [([1, 8, 8], 8), ([7, 264, 64], 16), ([131, 576, 1536], 24)] {
-        for with_bias in [false, true] {
-            let reference = run(&Cpu::new(1), sizes, lora_rank, with_bias);
-            close::<A>("lora_linear", &run(&cuda, sizes, lora_rank, with_bias), &reference, 2.0);
+        for bias in [0.0, 1.0] {
+            let reference = run(&cpu, sizes, lora_rank, [1.0, 1.0, bias]);
+            // The plain formula rounds each of its sums.
+            let (lora, base) =
+                (run(&cpu, sizes, lora_rank, [0.0, 1.0, 0.0]), run(&cpu, sizes, lora_rank, [1.0, 0.0, 0.0]));
+            let bias_values = random(sizes[1], bias, 5);
+            let plain: Vec<f32> = (0..reference.len())
+                .map(|i| rounded::<A>(rounded::<A>(rounded::<A>(lora[i]) + base[i]) + bias_values[i % sizes[1]]))
+                .collect();
+            close_as("lora_linear", &run(&cuda, sizes, lora_rank, [1.0, 1.0, bias]), &plain, &reference, 2.0);
         }
     }
 }

@@ -8,26 +8,43 @@ use crate::device::ops::{DropoutMask, LoraDown, LoraDropout, LoraGradA, LoraGrad
 use super::launch::{Arg, Grid, args};
 use super::{Cuda, HalfType};
 
-/// The ranks that the kernels are compiled for, with their names and the threads of a block of `lora_grad_a`.
-const KERNELS: [(usize, [&str; 3], u32); 4] = [
-    (8, ["lora_down_8", "lora_grad_a_8", "lora_grad_x_8"], 512),
-    (16, ["lora_down_16", "lora_grad_a_16", "lora_grad_x_16"], 512),
-    (32, ["lora_down_32", "lora_grad_a_32", "lora_grad_x_32"], 512),
-    (64, ["lora_down_64", "lora_grad_a_64", "lora_grad_x_64"], 256),
-];
-/// Tokens of a block of `lora_down`.
-const DOWN_TOKENS: usize = 32;
+/// The kernels of one rank of LoRA.
+#[derive(Clone, Copy)]
+struct Kernels {
+    lora_rank: usize,
+    down: &'static str,
+    grad_a: &'static str,
+    grad_x: &'static str,
+    /// Tokens of a block of `down`.
+    down_tokens: usize,
+    /// Threads of a block of `down` and of `grad_a`.
+    threads: u32,
+}
+
+impl Kernels {
+    const ALL: [Kernels; 4] = [
+        Kernels::new(8, ["lora_down_8", "lora_grad_a_8", "lora_grad_x_8"], 16, 512),
+        Kernels::new(16, ["lora_down_16", "lora_grad_a_16", "lora_grad_x_16"], 16, 512),
+        Kernels::new(32, ["lora_down_32", "lora_grad_a_32", "lora_grad_x_32"], 32, 256),
+        Kernels::new(64, ["lora_down_64", "lora_grad_a_64", "lora_grad_x_64"], 32, 256),
+    ];
+
+    const fn new(lora_rank: usize, names: [&'static str; 3], down_tokens: usize, threads: u32) -> Kernels {
+        let [down, grad_a, grad_x] = names;
+        Kernels { lora_rank, down, grad_a, grad_x, down_tokens, threads }
+    }
+
+    /// The kernels for a rank and a number of features, if there are any.
+    fn find(lora_rank: usize, features: usize) -> Option<Kernels> {
+        Kernels::ALL.into_iter().find(|kernels| kernels.lora_rank == lora_rank && features.is_multiple_of(8))
+    }
+}
+
 /// Features of a block of `lora_grad_a`.
 const GRAD_A_FEATURES: usize = 32;
 /// Tokens and features of a block of `lora_grad_x`.
 const GRAD_X_TOKENS: usize = 64;
 const GRAD_X_FEATURES: usize = 256;
-
-/// The kernels for a rank and a number of features, if there are any.
-fn kernels(lora_rank: usize, features: usize) -> Option<([&'static str; 3], u32)> {
-    let (_, names, threads) = *KERNELS.iter().find(|(r, ..)| *r == lora_rank && features.is_multiple_of(8))?;
-    Some((names, threads))
-}
 
 /// The seven arguments of a mask; a kernel without dropout gets null pointers and a scale of 1.
 fn mask_args<A: HalfType>(mask: Option<DropoutMask<'_, Cuda<A>>>, tokens: usize, features: usize) -> Result<[Arg; 7]> {
@@ -80,38 +97,37 @@ impl<A: HalfType> Cuda<A> {
 
     pub(super) fn lora_down_act(&self, args: LoraDown<'_, Cuda<A>>) -> Result<()> {
         let (tokens, features) = (args.u.len() / args.lora_rank, args.a.len() / args.lora_rank);
-        let Some(([kernel, ..], _)) = kernels(args.lora_rank, features) else { return lora::down(self, args) };
+        let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::down(self, args) };
         let LoraDown { u, x, a, mask, .. } = args;
         ensure!(x.len() == tokens * features, "lora_down: x {} for {tokens} tokens", x.len());
         let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
         let (t, eights) = (tokens as u32, (features / 8) as u32);
         let args = args![u, x, a, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
-        self.launch(kernel, Grid::rows(tokens.div_ceil(DOWN_TOKENS)), args)
+        let grid = Grid { threads: kernels.threads, ..Grid::rows(tokens.div_ceil(kernels.down_tokens)) };
+        self.launch(kernels.down, grid, args)
     }
 
     pub(super) fn lora_grad_a_f32(&self, args: LoraGradA<'_, Cuda<A>>) -> Result<()> {
         let (tokens, features) = (args.d_u.len() / args.lora_rank, args.d_a.len() / args.lora_rank);
-        let Some(([_, kernel, _], threads)) = kernels(args.lora_rank, features) else {
-            return lora::grad_a(self, args);
-        };
+        let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::grad_a(self, args) };
         let LoraGradA { d_a, d_u, x, mask, .. } = args;
         ensure!(x.len() == tokens * features, "lora_grad_a: x {} for {tokens} tokens", x.len());
         let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
         let (t, eights) = (tokens as u32, (features / 8) as u32);
         let args = args![d_a, d_u, x, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
-        let grid = Grid { blocks: (features.div_ceil(GRAD_A_FEATURES), 1), threads, shared_bytes: 0 };
-        self.launch(kernel, grid, args)
+        let grid = Grid { threads: kernels.threads, ..Grid::rows(features.div_ceil(GRAD_A_FEATURES)) };
+        self.launch(kernels.grad_a, grid, args)
     }
 
     pub(super) fn lora_grad_x_act(&self, args: LoraGradX<'_, Cuda<A>>) -> Result<()> {
         let (tokens, features) = (args.d_u.len() / args.lora_rank, args.a.len() / args.lora_rank);
-        let Some(([.., kernel], _)) = kernels(args.lora_rank, features) else { return lora::grad_x(self, args) };
+        let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::grad_x(self, args) };
         let LoraGradX { d_x, d_u, a, mask, .. } = args;
         ensure!(d_x.len() == tokens * features, "lora_grad_x: d_x {} for {tokens} tokens", d_x.len());
         let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
         let (t, eights) = (tokens as u32, (features / 8) as u32);
         let args = args![d_x, d_u, a, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
         let blocks = (tokens.div_ceil(GRAD_X_TOKENS), features.div_ceil(GRAD_X_FEATURES));
-        self.launch(kernel, Grid { blocks, threads: 256, shared_bytes: 0 }, args)
+        self.launch(kernels.grad_x, Grid { blocks, threads: 256, shared_bytes: 0 }, args)
     }
 }
