@@ -208,10 +208,14 @@ impl<'a, D: Ops> Timer<'a, D> {
             let (u, x, a, scratch) = (u.view_mut(), x.view(), a.view(), scratch.view_mut());
             d.lora_down(LoraDown { u, x, a, mask, lora_rank: r, scratch })
         })?;
-        self.time(&format!("{name} x·Wᵀ + u·Bᵀ, r {r}"), Amount::Flops(2.0 * (tokens * (k + r) * n) as f64), || {
-            let (y, x, weight, u, b) = (y.view_mut(), x.view(), weight.view(), u.view(), b.view());
-            d.lora_linear(LoraLinear { y, x, weight, bias: None, u, b, lora_rank: r, scale: 1.0 })
-        })?;
+        self.time(
+            &format!("{name} x·Wᵀ + u·Bᵀ, r {r}"),
+            Amount::Flops(2.0 * (tokens * (k + r) * n) as f64),
+            || {
+                let (y, x, weight, u, b) = (y.view_mut(), x.view(), weight.view(), u.view(), b.view());
+                d.lora_linear(LoraLinear { y, x, weight, bias: None, u, b, lora_rank: r, scale: 1.0 })
+            },
+        )?;
         self.time(&format!("{name} d_u = d_y·B, r {r}"), moved(tokens * n), || {
             self.product(u.view_mut(), y.view(), b.view(), Transpose::No, [tokens, r, n], 0.0)
         })?;

@@ -48,16 +48,14 @@ const GRAD_X_FEATURES: usize = 256;
 
 /// The seven arguments of a mask; a kernel without dropout gets null pointers and a scale of 1.
 fn mask_args<A: HalfType>(mask: Option<DropoutMask<'_, Cuda<A>>>, tokens: usize, features: usize) -> Result<[Arg; 7]> {
-    let Some(mask) = mask else { return Ok(args![0u64, 0u64, 0u64, 0u32, 0u32, 0u32, 1f32]) };
-    let DropoutMask { seed, step, module, sample_idx, positions, .. } = mask;
-    ensure!(
-        [sample_idx.len(), positions.len()] == [tokens; 2],
-        "lora_dropout: {tokens} tokens, {} positions",
-        positions.len()
-    );
+    let (module, step, seed) = mask.map_or((0, 0, 0), |mask| (mask.module, mask.step, mask.seed));
+    let (threshold, scale) = mask.map_or((0, 1.0), |mask| mask.threshold_and_scale());
+    let (sample_idx, positions) = (mask.map(|mask| mask.sample_idx), mask.map(|mask| mask.positions));
+    let num_positions = positions.map_or(tokens, |positions| positions.len());
+    let num_samples = sample_idx.map_or(tokens, |sample_idx| sample_idx.len());
+    ensure!([num_samples, num_positions] == [tokens; 2], "lora_dropout: {tokens} tokens, {num_positions} positions");
     ensure!(features.is_multiple_of(8), "lora_dropout: {features} features, allowed: a multiple of 8");
     ensure!(features < 8 << 20 && module < 1 << 12, "lora_dropout: {features} features, module {module}");
-    let (threshold, scale) = mask.threshold_and_scale();
     Ok(args![sample_idx, positions, seed, module, step, threshold, scale])
 }
 
@@ -83,7 +81,8 @@ impl<A: HalfType> Cuda<A> {
             row,
             u32::from(accumulate)
         ];
-        self.launch("lora_dropout", Grid::elements(len / 8), args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch("lora_dropout", Grid::elements(len / 8), args) }
     }
 
     /// LoRA's part is written first and the base added to it: that spares a reading of y, and the sum is rounded once.
@@ -98,36 +97,51 @@ impl<A: HalfType> Cuda<A> {
     pub(super) fn lora_down_act(&self, args: LoraDown<'_, Cuda<A>>) -> Result<()> {
         let (tokens, features) = (args.u.len() / args.lora_rank, args.a.len() / args.lora_rank);
         let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::down(self, args) };
-        let LoraDown { u, x, a, mask, .. } = args;
-        ensure!(x.len() == tokens * features, "lora_down: x {} for {tokens} tokens", x.len());
+        let LoraDown { u, x, a, mask, lora_rank: r, .. } = args;
+        ensure!(
+            x.len() == tokens * features && [u.len(), a.len()] == [tokens * r, features * r],
+            "lora_down: x {} for {tokens} tokens",
+            x.len()
+        );
         let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
         let (t, eights) = (tokens as u32, (features / 8) as u32);
         let args = args![u, x, a, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
         let grid = Grid { threads: kernels.threads, ..Grid::rows(tokens.div_ceil(kernels.down_tokens)) };
-        self.launch(kernels.down, grid, args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch(kernels.down, grid, args) }
     }
 
     pub(super) fn lora_grad_a_f32(&self, args: LoraGradA<'_, Cuda<A>>) -> Result<()> {
         let (tokens, features) = (args.d_u.len() / args.lora_rank, args.d_a.len() / args.lora_rank);
         let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::grad_a(self, args) };
-        let LoraGradA { d_a, d_u, x, mask, .. } = args;
-        ensure!(x.len() == tokens * features, "lora_grad_a: x {} for {tokens} tokens", x.len());
+        let LoraGradA { d_a, d_u, x, mask, lora_rank: r, .. } = args;
+        ensure!(
+            x.len() == tokens * features && [d_u.len(), d_a.len()] == [tokens * r, features * r],
+            "lora_grad_a: x {} for {tokens} tokens",
+            x.len()
+        );
         let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
         let (t, eights) = (tokens as u32, (features / 8) as u32);
         let args = args![d_a, d_u, x, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
         let grid = Grid { threads: kernels.threads, ..Grid::rows(features.div_ceil(GRAD_A_FEATURES)) };
-        self.launch(kernels.grad_a, grid, args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch(kernels.grad_a, grid, args) }
     }
 
     pub(super) fn lora_grad_x_act(&self, args: LoraGradX<'_, Cuda<A>>) -> Result<()> {
         let (tokens, features) = (args.d_u.len() / args.lora_rank, args.a.len() / args.lora_rank);
         let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::grad_x(self, args) };
-        let LoraGradX { d_x, d_u, a, mask, .. } = args;
-        ensure!(d_x.len() == tokens * features, "lora_grad_x: d_x {} for {tokens} tokens", d_x.len());
+        let LoraGradX { d_x, d_u, a, mask, lora_rank: r, .. } = args;
+        ensure!(
+            d_x.len() == tokens * features && [d_u.len(), a.len()] == [tokens * r, features * r],
+            "lora_grad_x: d_x {} for {tokens} tokens",
+            d_x.len()
+        );
         let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
         let (t, eights) = (tokens as u32, (features / 8) as u32);
         let args = args![d_x, d_u, a, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
         let blocks = (tokens.div_ceil(GRAD_X_TOKENS), features.div_ceil(GRAD_X_FEATURES));
-        self.launch(kernels.grad_x, Grid { blocks, threads: 256, shared_bytes: 0 }, args)
+        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        unsafe { self.launch(kernels.grad_x, Grid { blocks, threads: 256, shared_bytes: 0 }, args) }
     }
 }
