@@ -1,4 +1,5 @@
 //! GFLOP/s of the CPU device's matrix products at the shapes of SmolLM2-135M: `cargo bench --bench kernels`.
+#![allow(clippy::print_stdout, reason = "prints what it measured")]
 
 use std::time::Instant;
 

@@ -1,4 +1,5 @@
 //! Parses, dispatches, prints the error chain once, and ends every rank.
+#![expect(clippy::print_stderr, reason = "prints errors of the command line as clap renders them")]
 
 use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::IsTerminal;

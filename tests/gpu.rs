@@ -1,5 +1,6 @@
 //! Training on GPUs: streaming against resident, several ranks against one, and how a job ends there. Without a GPU
 //! the tests say so and pass, unless REQUIRE_GPU=1. A test of several ranks runs this program again, under mpirun.
+#![allow(unsafe_code, clippy::print_stderr, reason = "sets variables before threads start, and says what it skips")]
 
 mod common;
 

@@ -4,6 +4,7 @@
 //! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also tells which program, and which
 //! rank on which machine, made each unit; files of before it did are valid. A file is written beside and renamed; one whose
 //! metadata is not what is expected is foreign, one whose checksums fail is damaged.
+#![expect(unsafe_code, reason = "gives advice on mapped pages")]
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -1,4 +1,5 @@
 //! The base model on disk: the safetensors files of a Hugging Face directory, mapped read-only.
+#![expect(unsafe_code, reason = "maps files")]
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -1,4 +1,9 @@
 //! The command line: one file per subcommand, no logic.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "results go to standard output, usage and guesses to standard error"
+)]
 
 mod asked;
 mod bench;

@@ -1,6 +1,7 @@
 //! Collectives and copies of the CUDA device, each kind on a stream of its own, ordered with the compute stream by events: NCCL
 //! between ranks (with one rank, copies), fetches from and puts to pinned host memory. Scalars and what belongs to the host go
 //! over MPI.
+#![expect(unsafe_code, reason = "starts copies whose memory the queue keeps")]
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};

@@ -1,4 +1,5 @@
 //! Where the frozen shards of a rank wait on a machine with GPUs: on the device, or in pinned host memory.
+#![expect(unsafe_code, reason = "starts copies whose memory the queue keeps")]
 
 use std::time::Instant;
 

@@ -1,4 +1,5 @@
 //! Ranks started by `mpirun` or `srun`: bootstrap, host collectives, and the end of all ranks when one fails.
+#![expect(unsafe_code, reason = "calls MPI where rsmpi has no safe form")]
 
 use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicBool, Ordering};

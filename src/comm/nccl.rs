@@ -2,6 +2,7 @@
 //!
 //! `libnccl.so.2` is looked for where CUDA's libraries are ([`crate::device::cuda::libraries`]). The communicator is
 //! non-blocking: a call that waits for other ranks returns, and is polled until it is done or the watchdog ends all ranks.
+#![expect(unsafe_code, reason = "calls NCCL")]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -2,6 +2,7 @@
 //!
 //! A rank writes its own part of a [`Draft`], which the others cannot read yet; publishing waits for all of them, and from then on all
 //! parts are read and none is written. So no rank ever reads what another one writes.
+#![expect(unsafe_code, reason = "maps memory that the ranks of a node share")]
 
 use anyhow::{Context, Result, bail};
 

@@ -1,6 +1,7 @@
 //! Every op of the CUDA device against that of the CPU device, on the same inputs (random, exact in bf16). Where bytes move
 //! the results are equal; else the error is at most twice that of the plain formula with its results rounded to bf16 (three
 //! times for gradients). Without a GPU the tests say so and pass, unless REQUIRE_GPU=1.
+#![allow(clippy::print_stderr, reason = "says what it skips")]
 
 mod attention;
 mod lora;

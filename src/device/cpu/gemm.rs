@@ -1,4 +1,5 @@
 //! Matrix products, by the `gemm` crate.
+#![expect(unsafe_code, reason = "calls a matrix product on raw pointers")]
 
 use anyhow::{Result, ensure};
 

@@ -1,4 +1,5 @@
 //! Host memory behind the device-neutral buffers: the one place of the CPU device that is unsafe.
+#![expect(unsafe_code, reason = "makes and registers mappings")]
 
 use std::any::Any;
 use std::fs::File;

@@ -3,6 +3,7 @@
 //!
 //! The binary needs nothing of CUDA to be built or started: driver, NVRTC and cuBLAS are loaded at run time
 //! ([`libraries`]), the kernels (`kernels/*.cu`) compiled at first start ([`compile`]). Each op is that of `cpu/<stem>.rs`.
+#![expect(unsafe_code, reason = "calls CUDA")]
 
 mod adamw;
 mod attention;
