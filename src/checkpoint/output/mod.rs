@@ -1,8 +1,8 @@
 //! The life of an output folder: who may write there, what is there, and how a result comes to rest.
 //!
-//! A run locks the folder ([`lock`]), tries what its end needs, and writes `run.json` ([`record`]). Where there is a result already, it
+//! A run locks the folder (`lock`), tries what its end needs, and writes `run.json` (`record`). Where there is a result already, it
 //! stays as it is until the new one is complete: the files of the run are in [`STAGING`] inside the folder. At the end the whole result is
-//! written there, `run.json` last, and moved to its place ([`exchange`]). If that cannot be done, it is written to a folder beside the
+//! written there, `run.json` last, and moved to its place (`exchange`). If that cannot be done, it is written to a folder beside the
 //! output folder, in the cache folder, or in the folder of temporary files.
 
 mod exchange;

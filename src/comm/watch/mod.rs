@@ -1,6 +1,6 @@
 //! The watchdog: a thread of each rank that sees to it that what waits for others ends, from before MPI_Init to after MPI_Finalize.
 //!
-//! A rank says what it is at ([`at`], [`phase`]) and what it waits for ([`wait`]). All ranks of a node write this on one [`board`].
+//! A rank says what it is at ([`at`], [`phase`]) and what it waits for ([`wait`]). All ranks of a node write this on one `board`.
 //! Where a rank waits and nothing has moved on any rank of the node for as long as the limit, the watchdog ends all ranks with one
 //! message: who has not come, and what each rank is doing. So a rank that waits for one that works for long, and says so now and then
 //! ([`beat`]), waits on. A rank whose process is gone without a word ends all ranks too.
