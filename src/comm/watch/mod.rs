@@ -407,7 +407,10 @@ fn look_at_probes(watch: &Watch) -> Result<()> {
         let known = inner.waits.iter().find(|wait| wait.id == *id).map(|wait| &wait.name);
         if ended > 0 || known != oldest.as_ref() {
             inner.waits.retain(|wait| wait.id != *id);
-            inner.waits.extend(oldest.map(|name| Waiting { id: *id, name, limit: Limit::Any, help: *help }));
+            if let Some(name) = oldest {
+                // It comes first: a host that runs ahead waits because of it.
+                inner.waits.insert(0, Waiting { id: *id, name, limit: Limit::Any, help: *help });
+            }
             inner.publish();
         }
     }
