@@ -49,6 +49,11 @@ fn check_regular(path: &Path, metadata: &std::fs::Metadata) -> Result<()> {
     bail!("{}: {found}; a regular file is needed here", shown_path(path))
 }
 
+/// Returns whether something has this name, a link that leads nowhere included: reading it then says what is wrong with it.
+pub fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}
+
 /// Reads a whole file of at most `max_bytes`.
 ///
 /// Errors: those of [`open`], a longer file, and a pointer of Git LFS in the place of the file.

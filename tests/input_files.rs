@@ -73,6 +73,13 @@ fn what_is_only_kept_or_looked_at_is_no_fifo_either() {
     fifo(&place.path("model/added_tokens.json"));
     refused(&place, &["model/added_tokens.json: a FIFO"]);
 
+    // A file that may be missing is not missing where a link leads nowhere.
+    let place = Place::new();
+    let config = place.path("model/tokenizer_config.json");
+    std::fs::remove_file(&config).unwrap();
+    std::os::unix::fs::symlink(&config, &config).unwrap();
+    refused(&place, &["model/tokenizer_config.json: "]);
+
     let place = Place::new();
     std::fs::create_dir(place.path("out")).unwrap();
     fifo(&place.path("out/run.json"));

@@ -67,8 +67,9 @@ def other_content(_):
     }
     for name, args in INPUTS.items():
         for what, content in contents.items():
-            is_row = name == "rows.jsonl" and what == "a very long line"
-            yield Attack(f"{name} is {what}", write(name, content), ANY if is_row else REFUSED, args)
+            # The line is an object: a row, and a tokenizer_config.json without a key that is known.
+            is_whole = name in ("rows.jsonl", "model/tokenizer_config.json") and what == "a very long line"
+            yield Attack(f"{name} is {what}", write(name, content), ANY if is_whole else REFUSED, args)
 
 
 def truncated(random):
@@ -144,7 +145,9 @@ def safetensors_headers(random):
     }
     for file, args in [("model/model.safetensors", EVAL), ("adapter/adapter_model.safetensors", ADAPTED)]:
         for what, change in changes.items():
-            yield Attack(f"{file} has {what}", lambda place, c=change, f=file: header(c)(place, f), REFUSED, args)
+            # Nothing reads the metadata of a model.
+            allowed = {"refused", "same"} if what == "metadata of numbers" else REFUSED
+            yield Attack(f"{file} has {what}", lambda place, c=change, f=file: header(c)(place, f), allowed, args)
         for what, length in [("too long", lambda n: n + 1_000_000), ("endless", lambda _: 1 << 63), ("0", lambda _: 0), ("short", lambda n: n // 2)]:
             prepare = lambda place, l=length, f=file: header(lambda t: None, l)(place, f)  # noqa: E731
             yield Attack(f"{file} says that its header is {what}", prepare, REFUSED, args)

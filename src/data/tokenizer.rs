@@ -163,7 +163,7 @@ impl TextTokenizer {
 
 /// An object; empty when the file is not there.
 fn json_file(path: &Path) -> Result<Map<String, Value>> {
-    if !path.exists() {
+    if !files::is_there(path) {
         return Ok(Map::new());
     }
     files::read_json(path, files::MAX_SETTINGS_BYTES)
@@ -239,7 +239,7 @@ fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Resul
     let mut digest = Xxh3Default::new();
     for name in FILES {
         let path = dir.join(name);
-        if path.exists() {
+        if files::is_there(&path) {
             let bytes = files::read(&path, files::MAX_TOKENIZER_BYTES)?;
             digest.update(format!("{name} {}\n", bytes.len()).as_bytes());
             digest.update(&bytes);
@@ -253,7 +253,7 @@ fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Resul
 /// (`additional_chat_templates/`, other names of a list) have to be asked for in transformers; nothing asks for them here.
 fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>> {
     let path = dir.join(TEMPLATE_FILE);
-    if path.exists() {
+    if files::is_there(&path) {
         let source = files::read_text(&path, files::MAX_SETTINGS_BYTES)?;
         return Ok(Some((path, source)));
     }
