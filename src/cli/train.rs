@@ -150,8 +150,10 @@ struct Kept {
 impl Kept {
     fn read(job: &Job) -> Result<Kept> {
         let base = std::fs::canonicalize(&job.model).with_context(|| job.model.display().to_string())?;
-        let present =
-            TOKENIZER_FILES.into_iter().map(|name| (name, job.model.join(name))).filter(|(_, path)| files::is_there(path));
+        let present = TOKENIZER_FILES
+            .into_iter()
+            .map(|name| (name, job.model.join(name)))
+            .filter(|(_, path)| files::is_there(path));
         let read = |(name, path): (_, PathBuf)| Ok((name, files::read(&path, files::MAX_TOKENIZER_BYTES)?));
         Ok(Kept { base, tokenizer_files: present.map(read).collect::<Result<_>>()? })
     }
