@@ -99,6 +99,8 @@ class Place:
             "FSDP_QLORA_CACHE": str(self.path("cache")),
             "FSDP_QLORA_TIMEOUT_S": COLLECTIVES_S,
             "RAYON_NUM_THREADS": "1",
+            # `~` in a path is a folder of this place.
+            "HOME": str(self.dir),
             **environment,
         }
         output = open(self.dir.parent / "output", "wb")

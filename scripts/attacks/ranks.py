@@ -52,7 +52,7 @@ def recipes(_):
     for key, value in {
         "training.learning_rate": "2.0e-2", "training.seed": "7", "lora.lora_dropout": "0.1", "lora.r": "4", "lora.lora_alpha": "32",
         "lora.target_modules": "[q_proj]", "lora.use_rslora": "true", "data.max_length": "32", "data.packing": "false",
-        "data.loss_on": "all", "data.shuffle": "false", "training.max_steps": "4", "training.global_batch_size": "6",
+        "data.loss_on": "all", "training.max_steps": "4", "training.global_batch_size": "6",
         "training.per_device_train_batch_size": "2", "training.weight_decay": "0.1", "training.adam_beta1": "0.5",
         "training.max_grad_norm": "0.1", "training.lr_scheduler_type": "linear", "training.warmup_steps": "1",
         "quantization.load_in_4bit": "false", "quantization.bnb_4bit_use_double_quant": "false", "fsdp.sharding_strategy": "no_shard",
