@@ -50,6 +50,47 @@ fn differs_in(place: &Place, key: &str, other: Vec<String>) {
     assert!(is_told && line.ends_with(" on rank 1"), "{key}: {line}");
 }
 
+#[test]
+fn every_key_of_the_recipe_is_compared() {
+    let place = Place::new();
+    let keys = [
+        ("data.max_length", "128", "64"),
+        ("data.packing", "\"false\"", "\"true\""),
+        ("data.overlong", "\"truncate\"", "\"drop\""),
+        ("data.loss_on", "\"auto\"", "\"all\""),
+        ("data.eval", "null", "0.25"),
+        ("quantization.load_in_4bit", "true", "false"),
+        ("lora.r", "4", "8"),
+        ("lora.lora_alpha", "16.0", "4.0"),
+        ("lora.lora_dropout", "0.0", "0.5"),
+        ("lora.use_rslora", "false", "true"),
+        ("training.learning_rate", "0.01", "0.001"),
+        ("training.lr_scheduler_type", "\"cosine\"", "\"linear\""),
+        ("training.adam_beta1", "0.9", "0.5"),
+        ("training.weight_decay", "0.0", "0.5"),
+        ("training.max_grad_norm", "1.0", "2.0"),
+        ("training.max_steps", "3", "4"),
+        ("training.global_batch_size", "6", "9"),
+        ("training.seed", "42", "43"),
+        ("fsdp.sharding_strategy", "\"full_shard\"", "\"no_shard\""),
+        ("fsdp.accumulation", "\"layer\"", "\"micro_batch\""),
+        ("fsdp.activation_checkpointing", "\"auto\"", "\"full\""),
+    ];
+    let sets: Vec<String> = keys.iter().map(|(key, _, other)| format!("{key}={}", other.trim_matches('"'))).collect();
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let lines = refused(&place, &[trains(&[]), trains(&sets), trains(&sets), trains(&[])]);
+    for (key, own, other) in keys {
+        let line = format!("{key}: {own} on ranks 0, 3; {other} on ranks 1, 2");
+        assert!(lines.contains(&line), "{line}\n{lines:#?}");
+    }
+    // Three values of a key, in the recipe itself.
+    let recipe = String::from_utf8(place.read("recipe.yaml")).unwrap();
+    place.write("recipe1.yaml", recipe.replace("1.0e-2", "3.0e-2"));
+    let lines =
+        refused(&place, &[trains(&[]), rank(&["train", "-c", "recipe1.yaml"]), trains(&["training.learning_rate=1"])]);
+    assert_eq!(lines, ["training.learning_rate: 0.01 on rank 0; 0.03 on rank 1; 1.0 on rank 2"]);
+}
+
 fn copy_folder(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(from).unwrap().flatten() {
@@ -155,7 +196,11 @@ fn every_subcommand_compares_its_options_and_inputs() {
         (&generate, &["--model", "model1"], "model: "),
         (&quantize, &["--world-size", "3"], "--world-size: 2 on rank 0; 3 on rank 1"),
         (&quantize, &["--model", "model1"], "model: "),
-        (&quantize, &["--set", "quantization.load_in_4bit=false"], "quantization.load_in_4bit: "),
+        (
+            &quantize,
+            &["--set", "quantization.load_in_4bit=false"],
+            "quantization.load_in_4bit: true on rank 0; false on rank 1",
+        ),
         (&bench, &["--seq", "9"], "--seq: 8 on rank 0; 9 on rank 1"),
     ];
     for (args, other, expected) in cases {

@@ -151,6 +151,31 @@ fn shard_files_do_not_depend_on_who_computed_them() {
 }
 
 #[test]
+fn damage_names_who_made_the_unit_and_files_that_do_not_tell_are_valid() {
+    let place = Place::new();
+    succeeds(place.mpirun(2, &["quantize", "--model", "model", "--world-size", "1", "--output", "shards"]));
+    let name = "shards/nf4-00000-of-00001.safetensors";
+    let made = place.read(name);
+    let train = || succeeds(place.command(&train_with(&["shards=shards", "training.max_steps=1", "output_dir=out"])));
+
+    let at = made.windows(8).position(|bytes| bytes == b"\"makers\"").unwrap();
+    let mut silent = made.clone();
+    silent[at + 1] = b'M';
+    place.write(name, &silent);
+    assert!(!train().contains("quantizing"));
+    std::fs::remove_dir_all(place.path("out")).unwrap();
+
+    let (header_bytes, header) = SafeTensors::read_metadata(&made).unwrap();
+    let mut damaged = made.clone();
+    damaged[8 + header_bytes + header.info("unit.00001").unwrap().data_offsets.0] ^= 1;
+    place.write(name, &damaged);
+    let text = train();
+    let cause = "the checksum of unit.00001 is wrong (made by rank 1 on ";
+    assert!(text.contains(cause) && text.contains("; it is made again"), "{text}");
+    assert!(apart_from_makers(&place.read(name)).0 == apart_from_makers(&made).0);
+}
+
+#[test]
 fn evaluation_and_generation_on_two_ranks() {
     let place = Place::new();
     succeeds(place.mpirun(2, &TRAIN));
