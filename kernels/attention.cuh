@@ -1,4 +1,4 @@
-// What the kernels of attention have in common, on all GPUs.
+// Types and functions that the kernels of attention share, on all GPUs.
 #pragma once
 
 #include "common.cuh"

@@ -17,7 +17,7 @@ __device__ __forceinline__ u32 aligned_shared() {
 }
 __device__ __forceinline__ const void *shared_pointer(u32 address) { return __cvta_shared_to_generic(address); }
 
-// The same number for all lanes of a warp, which the compiler then knows to be so.
+// Returns a number that is equal in all lanes of a warp, and lets the compiler know that it is.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // Barriers in shared memory: a phase ends when `count` threads have arrived and all bytes that were announced are there.

@@ -63,7 +63,7 @@ const PATH_KEYS: [&str; 5] = ["model", "output_dir", "shards", "data.train", "lo
 /// Number of values of a key that a message shows.
 const MAX_VALUES: usize = 8;
 
-/// What a rank was started with or has found, by key.
+/// The values that a rank was started with or has found, by key.
 #[derive(Default)]
 pub struct Facts(Vec<(String, String)>);
 
@@ -178,7 +178,7 @@ pub fn agree(comm: &mut dyn Comm, facts: &Facts) -> Result<()> {
     Err(Disagreement(differences(&of_ranks)).into())
 }
 
-/// What ranks do not have in common, one line a key. It ends the program with status 2.
+/// The keys in which ranks differ, one line each. It ends the program with status 2.
 #[derive(Debug)]
 pub struct Disagreement(Vec<String>);
 

@@ -65,7 +65,7 @@ const MAX_RANK: u64 = 1 << 16;
 /// Longest regular expression, in bytes.
 const MAX_PATTERN: usize = 1 << 14;
 
-/// What `adapter_config.json` says.
+/// The content of `adapter_config.json`.
 pub(super) struct PeftConfig {
     /// All but the targets, which the tensors tell.
     pub settings: AdapterSettings,
@@ -213,7 +213,7 @@ impl PeftConfig {
         Some(PeftConfig { settings, targets: targets?, excluded: excluded? })
     }
 
-    /// Whether the file says that a module has an adapter.
+    /// Returns whether the file gives a module an adapter.
     pub fn targets(&self, module: &str) -> Result<bool> {
         let is_excluded = self.excluded.as_ref().map_or(Ok(false), |excluded| excluded.contain(module));
         Ok(self.targets.contain(module).context("target_modules")? && !is_excluded.context("exclude_modules")?)
@@ -224,7 +224,7 @@ fn read_map(path: &Path) -> Result<Map<String, Value>> {
     files::read_json(path, MAX_SETTINGS_BYTES)
 }
 
-/// What the user should know about an adapter: that it was made for another task, or for a model of another name.
+/// Returns remarks on an adapter for the user: that it was made for another task, or for a model of another name.
 pub fn remarks(dir: &Path, model: &Path) -> Result<Vec<String>> {
     let map = read_map(&dir.join(CONFIG_FILE))?;
     let text = |key: &str| map.get(key).and_then(Value::as_str).filter(|text| !text.is_empty());

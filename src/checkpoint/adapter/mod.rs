@@ -42,7 +42,7 @@ impl Adapter {
     }
 }
 
-/// What `adapter_config.json` says that the math needs.
+/// The numbers of `adapter_config.json` that the math needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterSettings {
     /// PEFT's r.
@@ -56,7 +56,7 @@ pub struct AdapterSettings {
 }
 
 impl AdapterSettings {
-    /// What the model computes with.
+    /// Returns the numbers that the model computes with.
     pub fn lora_config(&self) -> LoraConfig {
         let r = self.lora_rank as f64;
         let scale = if self.use_rslora { self.alpha / r.sqrt() } else { self.alpha / r };

@@ -85,7 +85,7 @@ impl<A: HalfType> Cuda<A> {
         unsafe { self.launch("lora_dropout", Grid::elements(len / 8), args) }
     }
 
-    /// LoRA's part is written first and the base added to it: that spares a reading of y, and the sum is rounded once.
+    /// LoRA's part is written first, and the base product adds to it: one pass over y less than a second sum would take.
     pub(super) fn lora_linear_act(&self, args: LoraLinear<'_, Cuda<A>>) -> Result<()> {
         let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale } = args;
         let [m, n, k] = [u.len() / r, b.len() / r, weight.len() * r / b.len()];
