@@ -13,9 +13,8 @@ use crate::fsdp::schedule::Mode;
 use crate::model::batch::MicroBatch;
 use crate::recipe::{self, Command};
 use crate::start::agree::Facts;
+use crate::start::engine::{Setup, Start, Work, check_file};
 use crate::train::eval::{self, Score};
-
-use super::start::{Setup, Start, Work, check_file};
 
 /// Micro-batches that go through each layer together.
 const MICRO_BATCHES: usize = 4;

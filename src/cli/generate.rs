@@ -12,9 +12,9 @@ use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::recipe::{self, Command};
 use crate::start::agree::Facts;
+use crate::start::engine::{Setup, Start, Work};
 use crate::train::generate::{Sampling, generate};
 
-use super::start::{Setup, Start, Work};
 use super::usage;
 
 #[derive(Args)]

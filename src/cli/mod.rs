@@ -5,24 +5,22 @@
     reason = "results go to standard output, usage and guesses to standard error"
 )]
 
-mod asked;
 mod bench;
 mod eval;
 mod generate;
-mod host_memory;
 mod plan;
 mod quantize;
-mod start;
 mod train;
 
 use anyhow::Result;
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::comm::mpi::{MpiComm, World};
 use crate::comm::watch::{self, Phase};
 use crate::recipe;
 use crate::start::agree::{Facts, agree, clock_of_rank_0};
+use crate::start::engine::{DeviceKind, Start};
 use crate::train::log::Log;
 
 const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
@@ -55,16 +53,6 @@ struct Common {
     /// Overrides a key of the recipe, e.g. --set training.max_steps=100
     #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum DeviceKind {
-    /// The fastest that is there
-    Auto,
-    /// Ranks on the host's cores
-    Cpu,
-    /// One NVIDIA GPU a rank
-    Cuda,
 }
 
 #[derive(Subcommand)]
@@ -108,7 +96,7 @@ impl Cli {
         }
         let clock = clock_of_rank_0(&mut comm)?;
         let log = Log { enabled: world.rank == 0 };
-        let cli = start::Start { world, log, clock, device, ranks_per_gpu: ranks_per_gpu as usize };
+        let cli = Start { world, log, clock, device, ranks_per_gpu: ranks_per_gpu as usize };
         match self.command.unwrap_or(Command::Train(train::TrainArgs::default())) {
             Command::Train(args) if args.help_recipe => {
                 if world.rank == 0 {

@@ -25,9 +25,9 @@ use crate::plan::memory::{Cost, Sizes};
 use crate::plan::throughput::{Links, Timeline, Workload};
 use crate::plan::trace;
 use crate::recipe::{self, Command, ComputeDtype, FsdpJob, Job, ShardingStrategy};
+use crate::start::options::{adapter_settings, load_options, nf4_double_quant, possible_gather, step_limits, wishes};
 use crate::train::log::bytes;
 
-use super::asked::{adapter_settings, load_options, nf4_double_quant, possible_gather, step_limits, wishes};
 use super::usage;
 
 #[derive(Args)]

@@ -4,10 +4,9 @@ use anyhow::Result;
 
 use crate::comm::mpi::MpiComm;
 use crate::recipe::{self, Command};
+use crate::start::engine::Start;
+use crate::start::options::load_options;
 use crate::train::log::bytes;
-
-use super::asked::load_options;
-use super::start::Start;
 
 pub fn run(start: &Start, model: &str, output: &str, world_size: u32, overrides: &[String]) -> Result<()> {
     let given = vec![("model", model.into()), ("shards", output.into())];

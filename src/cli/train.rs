@@ -22,13 +22,12 @@ use crate::fsdp::schedule::Mode;
 use crate::model::config::ModelConfig;
 use crate::recipe::{self, Command, EvalData, Job, Steps};
 use crate::start::agree::Facts;
+use crate::start::engine::{Setup, Start, Work, check_folder_of};
+use crate::start::options::{adapter_settings, check_adapter_bytes};
 use crate::train::check::{self, IsZero};
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::run::{self, Run};
-
-use super::asked::{adapter_settings, check_adapter_bytes};
-use super::start::{Setup, Start, Work, check_folder_of};
 
 /// More than a line of metrics.jsonl takes.
 const METRICS_LINE_BYTES: usize = 1000;

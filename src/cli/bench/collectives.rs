@@ -8,7 +8,6 @@ use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::json;
 
-use super::super::start::{Placement, Start};
 use super::buffer;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
 use crate::comm::host_queue::HostQueue;
@@ -17,6 +16,7 @@ use crate::comm::{Delays, Gather, Queue, ShardSource, TrainableBuffers};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Ops, Place};
 use crate::recipe::{self, Command, ComputeDtype};
+use crate::start::engine::{Placement, Start};
 
 #[derive(Args)]
 pub struct CollectiveBench {

@@ -7,7 +7,6 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::json;
 
-use super::super::start::{Placement, Start};
 use crate::comm::mpi::MpiComm;
 use crate::device::ops::*;
 use crate::device::{Buffer, Element, Ops, View, ViewMut};
@@ -15,6 +14,7 @@ use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::quant::record::Encoding;
 use crate::recipe::{self, Command, Job};
+use crate::start::engine::{Placement, Start};
 
 #[derive(Args)]
 pub struct KernelBench {

@@ -8,12 +8,12 @@ use anyhow::Result;
 use clap::Subcommand;
 use serde_json::Value;
 
-use super::start::Start;
 use super::usage;
 use crate::device::{Arena, Buffer, Element, Ops};
 use crate::model::config::ModelConfig;
 use crate::model::shapes;
 use crate::recipe;
+use crate::start::engine::Start;
 
 #[derive(Subcommand)]
 pub enum Bench {

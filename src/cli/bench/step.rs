@@ -24,11 +24,11 @@ use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
 use crate::recipe::{self, Command, Job};
 use crate::start::agree::{Facts, agree};
+use crate::start::engine::{Placement, Setup, Start, Work, check_folder_of};
+use crate::start::options::{adapter_settings, check_adapter_bytes, nf4_double_quant, step_limits};
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
-use super::super::asked::{adapter_settings, check_adapter_bytes, nf4_double_quant, step_limits};
-use super::super::start::{Placement, Setup, Start, Work, check_folder_of};
 use super::kernels;
 
 #[derive(Args)]

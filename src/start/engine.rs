@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
 use half::{bf16, f16};
 use jiff::Zoned;
 
@@ -28,14 +29,24 @@ use crate::plan::limits;
 use crate::plan::memory::Sizes;
 use crate::plan::throughput::{Links, Workload};
 use crate::recipe::{ComputeDtype, FsdpJob, Job, ShardingStrategy};
-use crate::start::agree::{self, Agreed, Facts};
 use crate::train::log::{Log, bytes};
 
-use super::asked::{load_options, possible_gather, wishes};
-use super::{DeviceKind, host_memory};
+use super::agree::{self, Agreed, Facts};
+use super::host_memory;
+use super::options::{load_options, possible_gather, wishes};
 
 /// What is assumed of the network between nodes when choices are weighed: 10 Gbit/s.
 const NETWORK_BYTES_PER_S: f64 = 1.25e9;
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// The fastest that is there
+    Auto,
+    /// Ranks on the host's cores
+    Cpu,
+    /// One NVIDIA GPU a rank
+    Cuda,
+}
 
 /// A rank that has been started.
 pub struct Start<'a> {
