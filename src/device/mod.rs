@@ -4,6 +4,7 @@
 //! device. One op is the files of one stem: its contract is a struct in [`ops`], its reference is `cpu/<stem>.rs`.
 
 pub mod arena;
+pub mod attention;
 pub mod cpu;
 pub mod cuda;
 pub mod lora;

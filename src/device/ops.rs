@@ -5,6 +5,7 @@
 
 use anyhow::Result;
 
+pub use super::attention::*;
 use super::{Device, View, ViewMut, lora};
 use crate::quant::record::Encoding;
 
@@ -135,55 +136,6 @@ pub struct SwigluBackward<'a, D: Device> {
     pub d_y: View<'a, D, D::Act>,
     pub gate: View<'a, D, D::Act>,
     pub up: View<'a, D, D::Act>,
-}
-
-/// Heads and documents of an attention.
-pub struct AttentionShape<'a, D> {
-    pub num_heads: usize,
-    pub num_key_value_heads: usize,
-    pub head_dim: usize,
-    /// First token of each document, last T: a token sees itself and what is before it in its own document.
-    pub documents: &'a [u32],
-    /// The same for a device that looks at tokens: position of each in its document, past ones counted, `[T]`.
-    pub positions: View<'a, D, u32>,
-    /// Keys and values before the first query (generation, one document); 0 in training.
-    pub num_past_tokens: usize,
-}
-
-impl<D> Clone for AttentionShape<'_, D> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<D> Copy for AttentionShape<'_, D> {}
-
-/// out = softmax(q·kᵀ / sqrt(head_dim), causal, per document) · v, and the log-sum-exp of each row.
-/// q, out `[T, heads · head_dim]`; k, v `[past + T, kv_heads · head_dim]`; lse `[T, heads]`.
-pub struct AttentionForward<'a, D: Device> {
-    pub out: ViewMut<'a, D, D::Act>,
-    pub lse: ViewMut<'a, D, f32>,
-    pub q: View<'a, D, D::Act>,
-    pub k: View<'a, D, D::Act>,
-    pub v: View<'a, D, D::Act>,
-    pub shape: AttentionShape<'a, D>,
-}
-
-/// Gradients of [`AttentionForward`] (no past): d_q like q, d_k and d_v like k; all are overwritten. Scratch: delta `[T, heads]` for
-/// Σ d_out · out; head_d_k and head_d_v, like q, for the parts of heads that share keys and values.
-pub struct AttentionBackward<'a, D: Device> {
-    pub d_q: ViewMut<'a, D, D::Act>,
-    pub d_k: ViewMut<'a, D, D::Act>,
-    pub d_v: ViewMut<'a, D, D::Act>,
-    pub delta: ViewMut<'a, D, f32>,
-    pub head_d_k: ViewMut<'a, D, D::Act>,
-    pub head_d_v: ViewMut<'a, D, D::Act>,
-    pub d_out: View<'a, D, D::Act>,
-    pub out: View<'a, D, D::Act>,
-    pub lse: View<'a, D, f32>,
-    pub q: View<'a, D, D::Act>,
-    pub k: View<'a, D, D::Act>,
-    pub v: View<'a, D, D::Act>,
-    pub shape: AttentionShape<'a, D>,
 }
 
 /// One piece of the vocabulary of a streaming cross-entropy, in the manner of flash attention. With logits = x · Wᵀ of
@@ -319,7 +271,7 @@ pub struct AdamW<'a, D> {
 }
 
 /// One method per kernel. Every call is checked against the sizes of its contract before anything is written.
-pub trait Ops: Device {
+pub trait Ops: AttentionOps {
     /// Matrix product of activations, see [`Gemm`].
     fn gemm(&self, args: Gemm<'_, Self, Self::Act, Self::Act, Self::Act>) -> Result<()>;
     /// Matrix product that accumulates the gradient of a parameter in f32, see [`Gemm`].
@@ -335,8 +287,6 @@ pub trait Ops: Device {
     fn rope(&self, args: Rope<'_, Self>) -> Result<()>;
     fn swiglu_forward(&self, args: SwigluForward<'_, Self>) -> Result<()>;
     fn swiglu_backward(&self, args: SwigluBackward<'_, Self>) -> Result<()>;
-    fn attention_forward(&self, args: AttentionForward<'_, Self>) -> Result<()>;
-    fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> Result<()>;
     fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Self>) -> Result<()>;
     fn gather_target_rows(&self, args: GatherTargetRows<'_, Self>) -> Result<()>;
     fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Self>) -> Result<()>;

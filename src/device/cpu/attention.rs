@@ -1,10 +1,10 @@
 //! Causal grouped-query attention over packed documents, one strip of [`QUERY_ROWS`] queries at a time: the scores of a
 //! strip exist, those of a head never do.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use rayon::prelude::*;
 
-use crate::device::ops::{AttentionBackward, AttentionForward, AttentionShape};
+use crate::device::attention::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape};
 
 use super::gemm::gemm_strided;
 use super::{Cpu, math};
@@ -49,17 +49,13 @@ fn num_visible(strip: &Strip, i: usize) -> usize {
     strip.num_keys - strip.len + i + 1
 }
 
-impl Cpu {
-    pub(super) fn attention_forward_f32(&self, args: AttentionForward<'_, Cpu>) -> Result<()> {
+impl AttentionOps for Cpu {
+    fn attention_forward(&self, args: AttentionForward<'_, Cpu>) -> Result<()> {
+        args.num_tokens()?;
         let AttentionForward { out, lse, q, k, v, shape } = args;
         let (out, lse, q, k, v) = (out.host_mut(), lse.host_mut(), q.host(), k.host(), v.host());
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, .. } = shape;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = shape;
         let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
-        let tokens = *shape.documents.last().unwrap_or(&0) as usize;
-        ensure!(q.len() == tokens * width && out.len() == q.len(), "attention: q {} for {tokens} tokens", q.len());
-        ensure!(k.len() == (num_past_tokens + tokens) * kv_width && v.len() == k.len(), "attention: k {}", k.len());
-        ensure!(lse.len() == tokens * num_heads, "attention: lse {}", lse.len());
-        ensure!(num_past_tokens == 0 || shape.documents.len() == 2, "attention: past tokens need one document");
         let mut parts = Vec::new();
         let (mut out, mut lse) = (out, lse);
         for strip in strips(&shape) {
@@ -87,21 +83,11 @@ impl Cpu {
         Ok(())
     }
 
-    pub(super) fn attention_backward_f32(&self, args: AttentionBackward<'_, Cpu>) -> Result<()> {
+    fn attention_backward(&self, args: AttentionBackward<'_, Cpu>) -> Result<()> {
+        args.num_tokens()?;
         let AttentionBackward { d_q, d_k, d_v, d_out, out, lse, q, k, v, shape, .. } = args;
         let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = shape;
         let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
-        let tokens = *shape.documents.last().unwrap_or(&0) as usize;
-        ensure!(
-            [q.len(), d_q.len(), out.len(), d_out.len()] == [tokens * width; 4],
-            "attention backward: q {}",
-            q.len()
-        );
-        ensure!(
-            [k.len(), v.len(), d_k.len(), d_v.len()] == [tokens * kv_width; 4],
-            "attention backward: k {}",
-            k.len()
-        );
         let saved =
             Saved { d_out: d_out.host(), out: out.host(), lse: lse.host(), q: q.host(), k: k.host(), v: v.host() };
         let group = num_heads / num_key_value_heads;

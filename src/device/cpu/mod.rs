@@ -145,12 +145,6 @@ impl Ops for Cpu {
     fn swiglu_backward(&self, args: SwigluBackward<'_, Self>) -> Result<()> {
         self.swiglu_backward_f32(args)
     }
-    fn attention_forward(&self, args: AttentionForward<'_, Self>) -> Result<()> {
-        self.attention_forward_f32(args)
-    }
-    fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> Result<()> {
-        self.attention_backward_f32(args)
-    }
     fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Self>) -> Result<()> {
         self.cross_entropy_piece_f32(args)
     }

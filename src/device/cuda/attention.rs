@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use crate::device::ViewMut;
-use crate::device::ops::{AttentionBackward, AttentionForward, AttentionShape};
+use crate::device::attention::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape};
 
 use super::launch::{Grid, args};
 use super::{Cuda, HalfType};
@@ -24,26 +24,15 @@ fn grid(tokens: usize, heads: usize, head_dim: usize) -> Grid {
     Grid { blocks: (tokens.div_ceil(ROWS), heads), threads: THREADS, shared_bytes: shared_bytes(head_dim) }
 }
 
-/// Checks what both directions share; returns the number of tokens.
-fn check<A: HalfType>(shape: &AttentionShape<'_, Cuda<A>>, q: usize, k: usize, lse: usize) -> Result<usize> {
-    let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, .. } = *shape;
-    let tokens = shape.positions.len();
+fn check_head_dim(head_dim: usize) -> Result<()> {
     ensure!(HEAD_DIMS.contains(&head_dim), "attention: head_dim is {head_dim}; on a GPU it may be 64, 96 or 128");
-    ensure!(q == tokens * num_heads * head_dim, "attention: q {q} for {tokens} tokens");
-    ensure!(k == (num_past_tokens + tokens) * num_key_value_heads * head_dim, "attention: k {k} for {tokens} tokens");
-    ensure!(lse == tokens * num_heads, "attention: lse {lse} for {tokens} tokens");
-    Ok(tokens)
+    Ok(())
 }
 
-impl<A: HalfType> Cuda<A> {
-    pub(super) fn attention_forward_act(&self, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
-        let tokens = check(&args.shape, args.q.len(), args.k.len(), args.lse.len())?;
-        ensure!(
-            args.out.len() == args.q.len() && args.v.len() == args.k.len(),
-            "attention: out {} v {}",
-            args.out.len(),
-            args.v.len()
-        );
+impl<A: HalfType> AttentionOps for Cuda<A> {
+    fn attention_forward(&self, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
+        let tokens = args.num_tokens()?;
+        check_head_dim(args.shape.head_dim)?;
         if let Some(hopper) = self.hopper {
             return self.hopper_attention_forward(hopper, args);
         }
@@ -56,16 +45,9 @@ impl<A: HalfType> Cuda<A> {
         unsafe { self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, head_dim), args) }
     }
 
-    pub(super) fn attention_backward_act(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
-        let (q_len, k_len, lse_len) = (args.q.len(), args.k.len(), args.lse.len());
-        let tokens = check(&args.shape, q_len, k_len, lse_len)?;
-        ensure!(
-            [args.d_q.len(), args.out.len(), args.d_out.len(), args.head_d_k.len(), args.head_d_v.len()] == [q_len; 5]
-                && [args.v.len(), args.d_k.len(), args.d_v.len()] == [k_len; 3],
-            "attention backward: q {q_len} k {k_len}"
-        );
-        let (delta_len, past) = (args.delta.len(), args.shape.num_past_tokens);
-        ensure!(delta_len == lse_len && past == 0, "attention backward: delta {delta_len}, {past} past tokens");
+    fn attention_backward(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
+        let tokens = args.num_tokens()?;
+        check_head_dim(args.shape.head_dim)?;
         if let Some(hopper) = self.hopper {
             return self.hopper_attention_backward(hopper, args);
         }
@@ -96,7 +78,9 @@ impl<A: HalfType> Cuda<A> {
             unsafe { self.launch(&kernel, grid, args) }
         })
     }
+}
 
+impl<A: HalfType> Cuda<A> {
     /// Runs a kernel that writes the gradients of keys and values in so many parts, and adds these.
     pub(super) fn sum_over_heads(
         &self,

@@ -283,12 +283,6 @@ impl<A: HalfType> Ops for Cuda<A> {
     fn swiglu_backward(&self, args: SwigluBackward<'_, Self>) -> Result<()> {
         self.swiglu_backward_act(args)
     }
-    fn attention_forward(&self, args: AttentionForward<'_, Self>) -> Result<()> {
-        self.attention_forward_act(args)
-    }
-    fn attention_backward(&self, args: AttentionBackward<'_, Self>) -> Result<()> {
-        self.attention_backward_act(args)
-    }
     fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Self>) -> Result<()> {
         self.cross_entropy_piece_act(args)
     }
