@@ -18,7 +18,7 @@
 //! | [`plan`] | what a run will use: which memory is kept where, and how long a step takes, for this machine or another | files, data, the recipe |
 //! | [`train`] | steps, evaluation, generation, logs | the command line |
 //! | [`recipe`] | what was written (the recipe) becomes what was decided (the job) | |
-//! | [`start`] | what all ranks must have in common is compared ([`start::agree`]) | the command line |
+//! | [`start`] | between a job and the first step: what all ranks must have in common ([`start::agree`]), placement, budgets, the engine; a plan for a machine that is not there | the command line, the recipe |
 //! | [`cli`] | one file per subcommand | |
 //! | [`files`] | opening and reading input files, bounded; names of files as messages show them | everything else |
 //!

@@ -1,22 +1,25 @@
 //! `eval`
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
 use crate::comm::Queue;
-use crate::data::{self, Dataset, TextTokenizer};
+use crate::comm::mpi::MpiComm;
+use crate::data;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::batch::MicroBatch;
 use crate::recipe::{self, Command};
-use crate::start::agree::Facts;
-use crate::start::engine::{Setup, Start, Work, check_file};
+use crate::start::agree::{agree_on, agree_on_inputs};
+use crate::start::data::to_score;
+use crate::start::engine::{Setup, Work};
+use crate::start::{Facts, Start};
 use crate::train::eval::{self, Score};
 
-/// Micro-batches that go through each layer together.
+/// Number of micro-batches that go through each layer together.
 const MICRO_BATCHES: usize = 4;
 
 #[derive(Args)]
@@ -50,33 +53,28 @@ impl Work for Scoring {
     }
 }
 
-pub fn run(start: &Start, args: &EvalArgs, overrides: &[String]) -> Result<()> {
+/// Prints the mean loss over a data set.
+pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[String]) -> Result<()> {
     let mut given: Vec<(&str, Value)> = vec![
         ("model", args.model.clone().into()),
         ("data.train", args.dataset.clone().into()),
         ("data.max_length", args.max_length.into()),
     ];
     given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
-    let job = start.agree_on(recipe::from_options(Command::Eval, given, overrides)?)?;
-    check_file("--dataset", &job.data.train[0])?;
-    let opened = start.open(&job)?;
+    let job = agree_on(&mut comm, recipe::from_options(Command::Eval, given, overrides)?)?;
+    let path = &job.data.train[0];
+    ensure!(path.exists(), "--dataset: {} is not there", path.display());
+    let opened = start.open(&mut comm, &job)?;
     let config = opened.config.clone();
-    let adapter = start.adapter(&job, &config)?;
-    let options = super::train::data_options(&job).for_evaluation();
-    let tokenizer = match (TextTokenizer::load(&job.model, &start.clock), options.format) {
-        (Err(_), data::Format::Tokenized) => None,
-        (tokenizer, _) => Some(tokenizer?),
-    };
-    let dataset = Dataset::load(&job.data.train, tokenizer.as_ref(), config.vocab_size, &options)?;
-    super::train::tell(start, "data", &dataset, &config);
-    let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
-    let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
+    let adapter = start.named_adapter(&job, &config)?;
     let mut inputs = Facts::default();
     inputs.add_adapter("--adapter", adapter.as_ref());
-    inputs.add_tokenizer(tokenizer.as_ref());
-    inputs.add_data("--dataset", &dataset);
+    let dataset = to_score(start, &job, &config, &mut inputs)?;
+    let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
+    let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
     inputs.add_limits(&limits);
-    let (comm, placement, base) = start.base(opened, &job, &start.agree_on_inputs(inputs)?)?;
+    let inputs = agree_on_inputs(&mut comm, inputs)?;
+    let (placement, base) = start.base(&mut comm, opened, &job, &inputs)?;
     let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
     let work = Scoring { batches, adapter: adapter.is_some() };
     let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job };

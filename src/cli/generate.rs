@@ -5,14 +5,16 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use crate::comm::Queue;
+use crate::comm::mpi::MpiComm;
 use crate::data::TextTokenizer;
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::recipe::{self, Command};
-use crate::start::agree::Facts;
-use crate::start::engine::{Setup, Start, Work};
+use crate::start::agree::{agree_on, agree_on_inputs};
+use crate::start::engine::{Setup, Work};
+use crate::start::{Facts, Start};
 use crate::train::generate::{Sampling, generate};
 
 use super::usage;
@@ -55,16 +57,17 @@ impl Work for Generation<'_> {
     }
 }
 
-pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<()> {
+/// Prints what the model writes after a prompt.
+pub fn run(start: &Start, mut comm: MpiComm, args: &GenerateArgs, overrides: &[String]) -> Result<()> {
     if !(args.temperature >= 0.0 && args.temperature.is_finite()) {
         return Err(usage(&format!("--temperature: found {}; allowed: 0 or more", args.temperature)));
     }
     let mut given: Vec<(&str, Value)> = vec![("model", args.model.clone().into()), ("training.seed", args.seed.into())];
     given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
-    let job = start.agree_on(recipe::from_options(Command::Generate, given, overrides)?)?;
-    let opened = start.open(&job)?;
+    let job = agree_on(&mut comm, recipe::from_options(Command::Generate, given, overrides)?)?;
+    let opened = start.open(&mut comm, &job)?;
     let config = opened.config.clone();
-    let adapter = start.adapter(&job, &config)?;
+    let adapter = start.named_adapter(&job, &config)?;
     let tokenizer = TextTokenizer::load(&job.model, &start.clock)?;
     let prompt = match tokenizer.has_chat_template() && !args.raw {
         true => {
@@ -80,7 +83,8 @@ pub fn run(start: &Start, args: &GenerateArgs, overrides: &[String]) -> Result<(
     inputs.add_adapter("--adapter", adapter.as_ref());
     inputs.add_tokenizer(Some(&tokenizer));
     inputs.add_limits(&limits);
-    let (comm, placement, base) = start.base(opened, &job, &start.agree_on_inputs(inputs)?)?;
+    let inputs = agree_on_inputs(&mut comm, inputs)?;
+    let (placement, base) = start.base(&mut comm, opened, &job, &inputs)?;
     let sampling = Sampling { temperature: args.temperature, seed: job.training.seed, max_new_tokens };
     let work = Generation { prompt: &prompt, stop: tokenizer.eos_token_ids(), sampling, adapter: adapter.is_some() };
     let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job };

@@ -12,15 +12,18 @@ mod plan;
 mod quantize;
 mod train;
 
-use anyhow::Result;
+use std::path::Path;
+
+use anyhow::{Result, ensure};
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::comm::mpi::{MpiComm, World};
 use crate::comm::watch::{self, Phase};
 use crate::recipe;
-use crate::start::agree::{Facts, agree, clock_of_rank_0};
-use crate::start::engine::{DeviceKind, Start};
+use crate::start::agree::{agree, clock_of_rank_0};
+use crate::start::placement::DeviceKind;
+use crate::start::{Facts, Start};
 use crate::train::log::Log;
 
 const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
@@ -96,7 +99,7 @@ impl Cli {
         }
         let clock = clock_of_rank_0(&mut comm)?;
         let log = Log { enabled: world.rank == 0 };
-        let cli = Start { world, log, clock, device, ranks_per_gpu: ranks_per_gpu as usize };
+        let start = Start { world, log, clock, device, ranks_per_gpu: ranks_per_gpu as usize };
         match self.command.unwrap_or(Command::Train(train::TrainArgs::default())) {
             Command::Train(args) if args.help_recipe => {
                 if world.rank == 0 {
@@ -104,12 +107,12 @@ impl Cli {
                 }
                 Ok(())
             }
-            Command::Train(args) => train::run(&cli, &args, &overrides),
+            Command::Train(args) => train::run(&start, comm, &args, &overrides),
             Command::Quantize { model, output, world_size } => {
-                quantize::run(&cli, &model, &output, world_size, &overrides)
+                quantize::run(&start, comm, &model, &output, world_size, &overrides)
             }
-            Command::Eval(args) => eval::run(&cli, &args, &overrides),
-            Command::Generate(args) => generate::run(&cli, &args, &overrides),
+            Command::Eval(args) => eval::run(&start, comm, &args, &overrides),
+            Command::Generate(args) => generate::run(&start, comm, &args, &overrides),
             Command::Plan(args) => {
                 if device != DeviceKind::Auto {
                     return Err(usage("plan computes nothing: --device is not for it; --gpu is"));
@@ -122,7 +125,7 @@ impl Cli {
                 }
                 Ok(())
             }
-            Command::Bench(bench) => bench::run(&cli, &bench, &overrides),
+            Command::Bench(bench) => bench::run(&start, comm, &bench, &overrides),
         }
     }
 }
@@ -154,7 +157,15 @@ fn invocation() -> Result<Facts> {
     Ok(facts)
 }
 
-/// A command line that cannot be meant.
+/// Returns the error of a command line that cannot be meant.
 fn usage(text: &str) -> anyhow::Error {
     Cli::command().error(ErrorKind::ValueValidation, text).into()
+}
+
+/// Fails when the file that `--trace` names cannot be made, as its folder is not there.
+fn check_trace(path: Option<&Path>) -> Result<()> {
+    let Some(path) = path else { return Ok(()) };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    ensure!(folder.is_none_or(Path::is_dir), "--trace: the folder of {} is not there", path.display());
+    Ok(())
 }

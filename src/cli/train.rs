@@ -2,37 +2,32 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::Args;
 
-use crate::checkpoint::adapter::{self, Adapter};
+use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::identity::BaseStamps;
+use crate::checkpoint::output::Output;
 use crate::checkpoint::output::record::RunIdentity;
-use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
 use crate::checkpoint::room::Want;
 use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
 use crate::comm::{Queue, anywhere};
-use crate::data::{self, DataOptions, Dataset, TextTokenizer};
-use crate::device::{Device, Ops};
-use crate::files;
+use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::memory::Limits;
-use crate::fsdp::schedule::Mode;
 use crate::model::config::ModelConfig;
-use crate::recipe::{self, Command, EvalData, Job, Steps};
-use crate::start::agree::Facts;
-use crate::start::engine::{Setup, Start, Work, check_folder_of};
-use crate::start::options::{adapter_settings, check_adapter_bytes};
+use crate::recipe::{self, Command, Job, Steps};
+use crate::start::agree::{agree_on, agree_on_inputs};
+use crate::start::data::TrainingData;
+use crate::start::engine::{Setup, Work};
+use crate::start::{Facts, Start};
 use crate::train::check::{self, IsZero};
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
+use crate::train::result::{Kept, doubt, save};
 use crate::train::run::{self, Run};
 
-/// More than a line of metrics.jsonl takes.
-const METRICS_LINE_BYTES: usize = 1000;
-/// Most room that is looked for before training for metrics.jsonl: `max_steps` may be a number that nobody waits for.
-const MAX_METRICS_BYTES: usize = 1 << 28;
+use super::check_trace;
 
 #[derive(Args)]
 pub struct TrainArgs {
@@ -58,66 +53,69 @@ impl Default for TrainArgs {
 
 /// Trains. Exit status 0: the adapter is in output_dir. If it had to be saved elsewhere, that is an error, and its message, the last line,
 /// names the place.
-pub fn run(start: &Start, args: &TrainArgs, overrides: &[String]) -> Result<()> {
+pub fn run(start: &Start, comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<()> {
     let mut output = None;
-    let result = train(start, args, overrides, &mut output);
+    let result = train(start, comm, args, overrides, &mut output);
     if let (Err(error), Some(output)) = (&result, &output) {
         output.fail(&format!("{error:#}"));
     }
     result
 }
 
-/// The same. `output` is set on rank 0 as soon as its folder is locked.
-fn train(start: &Start, args: &TrainArgs, overrides: &[String], output: &mut Option<Output>) -> Result<()> {
-    let job = start.agree_on(recipe::load(&args.config, Command::Train, overrides)?)?;
+/// Trains. `output` is set on rank 0 as soon as its folder is locked.
+fn train(
+    start: &Start,
+    mut comm: MpiComm,
+    args: &TrainArgs,
+    overrides: &[String],
+    output: &mut Option<Output>,
+) -> Result<()> {
+    let job = agree_on(&mut comm, recipe::load(&args.config, Command::Train, overrides)?)?;
     let trace = args.trace.as_deref();
-    trace.map_or(Ok(()), |path| check_folder_of("--trace", path))?;
-    let mut opened = start.open(&job)?;
+    check_trace(trace)?;
+    let mut opened = start.open(&mut comm, &job)?;
     let config = opened.config.clone();
-    job.training.check_batch(start.world.world_size)?;
-    let adapter = start_adapter(start, &job, &config)?;
-    let kept = Kept::read(&job)?;
-    let is_first = start.world.rank == 0;
-    if is_first {
-        let num_steps = job.training.max_steps.unwrap_or_default();
-        let lines = num_steps.saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
-        let room = adapter.bytes() + kept.bytes() + lines;
+    let world_size = start.world.world_size;
+    job.training.check_batch(world_size)?;
+    let adapter = start.adapter_to_train(&job, &config)?;
+    let kept = Kept::read(&job.model)?;
+    if start.world.rank == 0 {
+        let room = kept.room(&adapter, job.training.max_steps);
         let held = Output::open(&job.output_dir, args.overwrite, room, &mut |line| start.log.line(line));
         *output = Some(held.context("output_dir")?);
         opened.kept_free.push(Want { dir: job.output_dir.clone(), bytes: room });
     }
     let mut inputs = Facts::default();
     inputs.add_adapter("lora.adapter", Some(&adapter));
-    let (train, eval, tokenizer) = datasets(&job, &config, start, &mut inputs)?;
-    let limits = limits(&job, start.world.world_size, &train, eval.as_ref());
+    let data = TrainingData::load(start, &job, &config, &mut inputs)?;
+    let limits = data.limits(&job, world_size);
     inputs.add_limits(&limits);
-    let inputs = start.agree_on_inputs(inputs)?;
-    let steps = job.training.steps(train.sequences.len(), start.world.world_size)?;
+    let inputs = agree_on_inputs(&mut comm, inputs)?;
+    let steps = job.training.steps(data.train.sequences.len(), world_size)?;
     steps.remarks.iter().for_each(|remark| start.log.line(remark.clone()));
     let identity = RunIdentity {
-        world_size: start.world.world_size,
+        world_size,
         base: opened.identity(),
-        tokenizer,
+        tokenizer: data.tokenizer.clone(),
         adapter: hex(adapter.digest()),
-        data: hex(train.digest()),
-        eval_data: eval.as_ref().map(|eval| hex(eval.digest())),
+        data: hex(data.train.digest()),
+        eval_data: data.eval.as_ref().map(|eval| hex(eval.digest())),
         recipe: decided_values(&job, &steps),
     };
     let begun = output.as_mut().map_or(Ok(true), |output| output.begin(identity)).context("output_dir")?;
-    if anywhere(&mut MpiComm::new(start.world)?, !begun)? {
+    if anywhere(&mut comm, !begun)? {
         start.log.line(format!("already finished: the adapter of this very run is in {}", job.output_dir.display()));
         return Ok(());
     }
     let (base, stamps) = (opened.model.clone(), opened.stamps());
-    let (comm, placement, loaded) = start.base(opened, &job, &inputs)?;
+    let (placement, loaded) = start.base(&mut comm, opened, &job, &inputs)?;
     let work = Training {
         start,
         job: &job,
         steps: &steps,
         config: &config,
         adapter: &adapter,
-        train: &train,
-        eval: eval.as_ref(),
+        data: &data,
         trace,
         kept: &kept,
         output: output.as_mut(),
@@ -132,34 +130,11 @@ fn hex(digest: u64) -> String {
     format!("{digest:016x}")
 }
 
-/// What was decided for every key.
+/// Returns every key with its decided value.
 fn decided_values(job: &Job, steps: &Steps) -> serde_json::Map<String, serde_json::Value> {
     let mut values = job.values();
     values.insert("training.warmup_steps".into(), steps.warmup_steps.into());
     values
-}
-
-/// What the end needs of the model's folder, which may be gone by then.
-struct Kept {
-    /// Absolute path of the base, for `adapter_config.json`.
-    base: PathBuf,
-    tokenizer_files: Vec<(&'static str, Vec<u8>)>,
-}
-
-impl Kept {
-    fn read(job: &Job) -> Result<Kept> {
-        let base = std::fs::canonicalize(&job.model).with_context(|| job.model.display().to_string())?;
-        let present = TOKENIZER_FILES
-            .into_iter()
-            .map(|name| (name, job.model.join(name)))
-            .filter(|(_, path)| files::is_there(path));
-        let read = |(name, path): (_, PathBuf)| Ok((name, files::read(&path, files::MAX_TOKENIZER_BYTES)?));
-        Ok(Kept { base, tokenizer_files: present.map(read).collect::<Result<_>>()? })
-    }
-
-    fn bytes(&self) -> usize {
-        self.tokenizer_files.iter().map(|(_, content)| content.len()).sum()
-    }
 }
 
 /// A run from the first step to the saved adapter.
@@ -169,8 +144,7 @@ struct Training<'a> {
     steps: &'a Steps,
     config: &'a ModelConfig,
     adapter: &'a Adapter,
-    train: &'a Dataset,
-    eval: Option<&'a Dataset>,
+    data: &'a TrainingData,
     trace: Option<&'a Path>,
     kept: &'a Kept,
     /// `None` on all ranks but the first.
@@ -183,7 +157,7 @@ impl Work for Training<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<()> {
-        let Training { start, job, steps, config, adapter, train, eval, trace, kept, output, stamps, is_zero } = self;
+        let Training { start, job, steps, config, adapter, data, trace, kept, output, stamps, is_zero } = self;
         let live = output.as_ref().map(|output| (output.live(), output.keeps_a_result()));
         if let Some((live, true)) = &live {
             start.log.line(format!(
@@ -196,8 +170,8 @@ impl Work for Training<'_> {
             engine: &mut *engine,
             job: &job.training,
             steps,
-            train,
-            eval,
+            train: &data.train,
+            eval: data.eval.as_ref(),
             metrics: metrics.as_mut(),
             log: start.log,
             trace,
@@ -213,7 +187,7 @@ impl Work for Training<'_> {
         watch::phase(Phase::Save)?;
         let learned = run::adapter(engine, &adapter.settings)?;
         check::result_is_sound(adapter, &learned)?;
-        let doubt = doubt(&mut engine.queue, start, stamps)?;
+        let doubt = doubt(&mut engine.queue, start.world.local_rank, stamps)?;
         if let (Some(output), Some(metrics)) = (output, metrics) {
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
             let wait = watch::wait("saving the adapter");
@@ -224,134 +198,5 @@ impl Work for Training<'_> {
         // The other ranks end when the adapter is there: a launcher that sees them end may end the job.
         engine.queue.all_gather_f64("end", &[0.0])?;
         Ok(())
-    }
-}
-
-/// Says which file of the base changed during the run. Collective; the first rank of each node looks.
-fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, start: &Start, stamps: &BaseStamps) -> Result<Option<String>> {
-    let looks = start.world.local_rank == 0;
-    watch::at("comparing the base with what it was at the start");
-    let own = looks.then(|| stamps.check_unchanged().err()).flatten().map(|error| format!("{error:#}"));
-    let changed = queue.all_gather_f64("stamps of the base", &[f64::from(own.is_some())])?;
-    let other = changed.iter().position(|changed| changed[0] > 0.0);
-    Ok(own.or(other.map(|rank| format!("the base on the machine of rank {rank} has changed during the run"))))
-}
-
-/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir or if there is a
-/// doubt about the result.
-fn save(
-    output: &mut Output,
-    adapter: &Adapter,
-    config: &ModelConfig,
-    kept: &Kept,
-    metrics: &[u8],
-    doubt: Option<String>,
-) -> Result<()> {
-    let mut others = kept.tokenizer_files.clone();
-    others.push((METRICS_FILE, metrics.to_vec()));
-    let write = |dir: &Path| adapter::save(adapter, config, &kept.base, dir);
-    let result = RunResult { adapter: &write, others, doubt: doubt.clone() };
-    let place = output.finish(&result).context("saving the adapter")?;
-    if let Some(doubt) = doubt {
-        let dir = match &place {
-            Place::OutputDir => "output_dir",
-            Place::Elsewhere { dir, .. } => &dir.display().to_string(),
-        };
-        bail!("{doubt}; the adapter was saved in {dir}, but cannot be trusted");
-    }
-    match place {
-        Place::OutputDir => Ok(()),
-        Place::Elsewhere { dir, why } => {
-            bail!("output_dir takes no result ({why}); the adapter is complete and was saved in {}", dir.display())
-        }
-    }
-}
-
-fn start_adapter(start: &Start, job: &Job, config: &ModelConfig) -> Result<Adapter> {
-    if let Some(mut adapter) = start.adapter(job, config)? {
-        adapter.settings.dropout = job.lora.dropout;
-        return Ok(adapter);
-    }
-    let settings = adapter_settings(&job.lora);
-    check_adapter_bytes(&settings, config)?;
-    Ok(adapter::fresh(settings, config, job.training.seed))
-}
-
-/// The rows to train and to evaluate on, and the tokenizer's identity; `inputs` gets what ranks must have in common of them.
-fn datasets(
-    job: &Job,
-    config: &ModelConfig,
-    start: &Start,
-    inputs: &mut Facts,
-) -> Result<(Dataset, Option<Dataset>, Option<String>)> {
-    let options = data_options(job);
-    let tokenizer = match (TextTokenizer::load(&job.model, &start.clock), job.data.format) {
-        (Err(_), data::Format::Tokenized) => None,
-        (tokenizer, _) => Some(tokenizer?),
-    };
-    let (tokenizer, vocab_size, paths) = (tokenizer.as_ref(), config.vocab_size, &job.data.train);
-    let (train, eval) = match &job.data.eval {
-        None => (Dataset::load(paths, tokenizer, vocab_size, &options)?, None),
-        Some(EvalData::File(file)) => {
-            let eval = Dataset::load(std::slice::from_ref(file), tokenizer, vocab_size, &options.for_evaluation())
-                .context("data.eval")?;
-            (Dataset::load(paths, tokenizer, vocab_size, &options).context("data.train")?, Some(eval))
-        }
-        Some(EvalData::Fraction(fraction)) => {
-            let (train, eval) = Dataset::load_with_held_out(paths, tokenizer, vocab_size, &options, *fraction)?;
-            (train, Some(eval))
-        }
-    };
-    inputs.add_tokenizer(tokenizer);
-    inputs.add_data("data.train", &train);
-    eval.iter().for_each(|eval| inputs.add_data("data.eval", eval));
-    tell(start, "training data", &train, config);
-    if let Some(eval) = &eval {
-        tell(start, "evaluation data", eval, config);
-    }
-    start.log.line(format!(
-        "first sample: {}",
-        data::describe_sample(tokenizer, &train.documents[train.sequences[0][0]], 1000)
-    ));
-    Ok((train, eval, tokenizer.map(TextTokenizer::identity)))
-}
-
-/// Says what the rows have become, and what of it may surprise.
-pub fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelConfig) {
-    start.log.line(format!("{name}: {}, {} of host memory", dataset.counts, bytes(dataset.host_bytes())));
-    for note in &dataset.notes {
-        start.log.line(format!("{name}: {note}"));
-    }
-    let (longest, limit) = (dataset.longest_document(), config.rope.max_position_embeddings);
-    if longest > limit {
-        let rows = dataset.documents.iter().filter(|d| d.input_ids.len() > limit).count();
-        start.log.line(format!(
-            "{name}: {rows} documents are longer than the {limit} tokens that the model was made for (config.json: \
-             max_position_embeddings), the longest has {longest}; data.max_length can cut them"
-        ));
-    }
-}
-
-/// The keys of a recipe's data section that say how rows become documents.
-pub fn data_options(job: &Job) -> DataOptions {
-    let data = &job.data;
-    DataOptions {
-        format: data.format,
-        max_length: data.max_length,
-        packing: data.packing,
-        overlong: data.overlong,
-        loss_on: data.loss_on,
-    }
-}
-
-/// What each step must hold; what of it is kept where is decided later.
-fn limits(job: &Job, world_size: usize, train: &Dataset, eval: Option<&Dataset>) -> Limits {
-    let longest = |dataset: &Dataset| dataset.sequence_lengths().max().unwrap_or(0);
-    let max_length = longest(train).max(eval.map_or(0, longest));
-    let max_tokens = (longest(train) * job.training.per_device_train_batch_size).max(max_length);
-    Limits {
-        max_length,
-        accumulation: job.fsdp.accumulation,
-        ..Limits::new(Mode::Train, max_tokens, job.training.accumulation_steps(world_size))
     }
 }

@@ -6,5 +6,6 @@ pub mod decide;
 pub mod hardware;
 pub mod limits;
 pub mod memory;
+pub mod report;
 pub mod throughput;
 pub mod trace;

@@ -1,4 +1,4 @@
-//! Ranks agree: whatever all ranks must have in common is compared before anything is written or trained.
+//! Ranks agree: all that they must have in common is compared before anything is written or trained.
 //!
 //! | when | what is compared |
 //! |---|---|
@@ -7,140 +7,29 @@
 //! | when the model is opened | identity of the base |
 //! | when the inputs are read, before shards are made | tokenizer and template, rows, adapter, limits |
 //!
-//! Each is one call with a list of [`Facts`]. An [`Agreed`] value has been through it: what opens a model or makes an engine takes
-//! a job of this kind only, so that no subcommand can leave it out.
+//! Each comparison is one call with a list of [`Facts`]. An [`Agreed`] value has been compared: functions that open a model or make
+//! an engine take no other job, so that no subcommand can leave the comparison out.
 //!
 //! Where files lie may differ between ranks, since each node may keep its inputs in a folder of its own; what the files hold may
 //! not. So paths are not compared, and digests of the contents are. Only rank 0 writes results, and only its clock is read
 //! ([`clock_of_rank_0`]).
 
 use std::fmt::{self, Display};
-use std::fs::File;
-use std::io::Read;
 use std::ops::Deref;
 
 use anyhow::{Context, Result, bail};
 use jiff::tz::Offset;
 use jiff::{Timestamp, Zoned};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::xxh3_64;
 
-use crate::checkpoint::adapter::Adapter;
 use crate::comm::{Comm, all_gather_bytes, all_gather_u64, all_gather_u64s};
-use crate::data::{Dataset, TextTokenizer};
 use crate::files;
-use crate::fsdp::memory::Limits;
-use crate::recipe::{EvalData, Job};
+use crate::recipe::Job;
 
-/// Variables of this program are named so.
-const OWN_VARIABLES: &str = "FSDP_QLORA_";
+use super::facts::Facts;
 
-/// Those of them that say where something lies.
-const PATH_VARIABLES: [&str; 2] = ["FSDP_QLORA_CACHE", "FSDP_QLORA_CUDA_PATH"];
-
-/// Variables of libraries that change results, or that NCCL needs alike on all ranks.
-const LIBRARY_VARIABLES: [&str; 16] = [
-    "CUBLAS_WORKSPACE_CONFIG",
-    "NVIDIA_TF32_OVERRIDE",
-    "NCCL_ALGO",
-    "NCCL_BUFFSIZE",
-    "NCCL_COLLNET_ENABLE",
-    "NCCL_IB_DISABLE",
-    "NCCL_MAX_CTAS",
-    "NCCL_MAX_NCHANNELS",
-    "NCCL_MIN_CTAS",
-    "NCCL_MIN_NCHANNELS",
-    "NCCL_NET",
-    "NCCL_NTHREADS",
-    "NCCL_P2P_DISABLE",
-    "NCCL_P2P_LEVEL",
-    "NCCL_PROTO",
-    "NCCL_SHM_DISABLE",
-];
-
-/// Keys of a recipe that say where something lies.
-const PATH_KEYS: [&str; 5] = ["model", "output_dir", "shards", "data.train", "lora.adapter"];
-
-/// Number of values of a key that a message shows.
+/// Largest number of values that a message shows for a key.
 const MAX_VALUES: usize = 8;
-
-/// The values that a rank was started with or has found, by key.
-#[derive(Default)]
-pub struct Facts(Vec<(String, String)>);
-
-impl Facts {
-    pub fn add(&mut self, key: impl Display, value: impl Display) {
-        self.0.push((key.to_string(), value.to_string()));
-    }
-
-    /// The program and the environment of this process. Reads the program's file.
-    pub fn of_process() -> Facts {
-        let mut facts = Facts::default();
-        let build = build_digest().unwrap_or_else(|error| format!("unknown ({error:#})"));
-        facts.add("program", format!("{} {}, build {build}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")));
-        let mut variables: Vec<(String, String)> = std::env::vars_os()
-            .map(|(name, value)| (name.to_string_lossy().into_owned(), value.to_string_lossy().into_owned()))
-            .filter(|(name, _)| {
-                let own = name.starts_with(OWN_VARIABLES) && !PATH_VARIABLES.contains(&name.as_str());
-                own || LIBRARY_VARIABLES.contains(&name.as_str())
-            })
-            .collect();
-        variables.sort();
-        variables.iter().for_each(|(name, value)| facts.add(format!("environment variable {name}"), value));
-        facts
-    }
-
-    /// Every key of a job, without the paths.
-    pub fn of_job(job: &Job) -> Facts {
-        let mut facts = Facts::default();
-        for (key, value) in job.values() {
-            let is_path = PATH_KEYS.contains(&key.as_str())
-                || matches!(job.data.eval, Some(EvalData::File(_))) && key == "data.eval";
-            facts.add(key, if is_path { "a path".into() } else { value.to_string() });
-        }
-        facts
-    }
-
-    pub fn add_tokenizer(&mut self, tokenizer: Option<&TextTokenizer>) {
-        self.add(
-            "tokenizer and chat template",
-            tokenizer.map_or("none".into(), |t| format!("digest {}", t.identity())),
-        );
-    }
-
-    /// Sizes of a step.
-    pub fn add_limits(&mut self, limits: &Limits) {
-        self.add("sizes of a step", format!("{limits:?}"));
-    }
-
-    /// `key` names where the rows are from.
-    pub fn add_data(&mut self, key: &str, data: &Dataset) {
-        let (sequences, digest) = (data.sequences.len(), data.digest());
-        self.add(format!("rows of {key}"), format!("{sequences} sequences, digest {digest:016x}"));
-    }
-
-    /// `key` names where the adapter is from.
-    pub fn add_adapter(&mut self, key: &str, adapter: Option<&Adapter>) {
-        let value = adapter.map_or("none".into(), |adapter| {
-            let mut digest = Xxh3::new();
-            digest.update(format!("{:?}", adapter.settings).as_bytes());
-            adapter.layers.iter().for_each(|values| digest.update(bytemuck::cast_slice(values)));
-            format!("digest {:016x}", digest.digest())
-        });
-        self.add(key, value);
-    }
-}
-
-/// Digest of the file of the running program, which tells apart builds of one version.
-fn build_digest() -> Result<String> {
-    let mut file = File::open("/proc/self/exe").context("/proc/self/exe")?;
-    let (mut digest, mut buffer) = (Xxh3::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer).context("/proc/self/exe")? {
-            0 => return Ok(format!("{:016x}", digest.digest())),
-            n => digest.update(&buffer[..n]),
-        }
-    }
-}
 
 /// A value that all ranks have in common.
 #[derive(Clone)]
@@ -153,13 +42,13 @@ impl<T> Deref for Agreed<T> {
     }
 }
 
-/// The job, if all ranks have decided the same. Collective.
+/// Returns the job if all ranks have decided the same one. Collective.
 pub fn agree_on(comm: &mut dyn Comm, job: Job) -> Result<Agreed<Job>> {
     agree(comm, &Facts::of_job(&job))?;
     Ok(Agreed(job))
 }
 
-/// The inputs of a run, if all ranks have read the same. Collective.
+/// Returns the inputs of a run if all ranks have read the same ones. Collective.
 pub fn agree_on_inputs(comm: &mut dyn Comm, inputs: Facts) -> Result<Agreed<Facts>> {
     agree(comm, &inputs)?;
     Ok(Agreed(inputs))
@@ -167,7 +56,7 @@ pub fn agree_on_inputs(comm: &mut dyn Comm, inputs: Facts) -> Result<Agreed<Fact
 
 /// Fails on every rank, with the same error, unless all ranks have the same facts. Collective.
 pub fn agree(comm: &mut dyn Comm, facts: &Facts) -> Result<()> {
-    let text = serde_json::to_vec(&facts.0)?;
+    let text = serde_json::to_vec(facts.entries())?;
     let digest = xxh3_64(&text);
     if all_gather_u64(comm, digest)?.iter().all(|&other| other == digest) {
         return Ok(());
@@ -178,7 +67,7 @@ pub fn agree(comm: &mut dyn Comm, facts: &Facts) -> Result<()> {
     Err(Disagreement(differences(&of_ranks)).into())
 }
 
-/// The keys in which ranks differ, one line each. It ends the program with status 2.
+/// Ranks differ in these keys, one line for each. This error ends the program with status 2.
 #[derive(Debug)]
 pub struct Disagreement(Vec<String>);
 
@@ -196,7 +85,8 @@ impl Display for Disagreement {
 
 impl std::error::Error for Disagreement {}
 
-/// The keys whose values differ, in the order in which ranks have them, with all values and the ranks of each.
+/// Returns a line for each key whose values differ, with all its values and the ranks that have them, in the order in which ranks have
+/// the keys.
 fn differences(of_ranks: &[Vec<(String, String)>]) -> Vec<String> {
     let mut keys: Vec<&String> = Vec::new();
     for (key, _) in of_ranks.iter().flatten() {
@@ -227,7 +117,7 @@ fn differences(of_ranks: &[Vec<(String, String)>]) -> Vec<String> {
     keys.into_iter().filter_map(difference).collect()
 }
 
-/// A value as messages show it; one that is cut comes with a digest, since values may differ behind the cut.
+/// Returns a value as messages show it. A value that is cut comes with a digest, since it may differ behind the cut.
 fn shown(value: &str) -> String {
     let shown = if value.is_empty() { "\"\"".into() } else { files::shown(value) };
     match value.chars().count() > 200 {
@@ -236,7 +126,7 @@ fn shown(value: &str) -> String {
     }
 }
 
-/// `rank 3`, or `ranks 0-2, 5`.
+/// Returns `rank 3`, or `ranks 0-2, 5`.
 fn list(ranks: &[usize]) -> String {
     let mut runs: Vec<(usize, usize)> = Vec::new();
     for &rank in ranks {
@@ -254,7 +144,8 @@ fn list(ranks: &[usize]) -> String {
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, runs.join(", "))
 }
 
-/// The time on rank 0, in its distance from UTC, on every rank: templates that ask for the date see the same one. Collective.
+/// Returns the time on rank 0 with rank 0's distance from UTC, so that templates which ask for the date see the same one on every
+/// rank. Collective.
 pub fn clock_of_rank_0(comm: &mut dyn Comm) -> Result<Zoned> {
     let own = Zoned::now();
     // Another machine may not know the time zone by its name.
@@ -271,7 +162,7 @@ mod tests {
     use super::*;
     use crate::comm::local::LocalComm;
 
-    /// The error of each rank of a world whose ranks have these facts.
+    /// Returns the error of each rank of a world whose ranks have these facts.
     fn errors(of_ranks: &[&[(&str, &str)]]) -> Vec<Option<String>> {
         std::thread::scope(|scope| {
             let ranks = LocalComm::world(of_ranks.len()).into_iter().map(|mut comm| {
@@ -286,7 +177,7 @@ mod tests {
         })
     }
 
-    /// The lines of keys in the error, which must be the same on every rank.
+    /// Returns the lines of keys in the error, which must be the same on every rank.
     fn lines(of_ranks: &[&[(&str, &str)]]) -> Vec<String> {
         let errors = errors(of_ranks);
         assert!(errors.iter().all(|error| *error == errors[0]), "{errors:?}");

@@ -2,18 +2,18 @@
 
 use std::path::{Path, PathBuf};
 
-/// What the rest of the system may come to need while a run lasts: this much, and this share of what is available.
+/// The rest of the system may come to need this much while a run lasts, and this share of what is available.
 const SYSTEM_BYTES: usize = 256 << 20;
 const SYSTEM_SHARE: usize = 64;
 
-/// A rank's share of `available` bytes of a machine with `local_size` ranks. The system's reserve goes off first, and then what saving
-/// takes on each rank. What a rank holds when it asks, its tokenized rows above all, is not available any more.
+/// Returns a rank's share of `available` bytes of a machine with `local_size` ranks. The system's reserve goes off first, and then what
+/// saving takes on each rank. Memory that a rank already holds, for its tokenized rows above all, is not available any more.
 pub fn share(available: usize, local_size: usize, saving_bytes: usize) -> usize {
     let reserve = (SYSTEM_BYTES + available / SYSTEM_SHARE).min(available / 2);
     ((available - reserve) / local_size.max(1)).saturating_sub(saving_bytes)
 }
 
-/// MemAvailable, or what the control groups leave where that is less. Without /proc there is no limit to look for.
+/// Returns MemAvailable, or what the control groups leave where that is less. Without /proc there is no limit to look for.
 pub fn available_bytes() -> usize {
     let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let meminfo = text("/proc/meminfo");
@@ -28,7 +28,7 @@ pub fn available_bytes() -> usize {
 #[derive(Debug, PartialEq, Eq)]
 struct Group {
     version: Version,
-    /// Where the hierarchy, or the part of it that is seen from here, is mounted.
+    /// The place where the hierarchy, or the part of it that is seen from here, is mounted.
     mount: PathBuf,
     path: PathBuf,
 }
@@ -39,7 +39,7 @@ enum Version {
     V2,
 }
 
-/// The groups that limit memory, from /proc/self/cgroup (`0::/path`, or `4:memory:/path` in version 1; cgroups(7)) and
+/// Returns the groups that limit memory, from /proc/self/cgroup (`0::/path`, or `4:memory:/path` in version 1; cgroups(7)) and
 /// /proc/self/mountinfo (proc_pid_mountinfo(5)).
 fn groups(cgroup: &str, mountinfo: &str) -> Vec<Group> {
     let of_line = |line: &str| -> Option<Group> {
@@ -50,14 +50,14 @@ fn groups(cgroup: &str, mountinfo: &str) -> Vec<Group> {
             _ => return None,
         };
         let (root, mount) = mountinfo.lines().find_map(|line| mounted(line, version))?;
-        // A container sees its own group as the root of the mount, or nothing of the way to it.
+        // A container may see its own group as the root of the mount, under a path that is not below that root.
         let path = Path::new(path).strip_prefix(root).unwrap_or(Path::new(""));
         Some(Group { version, path: mount.join(path), mount })
     };
     cgroup.lines().filter_map(of_line).collect()
 }
 
-/// Root and place of a mount of a hierarchy that limits memory.
+/// Returns root and place of a mount, if it is a hierarchy that limits memory.
 fn mounted(line: &str, version: Version) -> Option<(&str, PathBuf)> {
     let (before, after) = line.split_once(" - ")?;
     let (mut before, mut after) = (before.split(' ').skip(3), after.split(' '));
@@ -71,7 +71,7 @@ fn mounted(line: &str, version: Version) -> Option<(&str, PathBuf)> {
 }
 
 impl Group {
-    /// What the limits of this group and of those around it leave. Page cache can be given back.
+    /// Returns what the limits of this group and of those around it leave, or `None` without a limit. Page cache can be given back.
     fn bytes_left(&self) -> Option<usize> {
         let Group { version, mount, path } = self;
         path.ancestors().take_while(|p| p.starts_with(mount)).filter_map(|p| bytes_left(*version, p)).min()
@@ -84,7 +84,7 @@ fn bytes_left(version: Version, path: &Path) -> Option<usize> {
     let of = |name: &str| -> Option<usize> {
         stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
     };
-    // Shared memory counts as file, and stays. In version 1 these count a group with those below it.
+    // Shared memory counts as file, and stays. The totals of version 1 include the groups below.
     let (limit, used, cache, shared) = match version {
         Version::V2 => (number("memory.max")?, number("memory.current")?, of("file"), of("shmem")),
         Version::V1 => {

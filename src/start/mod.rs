@@ -1,6 +1,82 @@
-//! Everything between a job and the first step.
+//! Everything between a job and the first step: ranks agree, the model is opened, a device is taken, memory is budgeted, and the
+//! engine is made.
+//!
+//! A subcommand goes through these steps in this order: [`agree::agree_on`] for the job, [`Start::open`], [`agree::agree_on_inputs`] for
+//! what was read, [`Start::base`], [`Start::with_engine`]. All of them are collective, over one communicator, which the engine's queue
+//! keeps in the end. [`planned`] answers for a machine that is not there.
 
+pub mod adapter;
 pub mod agree;
+mod budget;
+pub mod data;
 pub mod engine;
+mod facts;
 mod host_memory;
 pub mod options;
+pub mod placement;
+pub mod planned;
+
+use anyhow::Result;
+use jiff::Zoned;
+
+use crate::checkpoint::load::{self, OpenedBase};
+use crate::comm::Comm;
+use crate::comm::mpi::World;
+use crate::fsdp::exec::Base;
+use crate::recipe::{FsdpJob, Job};
+use crate::train::log::Log;
+
+use agree::Agreed;
+pub use facts::Facts;
+use options::load_options;
+use placement::{DeviceKind, Placement};
+
+/// A rank that has been started.
+pub struct Start<'a> {
+    pub world: &'a World,
+    pub log: Log,
+    /// The time at which the program was started, by the clock of rank 0.
+    pub clock: Zoned,
+    /// The device that the command line asks for.
+    pub device: DeviceKind,
+    pub ranks_per_gpu: usize,
+}
+
+impl Start<'_> {
+    /// Returns the number of ranks that hold a base together.
+    pub fn num_shards(&self, job: &FsdpJob) -> Result<usize> {
+        options::num_shards(job, self.world.world_size, self.world.node_size)
+    }
+
+    /// Opens and checks a job's model, which must be the same on all ranks. Collective.
+    pub fn open(&self, comm: &mut dyn Comm, job: &Agreed<Job>) -> Result<OpenedBase> {
+        self.open_in_shards(comm, job, self.num_shards(&job.fsdp)?)
+    }
+
+    /// Opens and checks a job's model like [`Start::open`], but for another number of shards than the ranks of this run need. Collective.
+    pub fn open_in_shards(&self, comm: &mut dyn Comm, job: &Agreed<Job>, num_shards: usize) -> Result<OpenedBase> {
+        let options = load_options(job, num_shards);
+        let opened = load::open(&job.model, &options, comm, &mut |line| self.log.line(line))?;
+        let mut facts = Facts::default();
+        facts.add("model", format!("content {}", opened.identity()));
+        agree::agree(comm, &facts)?;
+        Ok(opened)
+    }
+
+    /// Returns the device and the base with this rank's shard mapped, which is made if it is not there. All ranks have agreed on the
+    /// inputs before. Collective.
+    pub fn base(
+        &self,
+        comm: &mut dyn Comm,
+        opened: OpenedBase,
+        job: &Agreed<Job>,
+        _: &Agreed<Facts>,
+    ) -> Result<(Placement, Base)> {
+        let placement = self.place_for(comm, job, &opened.config)?;
+        let writes = self.world.local_rank < opened.spec.num_shards;
+        // A warning is about the shard file of this rank.
+        let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
+        let base = opened.load(comm, writes, &mut |line| self.log.line(line), &mut warn)?;
+        Ok((placement, base))
+    }
+}

@@ -1,19 +1,29 @@
-//! What a job asks of the base, the adapter and the memory.
+//! A job's keys, translated into what loading, data and planning take.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
-use super::host_memory;
-use crate::checkpoint::adapter::AdapterSettings;
 use crate::checkpoint::load::LoadOptions;
 use crate::comm::Gather;
+use crate::data::DataOptions;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Keep, Mode};
-use crate::model::config::ModelConfig;
 use crate::plan::decide::{Levers, Wishes};
-use crate::recipe::{ActivationCheckpointing, BatchSize, FsdpJob, Job, LoraJob};
-use crate::train::log::bytes;
+use crate::recipe::{ActivationCheckpointing, BatchSize, FsdpJob, Job, ShardingStrategy};
 
-/// How a job holds its base.
+/// Returns how many of `world_size` ranks hold a base together. `node_size` is the number of ranks of each node, or `None` where nodes
+/// differ or ranks do not follow each other.
+pub fn num_shards(job: &FsdpJob, world_size: usize, node_size: Option<usize>) -> Result<usize> {
+    match job.sharding_strategy {
+        ShardingStrategy::FullShard => Ok(world_size),
+        ShardingStrategy::NoShard => Ok(1),
+        ShardingStrategy::HybridShard => node_size.context(
+            "fsdp.sharding_strategy: hybrid_shard needs as many ranks on every node, one node after the other: mpirun --map-by \
+             slot, or srun --distribution=block with --ntasks-per-node",
+        ),
+    }
+}
+
+/// Returns how a job holds its base.
 pub fn load_options(job: &Job, num_shards: usize) -> LoadOptions {
     LoadOptions {
         load_in_4bit: job.quantization.load_in_4bit,
@@ -23,12 +33,24 @@ pub fn load_options(job: &Job, num_shards: usize) -> LoadOptions {
     }
 }
 
-/// How the projections of a made-up base are held: see [`crate::checkpoint::synthetic::layouts`].
+/// Returns how the projections of a made-up base are held: see [`crate::checkpoint::synthetic::layouts`].
 pub fn nf4_double_quant(job: &Job) -> Option<bool> {
     job.quantization.load_in_4bit.then_some(job.quantization.double_quant.unwrap_or(true))
 }
 
-/// What the largest step of a job must hold, its micro-batches full; what of it is kept where is decided later.
+/// Returns how a job's rows become documents and sequences.
+pub fn data_options(job: &Job) -> DataOptions {
+    let data = &job.data;
+    DataOptions {
+        format: data.format,
+        max_length: data.max_length,
+        packing: data.packing,
+        overlong: data.overlong,
+        loss_on: data.loss_on,
+    }
+}
+
+/// Returns the sizes of a job's step whose sequences all have the longest length that it allows. It is decided later what is kept where.
 pub fn step_limits(job: &Job, world_size: usize) -> Limits {
     let (max_length, sequences) = (job.data.max_length, job.training.per_device_train_batch_size);
     let micro_batches = job.training.accumulation_steps(world_size);
@@ -39,7 +61,7 @@ pub fn step_limits(job: &Job, world_size: usize) -> Limits {
     }
 }
 
-/// What the keys of a recipe ask of the memory.
+/// Returns what a job's keys fix of the decision what is kept where.
 pub fn wishes(job: &Job, world_size: usize) -> Wishes {
     let levers = levers(job, world_size);
     let job = &job.fsdp;
@@ -54,7 +76,7 @@ pub fn wishes(job: &Job, world_size: usize) -> Wishes {
     Wishes { keep, units, trainables, offload_boundaries: job.activation_offload, gather: job.gather, levers }
 }
 
-/// What a user of a job's command can turn to make it fit.
+/// Returns what a user of a job's command can turn to make it fit.
 fn levers(job: &Job, world_size: usize) -> Levers {
     let name = |path| job.command.name_of(path);
     let (batch, batch_factor) = match job.training.batch {
@@ -78,18 +100,6 @@ fn levers(job: &Job, world_size: usize) -> Levers {
     }
 }
 
-/// What a new adapter is, as a job has it.
-pub fn adapter_settings(lora: &LoraJob) -> AdapterSettings {
-    AdapterSettings {
-        lora_rank: lora.r,
-        alpha: lora.alpha,
-        dropout: lora.dropout,
-        use_rslora: lora.use_rslora,
-        targets: lora.target_modules.clone(),
-        init_lora_weights: true.into(),
-    }
-}
-
 /// Returns the gather method that a job forces, or `None` if both are possible. `in_a_node` says whether the ranks that hold a base
 /// together share a node.
 pub fn possible_gather(job: &FsdpJob, num_shards: usize, in_a_node: bool) -> Result<Option<Gather>> {
@@ -98,19 +108,4 @@ pub fn possible_gather(job: &FsdpJob, num_shards: usize, in_a_node: bool) -> Res
         "fsdp.gather: host needs the whole base in the memory of each node: one node, or fsdp.sharding_strategy: hybrid_shard"
     );
     Ok(job.gather.or((num_shards == 1 || !in_a_node).then_some(Gather::Collective)))
-}
-
-/// Fails where a new adapter is larger than the memory that is available: it is made before the plan knows of it.
-pub fn check_adapter_bytes(settings: &AdapterSettings, config: &ModelConfig) -> Result<()> {
-    let (r, layers) = (settings.lora_rank as f64, config.num_hidden_layers as f64);
-    let widths = settings.targets.iter().map(|p| p.shape(config).iter().map(|&n| n as f64).sum::<f64>());
-    let (needed, there) = (widths.sum::<f64>() * r * layers * size_of::<f32>() as f64, host_memory::available_bytes());
-    ensure!(
-        needed < there as f64,
-        "lora.r: {} makes an adapter of {}, and {} of host memory are available: lower lora.r, or lora.target_modules to fewer",
-        settings.lora_rank,
-        bytes(needed as usize),
-        bytes(there)
-    );
-    Ok(())
 }

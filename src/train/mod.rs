@@ -5,5 +5,6 @@ pub mod eval;
 pub mod generate;
 pub mod log;
 pub mod metrics;
+pub mod result;
 pub mod run;
 pub mod step;

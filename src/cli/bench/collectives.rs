@@ -16,7 +16,9 @@ use crate::comm::{Delays, Gather, Queue, ShardSource, TrainableBuffers};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Ops, Place};
 use crate::recipe::{self, Command, ComputeDtype};
-use crate::start::engine::{Placement, Start};
+use crate::start::Start;
+use crate::start::agree::agree_on;
+use crate::start::placement::Placement;
 
 #[derive(Args)]
 pub struct CollectiveBench {
@@ -27,10 +29,9 @@ pub struct CollectiveBench {
 
 const REPEATS: usize = 5;
 
-pub fn run(start: &Start, args: &CollectiveBench, overrides: &[String]) -> Result<()> {
-    start.agree_on(recipe::from_options(Command::BenchCollectives, Vec::new(), overrides)?)?;
+pub fn run(start: &Start, mut comm: MpiComm, args: &CollectiveBench, overrides: &[String]) -> Result<()> {
+    agree_on(&mut comm, recipe::from_options(Command::BenchCollectives, Vec::new(), overrides)?)?;
     ensure!(start.world.world_size > 1, "bench collectives: one rank; start several, e.g. mpirun -np 2");
-    let mut comm = MpiComm::new(start.world)?;
     match start.place(&mut comm, ComputeDtype::Auto)? {
         Placement::Cpu(cpu) => {
             let queue = HostQueue::new(comm.into_groups(start.world.world_size)?, Delays::default())?;

@@ -14,7 +14,9 @@ use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::quant::record::Encoding;
 use crate::recipe::{self, Command, Job};
-use crate::start::engine::{Placement, Start};
+use crate::start::Start;
+use crate::start::agree::agree_on;
+use crate::start::placement::Placement;
 
 #[derive(Args)]
 pub struct KernelBench {
@@ -30,11 +32,10 @@ pub struct KernelBench {
 const BATCHES: usize = 5;
 const BATCH_SECONDS: f64 = 0.02;
 
-pub fn run(start: &Start, args: &KernelBench, overrides: &[String]) -> Result<()> {
+pub fn run(start: &Start, mut comm: MpiComm, args: &KernelBench, overrides: &[String]) -> Result<()> {
     let given = vec![("data.max_length", args.seq.into())];
-    let job = start.agree_on(recipe::from_options(Command::BenchKernels, given, overrides)?)?;
+    let job = agree_on(&mut comm, recipe::from_options(Command::BenchKernels, given, overrides)?)?;
     let config = super::shape(&args.shape, None)?;
-    let mut comm = MpiComm::new(start.world)?;
     let placement = start.place_for(&mut comm, &job, &config)?;
     if !start.log.enabled {
         return Ok(());

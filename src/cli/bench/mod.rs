@@ -9,11 +9,12 @@ use clap::Subcommand;
 use serde_json::Value;
 
 use super::usage;
+use crate::comm::mpi::MpiComm;
 use crate::device::{Arena, Buffer, Element, Ops};
 use crate::model::config::ModelConfig;
 use crate::model::shapes;
 use crate::recipe;
-use crate::start::engine::Start;
+use crate::start::Start;
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -25,11 +26,11 @@ pub enum Bench {
     Collectives(collectives::CollectiveBench),
 }
 
-pub fn run(start: &Start, bench: &Bench, overrides: &[String]) -> Result<()> {
+pub fn run(start: &Start, comm: MpiComm, bench: &Bench, overrides: &[String]) -> Result<()> {
     match bench {
-        Bench::Step(args) => step::run(start, args, overrides),
-        Bench::Kernels(args) => kernels::run(start, args, overrides),
-        Bench::Collectives(args) => collectives::run(start, args, overrides),
+        Bench::Step(args) => step::run(start, comm, args, overrides),
+        Bench::Kernels(args) => kernels::run(start, comm, args, overrides),
+        Bench::Collectives(args) => collectives::run(start, comm, args, overrides),
     }
 }
 

@@ -23,12 +23,16 @@ use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
 use crate::recipe::{self, Command, Job};
-use crate::start::agree::{Facts, agree};
-use crate::start::engine::{Placement, Setup, Start, Work, check_folder_of};
-use crate::start::options::{adapter_settings, check_adapter_bytes, nf4_double_quant, step_limits};
+use crate::start::adapter::new_settings;
+use crate::start::agree::{agree, agree_on};
+use crate::start::engine::{Setup, Work};
+use crate::start::options::{nf4_double_quant, step_limits};
+use crate::start::placement::Placement;
+use crate::start::{Facts, Start};
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
+use super::super::check_trace;
 use super::kernels;
 
 #[derive(Args)]
@@ -58,17 +62,15 @@ pub struct StepBench {
 
 const WARM_UP_STEPS: u32 = 2;
 
-pub fn run(start: &Start, args: &StepBench, overrides: &[String]) -> Result<()> {
+pub fn run(start: &Start, mut comm: MpiComm, args: &StepBench, overrides: &[String]) -> Result<()> {
     let sizes = [args.seq, args.micro_batch, args.accum];
-    let job = start.agree_on(recipe::from_options(Command::BenchStep, super::given(sizes), overrides)?)?;
-    args.trace.as_deref().map_or(Ok(()), |path| check_folder_of("--trace", path))?;
+    let job = agree_on(&mut comm, recipe::from_options(Command::BenchStep, super::given(sizes), overrides)?)?;
+    check_trace(args.trace.as_deref())?;
     let config = super::shape(&args.shape, args.layers)?;
-    let mut comm = MpiComm::new(start.world)?;
     let mut inputs = Facts::default();
     inputs.add("config.json of --shape", format!("{config:?}"));
     agree(&mut comm, &inputs)?;
-    let settings = adapter_settings(&job.lora);
-    check_adapter_bytes(&settings, &config)?;
+    let settings = new_settings(&job.lora, &config)?;
     let placement = start.place_for(&mut comm, &job, &config)?;
     let num_shards = start.num_shards(&job.fsdp)?;
     let (part, nf4) = ((start.world.rank % num_shards, num_shards), nf4_double_quant(&job));

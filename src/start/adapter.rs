@@ -1,0 +1,72 @@
+//! The adapter that a run starts from: the one that its job names, or a new one.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
+use crate::model::config::ModelConfig;
+use crate::recipe::{Job, LoraJob};
+use crate::train::log::bytes;
+
+use super::{Start, host_memory};
+
+impl Start<'_> {
+    /// Returns the adapter that a job names, and tells what the user should know about it.
+    pub fn named_adapter(&self, job: &Job, config: &ModelConfig) -> Result<Option<Adapter>> {
+        let Some(dir) = &job.lora.adapter else { return Ok(None) };
+        let name = job.command.name_of("lora.adapter").unwrap_or_default();
+        let adapter = adapter::load(dir, config).with_context(|| name.to_string())?;
+        for remark in adapter::remarks(dir, &job.model)? {
+            self.log.line(format!("{name}: {remark}"));
+        }
+        Ok(Some(adapter))
+    }
+
+    /// Returns the adapter that training starts from: the one that the job names, with the job's dropout, or a new one.
+    pub fn adapter_to_train(&self, job: &Job, config: &ModelConfig) -> Result<Adapter> {
+        if let Some(mut adapter) = self.named_adapter(job, config)? {
+            adapter.settings.dropout = job.lora.dropout;
+            return Ok(adapter);
+        }
+        Ok(adapter::fresh(new_settings(&job.lora, config)?, config, job.training.seed))
+    }
+}
+
+/// Returns the settings of the adapter that a job trains, without its values: of the one that it names, with the job's dropout, or of a
+/// new one, whatever memory that takes.
+pub fn planned_settings(lora: &LoraJob, config: &ModelConfig) -> Result<AdapterSettings> {
+    match &lora.adapter {
+        Some(dir) => {
+            let settings = adapter::load(dir, config).context("lora.adapter")?.settings;
+            Ok(AdapterSettings { dropout: lora.dropout, ..settings })
+        }
+        None => Ok(settings(lora)),
+    }
+}
+
+/// Returns the settings of a new adapter. Fails where it is larger than the memory that is available, since it is made before the plan
+/// knows of it.
+pub fn new_settings(lora: &LoraJob, config: &ModelConfig) -> Result<AdapterSettings> {
+    let settings = settings(lora);
+    let (r, layers) = (settings.lora_rank as f64, config.num_hidden_layers as f64);
+    let widths = settings.targets.iter().map(|p| p.shape(config).iter().map(|&n| n as f64).sum::<f64>());
+    let (needed, there) = (widths.sum::<f64>() * r * layers * size_of::<f32>() as f64, host_memory::available_bytes());
+    ensure!(
+        needed < there as f64,
+        "lora.r: {} makes an adapter of {}, and {} of host memory are available: lower lora.r, or lora.target_modules to fewer",
+        settings.lora_rank,
+        bytes(needed as usize),
+        bytes(there)
+    );
+    Ok(settings)
+}
+
+fn settings(lora: &LoraJob) -> AdapterSettings {
+    AdapterSettings {
+        lora_rank: lora.r,
+        alpha: lora.alpha,
+        dropout: lora.dropout,
+        use_rslora: lora.use_rslora,
+        targets: lora.target_modules.clone(),
+        init_lora_weights: true.into(),
+    }
+}

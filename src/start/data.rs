@@ -1,0 +1,102 @@
+//! The rows that a job trains and evaluates on: read, told to the user, and added to what ranks must have in common.
+
+use anyhow::{Context, Result};
+
+use crate::data::{self, DataOptions, Dataset, TextTokenizer};
+use crate::fsdp::memory::Limits;
+use crate::fsdp::schedule::Mode;
+use crate::model::config::ModelConfig;
+use crate::recipe::{EvalData, Job};
+use crate::train::log::bytes;
+
+use super::options::data_options;
+use super::{Facts, Start};
+
+/// The rows of a job that trains.
+pub struct TrainingData {
+    pub train: Dataset,
+    pub eval: Option<Dataset>,
+    /// Digest of the tokenizer and its chat template; `None` where rows are tokenized already and the model has no tokenizer.
+    pub tokenizer: Option<String>,
+}
+
+impl TrainingData {
+    /// Reads the rows, tells what they have become, and adds to `inputs` what ranks must have in common of them.
+    pub fn load(start: &Start, job: &Job, config: &ModelConfig, inputs: &mut Facts) -> Result<TrainingData> {
+        let options = data_options(job);
+        let tokenizer = tokenizer(start, job, &options)?;
+        let (tokenizer, vocab_size, paths) = (tokenizer.as_ref(), config.vocab_size, &job.data.train);
+        let (train, eval) = match &job.data.eval {
+            None => (Dataset::load(paths, tokenizer, vocab_size, &options)?, None),
+            Some(EvalData::File(file)) => {
+                let eval = Dataset::load(std::slice::from_ref(file), tokenizer, vocab_size, &options.for_evaluation())
+                    .context("data.eval")?;
+                (Dataset::load(paths, tokenizer, vocab_size, &options).context("data.train")?, Some(eval))
+            }
+            Some(EvalData::Fraction(fraction)) => {
+                let (train, eval) = Dataset::load_with_held_out(paths, tokenizer, vocab_size, &options, *fraction)?;
+                (train, Some(eval))
+            }
+        };
+        inputs.add_tokenizer(tokenizer);
+        inputs.add_data("data.train", &train);
+        eval.iter().for_each(|eval| inputs.add_data("data.eval", eval));
+        tell(start, "training data", &train, config);
+        if let Some(eval) = &eval {
+            tell(start, "evaluation data", eval, config);
+        }
+        start.log.line(format!(
+            "first sample: {}",
+            data::describe_sample(tokenizer, &train.documents[train.sequences[0][0]], 1000)
+        ));
+        Ok(TrainingData { tokenizer: tokenizer.map(TextTokenizer::identity), train, eval })
+    }
+
+    /// Returns the sizes of the largest step on these rows. It is decided later what is kept where.
+    pub fn limits(&self, job: &Job, world_size: usize) -> Limits {
+        let longest = |dataset: &Dataset| dataset.sequence_lengths().max().unwrap_or(0);
+        let max_length = longest(&self.train).max(self.eval.as_ref().map_or(0, longest));
+        let max_tokens = (longest(&self.train) * job.training.per_device_train_batch_size).max(max_length);
+        Limits {
+            max_length,
+            accumulation: job.fsdp.accumulation,
+            ..Limits::new(Mode::Train, max_tokens, job.training.accumulation_steps(world_size))
+        }
+    }
+}
+
+/// Reads the rows of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must have in common of
+/// them.
+pub fn to_score(start: &Start, job: &Job, config: &ModelConfig, inputs: &mut Facts) -> Result<Dataset> {
+    let options = data_options(job).for_evaluation();
+    let tokenizer = tokenizer(start, job, &options)?;
+    let dataset = Dataset::load(&job.data.train, tokenizer.as_ref(), config.vocab_size, &options)?;
+    tell(start, "data", &dataset, config);
+    inputs.add_tokenizer(tokenizer.as_ref());
+    inputs.add_data(job.command.name_of("data.train").unwrap_or_default(), &dataset);
+    Ok(dataset)
+}
+
+/// Loads the tokenizer of a job's model, which rows that are tokenized already can do without.
+fn tokenizer(start: &Start, job: &Job, options: &DataOptions) -> Result<Option<TextTokenizer>> {
+    match (TextTokenizer::load(&job.model, &start.clock), options.format) {
+        (Err(_), data::Format::Tokenized) => Ok(None),
+        (tokenizer, _) => tokenizer.map(Some),
+    }
+}
+
+/// Says what the rows have become, and what of it may surprise.
+fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelConfig) {
+    start.log.line(format!("{name}: {}, {} of host memory", dataset.counts, bytes(dataset.host_bytes())));
+    for note in &dataset.notes {
+        start.log.line(format!("{name}: {note}"));
+    }
+    let (longest, limit) = (dataset.longest_document(), config.rope.max_position_embeddings);
+    if longest > limit {
+        let rows = dataset.documents.iter().filter(|d| d.input_ids.len() > limit).count();
+        start.log.line(format!(
+            "{name}: {rows} documents are longer than the {limit} tokens that the model was made for (config.json: \
+             max_position_embeddings), the longest has {longest}; data.max_length can cut them"
+        ));
+    }
+}

@@ -1,0 +1,121 @@
+//! Where a rank computes: its share of the host's cores, or one of the GPUs with such a share beside it.
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use half::{bf16, f16};
+
+use crate::checkpoint::shards;
+use crate::comm::mpi::World;
+use crate::comm::watch::{self, Phase};
+use crate::comm::{Comm, Gather, all_gather_u64, anywhere};
+use crate::device::cpu::Cpu;
+use crate::device::cuda::{self, Cuda, HalfType};
+use crate::model::config::ModelConfig;
+use crate::plan::limits;
+use crate::recipe::{ComputeDtype, Job};
+
+use super::Start;
+use super::agree::Agreed;
+
+/// A device as the command line asks for it; the comments are its help.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DeviceKind {
+    /// The fastest that is there
+    Auto,
+    /// Ranks on the host's cores
+    Cpu,
+    /// One NVIDIA GPU a rank
+    Cuda,
+}
+
+/// The device that a rank has taken, with the host's cores beside a GPU.
+pub enum Placement {
+    Cpu(Cpu),
+    Bf16(Cuda<bf16>, Cpu),
+    Fp16(Cuda<f16>, Cpu),
+}
+
+impl Start<'_> {
+    /// Starts this rank's threads, and returns their number: its share of the cores that it may use. Collective.
+    pub fn threads(&self, comm: &mut dyn Comm) -> Result<usize> {
+        let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+        // Ranks that may use the same cores of the same machine share them.
+        let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+        let status = text("/proc/self/status");
+        let mask = status.lines().find(|l| l.starts_with("Cpus_allowed_list")).unwrap_or_default();
+        let key = xxhash_rust::xxh3::xxh3_64((text("/proc/sys/kernel/random/boot_id") + mask).as_bytes());
+        let sharing = all_gather_u64(comm, key)?.into_iter().filter(|&k| k == key).count();
+        let share = (allowed / sharing).max(1);
+        let threads = match std::env::var("RAYON_NUM_THREADS") {
+            Ok(n) => n
+                .parse()
+                .ok()
+                .filter(|&n| n > 0)
+                .with_context(|| format!("RAYON_NUM_THREADS is {n:?}, allowed: 1 or more"))?,
+            Err(_) => share,
+        };
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting the threads")?;
+        Ok(threads)
+    }
+
+    /// Starts the threads, takes the CPU or this rank's GPU, the same kind of device on every rank, and says so. Collective.
+    pub fn place(&self, comm: &mut dyn Comm, dtype: ComputeDtype) -> Result<Placement> {
+        watch::phase(Phase::Device)?;
+        let threads = self.threads(comm)?;
+        let World { world_size, local_rank, local_size, .. } = *self.world;
+        let refused = |device: &str, allowed: &str| {
+            let key = "quantization.bnb_4bit_compute_dtype";
+            format!("{key}: the {device} computes in {allowed}; found {dtype:?}, allowed here: auto, {allowed}")
+        };
+        let cpu = |why: &str| {
+            let allowed = matches!(dtype, ComputeDtype::Auto | ComputeDtype::Float32);
+            ensure!(allowed, "{} (device: cpu, {why})", refused("CPU", "float32"));
+            self.log.line(format!("device: cpu ({why}), {world_size} ranks x {threads} threads, f32"));
+            Ok(Placement::Cpu(Cpu::new(threads)))
+        };
+        if self.device == DeviceKind::Cpu {
+            return cpu("as asked");
+        }
+        let gpus = cuda::num_devices()?;
+        let enough = local_size <= gpus * self.ranks_per_gpu;
+        let everywhere = !anywhere(comm, !enough)?;
+        if !everywhere && self.device == DeviceKind::Auto {
+            return cpu(if gpus == 0 { "no GPU" } else { "more ranks than GPUs" });
+        }
+        ensure!(
+            everywhere,
+            "--device cuda: {local_size} ranks on this machine, {gpus} GPUs: start one rank a GPU, or let several share one \
+             with --ranks-per-gpu"
+        );
+        let (host, gpu) = (Cpu::new(threads), local_rank / self.ranks_per_gpu);
+        match dtype {
+            ComputeDtype::Auto | ComputeDtype::Bfloat16 => Ok(Placement::Bf16(self.gpu(gpu)?, host)),
+            ComputeDtype::Float16 => Ok(Placement::Fp16(self.gpu(gpu)?, host)),
+            ComputeDtype::Float32 => bail!(refused("GPU", "bfloat16 or float16")),
+        }
+    }
+
+    /// Takes a device like [`Start::place`], and checks that the job's model and its way to gather are possible there. Collective.
+    pub fn place_for(&self, comm: &mut dyn Comm, job: &Agreed<Job>, config: &ModelConfig) -> Result<Placement> {
+        let placement = self.place(comm, job.quantization.compute_dtype)?;
+        match placement {
+            Placement::Cpu(_) => ensure!(
+                job.fsdp.gather != Some(Gather::Collective),
+                "fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host"
+            ),
+            Placement::Bf16(..) | Placement::Fp16(..) => limits::check_gpu(config)?,
+        }
+        Ok(placement)
+    }
+
+    fn gpu<A: HalfType>(&self, ordinal: usize) -> Result<Cuda<A>> {
+        let wait = watch::wait(format!("starting GPU {ordinal}"));
+        let cuda = Cuda::new(ordinal, &shards::cache_dir()?.join("kernels"))?;
+        drop(wait);
+        let sharing =
+            if self.ranks_per_gpu > 1 { format!(", {} ranks on each", self.ranks_per_gpu) } else { String::new() };
+        let (name, world_size) = (cuda.name()?, self.world.world_size);
+        self.log.line(format!("device: cuda ({name}), {world_size} ranks{sharing}, {}", A::NAME));
+        Ok(cuda)
+    }
+}

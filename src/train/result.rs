@@ -1,0 +1,82 @@
+//! The end of a run: the base is compared with what it was, and the adapter comes to rest with all that belongs to it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use crate::checkpoint::adapter::{self, Adapter};
+use crate::checkpoint::identity::BaseStamps;
+use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
+use crate::comm::{Queue, watch};
+use crate::device::Device;
+use crate::files;
+use crate::model::config::ModelConfig;
+
+/// A line of metrics.jsonl takes less.
+const METRICS_LINE_BYTES: usize = 1000;
+/// Most room that is looked for before training for metrics.jsonl: `max_steps` may be a number that nobody waits for.
+const MAX_METRICS_BYTES: usize = 1 << 28;
+
+/// What the end needs of the model's folder, read at the start: the folder may be gone by then.
+pub struct Kept {
+    /// Absolute path of the base, for `adapter_config.json`.
+    base: PathBuf,
+    tokenizer_files: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl Kept {
+    pub fn read(model: &Path) -> Result<Kept> {
+        let base = std::fs::canonicalize(model).with_context(|| model.display().to_string())?;
+        let present =
+            TOKENIZER_FILES.into_iter().map(|name| (name, model.join(name))).filter(|(_, path)| files::is_there(path));
+        let read = |(name, path): (_, PathBuf)| Ok((name, files::read(&path, files::MAX_TOKENIZER_BYTES)?));
+        Ok(Kept { base, tokenizer_files: present.map(read).collect::<Result<_>>()? })
+    }
+
+    /// Returns the bytes that a result takes, with an adapter of this size and a line of metrics for each step, where their number is set.
+    pub fn room(&self, adapter: &Adapter, max_steps: Option<usize>) -> usize {
+        let lines = max_steps.unwrap_or_default().saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
+        let tokenizer: usize = self.tokenizer_files.iter().map(|(_, content)| content.len()).sum();
+        adapter.bytes() + tokenizer + lines
+    }
+}
+
+/// Says which file of the base changed during the run, on the first rank of any node; `None` where none did. Collective.
+pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, stamps: &BaseStamps) -> Result<Option<String>> {
+    watch::at("comparing the base with what it was at the start");
+    let looks = local_rank == 0;
+    let own = looks.then(|| stamps.check_unchanged().err()).flatten().map(|error| format!("{error:#}"));
+    let changed = queue.all_gather_f64("stamps of the base", &[f64::from(own.is_some())])?;
+    let other = changed.iter().position(|changed| changed[0] > 0.0);
+    Ok(own.or(other.map(|rank| format!("the base on the machine of rank {rank} has changed during the run"))))
+}
+
+/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir or if there is a
+/// doubt about the result.
+pub fn save(
+    output: &mut Output,
+    adapter: &Adapter,
+    config: &ModelConfig,
+    kept: &Kept,
+    metrics: &[u8],
+    doubt: Option<String>,
+) -> Result<()> {
+    let mut others = kept.tokenizer_files.clone();
+    others.push((METRICS_FILE, metrics.to_vec()));
+    let write = |dir: &Path| adapter::save(adapter, config, &kept.base, dir);
+    let result = RunResult { adapter: &write, others, doubt: doubt.clone() };
+    let place = output.finish(&result).context("saving the adapter")?;
+    if let Some(doubt) = doubt {
+        let dir = match &place {
+            Place::OutputDir => "output_dir",
+            Place::Elsewhere { dir, .. } => &dir.display().to_string(),
+        };
+        bail!("{doubt}; the adapter was saved in {dir}, but cannot be trusted");
+    }
+    match place {
+        Place::OutputDir => Ok(()),
+        Place::Elsewhere { dir, why } => {
+            bail!("output_dir takes no result ({why}); the adapter is complete and was saved in {}", dir.display())
+        }
+    }
+}
