@@ -3,8 +3,7 @@
 
 use std::time::Instant;
 
-use fsdp_qlora::device::ops::{Gemm, Transpose};
-use fsdp_qlora::device::{Arena, Ops, cpu::Cpu};
+use fsdp_qlora::device::{Arena, Gemm, GemmOps, Transpose, cpu::Cpu};
 
 const TOKENS: usize = 512;
 

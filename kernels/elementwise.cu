@@ -1,4 +1,4 @@
-// Sums, biases, casts, rows picked by index, and the sum of squares.
+// Sums, biases, casts, and the sum of squares.
 #include "common.cuh"
 
 // y += x
@@ -18,20 +18,6 @@ extern "C" __global__ void add_bias(Act *x, const float *bias, u64 len, u32 feat
 // y = x as activations
 extern "C" __global__ void cast(Act *y, const float *x, u64 len) {
     for (u64 i = thread_idx(); i < len; i += num_threads()) y[i] = to_act(x[i]);
-}
-
-// y[i] = x[rows[i]], rows of `width_eights` times eight elements. One block a row.
-extern "C" __global__ void gather_rows(Act8 *y, const Act8 *x, const u32 *rows, u32 width_eights) {
-    Act8 *to = y + (u64)blockIdx.x * width_eights;
-    const Act8 *from = x + (u64)rows[blockIdx.x] * width_eights;
-    for (u32 i = threadIdx.x; i < width_eights; i += blockDim.x) to[i] = from[i];
-}
-
-// y[rows[i]] = x[i], rows of `width_eights` times eight elements, all different. One block a row.
-extern "C" __global__ void scatter_rows(Act8 *y, const Act8 *x, const u32 *rows, u32 width_eights) {
-    Act8 *to = y + (u64)rows[blockIdx.x] * width_eights;
-    const Act8 *from = x + (u64)blockIdx.x * width_eights;
-    for (u32 i = threadIdx.x; i < width_eights; i += blockDim.x) to[i] = from[i];
 }
 
 // sum[i] = parts[i] + parts[len + i] + …, in that order

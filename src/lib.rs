@@ -7,7 +7,7 @@
 //!
 //! | module | what is in it | what it does not know |
 //! |---|---|---|
-//! | [`device`] | memory, one op per kernel ([`device::ops`]); [`device::cpu`] is the reference, [`device::cuda`] the same on a GPU, its kernels in `kernels/` | models, ranks |
+//! | [`device`] | memory, one op per kernel ([`device::Ops`]); [`device::cpu`] is the reference, [`device::cuda`] the same on a GPU, its kernels in `kernels/` | models, ranks |
 //! | [`quant`] | NF4, double quantization, the record | devices, files |
 //! | [`comm`] | groups of ranks, host collectives (MPI, threads), NCCL, the watchdog, memory that the ranks of a node share, and the ordered queues of collectives on device memory and of copies to and from the host | models |
 //! | [`model`] | Llama math on device ops | that it is sharded: neither [`comm`] nor [`fsdp`] |

@@ -5,8 +5,7 @@ mod common;
 use std::collections::{HashMap, HashSet};
 
 use common::{EngineOptions, golden, on_all_ranks, relative_error};
-use fsdp_qlora::device::ops::Dequantize;
-use fsdp_qlora::device::{Arena, Ops, cpu::Cpu};
+use fsdp_qlora::device::{Arena, Dequantize, Nf4Ops, cpu::Cpu};
 use fsdp_qlora::fsdp::exec::RunArgs;
 use fsdp_qlora::fsdp::schedule::Mode;
 use fsdp_qlora::model::batch::{MicroBatch, NO_TARGET};

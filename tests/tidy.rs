@@ -58,19 +58,45 @@ fn files_are_short() {
     assert!(long.is_empty(), "{long:#?}");
 }
 
+/// Stems of the files of a folder that end so.
+fn stems(folder: &Path, extension: &str) -> Vec<String> {
+    let paths = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let paths = paths.filter(|path| path.extension().is_some_and(|e| e == extension));
+    paths.map(|path| path.file_stem().unwrap().to_str().unwrap().to_string()).collect()
+}
+
+/// The trait of ops that a file of `src/device` declares, without `Ops`.
+fn trait_of_ops(text: &str) -> Option<&str> {
+    text.lines().find_map(|line| line.strip_prefix("pub trait ")?.split_once("Ops:").map(|(name, _)| name))
+}
+
 #[test]
-fn every_kernel_has_its_two_twins() {
+fn an_op_is_the_files_of_one_stem() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    for entry in std::fs::read_dir(root.join("kernels")).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|e| e == "cu") {
-            let stem = path.file_stem().unwrap().to_str().unwrap();
-            // Kernels of one architecture have the twins of what they do.
-            let stem = stem.split("_hopper").next().unwrap();
-            for twin in ["cpu", "cuda"].map(|device| root.join(format!("src/device/{device}/{stem}.rs"))) {
-                assert!(twin.exists(), "{} has no {}", path.display(), twin.display());
-            }
+    let device = root.join("src/device");
+    let mut stems_of_ops = Vec::new();
+    for stem in stems(&device, "rs") {
+        let text = std::fs::read_to_string(device.join(format!("{stem}.rs"))).unwrap();
+        let Some(name) = trait_of_ops(&text).filter(|_| stem != "mod") else { continue };
+        assert_eq!(name.to_lowercase(), stem.replace('_', ""), "the trait of device/{stem}.rs");
+        for (twin, of) in [("cpu", "Cpu"), ("cuda", "Cuda<A>")] {
+            let path = device.join(format!("{twin}/{stem}.rs"));
+            let implementation = std::fs::read_to_string(&path).unwrap_or_default();
+            let wanted = format!("{name}Ops for {of} {{");
+            assert!(implementation.contains(&wanted), "{} has no `{wanted}`", path.display());
         }
+        stems_of_ops.push(stem);
+    }
+    assert!(!stems_of_ops.is_empty());
+    let kernels = stems(&root.join("kernels"), "cu");
+    for kernel in &kernels {
+        // Kernels of one architecture belong to the op that has kernels for all.
+        let stem = kernel.split("_hopper").next().unwrap();
+        assert!(stems_of_ops.iter().any(|op| op == stem), "kernels/{kernel}.cu has no src/device/{stem}.rs");
+    }
+    for stem in stems_of_ops {
+        // Matrix products are those of cuBLAS.
+        assert!(stem == "gemm" || kernels.contains(&stem), "src/device/{stem}.rs has no kernels/{stem}.cu");
     }
 }
 

@@ -10,8 +10,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use crate::comm::{ShardSource, SharedBytes};
-use crate::device::ops::{QuantizeAbsmax, QuantizeNf4, Uniform};
-use crate::device::{Arena, Buffer, Ops};
+use crate::device::{Arena, Buffer, Ops, QuantizeAbsmax, QuantizeNf4, Uniform};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::unit::NumUnits;

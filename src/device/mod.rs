@@ -1,22 +1,71 @@
-//! What a device is: memory ([`Device`]) and one method per kernel ([`Ops`]).
+//! A device is memory ([`Device`]) and what it computes ([`Ops`]).
 //!
 //! Dispatch is static: everything above is generic in `D: Ops`, and one `match` at the top of the command line picks the
-//! device. One op is the files of one stem: its contract is a struct in [`ops`], its reference is `cpu/<stem>.rs`.
+//! device. An op is the files of one stem: `device/<stem>.rs` holds its contract (a struct of arguments whose comment gives the formula
+//! and the shapes, outputs first), its trait and the check of sizes that both devices make; `cpu/<stem>.rs` is the reference,
+//! `cuda/<stem>.rs` launches `kernels/<stem>.cu`. A new stem is listed here, in `ops!`.
+//!
+//! In all contracts T is a number of tokens and H the hidden size. Matrices are row-major. `Act` is the device's activation type;
+//! statistics, losses and gradients of parameters are f32. A T of 0 is allowed everywhere and does nothing.
 
+mod adamw;
 pub mod arena;
-pub mod attention;
+mod attention;
 pub mod cpu;
+mod cross_entropy;
 pub mod cuda;
-pub mod lora;
-pub mod ops;
+mod elementwise;
+mod gemm;
+mod lora;
+mod nf4;
+mod rms_norm;
+mod rope;
+mod rows;
+mod swiglu;
 pub mod tensor;
+mod uniform;
 
 use anyhow::Result;
 
 pub use arena::{Arena, MemoryPlan};
 use cpu::HostRegion;
-pub use ops::Ops;
 pub use tensor::{Buffer, Element, HostBuffer, Place, View, ViewMut};
+
+pub use adamw::*;
+pub use attention::*;
+pub use cross_entropy::*;
+pub use elementwise::*;
+pub use gemm::*;
+pub use lora::*;
+pub use nf4::*;
+pub use rms_norm::*;
+pub use rope::*;
+pub use rows::*;
+pub use swiglu::*;
+pub use uniform::*;
+
+macro_rules! ops {
+    ($($op:ident),* $(,)?) => {
+        /// All ops: the sum of the traits of each stem. Every call is checked against the sizes of its contract before anything is
+        /// written.
+        pub trait Ops: $($op +)* {}
+        impl<D: $($op +)*> Ops for D {}
+    };
+}
+ops!(
+    AdamWOps,
+    AttentionOps,
+    CrossEntropyOps,
+    ElementwiseOps,
+    GemmOps,
+    LoraOps,
+    Nf4Ops,
+    RmsNormOps,
+    RopeOps,
+    RowsOps,
+    SwigluOps,
+    UniformOps
+);
 
 /// Memory of one device, and copies to and from the host.
 pub trait Device: Sized + Send + Sync + 'static {

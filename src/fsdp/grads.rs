@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail, ensure};
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::comm::{Queue, TrainableBuffers};
-use crate::device::{Device, Ops, Place};
+use crate::device::{AdamWOps, Device, ElementwiseOps, Ops, Place};
 use crate::optim::adamw::Update;
 use crate::optim::clip;
 

@@ -2,8 +2,7 @@
 
 use anyhow::Result;
 
-use crate::device::ops::*;
-use crate::device::{Buffer, Ops};
+use crate::device::*;
 
 use super::activations::HeadState;
 use super::config::ModelConfig;
@@ -39,7 +38,7 @@ pub fn piece<D: Ops>(
     config: &ModelConfig,
     state: &mut HeadState<D>,
     logits: &mut Buffer<D, f32>,
-    weight: crate::device::View<'_, D, D::Act>,
+    weight: View<'_, D, D::Act>,
     first_id: usize,
     backward: bool,
 ) -> Result<()> {

@@ -2,8 +2,7 @@
 
 use anyhow::Result;
 
-use crate::device::ops::*;
-use crate::device::{Buffer, Ops, View, ViewMut};
+use crate::device::*;
 
 use super::activations::{BatchBuffers, LayerActivations, MlpPart, Parts, RestPart, Scratch};
 use super::config::ModelConfig;

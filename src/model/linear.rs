@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
-use crate::device::lora::product;
-use crate::device::ops::{DropoutMask, Gemm, LoraDown, LoraGradA, LoraGradX, LoraLinear, Transpose};
-use crate::device::{Buffer, Ops, View, ViewMut};
+use crate::device::{
+    Buffer, DropoutMask, Gemm, LoraDown, LoraGradA, LoraGradX, LoraLinear, Ops, Transpose, View, ViewMut, product,
+};
 
 use super::lora::{LoraConfig, LoraEntry};
 use super::weights::Linear;

@@ -1,6 +1,6 @@
 //! The numbers of an AdamW update.
 
-use crate::device::ops::AdamW;
+use crate::device::AdamW;
 use crate::device::{View, ViewMut};
 
 /// One AdamW update of all trainable values.

@@ -1,8 +1,7 @@
 //! Attention: packed documents, grouped heads, tokens over a past.
 
-use fsdp_qlora::device::Ops;
 use fsdp_qlora::device::cpu::Cpu;
-use fsdp_qlora::device::ops::*;
+use fsdp_qlora::device::*;
 
 use super::{Tested, buffer, close, close_as, get, get_act, gpu, put, put_act, random, rounded, within};
 

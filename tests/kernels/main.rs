@@ -12,8 +12,7 @@ use attention::{attention, attention_of_new_tokens_over_past_ones, attention_of_
 use bytemuck::Zeroable;
 use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::device::cuda::{Cuda, HalfType, libraries};
-use fsdp_qlora::device::ops::*;
-use fsdp_qlora::device::{Arena, Buffer, Device, Element, Ops};
+use fsdp_qlora::device::*;
 use fsdp_qlora::quant::record::{Dtype, Encoding};
 use fsdp_qlora::quant::{double, nf4};
 use half::{bf16, f16};

@@ -8,8 +8,7 @@ use clap::Args;
 use serde_json::json;
 
 use crate::comm::mpi::MpiComm;
-use crate::device::ops::*;
-use crate::device::{Buffer, Element, Ops, View, ViewMut};
+use crate::device::*;
 use crate::model::config::ModelConfig;
 use crate::model::names::Projection;
 use crate::quant::record::Encoding;

@@ -1,9 +1,9 @@
 //! One AdamW update, in the order of operations of `torch.optim.AdamW`.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use rayon::prelude::*;
 
-use crate::device::ops::AdamW;
+use crate::device::{AdamW, AdamWOps};
 use crate::simd::vectorize;
 
 use super::Cpu;
@@ -11,11 +11,11 @@ use super::Cpu;
 /// Elements that one thread updates at a time.
 const CHUNK: usize = 1 << 14;
 
-impl Cpu {
-    pub(super) fn adamw_f32(&self, args: AdamW<'_, Cpu>) -> Result<()> {
+impl AdamWOps for Cpu {
+    fn adamw(&self, args: AdamW<'_, Cpu>) -> Result<()> {
+        args.num_elements()?;
         let (param, m, v) = (args.param.host_mut(), args.exp_avg.host_mut(), args.exp_avg_sq.host_mut());
         let grad = args.grad.host();
-        ensure!([m.len(), v.len(), grad.len()] == [param.len(); 3], "adamw: param {} grad {}", param.len(), grad.len());
         let bias_correction1 = 1.0 - args.beta1.powi(args.step as i32);
         let bias_correction2_sqrt = ((1.0 - args.beta2.powi(args.step as i32)).sqrt()) as f32;
         let step_size = (args.learning_rate / bias_correction1) as f32;

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use rayon::prelude::*;
 
-use crate::device::attention::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape};
+use crate::device::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape};
 
 use super::gemm::gemm_strided;
 use super::{Cpu, math};

@@ -1,22 +1,21 @@
 //! Cross-entropy over pieces of the vocabulary, with a running maximum and sum as in flash attention.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use rayon::prelude::*;
 
-use crate::device::ops::{CrossEntropyFinish, CrossEntropyPiece, GatherTargetRows, Gemm, Ops, Transpose};
+use crate::device::{
+    CrossEntropyFinish, CrossEntropyOps, CrossEntropyPiece, GatherTargetRows, Gemm, GemmOps, Transpose,
+};
 
 use super::{Cpu, math};
 
-impl Cpu {
-    pub(super) fn cross_entropy_piece_f32(&self, args: CrossEntropyPiece<'_, Cpu>) -> Result<()> {
-        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id } = args;
-        let (n, target_ids) = (target_ids.len(), target_ids.host());
+impl CrossEntropyOps for Cpu {
+    fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Cpu>) -> Result<()> {
+        let [n, hidden, rows] = args.sizes()?;
         if n == 0 {
             return Ok(());
         }
-        let hidden = x.len() / n;
-        let rows = weight.len() / hidden;
-        ensure!(logits.len() == n * rows && sum.len() == n && max.len() == n, "cross_entropy: {n} tokens, {rows} rows");
+        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id } = args;
         self.logits(logits.range_mut(0..n * rows), x, weight, hidden)?;
         let (max, sum, target_logit) = (max.host_mut(), sum.host_mut(), target_logit.host_mut());
         let mut no_acc = [];
@@ -36,7 +35,7 @@ impl Cpu {
             let logits = logits.range_mut(0..n * rows).host_mut();
             (logits.par_chunks_exact_mut(rows), max.par_iter_mut(), sum.par_iter_mut(), target_logit.par_iter_mut())
                 .into_par_iter()
-                .zip(acc_rows.par_iter_mut().zip(target_ids))
+                .zip(acc_rows.par_iter_mut().zip(target_ids.host()))
                 .with_min_len(16)
                 .for_each(|((logits, max, sum, target_logit), (acc, &target))| {
                     if let Some(&logit) = (target as usize).checked_sub(first_id).and_then(|i| logits.get(i)) {
@@ -48,7 +47,7 @@ impl Cpu {
         let Some(acc) = acc else { return Ok(()) };
         let (transpose_a, transpose_b) = (Transpose::No, Transpose::No);
         let (m, n, k) = (n, hidden, rows);
-        self.gemm_f32(Gemm {
+        self.gemm(Gemm {
             c: acc,
             a: logits.view(),
             b: weight,
@@ -62,27 +61,29 @@ impl Cpu {
         })
     }
 
-    pub(super) fn gather_target_rows_f32(&self, args: GatherTargetRows<'_, Cpu>) -> Result<()> {
-        let GatherTargetRows { target_rows, weight, target_ids, first_id } = args;
-        let (target_rows, weight, target_ids) = (target_rows.host_mut(), weight.host(), target_ids.host());
-        if target_ids.is_empty() {
+    fn gather_target_rows(&self, args: GatherTargetRows<'_, Cpu>) -> Result<()> {
+        let [n, hidden, rows] = args.sizes()?;
+        if n == 0 {
             return Ok(());
         }
-        let hidden = target_rows.len() / target_ids.len();
+        let GatherTargetRows { target_rows, weight, target_ids, first_id } = args;
+        let (target_rows, weight, target_ids) = (target_rows.host_mut(), weight.host(), target_ids.host());
         for (row, &target) in target_rows.chunks_exact_mut(hidden).zip(target_ids) {
-            if let Some(i) = (target as usize).checked_sub(first_id).filter(|i| (i + 1) * hidden <= weight.len()) {
+            if let Some(i) = (target as usize).checked_sub(first_id).filter(|&i| i < rows) {
                 row.copy_from_slice(&weight[i * hidden..][..hidden]);
             }
         }
         Ok(())
     }
 
-    pub(super) fn cross_entropy_finish_f32(&self, args: CrossEntropyFinish<'_, Cpu>) -> Result<()> {
+    fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Cpu>) -> Result<()> {
+        let [n, hidden] = args.sizes()?;
+        if n == 0 {
+            return Ok(());
+        }
         let CrossEntropyFinish { d_x, acc, sum, target_rows, coefficients } = args;
         let (d_x, acc, target_rows) = (d_x.host_mut(), acc.host(), target_rows.host());
         let (sum, coefficients) = (sum.host(), coefficients.host());
-        ensure!(acc.len() == d_x.len() && target_rows.len() == d_x.len(), "cross_entropy finish: d_x {}", d_x.len());
-        let Some(hidden) = d_x.len().checked_div(sum.len()) else { return Ok(()) };
         for (i, d_x) in d_x.chunks_exact_mut(hidden).enumerate() {
             let row = i * hidden..(i + 1) * hidden;
             let (coefficient, reciprocal) = (coefficients[i], 1.0 / sum[i]);

@@ -1,29 +1,19 @@
-//! Sums, biases and rows picked by index.
+//! Sums, biases, and the sum of squares.
 
-use anyhow::{Result, ensure};
-
+use anyhow::Result;
 use rayon::prelude::*;
 
-use crate::device::ops::{SUM_LANES, SUM_PARTS};
+use crate::device::elementwise::{bias_lens, same_len};
+use crate::device::{Device, ElementwiseOps, SUM_LANES, SUM_PARTS, View, ViewMut};
 use crate::simd::vectorize;
 
 use super::Cpu;
 
-impl Cpu {
-    pub(super) fn sum_of_squares_f64(&self, x: &[f32]) -> f64 {
-        let part = x.len().div_ceil(SUM_PARTS).max(1);
-        let mut sums = [0f64; SUM_PARTS];
-        let parts = x.par_chunks(part);
-        sums.par_iter_mut()
-            .zip(parts)
-            .with_min_len(SUM_PARTS.div_ceil(self.num_threads))
-            .for_each(|(sum, x)| *sum = sum_of_part(x));
-        sums.iter().sum()
-    }
-
-    pub(super) fn add_f32(&self, y: &mut [f32], x: &[f32]) -> Result<()> {
-        ensure!(y.len() == x.len(), "add: y {} x {}", y.len(), x.len());
-        self.for_rows(y, 1, |first, y| {
+impl ElementwiseOps for Cpu {
+    fn add(&self, y: ViewMut<'_, Cpu, f32>, x: View<'_, Cpu, f32>) -> Result<()> {
+        same_len("add", y.len(), x.len())?;
+        let x = x.host();
+        self.for_rows(y.host_mut(), 1, |first, y| {
             for (y, x) in y.iter_mut().zip(&x[first..]) {
                 *y += x;
             }
@@ -31,31 +21,34 @@ impl Cpu {
         Ok(())
     }
 
-    pub(super) fn add_bias_f32(&self, x: &mut [f32], bias: &[f32]) -> Result<()> {
-        ensure!(!bias.is_empty() && x.len().is_multiple_of(bias.len()), "add_bias: x {} bias {}", x.len(), bias.len());
-        for row in x.chunks_exact_mut(bias.len()) {
-            for (x, b) in row.iter_mut().zip(bias) {
+    fn add_bias(&self, x: ViewMut<'_, Cpu, f32>, bias: View<'_, Cpu, f32>) -> Result<()> {
+        let [_, features] = bias_lens(x.len(), bias.len())?;
+        for row in x.host_mut().chunks_exact_mut(features) {
+            for (x, b) in row.iter_mut().zip(bias.host()) {
                 *x += b;
             }
         }
         Ok(())
     }
 
-    pub(super) fn gather_rows_f32(&self, y: &mut [f32], x: &[f32], rows: &[u32], width: usize) -> Result<()> {
-        ensure!(y.len() == rows.len() * width, "gather_rows: y {} rows {} width {width}", y.len(), rows.len());
-        for (y, &row) in y.chunks_exact_mut(width).zip(rows) {
-            y.copy_from_slice(&x[row as usize * width..][..width]);
-        }
-        Ok(())
+    fn cast(&self, y: ViewMut<'_, Cpu, f32>, x: View<'_, Cpu, f32>) -> Result<()> {
+        same_len("cast", y.len(), x.len())?;
+        self.copy(y, x)
     }
 
-    pub(super) fn scatter_rows_f32(&self, y: &mut [f32], x: &[f32], rows: &[u32], width: usize) -> Result<()> {
-        ensure!(x.len() == rows.len() * width, "scatter_rows: x {} rows {} width {width}", x.len(), rows.len());
-        y.fill(0.0);
-        for (x, &row) in x.chunks_exact(width).zip(rows) {
-            y[row as usize * width..][..width].copy_from_slice(x);
-        }
-        Ok(())
+    fn round(y: &mut [f32], x: &[f32]) {
+        y.copy_from_slice(x);
+    }
+
+    fn sum_of_squares(&self, x: View<'_, Cpu, f32>) -> Result<f64> {
+        let part = x.len().div_ceil(SUM_PARTS).max(1);
+        let mut sums = [0f64; SUM_PARTS];
+        let parts = x.host().par_chunks(part);
+        sums.par_iter_mut()
+            .zip(parts)
+            .with_min_len(SUM_PARTS.div_ceil(self.num_threads))
+            .for_each(|(sum, x)| *sum = sum_of_part(x));
+        Ok(sums.iter().sum())
     }
 }
 

@@ -1,28 +1,26 @@
 //! Matrix products, by the `gemm` crate.
 #![expect(unsafe_code, reason = "calls a matrix product on raw pointers")]
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::device::ops::{Gemm, Transpose};
+use crate::device::{Gemm, GemmOps, Transpose};
 
 use super::Cpu;
 
-impl Cpu {
-    pub(super) fn gemm_f32(&self, args: Gemm<'_, Cpu, f32, f32, f32>) -> Result<()> {
+impl GemmOps for Cpu {
+    fn gemm(&self, args: Gemm<'_, Cpu, f32, f32, f32>) -> Result<()> {
+        args.check()?;
         let Gemm { c, a, b, transpose_a, transpose_b, m, n, k, alpha, beta } = args;
-        ensure!(
-            (c.len(), a.len(), b.len()) == (m * n, m * k, k * n),
-            "gemm m {m} n {n} k {k}: lengths c {} a {} b {}",
-            c.len(),
-            a.len(),
-            b.len()
-        );
         let a = (a.host(), strides(transpose_a, m, k));
         let b = (b.host(), strides(transpose_b, k, n));
         let parallelism =
             if self.num_threads > 1 { gemm::Parallelism::Rayon(self.num_threads) } else { gemm::Parallelism::None };
         gemm_strided(c.host_mut(), n, a, b, [m, n, k], alpha, beta, parallelism);
         Ok(())
+    }
+
+    fn gemm_grad(&self, args: Gemm<'_, Cpu, f32, f32, f32>) -> Result<()> {
+        self.gemm(args)
     }
 }
 

@@ -4,27 +4,24 @@
 //! feature / 8 with the module above it (20 and 12 bits), word 1 position, word 2 sample, word 3 step. One call gives
 //! eight 16-bit numbers, for eight neighbouring features; a feature is dropped when its number is below round(p·2¹⁶).
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::device::ops::LoraDropout;
+use crate::device::{LoraDropout, LoraOps};
 
 use super::Cpu;
 
 /// Calls that are computed side by side, so that they become vector code.
 const LANES: usize = 16;
 
-impl Cpu {
-    pub(super) fn lora_dropout_f32(&self, args: LoraDropout<'_, Cpu>) -> Result<()> {
+impl LoraOps for Cpu {
+    fn lora_dropout(&self, args: LoraDropout<'_, Cpu>) -> Result<()> {
+        let [tokens, features] = args.sizes()?;
+        if tokens == 0 {
+            return Ok(());
+        }
         let LoraDropout { y, x, mask, accumulate } = args;
         let (y, x) = (y.host_mut(), x.host());
         let (sample_idx, positions) = (mask.sample_idx.host(), mask.positions.host());
-        ensure!(x.len() == y.len() && sample_idx.len() == positions.len(), "lora_dropout: y {} x {}", y.len(), x.len());
-        let Some(features) = x.len().checked_div(positions.len()) else { return Ok(()) };
-        ensure!(
-            features < 8 << 20 && mask.module < 1 << 12,
-            "lora_dropout: {features} features, module {}",
-            mask.module
-        );
         let (threshold, scale) = mask.threshold_and_scale();
         self.for_rows(y, features, |first, rows| {
             crate::simd::vectorize(
@@ -80,8 +77,7 @@ fn philox(counter: [u32; 4], first: u32, seed: u64) -> [[u32; LANES]; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::ops::DropoutMask;
-    use crate::device::{Arena, Device};
+    use crate::device::{Arena, Device, DropoutMask};
 
     #[test]
     fn known_answers_of_philox() {
@@ -125,7 +121,7 @@ mod tests {
             sample_idx: samples.view(),
             positions: positions.view(),
         };
-        cpu.lora_dropout_f32(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate: false }).unwrap();
+        cpu.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate: false }).unwrap();
         let y = y.view().host();
         let kept = y.iter().filter(|&&v| v > 0.0).count() as f64 / y.len() as f64;
         assert!((kept - 0.75).abs() < 0.02, "kept {kept}");

@@ -13,6 +13,7 @@ mod memory;
 mod nf4;
 mod rms_norm;
 mod rope;
+mod rows;
 mod swiglu;
 mod uniform;
 
@@ -22,8 +23,7 @@ use anyhow::Result;
 pub use memory::{HostRegion, SharedFile, SharedWords};
 use rayon::prelude::*;
 
-use super::ops::*;
-use super::{Device, Element, Ops, View, ViewMut};
+use super::{Device, Element, View, ViewMut};
 
 /// A share of the host's cores.
 #[derive(Clone)]
@@ -105,103 +105,5 @@ impl Device for Cpu {
     fn fill_bytes<T: Element>(&self, dst: ViewMut<'_, Self, T>, byte: u8) -> Result<()> {
         bytemuck::cast_slice_mut::<T, u8>(dst.host_mut()).fill(byte);
         Ok(())
-    }
-}
-
-impl Ops for Cpu {
-    fn gemm(&self, args: Gemm<'_, Self, f32, f32, f32>) -> Result<()> {
-        self.gemm_f32(args)
-    }
-    fn gemm_grad(&self, args: Gemm<'_, Self, f32, f32, f32>) -> Result<()> {
-        self.gemm_f32(args)
-    }
-    fn dequantize(&self, args: Dequantize<'_, Self, f32>) -> Result<()> {
-        self.dequantize_records(args)
-    }
-    fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()> {
-        self.dequantize_records(args)
-    }
-    fn quantize_nf4(&self, args: QuantizeNf4<'_, Self>) -> Result<()> {
-        self.quantize_blocks(args)
-    }
-    fn quantize_absmax(&self, args: QuantizeAbsmax<'_, Self>) -> Result<()> {
-        self.quantize_superblocks(args)
-    }
-    fn uniform(&self, args: Uniform<'_, Self>) -> Result<()> {
-        self.uniform_f32(args)
-    }
-    fn rms_norm_forward(&self, args: RmsNormForward<'_, Self>) -> Result<()> {
-        self.rms_norm_forward_f32(args)
-    }
-    fn rms_norm_backward(&self, args: RmsNormBackward<'_, Self>) -> Result<()> {
-        self.rms_norm_backward_f32(args)
-    }
-    fn rope(&self, args: Rope<'_, Self>) -> Result<()> {
-        self.rope_f32(args)
-    }
-    fn swiglu_forward(&self, args: SwigluForward<'_, Self>) -> Result<()> {
-        self.swiglu_forward_f32(args)
-    }
-    fn swiglu_backward(&self, args: SwigluBackward<'_, Self>) -> Result<()> {
-        self.swiglu_backward_f32(args)
-    }
-    fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Self>) -> Result<()> {
-        self.cross_entropy_piece_f32(args)
-    }
-    fn gather_target_rows(&self, args: GatherTargetRows<'_, Self>) -> Result<()> {
-        self.gather_target_rows_f32(args)
-    }
-    fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Self>) -> Result<()> {
-        self.cross_entropy_finish_f32(args)
-    }
-    fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()> {
-        self.lora_dropout_f32(args)
-    }
-    fn adamw(&self, args: AdamW<'_, Self>) -> Result<()> {
-        self.adamw_f32(args)
-    }
-    fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64> {
-        Ok(self.sum_of_squares_f64(x.host()))
-    }
-    fn add(&self, y: ViewMut<'_, Self, f32>, x: View<'_, Self, f32>) -> Result<()> {
-        self.add_f32(y.host_mut(), x.host())
-    }
-    fn add_bias(&self, x: ViewMut<'_, Self, f32>, bias: View<'_, Self, f32>) -> Result<()> {
-        self.add_bias_f32(x.host_mut(), bias.host())
-    }
-    fn cast(&self, y: ViewMut<'_, Self, f32>, x: View<'_, Self, f32>) -> Result<()> {
-        self.copy(y, x)
-    }
-    fn round(y: &mut [f32], x: &[f32]) {
-        y.copy_from_slice(x);
-    }
-    fn gather_rows(
-        &self,
-        y: ViewMut<'_, Self, f32>,
-        x: View<'_, Self, f32>,
-        rows: View<'_, Self, u32>,
-        width: usize,
-    ) -> Result<()> {
-        self.gather_rows_f32(y.host_mut(), x.host(), rows.host(), width)
-    }
-    fn scatter_rows(
-        &self,
-        y: ViewMut<'_, Self, f32>,
-        x: View<'_, Self, f32>,
-        rows: View<'_, Self, u32>,
-        width: usize,
-    ) -> Result<()> {
-        self.scatter_rows_f32(y.host_mut(), x.host(), rows.host(), width)
-    }
-    fn logits(
-        &self,
-        logits: ViewMut<'_, Self, f32>,
-        x: View<'_, Self, f32>,
-        weight: View<'_, Self, f32>,
-        hidden_size: usize,
-    ) -> Result<()> {
-        let (m, n, k) = (x.len() / hidden_size, weight.len() / hidden_size, hidden_size);
-        let (transpose_a, transpose_b) = (Transpose::No, Transpose::Yes);
-        self.gemm_f32(Gemm { c: logits, a: x, b: weight, transpose_a, transpose_b, m, n, k, alpha: 1.0, beta: 0.0 })
     }
 }

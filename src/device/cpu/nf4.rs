@@ -1,13 +1,13 @@
 //! Records to dense f32 weights, and weights to codes.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use crate::device::ops::{Dequantize, QuantizeAbsmax, QuantizeNf4};
+use crate::device::{Dequantize, Nf4Ops, QuantizeAbsmax, QuantizeNf4};
 use crate::quant::double::{DYNAMIC_MAP, quantize_absmax_around};
 use crate::quant::nf4::{self, CODEBOOK};
-use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, RecordParts, SUPERBLOCK};
+use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, RecordParts};
 
 use super::Cpu;
 
@@ -22,34 +22,11 @@ const PAIRS: [[f32; 2]; 256] = {
     pairs
 };
 
-impl Cpu {
-    pub(super) fn quantize_blocks(&self, args: QuantizeNf4<'_, Cpu>) -> Result<()> {
-        let QuantizeNf4 { codes, absmax, weights } = args;
-        let (codes, absmax, weights) = (codes.host_mut(), absmax.host_mut(), weights.host());
-        let n = weights.len();
-        ensure!(codes.len() == n.div_ceil(2) && absmax.len() == n.div_ceil(BLOCK), "quantize: {n} weights");
-        (codes.par_chunks_mut(RECORD_WEIGHTS / 2), absmax.par_chunks_mut(RECORD_WEIGHTS / BLOCK))
-            .into_par_iter()
-            .zip(weights.par_chunks(RECORD_WEIGHTS))
-            .for_each(|((codes, absmax), weights)| nf4::quantize_blocks(weights, codes, absmax));
-        Ok(())
-    }
-
-    pub(super) fn quantize_superblocks(&self, args: QuantizeAbsmax<'_, Cpu>) -> Result<()> {
-        let QuantizeAbsmax { codes, nested_absmax, absmax, offset } = args;
-        let n = absmax.len();
-        ensure!(codes.len() == n && nested_absmax.len() == n.div_ceil(SUPERBLOCK), "quantize: {n} absmax values");
-        let quantized = quantize_absmax_around(absmax.host(), offset);
-        codes.host_mut().copy_from_slice(&quantized.codes);
-        nested_absmax.host_mut().copy_from_slice(&quantized.nested_absmax);
-        Ok(())
-    }
-
-    pub(super) fn dequantize_records(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
+impl Nf4Ops for Cpu {
+    fn dequantize(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
+        args.num_weights()?;
         let Dequantize { weights, records, encoding } = args;
         let (weights, records) = (weights.host_mut(), records.host());
-        let bytes = encoding.tensor_bytes(weights.len());
-        ensure!(records.len() == bytes, "{} bytes of records for {} weights", records.len(), weights.len());
         let one = |(weights, record): (&mut [f32], &[u8])| {
             let parts = encoding.parts(weights.len());
             match encoding {
@@ -64,6 +41,30 @@ impl Cpu {
             let chunks: Vec<_> = weights.chunks_mut(RECORD_WEIGHTS).zip(chunks).collect();
             chunks.into_par_iter().for_each(one);
         }
+        Ok(())
+    }
+
+    fn dequantize_f32(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
+        self.dequantize(args)
+    }
+
+    fn quantize_nf4(&self, args: QuantizeNf4<'_, Cpu>) -> Result<()> {
+        args.num_weights()?;
+        let QuantizeNf4 { codes, absmax, weights } = args;
+        let (codes, absmax, weights) = (codes.host_mut(), absmax.host_mut(), weights.host());
+        (codes.par_chunks_mut(RECORD_WEIGHTS / 2), absmax.par_chunks_mut(RECORD_WEIGHTS / BLOCK))
+            .into_par_iter()
+            .zip(weights.par_chunks(RECORD_WEIGHTS))
+            .for_each(|((codes, absmax), weights)| nf4::quantize_blocks(weights, codes, absmax));
+        Ok(())
+    }
+
+    fn quantize_absmax(&self, args: QuantizeAbsmax<'_, Cpu>) -> Result<()> {
+        args.num_blocks()?;
+        let QuantizeAbsmax { codes, nested_absmax, absmax, offset } = args;
+        let quantized = quantize_absmax_around(absmax.host(), offset);
+        codes.host_mut().copy_from_slice(&quantized.codes);
+        nested_absmax.host_mut().copy_from_slice(&quantized.nested_absmax);
         Ok(())
     }
 }

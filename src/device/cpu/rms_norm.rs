@@ -1,27 +1,26 @@
 //! RMSNorm and its backward.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use rayon::prelude::*;
 
-use crate::device::ops::{Normed, RmsNormBackward, RmsNormForward};
+use crate::device::{ElementwiseOps, Normed, RmsNormBackward, RmsNormForward, RmsNormOps};
 use crate::simd::vectorize;
 
 use super::{Cpu, math};
 
-impl Cpu {
-    pub(super) fn rms_norm_forward_f32(&self, args: RmsNormForward<'_, Cpu>) -> Result<()> {
+impl RmsNormOps for Cpu {
+    fn rms_norm_forward(&self, args: RmsNormForward<'_, Cpu>) -> Result<()> {
+        let [_, hidden] = args.sizes()?;
         let RmsNormForward { y, rstd, x, weight, eps } = args;
         let x = match x {
             Normed::Plain(x) => x.host(),
-            Normed::Sum { sum, addend } => {
-                let sum = sum.host_mut();
-                self.add_f32(sum, addend.host())?;
-                &*sum
+            Normed::Sum { mut sum, addend } => {
+                let len = sum.len();
+                self.add(sum.range_mut(0..len), addend)?;
+                &*sum.host_mut()
             }
         };
         let (y, rstd, weight) = (y.host_mut(), rstd.host_mut(), weight.host());
-        let hidden = weight.len();
-        ensure!(x.len() == y.len() && x.len() == rstd.len() * hidden, "rms_norm: x {} rstd {}", x.len(), rstd.len());
         let row = |((y, rstd), x): ((&mut [f32], &mut f32), &[f32])| {
             vectorize(
                 #[inline(always)]
@@ -37,14 +36,10 @@ impl Cpu {
         Ok(())
     }
 
-    pub(super) fn rms_norm_backward_f32(&self, args: RmsNormBackward<'_, Cpu>) -> Result<()> {
+    fn rms_norm_backward(&self, args: RmsNormBackward<'_, Cpu>) -> Result<()> {
+        let [_, hidden] = args.sizes()?;
         let RmsNormBackward { d_x, d_y, x, rstd, weight } = args;
         let (d_x, d_y, x, rstd, weight) = (d_x.host_mut(), d_y.host(), x.host(), rstd.host(), weight.host());
-        let hidden = weight.len();
-        ensure!(
-            x.len() == d_y.len() && x.len() == d_x.len() && x.len() == rstd.len() * hidden,
-            "rms_norm backward sizes"
-        );
         d_x.par_chunks_mut(hidden).enumerate().with_min_len(64).for_each(|(t, d_x)| {
             let (d_y, x, rstd) = (&d_y[t * hidden..][..hidden], &x[t * hidden..][..hidden], rstd[t]);
             vectorize(

@@ -1,17 +1,17 @@
 //! Rotary position embedding.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::device::ops::Rope;
+use crate::device::{Rope, RopeOps};
 
 use super::Cpu;
 
-impl Cpu {
-    pub(super) fn rope_f32(&self, args: Rope<'_, Cpu>) -> Result<()> {
+impl RopeOps for Cpu {
+    fn rope(&self, args: Rope<'_, Cpu>) -> Result<()> {
+        args.num_tokens()?;
         let Rope { x, cos, sin, num_heads, head_dim, inverse } = args;
         let (x, cos, sin) = (x.host_mut(), cos.host(), sin.host());
         let (width, half) = (num_heads * head_dim, head_dim / 2);
-        ensure!(x.len() / width * half == cos.len() && cos.len() == sin.len(), "rope: x {} cos {}", x.len(), cos.len());
         let sign = if inverse { -1.0 } else { 1.0 };
         self.for_rows(x, width, |first, rows| {
             for (i, row) in rows.chunks_exact_mut(width).enumerate() {

@@ -1,15 +1,15 @@
 //! silu(gate) · up and its backward.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::device::ops::{SwigluBackward, SwigluForward};
+use crate::device::{SwigluBackward, SwigluForward, SwigluOps};
 
 use super::{Cpu, math};
 
-impl Cpu {
-    pub(super) fn swiglu_forward_f32(&self, args: SwigluForward<'_, Cpu>) -> Result<()> {
+impl SwigluOps for Cpu {
+    fn swiglu_forward(&self, args: SwigluForward<'_, Cpu>) -> Result<()> {
+        args.num_elements()?;
         let (y, gate, up) = (args.y.host_mut(), args.gate.host(), args.up.host());
-        ensure!(y.len() == gate.len() && y.len() == up.len(), "swiglu: y {} gate {}", y.len(), gate.len());
         self.for_rows(y, 1, |first, y| {
             let (gate, up) = (&gate[first..first + y.len()], &up[first..first + y.len()]);
             crate::simd::vectorize(
@@ -24,12 +24,11 @@ impl Cpu {
         Ok(())
     }
 
-    pub(super) fn swiglu_backward_f32(&self, args: SwigluBackward<'_, Cpu>) -> Result<()> {
+    fn swiglu_backward(&self, args: SwigluBackward<'_, Cpu>) -> Result<()> {
+        let len = args.num_elements()?;
         let SwigluBackward { d_gate, d_up, d_y, gate, up } = args;
         let (d_gate, d_up) = (d_gate.host_mut(), d_up.host_mut());
         let (d_y, gate, up) = (d_y.host(), gate.host(), up.host());
-        let len = d_y.len();
-        ensure!([d_gate.len(), d_up.len(), gate.len(), up.len()] == [len; 4], "swiglu backward: d_y {len}");
         let part = |first: usize, d_gate: &mut [f32], d_up: &mut [f32]| {
             let end = first + d_gate.len();
             let (d_y, gate, up) = (&d_y[first..end], &gate[first..end], &up[first..end]);

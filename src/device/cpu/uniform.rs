@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 
-use crate::device::ops::Uniform;
+use crate::device::{Uniform, UniformOps};
 
 use super::Cpu;
 
-impl Cpu {
-    pub(super) fn uniform_f32(&self, args: Uniform<'_, Cpu>) -> Result<()> {
+impl UniformOps for Cpu {
+    fn uniform(&self, args: Uniform<'_, Cpu>) -> Result<()> {
         let Uniform { y, seed, first, half_width } = args;
         self.for_rows(y.host_mut(), 1, |begin, part| {
             for (i, y) in part.iter_mut().enumerate() {

@@ -1,17 +1,16 @@
 //! One AdamW update.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::device::ops::AdamW;
+use crate::device::{AdamW, AdamWOps};
 
 use super::launch::{Grid, args};
 use super::{Cuda, HalfType};
 
-impl<A: HalfType> Cuda<A> {
-    pub(super) fn adamw_f32(&self, args: AdamW<'_, Cuda<A>>) -> Result<()> {
+impl<A: HalfType> AdamWOps for Cuda<A> {
+    fn adamw(&self, args: AdamW<'_, Cuda<A>>) -> Result<()> {
+        let len = args.num_elements()?;
         let AdamW { param, exp_avg, exp_avg_sq, grad, grad_scale, learning_rate, beta1, beta2, epsilon, .. } = args;
-        let len = param.len();
-        ensure!([exp_avg.len(), exp_avg_sq.len(), grad.len()] == [len; 3], "adamw: param {len} grad {}", grad.len());
         let bias_correction1 = 1.0 - beta1.powi(args.step as i32);
         let bias_correction2_sqrt = (1.0 - beta2.powi(args.step as i32)).sqrt() as f32;
         let step_size = (learning_rate / bias_correction1) as f32;

@@ -2,8 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::device::ViewMut;
-use crate::device::attention::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape};
+use crate::device::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape, ViewMut};
 
 use super::launch::{Grid, args};
 use super::{Cuda, HalfType};

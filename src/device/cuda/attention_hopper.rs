@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow};
 use cudarc::driver::{CudaContext, sys};
 
-use crate::device::attention::{AttentionBackward, AttentionForward, AttentionShape};
+use crate::device::{AttentionBackward, AttentionForward, AttentionShape};
 
 use super::attention::Parts;
 use super::launch::{Grid, args, tile_map};

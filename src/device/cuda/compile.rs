@@ -44,7 +44,7 @@ macro_rules! source {
     };
 }
 
-const SOURCES: [Source; 12] = [
+const SOURCES: [Source; 13] = [
     source!("adamw", ["adamw"]),
     source!(
         "attention",
@@ -82,10 +82,7 @@ const SOURCES: [Source; 12] = [
         Gpus::Hopper
     ),
     source!("cross_entropy", ["cross_entropy_piece", "gather_target_rows", "cross_entropy_finish"]),
-    source!(
-        "elementwise",
-        ["add", "add_bias", "cast", "gather_rows", "scatter_rows", "sum_parts", "sum_of_squares", "spin"]
-    ),
+    source!("elementwise", ["add", "add_bias", "cast", "sum_parts", "sum_of_squares", "spin"]),
     source!(
         "lora",
         [
@@ -109,6 +106,7 @@ const SOURCES: [Source; 12] = [
         ["dequantize_nf4", "dequantize_nf4_f32", "convert", "convert_f32", "quantize_nf4", "quantize_absmax"]
     ),
     source!("rms_norm", ["rms_norm_forward", "rms_norm_backward"]),
+    source!("rows", ["gather_rows", "scatter_rows"]),
     source!("rope", ["rope"]),
     source!("swiglu", ["swiglu_forward", "swiglu_backward"]),
     source!("uniform", ["uniform"]),

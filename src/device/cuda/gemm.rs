@@ -7,8 +7,7 @@ use anyhow::{Result, anyhow, ensure};
 use cudarc::cublas::{result, sys};
 use cudarc::driver::CudaStream;
 
-use crate::device::ops::{Gemm, Transpose};
-use crate::device::{Element, View, ViewMut};
+use crate::device::{Element, Gemm, GemmOps, Transpose, View, ViewMut};
 
 use super::memory::Tables;
 use super::{Cuda, HalfType};
@@ -68,17 +67,21 @@ impl BlasType for f32 {
     const TYPE: sys::cudaDataType = sys::cudaDataType_t::CUDA_R_32F;
 }
 
+impl<A: HalfType> GemmOps for Cuda<A> {
+    fn gemm(&self, args: Gemm<'_, Cuda<A>, A, A, A>) -> Result<()> {
+        self.product(args)
+    }
+
+    fn gemm_grad(&self, args: Gemm<'_, Cuda<A>, A, A, f32>) -> Result<()> {
+        self.product(args)
+    }
+}
+
 impl<A: HalfType> Cuda<A> {
-    /// See [`Gemm`].
-    pub(super) fn gemm_act<C: BlasType>(&self, args: Gemm<'_, Cuda<A>, A, A, C>) -> Result<()> {
+    /// [`Gemm`] with C in either type.
+    fn product<C: BlasType>(&self, args: Gemm<'_, Cuda<A>, A, A, C>) -> Result<()> {
+        args.check()?;
         let Gemm { c, a, b, transpose_a, transpose_b, m, n, k, alpha, beta } = args;
-        ensure!(
-            (c.len(), a.len(), b.len()) == (m * n, m * k, k * n),
-            "gemm m {m} n {n} k {k}: lengths c {} a {} b {}",
-            c.len(),
-            a.len(),
-            b.len()
-        );
         let b_stride = if transpose_b == Transpose::Yes { k } else { n };
         let a_stride = if transpose_a == Transpose::Yes { m } else { k };
         self.gemm_strided(c, (a, a_stride, transpose_a), (b, b_stride, transpose_b), [m, n, k], alpha, beta)

@@ -2,8 +2,10 @@
 
 use anyhow::{Result, ensure};
 
-use crate::device::lora;
-use crate::device::ops::{DropoutMask, LoraDown, LoraDropout, LoraGradA, LoraGradX, LoraLinear, Ops, Transpose::Yes};
+use crate::device::{
+    DropoutMask, ElementwiseOps, LoraDown, LoraDropout, LoraGradA, LoraGradX, LoraLinear, LoraOps, Transpose::Yes,
+    lora, product,
+};
 
 use super::launch::{Arg, Grid, args};
 use super::{Cuda, HalfType};
@@ -47,101 +49,81 @@ const GRAD_X_TOKENS: usize = 64;
 const GRAD_X_FEATURES: usize = 256;
 
 /// The seven arguments of a mask; a kernel without dropout gets null pointers and a scale of 1.
-fn mask_args<A: HalfType>(mask: Option<DropoutMask<'_, Cuda<A>>>, tokens: usize, features: usize) -> Result<[Arg; 7]> {
+fn mask_args<A: HalfType>(mask: Option<DropoutMask<'_, Cuda<A>>>) -> [Arg; 7] {
     let (module, step, seed) = mask.map_or((0, 0, 0), |mask| (mask.module, mask.step, mask.seed));
     let (threshold, scale) = mask.map_or((0, 1.0), |mask| mask.threshold_and_scale());
     let (sample_idx, positions) = (mask.map(|mask| mask.sample_idx), mask.map(|mask| mask.positions));
-    let num_positions = positions.map_or(tokens, |positions| positions.len());
-    let num_samples = sample_idx.map_or(tokens, |sample_idx| sample_idx.len());
-    ensure!([num_samples, num_positions] == [tokens; 2], "lora_dropout: {tokens} tokens, {num_positions} positions");
-    ensure!(features.is_multiple_of(8), "lora_dropout: {features} features, allowed: a multiple of 8");
-    ensure!(features < 8 << 20 && module < 1 << 12, "lora_dropout: {features} features, module {module}");
-    Ok(args![sample_idx, positions, seed, module, step, threshold, scale])
+    args![sample_idx, positions, seed, module, step, threshold, scale]
 }
 
-impl<A: HalfType> Cuda<A> {
-    pub(super) fn lora_dropout_act(&self, args: LoraDropout<'_, Cuda<A>>) -> Result<()> {
+impl<A: HalfType> LoraOps for Cuda<A> {
+    fn lora_dropout(&self, args: LoraDropout<'_, Cuda<A>>) -> Result<()> {
+        let [tokens, features] = args.sizes()?;
+        ensure!(features.is_multiple_of(8), "lora_dropout: {features} features, allowed: a multiple of 8");
         let LoraDropout { y, x, mask, accumulate } = args;
-        let (len, tokens) = (x.len(), mask.positions.len());
-        ensure!(y.len() == len, "lora_dropout: y {} x {len}", y.len());
-        let Some(features) = len.checked_div(tokens) else { return Ok(()) };
-        let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(Some(mask), tokens, features)?;
-        let (eights, row) = ((len / 8) as u64, (features / 8) as u32);
-        let args = args![
-            y,
-            x,
-            sample_idx,
-            positions,
-            seed,
-            module,
-            step,
-            threshold,
-            scale,
-            eights,
-            row,
-            u32::from(accumulate)
-        ];
+        let (eights, row, accumulate) = (tokens * features / 8, (features / 8) as u32, u32::from(accumulate));
+        let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(Some(mask));
+        let args =
+            args![y, x, sample_idx, positions, seed, module, step, threshold, scale, eights as u64, row, accumulate];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch("lora_dropout", Grid::elements(len / 8), args) }
+        unsafe { self.launch("lora_dropout", Grid::elements(eights), args) }
     }
 
     /// LoRA's part is written first, and the base product adds to it: one pass over y less than a second sum would take.
-    pub(super) fn lora_linear_act(&self, args: LoraLinear<'_, Cuda<A>>) -> Result<()> {
+    fn lora_linear(&self, args: LoraLinear<'_, Cuda<A>>) -> Result<()> {
+        let [m, n, k] = args.sizes()?;
         let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale } = args;
-        let [m, n, k] = [u.len() / r, b.len() / r, weight.len() * r / b.len()];
-        lora::product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], scale, 0.0)?;
-        lora::product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], 1.0, 1.0)?;
+        product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], scale, 0.0)?;
+        product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], 1.0, 1.0)?;
         bias.map_or(Ok(()), |bias| self.add_bias(y, bias))
     }
 
-    pub(super) fn lora_down_act(&self, args: LoraDown<'_, Cuda<A>>) -> Result<()> {
-        let (tokens, features) = (args.u.len() / args.lora_rank, args.a.len() / args.lora_rank);
+    fn lora_down(&self, args: LoraDown<'_, Cuda<A>>) -> Result<()> {
+        let [tokens, features] = args.sizes()?;
         let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::down(self, args) };
-        let LoraDown { u, x, a, mask, lora_rank: r, .. } = args;
-        ensure!(
-            x.len() == tokens * features && [u.len(), a.len()] == [tokens * r, features * r],
-            "lora_down: x {} for {tokens} tokens",
-            x.len()
-        );
-        let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
-        let (t, eights) = (tokens as u32, (features / 8) as u32);
-        let args = args![u, x, a, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
+        let LoraDown { u, x, a, mask, .. } = args;
         let grid = Grid { threads: kernels.threads, ..Grid::rows(tokens.div_ceil(kernels.down_tokens)) };
-        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch(kernels.down, grid, args) }
+        // SAFETY: the lengths were checked above; the kernel writes u and reads x and A.
+        unsafe { self.launch_product(kernels.down, grid, args![u, x, a], mask, [tokens, features]) }
     }
 
-    pub(super) fn lora_grad_a_f32(&self, args: LoraGradA<'_, Cuda<A>>) -> Result<()> {
-        let (tokens, features) = (args.d_u.len() / args.lora_rank, args.d_a.len() / args.lora_rank);
+    fn lora_grad_a(&self, args: LoraGradA<'_, Cuda<A>>) -> Result<()> {
+        let [tokens, features] = args.sizes()?;
         let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::grad_a(self, args) };
-        let LoraGradA { d_a, d_u, x, mask, lora_rank: r, .. } = args;
-        ensure!(
-            x.len() == tokens * features && [d_u.len(), d_a.len()] == [tokens * r, features * r],
-            "lora_grad_a: x {} for {tokens} tokens",
-            x.len()
-        );
-        let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
-        let (t, eights) = (tokens as u32, (features / 8) as u32);
-        let args = args![d_a, d_u, x, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
+        let LoraGradA { d_a, d_u, x, mask, .. } = args;
         let grid = Grid { threads: kernels.threads, ..Grid::rows(features.div_ceil(GRAD_A_FEATURES)) };
-        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch(kernels.grad_a, grid, args) }
+        // SAFETY: the lengths were checked above; the kernel adds to d_a and reads d_u and x.
+        unsafe { self.launch_product(kernels.grad_a, grid, args![d_a, d_u, x], mask, [tokens, features]) }
     }
 
-    pub(super) fn lora_grad_x_act(&self, args: LoraGradX<'_, Cuda<A>>) -> Result<()> {
-        let (tokens, features) = (args.d_u.len() / args.lora_rank, args.a.len() / args.lora_rank);
+    fn lora_grad_x(&self, args: LoraGradX<'_, Cuda<A>>) -> Result<()> {
+        let [tokens, features] = args.sizes()?;
         let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::grad_x(self, args) };
-        let LoraGradX { d_x, d_u, a, mask, lora_rank: r, .. } = args;
-        ensure!(
-            d_x.len() == tokens * features && [d_u.len(), a.len()] == [tokens * r, features * r],
-            "lora_grad_x: d_x {} for {tokens} tokens",
-            d_x.len()
-        );
-        let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask, tokens, features)?;
-        let (t, eights) = (tokens as u32, (features / 8) as u32);
-        let args = args![d_x, d_u, a, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
+        let LoraGradX { d_x, d_u, a, mask, .. } = args;
         let blocks = (tokens.div_ceil(GRAD_X_TOKENS), features.div_ceil(GRAD_X_FEATURES));
-        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch(kernels.grad_x, Grid { blocks, threads: 256, shared_bytes: 0 }, args) }
+        let grid = Grid { blocks, threads: 256, shared_bytes: 0 };
+        // SAFETY: the lengths were checked above; the kernel adds to d_x and reads d_u and A.
+        unsafe { self.launch_product(kernels.grad_x, grid, args![d_x, d_u, a], mask, [tokens, features]) }
+    }
+}
+
+impl<A: HalfType> Cuda<A> {
+    /// Starts one of [`Kernels`]: all take three matrices, the mask, T and the features in eights.
+    ///
+    /// # Safety
+    /// The matrices are those that the kernel declares, in its order, and of these sizes, as the mask is.
+    unsafe fn launch_product(
+        &self,
+        kernel: &str,
+        grid: Grid,
+        [out, left, right]: [Arg; 3],
+        mask: Option<DropoutMask<'_, Cuda<A>>>,
+        [tokens, features]: [usize; 2],
+    ) -> Result<()> {
+        let [sample_idx, positions, seed, module, step, threshold, scale] = mask_args(mask);
+        let (t, eights) = (tokens as u32, (features / 8) as u32);
+        let args = args![out, left, right, sample_idx, positions, seed, module, step, threshold, scale, t, eights];
+        // SAFETY: the caller's duty; every kernel of `Kernels` declares these arguments in this order.
+        unsafe { self.launch(kernel, grid, args) }
     }
 }

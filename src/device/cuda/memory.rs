@@ -8,8 +8,7 @@ use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
 use crate::device::cpu::{Cpu, HostRegion};
-use crate::device::ops::SUM_PARTS;
-use crate::device::{Device, Element, View, ViewMut};
+use crate::device::{Device, Element, SUM_PARTS, View, ViewMut};
 use crate::quant::double::DYNAMIC_MAP;
 use crate::quant::nf4::{CODEBOOK, THRESHOLDS};
 

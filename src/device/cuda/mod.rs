@@ -19,6 +19,7 @@ mod memory;
 mod nf4;
 mod rms_norm;
 mod rope;
+mod rows;
 mod swiglu;
 mod uniform;
 
@@ -34,8 +35,6 @@ use cudarc::nvrtc::Ptx;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::ops::*;
-use super::{Ops, View, ViewMut};
 pub use attention::HEAD_DIMS;
 use attention_hopper::Hopper;
 use launch::{Grid, args};
@@ -244,116 +243,6 @@ fn load_kernels<A: HalfType>(
         }
     }
     Ok(kernels)
-}
-
-impl<A: HalfType> Ops for Cuda<A> {
-    fn gemm(&self, args: Gemm<'_, Self, A, A, A>) -> Result<()> {
-        self.gemm_act(args)
-    }
-    fn gemm_grad(&self, args: Gemm<'_, Self, A, A, f32>) -> Result<()> {
-        self.gemm_act(args)
-    }
-    fn dequantize(&self, args: Dequantize<'_, Self, A>) -> Result<()> {
-        self.dequantize_records(args, "dequantize_nf4", "convert")
-    }
-    fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()> {
-        self.dequantize_records(args, "dequantize_nf4_f32", "convert_f32")
-    }
-    fn quantize_nf4(&self, args: QuantizeNf4<'_, Self>) -> Result<()> {
-        self.quantize_blocks(args)
-    }
-    fn quantize_absmax(&self, args: QuantizeAbsmax<'_, Self>) -> Result<()> {
-        self.quantize_superblocks(args)
-    }
-    fn uniform(&self, args: Uniform<'_, Self>) -> Result<()> {
-        self.uniform_f32(args)
-    }
-    fn rms_norm_forward(&self, args: RmsNormForward<'_, Self>) -> Result<()> {
-        self.rms_norm_forward_act(args)
-    }
-    fn rms_norm_backward(&self, args: RmsNormBackward<'_, Self>) -> Result<()> {
-        self.rms_norm_backward_act(args)
-    }
-    fn rope(&self, args: Rope<'_, Self>) -> Result<()> {
-        self.rope_act(args)
-    }
-    fn swiglu_forward(&self, args: SwigluForward<'_, Self>) -> Result<()> {
-        self.swiglu_forward_act(args)
-    }
-    fn swiglu_backward(&self, args: SwigluBackward<'_, Self>) -> Result<()> {
-        self.swiglu_backward_act(args)
-    }
-    fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Self>) -> Result<()> {
-        self.cross_entropy_piece_act(args)
-    }
-    fn gather_target_rows(&self, args: GatherTargetRows<'_, Self>) -> Result<()> {
-        self.gather_target_rows_act(args)
-    }
-    fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Self>) -> Result<()> {
-        self.cross_entropy_finish_act(args)
-    }
-    fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()> {
-        self.lora_dropout_act(args)
-    }
-    fn lora_linear(&self, args: LoraLinear<'_, Self>) -> Result<()> {
-        self.lora_linear_act(args)
-    }
-    fn lora_down(&self, args: LoraDown<'_, Self>) -> Result<()> {
-        self.lora_down_act(args)
-    }
-    fn lora_grad_a(&self, args: LoraGradA<'_, Self>) -> Result<()> {
-        self.lora_grad_a_f32(args)
-    }
-    fn lora_grad_x(&self, args: LoraGradX<'_, Self>) -> Result<()> {
-        self.lora_grad_x_act(args)
-    }
-    fn adamw(&self, args: AdamW<'_, Self>) -> Result<()> {
-        self.adamw_f32(args)
-    }
-    fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64> {
-        self.sum_of_squares_f64(x)
-    }
-    fn add(&self, y: ViewMut<'_, Self, A>, x: View<'_, Self, A>) -> Result<()> {
-        self.add_act(y, x)
-    }
-    fn add_bias(&self, x: ViewMut<'_, Self, A>, bias: View<'_, Self, f32>) -> Result<()> {
-        self.add_bias_act(x, bias)
-    }
-    fn cast(&self, y: ViewMut<'_, Self, A>, x: View<'_, Self, f32>) -> Result<()> {
-        self.cast_to_act(y, x)
-    }
-    fn round(y: &mut [A], x: &[f32]) {
-        A::round(y, x);
-    }
-    fn gather_rows(
-        &self,
-        y: ViewMut<'_, Self, A>,
-        x: View<'_, Self, A>,
-        rows: View<'_, Self, u32>,
-        width: usize,
-    ) -> Result<()> {
-        self.gather_rows_act(y, x, rows, width)
-    }
-    fn scatter_rows(
-        &self,
-        y: ViewMut<'_, Self, A>,
-        x: View<'_, Self, A>,
-        rows: View<'_, Self, u32>,
-        width: usize,
-    ) -> Result<()> {
-        self.scatter_rows_act(y, x, rows, width)
-    }
-    fn logits(
-        &self,
-        logits: ViewMut<'_, Self, f32>,
-        x: View<'_, Self, A>,
-        weight: View<'_, Self, A>,
-        hidden_size: usize,
-    ) -> Result<()> {
-        let (m, n, k) = (x.len() / hidden_size, weight.len() / hidden_size, hidden_size);
-        let (transpose_a, transpose_b) = (Transpose::No, Transpose::Yes);
-        self.gemm_act(Gemm { c: logits, a: x, b: weight, transpose_a, transpose_b, m, n, k, alpha: 1.0, beta: 0.0 })
-    }
 }
 
 #[cfg(test)]

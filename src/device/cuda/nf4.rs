@@ -1,44 +1,47 @@
 //! Records to dense weights, and weights to codes.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::device::Element;
-use crate::device::ops::{Dequantize, QuantizeAbsmax, QuantizeNf4};
-use crate::quant::record::{BLOCK, Dtype, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
+use crate::device::{Dequantize, Element, Nf4Ops, QuantizeAbsmax, QuantizeNf4};
+use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
 
 use super::launch::{Grid, args};
 use super::{Cuda, HalfType};
 
-impl<A: HalfType> Cuda<A> {
-    pub(super) fn quantize_blocks(&self, args: QuantizeNf4<'_, Cuda<A>>) -> Result<()> {
+impl<A: HalfType> Nf4Ops for Cuda<A> {
+    fn dequantize(&self, args: Dequantize<'_, Cuda<A>, A>) -> Result<()> {
+        self.dequantize_by(args, "dequantize_nf4", "convert")
+    }
+
+    fn dequantize_f32(&self, args: Dequantize<'_, Cuda<A>, f32>) -> Result<()> {
+        self.dequantize_by(args, "dequantize_nf4_f32", "convert_f32")
+    }
+
+    fn quantize_nf4(&self, args: QuantizeNf4<'_, Cuda<A>>) -> Result<()> {
+        let n = args.num_weights()?;
         let QuantizeNf4 { codes, absmax, weights } = args;
-        let (n, blocks) = (weights.len(), absmax.len());
-        ensure!(codes.len() == n.div_ceil(2) && blocks == n.div_ceil(BLOCK), "quantize: {n} weights");
+        let blocks = absmax.len();
         // Eight warps a thread block.
         let args = args![codes, absmax, weights, n as u64, self.tables.thresholds()];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
         unsafe { self.launch("quantize_nf4", Grid::rows(blocks.div_ceil(8)), args) }
     }
 
-    pub(super) fn quantize_superblocks(&self, args: QuantizeAbsmax<'_, Cuda<A>>) -> Result<()> {
+    fn quantize_absmax(&self, args: QuantizeAbsmax<'_, Cuda<A>>) -> Result<()> {
+        let n = args.num_blocks()?;
         let QuantizeAbsmax { codes, nested_absmax, absmax, offset } = args;
-        let (n, superblocks) = (absmax.len(), nested_absmax.len());
-        ensure!(codes.len() == n && superblocks == n.div_ceil(SUPERBLOCK), "quantize: {n} absmax values");
+        let superblocks = nested_absmax.len();
         let args = args![codes, nested_absmax, absmax, n as u64, offset, self.tables.map()];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
         unsafe { self.launch("quantize_absmax", Grid::rows(superblocks), args) }
     }
+}
 
-    /// `nf4` and `plain` name the kernels for T.
-    pub(super) fn dequantize_records<T: Element>(
-        &self,
-        args: Dequantize<'_, Cuda<A>, T>,
-        nf4: &str,
-        plain: &str,
-    ) -> Result<()> {
+impl<A: HalfType> Cuda<A> {
+    /// Dequantizes with the kernels that `nf4` and `plain` name.
+    fn dequantize_by<T: Element>(&self, args: Dequantize<'_, Cuda<A>, T>, nf4: &str, plain: &str) -> Result<()> {
+        let len = args.num_weights()?;
         let Dequantize { weights, records, encoding } = args;
-        let (len, bytes) = (weights.len(), encoding.tensor_bytes(weights.len()));
-        ensure!(records.len() == bytes, "{} bytes of records for {len} weights: {bytes} expected", records.len());
         let record_bytes = encoding.parts(RECORD_WEIGHTS).bytes as u64;
         match encoding {
             Encoding::Nf4 { double_quant } => {

@@ -2,13 +2,13 @@
 
 use anyhow::Result;
 
-use crate::device::ops::Uniform;
+use crate::device::{Uniform, UniformOps};
 
 use super::launch::{Grid, args};
 use super::{Cuda, HalfType};
 
-impl<A: HalfType> Cuda<A> {
-    pub(super) fn uniform_f32(&self, args: Uniform<'_, Cuda<A>>) -> Result<()> {
+impl<A: HalfType> UniformOps for Cuda<A> {
+    fn uniform(&self, args: Uniform<'_, Cuda<A>>) -> Result<()> {
         let Uniform { y, seed, first, half_width } = args;
         let len = y.len();
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
