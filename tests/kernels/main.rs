@@ -3,20 +3,38 @@
 //! times for gradients). Without a GPU the tests say so and pass, unless REQUIRE_GPU=1.
 #![allow(clippy::print_stderr, reason = "says what it skips")]
 
+mod adamw;
 mod attention;
+mod cross_entropy;
+mod elementwise;
+mod gemm;
 mod lora;
+mod nf4;
+mod rms_norm;
+mod rope;
+mod rows;
+mod swiglu;
+mod uniform;
 
 use std::sync::{Mutex, MutexGuard};
 
+use adamw::adamw;
 use attention::{attention, attention_of_new_tokens_over_past_ones, attention_of_one_token};
 use bytemuck::Zeroable;
+use cross_entropy::{a_target_of_no_piece_is_not_followed, cross_entropy_over_pieces};
+use elementwise::elementwise;
 use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::device::cuda::{Cuda, HalfType, libraries};
 use fsdp_qlora::device::*;
-use fsdp_qlora::quant::record::{Dtype, Encoding};
-use fsdp_qlora::quant::{double, nf4};
+use gemm::gemm_of_all_transpositions;
 use half::{bf16, f16};
 use lora::{lora_dropout_has_the_masks_of_the_cpu, lora_linear, lora_products};
+use nf4::{dequantize_is_exact, quantize_is_exact};
+use rms_norm::rms_norm;
+use rope::rope;
+use rows::rows_are_moved;
+use swiglu::swiglu;
+use uniform::uniform_is_exact;
 
 /// A type of activations that the kernels are tested in.
 trait Tested: HalfType + Into<f32> {}
@@ -130,343 +148,6 @@ fn within(what: &str, result: &[f32], reference: &[f32], allowed: f64) {
 
 const ROWS: [(usize, usize); 5] = [(1, 8), (7, 264), (13, 576), (257, 4096), (3, 8192)];
 
-fn rms_norm<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, rows: usize, hidden: usize) -> [Vec<f32>; 5]
-    where
-        D::Act: Into<f32>,
-    {
-        let (x, weight) = (put_act(d, &random(rows * hidden, 1.0, 1)), put(d, &random(hidden, 1.0, 2)));
-        let (mut y, mut rstd) = (buffer(d, rows * hidden), buffer(d, rows));
-        let forward = |y: &mut Buffer<D, D::Act>, rstd: &mut Buffer<D, f32>, x: Normed<'_, D>| {
-            let (y, rstd, weight) = (y.view_mut(), rstd.view_mut(), weight.view());
-            d.rms_norm_forward(RmsNormForward { y, rstd, x, weight, eps: 1e-5 }).unwrap();
-        };
-        let (mut sum, addend) =
-            (put_act(d, &random(rows * hidden, 1.0, 5)), put_act(d, &random(rows * hidden, 1.0, 6)));
-        forward(&mut y, &mut rstd, Normed::Sum { sum: sum.view_mut(), addend: addend.view() });
-        let of_sum = get_act(d, &y);
-        forward(&mut y, &mut rstd, Normed::Plain(x.view()));
-        let (d_y, mut d_x) = (put_act(d, &random(rows * hidden, 1.0, 3)), put_act(d, &random(rows * hidden, 0.5, 4)));
-        let (weight, rstd_view) = (weight.view(), rstd.view());
-        d.rms_norm_backward(RmsNormBackward {
-            d_x: d_x.view_mut(),
-            d_y: d_y.view(),
-            x: x.view(),
-            rstd: rstd_view,
-            weight,
-        })
-        .unwrap();
-        [get_act(d, &y), get(d, &rstd), get_act(d, &d_x), get_act(d, &sum), of_sum]
-    }
-    for (rows, hidden) in ROWS {
-        let (results, references) = (run(&cuda, rows, hidden), run(&Cpu::new(1), rows, hidden));
-        close::<A>("y", &results[0], &references[0], 2.0);
-        within("rstd", &results[1], &references[1], 1e-6);
-        close::<A>("d_x", &results[2], &references[2], 3.0);
-        let sum: Vec<f32> = references[3].iter().map(|&v| rounded::<A>(v)).collect();
-        assert!(results[3] == sum, "the residual stream of [{rows}, {hidden}]");
-        // Plain: the sum is rounded before it is normed.
-        let weight = random(hidden, 1.0, 2);
-        let norm = |row: &[f32]| -> Vec<f32> {
-            let rstd = 1.0 / (row.iter().map(|v| v * v).sum::<f32>() / hidden as f32 + 1e-5).sqrt();
-            row.iter().zip(&weight).map(|(v, w)| rounded::<A>(v * rstd * w)).collect()
-        };
-        let plain: Vec<f32> = sum.chunks(hidden).flat_map(norm).collect();
-        close_as("norm of a sum", &results[4], &plain, &references[4], 2.0);
-    }
-}
-
-fn rope<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, tokens: usize, num_heads: usize, head_dim: usize, inverse: bool) -> Vec<f32>
-    where
-        D::Act: Into<f32>,
-    {
-        let mut x = put_act(d, &random(tokens * num_heads * head_dim, 1.0, 1));
-        let angles = tokens * head_dim / 2;
-        let (cos, sin) = (put(d, &random(angles, 0.5, 2)), put(d, &random(angles, 0.5, 3)));
-        d.rope(Rope { x: x.view_mut(), cos: cos.view(), sin: sin.view(), num_heads, head_dim, inverse }).unwrap();
-        get_act(d, &x)
-    }
-    for (tokens, heads, head_dim) in [(1, 1, 64), (7, 9, 64), (131, 3, 96), (257, 32, 128)] {
-        for inverse in [false, true] {
-            let reference = run(&Cpu::new(1), tokens, heads, head_dim, inverse);
-            close::<A>("rope", &run(&cuda, tokens, heads, head_dim, inverse), &reference, 2.0);
-        }
-    }
-}
-
-fn swiglu<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, len: usize) -> [Vec<f32>; 3]
-    where
-        D::Act: Into<f32>,
-    {
-        let (gate, up, d_y) =
-            (put_act(d, &random(len, 3.0, 1)), put_act(d, &random(len, 1.0, 2)), put_act(d, &random(len, 1.0, 3)));
-        let (mut y, mut d_gate, mut d_up) = (buffer(d, len), buffer(d, len), buffer(d, len));
-        d.swiglu_forward(SwigluForward { y: y.view_mut(), gate: gate.view(), up: up.view() }).unwrap();
-        let (gate, up) = (gate.view(), up.view());
-        let args = SwigluBackward { d_gate: d_gate.view_mut(), d_up: d_up.view_mut(), d_y: d_y.view(), gate, up };
-        d.swiglu_backward(args).unwrap();
-        [get_act(d, &y), get_act(d, &d_gate), get_act(d, &d_up)]
-    }
-    for len in [8, 13 * 8, 257 * 8, 512 * 14_336].into_iter().filter(|&n| is_run(n)) {
-        let (results, references) = (run(&cuda, len), run(&Cpu::new(1), len));
-        for (what, times, (result, reference)) in [("y", 2.0, 0), ("d_gate", 3.0, 1), ("d_up", 3.0, 2)]
-            .map(|(what, times, i)| (what, times, (&results[i], &references[i])))
-        {
-            close::<A>(what, result, reference, times);
-        }
-    }
-}
-
-fn elementwise<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, rows: usize, width: usize) -> [Vec<f32>; 5]
-    where
-        D::Act: Into<f32>,
-    {
-        let len = rows * width;
-        let (mut y, x) = (put_act(d, &random(len, 1.0, 1)), put_act(d, &random(len, 1.0, 2)));
-        d.add(y.view_mut(), x.view()).unwrap();
-        let sum = get_act(d, &y);
-        d.add_bias(y.view_mut(), put(d, &random(width, 1.0, 3)).view()).unwrap();
-        let biased = get_act(d, &y);
-        let f32s: Vec<f32> = random(len, 1.0, 4).iter().map(|v| v * 1.001).collect();
-        d.cast(y.view_mut(), put(d, &f32s).view()).unwrap();
-        let cast = get_act(d, &y);
-        let picked: Vec<u32> = (0..rows as u32).rev().step_by(2).collect();
-        let indices = put(d, &picked);
-        let mut some = buffer(d, picked.len() * width);
-        d.gather_rows(some.view_mut(), x.view(), indices.view(), width).unwrap();
-        let mut all = buffer(d, len);
-        d.scatter_rows(all.view_mut(), some.view(), indices.view(), width).unwrap();
-        [sum, biased, cast, get_act(d, &some), get_act(d, &all)]
-    }
-    for (rows, width) in ROWS {
-        let (results, references) = (run(&cuda, rows, width), run(&Cpu::new(1), rows, width));
-        close::<A>("add", &results[0], &references[0], 2.0);
-        // Plain: the first sum is rounded, then the second.
-        let bias = random(width, 1.0, 3);
-        let plain: Vec<f32> =
-            references[0].iter().enumerate().map(|(i, v)| rounded::<A>(rounded::<A>(*v) + bias[i % width])).collect();
-        close_as("add_bias", &results[1], &plain, &references[1], 2.0);
-        let cast: Vec<f32> = references[2].iter().map(|&v| rounded::<A>(v)).collect();
-        assert!(results[2] == cast && results[3] == references[3] && results[4] == references[4], "moved bytes");
-    }
-    for len in [1, 1023, 1025, 1_000_003] {
-        let x = random(len, 1.0, 9);
-        let sum = cuda.sum_of_squares(put(&cuda, &x).view()).unwrap();
-        let reference = Cpu::new(1).sum_of_squares(put(&Cpu::new(1), &x).view()).unwrap();
-        assert_eq!(sum, reference, "the same bits wherever it runs");
-    }
-}
-
-fn gemm_of_all_transpositions<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    use Transpose::{No, Yes};
-    fn run<D: Ops>(d: &D, [m, n, k]: [usize; 3], transpose: [Transpose; 2], beta: f32) -> [Vec<f32>; 2]
-    where
-        D::Act: Into<f32>,
-    {
-        let (a, b) = (put_act(d, &random(m * k, 1.0, 1)), put_act(d, &random(k * n, 1.0, 2)));
-        let (mut c, mut grad) = (put_act(d, &random(m * n, 1.0, 3)), put(d, &random(m * n, 1.0, 4)));
-        let [transpose_a, transpose_b] = transpose;
-        let (a, b, alpha) = (a.view(), b.view(), 0.5);
-        d.gemm(Gemm { c: c.view_mut(), a, b, transpose_a, transpose_b, m, n, k, alpha, beta }).unwrap();
-        d.gemm_grad(Gemm { c: grad.view_mut(), a, b, transpose_a, transpose_b, m, n, k, alpha, beta }).unwrap();
-        [get_act(d, &c), get(d, &grad)]
-    }
-    for sizes in [[1, 8, 8], [7, 16, 576], [131, 1536, 576], [512, 4096, 64]] {
-        for transpose in [[No, No], [No, Yes], [Yes, No], [Yes, Yes]] {
-            let product = run(&Cpu::new(1), sizes, transpose, 0.0);
-            let before = random(sizes[0] * sizes[1], 1.0, 3);
-            for beta in [0.0, 1.0] {
-                let what = format!("gemm {sizes:?} {transpose:?} beta {beta}");
-                let results = run(&cuda, sizes, transpose, beta);
-                let references = run(&Cpu::new(1), sizes, transpose, beta);
-                // Plain: the product is rounded, then the sum.
-                let plain = product[0].iter().zip(&before).map(|(p, c)| rounded::<A>(rounded::<A>(*p) + beta * c));
-                close_as(&what, &results[0], &plain.collect::<Vec<_>>(), &references[0], 2.0);
-                within(&what, &results[1], &references[1], 1e-5);
-            }
-        }
-    }
-}
-
-fn dequantize_is_exact<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, records: &[u8], len: usize, encoding: Encoding) -> [Vec<f32>; 2]
-    where
-        D::Act: Into<f32>,
-    {
-        let records = put(d, records);
-        let (mut act, mut f32s) = (buffer(d, len), buffer(d, len));
-        d.dequantize(Dequantize { weights: act.view_mut(), records: records.view(), encoding }).unwrap();
-        d.dequantize_f32(Dequantize { weights: f32s.view_mut(), records: records.view(), encoding }).unwrap();
-        [get_act(d, &act), get(d, &f32s)]
-    }
-    for len in [1, 63, 64, 65, 16_383, 16_384, 16_385, 576 * 1536 + 7, 4096 * 4096].into_iter().filter(|&n| is_run(n)) {
-        let weights = random(len, 0.02, len as u64);
-        for double_quant in [false, true] {
-            let encoding = Encoding::Nf4 { double_quant };
-            let read = |first: usize, out: &mut [f32]| {
-                out.copy_from_slice(&weights[first..first + out.len()]);
-                Ok(())
-            };
-            let tensor = nf4::quantize(len, double_quant, read).unwrap();
-            let mut records = vec![0u8; encoding.tensor_bytes(len)];
-            tensor.write_records(&mut records).unwrap();
-            compare::<A>(&run(&cuda, &records, len, encoding), &run(&Cpu::new(1), &records, len, encoding));
-        }
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
-            let encoding = Encoding::Plain(dtype);
-            let mut records = vec![0u8; encoding.tensor_bytes(len)];
-            for (record, weights) in records.chunks_mut(encoding.parts(16_384).bytes).zip(weights.chunks(16_384)) {
-                for (i, &w) in weights.iter().enumerate() {
-                    match dtype {
-                        Dtype::F32 => record[4 * i..4 * i + 4].copy_from_slice(&w.to_le_bytes()),
-                        Dtype::F16 => record[2 * i..2 * i + 2].copy_from_slice(&half::f16::from_f32(w).to_le_bytes()),
-                        Dtype::Bf16 => record[2 * i..2 * i + 2].copy_from_slice(&bf16::from_f32(w).to_le_bytes()),
-                    }
-                }
-            }
-            compare::<A>(&run(&cuda, &records, len, encoding), &run(&Cpu::new(1), &records, len, encoding));
-        }
-    }
-    fn compare<A: Tested>([act, f32s]: &[Vec<f32>; 2], [_, reference]: &[Vec<f32>; 2]) {
-        assert!(f32s == reference, "f32 weights of {}", f32s.len());
-        assert!(act.iter().zip(reference).all(|(a, &r)| *a == rounded::<A>(r)), "16-bit weights of {}", act.len());
-    }
-}
-
-fn adamw<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, len: usize) -> [Vec<f32>; 3] {
-        let mut state = [1, 2, 3].map(|i| put(d, &random(len, 0.1, i).iter().map(|v| v.abs()).collect::<Vec<_>>()));
-        let grad = put(d, &random(len, 1.0, 4));
-        let [param, exp_avg, exp_avg_sq] = &mut state;
-        d.adamw(AdamW {
-            param: param.view_mut(),
-            exp_avg: exp_avg.view_mut(),
-            exp_avg_sq: exp_avg_sq.view_mut(),
-            grad: grad.view(),
-            grad_scale: 0.7,
-            learning_rate: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 0.01,
-            step: 3,
-        })
-        .unwrap();
-        state.map(|buffer| get(d, &buffer))
-    }
-    for len in [1, 257, 100_003] {
-        for (result, reference) in run(&cuda, len).iter().zip(&run(&Cpu::new(1), len)) {
-            assert!(result == reference, "adamw of {len}: the same bits wherever it runs");
-        }
-    }
-}
-
-fn cross_entropy_over_pieces<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, n: usize, hidden: usize, vocab: usize) -> [Vec<f32>; 4]
-    where
-        D::Act: Into<f32>,
-    {
-        let x = put_act(d, &random(n * hidden, 1.0, 1));
-        let ids: Vec<u32> = (0..n as u32).map(|i| i * 7919 % vocab as u32).collect();
-        let ids = put(d, &ids);
-        let (mut max, mut sum) = (put(d, &vec![f32::NEG_INFINITY; n]), put(d, &vec![0f32; n]));
-        let mut acc = put(d, &vec![0f32; n * hidden]);
-        let (mut logit, mut rows): (_, Buffer<D, D::Act>) = (buffer(d, n), buffer(d, n * hidden));
-        let weights = random(vocab * hidden, 0.1, 2);
-        for first_id in (0..vocab).step_by(4096) {
-            let num_rows = 4096.min(vocab - first_id);
-            let weight = put_act(d, &weights[first_id * hidden..(first_id + num_rows) * hidden]);
-            let mut logits = buffer(d, n * num_rows);
-            d.cross_entropy_piece(CrossEntropyPiece {
-                max: max.view_mut(),
-                sum: sum.view_mut(),
-                target_logit: logit.view_mut(),
-                acc: Some(acc.view_mut()),
-                logits: logits.view_mut(),
-                x: x.view(),
-                weight: weight.view(),
-                target_ids: ids.view(),
-                first_id,
-            })
-            .unwrap();
-            let (target_rows, weight, target_ids) = (rows.view_mut(), weight.view(), ids.view());
-            d.gather_target_rows(GatherTargetRows { target_rows, weight, target_ids, first_id }).unwrap();
-        }
-        let coefficients = put(d, &vec![0.25f32; n]);
-        let mut d_x = buffer(d, n * hidden);
-        d.cross_entropy_finish(CrossEntropyFinish {
-            d_x: d_x.view_mut(),
-            acc: acc.view(),
-            sum: sum.view(),
-            target_rows: rows.view(),
-            coefficients: coefficients.view(),
-        })
-        .unwrap();
-        let (max, sum) = (get(d, &max), get(d, &sum));
-        let lse = max.iter().zip(&sum).map(|(m, s)| m + s.ln()).collect();
-        [lse, get(d, &logit), get_act(d, &d_x), get_act(d, &rows)]
-    }
-    for (n, hidden, vocab) in [(1, 8, 13), (7, 64, 4097), (131, 576, 49_152)] {
-        let (results, references) = (run(&cuda, n, hidden, vocab), run(&Cpu::new(1), n, hidden, vocab));
-        within("log-sum-exp", &results[0], &references[0], 1e-6);
-        within("target logit", &results[1], &references[1], 1e-5);
-        close::<A>("d_x", &results[2], &references[2], 3.0);
-        assert!(results[3] == references[3], "target rows");
-    }
-}
-
-fn quantize_is_exact<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, weights: &[f32]) -> (Vec<u8>, Vec<f32>, Vec<u8>, Vec<f32>) {
-        let (n, blocks) = (weights.len(), weights.len().div_ceil(64));
-        let weights = put(d, weights);
-        let (mut codes, mut absmax) = (buffer(d, n.div_ceil(2)), buffer(d, blocks));
-        let args = QuantizeNf4 { codes: codes.view_mut(), absmax: absmax.view_mut(), weights: weights.view() };
-        d.quantize_nf4(args).unwrap();
-        let (mut absmax_codes, mut nested) = (buffer(d, blocks), buffer(d, blocks.div_ceil(256)));
-        d.quantize_absmax(QuantizeAbsmax {
-            codes: absmax_codes.view_mut(),
-            nested_absmax: nested.view_mut(),
-            absmax: absmax.view(),
-            offset: double::mean(&get(d, &absmax)),
-        })
-        .unwrap();
-        (get(d, &codes), get(d, &absmax), get(d, &absmax_codes), get(d, &nested))
-    }
-    for len in [1, 2, 63, 64, 65, 16_383, 16_385, 576 * 1536 + 7, 4096 * 4096].into_iter().filter(|&n| is_run(n)) {
-        let mut weights = random(len, 0.02, len as u64);
-        // A block of zeros, and values that are ties of neighbouring codes.
-        if len > 256 {
-            weights[64..128].fill(0.0);
-            weights[128..192].iter_mut().enumerate().for_each(|(i, w)| *w = (i as f32 - 31.0) / 32.0);
-        }
-        assert!(run(&cuda, &weights) == run(&Cpu::new(1), &weights), "{len} weights");
-    }
-}
-
-fn uniform_is_exact<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
-    fn run<D: Ops>(d: &D, len: usize) -> Vec<f32> {
-        let mut y = buffer(d, len);
-        d.uniform(Uniform { y: y.view_mut(), seed: 77, first: 12_345, half_width: 0.035 }).unwrap();
-        get(d, &y)
-    }
-    for len in [1, 257, 1_000_003] {
-        assert!(run(&cuda, len) == run(&Cpu::new(2), len), "{len} numbers");
-    }
-}
-
 /// Declares each of these tests for each type of activations.
 macro_rules! for_both_types {
     ($($name:ident),* $(,)?) => {
@@ -496,9 +177,11 @@ for_both_types!(
     lora_linear,
     adamw,
     cross_entropy_over_pieces,
+    a_target_of_no_piece_is_not_followed,
     attention,
     attention_of_one_token,
     attention_of_new_tokens_over_past_ones,
     quantize_is_exact,
+    rows_are_moved,
     uniform_is_exact
 );

@@ -1,0 +1,38 @@
+//! Sums, biases, casts, and the sum of squares to the bit.
+
+use super::*;
+
+pub fn elementwise<A: Tested>() {
+    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    fn run<D: Ops>(d: &D, rows: usize, width: usize) -> [Vec<f32>; 3]
+    where
+        D::Act: Into<f32>,
+    {
+        let len = rows * width;
+        let (mut y, x) = (put_act(d, &random(len, 1.0, 1)), put_act(d, &random(len, 1.0, 2)));
+        d.add(y.view_mut(), x.view()).unwrap();
+        let sum = get_act(d, &y);
+        d.add_bias(y.view_mut(), put(d, &random(width, 1.0, 3)).view()).unwrap();
+        let biased = get_act(d, &y);
+        let f32s: Vec<f32> = random(len, 1.0, 4).iter().map(|v| v * 1.001).collect();
+        d.cast(y.view_mut(), put(d, &f32s).view()).unwrap();
+        [sum, biased, get_act(d, &y)]
+    }
+    for (rows, width) in ROWS {
+        let (results, references) = (run(&cuda, rows, width), run(&Cpu::new(1), rows, width));
+        close::<A>("add", &results[0], &references[0], 2.0);
+        // Plain: the first sum is rounded, then the second.
+        let bias = random(width, 1.0, 3);
+        let plain: Vec<f32> =
+            references[0].iter().enumerate().map(|(i, v)| rounded::<A>(rounded::<A>(*v) + bias[i % width])).collect();
+        close_as("add_bias", &results[1], &plain, &references[1], 2.0);
+        let cast: Vec<f32> = references[2].iter().map(|&v| rounded::<A>(v)).collect();
+        assert!(results[2] == cast, "cast");
+    }
+    for len in [1, 1023, 1025, 1_000_003] {
+        let x = random(len, 1.0, 9);
+        let sum = cuda.sum_of_squares(put(&cuda, &x).view()).unwrap();
+        let reference = Cpu::new(1).sum_of_squares(put(&Cpu::new(1), &x).view()).unwrap();
+        assert_eq!(sum, reference, "the same bits wherever it runs");
+    }
+}
