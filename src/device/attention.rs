@@ -4,11 +4,17 @@ use anyhow::{Result, ensure};
 
 use super::{Device, View, ViewMut};
 
-/// Heads and documents of an attention.
+/// Heads, scores and documents of an attention.
 pub struct AttentionShape<'a, D> {
     pub num_heads: usize,
     pub num_key_value_heads: usize,
     pub head_dim: usize,
+    /// Factor of q·k; 1 / sqrt(head_dim) in most models.
+    pub scale: f32,
+    /// Each score z becomes c · tanh(z / c) for this c, before the softmax; c is positive.
+    pub softcap: Option<f32>,
+    /// A token sees this many keys at most, itself among them: key k of query q iff 0 ≤ q − k < window. `None` is no limit.
+    pub window: Option<usize>,
     /// First token of each document and, last, T: a token sees itself and what is before it in its own document.
     pub documents: &'a [u32],
     /// The same for a device that looks at tokens: position of each in its document, past ones counted, `[T]`.
@@ -24,7 +30,7 @@ impl<D> Clone for AttentionShape<'_, D> {
 }
 impl<D> Copy for AttentionShape<'_, D> {}
 
-/// out = softmax(q·kᵀ / sqrt(head_dim), causal, per document) · v, and the log-sum-exp of each row.
+/// out = softmax(cap(scale · q·kᵀ), causal, per document, in a window) · v, and the log-sum-exp of each row.
 /// q, out `[T, heads · head_dim]`; k, v `[past + T, kv_heads · head_dim]`; lse `[T, heads]`.
 pub struct AttentionForward<'a, D: Device> {
     pub out: ViewMut<'a, D, D::Act>,
@@ -62,8 +68,16 @@ pub trait AttentionOps: Device {
 }
 
 impl<D: Device> AttentionShape<'_, D> {
-    /// Checks the lengths that both directions have; returns T.
+    /// Checks the numbers of the scores, and the lengths that both directions have; returns T.
     fn num_tokens(&self, q: usize, k: usize, lse: usize) -> Result<usize> {
+        ensure!(self.scale.is_finite(), "attention: scale is {}; it must be finite", self.scale);
+        ensure!(self.window != Some(0), "attention: window is 0; it must be at least 1, or None");
+        let is_cap = |c: f32| c > 0.0 && c.is_finite();
+        ensure!(
+            self.softcap.is_none_or(is_cap),
+            "attention: softcap is {:?}; it must be positive and finite, or None",
+            self.softcap
+        );
         let AttentionShape { num_heads, num_key_value_heads: kv_heads, head_dim, num_past_tokens: past, .. } = *self;
         let tokens = self.positions.len();
         ensure!(

@@ -5,6 +5,7 @@
 
 mod adamw;
 mod attention;
+mod attention_cpu;
 mod cross_entropy;
 mod elementwise;
 mod gemm;
@@ -19,7 +20,10 @@ mod uniform;
 use std::sync::{Mutex, MutexGuard};
 
 use adamw::adamw;
-use attention::{attention, attention_of_new_tokens_over_past_ones, attention_of_one_token};
+use attention::{
+    attention, attention_in_a_window, attention_of_new_tokens_over_past_ones, attention_of_one_key,
+    attention_with_capped_scores,
+};
 use bytemuck::Zeroable;
 use cross_entropy::{a_target_of_no_piece_is_not_followed, cross_entropy_over_pieces};
 use elementwise::elementwise;
@@ -179,7 +183,9 @@ for_both_types!(
     cross_entropy_over_pieces,
     a_target_of_no_piece_is_not_followed,
     attention,
-    attention_of_one_token,
+    attention_in_a_window,
+    attention_with_capped_scores,
+    attention_of_one_key,
     attention_of_new_tokens_over_past_ones,
     quantize_is_exact,
     rows_are_moved,

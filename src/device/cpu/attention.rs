@@ -1,6 +1,8 @@
 //! Causal grouped-query attention over packed documents, one strip of [`QUERY_ROWS`] queries at a time: the scores of a
 //! strip exist, those of a head never do.
 
+use std::ops::Range;
+
 use anyhow::Result;
 use rayon::prelude::*;
 
@@ -12,41 +14,45 @@ use super::{Cpu, math};
 /// Queries of one strip.
 const QUERY_ROWS: usize = 64;
 
-/// Queries `first..first + len` of one document, which see the keys from `keys` on, up to themselves.
+/// Queries `first..first + len` of one document, and the keys that they see: `window` of them up to themselves.
 #[derive(Clone, Copy)]
 struct Strip {
     first: usize,
     len: usize,
-    /// First key of the document.
+    /// The first key that the first query sees.
     keys: usize,
-    /// Keys that the last query sees.
+    /// Keys from there to the last query.
     num_keys: usize,
+    window: usize,
+}
+
+impl Strip {
+    /// Columns of the strip's scores that query `i` of it sees.
+    fn visible(&self, i: usize) -> Range<usize> {
+        let end = self.num_keys - self.len + i + 1;
+        end.saturating_sub(self.window)..end
+    }
 }
 
 fn strips(shape: &AttentionShape<'_, Cpu>) -> Vec<Strip> {
-    let past = shape.num_past_tokens;
+    let (past, window) = (shape.num_past_tokens, shape.window.unwrap_or(usize::MAX));
     let mut strips = Vec::new();
     for document in shape.documents.windows(2) {
         let (begin, end) = (document[0] as usize, document[1] as usize);
         for first in (begin..end).step_by(QUERY_ROWS) {
             let len = QUERY_ROWS.min(end - first);
-            strips.push(Strip { first, len, keys: begin, num_keys: past + first + len - begin });
+            let keys = begin.max((past + first + 1).saturating_sub(window));
+            strips.push(Strip { first, len, keys, num_keys: past + first + len - keys, window });
         }
     }
     strips
 }
 
-/// S = scale · Q · Kᵀ of one head and strip, in `scores` `[len, num_keys]`.
-fn scores(scores: &mut [f32], strip: &Strip, q: (&[f32], usize), k: (&[f32], usize), head_dim: usize) {
-    let scale = 1.0 / (head_dim as f32).sqrt();
+/// S = scale · Q · Kᵀ of one head and strip, in `scores` `[len, num_keys]`; not capped yet.
+fn scores(scores: &mut [f32], strip: &Strip, q: (&[f32], usize), k: (&[f32], usize), head_dim: usize, scale: f32) {
     let sizes = [strip.len, strip.num_keys, head_dim];
     let none = gemm::Parallelism::None;
     gemm_strided(scores, strip.num_keys, (q.0, (q.1, 1)), (k.0, (1, k.1)), sizes, scale, 0.0, none);
-}
-
-/// Keys that query `i` of the strip sees.
-fn num_visible(strip: &Strip, i: usize) -> usize {
-    strip.num_keys - strip.len + i + 1
 }
 
 impl AttentionOps for Cpu {
@@ -54,7 +60,7 @@ impl AttentionOps for Cpu {
         args.num_tokens()?;
         let AttentionForward { out, lse, q, k, v, shape } = args;
         let (out, lse, q, k, v) = (out.host_mut(), lse.host_mut(), q.host(), k.host(), v.host());
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = shape;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, softcap, .. } = shape;
         let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
         let mut parts = Vec::new();
         let (mut out, mut lse) = (out, lse);
@@ -69,9 +75,9 @@ impl AttentionOps for Cpu {
                 let kv_at = strip.keys * kv_width + head / (num_heads / num_key_value_heads) * head_dim;
                 s.resize(strip.len * strip.num_keys, 0.0);
                 let q = (&q[strip.first * width + head * head_dim..], width);
-                scores(s, &strip, q, (&k[kv_at..], kv_width), head_dim);
+                scores(s, &strip, q, (&k[kv_at..], kv_width), head_dim, scale);
                 for (i, row) in s.chunks_exact_mut(strip.num_keys).enumerate() {
-                    lse[i * num_heads + head] = softmax_row(row, num_visible(&strip, i));
+                    lse[i * num_heads + head] = softmax_row(row, strip.visible(i), softcap);
                 }
                 let sizes = [strip.len, head_dim, strip.num_keys];
                 let operands = ((&s[..], (strip.num_keys, 1)), (&v[kv_at..], (kv_width, 1)));
@@ -123,14 +129,13 @@ struct HeadGradients {
 }
 
 fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_, Cpu>, kv: usize) -> HeadGradients {
-    let AttentionShape { num_heads, num_key_value_heads, head_dim, .. } = *shape;
+    let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, softcap, .. } = *shape;
     let (width, kv_width, group) =
         (num_heads * head_dim, num_key_value_heads * head_dim, num_heads / num_key_value_heads);
     let tokens = saved.q.len() / width;
     let mut d_q = vec![0.0; tokens * group * head_dim];
     let (mut d_k, mut d_v) = (vec![0.0; tokens * head_dim], vec![0.0; tokens * head_dim]);
     let (mut p, mut d_p) = (Vec::new(), Vec::new());
-    let scale = 1.0 / (head_dim as f32).sqrt();
     let none = || gemm::Parallelism::None;
     for strip in strips(shape) {
         let kv_at = strip.keys * kv_width + kv * head_dim;
@@ -142,7 +147,7 @@ fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_, Cpu>, kv: usize) 
             let (keys, head_keys) = (strip.num_keys, [strip.len, strip.num_keys, head_dim]);
             p.resize(strip.len * keys, 0.0);
             d_p.resize(strip.len * keys, 0.0);
-            scores(&mut p, &strip, (q, width), (&saved.k[kv_at..], kv_width), head_dim);
+            scores(&mut p, &strip, (q, width), (&saved.k[kv_at..], kv_width), head_dim, scale);
             gemm_strided(
                 &mut d_p,
                 keys,
@@ -157,7 +162,7 @@ fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_, Cpu>, kv: usize) 
                 let row = i * keys..(i + 1) * keys;
                 let lse = saved.lse[(strip.first + i) * num_heads + head];
                 let delta = math::dot(&d_out[i * width..][..head_dim], &out[i * width..][..head_dim]);
-                softmax_row_backward(&mut p[row.clone()], &mut d_p[row], num_visible(&strip, i), lse, delta);
+                softmax_row_backward(&mut p[row.clone()], &mut d_p[row], strip.visible(i), softcap, (lse, delta));
             }
             let transposed = (1, keys);
             let to_keys = [keys, head_dim, strip.len];
@@ -190,13 +195,15 @@ fn head_backward(saved: &Saved<'_>, shape: &AttentionShape<'_, Cpu>, kv: usize) 
     HeadGradients { d_q, d_k, d_v }
 }
 
-/// Softmax of the first `visible` scores in place, the others 0; returns the log-sum-exp.
-fn softmax_row(row: &mut [f32], visible: usize) -> f32 {
+/// Softmax of the capped scores that are visible, in place, the others 0; returns the log-sum-exp.
+fn softmax_row(row: &mut [f32], visible: Range<usize>, softcap: Option<f32>) -> f32 {
     crate::simd::vectorize(
         #[inline(always)]
         || {
-            let (row, hidden) = row.split_at_mut(visible);
-            hidden.fill(0.0);
+            let row = only_visible(row, visible.clone());
+            if let Some(cap) = softcap {
+                row.iter_mut().for_each(|s| *s = cap * math::tanh(*s / cap));
+            }
             let max = math::max(row);
             for s in row.iter_mut() {
                 *s = math::exp(*s - max);
@@ -209,19 +216,39 @@ fn softmax_row(row: &mut [f32], visible: usize) -> f32 {
     )
 }
 
-/// p: scores → probabilities; d_p → d_scores = p · (d_p − delta); both 0 where nothing is seen.
-fn softmax_row_backward(p: &mut [f32], d_p: &mut [f32], visible: usize, lse: f32, delta: f32) {
+/// p: scores → probabilities; d_p → d_scores = p · (d_p − delta) · the cap's slope; both 0 where nothing is seen.
+fn softmax_row_backward(
+    p: &mut [f32],
+    d_p: &mut [f32],
+    visible: Range<usize>,
+    softcap: Option<f32>,
+    (lse, delta): (f32, f32),
+) {
     crate::simd::vectorize(
         #[inline(always)]
         || {
-            p[visible..].fill(0.0);
-            d_p[visible..].fill(0.0);
-            for (p, d) in p[..visible].iter_mut().zip(&mut d_p[..visible]) {
-                *p = math::exp(*p - lse);
-                *d = *p * (*d - delta);
+            let pairs = only_visible(p, visible.clone()).iter_mut().zip(only_visible(d_p, visible.clone()));
+            match softcap {
+                None => pairs.for_each(|(p, d)| {
+                    *p = math::exp(*p - lse);
+                    *d = *p * (*d - delta);
+                }),
+                Some(cap) => pairs.for_each(|(p, d)| {
+                    let tanh = math::tanh(*p / cap);
+                    *p = math::exp(cap * tanh - lse);
+                    *d = *p * (*d - delta) * (1.0 - tanh * tanh);
+                }),
             }
         },
     );
+}
+
+/// Returns the visible part of a row; the others become 0.
+#[inline(always)]
+fn only_visible(row: &mut [f32], visible: Range<usize>) -> &mut [f32] {
+    row[..visible.start].fill(0.0);
+    row[visible.end..].fill(0.0);
+    &mut row[visible]
 }
 
 /// Copies `[T, columns]` into columns `at..at + columns` of rows of `width`.

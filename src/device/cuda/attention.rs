@@ -23,21 +23,22 @@ fn grid(tokens: usize, heads: usize, head_dim: usize) -> Grid {
     Grid { blocks: (tokens.div_ceil(ROWS), heads), threads: THREADS, shared_bytes: shared_bytes(head_dim) }
 }
 
-fn check_head_dim(head_dim: usize) -> Result<()> {
+fn check_served<D>(shape: &AttentionShape<'_, D>) -> Result<()> {
+    let AttentionShape { head_dim, window, softcap, .. } = *shape;
     ensure!(HEAD_DIMS.contains(&head_dim), "attention: head_dim is {head_dim}; on a GPU it may be 64, 96 or 128");
+    ensure!(window.is_none() && softcap.is_none(), "attention: a GPU has no window and no soft cap");
     Ok(())
 }
 
 impl<A: HalfType> AttentionOps for Cuda<A> {
     fn attention_forward(&self, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
         let tokens = args.num_tokens()?;
-        check_head_dim(args.shape.head_dim)?;
+        check_served(&args.shape)?;
         if let Some(hopper) = self.hopper {
             return self.hopper_attention_forward(hopper, args);
         }
         let AttentionForward { out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, positions, .. } = shape;
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, num_past_tokens, positions, .. } = shape;
         let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
         let args = args![out, lse, q, k, v, positions, tokens as i32, heads, kv_heads, past, scale];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
@@ -46,13 +47,12 @@ impl<A: HalfType> AttentionOps for Cuda<A> {
 
     fn attention_backward(&self, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
         let tokens = args.num_tokens()?;
-        check_head_dim(args.shape.head_dim)?;
+        check_served(&args.shape)?;
         if let Some(hopper) = self.hopper {
             return self.hopper_attention_backward(hopper, args);
         }
         let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, positions, .. } = shape;
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, positions, .. } = shape;
         let (t, heads, kv_heads) = (tokens as i32, num_heads as i32, num_key_value_heads as i32);
         let rows = tokens * num_heads;
         let delta_args = args![delta.view(), d_out, out, rows as u64, head_dim as u32];

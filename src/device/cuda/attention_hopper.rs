@@ -48,14 +48,13 @@ impl Hopper {
 impl<A: HalfType> Cuda<A> {
     pub(super) fn hopper_attention_forward(&self, hopper: Hopper, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
         let AttentionForward { out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, num_past_tokens, positions, .. } = shape;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, num_past_tokens, positions, .. } = shape;
         let tokens = positions.len();
         if tokens == 0 {
             return Ok(());
         }
         let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
         let [q, k, v] = [(q, width), (k, kv_width), (v, kv_width)].map(|(x, width)| tile_map(x, width, head_dim));
-        let scale = 1.0 / (head_dim as f32).sqrt();
         let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
         let args = args![out, lse, q?, k?, v?, positions, tokens as i32, heads, kv_heads, past, scale];
         let grid = hopper.grid(tokens.div_ceil(ROWS) * num_heads);
@@ -65,7 +64,7 @@ impl<A: HalfType> Cuda<A> {
 
     pub(super) fn hopper_attention_backward(&self, hopper: Hopper, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
         let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, positions, .. } = shape;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, positions, .. } = shape;
         let tokens = positions.len();
         if tokens == 0 {
             return Ok(());
@@ -74,7 +73,6 @@ impl<A: HalfType> Cuda<A> {
         let d_out_map = tile_map(d_out, width, head_dim)?;
         let (q, k, v) =
             (tile_map(q, width, head_dim)?, tile_map(k, kv_width, head_dim)?, tile_map(v, kv_width, head_dim)?);
-        let scale = 1.0 / (head_dim as f32).sqrt();
         let (t, heads, kv_heads, blocks) =
             (tokens as i32, num_heads as i32, num_key_value_heads as i32, tokens.div_ceil(ROWS));
         let delta = delta.view();
