@@ -2,9 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-const MAX_FILE_LINES: usize = 600;
+const MAX_FILE_LINES: usize = 500;
 
-/// What a module must not name.
+/// Files that are to be divided still, and their limits until then.
+const LONGER: [(&str, usize); 1] = [("src/fsdp/exec.rs", 600)];
+
+/// Folders of code.
+const FOLDERS: [&str; 4] = ["src", "kernels", "tests", "benches"];
+
+/// Names that must not stand in a module.
 const FORBIDDEN: [(&str, &[&str]); 11] = [
     (
         "device/",
@@ -19,20 +25,22 @@ const FORBIDDEN: [(&str, &[&str]); 11] = [
     ("checkpoint/", &["crate::data", "crate::train", "crate::recipe", "crate::start", "crate::cli"]),
     ("plan/", &["crate::data", "crate::train", "crate::recipe", "crate::start", "crate::cli"]),
     ("train/", &["crate::cli", "crate::start"]),
-    // The job is all that it sees of the recipe.
+    // These make a job from what was written; `start` sees the job alone.
     ("start/", &["crate::cli", "recipe::load", "recipe::from_options"]),
 ];
 
-fn sources() -> Vec<(String, String)> {
+/// Path from a folder, and text, of all code below it.
+fn code_below(folder: &str) -> Vec<(String, String)> {
     fn walk(dir: &Path, files: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(dir).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() { walk(&path, files) } else { files.push(path) }
         }
     }
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut files = Vec::new();
     walk(&root, &mut files);
+    files.retain(|f| f.extension().is_some_and(|e| ["rs", "cu", "cuh"].iter().any(|code| e == *code)));
     files.sort();
     let name = |f: &PathBuf| f.strip_prefix(&root).unwrap().to_str().unwrap().to_string();
     files.iter().map(|f| (name(f), std::fs::read_to_string(f).unwrap())).collect()
@@ -49,12 +57,17 @@ fn is_comment(line: &str) -> bool {
 
 #[test]
 fn files_are_short() {
-    let lines = |text: &str| text.lines().count();
-    let long: Vec<String> = sources()
-        .into_iter()
-        .filter(|(_, text)| lines(text) > MAX_FILE_LINES)
-        .map(|(name, text)| format!("{name}: {} lines", lines(&text)))
-        .collect();
+    let limit =
+        |path: &str| LONGER.iter().find(|(longer, _)| *longer == path).map_or(MAX_FILE_LINES, |(_, limit)| *limit);
+    let mut long = Vec::new();
+    for folder in FOLDERS {
+        for (name, text) in code_below(folder) {
+            let (path, lines) = (format!("{folder}/{name}"), text.lines().count());
+            if lines > limit(&path) {
+                long.push(format!("{path}: {lines} lines"));
+            }
+        }
+    }
     assert!(long.is_empty(), "{long:#?}");
 }
 
@@ -103,7 +116,7 @@ fn an_op_is_the_files_of_one_stem() {
 #[test]
 fn imports_go_one_way() {
     let mut wrong = Vec::new();
-    for (name, text) in sources() {
+    for (name, text) in code_below("src") {
         for (module, forbidden) in FORBIDDEN.iter().filter(|(module, _)| name.starts_with(module)) {
             for path in forbidden.iter() {
                 if code(&text).lines().any(|l| !is_comment(l) && l.contains(path)) {
