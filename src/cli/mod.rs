@@ -31,7 +31,7 @@ const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
 Exit status: 0 done, or finished before; 2 the command line or the recipe is wrong; 1 anything else, and also an adapter that had to be \
 saved elsewhere than in output_dir (the last line names the place)";
 
-/// More ranks, or shards, than that are a slip of the pen: the work of planning grows with them.
+/// Most ranks, or shards, that the command line takes: a larger number is a slip of the pen, and the work of planning grows with it.
 const MAX_RANKS: i64 = 1 << 14;
 
 /// QLoRA fine-tuning of Llama-family models, sharded over ranks: `mpirun -np 2 fsdp-qlora`.

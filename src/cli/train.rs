@@ -93,6 +93,7 @@ fn train(
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
     steps.remarks.iter().for_each(|remark| start.log.line(remark.clone()));
+    let hex = |digest: u64| format!("{digest:016x}");
     let identity = RunIdentity {
         world_size,
         base: opened.identity(),
@@ -124,10 +125,6 @@ fn train(
     };
     let setup = Setup { comm, base: loaded, adapter: Some(&adapter), limits, job: &job };
     start.with_engine(placement, setup, work)
-}
-
-fn hex(digest: u64) -> String {
-    format!("{digest:016x}")
 }
 
 /// Returns every key with its decided value.

@@ -11,7 +11,7 @@ use crate::fsdp::schedule::Keep;
 use super::memory::{Cost, text};
 use super::throughput::Timeline;
 
-/// What was decided and predicted for a run on some GPUs.
+/// The decisions and predictions for a run on some GPUs.
 #[derive(Debug)]
 pub struct Report {
     pub model: String,

@@ -10,8 +10,8 @@
 //! Each comparison is one call with a list of [`Facts`]. An [`Agreed`] value has been compared: functions that open a model or make
 //! an engine take no other job, so that no subcommand can leave the comparison out.
 //!
-//! Where files lie may differ between ranks, since each node may keep its inputs in a folder of its own; what the files hold may
-//! not. So paths are not compared, and digests of the contents are. Only rank 0 writes results, and only its clock is read
+//! Ranks may have their files in different places, since each node may keep its inputs in a folder of its own; the contents must be
+//! equal. So paths are not compared, and digests of the contents are. Only rank 0 writes results, and only its clock is read
 //! ([`clock_of_rank_0`]).
 
 use std::fmt::{self, Display};

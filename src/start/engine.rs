@@ -72,7 +72,8 @@ impl Start<'_> {
             share_gpu: self.ranks_per_gpu > 1,
             delays: Delays::default(),
         };
-        // What NCCL takes is known when its communicator is there. Ranks that share a GPU look before any of them takes more.
+        // NCCL takes memory when its communicator is made, and the difference tells how much. Ranks that share a GPU look before any of
+        // them takes more.
         barrier(&mut comm)?;
         let free_before = cuda.free_bytes()?;
         barrier(&mut comm)?;

@@ -1,4 +1,4 @@
-//! Where a rank computes: its share of the host's cores, or one of the GPUs with such a share beside it.
+//! The device of a rank: its share of the host's cores, or a GPU with such a share beside it.
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;

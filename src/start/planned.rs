@@ -20,7 +20,7 @@ use crate::recipe::Job;
 use super::adapter::planned_settings;
 use super::options::{self, load_options, nf4_double_quant, possible_gather, step_limits, wishes};
 
-/// GPUs of one kind, in nodes of as many each.
+/// Nodes with the same number of GPUs of one kind.
 pub struct Machine<'a> {
     pub hardware: &'a Hardware,
     pub nodes: usize,
@@ -28,7 +28,7 @@ pub struct Machine<'a> {
     pub world_size: usize,
     pub ranks_per_gpu: usize,
     pub network_bytes_per_s: f64,
-    /// Host memory of a node; `None`: any amount.
+    /// Host memory of a node; `None` is any amount.
     pub host_gib: Option<f64>,
 }
 
@@ -41,7 +41,8 @@ impl Machine<'_> {
         options::num_shards(&job.fsdp, self.world_size, Some(self.node_size()))
     }
 
-    /// Returns what a rank may take, besides the memory of driver and libraries, and that of its process.
+    /// Returns the memory that a rank may plan with: on the device without that of driver and libraries, on the host without that of its
+    /// process.
     fn budget(&self, job: &Job, library_bytes: usize, process_bytes: usize) -> Budget {
         let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(self.hardware.usable_bytes() / self.ranks_per_gpu);
         let share =

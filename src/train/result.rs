@@ -17,7 +17,7 @@ const METRICS_LINE_BYTES: usize = 1000;
 /// Most room that is looked for before training for metrics.jsonl: `max_steps` may be a number that nobody waits for.
 const MAX_METRICS_BYTES: usize = 1 << 28;
 
-/// What the end needs of the model's folder, read at the start: the folder may be gone by then.
+/// Parts of the model's folder that belong to the result. They are read at the start, since the folder may be gone at the end.
 pub struct Kept {
     /// Absolute path of the base, for `adapter_config.json`.
     base: PathBuf,
@@ -41,7 +41,8 @@ impl Kept {
     }
 }
 
-/// Says which file of the base changed during the run, on the first rank of any node; `None` where none did. Collective.
+/// Returns a sentence that says where the base has changed during the run, or `None` where it has not. Collective; the first rank of each
+/// node looks.
 pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, stamps: &BaseStamps) -> Result<Option<String>> {
     watch::at("comparing the base with what it was at the start");
     let looks = local_rank == 0;

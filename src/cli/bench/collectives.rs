@@ -63,7 +63,7 @@ fn all_sizes<D: Ops, Q: Queue<D>>(start: &Start, args: &CollectiveBench, device:
             Ok(())
         })?;
         tell(start, "all_gather", bytes * world_size, seconds, world_size);
-        // Of the reduce-scatter, the whole is as large as one shard of the all-gather.
+        // The reduce-scatter's whole buffer is as large as one shard of the all-gather.
         let part = bytes / 4 / world_size;
         let mut buffers = Some(TrainableBuffers {
             shard: Place::Device(buffer::<D, f32>(device, part)?),

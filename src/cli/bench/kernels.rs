@@ -46,7 +46,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &KernelBench, overrides: &[St
     }
 }
 
-/// How long a GPU works before its rate is that of work that goes on.
+/// A GPU works for this long before its rate is taken for that of lasting work.
 const WARM_UP: Duration = Duration::from_millis(1500);
 
 /// FLOP/s of a large matrix product, after a while of them: a card is faster while it is cool.
@@ -61,7 +61,7 @@ pub fn matrix_rate<D: Ops>(device: &D) -> Result<f64> {
     }
 }
 
-/// What a call does, to be held against the device's peak.
+/// The work of a call, to be compared with the device's peak.
 #[derive(Clone, Copy)]
 enum Amount {
     Flops(f64),
