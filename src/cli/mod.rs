@@ -63,17 +63,7 @@ enum Command {
     /// Fine-tune as a recipe says; writes a PEFT adapter
     Train(train::TrainArgs),
     /// Write the shard files of a model ahead of time
-    Quantize {
-        /// Hugging Face directory
-        #[arg(long)]
-        model: String,
-        /// Folder of the shard files; auto: the user's cache folder
-        #[arg(long)]
-        output: String,
-        /// Number of shards: the ranks that will hold the base together, all of a run or those of a node (hybrid_shard)
-        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=MAX_RANKS))]
-        world_size: u32,
-    },
+    Quantize(quantize::QuantizeArgs),
     /// Mean loss over the target tokens of a data set
     Eval(eval::EvalArgs),
     /// Continue a prompt
@@ -108,9 +98,7 @@ impl Cli {
                 Ok(())
             }
             Command::Train(args) => train::run(&start, comm, &args, &overrides),
-            Command::Quantize { model, output, world_size } => {
-                quantize::run(&start, comm, &model, &output, world_size, &overrides)
-            }
+            Command::Quantize(args) => quantize::run(&start, comm, &args, &overrides),
             Command::Eval(args) => eval::run(&start, comm, &args, &overrides),
             Command::Generate(args) => generate::run(&start, comm, &args, &overrides),
             Command::Plan(args) => {

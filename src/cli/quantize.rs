@@ -1,6 +1,7 @@
 //! `quantize`
 
 use anyhow::Result;
+use clap::Args;
 
 use crate::comm::mpi::MpiComm;
 use crate::recipe::{self, Command};
@@ -8,18 +9,24 @@ use crate::start::Start;
 use crate::start::agree::agree_on;
 use crate::train::log::bytes;
 
-/// Writes the shard files of a model, this rank its part of them.
-pub fn run(
-    start: &Start,
-    mut comm: MpiComm,
-    model: &str,
-    output: &str,
+#[derive(Args)]
+pub struct QuantizeArgs {
+    /// Hugging Face directory
+    #[arg(long)]
+    model: String,
+    /// Folder of the shard files; auto: the user's cache folder
+    #[arg(long)]
+    output: String,
+    /// Number of shards: the ranks that will hold the base together, all of a run or those of a node (hybrid_shard)
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=super::MAX_RANKS))]
     world_size: u32,
-    overrides: &[String],
-) -> Result<()> {
-    let given = vec![("model", model.into()), ("shards", output.into())];
+}
+
+/// Writes the shard files of a model. Each rank writes some of them.
+pub fn run(start: &Start, mut comm: MpiComm, args: &QuantizeArgs, overrides: &[String]) -> Result<()> {
+    let given = vec![("model", args.model.clone().into()), ("shards", args.output.clone().into())];
     let job = agree_on(&mut comm, recipe::from_options(Command::Quantize, given, overrides)?)?;
-    let num_shards = world_size as usize;
+    let num_shards = args.world_size as usize;
     let mut tell = |line| start.log.line(line);
     let mut opened = start.open_in_shards(&mut comm, &job, num_shards)?;
     start.threads(&mut comm)?;

@@ -117,3 +117,58 @@ impl Planned {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::shapes;
+    use crate::plan::memory::text as bytes;
+    use crate::recipe::{self, Command};
+
+    fn machine(hardware: &Hardware, nodes: usize, world_size: usize) -> Machine<'_> {
+        let (network_bytes_per_s, host_gib) = (1e9, Some(256.0));
+        Machine { hardware, nodes, world_size, ranks_per_gpu: 1, network_bytes_per_s, host_gib }
+    }
+
+    fn job(sets: &[&str]) -> Job {
+        let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+        recipe::from_options(Command::PlanShape, vec![("data.max_length", 1024.into())], &sets).unwrap()
+    }
+
+    fn planned(job: &Job, machine: &Machine) -> Planned {
+        Planned::of_shape("a shape", shapes::named("llama-3.1-8b", Some(4)).unwrap(), job, machine).unwrap()
+    }
+
+    #[test]
+    fn a_report_adds_up_and_its_text_has_the_same_numbers() {
+        let hardware = Hardware::named("rtx4090").unwrap();
+        let (job, machine) = (job(&["fsdp.offload_params=true"]), machine(&hardware, 1, 2));
+        let report = planned(&job, &machine).report(&job, &machine).unwrap();
+        let (json, text) = (report.json(), report.to_string());
+        let sum = |key: &str| json[key].as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum::<u64>();
+        assert_eq!(sum("device") + json["libraries_bytes"].as_u64().unwrap(), json["device_bytes"].as_u64().unwrap());
+        assert_eq!(sum("host"), json["pinned_bytes"].as_u64().unwrap());
+        assert_eq!((json["resident_units"].as_u64(), json["trainables_on_device"].as_bool()), (Some(0), Some(false)));
+        let units = json["units"].as_u64().unwrap();
+        let memory = |name: &str| bytes(json[name].as_u64().unwrap() as usize);
+        for expected in [
+            "a shape on 2 x rtx4090, 1 node(s)".into(),
+            format!("GPU memory of a rank: {}", memory("device_bytes")),
+            format!("of its process: {}", memory("pinned_bytes")),
+            format!("0 of {units} units are resident"),
+            format!("{:.0} tokens/s", json["tokens_per_second"].as_f64().unwrap()),
+        ] {
+            assert!(text.contains(&expected), "{expected} is not in {text}");
+        }
+    }
+
+    #[test]
+    fn the_strategy_says_how_many_ranks_hold_a_base_and_ranks_of_a_node_share_its_memory() {
+        let hardware = Hardware::named("h100").unwrap();
+        for (strategy, num_shards) in [("full_shard", 6), ("hybrid_shard", 3), ("no_shard", 1)] {
+            let (job, machine) = (job(&[&format!("fsdp.sharding_strategy={strategy}")]), machine(&hardware, 2, 6));
+            assert_eq!(planned(&job, &machine).layouts[0].num_shards(), num_shards, "{strategy}");
+            assert_eq!(machine.budget(&job, 0, 1 << 30).host, (256 << 30) / 3 - (1 << 30));
+        }
+    }
+}
