@@ -16,7 +16,7 @@
 //! | [`data`] | rows to documents to sequences to micro-batches | devices |
 //! | [`checkpoint`] | base models, shard files, adapters, the life of an output folder | the recipe |
 //! | [`plan`] | what a run will use: which memory is kept where, and how long a step takes, for this machine or another | files, data, the recipe |
-//! | [`train`] | steps, evaluation, generation, logs | the command line |
+//! | [`train`] | steps, evaluation, generation, logs, how a result comes to rest | the command line |
 //! | [`recipe`] | what was written (the recipe) becomes what was decided (the job) | |
 //! | [`start`] | between a job and the first step: what all ranks must have in common ([`start::agree`]), placement, budgets, the engine; a plan for a machine that is not there | the command line, the recipe |
 //! | [`cli`] | one file per subcommand | |
