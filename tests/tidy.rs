@@ -98,6 +98,10 @@ fn an_op_is_the_files_of_one_stem() {
             let wanted = format!("{name}Ops for {of} {{");
             assert!(implementation.contains(&wanted), "{} has no `{wanted}`", path.display());
         }
+        assert!(
+            root.join(format!("tests/kernels/{stem}.rs")).exists(),
+            "device/{stem}.rs has no tests/kernels/{stem}.rs"
+        );
         stems_of_ops.push(stem);
     }
     assert!(!stems_of_ops.is_empty());

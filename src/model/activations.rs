@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use crate::device::{Arena, Buffer, Device};
+use crate::device::{Arena, Buffer, Device, Documents, RowIndices};
 
 use super::batch::{MicroBatch, NO_TARGET};
 use super::config::ModelConfig;
@@ -200,14 +200,11 @@ pub struct BatchBuffers<D: Device> {
     /// `[T, head_dim / 2]`
     pub cos: Buffer<D, f32>,
     pub sin: Buffer<D, f32>,
+    /// Past tokens are those whose keys and values are there from earlier calls (generation).
+    pub documents: Documents<D>,
     /// `[T]`
-    pub positions: Buffer<D, u32>,
     pub sample_idx: Buffer<D, u64>,
-    /// First token of each document and, last, T.
-    pub documents: Vec<u32>,
     pub num_tokens: usize,
-    /// Number of tokens whose keys and values are there from earlier calls (generation).
-    pub num_past_tokens: usize,
     /// Half of head_dim.
     half: usize,
 }
@@ -218,11 +215,9 @@ impl<D: Device> BatchBuffers<D> {
         Ok(Self {
             cos: arena.carve(&format!("{name}/cos"), tokens * half)?,
             sin: arena.carve(&format!("{name}/sin"), tokens * half)?,
-            positions: arena.carve(&format!("{name}/positions"), tokens)?,
+            documents: Documents::carve(arena, &format!("{name}/positions"), tokens)?,
             sample_idx: arena.carve(&format!("{name}/sample_idx"), tokens)?,
-            documents: vec![0],
             num_tokens: 0,
-            num_past_tokens: 0,
             half,
         })
     }
@@ -233,14 +228,13 @@ impl<D: Device> BatchBuffers<D> {
         let (cos, sin) = config.rope.cos_sin(&batch.positions, &batch.documents);
         device.upload(self.cos.first_mut(tokens * self.half), &cos)?;
         device.upload(self.sin.first_mut(tokens * self.half), &sin)?;
-        device.upload(self.positions.first_mut(tokens), &batch.positions)?;
+        self.documents.put(device, &batch.documents, num_past_tokens)?;
         let mut sample_idx = Vec::with_capacity(tokens);
         for (document, &sample) in batch.documents.windows(2).zip(&batch.sample_idx) {
             sample_idx.resize(sample_idx.len() + (document[1] - document[0]) as usize, sample);
         }
         device.upload(self.sample_idx.first_mut(tokens), &sample_idx)?;
-        self.documents.clone_from(&batch.documents);
-        (self.num_tokens, self.num_past_tokens) = (tokens, num_past_tokens);
+        self.num_tokens = tokens;
         Ok(())
     }
 }
@@ -248,7 +242,7 @@ impl<D: Device> BatchBuffers<D> {
 /// The head's running state of one micro-batch, for its N target tokens.
 pub struct HeadState<D: Device> {
     /// Rows of the tokens that count, and the ids that they should predict, `[N]`.
-    pub rows: Buffer<D, u32>,
+    pub rows: RowIndices<D>,
     pub target_ids: Buffer<D, u32>,
     /// The factor of each token's −log p in the gradient, `[N]`.
     pub coefficients: Buffer<D, f32>,
@@ -272,7 +266,7 @@ impl<D: Device> HeadState<D> {
         let f = |part: &str| format!("{name}/{part}");
         let back = if backward { tokens * hidden } else { 0 };
         Ok(Self {
-            rows: arena.carve(&f("rows"), tokens)?,
+            rows: RowIndices::carve(arena, &f("rows"), tokens)?,
             target_ids: arena.carve(&f("target_ids"), tokens)?,
             coefficients: arena.carve(&f("coefficients"), tokens)?,
             x: arena.carve(&f("x"), tokens * hidden)?,
@@ -293,7 +287,7 @@ impl<D: Device> HeadState<D> {
             (0..batch.num_tokens() as u32).filter(|&t| batch.targets[t as usize] != NO_TARGET).collect();
         let target_ids: Vec<u32> = rows.iter().map(|&t| batch.targets[t as usize]).collect();
         self.num_targets = rows.len();
-        device.upload(self.rows.first_mut(rows.len()), &rows)?;
+        self.rows.put(device, &rows, batch.num_tokens())?;
         device.upload(self.target_ids.first_mut(rows.len()), &target_ids)?;
         device.upload(self.coefficients.first_mut(rows.len()), &vec![coefficient; rows.len()])
     }

@@ -16,7 +16,7 @@ pub fn begin<D: Ops>(
     final_norm: &Buffer<D, f32>,
 ) -> Result<()> {
     let (n, len) = (state.num_targets, state.num_targets * config.hidden_size);
-    ops.gather_rows(state.x.first_mut(len), boundary.view(), state.rows.first(n), config.hidden_size)?;
+    ops.gather_rows(state.x.first_mut(len), boundary.view(), &state.rows, config.hidden_size)?;
     ops.rms_norm_forward(RmsNormForward {
         y: state.normed.first_mut(len),
         rstd: state.rstd.first_mut(n),
@@ -102,5 +102,5 @@ pub fn finish<D: Ops>(
         weight: final_norm.view(),
     })?;
     let d = d.first_mut(num_tokens * config.hidden_size);
-    ops.scatter_rows(d, d_rows.first(len), rows.first(n), config.hidden_size)
+    ops.scatter_rows(d, d_rows.first(len), rows, config.hidden_size)
 }

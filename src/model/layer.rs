@@ -43,7 +43,7 @@ impl<'a, D: Ops> LayerContext<'a, D> {
             step,
             module: (self.layer_idx * Projection::ALL.len() + projection as usize) as u32,
             sample_idx: self.batch.sample_idx.first(self.batch.num_tokens),
-            positions: self.batch.positions.first(self.batch.num_tokens),
+            positions: self.batch.documents.positions(),
         });
         LoraCall { config, mask }
     }
@@ -57,8 +57,6 @@ impl<'a, D: Ops> LayerContext<'a, D> {
             softcap: None,
             window: None,
             documents: &self.batch.documents,
-            positions: self.batch.positions.first(self.batch.num_tokens),
-            num_past_tokens: self.batch.num_past_tokens,
         }
     }
 
@@ -142,7 +140,7 @@ fn forward_attention<D: Ops>(
     let (ops, config, t) = (ctx.ops, ctx.config, ctx.batch.num_tokens);
     let kv_width = config.num_key_value_heads * config.head_dim;
     let (hidden, q_len) = (t * config.hidden_size, t * config.num_attention_heads * config.head_dim);
-    let past = ctx.batch.num_past_tokens * kv_width;
+    let past = ctx.batch.documents.num_past_tokens() * kv_width;
     let (new, all) = (past..past + t * kv_width, past + t * kv_width);
     let LayerActivations { attention, rest, key_value: kv, .. } = acts;
     let RestPart { norm1, rstd1, q, lora_u: [u_q, u_k, u_v], .. } = &mut **rest;

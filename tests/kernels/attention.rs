@@ -7,7 +7,7 @@ use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::device::cuda::Cuda;
 use fsdp_qlora::device::*;
 
-use super::{Tested, buffer, close, close_as, get, get_act, gpu, put, put_act, random, rounded, within};
+use super::{Tested, buffer, close, close_as, get, get_act, gpu, put_act, put_documents, random, rounded, within};
 
 /// The sizes and scores of one attention.
 #[derive(Clone, Copy, Debug)]
@@ -97,19 +97,10 @@ where
         Some(*at)
     }));
     let (q, k, v) = (put_act(d, &inputs.q), put_act(d, &inputs.k), put_act(d, &inputs.v));
-    let (positions, rows) = (put(d, &case.positions()), case.tokens() * num_heads);
-    let (documents, positions) = (&documents[..], positions.view());
-    let shape = AttentionShape {
-        num_heads,
-        num_key_value_heads,
-        head_dim,
-        scale,
-        softcap,
-        window,
-        documents,
-        positions,
-        num_past_tokens,
-    };
+    let documents = put_documents(d, &documents, num_past_tokens);
+    let rows = documents.num_tokens() * num_heads;
+    let documents = &documents;
+    let shape = AttentionShape { num_heads, num_key_value_heads, head_dim, scale, softcap, window, documents };
     let (mut out, mut lse) = (buffer(d, q.len()), buffer(d, rows));
     let (q, k, v) = (q.view(), k.view(), v.view());
     d.attention_forward(AttentionForward { out: out.view_mut(), lse: lse.view_mut(), q, k, v, shape })?;

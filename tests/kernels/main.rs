@@ -36,7 +36,7 @@ use lora::{lora_dropout_has_the_masks_of_the_cpu, lora_linear, lora_products};
 use nf4::{dequantize_is_exact, quantize_is_exact};
 use rms_norm::rms_norm;
 use rope::rope;
-use rows::rows_are_moved;
+use rows::rows_are_moved_and_reach_nothing_else;
 use swiglu::swiglu;
 use uniform::uniform_is_exact;
 
@@ -94,6 +94,14 @@ fn put_act<D: Ops>(device: &D, values: &[f32]) -> Buffer<D, D::Act> {
     D::round(&mut rounded, values);
     device.upload(buffer.view_mut(), &rounded).unwrap();
     buffer
+}
+
+/// The documents that begin at these tokens; the last number is that of all tokens.
+fn put_documents<D: Device>(device: &D, begins: &[u32], num_past_tokens: usize) -> Documents<D> {
+    let num_tokens = begins[begins.len() - 1] as usize;
+    let mut documents = Arena::carved(device, |arena| Documents::carve(arena, "documents", num_tokens)).unwrap();
+    documents.put(device, begins, num_past_tokens).unwrap();
+    documents
 }
 
 fn get<D: Device, T: Element>(device: &D, buffer: &Buffer<D, T>) -> Vec<T> {
@@ -188,6 +196,6 @@ for_both_types!(
     attention_of_one_key,
     attention_of_new_tokens_over_past_ones,
     quantize_is_exact,
-    rows_are_moved,
+    rows_are_moved_and_reach_nothing_else,
     uniform_is_exact
 );

@@ -294,8 +294,8 @@ impl<'a, D: Ops> Timer<'a, D> {
         let (q_len, kv_len) = (tokens * heads * config.head_dim, tokens * kv_heads * config.head_dim);
         let (q, k, v) = (self.act(q_len)?, self.act(kv_len)?, self.act(kv_len)?);
         let (mut out, mut lse) = (self.act(q_len)?, self.f32s(tokens * heads)?);
-        let mut positions = self.buffer::<u32>(tokens)?;
-        d.upload(positions.view_mut(), &(0..tokens as u32).collect::<Vec<_>>())?;
+        let mut documents = Arena::carved(d, |arena| Documents::carve(arena, "documents", tokens))?;
+        documents.put(d, &[0, tokens as u32], 0)?;
         let shape = AttentionShape {
             num_heads: heads,
             num_key_value_heads: kv_heads,
@@ -303,9 +303,7 @@ impl<'a, D: Ops> Timer<'a, D> {
             scale: 1.0 / (config.head_dim as f32).sqrt(),
             softcap: None,
             window: None,
-            documents: &[0, tokens as u32],
-            positions: positions.view(),
-            num_past_tokens: 0,
+            documents: &documents,
         };
         // Causal: half of the scores. Two products forward, five backward.
         let product = (tokens * tokens * heads * config.head_dim) as f64;

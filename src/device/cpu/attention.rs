@@ -35,9 +35,9 @@ impl Strip {
 }
 
 fn strips(shape: &AttentionShape<'_, Cpu>) -> Vec<Strip> {
-    let (past, window) = (shape.num_past_tokens, shape.window.unwrap_or(usize::MAX));
+    let (past, window) = (shape.documents.num_past_tokens(), shape.window.unwrap_or(usize::MAX));
     let mut strips = Vec::new();
-    for document in shape.documents.windows(2) {
+    for document in shape.documents.begins().windows(2) {
         let (begin, end) = (document[0] as usize, document[1] as usize);
         for first in (begin..end).step_by(QUERY_ROWS) {
             let len = QUERY_ROWS.min(end - first);
@@ -109,7 +109,7 @@ impl AttentionOps for Cpu {
     }
 }
 
-/// What backward reads.
+/// The tensors that backward reads.
 struct Saved<'a> {
     d_out: &'a [f32],
     out: &'a [f32],

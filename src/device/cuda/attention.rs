@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::device::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape, ViewMut};
+use crate::device::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape, Device, ViewMut};
 
 use super::launch::{Grid, args};
 use super::{Cuda, HalfType};
@@ -23,7 +23,7 @@ fn grid(tokens: usize, heads: usize, head_dim: usize) -> Grid {
     Grid { blocks: (tokens.div_ceil(ROWS), heads), threads: THREADS, shared_bytes: shared_bytes(head_dim) }
 }
 
-fn check_served<D>(shape: &AttentionShape<'_, D>) -> Result<()> {
+fn check_served<D: Device>(shape: &AttentionShape<'_, D>) -> Result<()> {
     let AttentionShape { head_dim, window, softcap, .. } = *shape;
     ensure!(HEAD_DIMS.contains(&head_dim), "attention: head_dim is {head_dim}; on a GPU it may be 64, 96 or 128");
     ensure!(window.is_none() && softcap.is_none(), "attention: a GPU has no window and no soft cap");
@@ -38,9 +38,10 @@ impl<A: HalfType> AttentionOps for Cuda<A> {
             return self.hopper_attention_forward(hopper, args);
         }
         let AttentionForward { out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, num_past_tokens, positions, .. } = shape;
-        let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
-        let args = args![out, lse, q, k, v, positions, tokens as i32, heads, kv_heads, past, scale];
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, documents, .. } = shape;
+        let (heads, kv_heads, past) =
+            (num_heads as i32, num_key_value_heads as i32, documents.num_past_tokens() as i32);
+        let args = args![out, lse, q, k, v, documents.positions(), tokens as i32, heads, kv_heads, past, scale];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
         unsafe { self.launch(&format!("attention_forward_{head_dim}"), grid(tokens, num_heads, head_dim), args) }
     }
@@ -52,7 +53,7 @@ impl<A: HalfType> AttentionOps for Cuda<A> {
             return self.hopper_attention_backward(hopper, args);
         }
         let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, positions, .. } = shape;
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, documents, .. } = shape;
         let (t, heads, kv_heads) = (tokens as i32, num_heads as i32, num_key_value_heads as i32);
         let rows = tokens * num_heads;
         let delta_args = args![delta.view(), d_out, out, rows as u64, head_dim as u32];
@@ -65,14 +66,14 @@ impl<A: HalfType> AttentionOps for Cuda<A> {
             )
         }?;
         let delta = delta.view();
-        let args = args![d_q, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
+        let args = args![d_q, d_out, lse, delta, q, k, v, documents.positions(), t, heads, kv_heads, scale];
         let grid = grid(tokens, num_heads, head_dim);
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
         unsafe { self.launch(&format!("attention_backward_queries_{head_dim}"), grid, args) }?;
         let kernel = format!("attention_backward_keys_{head_dim}");
         let group = num_heads / num_key_value_heads;
         self.sum_over_heads(Parts { d_k, d_v, head_d_k, head_d_v, parts: group, head_dim }, |d_k, d_v| {
-            let args = args![d_k, d_v, d_out, lse, delta, q, k, v, positions, t, heads, kv_heads, scale];
+            let args = args![d_k, d_v, d_out, lse, delta, q, k, v, documents.positions(), t, heads, kv_heads, scale];
             // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
             unsafe { self.launch(&kernel, grid, args) }
         })
@@ -112,7 +113,7 @@ impl<A: HalfType> Cuda<A> {
     }
 }
 
-/// Where the gradients of keys and values go, and room for `parts` parts of each.
+/// Destinations of the gradients of keys and values, and room for `parts` parts of each.
 pub(super) struct Parts<'a, A: HalfType> {
     pub d_k: ViewMut<'a, Cuda<A>, A>,
     pub d_v: ViewMut<'a, Cuda<A>, A>,

@@ -19,7 +19,7 @@ const ROWS: usize = 128;
 const THREADS: u32 = 384;
 const SHARED_BYTES: u32 = 226 << 10;
 
-/// What the number of blocks depends on.
+/// The GPU's sizes on which the number of blocks depends.
 #[derive(Clone, Copy)]
 pub struct Hopper {
     multiprocessors: usize,
@@ -36,7 +36,7 @@ impl Hopper {
         Grid { blocks: (work.min(self.multiprocessors), 1), threads: THREADS, shared_bytes: SHARED_BYTES }
     }
 
-    /// How many of the heads that share keys are one piece of work, their gradients added where they arise: the most that leave
+    /// Returns how many of the heads that share keys are one piece of work, their gradients added where they arise: the most that leave
     /// 1.9 pieces for each multiprocessor, so that long ones (the first keys of a document) and short ones even out.
     fn heads_of_a_piece(self, tokens: usize, kv_heads: usize, group: usize) -> usize {
         let pieces = |heads: usize| tokens.div_ceil(ROWS) * kv_heads * group / heads;
@@ -48,14 +48,15 @@ impl Hopper {
 impl<A: HalfType> Cuda<A> {
     pub(super) fn hopper_attention_forward(&self, hopper: Hopper, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
         let AttentionForward { out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, num_past_tokens, positions, .. } = shape;
-        let tokens = positions.len();
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, documents, .. } = shape;
+        let (tokens, positions) = (documents.num_tokens(), documents.positions());
         if tokens == 0 {
             return Ok(());
         }
         let (width, kv_width) = (num_heads * head_dim, num_key_value_heads * head_dim);
         let [q, k, v] = [(q, width), (k, kv_width), (v, kv_width)].map(|(x, width)| tile_map(x, width, head_dim));
-        let (heads, kv_heads, past) = (num_heads as i32, num_key_value_heads as i32, num_past_tokens as i32);
+        let (heads, kv_heads, past) =
+            (num_heads as i32, num_key_value_heads as i32, documents.num_past_tokens() as i32);
         let args = args![out, lse, q?, k?, v?, positions, tokens as i32, heads, kv_heads, past, scale];
         let grid = hopper.grid(tokens.div_ceil(ROWS) * num_heads);
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
@@ -64,8 +65,8 @@ impl<A: HalfType> Cuda<A> {
 
     pub(super) fn hopper_attention_backward(&self, hopper: Hopper, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
         let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
-        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, positions, .. } = shape;
-        let tokens = positions.len();
+        let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, documents, .. } = shape;
+        let (tokens, positions) = (documents.num_tokens(), documents.positions());
         if tokens == 0 {
             return Ok(());
         }
