@@ -17,13 +17,13 @@ pub const ALIGN_BYTES: usize = 256;
 /// One named range of a memory plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlanEntry {
-    /// Who uses it: `slots/0/flat`, `activations/gate`, …
+    /// Name of its use: `slots/0/flat`, `activations/gate`, …
     pub name: String,
     /// Its size, rounded up to [`ALIGN_BYTES`].
     pub bytes: usize,
 }
 
-/// What will be allocated, in the order in which it is carved.
+/// The ranges that will be allocated, in the order in which they are carved.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MemoryPlan {
     pub entries: Vec<PlanEntry>,
@@ -36,12 +36,12 @@ impl MemoryPlan {
         self.entries.push(PlanEntry { name: name.to_string(), bytes });
     }
 
-    /// Sum over all entries, in bytes; what cannot be counted is more than there is.
+    /// Returns the sum over all entries, in bytes; a sum that overflows is `usize::MAX`, more than any machine has.
     pub fn total_bytes(&self) -> usize {
         self.entries.iter().fold(0, |sum: usize, entry| sum.saturating_add(entry.bytes))
     }
 
-    /// Bytes by the first part of the name, largest first.
+    /// Returns the bytes of each first part of a name, largest first.
     pub fn by_owner(&self) -> Vec<(String, usize)> {
         let mut owners: Vec<(String, usize)> = Vec::new();
         for entry in &self.entries {
@@ -75,7 +75,7 @@ impl<D: Device> Arena<D> {
         Ok(Self::over(memory, plan))
     }
 
-    /// What `carve` takes, in an allocation of its own: it is called once to measure and once to take.
+    /// Allocates exactly what `carve` takes, and returns what it made: it is called once to measure and once to take.
     pub fn carved<T>(device: &D, carve: impl Fn(&mut Self) -> Result<T>) -> Result<T> {
         let mut measured = Self::measure();
         carve(&mut measured)?;
@@ -86,7 +86,7 @@ impl<D: Device> Arena<D> {
         Self { memory: Some((Arc::new(region), addr, plan)), carved: MemoryPlan::default(), used_bytes: 0 }
     }
 
-    /// The next range: `len` elements of `T`. Fails when it is not what the plan has at this place.
+    /// Carves the next range, `len` elements of `T`. Fails when the plan has another one at this place.
     pub fn carve<T: Element>(&mut self, name: &str, len: usize) -> Result<Buffer<D, T>> {
         const { assert!(align_of::<T>() <= ALIGN_BYTES) };
         let bytes = len.checked_mul(size_of::<T>()).and_then(|bytes| bytes.checked_next_multiple_of(ALIGN_BYTES));
@@ -105,7 +105,7 @@ impl<D: Device> Arena<D> {
         Ok(buffer)
     }
 
-    /// What has been carved so far.
+    /// Returns the plan of the ranges that have been carved so far.
     pub fn into_plan(self) -> MemoryPlan {
         self.carved
     }
@@ -117,7 +117,7 @@ impl Arena<Cpu> {
         Self::over_host(device.pin(HostRegion::new(plan.total_bytes().max(ALIGN_BYTES))?)?, plan)
     }
 
-    /// Carves the plan from memory that is there, and must be enough.
+    /// Carves the plan from memory that is there already. Fails when it is too small.
     pub fn over_host(region: HostRegion, plan: MemoryPlan) -> Result<Self> {
         let (bytes, needed) = (region.bytes(), plan.total_bytes());
         ensure!(needed <= bytes, "{needed} bytes are planned in {bytes} bytes of host memory");

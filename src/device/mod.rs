@@ -76,29 +76,29 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// A point in time of the compute queue.
     type Mark;
 
-    /// Whether it is the host itself.
+    /// True when the device is the host itself.
     const IS_HOST: bool;
-    /// Whether activations are so narrow that the loss is scaled, so that gradients do not vanish (fp16).
+    /// True when activations are so narrow (fp16) that the loss is scaled, so that gradients do not vanish.
     const NEEDS_LOSS_SCALING: bool;
 
     /// Allocates `bytes`; returns what keeps them alive and the address of the first.
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)>;
     /// Makes copies to and from this device run at full speed on host memory: on a GPU, pins it.
     fn pin(&self, region: HostRegion) -> Result<HostRegion>;
-    /// What the driver says that all programs together take of the device; 0 where it is the host.
+    /// Returns the bytes that all programs together take of the device, as its driver counts them; 0 where it is the host.
     fn used_bytes(&self) -> Result<usize>;
-    /// Returns when the compute queue has done all that it was given.
+    /// Waits until the compute queue has done all that it was given.
     fn synchronize(&self) -> Result<()>;
-    /// When the compute queue gets here.
+    /// Returns a mark that passes when the compute queue gets here.
     fn mark(&self) -> Result<Self::Mark>;
-    /// Seconds between two marks that have passed; negative when `then` was first.
+    /// Returns the seconds between two marks that have passed; negative when `then` was first.
     fn seconds_between(&self, first: &Self::Mark, then: &Self::Mark) -> Result<f64>;
-    /// Host to device; the lengths must be equal.
+    /// Copies from the host to the device; the lengths must be equal.
     fn upload<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: &[T]) -> Result<()>;
-    /// Device to host; the lengths must be equal. Waits for the compute queue.
+    /// Copies from the device to the host; the lengths must be equal. Waits for the compute queue.
     fn download<T: Element>(&self, dst: &mut [T], src: View<'_, Self, T>) -> Result<()>;
-    /// Device to device, on the compute queue; the lengths must be equal.
+    /// Copies on the device, on the compute queue; the lengths must be equal.
     fn copy<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: View<'_, Self, T>) -> Result<()>;
-    /// Every byte becomes `byte`. With 0xFF each float of any width is a NaN: what was never written cannot pass unseen.
+    /// Sets every byte to `byte`. With 0xFF each float of any width is a NaN: what was never written cannot pass unseen.
     fn fill_bytes<T: Element>(&self, dst: ViewMut<'_, Self, T>, byte: u8) -> Result<()>;
 }

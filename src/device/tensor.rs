@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::Device;
 use super::cpu::Cpu;
 
-/// What can lie in device memory.
+/// Types whose values can lie in device memory.
 pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {}
 impl<T: bytemuck::Pod + Send + Sync + std::fmt::Debug> Element for T {}
 
@@ -68,7 +68,7 @@ impl<D: Device, T: Element> Buffer<D, T> {
         Self { region, addr, len, _element: PhantomData }
     }
 
-    /// No memory: stands for a buffer that has been moved out.
+    /// Makes a buffer without memory, which stands for one that has been moved out.
     pub fn none() -> Self {
         Self::new(None, 0, 0)
     }
@@ -129,14 +129,14 @@ impl<'a, D: Device, T: Element> View<'a, D, T> {
         self.addr
     }
 
-    /// The same bytes as elements of another type that is aligned no more strictly, as many as are whole.
+    /// Returns the same bytes as elements of another type that is aligned no more strictly, as many as are whole.
     pub fn reinterpret<U: Element>(self) -> View<'a, D, U> {
         const { assert!(align_of::<U>() <= align_of::<T>() && size_of::<U>() > 0) };
         let len = self.len * size_of::<T>() / size_of::<U>();
         View { addr: self.addr, len, _borrow: PhantomData, _device: PhantomData }
     }
 
-    /// A part; panics when it does not lie inside.
+    /// Returns a part of the range; panics when it does not lie inside.
     pub fn range(self, range: Range<usize>) -> View<'a, D, T> {
         check_range(&range, self.len);
         View {
@@ -164,7 +164,7 @@ impl<'a, D: Device, T: Element> ViewMut<'a, D, T> {
         self.addr
     }
 
-    /// A part; panics when it does not lie inside.
+    /// Returns a part of the range; panics when it does not lie inside.
     pub fn into_range(self, range: Range<usize>) -> ViewMut<'a, D, T> {
         check_range(&range, self.len);
         ViewMut {
@@ -175,7 +175,7 @@ impl<'a, D: Device, T: Element> ViewMut<'a, D, T> {
         }
     }
 
-    /// A shorter exclusive borrow of a part.
+    /// Borrows a part exclusively, for a shorter time; panics when it does not lie inside.
     pub fn range_mut(&mut self, range: Range<usize>) -> ViewMut<'_, D, T> {
         check_range(&range, self.len);
         ViewMut {
@@ -186,12 +186,12 @@ impl<'a, D: Device, T: Element> ViewMut<'a, D, T> {
         }
     }
 
-    /// The same range, shared for as long as this borrow is not used.
+    /// Returns the same range, shared for as long as this borrow is not used.
     pub fn view(&self) -> View<'_, D, T> {
         View { addr: self.addr, len: self.len, _borrow: PhantomData, _device: PhantomData }
     }
 
-    /// Two parts that do not overlap.
+    /// Splits the range in two parts that do not overlap; panics when `mid` does not lie inside.
     pub fn split_at(self, mid: usize) -> (ViewMut<'a, D, T>, ViewMut<'a, D, T>) {
         check_range(&(0..mid), self.len);
         (

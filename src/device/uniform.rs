@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::{Device, ViewMut};
 
-/// `y[i]` = a number in ±half_width that looks random and depends on seed (below 2²⁴) and first + i alone.
+/// `y[i]` is a number in ±half_width that looks random and depends on seed (below 2²⁴) and first + i alone.
 pub struct Uniform<'a, D> {
     pub y: ViewMut<'a, D, f32>,
     pub seed: u64,

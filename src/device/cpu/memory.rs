@@ -87,7 +87,7 @@ impl HostRegion {
     }
 }
 
-/// What limits the memory of this process beside what the machine has, for messages: `ulimit -v` and `ulimit -d`.
+/// Names the limits of this process's memory beside what the machine has, for messages: `ulimit -v` and `ulimit -d`.
 fn limits() -> String {
     let text = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
     let set = ["Max address space", "Max data size"].iter().filter_map(|name| {

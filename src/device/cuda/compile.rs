@@ -128,7 +128,7 @@ const HEADERS: [(&CStr, &str); 5] = [
     (c"hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
 ];
 
-/// What machine code of an architecture is made for.
+/// Target that machine code of an architecture is made for.
 pub fn target(arch: u32) -> String {
     format!("sm_{arch}{}", if arch == HOPPER { "a" } else { "" })
 }

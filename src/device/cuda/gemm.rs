@@ -18,7 +18,7 @@ pub const WORKSPACE_BYTES: usize = 32 << 20;
 /// cuBLAS bound to one stream.
 pub struct Blas {
     handle: sys::cublasHandle_t,
-    /// What the handle uses, for as long as it lives.
+    /// The handle uses these for as long as it lives.
     _stream: Arc<CudaStream>,
     _workspace: Arc<Tables>,
 }

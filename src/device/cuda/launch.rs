@@ -96,7 +96,7 @@ pub(super) fn tile_map<A: HalfType>(matrix: View<'_, Cuda<A>, A>, width: usize, 
     Ok(Arg(map.opaque))
 }
 
-/// How many threads: blocks (x, y), threads of a block, dynamic shared memory.
+/// The threads of a launch: blocks (x, y), threads of a block, dynamic shared memory.
 #[derive(Clone, Copy)]
 pub struct Grid {
     pub blocks: (usize, usize),
@@ -105,12 +105,12 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// Blocks of 256 threads, one thread an element; the kernels loop over what is more.
+    /// Makes blocks of 256 threads, one thread an element; where these are too many, the kernels loop.
     pub fn elements(len: usize) -> Grid {
         Grid { blocks: (len.div_ceil(256).min(1 << 20), 1), threads: 256, shared_bytes: 0 }
     }
 
-    /// One block of 256 threads a row.
+    /// Makes one block of 256 threads a row.
     pub fn rows(num_rows: usize) -> Grid {
         Grid { blocks: (num_rows, 1), threads: 256, shared_bytes: 0 }
     }
@@ -123,7 +123,7 @@ macro_rules! args {
 pub(super) use args;
 
 impl<A: HalfType> Cuda<A> {
-    /// Starts a kernel on the compute stream; none for a grid without blocks.
+    /// Starts a kernel on the compute stream; a grid without blocks starts none.
     ///
     /// # Safety
     /// The arguments are those that the kernel declares, in its order, and what it reaches through them, in a grid of this size, lies in
@@ -136,7 +136,7 @@ impl<A: HalfType> Cuda<A> {
     /// Starts a kernel on a stream.
     ///
     /// # Safety
-    /// As for [`Cuda::launch`].
+    /// The caller's duty is that of [`Cuda::launch`].
     pub(super) unsafe fn launch_on<const N: usize>(
         &self,
         stream: &CudaStream,

@@ -22,7 +22,7 @@ pub fn driver_is_there() -> bool {
     unsafe { driver::sys::is_culib_present() }
 }
 
-/// Whether the driver has the function that gives the time between two events.
+/// True when the driver has the function that gives the time between two events.
 pub fn driver_times_events() -> bool {
     static KNOWN: OnceLock<bool> = OnceLock::new();
     *KNOWN.get_or_init(|| {
@@ -66,7 +66,7 @@ fn load(libraries: &[&str], package: &str, is_present: impl Fn() -> bool) -> Res
     )
 }
 
-/// Whether a folder has all these libraries.
+/// True when a folder has all these libraries.
 fn has_all(folder: &Path, libraries: &[&str]) -> bool {
     libraries.iter().all(|library| !files(folder, library).is_empty())
 }

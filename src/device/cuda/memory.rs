@@ -37,13 +37,13 @@ fn pinned() -> MutexGuard<'static, Vec<Range<usize>>> {
     PINNED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether the driver may still read a slice when an asynchronous copy from it has returned.
+/// True when the driver may still read a slice after an asynchronous copy from it has returned.
 fn is_pinned<T>(slice: &[T]) -> bool {
     let own = slice.as_ptr_range();
     pinned().iter().any(|range| range.start < own.end as usize && (own.start as usize) < range.end)
 }
 
-/// Host memory that the driver holds in place; let go on drop.
+/// Host memory that the driver holds in place; it is let go on drop.
 struct Pin {
     addr: usize,
     context: Arc<CudaContext>,
@@ -82,7 +82,7 @@ pub struct Tables {
     region: DeviceRegion,
 }
 
-/// Where they begin: the NF4 code book, its thresholds, the 8-bit dynamic map, partial sums, the workspace of cuBLAS.
+/// Offsets of the tables: the NF4 code book, its thresholds, the 8-bit dynamic map, partial sums, the workspace of cuBLAS.
 const CODEBOOK_AT: u64 = 0;
 const THRESHOLDS_AT: u64 = 64;
 const MAP_AT: u64 = 256;
@@ -189,7 +189,7 @@ impl<A: HalfType> Cuda<A> {
             .map_err(|e| anyhow!("copy from the GPU: {e}"))
     }
 
-    /// What a kernel left in [`Tables::sums`]. Waits for the compute stream.
+    /// Reads what a kernel left in [`Tables::sums`]. Waits for the compute stream.
     pub(super) fn read_sums(&self) -> Result<[f64; SUM_PARTS]> {
         let mut sums = [0f64; SUM_PARTS];
         // SAFETY: the range holds as many f64, and the copy is waited for.
@@ -199,7 +199,7 @@ impl<A: HalfType> Cuda<A> {
         Ok(sums)
     }
 
-    /// Every byte of a range becomes `byte`, on a stream.
+    /// Sets every byte of a range to `byte`, on a stream.
     pub fn fill_on<T: Element>(&self, stream: &CudaStream, dst: ViewMut<'_, Cuda<A>, T>, byte: u8) -> Result<()> {
         if dst.is_empty() {
             return Ok(());

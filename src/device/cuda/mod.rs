@@ -39,21 +39,22 @@ pub use attention::HEAD_DIMS;
 use attention_hopper::Hopper;
 use launch::{Grid, args};
 
-/// What a process takes of a GPU's memory before it has allocated anything: the driver's context, the kernels, cuBLAS and its
+/// Bytes of a GPU's memory that a process takes before it has allocated anything: the driver's context, the kernels, cuBLAS and its
 /// workspace.
 pub const CONTEXT_BYTES: usize = 512 << 20;
 
-/// What libraries still take when they are first used: kernels that cuBLAS loads late.
+/// Bytes that libraries take later, when they are first used: cuBLAS loads some kernels late.
 pub const LIBRARY_BYTES: usize = 128 << 20;
 
-/// What NCCL's communicator takes with two H100 over NVLink, less where ranks talk through the host. For `plan`: a run measures it.
+/// Bytes that NCCL's communicator takes with two H100 over NVLink; it takes less where ranks talk through the host. `plan` uses this
+/// figure, a run measures it.
 pub const NCCL_BYTES: usize = 1308 << 20;
 
-/// What it takes where ranks talk through sockets: two ranks on an H100 (2026-11-25).
+/// Bytes that NCCL's communicator takes where ranks talk through sockets: two ranks on an H100 (2026-11-25).
 pub const NCCL_SOCKET_BYTES: usize = 450 << 20;
 
-/// Pinned memory that takes a byte of the GPU: the driver maps each page of 4 KiB there with eight bytes. Seen to 5 MiB with 49 and
-/// 220 GB on H100s.
+/// Bytes of pinned memory that take one byte of the GPU: the driver maps each page of 4 KiB there with eight bytes. This was right to
+/// 5 MiB with 49 and 220 GB on H100s.
 pub const PINNED_BYTES_OF_A_TABLE_BYTE: usize = 512;
 
 /// The oldest GPUs that have what the kernels use: bf16 matrix instructions.
@@ -62,9 +63,9 @@ const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 /// A type of activations and dense weights on a GPU.
 pub trait HalfType: gemm::BlasType {
     const NAME: &'static str;
-    /// What the kernels are compiled with.
+    /// The option that the kernels are compiled with.
     const COMPILE_OPTION: Option<&'static str>;
-    /// Whether gradients are so small for its exponent that the loss must be scaled.
+    /// True when gradients are so small for its exponent that the loss must be scaled.
     const NEEDS_LOSS_SCALING: bool;
     /// Rounds to nearest; the lengths are equal.
     fn round(to: &mut [Self], from: &[f32]);
@@ -93,7 +94,7 @@ pub struct Cuda<A: HalfType> {
     blas: Arc<gemm::Blas>,
     kernels: Arc<HashMap<&'static str, CudaFunction>>,
     tables: Arc<memory::Tables>,
-    /// Where it is a Hopper, whose attention has kernels of its own.
+    /// Set on a Hopper, whose attention has kernels of its own.
     hopper: Option<Hopper>,
     compute: Arc<CudaStream>,
     context: Arc<CudaContext>,
@@ -146,7 +147,7 @@ impl<A: HalfType> Cuda<A> {
         self.context.name().map_err(|e| anyhow!("GPU: {e}"))
     }
 
-    /// Another stream, for communication.
+    /// Makes another stream, for communication.
     pub fn new_stream(&self) -> Result<Arc<CudaStream>> {
         self.context.new_stream().map_err(|e| anyhow!("GPU: {e}"))
     }
@@ -156,25 +157,25 @@ impl<A: HalfType> Cuda<A> {
         &self.compute
     }
 
-    /// What is on `first` now comes before what will be on `then`.
+    /// Makes what is put on `then` from now on wait for what is on `first` now.
     pub fn order(&self, first: &CudaStream, then: &CudaStream) -> Result<()> {
         then.wait(&first.record_event(None).map_err(|e| anyhow!("GPU event: {e}"))?)
             .map_err(|e| anyhow!("GPU event: {e}"))
     }
 
-    /// An event of a stream that has a time, with drivers from 12.8 on.
+    /// Returns an event of a stream; with drivers from 12.8 on it has a time.
     pub fn mark_on(&self, stream: &CudaStream) -> Result<CudaEvent> {
         let flags = Some(sys::CUevent_flags::CU_EVENT_DEFAULT);
         stream.record_event(flags).map_err(|e| anyhow!("GPU event: {e}"))
     }
 
-    /// Keeps a stream busy, for tests of the order of streams.
+    /// Keeps a stream busy for a time, for tests of the order of streams.
     pub fn spin_on(&self, stream: &CudaStream, time: Duration) -> Result<()> {
         if time.is_zero() {
             return Ok(());
         }
         let grid = Grid { blocks: (1, 1), threads: 1, shared_bytes: 0 };
-        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        // SAFETY: the kernel reaches no memory, and declares this argument alone.
         unsafe { self.launch_on(stream, "spin", grid, args![time.as_nanos() as u64]) }
     }
 
@@ -193,7 +194,7 @@ impl<A: HalfType> Cuda<A> {
     }
 }
 
-/// Machine code of a newer CUDA than the driver's is refused by it.
+/// Explains why a kernel was not loaded: a driver refuses machine code of a newer CUDA than its own.
 fn not_loaded(stem: &str, error: &DriverError) -> anyhow::Error {
     let mut driver = 0;
     // SAFETY: writes one integer.
@@ -216,7 +217,7 @@ fn check_capability(ordinal: usize, (major, minor): (i32, i32)) -> Result<()> {
     Ok(())
 }
 
-/// GPUs that the driver shows to this process; 0 without a driver.
+/// Returns the number of GPUs that the driver shows to this process; 0 without a driver.
 pub fn num_devices() -> Result<usize> {
     if !libraries::driver_is_there() {
         return Ok(0);
