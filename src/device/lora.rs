@@ -250,3 +250,70 @@ fn narrow_sizes<D: Device>(
     }
     Ok([tokens, features])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Arena;
+    use crate::device::cpu::Cpu;
+
+    /// T, out, in and r of the products below.
+    const SIZES: [usize; 4] = [3, 5, 8, 2];
+
+    /// Calls every product with buffers of these lengths: y, W, x, u, B, A, positions and scratch; returns the errors.
+    fn errors([y, weight, x, u, b, a, positions, scratch]: [usize; 8]) -> [Option<String>; 5] {
+        let (cpu, r) = (Cpu::new(1), SIZES[3]);
+        let buffer = |len: usize| Arena::carved(&cpu, |arena| arena.carve::<f32>("x", len)).unwrap();
+        let [mut y, weight, mut x, mut u, b, mut a, mut scratch] = [y, weight, x, u, b, a, scratch].map(buffer);
+        let (other_x, other_u, other_a) = (buffer(x.len()), buffer(u.len()), buffer(a.len()));
+        let positions = Arena::carved(&cpu, |arena| arena.carve::<u32>("positions", positions)).unwrap();
+        let sample_idx = Arena::carved(&cpu, |arena| arena.carve::<u64>("samples", SIZES[0])).unwrap();
+        let (sample_idx, positions) = (sample_idx.view(), positions.view());
+        let mask = DropoutMask { probability: 0.5, seed: 1, step: 1, module: 1, sample_idx, positions };
+        let linear = LoraLinear {
+            y: y.view_mut(),
+            x: other_x.view(),
+            weight: weight.view(),
+            bias: None,
+            u: other_u.view(),
+            b: b.view(),
+            lora_rank: r,
+            scale: 1.0,
+        };
+        let linear = cpu.lora_linear(linear);
+        let (mask, lora_rank) = (Some(mask), r);
+        let (a_view, x_view, d_u) = (other_a.view(), other_x.view(), other_u.view());
+        let down = LoraDown { u: u.view_mut(), x: x_view, a: a_view, mask, lora_rank, scratch: scratch.view_mut() };
+        let down = cpu.lora_down(down);
+        let grad_a = LoraGradA { d_a: a.view_mut(), d_u, x: x_view, mask, lora_rank, scratch: scratch.view_mut() };
+        let grad_a = cpu.lora_grad_a(grad_a);
+        let grad_x = LoraGradX { d_x: x.view_mut(), d_u, a: a_view, mask, lora_rank, scratch: scratch.view_mut() };
+        let grad_x = cpu.lora_grad_x(grad_x);
+        let dropout = LoraDropout { y: x.view_mut(), x: x_view, mask: mask.unwrap(), accumulate: false };
+        let dropout = cpu.lora_dropout(dropout);
+        [linear, down, grad_a, grad_x, dropout].map(|result| result.err().map(|error| error.to_string()))
+    }
+
+    #[test]
+    fn a_length_that_the_contract_does_not_allow_is_refused() {
+        let [m, n, k, r] = SIZES;
+        let right = [m * n, n * k, m * k, m * r, n * r, r * k, m, m * k];
+        assert_eq!(errors(right), [const { None }; 5]);
+        // Which of linear, down, grad_a, grad_x and dropout look at y, W, x, u, B, A, positions and scratch.
+        let looks: [[bool; 5]; 8] = [
+            [true, false, false, false, false],
+            [true, false, false, false, false],
+            [true, true, true, true, true],
+            [true, true, true, true, false],
+            [true, false, false, false, false],
+            [false, true, true, true, false],
+            [false, true, true, true, true],
+            [false, true, true, true, false],
+        ];
+        for (i, looks) in looks.into_iter().enumerate() {
+            let mut lens = right;
+            lens[i] -= 1;
+            assert_eq!(errors(lens).map(|error| error.is_some()), looks, "operand {i} is too short");
+        }
+    }
+}
