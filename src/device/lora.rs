@@ -189,6 +189,8 @@ impl<D: Device> LoraLinear<'_, D> {
             [u, b, weight, x, y] == [m * r, n * r, n * k, m * k, m * n],
             "lora_linear: u {u} B {b} W {weight} x {x} y {y} for a rank of {r}"
         );
+        let bias = self.bias.map_or(n, |bias| bias.len());
+        ensure!(bias == n, "lora_linear: bias {bias} for {n} features");
         Ok([m, n, k])
     }
 }
@@ -260,11 +262,12 @@ mod tests {
     /// T, out, in and r of the products below.
     const SIZES: [usize; 4] = [3, 5, 8, 2];
 
-    /// Calls every product with buffers of these lengths: y, W, x, u, B, A, positions and scratch; returns the errors.
-    fn errors([y, weight, x, u, b, a, positions, scratch]: [usize; 8]) -> [Option<String>; 5] {
+    /// Calls every product with buffers of these lengths: y, W, x, u, B, A, positions, scratch and bias; returns the errors.
+    fn errors([y, weight, x, u, b, a, positions, scratch, bias]: [usize; 9]) -> [Option<String>; 5] {
         let (cpu, r) = (Cpu::new(1), SIZES[3]);
         let buffer = |len: usize| Arena::carved(&cpu, |arena| arena.carve::<f32>("x", len)).unwrap();
-        let [mut y, weight, mut x, mut u, b, mut a, mut scratch] = [y, weight, x, u, b, a, scratch].map(buffer);
+        let [mut y, weight, mut x, mut u, b, mut a, mut scratch, bias] =
+            [y, weight, x, u, b, a, scratch, bias].map(buffer);
         let (other_x, other_u, other_a) = (buffer(x.len()), buffer(u.len()), buffer(a.len()));
         let positions = Arena::carved(&cpu, |arena| arena.carve::<u32>("positions", positions)).unwrap();
         let sample_idx = Arena::carved(&cpu, |arena| arena.carve::<u64>("samples", SIZES[0])).unwrap();
@@ -274,7 +277,7 @@ mod tests {
             y: y.view_mut(),
             x: other_x.view(),
             weight: weight.view(),
-            bias: None,
+            bias: Some(bias.view()),
             u: other_u.view(),
             b: b.view(),
             lora_rank: r,
@@ -297,10 +300,10 @@ mod tests {
     #[test]
     fn a_length_that_the_contract_does_not_allow_is_refused() {
         let [m, n, k, r] = SIZES;
-        let right = [m * n, n * k, m * k, m * r, n * r, r * k, m, m * k];
+        let right = [m * n, n * k, m * k, m * r, n * r, r * k, m, m * k, n];
         assert_eq!(errors(right), [const { None }; 5]);
-        // Which of linear, down, grad_a, grad_x and dropout look at y, W, x, u, B, A, positions and scratch.
-        let looks: [[bool; 5]; 8] = [
+        // Which of linear, down, grad_a, grad_x and dropout look at y, W, x, u, B, A, positions, scratch and bias.
+        let looks: [[bool; 5]; 9] = [
             [true, false, false, false, false],
             [true, false, false, false, false],
             [true, true, true, true, true],
@@ -309,6 +312,7 @@ mod tests {
             [false, true, true, true, false],
             [false, true, true, true, true],
             [false, true, true, true, false],
+            [true, false, false, false, false],
         ];
         for (i, looks) in looks.into_iter().enumerate() {
             let mut lens = right;

@@ -11,7 +11,7 @@ impl<A: HalfType> UniformOps for Cuda<A> {
     fn uniform(&self, args: Uniform<'_, Cuda<A>>) -> Result<()> {
         let Uniform { y, seed, first, half_width } = args;
         let len = y.len();
-        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
+        // SAFETY: the kernel writes the elements of y alone, and declares these arguments in this order.
         unsafe { self.launch("uniform", Grid::elements(len), args![y, len as u64, first, seed, half_width]) }
     }
 }
