@@ -1,11 +1,12 @@
 """A folder to attack, runs of the program in it, and how a run is judged."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-import resource
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,11 @@ from typing import Callable
 REPO = Path(__file__).resolve().parent.parent.parent
 GOLDEN = REPO / "tests/golden"
 
-# A run that takes longer hangs; the timeout of collectives is shorter, so that the program has a chance to say so.
-LIMIT_S = 40
-COLLECTIVES_S = "15"
+# A run that takes longer hangs. One takes a second where nothing else runs, so that the limit holds on a busy machine too.
+LIMIT_S = 300
+# The program's watchdog ends a rank that waits for longer, and says so: the run would have hung without it.
+WATCHDOG_S = "60"
+WATCHDOG_SAYS = "did not end within"
 # Address space of one process: whoever asks for more takes all memory.
 MEMORY_BYTES = 12 << 30
 
@@ -61,17 +64,11 @@ class Ended:
 
 
 class Place:
-    """A model, rows, a recipe, an adapter and a cache in a folder, made afresh for each attack."""
+    """A copy of a template (a model, rows, a recipe, adapters), made afresh for each attack, and runs of the program in it."""
 
-    def __init__(self, folder: Path, program: Path):
-        self.template, self.dir, self.program = folder / "template", folder / "work", program
-        model = self.template / "model"
-        model.mkdir(parents=True)
-        for file in ["tiny/config.json", "tiny/model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]:
-            shutil.copy(GOLDEN / file, model)
-        (self.template / "recipe.yaml").write_text(RECIPE)
-        (self.template / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-        self.reset()
+    def __init__(self, folder: Path, template: Path, program: Path):
+        self.template, self.dir, self.program = template, folder / "work", program
+        folder.mkdir()
 
     def reset(self):
         """Everything as it was in the beginning."""
@@ -97,7 +94,7 @@ class Place:
             **base,
             **MPI,
             "FSDP_QLORA_CACHE": str(self.path("cache")),
-            "FSDP_QLORA_TIMEOUT_S": COLLECTIVES_S,
+            "FSDP_QLORA_TIMEOUT_S": WATCHDOG_S,
             "RAYON_NUM_THREADS": "1",
             # `~` in a path is a folder of this place.
             "HOME": str(self.dir),
@@ -112,16 +109,37 @@ class Place:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES)),
         )
 
+    def output(self) -> str:
+        return (self.dir.parent / "output").read_text(errors="replace")
+
+    def ranks(self, process: subprocess.Popen) -> list[int]:
+        """Processes of the program that are part of this run and have not ended, rank 0 first."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            # A process that has ended meanwhile can no longer be looked at.
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(bytes(self.program) + b"\0"):
+                    session = (entry / "stat").read_text().rpartition(")")[2].split()[3]
+                    found += [int(entry.name)] if int(session) == process.pid else []
+        return sorted(found)
+
     def wait(self, process: subprocess.Popen) -> Ended:
-        try:
-            status, late = process.wait(LIMIT_S), False
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            status, late = process.wait(), True
-        return Ended(status, (self.dir.parent / "output").read_text(errors="replace"), late)
+        status, begin = None, time.monotonic()
+        while status is None:
+            try:
+                status = process.wait(1)
+            except subprocess.TimeoutExpired:
+                # Open MPI 4's mpirun does not end where a rank is killed while it connects to it, though all ranks have ended.
+                mpirun_hangs = "PMIX ERROR: UNREACHABLE" in self.output() and not self.ranks(process)
+                if mpirun_hangs or time.monotonic() - begin > LIMIT_S:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    for rank in self.ranks(process):
+                        os.kill(rank, signal.SIGKILL)
+                    process.wait()
+                    return Ended(1 if mpirun_hangs else -signal.SIGKILL, self.output(), not mpirun_hangs)
+        return Ended(status, self.output(), False)
 
     def run(self, *args: str, ranks: int = 1, **environment: str) -> Ended:
         return self.wait(self.start(self.command(*args, ranks=ranks), **environment))
@@ -133,11 +151,22 @@ class Place:
 
 
 def digest(folder: Path) -> str | None:
-    """Of the two files that are an adapter; `None` where one of them is not there."""
-    files = [folder / name for name in ["adapter_config.json", "adapter_model.safetensors"]]
-    if not all(file.is_file() for file in files):
+    """Digest of the two files that are an adapter, without the path of its base; `None` where one of them is not there."""
+    config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if not (config.is_file() and tensors.is_file()):
         return None
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    settings = json.loads(config.read_text())
+    del settings["base_model_name_or_path"]
+    return hashlib.sha256(json.dumps(settings).encode() + tensors.read_bytes()).hexdigest()
+
+
+def make_template(folder: Path):
+    model = folder / "model"
+    model.mkdir(parents=True)
+    for file in ["tiny/config.json", "tiny/model.safetensors", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"]:
+        shutil.copy(GOLDEN / file, model)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
 
 
 TRAIN = ["train", "-c", "recipe.yaml"]
@@ -145,10 +174,12 @@ EVAL = ["eval", "--model", "model", "--dataset", "rows.jsonl", "--max-length", "
 
 
 class Reference:
-    """What runs give that nobody attacks; their results are put into the folder that each attack begins with."""
+    """Results of runs that nobody attacks. Two of them become folders of the template: `adapter`, and `old` of another recipe."""
 
     def __init__(self, place: Place):
         self.place = place
+        make_template(place.template)
+        place.reset()
         self.eval_text = self.of(*EVAL)
         self.of(*TRAIN)
         self.trained = digest(place.path("out"))
@@ -207,7 +238,7 @@ class Attack:
 
 def how_it_failed(ended: Ended) -> str | None:
     """`None` for a run that ended well."""
-    if ended.late:
+    if ended.late or WATCHDOG_SAYS in ended.text:
         return "hang"
     if ended.status == 0:
         return None

@@ -1,41 +1,95 @@
 """Faults of the file system and kills while a run replaces the result of another: what was there stays whole, or the new one is."""
 
+import collections
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
-from .common import TRAIN, Attack, digest, how_it_failed
+from .common import TRAIN, Attack, Place, digest, how_it_failed
 
 OVERWRITE = [*TRAIN, "--overwrite"]
-# System calls that change files, and what they may answer.
+# System calls on files, and what they may answer.
 CALLS = {
     "write": ["ENOSPC", "EIO"],
-    "pwrite64": ["ENOSPC"],
+    "pwrite64,ftruncate": ["ENOSPC", "EIO"],
     "fsync": ["EIO"],
     "rename,renameat,renameat2": ["EACCES", "EIO", "ENOSPC"],
-    "mkdir,mkdirat": ["ENOSPC"],
-    "unlink,unlinkat": ["EACCES"],
+    "mkdir,mkdirat": ["ENOSPC", "EACCES"],
+    "unlink,unlinkat,rmdir": ["EACCES", "EIO"],
     "fstatfs,statfs": ["EIO"],
     "flock": ["ENOLCK"],
-    "ftruncate,fallocate": ["ENOSPC"],
     "mmap": ["ENOMEM"],
-    "linkat,link": ["EPERM"],
+    "openat": ["EMFILE", "EACCES", "EIO", "ENOSPC"],
+    "read,pread64": ["EIO"],
+    "getdents64": ["EIO"],
 }
+# Traces this process and its threads, but not the daemon that Open MPI starts.
+STRACE = ["strace", "-f", "-b", "execve", "-qq"]
 
 
-def judge(place, reference, ended):
+def why_not_traced() -> str | None:
+    """Why faults cannot be injected on this machine."""
+    try:
+        tried = subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "there is no strace"
+    return None if tried.returncode == 0 else f"strace cannot trace here: {tried.stderr.strip().splitlines()[0]}"
+
+
+def begin(place: Place):
+    place.reset()
+    shutil.copytree(place.path("old"), place.path("out"))
+
+
+LOCK = threading.Lock()
+ACCESSES: dict[str, list[tuple[str, int, str]]] = {}
+
+
+def accesses(place: Place, calls: str) -> list[tuple[str, int, str]]:
+    """Accesses of these system calls to files of the place, in the order of a run that nothing disturbs: the call, its number among
+    those of its thread with this name (strace counts so), and its text."""
+    with LOCK:
+        if not ACCESSES:
+            begin(place)
+            log = place.dir.parent / "trace"
+            trace = [*STRACE, "-y", "-o", str(log), "-e", f"trace={','.join(CALLS)}"]
+            ended = place.wait(place.start(trace + place.command(*OVERWRITE)))
+            assert ended.status == 0, ended.text
+            ACCESSES.update(read_trace(log.read_text(), str(place.dir)))
+    return [access for call in calls.split(",") for access in ACCESSES.get(call, [])]
+
+
+def read_trace(text: str, folder: str) -> dict[str, list[tuple[str, int, str]]]:
+    numbers, found = collections.Counter(), collections.defaultdict(list)
+    for line in text.splitlines():
+        match = re.match(r"(\d+) +(\w+)\((.*)", line)
+        if not match:
+            continue
+        thread, call, arguments = match.groups()
+        numbers[thread, call] += 1
+        # Paths that do not begin with / are those of the folder in which the program runs.
+        arguments = re.sub(r"^AT_FDCWD(<.*?>)?, ", "", arguments)
+        if re.match(rf'"([^/]|{re.escape(folder)})', arguments) or re.search(rf"\d<{re.escape(folder)}", arguments):
+            found[call].append((call, numbers[thread, call], arguments.replace(folder, "")[:100]))
+    return found
+
+
+def judge(place, reference, ended, new):
     """The folder holds the result of before or the new one, and a rerun succeeds and leaves nothing behind."""
     found = digest(place.path("out"))
     if found is None:
         # A kill between two moves of a complete result leaves no config; the next start finishes the moves.
         place.run(*TRAIN)
         found = digest(place.path("out"))
-    if found not in (reference.other, reference.trained):
+    if found not in (reference.other, new):
         return "lost", "neither the result of before nor the new one"
     failure = how_it_failed(ended)
-    if failure is None and found != reference.trained:
+    if failure is None and found != new:
         return "silent", "the result of before, with status 0"
     again = place.run(*OVERWRITE)
     if again.status != 0 or digest(place.path("out")) != reference.trained:
@@ -45,72 +99,93 @@ def judge(place, reference, ended):
     return failure or "same", ""
 
 
-class Injected(Attack):
-    """One system call answers with an error, or the process is killed at it."""
+def of_a_kill(outcome, ended):
+    """A run that was killed ends by a signal; nobody else may crash."""
+    return "refused" if outcome == "crash" and "panicked at" not in ended.text else outcome
 
-    call, what, when = "", "", 1
+
+class Injected(Attack):
+    """One system call on a file answers with an error, or the process is killed at it."""
+
+    calls, what, share = "", "", 0.0
 
     def run(self, place, reference):
-        place.reset()
-        shutil.copytree(place.path("old"), place.path("out"))
-        trace = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={self.call}", "-e", f"inject={self.call}:{self.what}:when={self.when}"]
-        # mmap fails for everybody at the start; a run begins when its libraries are there.
+        if REASON:
+            return "left out", REASON
+        found = accesses(place, self.calls)
+        call, number, text = found[int(len(found) * self.share)]
+        self.name += f": {call} number {number}: {text}"
+        begin(place)
+        trace = [*STRACE, "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={call}:{self.what}:when={number}"]
         ended = place.wait(place.start(trace + place.command(*OVERWRITE)))
-        killed = "signal=KILL" in self.what and ended.status in (-9, 137)
-        outcome, text = judge(place, reference, ended)
-        return ("refused" if killed and outcome == "crash" else outcome), f"{text}\n{ended.text[-2000:]}"
+        outcome, text = judge(place, reference, ended, reference.trained)
+        if "signal=KILL" in self.what:
+            outcome = of_a_kill(outcome, ended)
+        return outcome, f"{text}\n{ended.text[-2000:]}"
+
+
+REASON = why_not_traced()
 
 
 def injected(random):
     """Errors of the file system at a random place of the run."""
-    if subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True).returncode != 0:
-        raise SystemExit("error: strace cannot trace here; --only picks other attacks")
-    for call, errors in CALLS.items():
-        for i in range(7):
-            kill = i % 3 == 2
-            attack = Injected("", lambda place: None, {"refused", "same"})
-            attack.call, attack.when = call, random.randrange(40, 120) if call == "mmap" else random.randrange(1, 40)
-            attack.what = "signal=KILL" if kill else f"error={random.choice(errors)}"
-            attack.name = f"{attack.what} at {call} number {attack.when}"
+    for calls, errors in CALLS.items():
+        for i in range(9):
+            attack = Injected("", lambda place: None, {"refused", "same", "left out"})
+            attack.calls, attack.share = calls, random.random()
+            attack.what = "signal=KILL" if i % 3 == 2 else f"error={random.choice(errors)}"
+            attack.name = f"{attack.what} after {attack.share:.0%} of {calls}"
             yield attack
 
 
-class Killed(Attack):
-    """One of two ranks is killed after some time."""
+def two_ranks(place: Place) -> list[str]:
+    return place.command(*OVERWRITE, "--set", "training.global_batch_size=4", ranks=2)
 
-    after_s = 0.0
+
+class Killed(Attack):
+    """One of two ranks is killed when the run has said a share of what it says, so that the speed of the machine does not matter."""
+
+    share, later_s, rank = 0.0, 0.0, 0
 
     def run(self, place, reference):
-        place.reset()
-        shutil.copytree(place.path("old"), place.path("out"))
-        process = place.start(place.command(*OVERWRITE, "--set", "training.global_batch_size=4", ranks=2))
-        time.sleep(self.after_s)
-        ranks = subprocess.run(["pgrep", "-f", f"^{place.program} "], capture_output=True, text=True).stdout.split()
-        if ranks:
-            try:
-                os.kill(int(ranks[-1]), signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        begin = time.monotonic()
+        num_lines, new = lines_and_result(place)
+        num_lines = int(self.share * num_lines)
+        begin(place)
+        process = place.start(two_ranks(place))
+        ranks = []
+        while process.poll() is None and not (len(ranks) == 2 and place.output().count("\n") >= num_lines):
+            ranks = ranks if len(ranks) == 2 else place.ranks(process)
+            time.sleep(0.001)
+        time.sleep(self.later_s)
+        if len(ranks) == 2:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(ranks[self.rank], signal.SIGKILL)
         ended = place.wait(process)
-        seconds = time.monotonic() - begin
-        found = digest(place.path("out"))
-        if found is None:
-            return "lost", "no adapter"
-        if ended.late or seconds > 25:
-            return "hang", f"{seconds:.0f} s after the kill"
-        again = place.run(*OVERWRITE)
-        if again.status != 0 or digest(place.path("out")) != reference.trained or place.left_over():
-            return "lost", f"a rerun does not mend it, left over: {place.left_over()}\n{again.text[-2000:]}"
-        return "same" if ended.status == 0 else "refused", ended.text[-2000:]
+        outcome, text = judge(place, reference, ended, new)
+        return of_a_kill(outcome, ended), f"{text}\n{ended.text[-2000:]}"
+
+
+ON_TWO_RANKS: list[tuple[int, str | None]] = []
+
+
+def lines_and_result(place: Place) -> tuple[int, str | None]:
+    """Number of lines that a run on two ranks prints if nobody kills it, and the digest of its result."""
+    with LOCK:
+        if not ON_TWO_RANKS:
+            begin(place)
+            ended = place.wait(place.start(two_ranks(place)))
+            assert ended.status == 0, ended.text
+            ON_TWO_RANKS.append((ended.text.count("\n"), digest(place.path("out"))))
+    return ON_TWO_RANKS[0]
 
 
 def kills(random):
     """A rank that is killed at a random moment."""
-    for _ in range(16):
+    for _ in range(32):
         attack = Killed("", lambda place: None, {"refused", "same"})
-        attack.after_s = random.uniform(0.02, 0.8)
-        attack.name = f"a rank is killed after {attack.after_s:.2f} s"
+        attack.share, attack.later_s = random.uniform(0.0, 1.0), random.choice([0.0, random.uniform(0.0, 0.1)])
+        attack.rank = random.randrange(2)
+        attack.name = f"rank {attack.rank} is killed {attack.later_s:.3f} s after {attack.share:.0%} of the messages"
         yield attack
 
 

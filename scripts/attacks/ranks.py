@@ -3,11 +3,8 @@
 import json
 import shutil
 
-from .common import LIMIT_S, TRAIN, Attack, how_it_failed
+from .common import TRAIN, WATCHDOG_S, Attack, how_it_failed
 from .damage import REFUSED
-
-# A run refuses what differs in much less time than collectives may take.
-QUICK_S = 12
 
 
 class Differing(Attack):
@@ -17,8 +14,6 @@ class Differing(Attack):
     environment: dict[str, str] = {}
 
     def run(self, place, reference):
-        import time
-
         place.reset()
         shutil.copytree(place.path("model"), place.path("model1"))
         shutil.copy(place.path("rows.jsonl"), place.path("rows1.jsonl"))
@@ -27,11 +22,7 @@ class Differing(Attack):
         program = place.command(*TRAIN, "--set", "training.max_steps=3")
         # Rank 0 never sees the environment of rank 1.
         command = ["mpirun", "-np", "1", *program, ":", "-np", "1", *env, *program, *self.other]
-        begin = time.monotonic()
         ended = place.wait(place.start(command))
-        seconds = time.monotonic() - begin
-        if QUICK_S < seconds < LIMIT_S:
-            return "hang", f"{seconds:.0f} s\n{ended.text[-2000:]}"
         failure = how_it_failed(ended)
         written = [p for d in ["out", "cache"] for p in place.path(d).rglob("*") if p.is_file() and "lock" not in p.name]
         if failure == "refused" and written:
@@ -101,7 +92,7 @@ def inputs(random):
 def environments(_):
     """Variables that change what a run does."""
     yield differing("ranks of a node", FSDP_QLORA_RANKS_PER_NODE="1")
-    yield differing("another timeout", FSDP_QLORA_TIMEOUT_S="14")
+    yield differing("another timeout", FSDP_QLORA_TIMEOUT_S=str(int(WATCHDOG_S) + 1))
 
 
 KINDS = [recipes, inputs, environments]
