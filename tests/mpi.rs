@@ -2,10 +2,11 @@
 
 mod common;
 
-use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
+use common::cli::{Place, TRAIN, fails, metrics, program, succeeds, train_with};
 use safetensors::SafeTensors;
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 #[test]
 fn one_two_three_and_four_ranks() {
@@ -190,4 +191,41 @@ fn evaluation_and_generation_on_two_ranks() {
     let (one, two) = (loss(stdout(place.command(&eval))), loss(stdout(place.mpirun(2, &eval))));
     assert!((one - two).abs() <= 1e-6 * one, "{one} and {two}");
     assert_eq!(stdout(place.command(&generate)), stdout(place.mpirun(2, &generate)));
+}
+
+/// Ranks of a machine that hold the same shard map one file where their folders are one, and have a file each where they are not.
+#[test]
+fn ranks_of_a_machine_may_have_folders_of_their_own_for_shards() {
+    let place = Place::new();
+    let caches: [&[&str]; 4] = [
+        &["FSDP_QLORA_CACHE=cache0"],
+        &["-u", "FSDP_QLORA_CACHE", "XDG_CACHE_HOME=xdg"],
+        &["-u", "FSDP_QLORA_CACHE", "-u", "XDG_CACHE_HOME", "HOME=home"],
+        &["FSDP_QLORA_CACHE=xdg/../cache0"],
+    ];
+    let run = |strategy: &str, output: &str| {
+        let sets = [format!("fsdp.sharding_strategy={strategy}"), format!("output_dir={output}")];
+        let ranks = caches.map(|cache| {
+            let program = program().display().to_string();
+            let train = train_with(&[&sets[0], &sets[1]]);
+            let environment = [&["env"], cache, &["FSDP_QLORA_RANKS_PER_NODE=2", &program]].concat();
+            environment.into_iter().chain(train).map(String::from).collect()
+        });
+        let text = succeeds(place.mpirun_each(&ranks));
+        (text.contains("quantizing unit"), place.read(&format!("{output}/adapter_model.safetensors")))
+    };
+    let expected: [(&str, &str, &[&str]); 2] = [
+        ("hybrid_shard", "-of-00002.safetensors", &["cache0", "cache0", "home", "xdg"]),
+        ("no_shard", "-of-00001.safetensors", &["cache0", "home", "xdg"]),
+    ];
+    for (strategy, end, expected) in expected {
+        let (makes, finds) = (run(strategy, &format!("{strategy}-1")), run(strategy, &format!("{strategy}-2")));
+        assert!(makes.0 && !finds.0 && makes.1 == finds.1, "{strategy}: the second run finds the files of the first");
+        let root =
+            |path: String| Path::new(&path).strip_prefix(place.path("")).unwrap().iter().next().unwrap().to_owned();
+        let files = place.results().into_iter().filter(|path| path.ends_with(end));
+        let mut found: Vec<_> = files.map(root).collect();
+        found.sort();
+        assert_eq!(found, expected, "{strategy}");
+    }
 }

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::num::NonZeroU64;
 use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ use serde_json::{Map, Value, json};
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::comm::{ShardBytes, SharedBytes};
+use crate::comm::{Comm, ShardBytes, SharedBytes, all_gather_bytes};
 use crate::files::{self, shown, shown_path};
 use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
 
@@ -82,6 +83,18 @@ impl ShardSpec {
     pub fn path(&self, shard: usize) -> PathBuf {
         let kind = if self.encoding.starts_with("nf4") { "nf4" } else { "plain" };
         self.dir.join(format!("{kind}-{shard:05}-of-{:05}.safetensors", self.num_shards))
+    }
+
+    /// Tells whether this rank writes the file of its shard if the files have to be made: it is the first of the ranks that see this
+    /// folder on this machine and hold this shard, and the others map its file. Makes the folder. Collective.
+    pub fn is_written_here(&self, comm: &mut dyn Comm) -> Result<bool> {
+        let (dir, shard) = (&self.dir, comm.rank() % self.num_shards);
+        std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", shown_path(dir)))?;
+        let folder = std::fs::metadata(dir).with_context(|| shown_path(dir))?;
+        let machine = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let file = format!("{machine} {} {} {shard}", folder.dev(), folder.ino());
+        let first = all_gather_bytes(comm, file.as_bytes())?.iter().position(|other| other == file.as_bytes());
+        Ok(first == Some(comm.rank()))
     }
 
     /// Bytes of one shard's file, header apart.
