@@ -51,6 +51,18 @@ struct Progress {
     b_is_checked: bool,
 }
 
+impl Progress {
+    /// Fails at the end of a run that updated nothing: in fp16, gradients may overflow in each of a few steps while the loss scale falls.
+    fn has_updated(&self, num_steps: usize) -> Result<()> {
+        ensure!(
+            self.num_updates > 0,
+            "in none of the {num_steps} steps were the gradients finite in fp16, so nothing was learned and nothing was saved; help: \
+             train for more steps, or lower training.learning_rate"
+        );
+        Ok(())
+    }
+}
+
 impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     fn global_batch_size(&self) -> usize {
         self.job.global_batch_size(self.engine.queue.world_size())
@@ -97,12 +109,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 self.evaluate(step_idx + 1)?;
             }
         }
-        ensure!(
-            progress.num_updates > 0,
-            "in none of the {num_steps} steps were the gradients finite in fp16, so nothing was learned and nothing was saved; help: \
-             train for more steps, or lower training.learning_rate"
-        );
-        Ok(())
+        progress.has_updated(num_steps)
     }
 
     /// Looks once at the gradients of each kind of matrix.
@@ -223,4 +230,19 @@ fn divergence(step: usize, record: &StepRecord, update: &Update, has_learned: bo
     format!(
         "step {step}: loss {loss}, grad_norm {grad_norm}, learning rate {rate:e}: {cause}; this step updated nothing"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_whose_every_step_overflows_fails_at_its_end() {
+        let (mut scaler, mut progress, num_steps) = (LossScaler::new(true), Progress::default(), 5);
+        assert!((0..num_steps).all(|_| scaler.note(false)), "no step fails, as a smaller scale may help the next");
+        let error = progress.has_updated(num_steps).unwrap_err().to_string();
+        assert!(error.starts_with("in none of the 5 steps") && error.contains("help: train for more steps"), "{error}");
+        progress.num_updates += 1;
+        progress.has_updated(num_steps).unwrap();
+    }
 }
