@@ -15,6 +15,7 @@ pub mod tokenize;
 pub mod tokenized;
 pub mod tokenizer;
 pub mod unread;
+pub mod variables;
 
 use crate::choices::choices;
 

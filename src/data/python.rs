@@ -341,6 +341,7 @@ mod tests {
         serde_json::from_slice(&keep_long_integers(text.as_bytes()).unwrap()).unwrap()
     }
 
+    /// The expected texts were printed by `repr` of Python 3.11.
     #[test]
     fn floats_are_repr() {
         for (x, expected) in [
@@ -403,6 +404,7 @@ mod tests {
         assert_eq!(from_json(&json!(null)).to_string(), "None");
     }
 
+    /// The expected texts were printed by `datetime.strftime` of Python 3.11 in the C locale.
     #[test]
     fn time_is_formatted_as_in_python() {
         let now: Zoned = "2026-03-07T08:09:10.012345+01:00[+01:00]".parse().unwrap();

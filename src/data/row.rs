@@ -8,12 +8,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::Format;
 use super::message;
 use super::tokenized::TokenizedRow;
+use super::variables::{self, Variables};
 use crate::files::shown;
 
 /// One row and where it stands.
@@ -46,9 +47,6 @@ pub enum Content {
     Alpaca(Alpaca),
     Tokenized(TokenizedRow),
 }
-
-/// Variables of the chat template: `tools`, and what `chat_template_kwargs` holds.
-pub type Variables = Map<String, Value>;
 
 /// Empty strings stand for columns that are not there.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -140,23 +138,6 @@ const REFUSED: [(&str, &str); 25] = [
 /// `label` says in TRL's KTO whether a completion is desirable; in a set of texts it is a class, and harmless.
 const KTO_LABEL: &str = "TRL's KTO marks undesirable completions with it; keep the other rows and remove the column";
 
-/// Arguments of transformers' `apply_chat_template` that are no variables of the template, and those that are decided here.
-const NO_VARIABLES: [&str; 13] = [
-    "add_generation_prompt",
-    "chat_template",
-    "continue_final_message",
-    "conversation",
-    "max_length",
-    "messages",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "tokenize",
-    "tokenizer_kwargs",
-    "truncation",
-];
-
 /// The columns of a row that have not been read yet.
 pub struct Columns(Map<String, Value>);
 
@@ -201,12 +182,12 @@ impl Columns {
         Ok(match format {
             Format::Text => Content::Text(self.string("text")?),
             Format::Messages => {
-                Content::Messages { messages: self.messages("messages")?, variables: self.variables()? }
+                Content::Messages { messages: self.messages("messages")?, variables: variables::take(self)? }
             }
             Format::PromptCompletion if self.0.get("prompt").is_some_and(Value::is_array) => Content::Conversation {
                 prompt: self.messages("prompt")?,
                 completion: self.messages("completion")?,
-                variables: self.variables()?,
+                variables: variables::take(self)?,
             },
             Format::PromptCompletion => {
                 Content::PromptCompletion { prompt: self.string("prompt")?, completion: self.string("completion")? }
@@ -280,40 +261,9 @@ impl Columns {
             format!("history: found {}; allowed: a list of [instruction, output]", shown(&value.to_string()))
         })
     }
-
-    /// Takes `chat_template_kwargs` and `tools`. An empty list of tools is as good as none, though TRL hands it to the template,
-    /// and where tools are in both TRL takes the former; here that is refused.
-    fn variables(&mut self) -> Result<Variables> {
-        let mut variables = match self.take("chat_template_kwargs") {
-            None => Map::new(),
-            Some(Value::Object(variables)) => variables,
-            Some(found) => bail!("chat_template_kwargs: found {}; allowed: an object", shown(&found.to_string())),
-        };
-        variables.retain(|_, value| !value.is_null());
-        if let Some(name) = variables.keys().find(|name| NO_VARIABLES.contains(&name.as_str())) {
-            bail!("chat_template_kwargs: found {name}; allowed: variables of the chat template");
-        }
-        let tools = self.take("tools").filter(|tools| !is_empty(tools)).map(list_of_tools).transpose()?;
-        if let Some(tools) = tools.filter(|tools| !is_empty(tools)) {
-            let is_new = variables.insert("tools".into(), tools).is_none();
-            ensure!(is_new, "tools: found here and in chat_template_kwargs; allowed: one of them");
-        }
-        Ok(variables)
-    }
 }
 
-/// Tools are a list, or the JSON text of one: files whose tools differ in their columns are written that way.
-fn list_of_tools(found: Value) -> Result<Value> {
-    let tools = match &found {
-        Value::String(text) => serde_json::from_str(text).unwrap_or_default(),
-        _ => found.clone(),
-    };
-    let is_list = tools.as_array().is_some_and(|tools| tools.iter().all(Value::is_object));
-    ensure!(is_list, "tools: found {}; allowed: a list of objects, or its JSON as a string", shown(&found.to_string()));
-    Ok(tools)
-}
-
-fn is_empty(value: &Value) -> bool {
+pub(super) fn is_empty(value: &Value) -> bool {
     *value == json!("") || *value == json!([]) || *value == json!({})
 }
 
@@ -327,6 +277,7 @@ fn string(name: &str, value: Value) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::python;
 
     /// Reads a row and returns its content and the columns that nothing reads.
     fn read(row: Value, format: Format) -> Result<(Content, Vec<String>)> {
@@ -445,6 +396,11 @@ mod tests {
             (json!({"tools": tools.to_string()}), json!({"tools": tools})),
             (json!({"tools": [], "chat_template_kwargs": {}}), json!({})),
             (json!({"tools": "[]"}), json!({})),
+            // The very integer, behind the mark that the template takes away.
+            (
+                json!({"tools": r#"[{"x": 12345678901234567890123}]"#}),
+                json!({"tools": [{"x": format!("{}12345678901234567890123", python::LONG_INTEGER)}]}),
+            ),
             (
                 json!({"chat_template_kwargs": {"enable_thinking": false, "date_string": null}, "tools": tools}),
                 json!({"enable_thinking": false, "tools": tools}),
@@ -456,6 +412,7 @@ mod tests {
         for (columns, said) in [
             (json!({"tools": "f(x)"}), "tools: found \"f(x)\""),
             (json!({"tools": ["f"]}), "tools: found [\"f\"]"),
+            (json!({"tools": "[{\"x\": \"\u{FDD2}1\"}]"}), "tools: found U+FDD2"),
             (json!({"tools": tools, "chat_template_kwargs": {"tools": tools}}), "tools: found here and in"),
             (json!({"chat_template_kwargs": "{}"}), "chat_template_kwargs: found \"{}\""),
             (json!({"chat_template_kwargs": {"chat_template": "x"}}), "chat_template_kwargs: found chat_template"),

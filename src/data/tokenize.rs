@@ -6,8 +6,9 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::LossOn;
-use super::row::{Alpaca, Content, Row, Variables};
+use super::row::{Alpaca, Content, Row};
 use super::tokenizer::TextTokenizer;
+use super::variables::Variables;
 
 /// A document as tokens.
 #[derive(Clone, Debug, PartialEq, Eq)]
