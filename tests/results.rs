@@ -386,8 +386,8 @@ fn fill(place: &Place, file: &str, tensor: &str, value: f32) {
     let len = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     let header: Value = serde_json::from_slice(&bytes[8..8 + len]).unwrap();
     let at = |i: usize| 8 + len + header[tensor]["data_offsets"][i].as_u64().unwrap() as usize;
-    for weight in bytes[at(0)..at(1)].chunks_exact_mut(4) {
-        weight.copy_from_slice(&value.to_le_bytes());
+    for weight in bytes[at(0)..at(1)].as_chunks_mut().0 {
+        *weight = value.to_le_bytes();
     }
     place.write(file, bytes);
 }

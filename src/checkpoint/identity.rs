@@ -132,7 +132,7 @@ fn share(comm: &mut dyn Comm, group: &[usize], known: &mut [Option<u128>]) -> Re
     const BYTES: usize = 1 + size_of::<u128>();
     let longest = all_gather_u64(comm, known.len() as u64)?.into_iter().max().unwrap_or(0) as usize;
     let mut own = vec![0; longest * BYTES];
-    for (bytes, digest) in own.chunks_exact_mut(BYTES).zip(known.iter()) {
+    for (bytes, digest) in own.as_chunks_mut::<BYTES>().0.iter_mut().zip(known.iter()) {
         if let Some(digest) = digest {
             bytes[0] = 1;
             bytes[1..].copy_from_slice(&digest.to_le_bytes());
@@ -141,7 +141,7 @@ fn share(comm: &mut dyn Comm, group: &[usize], known: &mut [Option<u128>]) -> Re
     let mut all = vec![0; own.len() * comm.world_size()];
     comm.all_gather(&own, &mut all)?;
     for rank in group {
-        let of_rank = all[rank * own.len()..].chunks_exact(BYTES);
+        let of_rank = all[rank * own.len()..].as_chunks::<BYTES>().0;
         for (digest, bytes) in known.iter_mut().zip(of_rank).filter(|(_, bytes)| bytes[0] == 1) {
             digest.get_or_insert(u128::from_le_bytes(bytes[1..].try_into()?));
         }

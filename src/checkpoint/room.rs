@@ -30,7 +30,7 @@ pub fn check(comm: &mut dyn Comm, wants: &[Want]) -> Result<()> {
     ensure!(!failed, "another rank cannot make or look at a folder that it is to write to");
     let of_ranks = all_gather_u64s(comm, &told)?;
     for (disk, Sum { bytes, free, ranks }) in sums(&of_ranks) {
-        let Some(own) = told.chunks_exact(3).position(|own| own[0] == disk) else {
+        let Some(own) = told.as_chunks::<3>().0.iter().position(|own| own[0] == disk) else {
             ensure!(bytes <= free, "the disk of another rank has no room: {bytes} bytes are needed, {free} are free");
             continue;
         };
@@ -56,7 +56,7 @@ fn sums(of_ranks: &[Vec<u64>]) -> BTreeMap<u64, Sum> {
     let mut sums: BTreeMap<u64, Sum> = BTreeMap::new();
     for of_rank in of_ranks {
         let mut seen = Vec::new();
-        for want in of_rank.chunks_exact(3) {
+        for want in of_rank.as_chunks::<3>().0 {
             let sum = sums.entry(want[0]).or_insert(Sum { bytes: 0, free: u64::MAX, ranks: 0 });
             (sum.bytes, sum.free) = (sum.bytes.saturating_add(want[2]), sum.free.min(want[1]));
             sum.ranks += usize::from(!seen.contains(&want[0]));

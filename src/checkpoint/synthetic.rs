@@ -173,8 +173,8 @@ impl<D: Ops + Clone> Drawing<D> {
                     out.par_chunks_mut(record_bytes).zip(values.par_chunks(RECORD_WEIGHTS)).for_each(
                         |(out, values)| {
                             out.fill(0);
-                            for (bytes, value) in out.chunks_exact_mut(2).zip(values) {
-                                bytes.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
+                            for (bytes, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
+                                *bytes = bf16::from_f32(*value).to_le_bytes();
                             }
                         },
                     );

@@ -255,7 +255,7 @@ pub fn all_gather_u64s(comm: &mut dyn Comm, values: &[u64]) -> Result<Vec<Vec<u6
 }
 
 fn u64s(bytes: &[u8]) -> Vec<u64> {
-    bytes.chunks_exact(8).map(|c| u64::from_le_bytes(c.try_into().expect("eight bytes"))).collect()
+    bytes.as_chunks().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect()
 }
 
 /// Name of this machine, for messages and for the record.

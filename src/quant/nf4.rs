@@ -110,7 +110,7 @@ pub fn quantize_blocks(weights: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
                 *absmax = quantize_block(&padded, &mut unpacked);
                 // An odd count leaves a low nibble that stands for no weight: 7, the code of zero.
                 unpacked[block.len()..].fill(7);
-                for (byte, pair) in codes.iter_mut().zip(unpacked.chunks_exact(2)) {
+                for (byte, pair) in codes.iter_mut().zip(unpacked.as_chunks::<2>().0) {
                     *byte = (pair[0] << 4 | pair[1]) as u8;
                 }
             }
@@ -121,7 +121,7 @@ pub fn quantize_blocks(weights: &[f32], codes: &mut [u8], absmax: &mut [f32]) {
 #[inline(always)]
 fn quantize_block(weights: &[f32; BLOCK], codes: &mut [u32; BLOCK]) -> f32 {
     let mut lanes = [0f32; 16];
-    for chunk in weights.chunks_exact(16) {
+    for chunk in weights.as_chunks::<16>().0 {
         for (lane, w) in lanes.iter_mut().zip(chunk) {
             *lane = if w.abs() > *lane { w.abs() } else { *lane };
         }

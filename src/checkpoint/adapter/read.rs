@@ -108,17 +108,11 @@ fn some_of(names: &BTreeSet<String>) -> String {
 
 fn read(view: &TensorView<'_>, shape: [usize; 2], out: &mut [f32]) -> Result<()> {
     ensure!(view.shape() == shape, "shape {:?}, should be {shape:?}", view.shape());
-    let two = |b: &[u8]| u16::from_le_bytes([b[0], b[1]]);
     let bytes = view.data();
     match view.dtype() {
-        Dtype::F32 => out
-            .iter_mut()
-            .zip(bytes.chunks_exact(4))
-            .for_each(|(o, b)| *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        Dtype::BF16 => {
-            out.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(o, b)| *o = bf16::from_bits(two(b)).to_f32())
-        }
-        Dtype::F16 => out.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(o, b)| *o = f16::from_bits(two(b)).to_f32()),
+        Dtype::F32 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(o, b)| *o = f32::from_le_bytes(*b)),
+        Dtype::BF16 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(o, b)| *o = bf16::from_le_bytes(*b).to_f32()),
+        Dtype::F16 => out.iter_mut().zip(bytes.as_chunks().0).for_each(|(o, b)| *o = f16::from_le_bytes(*b).to_f32()),
         other => bail!("dtype {other:?}; allowed: F32, BF16, F16"),
     }
     let bad = out.iter().find(|v| !v.is_finite());

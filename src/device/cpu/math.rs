@@ -59,9 +59,8 @@ pub fn sum(x: &[f32]) -> f32 {
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
-    let (chunks_a, chunks_b) = (a.chunks_exact(16), b.chunks_exact(16));
-    let (rest_a, rest_b) = (chunks_a.remainder(), chunks_b.remainder());
-    for (a, b) in chunks_a.zip(chunks_b) {
+    let ((chunks_a, rest_a), (chunks_b, rest_b)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    for (a, b) in chunks_a.iter().zip(chunks_b) {
         for i in 0..16 {
             lanes[i] += a[i] * b[i];
         }
@@ -77,8 +76,8 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
 #[inline(always)]
 pub fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
-    let chunks = a.chunks_exact(16).zip(b.chunks_exact(16)).zip(c.chunks_exact(16));
-    for ((a, b), c) in chunks {
+    let (chunks_a, chunks_b, chunks_c) = (a.as_chunks::<16>().0, b.as_chunks::<16>().0, c.as_chunks::<16>().0);
+    for ((a, b), c) in chunks_a.iter().zip(chunks_b).zip(chunks_c) {
         for i in 0..16 {
             lanes[i] += a[i] * b[i] * c[i];
         }
@@ -91,8 +90,7 @@ pub fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
 #[inline(always)]
 fn reduce(x: &[f32], start: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
     let mut lanes = [start; 16];
-    let chunks = x.chunks_exact(16);
-    let rest = chunks.remainder();
+    let (chunks, rest) = x.as_chunks::<16>();
     for chunk in chunks {
         for (lane, &v) in lanes.iter_mut().zip(chunk) {
             *lane = f(*lane, v);
