@@ -64,7 +64,7 @@ impl Products {
         let (positions, sample_idx) = indices(d, tokens);
         let (sample_idx, positions) = (sample_idx.view(), positions.view());
         let mask = DropoutMask { probability, seed: 42 << 33, step: 7, module: 205, sample_idx, positions };
-        let mask = Some(mask).filter(|_| probability > 0.0);
+        let mask = (probability > 0.0).then_some(mask);
         let scratch = &mut scratch;
         d.lora_down(LoraDown {
             u: u.view_mut(),
@@ -141,7 +141,7 @@ pub fn lora_linear<A: Tested>() {
         let (x, weight) = (put_act(d, &random(tokens * features, x, 1)), put_act(d, &random(out * features, 0.1, 2)));
         let (u, b) = (put_act(d, &random(tokens * lora_rank, u, 3)), put_act(d, &random(out * lora_rank, 0.1, 4)));
         let (bias_values, mut y) = (put(d, &random(out, bias, 5)), buffer(d, tokens * out));
-        let bias = Some(bias_values.view()).filter(|_| bias > 0.0);
+        let bias = (bias > 0.0).then_some(bias_values.view());
         let (x, weight, u, b) = (x.view(), weight.view(), u.view(), b.view());
         d.lora_linear(LoraLinear { y: y.view_mut(), x, weight, bias, u, b, lora_rank, scale: 0.5 }).unwrap();
         get_act(d, &y)
