@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaEvent, CudaStream};
 
-use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored};
+use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored, StoredUnit};
 use super::nccl::{self, Nccl};
 use super::spans::{Lane, Span};
 use super::watch::{self, Limit, Probe, Probed};
@@ -119,6 +119,15 @@ pub struct Pending<T> {
     done: Arc<CudaEvent>,
 }
 
+impl<A: HalfType> Pending<TrainableBuffers<Cuda<A>>> {
+    fn of_trainables(mut value: TrainableBuffers<Cuda<A>>, done: Arc<CudaEvent>) -> Self {
+        if value.shard.is_on_host() {
+            value.shard.copied_until(&done);
+        }
+        Pending { value, kind: Kind::Collective, done }
+    }
+}
+
 impl<A: HalfType> CudaQueue<A> {
     /// Collective.
     pub fn new(cuda: Cuda<A>, mut groups: Groups, options: QueueOptions) -> Result<Self> {
@@ -184,15 +193,15 @@ impl<A: HalfType> CudaQueue<A> {
         Ok(Rates { nccl: least(0), host })
     }
 
-    /// An action that ends on `lane`.
-    fn pending<T>(&mut self, name: String, kind: Kind, lane: Lane, marks: Marks, value: T) -> Result<Pending<T>> {
+    /// Records the end of an action whose last part was started on `lane`.
+    fn end(&mut self, name: String, lane: Lane, marks: Marks) -> Result<Arc<CudaEvent>> {
         let done = Arc::new(self.stream(lane).record_event(None).map_err(|e| anyhow!("GPU event: {e}"))?);
         if let Some(spans) = &mut self.spans {
             spans.extend(marks.into_iter().map(|(lane, begin, end)| (lane, name.clone(), begin, end)));
         }
-        // The watchdog listens for as long as this lives.
+        // The watchdog listens for as long as the queue lives.
         let _ = self.started.send((name, done.clone()));
-        Ok(Pending { value, kind, done })
+        Ok(done)
     }
 
     fn stream(&self, lane: Lane) -> &CudaStream {
@@ -247,8 +256,8 @@ impl<A: HalfType> CudaQueue<A> {
             (Place::Host(shard), nccl) => {
                 let own = position.shard * len..(position.shard + 1) * len;
                 self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, marks, |stream| {
-                    // SAFETY: nobody writes to a shard while it is gathered: it waits in the queue's store, or is handed to the
-                    // queue until the gather has been waited for; the memory of either is let go when the GPU is idle.
+                    // SAFETY: nobody writes to a shard while it is gathered: a frozen one is never written again, and a trainable
+                    // one is guarded until the end of the gather. The memory of either is freed when the GPU is idle.
                     unsafe { self.cuda.fetch_on(stream, whole.range_mut(own), shard.view()) }
                 })?;
                 let Some(nccl) = nccl else { return Ok(Lane::Fetch) };
@@ -355,20 +364,18 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut out: Buffer<Cuda<A>, u8>,
     ) -> Result<Pending<Buffer<Cuda<A>, u8>>> {
         let (mut marks, delays) = (Marks::new(), self.delays);
-        match shard {
-            Stored::Shard(_) => {}
-            Stored::Whole(_) => self.poison(Lane::Communication, out.view_mut())?,
-            Stored::Node(_) => self.poison(Lane::Fetch, out.view_mut())?,
-        }
-        let gathered = match shard {
-            Stored::Shard(shard) => self.gather(shard, &mut out, &mut marks),
-            Stored::Whole(unit) => self
-                .on(Lane::Communication, Lane::Compute, delays.before_gather, &mut marks, |stream| {
+        let gathered = match &shard.0 {
+            StoredUnit::Shard(shard) => self.gather(shard, &mut out, &mut marks),
+            StoredUnit::Whole(unit) => {
+                self.poison(Lane::Communication, out.view_mut())?;
+                self.on(Lane::Communication, Lane::Compute, delays.before_gather, &mut marks, |stream| {
                     self.cuda.copy_on(stream, out.first_mut(unit.len()), unit.view())
                 })
-                .map(|()| Lane::Communication),
-            Stored::Node(shards) => self
-                .on(Lane::Fetch, Lane::Compute, delays.before_fetch, &mut marks, |stream| {
+                .map(|()| Lane::Communication)
+            }
+            StoredUnit::Node(shards) => {
+                self.poison(Lane::Fetch, out.view_mut())?;
+                self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, &mut marks, |stream| {
                     let mut rest = out.view_mut();
                     for shard in shards {
                         let (part, after) = rest.split_at(shard.len());
@@ -378,10 +385,12 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
                     }
                     Ok(())
                 })
-                .map(|()| Lane::Fetch),
+                .map(|()| Lane::Fetch)
+            }
         };
         let lane = gathered.with_context(|| name.clone())?;
-        self.pending(name, Kind::Collective, lane, marks, out)
+        let done = self.end(name, lane, marks)?;
+        Ok(Pending { value: out, kind: Kind::Collective, done })
     }
 
     fn gather_trainable(
@@ -390,8 +399,10 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut buffers: TrainableBuffers<Cuda<A>>,
     ) -> Result<Pending<TrainableBuffers<Cuda<A>>>> {
         let (TrainableBuffers { shard, full }, mut marks) = (&mut buffers, Marks::new());
+        let shard = shard.on_stream(&self.fetch)?;
         let lane = self.gather(shard, full, &mut marks).with_context(|| name.clone())?;
-        self.pending(name, Kind::Collective, lane, marks, buffers)
+        let done = self.end(name, lane, marks)?;
+        Ok(Pending::of_trainables(buffers, done))
     }
 
     fn reduce(
@@ -401,6 +412,7 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
     ) -> Result<Pending<TrainableBuffers<Cuda<A>>>> {
         let TrainableBuffers { shard, full } = &mut buffers;
         let (len, position, mut marks) = (full.len(), self.position(), Marks::new());
+        let shard = shard.on_stream(&self.put)?;
         ensure!(shard.len() * position.num_shards == len, "{len} gradients into {}", shard.len());
         let mut received = std::mem::replace(&mut self.received, Buffer::none());
         self.on(Lane::Communication, Lane::Compute, self.delays.before_reduce, &mut marks, |stream| {
@@ -416,13 +428,14 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
             }
             Place::Host(shard) => {
                 self.on(Lane::Put, Lane::Communication, self.delays.before_put, &mut marks, |stream| {
-                    // SAFETY: the shard belongs to the queue until the reduction has been waited for.
+                    // SAFETY: the shard is guarded until the end of the action: the host cannot reach it before.
                     unsafe { self.cuda.put_on(stream, shard.view_mut(), sum) }
                 })?;
                 Lane::Put
             }
         };
-        self.pending(name, Kind::Collective, lane, marks, buffers)
+        let done = self.end(name, lane, marks)?;
+        Ok(Pending::of_trainables(buffers, done))
     }
 
     fn put<T: Element>(
@@ -431,11 +444,14 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut copy: HostCopy<Cuda<A>, T>,
     ) -> Result<Pending<HostCopy<Cuda<A>, T>>> {
         let (mut marks, HostCopy { device, host, len }) = (Marks::new(), &mut copy);
+        let host = host.on_stream(&self.put)?;
         self.on(Lane::Put, Lane::Compute, self.delays.before_put, &mut marks, |stream| {
-            // SAFETY: the host's buffer belongs to the queue until the copy has been waited for.
+            // SAFETY: the host's buffer is guarded until the end of the copy: the host cannot reach it before.
             unsafe { self.cuda.put_on(stream, host.first_mut(*len), device.first(*len)) }
         })?;
-        self.pending(name, Kind::Copy, Lane::Put, marks, copy)
+        let done = self.end(name, Lane::Put, marks)?;
+        copy.host.copied_until(&done);
+        Ok(Pending { value: copy, kind: Kind::Copy, done })
     }
 
     fn fetch<T: Element>(
@@ -444,11 +460,14 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut copy: HostCopy<Cuda<A>, T>,
     ) -> Result<Pending<HostCopy<Cuda<A>, T>>> {
         let (mut marks, HostCopy { device, host, len }) = (Marks::new(), &mut copy);
+        let host = host.on_stream(&self.fetch)?;
         self.on(Lane::Fetch, Lane::Compute, self.delays.before_fetch, &mut marks, |stream| {
-            // SAFETY: the host's buffer belongs to the queue until the copy has been waited for.
+            // SAFETY: the host's buffer is guarded until the end of the copy: the host cannot write to it before.
             unsafe { self.cuda.fetch_on(stream, device.first_mut(*len), host.first(*len)) }
         })?;
-        self.pending(name, Kind::Copy, Lane::Fetch, marks, copy)
+        let done = self.end(name, Lane::Fetch, marks)?;
+        copy.host.copied_until(&done);
+        Ok(Pending { value: copy, kind: Kind::Copy, done })
     }
 
     /// The compute stream waits; the host does not.

@@ -18,8 +18,10 @@ const COPY_BYTES: usize = 1 << 20;
 /// Bytes of a rank that go to the others in one message.
 const GATHER_BYTES: usize = 16 << 20;
 
-/// A unit of the base, as a rank has it.
-pub enum Stored<A: HalfType> {
+/// A unit of the base as a rank holds it. Only the queue reaches its memory, and nobody writes to it once it is stored.
+pub struct Stored<A: HalfType>(pub(super) StoredUnit<A>);
+
+pub(super) enum StoredUnit<A: HalfType> {
     /// This rank's shard; the others' come by NCCL.
     Shard(Place<Cuda<A>, u8>),
     /// All shards, in memory that the ranks of the node share.
@@ -57,7 +59,7 @@ pub fn store<A: HalfType>(
     let mut device = Arena::allocate(cuda, on_device).context("resident shards")?;
     let mut host = HostMemory::new(cuda, comm, on_host, gather).context("shards in pinned host memory")?;
     // `None` until the memory that ranks share is published.
-    let mut units: Vec<Option<Stored<A>>> = Vec::new();
+    let mut units: Vec<Option<StoredUnit<A>>> = Vec::new();
     for (i, shard) in shards.into_iter().enumerate() {
         let (expected, shard) = (shard.bytes, shard.take(i)?);
         let bytes = (*shard).as_ref();
@@ -65,17 +67,17 @@ pub fn store<A: HalfType>(
             (true, _) if gather == Gather::Collective => {
                 let mut stored = device.carve(&name(i), expected)?;
                 cuda.upload(stored.view_mut(), bytes)?;
-                Some(Stored::Shard(Place::Device(stored)))
+                Some(StoredUnit::Shard(Place::Device(stored)))
             }
             (true, _) => {
                 let mut stored = device.carve(&name(i), expected * comm.world_size())?;
                 gather_to(cuda, comm, bytes, &mut stored)?;
-                Some(Stored::Whole(stored))
+                Some(StoredUnit::Whole(stored))
             }
             (false, HostMemory::Own(arena)) => {
                 let mut stored = arena.carve(&name(i), expected)?;
                 copy(stored.view_mut().host_mut(), bytes);
-                Some(Stored::Shard(Place::Host(stored)))
+                Some(StoredUnit::Shard(Place::Host(stored)))
             }
             (false, HostMemory::Shared(draft)) => {
                 copy(draft.carve(&name(i), expected)?, bytes);
@@ -93,8 +95,11 @@ pub fn store<A: HalfType>(
             Vec::new().into_iter()
         }
     };
-    let units = units.into_iter().map(|unit| unit.or_else(|| shared.next().map(Stored::Node)));
-    let units = units.collect::<Option<_>>().context("a shard that is shared was not published")?;
+    let units = units.into_iter().map(|unit| unit.or_else(|| shared.next().map(StoredUnit::Node)));
+    let units = units
+        .map(|unit| unit.map(Stored))
+        .collect::<Option<_>>()
+        .context("a shard that is shared was not published")?;
     Ok(Store { units, device_bytes, host_bytes })
 }
 

@@ -201,7 +201,7 @@ impl Queue<Cpu> for HostQueue {
         self.start(name, Lane::Communication, move |groups| {
             poison(buffers.full.view_mut().host_mut());
             std::thread::sleep(delay);
-            let shard = match &buffers.shard {
+            let shard = match buffers.shard.wait_on_host()? {
                 Place::Device(shard) | Place::Host(shard) => bytemuck::cast_slice(shard.view().host()),
             };
             gather(shard, bytemuck::cast_slice_mut(buffers.full.view_mut().host_mut()), &mut *groups.shards)?;
@@ -214,7 +214,7 @@ impl Queue<Cpu> for HostQueue {
         self.start(name, Lane::Communication, move |groups| {
             std::thread::sleep(delay);
             let full = buffers.full.view_mut().host_mut();
-            let shard = match &mut buffers.shard {
+            let shard = match buffers.shard.wait_on_host_mut()? {
                 Place::Device(shard) | Place::Host(shard) => shard.view_mut().host_mut(),
             };
             reduce_scatter(full, shard, &mut *groups.shards)?;
@@ -227,7 +227,8 @@ impl Queue<Cpu> for HostQueue {
         let delay = self.delays.before_put;
         self.start(name, Lane::Put, move |_| {
             std::thread::sleep(delay);
-            copy.host.first_mut(copy.len).host_mut().copy_from_slice(copy.device.first(copy.len).host());
+            let host = copy.host.wait_on_host_mut()?;
+            host.first_mut(copy.len).host_mut().copy_from_slice(copy.device.first(copy.len).host());
             Ok(copy)
         })
     }
@@ -236,7 +237,8 @@ impl Queue<Cpu> for HostQueue {
         let delay = self.delays.before_fetch;
         self.start(name, Lane::Fetch, move |_| {
             std::thread::sleep(delay);
-            copy.device.first_mut(copy.len).host_mut().copy_from_slice(copy.host.first(copy.len).host());
+            let host = copy.host.wait_on_host()?;
+            copy.device.first_mut(copy.len).host_mut().copy_from_slice(host.first(copy.len).host());
             Ok(copy)
         })
     }
@@ -320,8 +322,11 @@ fn all_reduce(values: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::local::LocalComm;
+    use super::super::guarded::Guarded;
+    use super::super::local::{self, LocalComm};
     use super::*;
+    use crate::device::{Arena, Device};
+    use std::time::Duration;
 
     fn on_all_ranks<T: Send>(world_size: usize, f: impl Fn(LocalComm) -> T + Sync) -> Vec<T> {
         std::thread::scope(|scope| {
@@ -343,6 +348,30 @@ mod tests {
             (shard, whole)
         });
         assert!(shards.iter().all(|(shard, whole)| shard == &[0.0; 2] && whole == &[0.0; 6]));
+    }
+
+    fn buffer(values: &[f32]) -> Buffer<Cpu, f32> {
+        let cpu = Cpu::new(1);
+        let mut buffer = Arena::carved(&cpu, |arena| arena.carve("values", values.len())).unwrap();
+        cpu.upload(buffer.view_mut(), values).unwrap();
+        buffer
+    }
+
+    #[test]
+    fn the_host_reads_and_writes_its_side_of_a_copy_when_it_has_waited() {
+        let delays = Delays::all(Duration::from_millis(20));
+        let mut queue = HostQueue::new(local::groups(1, 1).remove(0), delays).unwrap();
+        let copy = HostCopy { device: buffer(&[1.0, 2.0, 3.0]), host: Guarded::new(buffer(&[0.0; 3])), len: 2 };
+        let put = queue.put("put".into(), copy).unwrap();
+        let mut copy = queue.wait(put).unwrap();
+        let host = copy.host.wait_on_host_mut().unwrap().view_mut().host_mut();
+        assert_eq!(host, [1.0, 2.0, 0.0]);
+        host[0] = 5.0;
+        // The host's borrow has ended: only now can the queue be given the buffer again.
+        let fetch = queue.fetch("fetch".into(), copy).unwrap();
+        let copy = queue.wait(fetch).unwrap();
+        assert_eq!(copy.device.view().host(), [5.0, 2.0, 3.0]);
+        assert_eq!(copy.host.wait_on_host().unwrap().view().host(), [5.0, 2.0, 0.0]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 pub mod cuda_queue;
 pub mod cuda_store;
+pub mod guarded;
 pub mod host_queue;
 pub mod local;
 pub mod mpi;
@@ -19,6 +20,7 @@ use anyhow::{Result, ensure};
 
 use crate::choices::choices;
 use crate::device::{Buffer, Device, Element, HostBuffer, Place};
+use guarded::Guarded;
 use spans::Span;
 
 /// Blocking collectives on host memory, of any number of bytes. All ranks call the same ones in the same order, from one thread
@@ -135,8 +137,8 @@ pub struct Waits {
     pub copy: Duration,
 }
 
-/// Ordered queues of collectives on device memory and of copies. Starting an action hands its buffers over; waiting gives them
-/// back, so that nobody can read a buffer that is still being filled.
+/// Ordered queues of collectives on device memory and of copies. Starting an action hands its buffers over and waiting for it gives
+/// them back, so that nobody can read a buffer that is still being filled.
 pub trait Queue<D: Device> {
     /// An action that was started and not yet waited for.
     type Pending<T: Send + 'static>;
@@ -188,7 +190,8 @@ pub trait Queue<D: Device> {
     /// Copies the first `len` elements from the host.
     fn fetch<T: Element>(&mut self, name: String, copy: HostCopy<D, T>) -> Result<Self::Pending<HostCopy<D, T>>>;
 
-    /// What the compute queue does from here on comes after the action, whose buffers come back.
+    /// Orders whatever the compute queue is given from here on after the action, and returns the action's buffers. On a GPU the
+    /// host does not wait: it reaches memory of its own only through [`Guarded::wait_on_host`].
     fn wait<T: Send + 'static>(&mut self, pending: Self::Pending<T>) -> Result<T>;
 
     /// How long waits have taken since the last call. The compute queue is done.
@@ -218,14 +221,14 @@ pub trait Queue<D: Device> {
 
 /// A unit's trainable values (or gradients): one rank's shard and the whole.
 pub struct TrainableBuffers<D: Device> {
-    pub shard: Place<D, f32>,
+    pub shard: Guarded<Place<D, f32>>,
     pub full: Buffer<D, f32>,
 }
 
 /// A buffer of the device and its place on the host.
 pub struct HostCopy<D: Device, T> {
     pub device: Buffer<D, T>,
-    pub host: HostBuffer<T>,
+    pub host: Guarded<HostBuffer<T>>,
     /// Elements that are copied.
     pub len: usize,
 }

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::comm::guarded::Guarded;
 use crate::comm::{Queue, TrainableBuffers};
 use crate::device::{AdamWOps, Device, ElementwiseOps, Ops, Place};
 use crate::optim::adamw::Update;
@@ -42,14 +43,12 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     /// Clips by the global norm and updates; returns the norm before clipping, and whether there was an update. Where the norm or
     /// any rank's sum of log-probabilities is not finite, no rank updates: all see the same numbers.
     pub(super) fn update(&mut self, update: &Update, log_probability: f64) -> Result<(f64, bool)> {
-        // Gradients that were put to the host are there from here on.
-        self.device.synchronize()?;
         let mut sum_of_squares = 0.0;
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
             // Where several ranks hold the same values, each sums a part of its own.
             let own = self.trainable.replica_range(self.queue.position().replica);
-            sum_of_squares += match grad {
+            sum_of_squares += match grad.wait_on_host()? {
                 Place::Device(grad) => self.device.sum_of_squares(grad.view().range(own))?,
                 Place::Host(grad) => self.host.sum_of_squares(grad.view().range(own))?,
             };
@@ -65,6 +64,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             let master =
                 trainable.master.as_mut().with_context(|| format!("the LoRA of layer {layer} is being gathered"))?;
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
+            let (master, grad) = (master.wait_on_host_mut()?, grad.wait_on_host()?);
             match (master, &mut trainable.exp_avg, &mut trainable.exp_avg_sq, grad) {
                 (Place::Device(master), Place::Device(exp_avg), Place::Device(exp_avg_sq), Place::Device(grad)) => {
                     let (exp_avg, exp_avg_sq) = (exp_avg.view_mut(), exp_avg_sq.view_mut());
@@ -94,7 +94,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         }
         let master = trainable.master.as_mut().context("the LoRA shard is being gathered")?;
         let own = self.trainable.shard_range(self.queue.position().shard);
-        match master {
+        match master.wait_on_host_mut()? {
             Place::Device(master) => self.device.upload(master.view_mut(), &padded[own]),
             Place::Host(master) => self.host.upload(master.view_mut(), &padded[own]),
         }
@@ -112,14 +112,12 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok(all)
     }
 
-    fn on_host(&self, values: &Place<D, f32>) -> Result<Vec<f32>> {
+    fn on_host(&self, values: &Guarded<Place<D, f32>>) -> Result<Vec<f32>> {
+        let values = values.wait_on_host()?;
         let mut copy = vec![0f32; values.len()];
         match values {
             Place::Device(values) => self.device.download(&mut copy, values.view())?,
-            Place::Host(values) => {
-                self.device.synchronize()?;
-                self.host.download(&mut copy, values.view())?
-            }
+            Place::Host(values) => self.host.download(&mut copy, values.view())?,
         }
         Ok(copy)
     }

@@ -4,6 +4,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::comm::Gather;
+use crate::comm::guarded::Guarded;
 use crate::device::cpu::Cpu;
 use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Place};
 use crate::model::activations::{
@@ -101,8 +102,8 @@ impl Limits {
 /// A rank's trainable values of one layer with their gradients and moments. A buffer is `None` while a collective has
 /// it.
 pub struct Trainable<D: Device> {
-    pub master: Option<Place<D, f32>>,
-    pub grad: Option<Place<D, f32>>,
+    pub master: Option<Guarded<Place<D, f32>>>,
+    pub grad: Option<Guarded<Place<D, f32>>>,
     pub exp_avg: Place<D, f32>,
     pub exp_avg_sq: Place<D, f32>,
 }
@@ -309,8 +310,8 @@ impl<D: Device> Trainable<D> {
             Ok(if on_device { Place::Device(arena.carve(&name, len)?) } else { Place::Host(host.carve(&name, len)?) })
         };
         Ok(Trainable {
-            master: Some(carve("master", len)?),
-            grad: Some(carve("grad", state_len)?),
+            master: Some(Guarded::new(carve("master", len)?)),
+            grad: Some(Guarded::new(carve("grad", state_len)?)),
             exp_avg: carve("exp_avg", state_len)?,
             exp_avg_sq: carve("exp_avg_sq", state_len)?,
         })

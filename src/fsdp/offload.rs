@@ -8,6 +8,7 @@ use std::collections::{HashMap, VecDeque};
 
 use anyhow::{Context, Result, bail};
 
+use crate::comm::guarded::Guarded;
 use crate::comm::{HostCopy, Queue};
 use crate::device::{Buffer, HostBuffer, Ops};
 
@@ -135,20 +136,20 @@ type Copy<D> = HostCopy<D, <D as crate::device::Device>::Act>;
 enum Held<D: Ops, Q: Queue<D>> {
     Here(Buffer<D, D::Act>),
     Putting(Q::Pending<Copy<D>>),
-    Away(HostBuffer<D::Act>),
+    Away(Guarded<HostBuffer<D::Act>>),
     Fetching(Q::Pending<Copy<D>>),
 }
 
 /// All boundaries, by the layer whose input they are and by live micro-batch, and the free buffers.
 pub(super) struct Boundaries<D: Ops, Q: Queue<D>> {
     free: Vec<Buffer<D, D::Act>>,
-    free_on_host: Vec<HostBuffer<D::Act>>,
+    free_on_host: Vec<Guarded<HostBuffer<D::Act>>>,
     held: HashMap<(usize, usize), Held<D, Q>>,
 }
 
 impl<D: Ops, Q: Queue<D>> Boundaries<D, Q> {
     pub fn new(free: Vec<Buffer<D, D::Act>>, free_on_host: Vec<HostBuffer<D::Act>>) -> Self {
-        Self { free, free_on_host, held: HashMap::new() }
+        Self { free, free_on_host: free_on_host.into_iter().map(Guarded::new).collect(), held: HashMap::new() }
     }
 
     /// A buffer for a new boundary.

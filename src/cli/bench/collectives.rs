@@ -10,6 +10,7 @@ use serde_json::json;
 
 use super::buffer;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
+use crate::comm::guarded::Guarded;
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::MpiComm;
 use crate::comm::{Delays, Gather, Queue, ShardSource, TrainableBuffers};
@@ -66,7 +67,7 @@ fn all_sizes<D: Ops, Q: Queue<D>>(start: &Start, args: &CollectiveBench, device:
         // The reduce-scatter's whole buffer is as large as one shard of the all-gather.
         let part = bytes / 4 / world_size;
         let mut buffers = Some(TrainableBuffers {
-            shard: Place::Device(buffer::<D, f32>(device, part)?),
+            shard: Guarded::new(Place::Device(buffer::<D, f32>(device, part)?)),
             full: buffer(device, part * world_size)?,
         });
         let seconds = median(device, || {
