@@ -1,6 +1,5 @@
-//! Collectives and copies of the CUDA device, each kind on a stream of its own, ordered with the compute stream by events: NCCL
-//! between ranks (with one rank, copies), fetches from and puts to pinned host memory. Scalars and what belongs to the host go
-//! over MPI.
+//! Collectives and copies of the CUDA device. NCCL's collectives (copies if there is one rank), fetches from pinned host memory and
+//! puts to it each have a stream of their own, ordered with the compute stream by events. Scalars and host data go over MPI.
 #![expect(unsafe_code, reason = "starts copies whose memory the queue keeps")]
 
 use std::sync::Arc;
@@ -18,25 +17,25 @@ use super::{Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, Element, Place, ViewMut};
 
-/// What a queue is made for.
+/// Options of a queue.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct QueueOptions {
     /// Length of the longest gradient buffer that will be reduced.
     pub max_gradients: usize,
-    /// Several ranks on one GPU.
+    /// True if several ranks use one GPU.
     pub share_gpu: bool,
     pub delays: Delays,
 }
 
-/// Bytes a second that come to a rank, the least of all ranks.
+/// Bytes that a rank receives per second by each way to gather, on the slowest rank.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rates {
     pub nccl: f64,
-    /// Or why it cannot be on this rank or another.
+    /// The rate, or why this rank or another cannot gather from the host.
     pub host: Result<f64, String>,
 }
 
-/// What is waited for: a gather of one rank is a copy too, on the lane of fetches.
+/// Kind of an action that is waited for. With one rank a gather is a fetch and still counts as a collective.
 #[derive(Clone, Copy)]
 enum Kind {
     Collective,
@@ -45,9 +44,9 @@ enum Kind {
 
 /// The queues of one rank.
 pub struct CudaQueue<A: HalfType> {
-    // The watchdog lets go of what it looks at before the rest goes.
+    // First, because fields are dropped in order: the watchdog must stop looking before the rest is dropped.
     _probed: Probed,
-    /// What the watchdog is to look at.
+    /// Tells the watchdog of each action that was started.
     started: Sender<(String, Arc<CudaEvent>)>,
     cuda: Cuda<A>,
     communication: Arc<CudaStream>,
@@ -55,18 +54,18 @@ pub struct CudaQueue<A: HalfType> {
     put: Arc<CudaStream>,
     groups: Groups,
     nccl: Communicators,
-    /// What the other ranks send of a layer's gradients.
+    /// Buffer for the parts of a layer's gradients that other ranks send.
     received: Buffer<Cuda<A>, f32>,
     delays: Delays,
     device_bytes: usize,
     host_bytes: usize,
-    /// Before and after each wait, on the compute stream.
+    /// Events on the compute stream before and after each wait.
     waits: Vec<(Kind, CudaEvent, CudaEvent)>,
-    /// What the other streams did; `None` while that is not recorded.
+    /// Begin and end of each action on the other streams; `None` while spans are not recorded.
     spans: Option<Vec<(Lane, String, CudaEvent, CudaEvent)>>,
 }
 
-/// The actions that were started and have not ended, in their order, as the watchdog sees them.
+/// The watchdog's view of the actions that were started and have not ended, in order.
 struct UnderWay {
     actions: Receiver<(String, Arc<CudaEvent>)>,
     oldest: Option<(String, Arc<CudaEvent>)>,
@@ -89,8 +88,8 @@ impl Probe for UnderWay {
     }
 }
 
-/// NCCL's communicators between the ranks that hold a base together, and between those that hold the same shard; none where that
-/// is one rank.
+/// NCCL's communicators between the ranks that hold a base together and between those that hold the same shard; `None` for a group
+/// of one rank.
 struct Communicators {
     shards: Option<Arc<Nccl>>,
     replicas: Option<Arc<Nccl>>,
@@ -109,7 +108,7 @@ fn connect(comm: &mut dyn Comm) -> Result<Option<Arc<Nccl>>> {
     }
 }
 
-/// Begin and end of an action's part on a stream, where spans are recorded.
+/// Begin and end of each part of an action, by stream; empty while spans are not recorded.
 type Marks = Vec<(Lane, CudaEvent, CudaEvent)>;
 
 /// An action under way on a stream.
@@ -129,7 +128,7 @@ impl<A: HalfType> Pending<TrainableBuffers<Cuda<A>>> {
 }
 
 impl<A: HalfType> CudaQueue<A> {
-    /// Collective.
+    /// Connects the ranks and makes the streams. Collective.
     pub fn new(cuda: Cuda<A>, mut groups: Groups, options: QueueOptions) -> Result<Self> {
         watch::start(groups.world.rank(), groups.world.world_size())?;
         if options.share_gpu {
@@ -164,7 +163,7 @@ impl<A: HalfType> CudaQueue<A> {
         })
     }
 
-    /// Measures both ways to gather, all ranks at once. Collective.
+    /// Measures both ways to gather while all ranks gather at once. Collective.
     pub fn measure_gathers(&mut self) -> Result<Rates> {
         let position = self.position();
         let _wait = watch::wait_within("the measurement of gathers", Limit::Start, Some(nccl::HELP));
@@ -173,7 +172,7 @@ impl<A: HalfType> CudaQueue<A> {
         let (part, parts) = (PROBE_BYTES, position.num_shards);
         let mut whole = Arena::carved(&self.cuda, |arena| arena.carve::<u8>("probe", part * parts))?;
         let mut start = Instant::now();
-        // The first time connects the ranks.
+        // The first gather also connects the ranks and is not counted.
         for i in 0..=PROBES {
             nccl.all_gather_in_place(whole.view_mut(), &self.communication)?;
             if i == 0 {
@@ -213,7 +212,7 @@ impl<A: HalfType> CudaQueue<A> {
         }
     }
 
-    /// Does `f` on a lane, after all that `after` has been given.
+    /// Runs `f` on a lane, ordered after all work that the lane `after` has been given.
     fn on(
         &self,
         lane: Lane,
@@ -233,7 +232,7 @@ impl<A: HalfType> CudaQueue<A> {
         Ok(())
     }
 
-    /// Gathers `shard` into `whole` by NCCL, on whichever lanes it takes; returns the last one.
+    /// Gathers `shard` into `whole` by NCCL and returns the lane on which the gather ends.
     fn gather<T: Element>(
         &self,
         shard: &Place<Cuda<A>, T>,
@@ -241,7 +240,7 @@ impl<A: HalfType> CudaQueue<A> {
         marks: &mut Marks,
     ) -> Result<Lane> {
         let (len, delays, position) = (shard.len(), &self.delays, self.position());
-        // Until it has been filled, whatever reads it reads NaNs: codes, scales, and plain weights of every type.
+        // A read before the slot is filled sees NaNs, in codes, scales and plain weights of every type.
         let first = if matches!(shard, Place::Host(_)) { Lane::Fetch } else { Lane::Communication };
         self.poison(first, whole.view_mut())?;
         let mut whole = whole.first_mut(len * position.num_shards);
@@ -269,13 +268,13 @@ impl<A: HalfType> CudaQueue<A> {
         }
     }
 
-    /// Makes every byte of a slot 0xFF, on a lane, when the computation is done with it.
+    /// Fills a slot with 0xFF on a lane, ordered after the computation that uses it.
     fn poison<T: Element>(&self, lane: Lane, slot: ViewMut<'_, Cuda<A>, T>) -> Result<()> {
         self.cuda.order(self.cuda.compute(), self.stream(lane))?;
         self.cuda.fill_on(self.stream(lane), slot, 0xFF)
     }
 
-    /// The part of `values` that this rank has to sum becomes the sum of all ranks' values; `received` is for what they send.
+    /// Replaces this rank's part of `values` by the sum over all ranks. The other ranks' values arrive in `received`.
     fn sum_part(
         &self,
         nccl: &Nccl,
@@ -286,12 +285,12 @@ impl<A: HalfType> CudaQueue<A> {
         let (len, ranks, rank) = (values.len(), nccl.world_size(), nccl.rank());
         ensure!(len.is_multiple_of(ranks) && len <= received.len(), "{len} gradients, {} planned", received.len());
         nccl.all_to_all(values.view(), received.first_mut(len), stream)?;
-        // The sum takes the place of this rank's own part, which has been sent.
+        // The sum overwrites this rank's part, which has been sent already.
         let own = rank * (len / ranks)..(rank + 1) * (len / ranks);
         self.cuda.sum_parts_on(stream, values.range_mut(own), received.first(len))
     }
 
-    /// This rank's shard of `full` becomes the sum over all ranks.
+    /// Replaces this rank's shard of `full` by the sum over all ranks.
     fn sum_over_ranks(
         &self,
         full: &mut Buffer<Cuda<A>, f32>,
@@ -317,7 +316,7 @@ fn all_gather_values<T: bytemuck::Pod>(comm: &mut dyn Comm, name: &str, values: 
     Ok(received)
 }
 
-/// Runs each collective once on a few bytes: NCCL takes its buffers at the first use, and they should be there before memory is
+/// Runs each collective once on a few bytes. NCCL allocates its buffers at the first use, which must come before memory is
 /// planned.
 fn first_use<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Result<()> {
     const BYTES_OF_A_RANK: usize = 256;
@@ -470,7 +469,7 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         Ok(Pending { value: copy, kind: Kind::Copy, done })
     }
 
-    /// The compute stream waits; the host does not.
+    /// Makes the compute stream wait; the host runs on.
     fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {
         let before = self.cuda.mark()?;
         self.cuda.compute().wait(&pending.done).map_err(|e| anyhow!("GPU event: {e}"))?;

@@ -1,4 +1,4 @@
-//! Where the frozen shards of a rank wait on a machine with GPUs: on the device, or in pinned host memory.
+//! Storage of a rank's frozen shards on a machine with GPUs, on the device or in pinned host memory.
 #![expect(unsafe_code, reason = "starts copies whose memory the queue keeps")]
 
 use std::time::Instant;
@@ -22,7 +22,7 @@ const GATHER_BYTES: usize = 16 << 20;
 pub struct Stored<A: HalfType>(pub(super) StoredUnit<A>);
 
 pub(super) enum StoredUnit<A: HalfType> {
-    /// This rank's shard; the others' come by NCCL.
+    /// This rank's shard; NCCL brings the others.
     Shard(Place<Cuda<A>, u8>),
     /// All shards, in memory that the ranks of the node share.
     Node(Vec<Published<u8>>),
@@ -30,16 +30,16 @@ pub(super) enum StoredUnit<A: HalfType> {
     Whole(Buffer<Cuda<A>, u8>),
 }
 
-/// All units, and what they take.
+/// All units and the memory that they take.
 pub struct Store<A: HalfType> {
     pub units: Vec<Stored<A>>,
     pub device_bytes: usize,
-    /// Without what the other ranks have made.
+    /// Bytes in host memory that this rank allocated; shared memory of other ranks is not counted.
     pub host_bytes: usize,
 }
 
-/// Resident shards go to the GPU, the others to pinned memory; either way the mapped file is let go. Collective over the ranks that
-/// hold the base.
+/// Copies resident shards to the GPU and the others to pinned memory, and releases the pages of the mapped files. Collective over
+/// the ranks that hold the base.
 pub fn store<A: HalfType>(
     cuda: &Cuda<A>,
     comm: &mut dyn Comm,
@@ -58,7 +58,7 @@ pub fn store<A: HalfType>(
     let (device_bytes, host_bytes) = (on_device.total_bytes(), on_host.total_bytes());
     let mut device = Arena::allocate(cuda, on_device).context("resident shards")?;
     let mut host = HostMemory::new(cuda, comm, on_host, gather).context("shards in pinned host memory")?;
-    // `None` until the memory that ranks share is published.
+    // `None` stands for a unit in shared memory until that memory is published.
     let mut units: Vec<Option<StoredUnit<A>>> = Vec::new();
     for (i, shard) in shards.into_iter().enumerate() {
         let (expected, shard) = (shard.bytes, shard.take(i)?);
@@ -103,7 +103,7 @@ pub fn store<A: HalfType>(
     Ok(Store { units, device_bytes, host_bytes })
 }
 
-/// Every rank's shard of a unit, one after the other, on the device. Collective.
+/// Gathers every rank's shard of a unit into `stored` on the device, one after the other. Collective.
 fn gather_to<A: HalfType>(
     cuda: &Cuda<A>,
     comm: &mut dyn Comm,
@@ -133,10 +133,10 @@ fn name(unit: usize) -> String {
 
 /// Pinned memory for the shards that are not resident.
 enum HostMemory {
-    /// All are.
+    /// All shards are resident.
     None,
     Own(Arena<Cpu>),
-    /// The ranks of the node read each other's.
+    /// Memory that all ranks of the node read.
     Shared(Draft),
 }
 
@@ -150,12 +150,12 @@ impl HostMemory {
     }
 }
 
-/// Bytes of a rank, and repeats, where ways to gather are measured.
+/// Bytes of each rank, and number of repeats, in the measurement of ways to gather.
 pub const PROBE_BYTES: usize = 32 << 20;
 pub const PROBES: usize = 3;
 
-/// How fast units come from memory that the ranks of the node share, in bytes a second: all ranks at once. Collective; an error is
-/// one on all ranks.
+/// Measures how many bytes per second a rank fetches from memory that the ranks of the node share while all ranks fetch at once.
+/// Collective; if one rank fails, all do.
 pub fn host_bytes_per_s<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm) -> Result<f64> {
     let mut plan = MemoryPlan::default();
     plan.push("probe", PROBE_BYTES);
@@ -176,7 +176,7 @@ pub fn host_bytes_per_s<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm) -> Res
     });
     let fetched = fetched.and_then(|()| cuda.synchronize());
     let seconds = start.elapsed().as_secs_f64();
-    // The others' memory stays until they are done with it.
+    // No rank frees its memory before the others have read it.
     barrier(comm)?;
     fetched.map(|()| (PROBES * shards.len() * PROBE_BYTES) as f64 / seconds)
 }

@@ -1,4 +1,4 @@
-//! Collectives and copies of the CPU device: a thread of its own runs them one after the other, while the ranks compute.
+//! Collectives and copies of the CPU device. A separate thread runs them one after the other while the rank computes.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,14 +25,14 @@ pub struct HostQueue {
     delays: Delays,
     waits: Waits,
     host_bytes: usize,
-    /// What the thread did when; `None` while that is not recorded.
+    /// Actions that the thread has done; `None` while spans are not recorded.
     spans: Option<Arc<Mutex<Done>>>,
 }
 
 /// A unit of the base, as a rank has it.
 #[derive(Clone)]
 pub enum Stored {
-    /// This rank's shard; the others' come by MPI.
+    /// This rank's shard; MPI brings the others.
     Shard(SharedBytes),
     /// All shards, in memory that the ranks of the node share.
     Node(Arc<Vec<Published<u8>>>),
@@ -68,7 +68,7 @@ impl HostQueue {
         })
     }
 
-    /// Runs `f` after what is in the queue; for what has no method of its own (start-up, quantizing, saving).
+    /// Runs `f` after everything in the queue and waits for it. Start-up, quantizing and saving use this.
     pub fn run<T: Send + 'static>(
         &mut self,
         name: &str,
@@ -78,7 +78,7 @@ impl HostQueue {
         Queue::wait(self, pending)
     }
 
-    /// Over all ranks, or over the shards.
+    /// Gathers `values` over the communicator that `comm` selects.
     fn all_gather_values<T: bytemuck::Pod + Send>(
         &mut self,
         name: &str,
@@ -110,7 +110,7 @@ impl HostQueue {
             if let Some(spans) = spans {
                 spans.lock().unwrap_or_else(PoisonError::into_inner).push((lane, span_name, begin, Instant::now()));
             }
-            // Nobody listens any more when the executor failed first: its error is the one that is told.
+            // If the executor has failed, nobody receives the result: the executor's error is the one to report.
             let _ = done.send(value);
         });
         let jobs = self.jobs.as_ref().context("the communication queue is closed")?;
@@ -123,7 +123,7 @@ impl Drop for HostQueue {
     fn drop(&mut self) {
         self.jobs = None;
         if let Some(thread) = self.thread.take().filter(|_| !std::thread::panicking()) {
-            // A panic there was told by the panic hook, which ends the process.
+            // The panic hook has reported a panic of that thread and ends the process.
             let _ = thread.join();
         }
     }
@@ -133,7 +133,7 @@ impl Queue<Cpu> for HostQueue {
     type Pending<T: Send + 'static> = Pending<T>;
     type Shard = Stored;
 
-    /// The mapped files are where they should be; what ranks read of each other lies in memory that they share.
+    /// Leaves shards in their mapped files, except if ranks read each other's: these are copied to memory that they share.
     fn store(&mut self, shards: Vec<ShardSource>, _resident: &[bool], gather: Gather) -> Result<Vec<Stored>> {
         if gather == Gather::Collective {
             return shards.into_iter().enumerate().map(|(i, shard)| Ok(Stored::Shard(shard.take(i)?))).collect();
@@ -281,12 +281,12 @@ impl Queue<Cpu> for HostQueue {
     }
 }
 
-/// Until a gather has filled a slot, whatever reads it reads NaNs: codes, scales, and plain weights of every type.
+/// Fills a slot with NaNs (in codes, scales and plain weights of every type), so that a read before the gather shows.
 fn poison<T: Element>(slot: &mut [T]) {
     bytemuck::cast_slice_mut(slot).fill(0xFFu8);
 }
 
-/// Checks what will be received, then gathers; one shard that is the whole is copied.
+/// Gathers the shards into `out`, whose length must match theirs; a shard that is the whole unit is copied.
 fn gather(shard: &[u8], out: &mut [u8], comm: &mut dyn Comm) -> Result<()> {
     if shard.len() == out.len() {
         out.copy_from_slice(shard);
@@ -297,7 +297,7 @@ fn gather(shard: &[u8], out: &mut [u8], comm: &mut dyn Comm) -> Result<()> {
     comm.all_gather(shard, out)
 }
 
-/// Part r of `full`, summed over ranks in rank order, becomes rank r's `shard`.
+/// Sums part r of `full` over ranks, in rank order, into rank r's `shard`.
 fn reduce_scatter(full: &[f32], shard: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
     let ranks = comm.world_size();
     ensure!(shard.len() * ranks == full.len(), "{} gradients into {} of {ranks} ranks", full.len(), shard.len());
@@ -310,7 +310,7 @@ fn reduce_scatter(full: &[f32], shard: &mut [f32], comm: &mut dyn Comm) -> Resul
     Ok(())
 }
 
-/// `values` becomes its sum over ranks, in rank order.
+/// Replaces `values` by their sum over ranks, added in rank order.
 fn all_reduce(values: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
     if comm.world_size() == 1 {
         return Ok(());

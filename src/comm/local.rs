@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use super::{Comm, Groups};
 
-/// One rank of a world of threads. A rank that goes away makes the others' next collective fail.
+/// One rank of a world of threads. After a rank is dropped the others' next collective fails.
 pub struct LocalComm {
     rank: usize,
     to: Vec<Sender<Vec<u8>>>,
@@ -14,7 +14,7 @@ pub struct LocalComm {
 }
 
 impl LocalComm {
-    /// All ranks of a world.
+    /// Makes all ranks of a world.
     pub fn world(world_size: usize) -> Vec<LocalComm> {
         let mut to: Vec<Vec<_>> = (0..world_size).map(|_| Vec::new()).collect();
         let mut from: Vec<Vec<_>> = (0..world_size).map(|_| Vec::new()).collect();
@@ -29,7 +29,7 @@ impl LocalComm {
     }
 }
 
-/// All ranks of a world whose base is held by groups of `num_shards` ranks.
+/// Makes all ranks of a world in which groups of `num_shards` ranks hold a base.
 pub fn groups(world_size: usize, num_shards: usize) -> Vec<Groups> {
     let num_replicas = world_size / num_shards;
     assert_eq!(num_shards * num_replicas, world_size, "groups of one size");

@@ -1,5 +1,5 @@
-//! Who talks to whom: [`Comm`] is blocking collectives on host memory, [`Queue`] what the executor uses: ordered queues of
-//! collectives on device memory, and of copies between device and host.
+//! Communication between ranks. [`Comm`] has blocking collectives on host memory. [`Queue`], which the executor uses, has ordered
+//! queues of collectives on device memory and of copies between device and host.
 
 pub mod cuda_queue;
 pub mod cuda_store;
@@ -28,12 +28,12 @@ use spans::Span;
 pub trait Comm: Send {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
-    /// `recv` = the `send` of every rank in rank order; `recv.len() == world_size · send.len()`.
+    /// Fills `recv` with the `send` of every rank in rank order; `recv.len() == world_size · send.len()`.
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
-    /// Part r of `send` goes to rank r; part r of `recv` comes from rank r. Both have world_size equal parts.
+    /// Sends part r of `send` to rank r and receives part r of `recv` from it. Both have world_size equal parts.
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
-    /// Sends `send` to rank `to` while `recv` is filled by rank `from`, each of which calls this too, with as many bytes. No message
-    /// goes where there are no bytes.
+    /// Sends `send` to rank `to` while `recv` is filled by rank `from`, each of which makes the matching call with as many bytes. Where
+    /// there are no bytes, no message is sent.
     fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()>;
 }
 
@@ -75,16 +75,16 @@ pub struct Position {
 choices! {
     /// How a rank gets the other ranks' shards of the base.
     Gather {
-        /// By an all-gather: NCCL's between GPUs, MPI's between CPU ranks.
+        /// An all-gather sends them: NCCL's between GPUs, MPI's between CPU ranks.
         Collective = "nccl",
-        /// From where they wait: memory that the ranks of a node share.
+        /// The rank reads them from memory that the ranks of a node share.
         Host = "host",
     }
 }
 
 /// Bytes of a shard, a range of a mapped shard file.
 pub trait ShardBytes: AsRef<[u8]> + Send + Sync {
-    /// They have been copied: nothing of them need stay in memory.
+    /// Says that the bytes have been copied and need not stay in memory.
     fn let_go(&self) {}
 }
 
@@ -93,14 +93,14 @@ impl ShardBytes for Vec<u8> {}
 /// Bytes of a shard that stay valid while a collective reads them.
 pub type SharedBytes = Arc<dyn ShardBytes>;
 
-/// A shard that is read, or made, when it is stored: no two need be in memory at a time.
+/// A shard that is read or made only when it is stored, so that no two have to be in memory at a time.
 pub struct ShardSource {
     pub bytes: usize,
     pub read: Box<dyn FnOnce() -> Result<SharedBytes>>,
 }
 
 impl ShardSource {
-    /// Reads or makes it, `i` being its place among the units, and checks its length.
+    /// Reads or makes the shard of unit `i` and checks its length.
     pub fn take(self, i: usize) -> Result<SharedBytes> {
         let shard = (self.read)()?;
         let found = (*shard).as_ref().len();
@@ -108,13 +108,13 @@ impl ShardSource {
         Ok(shard)
     }
 
-    /// One that is there already.
+    /// Wraps a shard that is in memory already.
     pub fn ready(shard: SharedBytes) -> ShardSource {
         ShardSource { bytes: (*shard).as_ref().len(), read: Box::new(move || Ok(shard)) }
     }
 }
 
-/// Tests set a pause before each action, so that a missing wait shows.
+/// Pauses before actions. Tests set them so that a missing wait shows.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Delays {
     pub before_gather: Duration,
@@ -124,13 +124,13 @@ pub struct Delays {
 }
 
 impl Delays {
-    /// The same pause before everything.
+    /// Sets one pause before every action.
     pub fn all(delay: Duration) -> Delays {
         Delays { before_gather: delay, before_reduce: delay, before_fetch: delay, before_put: delay }
     }
 }
 
-/// How long the computation stood still, waiting for other ranks and for copies.
+/// Time for which the computation stood still, waiting for other ranks (`gather`) and for copies.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Waits {
     pub gather: Duration,
@@ -142,17 +142,17 @@ pub struct Waits {
 pub trait Queue<D: Device> {
     /// An action that was started and not yet waited for.
     type Pending<T: Send + 'static>;
-    /// Where this rank's shard of a unit waits to be gathered.
+    /// This rank's shard of a unit, ready to be gathered.
     type Shard;
 
-    /// Takes over this rank's shards, before the first gather. What is not resident stays in host memory and is fetched by each
-    /// gather. Collective.
+    /// Takes over this rank's shards before the first gather. Shards that are not resident stay in host memory, and each gather
+    /// fetches them. Collective.
     fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool], gather: Gather) -> Result<Vec<Self::Shard>>;
 
-    /// Device memory that the queue has taken, resident shards included, besides the arena's plan.
+    /// Returns the bytes of device memory that the queue has taken in addition to the arena's plan, resident shards included.
     fn device_bytes(&self) -> usize;
 
-    /// Host memory that holds shards, besides what is mapped from files.
+    /// Returns the bytes of host memory that hold shards, mapped files not counted.
     fn host_bytes(&self) -> usize;
 
     fn position(&self) -> Position;
@@ -173,7 +173,7 @@ pub trait Queue<D: Device> {
         out: Buffer<D, u8>,
     ) -> Result<Self::Pending<Buffer<D, u8>>>;
 
-    /// Gathers a unit's trainable shards; both buffers come back.
+    /// Gathers a unit's trainable shards; waiting returns both buffers.
     fn gather_trainable(
         &mut self,
         name: String,
@@ -194,22 +194,22 @@ pub trait Queue<D: Device> {
     /// host does not wait: it reaches memory of its own only through [`Guarded::wait_on_host`].
     fn wait<T: Send + 'static>(&mut self, pending: Self::Pending<T>) -> Result<T>;
 
-    /// How long waits have taken since the last call. The compute queue is done.
+    /// Returns how long waits have taken since the last call. The compute queue must be done.
     fn take_waits(&mut self) -> Result<Waits>;
 
-    /// From here on, keeps what happens when; or stops.
+    /// Starts or stops the recording of spans.
     fn record_spans(&mut self, on: bool);
 
-    /// What was kept, in seconds since `begin`. The compute queue is done.
+    /// Takes the recorded spans, in seconds since `begin`. The compute queue must be done.
     fn take_spans(&mut self, begin: &D::Mark) -> Result<Vec<Span>>;
 
-    /// Every rank's `values`, in rank order. Blocks.
+    /// Returns every rank's `values` in rank order. Blocks.
     fn all_gather_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<Vec<f64>>>;
 
-    /// The equally many `values` of each shard, one after the other. Blocks.
+    /// Returns the `values` of each shard's rank, one after the other; all have as many. Blocks.
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>>;
 
-    /// Element-wise sum over ranks in rank order. Blocks.
+    /// Returns the element-wise sum over ranks, added in rank order. Blocks.
     fn all_reduce_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<f64>> {
         let mut sum = vec![0.0; values.len()];
         for rank in self.all_gather_f64(name, values)? {
@@ -233,14 +233,14 @@ pub struct HostCopy<D: Device, T> {
     pub len: usize,
 }
 
-/// Every rank's `value`, in rank order.
+/// Returns every rank's `value` in rank order.
 pub fn all_gather_u64(comm: &mut dyn Comm, value: u64) -> Result<Vec<u64>> {
     let mut recv = vec![0u8; 8 * comm.world_size()];
     comm.all_gather(&value.to_le_bytes(), &mut recv)?;
     Ok(u64s(&recv))
 }
 
-/// Every rank's `bytes`, in rank order; each rank may have another number of them.
+/// Returns every rank's `bytes` in rank order; ranks may have different numbers of them.
 pub fn all_gather_bytes(comm: &mut dyn Comm, bytes: &[u8]) -> Result<Vec<Vec<u8>>> {
     let lengths = all_gather_u64(comm, bytes.len() as u64)?;
     let longest = lengths.iter().max().map_or(0, |&len| len as usize);
@@ -251,7 +251,7 @@ pub fn all_gather_bytes(comm: &mut dyn Comm, bytes: &[u8]) -> Result<Vec<Vec<u8>
     Ok(lengths.iter().enumerate().map(|(rank, &len)| recv[rank * longest..][..len as usize].to_vec()).collect())
 }
 
-/// Every rank's `values`, in rank order; each rank may have another number of them.
+/// Returns every rank's `values` in rank order; ranks may have different numbers of them.
 pub fn all_gather_u64s(comm: &mut dyn Comm, values: &[u64]) -> Result<Vec<Vec<u64>>> {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     Ok(all_gather_bytes(comm, &bytes)?.iter().map(|bytes| u64s(bytes)).collect())
@@ -261,17 +261,17 @@ fn u64s(bytes: &[u8]) -> Vec<u64> {
     bytes.as_chunks().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect()
 }
 
-/// Name of this machine, for messages and for the record.
+/// Returns the name of this machine, for messages and for the record.
 pub fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or("an unknown host".into(), |name| name.trim().into())
 }
 
-/// Whether it is so on any rank.
+/// Returns true on all ranks if `here` is true on any.
 pub fn anywhere(comm: &mut dyn Comm, here: bool) -> Result<bool> {
     Ok(all_gather_u64(comm, u64::from(here))?.contains(&1))
 }
 
-/// Returns when every rank has come here.
+/// Returns when every rank has called it.
 pub fn barrier(comm: &mut dyn Comm) -> Result<()> {
     all_gather_u64(comm, 0).map(|_| ())
 }

@@ -1,4 +1,4 @@
-//! Ranks started by `mpirun` or `srun`: bootstrap, host collectives, and the end of all ranks when one fails.
+//! Ranks that `mpirun` or `srun` started: how they find each other, host collectives, and how all end when one fails.
 #![expect(unsafe_code, reason = "calls MPI where rsmpi has no safe form")]
 
 use std::mem::ManuallyDrop;
@@ -23,37 +23,37 @@ const LAUNCHER_SIZES: [&str; 4] = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCA
 /// Variables in which a launcher says which rank a process is.
 const LAUNCHER_RANKS: [&str; 5] = ["OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "PALS_RANKID", "SLURM_PROCID"];
 
-/// Why MPI_Init may wait for ever.
+/// Help for an MPI_Init that never returns.
 const INIT_HELP: &str =
     "all ranks must be started, by the mpirun or srun of one MPI, and reach each other over the network";
 
-/// Time between two looks at a collective that is under way: a rank that waits leaves its core to the computation.
+/// Time between two polls of a collective. A rank that waits leaves its core to the computation.
 const POLL: Duration = Duration::from_micros(50);
 
-/// How long the launcher gets to pass on what was printed, before it prints its own message about the abort.
+/// Pause in which the launcher passes on printed messages before it prints its own about the abort.
 const MESSAGE_FIRST: Duration = Duration::from_millis(200);
 
-/// Whether there are others to end, and any thread may call MPI_Abort.
+/// True while there are other ranks to end and any thread may call MPI_Abort.
 static ANY_THREAD_MAY_ABORT: AtomicBool = AtomicBool::new(false);
 
 /// The MPI world. Dropping it finalizes MPI, which waits for all ranks.
 pub struct World {
-    /// Shared with all communicators: MPI is not finalized while one is left.
+    /// Shared with all communicators, so that MPI is not finalized while one exists.
     universe: Arc<ManuallyDrop<Universe>>,
     pub rank: usize,
     pub world_size: usize,
     pub local_rank: usize,
     pub local_size: usize,
-    /// Ranks of each node, where all have as many and rank = node · node_size + local rank.
+    /// Number of ranks of each node if all nodes have as many and rank = node · node_size + local rank.
     pub node_size: Option<usize>,
 }
 
-/// Makes several nodes of one, for tests: the ranks of each.
+/// Variable that makes tests treat one machine as several nodes; its value is the number of ranks of each.
 const NODE_SIZE_VARIABLE: &str = "FSDP_QLORA_RANKS_PER_NODE";
 
 impl World {
-    /// Starts the watchdog and initializes MPI. Fails when the launcher speaks of more ranks than this MPI sees: an MPI that does not
-    /// belong to the launcher starts every rank as a world of its own.
+    /// Starts the watchdog and initializes MPI. Fails if the launcher names more ranks than this MPI sees: with an MPI that does not
+    /// belong to the launcher, every rank is a world of its own.
     pub fn init() -> Result<World> {
         watch::start(launcher_rank(), launcher_sizes().map(|(_, size)| size).max().unwrap_or(1))?;
         watch::phase(Phase::Start)?;
@@ -63,7 +63,7 @@ impl World {
         ensure!(provided >= Threading::Serialized, "this MPI gives thread level {provided:?}; Serialized is needed");
         let world = universe.world();
         let (rank, world_size) = (world.rank() as usize, world.size() as usize);
-        // A rank alone just exits.
+        // A single rank just exits.
         ANY_THREAD_MAY_ABORT.store(provided == Threading::Multiple && world_size > 1, Ordering::Relaxed);
         if world_size == 1 {
             check_launcher()?;
@@ -90,17 +90,17 @@ impl World {
         Ok(World { universe, rank, world_size, local_rank, local_size, node_size })
     }
 
-    /// Ends MPI when all ranks have come here.
+    /// Finalizes MPI when all ranks have called it.
     pub fn end(self) -> Result<()> {
         let result = watch::phase(Phase::End);
         if result.is_err() {
-            // The others may never come to MPI_Finalize; the error is to be told now.
+            // The other ranks may never reach MPI_Finalize, and the error has to be reported now.
             std::mem::forget(self);
         }
         result
     }
 
-    /// Whether groups of this many ranks that follow each other lie inside a node.
+    /// Returns whether groups of this many consecutive ranks each lie inside one node.
     pub fn fits_a_node(&self, num_ranks: usize) -> bool {
         self.node_size.is_some_and(|size| size.is_multiple_of(num_ranks))
     }
@@ -108,10 +108,10 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // Where a communicator is left, perhaps on another thread, MPI stays as it is until the process ends.
+        // If a communicator still exists, perhaps on another thread, MPI is not finalized before the process ends.
         let Some(universe) = Arc::get_mut(&mut self.universe) else { return };
         let wait = watch::wait("MPI_Finalize");
-        // From here on a rank that has to end just exits: MPI_Abort inside MPI_Finalize makes Open MPI's launcher crash.
+        // From here on a rank that fails just exits: MPI_Abort during MPI_Finalize makes Open MPI's launcher crash.
         ANY_THREAD_MAY_ABORT.store(false, Ordering::Relaxed);
         // SAFETY: no communicator is left, and `self` is used no more.
         unsafe { ManuallyDrop::drop(universe) };
@@ -120,14 +120,14 @@ impl Drop for World {
     }
 }
 
-/// The rank that the launcher gives this process, before MPI tells it; 0 when it says nothing.
+/// Returns the rank that the launcher's variables give this process, which is known before MPI_Init; 0 if none is set.
 pub fn launcher_rank() -> usize {
     let numbers = LAUNCHER_RANKS.iter().filter_map(|name| std::env::var(name).ok()?.parse().ok());
     numbers.into_iter().next().unwrap_or(0)
 }
 
-/// Gives the watchdog a board that all ranks of a node write on, or, where their processes cannot see each other's memory, leaves it
-/// one of its own. Collective.
+/// Gives the watchdog a board that all ranks of a node write on. If their processes cannot map each other's memory, each keeps its
+/// own board. Collective.
 fn share_board(node: &SimpleCommunicator, rank: usize, world_size: usize) -> Result<()> {
     let (own, num_ranks) = (node.rank() as usize, node.size() as usize);
     let bytes = Board::bytes(num_ranks);
@@ -154,7 +154,7 @@ fn share_board(node: &SimpleCommunicator, rank: usize, world_size: usize) -> Res
     Ok(())
 }
 
-/// How many ranks the launcher says that it started, with the name of the variable in which it says so.
+/// Returns the number of ranks that the launcher says it started, and the variable that says so.
 fn launcher_sizes() -> impl Iterator<Item = (&'static str, usize)> {
     let step = std::env::var("SLURM_STEP_ID").ok().map(|_| "SLURM_STEP_NUM_TASKS");
     let names = LAUNCHER_SIZES.into_iter().chain(step);
@@ -172,7 +172,7 @@ fn check_launcher() -> Result<()> {
     }
 }
 
-/// Ends every rank of the job with this exit status. Does nothing but exit when there is no other rank.
+/// Ends every rank of the job with this exit status. A single rank just exits.
 pub fn abort(status: i32) -> ! {
     watch::end_soon();
     if ANY_THREAD_MAY_ABORT.load(Ordering::Relaxed) {
@@ -180,11 +180,11 @@ pub fn abort(status: i32) -> ! {
         // SAFETY: MPI was initialized with thread level Multiple, so any thread may call it at any time.
         unsafe { mpi::ffi::MPI_Abort(mpi::ffi::RSMPI_COMM_WORLD, status) };
     }
-    // Without MPI_Abort: mpirun ends the job when one of its processes exits with a status other than 0.
+    // MPI_Abort was not called or has returned: mpirun ends the job when a process exits with a status other than 0.
     std::process::exit(status)
 }
 
-/// Only one thread at a time calls MPI where that is all it allows; elsewhere the lock costs nothing.
+/// Lock under which MPI is called, for an MPI that allows one thread at a time; otherwise it costs nothing.
 static TURN: Mutex<()> = Mutex::new(());
 
 fn in_turn<T>(call: impl FnOnce() -> T) -> T {
@@ -194,19 +194,19 @@ fn in_turn<T>(call: impl FnOnce() -> T) -> T {
 
 /// Host collectives over an MPI communicator.
 pub struct MpiComm {
-    /// Never freed: that would be one more collective, and a rank that fails does not come to it.
+    /// Never freed: that would be a collective, which a failed rank never joins.
     communicator: ManuallyDrop<SimpleCommunicator>,
-    /// MPI is not finalized before this goes.
+    /// Keeps MPI from being finalized.
     universe: Arc<ManuallyDrop<Universe>>,
     rank: usize,
     world_size: usize,
 }
 
-// SAFETY: the handle of a communicator is the same on every thread, and so is that MPI is initialized; all calls take turns.
+// SAFETY: the handle of a communicator is valid on every thread, MPI stays initialized while it exists, and calls take turns.
 unsafe impl Send for MpiComm {}
 
 impl MpiComm {
-    /// Over all ranks. Each value is to be used by one thread at a time, in the same order of calls on every rank.
+    /// Makes a communicator of all ranks. One thread at a time may use it, with the same order of calls on every rank.
     pub fn new(world: &World) -> Result<MpiComm> {
         Ok(Self::over(SimpleCommunicator::world(), &world.universe))
     }
@@ -216,7 +216,8 @@ impl MpiComm {
         MpiComm { communicator: ManuallyDrop::new(comm), universe: universe.clone(), rank, world_size }
     }
 
-    /// This communicator, and those of the base's shards and replicas, where groups of `num_shards` ranks hold a base. Collective.
+    /// Returns this communicator and those of the shards and of the replicas, for groups of `num_shards` ranks that hold a base.
+    /// Collective.
     pub fn into_groups(self, num_shards: usize) -> Result<Groups> {
         ensure!(
             num_shards > 0 && self.world_size.is_multiple_of(num_shards),
@@ -234,13 +235,13 @@ impl MpiComm {
     }
 }
 
-/// Whether MPI, which counts in `i32`, can move this many bytes in one call.
+/// Returns whether MPI, which counts in `i32`, can move this many bytes in one call.
 fn is_countable(bytes: usize) -> bool {
     i32::try_from(bytes).is_ok()
 }
 
-/// Returns when a request of MPI is done. The watchdog ends all ranks when that takes too long: MPI owns the buffers of a request that
-/// did not end, so there is nothing to return to.
+/// Returns when a request of MPI is done. If that takes too long the watchdog ends all ranks. There is no error to return: MPI still
+/// owns the buffers of the request.
 fn complete<'a, T: ?Sized>(mut request: mpi::request::Request<'a, T, &mpi::request::LocalScope<'a>>) {
     let _wait = watch::wait_here();
     loop {

@@ -1,7 +1,7 @@
-//! NCCL: a communicator over the functions that the schedule uses, loaded at run time. Sizes are checked before each call.
+//! NCCL, loaded at run time: a communicator with the functions that the schedule uses. Sizes are checked before each call.
 //!
 //! `libnccl.so.2` is looked for where CUDA's libraries are ([`crate::device::cuda::libraries`]). The communicator is
-//! non-blocking: a call that waits for other ranks returns, and is polled until it is done or the watchdog ends all ranks.
+//! non-blocking: a call that waits for other ranks returns at once and is polled until it is done or the watchdog ends all ranks.
 #![expect(unsafe_code, reason = "calls NCCL")]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -39,18 +39,18 @@ struct Config {
 
 const CONFIG_MAGIC: c_uint = 0xcafe_beef;
 const CONFIG_VERSION: c_uint = 21_700;
-/// A field that is left to NCCL.
+/// Value of a field that NCCL decides.
 const UNDEFINED: c_int = c_int::MIN;
 
-/// `ncclUint8`: bytes are moved as bytes.
+/// `ncclUint8`, the type of everything that is moved.
 const UINT8: c_int = 1;
 const IN_PROGRESS: c_int = 7;
 
-/// Why a collective of NCCL may wait for ever.
+/// Help for a collective of NCCL that never ends.
 pub const HELP: &str = "where the GPUs cannot reach each other's memory although the driver says so (many consumer boards), \
                         NCCL_P2P_DISABLE=1 goes through host memory; NCCL_DEBUG=INFO says how far NCCL has come";
 
-/// Time between two looks at a call that waits for other ranks.
+/// Time between two polls of a call that waits for other ranks.
 const POLL: Duration = Duration::from_micros(100);
 
 type AllGather = unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, Handle, Stream) -> c_int;
@@ -65,7 +65,7 @@ pub struct Nccl {
     handle: Handle,
     rank: usize,
     world_size: usize,
-    /// One thread at a time: who asks for an error also completes the calls that are under way.
+    /// Lets one thread at a time call NCCL: asking for an error also completes calls that are under way.
     turn: Mutex<()>,
     all_gather: Symbol<AllGather>,
     send: Symbol<Send>,
@@ -85,14 +85,14 @@ unsafe impl std::marker::Send for Nccl {}
 unsafe impl Sync for Nccl {}
 
 impl Nccl {
-    /// From now on this rank looks to NCCL like a host of its own, which talks to others through sockets: NCCL refuses two ranks
-    /// of one host on one GPU.
+    /// Makes this rank look to NCCL like a separate host that talks to others through sockets, because NCCL refuses two ranks of
+    /// one host on one GPU.
     pub fn hide_host(rank: usize) {
         // SAFETY: the threads that run now (rayon's and MPI's) do not touch the environment.
         unsafe { std::env::set_var("NCCL_HOSTID", format!("fsdp-qlora-{rank}")) };
     }
 
-    /// Makes the communicator; the id goes from rank 0 over `comm`. Collective. The GPU is that of the calling thread.
+    /// Makes the communicator on the calling thread's GPU; rank 0 sends the id over `comm`. Collective.
     pub fn new(comm: &mut dyn Comm) -> Result<Nccl> {
         let library = libraries::open_first("nccl").context(
             "libnccl.so.2 is not there: several ranks on GPUs need NCCL 2.17 or newer. `pip install nvidia-nccl-cu13` (or \
@@ -149,7 +149,7 @@ impl Nccl {
         Ok(nccl)
     }
 
-    /// `whole` = every rank's part of it, in rank order; this rank's is there already.
+    /// Fills `whole` with every rank's part in rank order; this rank's part is in place already.
     pub fn all_gather_in_place<A: HalfType, T: Element>(
         &self,
         whole: ViewMut<'_, Cuda<A>, T>,
@@ -161,7 +161,7 @@ impl Nccl {
         self.all_gather_bytes(whole.addr() + self.rank * part, whole.addr(), part, stream)
     }
 
-    /// `recv` = the `send` of every rank, in rank order.
+    /// Fills `recv` with the `send` of every rank in rank order.
     pub fn all_gather<A: HalfType, T: Element>(
         &self,
         send: View<'_, Cuda<A>, T>,
@@ -197,7 +197,7 @@ impl Nccl {
         self.settle("ncclAllGather")
     }
 
-    /// Part r of `send` goes to rank r; part r of `recv` comes from rank r. Both have world_size equal parts.
+    /// Sends part r of `send` to rank r and receives part r of `recv` from it. Both have world_size equal parts.
     pub fn all_to_all<A: HalfType, T: Element>(
         &self,
         send: View<'_, Cuda<A>, T>,
@@ -234,7 +234,7 @@ impl Nccl {
         self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Fails when something has gone wrong on the way; does not look while a call is being made.
+    /// Fails if NCCL reports an error. Returns at once while another thread is making a call.
     pub fn check_errors(&self) -> Result<()> {
         match self.turn.try_lock() {
             Ok(_turn) => self.is_settled("NCCL").map(drop),
@@ -242,7 +242,7 @@ impl Nccl {
         }
     }
 
-    /// False while a call has not been taken up yet.
+    /// Returns false while NCCL is still starting a call.
     fn is_settled(&self, call: &str) -> Result<bool> {
         let mut status = 0;
         // SAFETY: the handle is that of a communicator, finished or not.
@@ -252,7 +252,7 @@ impl Nccl {
         Ok(status != IN_PROGRESS)
     }
 
-    /// Returns when the call is on its stream: the first ones connect ranks, which takes all of them.
+    /// Returns when the call is on its stream. The first calls connect ranks and so wait for all of them.
     fn settle(&self, call: &str) -> Result<()> {
         if self.is_settled(call)? {
             return Ok(());

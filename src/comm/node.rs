@@ -1,7 +1,7 @@
-//! Memory that the ranks of a node share: one mapping of exact size by each rank, which the others map too.
+//! Memory that the ranks of a node share. Each rank makes one mapping of exact size, which the others map too.
 //!
-//! A rank writes its own part of a [`Draft`], which the others cannot read yet; publishing waits for all of them, and from then on all
-//! parts are read and none is written. So no rank ever reads what another one writes.
+//! A rank writes its own part of a [`Draft`], which the others cannot read yet. Publishing waits for all ranks; from then on all
+//! parts can be read and none can be written. So no rank ever reads memory that another rank is writing.
 #![expect(unsafe_code, reason = "maps memory that the ranks of a node share")]
 
 use anyhow::{Context, Result, bail};
@@ -10,7 +10,7 @@ use super::{Comm, all_gather_u64, anywhere, barrier};
 use crate::device::cpu::{Cpu, HostRegion};
 use crate::device::{Arena, Device, Element, HostBuffer, MemoryPlan, View};
 
-/// Memory for the plan of each rank, in rank order, zeroed, of which only this rank's part can be reached.
+/// Zeroed memory for the plan of each rank, in rank order. Only this rank's part can be reached.
 pub struct Draft {
     arenas: Vec<Arena<Cpu>>,
     own: usize,
@@ -18,7 +18,7 @@ pub struct Draft {
     carved: Vec<Vec<HostBuffer<u8>>>,
 }
 
-/// A range of host memory that nobody writes any more.
+/// A range of host memory that is never written again.
 pub struct Published<T>(HostBuffer<T>);
 
 impl<T: Element> Published<T> {
@@ -34,8 +34,8 @@ impl<T: Element> Published<T> {
 }
 
 impl Draft {
-    /// Memory for copies to and from `device`, by the same plan on each rank of `comm`. Collective; when it fails on one rank, it fails
-    /// on all.
+    /// Maps memory for copies to and from `device`; each rank of `comm` has the same plan. Collective; if it fails on one rank, it
+    /// fails on all.
     pub fn new<D: Device>(device: &D, comm: &mut dyn Comm, plan: &MemoryPlan) -> Result<Draft> {
         let regions = share(comm, plan.total_bytes())?.into_iter();
         let arenas: Result<Vec<_>> =
@@ -47,7 +47,7 @@ impl Draft {
         Ok(Draft { arenas: arenas?, own: comm.rank(), carved: Vec::new() })
     }
 
-    /// The next range of the plan: this rank's own part of it.
+    /// Returns this rank's part of the next range of the plan.
     pub fn carve(&mut self, name: &str, len: usize) -> Result<&mut [u8]> {
         let parts: Result<Vec<_>> = self.arenas.iter_mut().map(|arena| arena.carve(name, len)).collect();
         self.carved.push(parts?);
@@ -55,14 +55,14 @@ impl Draft {
         Ok(parts[self.own].view_mut().host_mut())
     }
 
-    /// Each range that was carved, of each rank. Collective: returns when every rank has written its part.
+    /// Returns every rank's part of each carved range. Collective: returns when every rank has written its part.
     pub fn publish(self, comm: &mut dyn Comm) -> Result<Vec<Vec<Published<u8>>>> {
         barrier(comm)?;
         Ok(self.carved.into_iter().map(|parts| parts.into_iter().map(Published).collect()).collect())
     }
 }
 
-/// `bytes` of memory of each rank, which every rank maps. Collective; when it fails on one rank it fails on all.
+/// Maps `bytes` of memory of each rank on every rank. Collective; if it fails on one rank, it fails on all.
 fn share(comm: &mut dyn Comm, bytes: usize) -> Result<Vec<HostRegion>> {
     let own = HostRegion::shareable(bytes);
     let processes = all_gather_u64(comm, u64::from(std::process::id()))?;

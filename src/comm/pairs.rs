@@ -13,7 +13,7 @@ pub fn turns(rank: usize, world_size: usize) -> impl Iterator<Item = (usize, usi
     (0..world_size).map(move |turn| ((rank + turn) % world_size, (rank + world_size - turn) % world_size))
 }
 
-/// [`Comm::all_gather`], without memory of its own.
+/// Does [`Comm::all_gather`] without extra memory.
 pub fn all_gather(comm: &mut impl Comm, send: &[u8], recv: &mut [u8]) -> Result<()> {
     for (to, from) in turns(comm.rank(), comm.world_size()) {
         comm.send_receive(to, send, from, &mut recv[from * send.len()..][..send.len()])?;
@@ -21,7 +21,7 @@ pub fn all_gather(comm: &mut impl Comm, send: &[u8], recv: &mut [u8]) -> Result<
     Ok(())
 }
 
-/// [`Comm::all_to_all`], without memory of its own.
+/// Does [`Comm::all_to_all`] without extra memory.
 pub fn all_to_all(comm: &mut impl Comm, send: &[u8], recv: &mut [u8]) -> Result<()> {
     let part = send.len() / comm.world_size();
     for (to, from) in turns(comm.rank(), comm.world_size()) {

@@ -1,4 +1,4 @@
-//! What happened when, on which queue: of a run or of a prediction.
+//! Spans: when each action of a run, or of a predicted one, begins and ends on its queue.
 
 /// The queues of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,6 +1,6 @@
 //! The board of a node: memory that all its ranks share, where each of them writes what it is doing.
 //!
-//! A rank that waits too long reads there who has not come. The board never takes part in a collective.
+//! A rank that has waited too long reads there which ranks are missing. Reading and writing the board is never collective.
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst, fence};
 
@@ -8,10 +8,10 @@ use anyhow::Result;
 
 use crate::device::cpu::SharedWords;
 
-/// Words of a rank's record, and of the header in front of the records.
+/// Number of words of a rank's record, and of the header before the records.
 const RECORD_WORDS: usize = 64;
 
-/// Places in a record.
+/// Positions of the words of a record.
 const PROCESS: usize = 0;
 const STARTED: usize = 1;
 const BEATS: usize = 2;
@@ -21,19 +21,19 @@ const LENGTHS: usize = 5;
 const DOING: usize = 8;
 const WAITING: usize = DOING + TEXT_WORDS;
 
-/// Words of each of the two texts; longer ones are cut.
+/// Number of words of each of the two texts; longer texts are cut.
 const TEXT_WORDS: usize = 24;
 
-/// Place in the header: 1 + the rank that speaks for all.
+/// Position in the header of 1 + the rank that speaks for all.
 const SPEAKER: usize = 0;
 
-/// How often a reader tries to get a record that is not being changed.
+/// Number of times that a reader tries to get a record that is not being changed.
 const READS: usize = 1000;
 
 /// How far a rank has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Not seen from here: its process cannot map the board.
+    /// Unknown, because the rank's process cannot map the board.
     Unknown,
     Running,
     /// It has ended well, or is ending all ranks.
@@ -45,7 +45,7 @@ pub enum State {
 pub struct Record {
     pub state: State,
     pub process: u64,
-    /// When the process was started, in clock ticks since the machine was.
+    /// Start time of the process, in clock ticks since the machine started.
     pub started: u64,
     pub doing: String,
     /// Empty when it waits for nobody.
@@ -59,17 +59,17 @@ pub struct Board {
 }
 
 impl Board {
-    /// Bytes of the board of a node with so many ranks.
+    /// Returns the bytes of the board of a node with this many ranks.
     pub fn bytes(num_ranks: usize) -> usize {
         (1 + num_ranks) * RECORD_WORDS * size_of::<u64>()
     }
 
-    /// A board of one rank.
+    /// Makes a board of one rank.
     pub fn alone() -> Result<Board> {
         Ok(Board::over(SharedWords::new(Board::bytes(1))?, 0))
     }
 
-    /// The board in memory that is shared; `own` is the local rank of this process.
+    /// Makes the board in shared memory; `own` is the local rank of this process.
     pub fn over(words: SharedWords, own: usize) -> Board {
         let board = Board { words, own };
         let process = u64::from(std::process::id());
@@ -91,12 +91,12 @@ impl Board {
         self.word(self.own, place)
     }
 
-    /// Something has moved on this rank.
+    /// Notes progress of this rank.
     pub fn beat(&self) {
         self.own(BEATS).fetch_add(1, SeqCst);
     }
 
-    /// All beats of all ranks.
+    /// Returns the sum of all ranks' beats.
     pub fn beats(&self) -> u64 {
         (0..self.num_ranks()).fold(0, |sum, rank| sum.wrapping_add(self.word(rank, BEATS).load(SeqCst)))
     }
@@ -112,13 +112,13 @@ impl Board {
         taken.is_ok_and(|_| true) || taken == Err(own)
     }
 
-    /// Whether another rank speaks for all.
+    /// Returns whether another rank speaks for all.
     pub fn another_speaks(&self) -> bool {
         let speaker = self.words.words()[SPEAKER].load(SeqCst);
         speaker != 0 && speaker != 1 + self.own as u64
     }
 
-    /// Writes what this rank does and what it waits for. One thread at a time.
+    /// Writes what this rank is doing and what it waits for. One thread at a time may call it.
     pub fn write(&self, doing: &str, waiting: &str) {
         let sequence = self.own(SEQUENCE);
         let odd = sequence.load(SeqCst) | 1;
@@ -132,7 +132,7 @@ impl Board {
     }
 
     fn write_text(&self, place: usize, text: &str) -> u64 {
-        // What is cut inside a character is read as a replacement character.
+        // A text that was cut inside a character ends in a replacement character.
         let bytes = &text.as_bytes()[..text.len().min(TEXT_WORDS * size_of::<u64>())];
         for (i, chunk) in bytes.chunks(size_of::<u64>()).enumerate() {
             let mut word = [0; size_of::<u64>()];
@@ -142,7 +142,7 @@ impl Board {
         bytes.len() as u64
     }
 
-    /// What a rank has written last.
+    /// Reads a rank's latest record.
     pub fn read(&self, local_rank: usize) -> Record {
         let word = |place: usize| self.word(local_rank, place).load(SeqCst);
         let texts = || {
@@ -157,7 +157,7 @@ impl Board {
             let texts = texts();
             (before % 2 == 0 && word(SEQUENCE) == before).then_some(texts)
         });
-        // A process that was killed while it wrote leaves its record like that.
+        // A process that was killed while writing leaves such a record.
         let [doing, waiting] = unchanged.take().unwrap_or_else(texts);
         let state = match word(STATE) {
             state if state == State::Running as u64 => State::Running,

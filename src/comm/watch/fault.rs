@@ -1,6 +1,6 @@
-//! Faults on purpose, for tests of how a job ends: `FSDP_QLORA_FAULT=KIND:RANK:PHASE`.
+//! Deliberate faults, `FSDP_QLORA_FAULT=KIND:RANK:PHASE`, for tests of how a job ends.
 //!
-//! KIND is `panic`, `error`, `abort` (dies without a word), `hang` (stands still) or `slow` (takes some seconds, in which it moves on).
+//! KIND is `panic`, `error`, `abort` (dies without a message), `hang` or `slow` (takes some seconds and reports progress).
 //! PHASE is the number of a step or a word of [`Phase::word`].
 
 use std::time::Duration;
@@ -11,11 +11,11 @@ use super::Phase;
 
 const VARIABLE: &str = "FSDP_QLORA_FAULT";
 
-/// How often a slow rank moves on, and the time between.
+/// Number of times that a slow rank reports progress, and the time between.
 const SLOW_BEATS: u32 = 8;
 const SLOW_PAUSE: Duration = Duration::from_millis(500);
 
-/// Does what the variable asks for at this rank and phase.
+/// Makes the fault that the variable asks for at this rank and phase, if any.
 pub fn inject(rank: usize, phase: Phase) -> Result<()> {
     let Ok(fault) = std::env::var(VARIABLE) else { return Ok(()) };
     let parts: Vec<&str> = fault.split(':').collect();

@@ -1,9 +1,9 @@
-//! The watchdog: a thread of each rank that sees to it that what waits for others ends, from before MPI_Init to after MPI_Finalize.
+//! The watchdog: a thread of each rank that ends waits which take too long, from before MPI_Init to after MPI_Finalize.
 //!
 //! A rank says what it is at ([`at`], [`phase`]) and what it waits for ([`wait`]). All ranks of a node write this on one `board`.
-//! Where a rank waits and nothing has moved on any rank of the node for as long as the limit, the watchdog ends all ranks with one
-//! message: who has not come, and what each rank is doing. So a rank that waits for one that works for long, and says so now and then
-//! ([`beat`]), waits on. A rank whose process is gone without a word ends all ranks too.
+//! If a rank waits and no rank of the node has made progress for the time limit, the watchdog ends all ranks with one message: which
+//! ranks are missing, and what each rank is doing. A rank that works for long reports progress now and then ([`beat`]), and the
+//! ranks that wait for it go on waiting. A process that ends without a message ends all ranks too.
 //!
 //! There is one watchdog a process, as there is one MPI: its functions do nothing before it is started. It takes part in no collective
 //! and changes no value.
@@ -26,29 +26,30 @@ use report::TimeOut;
 
 use super::mpi::abort;
 
-/// Time between two looks.
+/// Time between two checks (a tick).
 const TICK: Duration = Duration::from_millis(50);
 
-/// Ticks between two looks at the other processes.
+/// Number of ticks between two checks of the other processes.
 const TICKS_OF_A_LOOK: u32 = 4;
 
-/// A pause of this process (a job that is suspended, a laptop that sleeps) is not counted as longer than this.
+/// Longest time that one tick counts for, so that a suspended job or a sleeping laptop does not use up the limit.
 const LONGEST_TICK: Duration = Duration::from_secs(1);
 
-/// How long the other ranks leave the word to rank 0 when all fail alike; and before there is a board, on which they see that it speaks.
+/// Time for which the other ranks leave the message to rank 0 if all may fail alike. It is longer before there is a board on which they
+/// see that rank 0 reports.
 const RANK_0_FIRST: Duration = Duration::from_secs(1);
 const RANK_0_FIRST_WITHOUT_A_BOARD: Duration = Duration::from_secs(3);
 
-/// How long the launcher gets to end all ranks after one is gone, which it sees, too.
+/// Time that the launcher has to end all ranks when one is gone, since it notices that as well.
 const LAUNCHER_FIRST: Duration = Duration::from_secs(4);
 
-/// How long a rank that leaves the word to another one waits to be ended by it.
+/// Time for which a rank that leaves the message to another waits to be ended by it.
 const WAIT_FOR_THE_END: Duration = Duration::from_secs(10);
 
-/// How long the ways to end a process well may take.
+/// Time that an orderly end of the process may take.
 const END_IN_ANY_CASE: Duration = Duration::from_secs(15);
 
-/// Parts of a run, for messages and for tests of how it ends.
+/// The parts of a run, named in messages and in tests of how a run ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     /// Before MPI_Init.
@@ -68,7 +69,7 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// What the variable for faults calls it.
+    /// Returns the phase's name in the variable for faults.
     fn word(self) -> String {
         match self {
             Phase::Step(step) => step.to_string(),
@@ -90,12 +91,12 @@ impl Phase {
     }
 }
 
-/// How long a wait may take without anything moving.
+/// Limit of a wait during which no rank makes progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Limit {
-    /// For what all ranks come to at once: MPI_Init, the first collectives of NCCL.
+    /// Limit of steps that all ranks reach at once: MPI_Init and the first collectives of NCCL.
     Start,
-    /// For everything else.
+    /// Limit of everything else.
     Any,
 }
 
@@ -130,9 +131,9 @@ impl Limits {
     }
 }
 
-/// Something that is under way elsewhere, on a GPU, for the watchdog to look at.
+/// Lets the watchdog see actions that are under way on a GPU.
 pub trait Probe: Send {
-    /// How many actions have ended since the last look, and the name of the oldest that has not. An error ends all ranks.
+    /// Returns how many actions have ended since the last call and the name of the oldest that has not. An error ends all ranks.
     fn look(&mut self) -> Result<(usize, Option<String>)>;
 }
 
@@ -148,13 +149,13 @@ struct Inner {
     world_size: usize,
     /// The ranks of this node, in the order of the board; empty before MPI tells who they are.
     ranks: Vec<usize>,
-    /// Those of them whose processes /proc shows.
+    /// The ranks among them whose processes /proc shows.
     seen: Vec<usize>,
     board: Board,
     phase: String,
-    /// The phase, and what of it.
+    /// The phase and the action within it.
     doing: String,
-    /// The oldest first.
+    /// Waits under way, oldest first.
     waits: Vec<Waiting>,
     next_id: u64,
 }
@@ -164,7 +165,7 @@ impl Inner {
         self.board.write(&self.doing, self.waits.first().map_or("", |wait| &wait.name));
     }
 
-    /// The board of the node takes the place of that of one rank. Every rank of the node has one.
+    /// Replaces this rank's own board by the board of the node, which every rank of the node has.
     fn join(&mut self, board: Board, rank: usize, world_size: usize, ranks: Vec<usize>) {
         let is_seen = |local: usize| {
             let record = board.read(local);
@@ -192,7 +193,7 @@ impl Inner {
     }
 }
 
-/// A probe with its number, which is that of its wait, and the help for it.
+/// A probe, its number, which is also the number of its wait, and its help.
 type Looked = (u64, Option<&'static str>, Box<dyn Probe>);
 
 struct Watch {
@@ -218,7 +219,7 @@ fn with_inner<T>(f: impl FnOnce(&mut Inner) -> T) -> Option<T> {
     WATCH.get().map(|watch| f(&mut watch.inner()))
 }
 
-/// Starts the watchdog of this process, or leaves the one that runs. Rank and number of ranks are what the launcher says.
+/// Starts the watchdog of this process if none runs. Rank and number of ranks come from the launcher.
 pub fn start(rank: usize, world_size: usize) -> Result<()> {
     if WATCH.get().is_some() {
         return Ok(());
@@ -242,12 +243,12 @@ pub fn start(rank: usize, world_size: usize) -> Result<()> {
     Ok(())
 }
 
-/// From here on this process is a rank of a world, with a board that the ranks of its node share.
+/// Gives the watchdog the rank of this process in its world and the board that the ranks of its node share.
 pub fn join(board: Board, rank: usize, world_size: usize, ranks: Vec<usize>) {
     with_inner(|inner| inner.join(board, rank, world_size, ranks));
 }
 
-/// What this rank does of its phase from here on.
+/// Says which action of its phase this rank begins.
 pub fn at(action: impl std::fmt::Display) {
     with_inner(|inner| {
         inner.doing = format!("{}: {action}", inner.phase);
@@ -255,7 +256,7 @@ pub fn at(action: impl std::fmt::Display) {
     });
 }
 
-/// Begins a part of the run; in tests, with a fault.
+/// Begins a part of the run. In tests, makes the fault that is set for it.
 pub fn phase(phase: Phase) -> Result<()> {
     let rank = with_inner(|inner| {
         inner.phase = phase.text();
@@ -269,7 +270,7 @@ pub fn phase(phase: Phase) -> Result<()> {
     }
 }
 
-/// This rank moves: it works for long at what it last said, while others may be waiting for it.
+/// Reports progress of a long action, while others may be waiting for this rank.
 pub fn beat() {
     with_inner(|inner| inner.board.beat());
 }
@@ -278,17 +279,17 @@ pub fn beat() {
 #[must_use]
 pub struct Wait(Option<u64>);
 
-/// This rank waits for others, or for a device, in the action of this name.
+/// Begins a wait for other ranks or for a device, in the action of this name.
 pub fn wait(name: impl Into<String>) -> Wait {
     wait_within(name, Limit::Any, None)
 }
 
-/// A wait with a limit of its own, and with what may help when it takes too long.
+/// Begins a wait with a given limit, and with help for the message if it takes too long.
 pub fn wait_within(name: impl Into<String>, limit: Limit, help: Option<&'static str>) -> Wait {
     Wait(with_inner(|inner| inner.begin(name.into(), limit, help)))
 }
 
-/// This rank waits for others in what it is at.
+/// Begins a wait for other ranks in the current action.
 pub fn wait_here() -> Wait {
     Wait(with_inner(|inner| inner.begin(inner.doing.clone(), Limit::Any, None)))
 }
@@ -326,13 +327,13 @@ impl Drop for Probed {
     }
 }
 
-/// This rank has ended well: its process may go.
+/// Says that this rank has succeeded, so that its process may end.
 pub fn done() {
     with_inner(|inner| inner.board.set_state(State::Done));
 }
 
-/// True on the one rank of this node that is to tell why all end. The others wait here to be ended, and get false when nobody does it.
-/// `gives_way`: rank 0 tells it, if it fails too.
+/// Returns true on the one rank of this node that reports why all ranks end. The others wait here to be ended, and return false if
+/// nobody ends them. With `gives_way`, rank 0 reports it if it fails too.
 pub fn takes_the_word(gives_way: bool) -> bool {
     let Some(watch) = WATCH.get() else { return true };
     let (is_rank_0, has_a_board) = {
@@ -350,14 +351,14 @@ pub fn takes_the_word(gives_way: bool) -> bool {
     takes
 }
 
-/// Counts how long nothing has moved.
+/// Counts how long no rank has made progress.
 struct Quiet {
     beats: u64,
     time: Duration,
 }
 
 impl Quiet {
-    /// After a tick that took so long.
+    /// Counts a tick that took this long.
     fn tick(&mut self, beats: u64, elapsed: Duration) {
         self.time = if beats == self.beats { self.time + elapsed.min(LONGEST_TICK) } else { Duration::ZERO };
         self.beats = beats;
@@ -381,7 +382,7 @@ fn run(watch: &Watch) {
         };
         quiet.tick(beats, elapsed);
         if another_speaks {
-            // It ends all ranks; where it cannot, this one ends by itself.
+            // That rank ends all ranks; if it cannot, this one ends by itself.
             silenced += elapsed;
             if silenced > WAIT_FOR_THE_END {
                 abort(1);
@@ -399,7 +400,7 @@ fn run(watch: &Watch) {
     }
 }
 
-/// What is under way on GPUs is a wait of this rank, too.
+/// Counts actions that are under way on GPUs as waits of this rank.
 fn look_at_probes(watch: &Watch) -> Result<()> {
     for (id, help, probe) in lock(&watch.probes).iter_mut() {
         let (ended, oldest) = probe.look()?;
@@ -408,7 +409,7 @@ fn look_at_probes(watch: &Watch) -> Result<()> {
         if ended > 0 || known != oldest.as_ref() {
             inner.waits.retain(|wait| wait.id != *id);
             if let Some(name) = oldest {
-                // It comes first: a host that runs ahead waits because of it.
+                // It comes first, because a host that ran ahead waits for it.
                 inner.waits.insert(0, Waiting { id: *id, name, limit: Limit::Any, help: *help });
             }
             inner.publish();
@@ -417,7 +418,7 @@ fn look_at_probes(watch: &Watch) -> Result<()> {
     Ok(())
 }
 
-/// The message about a rank of this node whose process has ended without one.
+/// Returns the message about a rank of this node whose process has ended without a message of its own.
 fn gone(watch: &Watch) -> Option<String> {
     let running: Vec<(usize, Record)> = {
         let inner = watch.inner();
@@ -426,7 +427,7 @@ fn gone(watch: &Watch) -> Option<String> {
     };
     let (rank, Record { process, doing, .. }) =
         running.into_iter().find(|(_, record)| process::look(record.process, record.started) == Process::Gone)?;
-    // It may have written its last word after its record was read.
+    // The rank may have written its end after its record was read.
     let inner = watch.inner();
     let local = inner.ranks.iter().position(|&other| other == rank)?;
     (inner.board.read(local).state == State::Running && !inner.board.another_speaks()).then(|| {
@@ -437,7 +438,7 @@ fn gone(watch: &Watch) -> Option<String> {
     })
 }
 
-/// The message about a wait that has taken too long.
+/// Returns the message about a wait that has taken too long.
 fn timed_out(watch: &Watch, quiet: Duration) -> Option<String> {
     let inner = watch.inner();
     let wait = inner.waits.iter().find(|wait| watch.limits.of(wait.limit).0 <= quiet)?;
@@ -452,7 +453,7 @@ fn timed_out(watch: &Watch, quiet: Duration) -> Option<String> {
     Some(TimeOut { name, limit_s, variable, help, ranks: &ranks, world_size }.text())
 }
 
-/// Tells it and ends all ranks, after a pause. The rank may be waiting for the very action, so there is nothing to return to.
+/// Prints the message and ends all ranks after a pause. It never returns: this rank may itself be waiting for the action.
 fn end_all_ranks(message: &str, pause: Duration) -> ! {
     end_soon();
     let has_no_board = with_inner(|inner| inner.ranks.is_empty()).unwrap_or(true);
@@ -463,10 +464,10 @@ fn end_all_ranks(message: &str, pause: Duration) -> ! {
     abort(1)
 }
 
-/// Ends this process in any case: what ends it well may itself wait for what is stuck.
+/// Ends this process even if its orderly end waits for the stuck action.
 pub fn end_soon() {
     let thread = std::thread::Builder::new().name("end".into());
-    // Without the thread, the launcher is left to do it.
+    // If the thread cannot be started, ending this process is left to the launcher.
     let _ = thread.spawn(|| {
         std::thread::sleep(END_IN_ANY_CASE);
         let _ = kill_process(getpid(), Signal::KILL);

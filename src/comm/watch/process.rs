@@ -1,32 +1,32 @@
-//! What /proc says of the other ranks' processes.
+//! The state of the other ranks' processes as /proc shows it.
 
 use std::io::ErrorKind;
 
-/// How a process is.
+/// State of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Process {
     Runs,
     /// Stopped by a signal or a debugger.
     Stopped,
-    /// In a call of the kernel that cannot be interrupted: a disk, a network file system, a driver.
+    /// In an uninterruptible system call: a disk, a network file system or a driver.
     InTheKernel,
-    /// It is not there any more.
+    /// The process has ended.
     Gone,
-    /// /proc does not say.
+    /// /proc does not show it.
     Unknown,
 }
 
-/// When a process was started, in clock ticks since the machine was; `None` when /proc does not say.
+/// Returns the start time of a process, in clock ticks since the machine started; `None` if /proc does not show it.
 pub fn start_time(process: u64) -> Option<u64> {
     parse(&std::fs::read_to_string(format!("/proc/{process}/stat")).ok()?).map(|(_, started)| started)
 }
 
-/// How the process is that was started at that time under that number.
+/// Returns the state of the process that was started at that time with that id.
 pub fn look(process: u64, started: u64) -> Process {
     match std::fs::read_to_string(format!("/proc/{process}/stat")) {
         Ok(text) => judge(&text, started),
         Err(error) if error.kind() == ErrorKind::NotFound => Process::Gone,
-        // ESRCH: it ended while it was being read.
+        // ESRCH: the process ended while its file was being read.
         Err(error) if error.raw_os_error() == Some(rustix::io::Errno::SRCH.raw_os_error()) => Process::Gone,
         Err(_) => Process::Unknown,
     }

@@ -1,23 +1,23 @@
-//! The message of a time-out: who has not come, and what every rank of this node is doing.
+//! The message of a time-out: which ranks are missing, and what every rank of this node is doing.
 
 use super::board::{Record, State};
 use super::process::Process;
 
-/// A wait that took too long, as the rank that tells it sees it.
+/// A wait that took too long, as seen by the rank that reports it.
 pub struct TimeOut<'a> {
     pub name: &'a str,
     pub limit_s: u64,
-    /// Names the variable that raises the limit.
+    /// Name of the variable that raises the limit.
     pub variable: &'a str,
-    /// What else may help.
+    /// Further help.
     pub help: Option<&'a str>,
-    /// The ranks of this node: number, what they wrote, and how their processes are. None before MPI tells who they are.
+    /// Number, record and process state of each rank of this node; empty before MPI says which ranks these are.
     pub ranks: &'a [(usize, Record, Process)],
     pub world_size: usize,
 }
 
 impl TimeOut<'_> {
-    /// Several lines, without the prefix of the rank that tells them.
+    /// Returns the lines of the message, without the prefix of the rank that reports it.
     pub fn text(&self) -> String {
         let TimeOut { name, limit_s, variable, help, ranks, world_size } = self;
         let missing: Vec<usize> =
@@ -48,7 +48,7 @@ impl TimeOut<'_> {
         text + &format!("\nhelp: {variable} sets the limit, in seconds")
     }
 
-    /// The ranks that do the same thing together, in the order of the first of each.
+    /// Groups the ranks that do the same thing, ordered by the first of each group.
     fn by_state(&self) -> Vec<(Vec<usize>, String)> {
         let mut groups: Vec<(Vec<usize>, String)> = Vec::new();
         for (rank, record, process) in self.ranks {
@@ -62,7 +62,7 @@ impl TimeOut<'_> {
     }
 }
 
-/// Whether a rank waits in the action of this name, of which its record may hold the begin only.
+/// Returns whether a rank waits in the action of this name; its record may hold only the beginning of the name.
 fn is_in(record: &Record, name: &str) -> bool {
     !record.waiting.is_empty() && name.starts_with(&record.waiting)
 }
