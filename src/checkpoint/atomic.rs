@@ -1,4 +1,4 @@
-//! Files that are whole or not there: written beside, synced, renamed.
+//! Files that are whole or absent: each is written beside its final place, synced and renamed.
 //!
 //! Whoever writes a temporary file holds a lock on it. One without a lock was left by a process that was killed, and the next
 //! process that writes in its folder removes it. Where the file system has no locks, nothing is removed.
@@ -12,10 +12,10 @@ use anyhow::{Context, Result, ensure};
 use rustix::fs::fstatvfs;
 use tempfile::{Builder, NamedTempFile};
 
-/// How the name of a temporary file begins.
+/// Beginning of the name of a temporary file.
 const TEMPORARY: &str = ".fsdp-qlora-tmp-";
 
-/// A temporary file beside `path`, gone when it is dropped.
+/// Makes a temporary file beside `path`, which is removed when it is dropped.
 pub fn beside(path: &Path) -> Result<NamedTempFile> {
     let dir = folder_of(path);
     std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", dir.display()))?;
@@ -26,9 +26,9 @@ pub fn beside(path: &Path) -> Result<NamedTempFile> {
             .permissions(Permissions::from_mode(0o644))
             .tempfile_in(dir)
             .with_context(|| format!("{}: cannot be written to", dir.display()))?;
-        // Without locks the file is as good; it only stays behind if this process is killed.
+        // A file without a lock works as well; it only stays behind if this process is killed.
         let _ = file.as_file().lock();
-        // Before it was locked, another process may have taken it for one that was left behind.
+        // Before the lock, another process may have removed the file as one left behind.
         if file.as_file().metadata().with_context(|| dir.display().to_string())?.nlink() > 0 {
             return Ok(file);
         }
@@ -41,7 +41,7 @@ pub fn remove_abandoned(dir: &Path) {
         if !entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
             continue;
         }
-        // Files of other users, and files that are gone by now, are left to others.
+        // Files of other users, and files that are gone by now, are skipped.
         let Ok(file) = OpenOptions::new().write(true).open(entry.path()) else { continue };
         if file.try_lock().is_ok() {
             let _ = std::fs::remove_file(entry.path());
@@ -90,7 +90,7 @@ pub fn write_synced(path: &Path, bytes: &[u8]) -> Result<File> {
     write().with_context(|| format!("{}: cannot be written", path.display()))
 }
 
-/// Makes durable which names a folder has.
+/// Syncs a folder, so that the names in it are durable.
 pub fn sync_folder(dir: &Path) -> Result<()> {
     File::open(dir).and_then(|d| d.sync_all()).with_context(|| dir.display().to_string())
 }

@@ -22,7 +22,7 @@ const QUANT_STATE: &str = "quant_state.bitsandbytes__nf4";
 pub struct BnbTensor<'a> {
     /// `[out_features, in_features]`
     pub shape: Vec<usize>,
-    /// What the weight was before it was quantized.
+    /// Type of the weight before it was quantized.
     pub dtype: Dtype,
     /// Two codes a byte, the first weight in the high nibble: `[(n + 1) / 2]` for n weights.
     pub codes: &'a [u8],
@@ -54,7 +54,7 @@ struct QuantState {
 }
 
 impl BaseModel {
-    /// Whether the weight of this name is in bitsandbytes' 4-bit layout.
+    /// Returns whether the weight of this name is in bitsandbytes' 4-bit layout.
     pub fn is_bnb(&self, weight: &str) -> bool {
         self.get(weight).is_some_and(|view| view.dtype == Dtype::U8)
     }
@@ -73,7 +73,7 @@ impl BaseModel {
         Ok(tensor)
     }
 
-    /// All of [`Self::bnb_tensor`] but the comparison of the maps.
+    /// Does what [`Self::bnb_tensor`] does, except that it does not compare the maps.
     pub(super) fn read_bnb(&self, weight: &str) -> Result<BnbTensor<'_>> {
         let codes = self.tensor(weight)?;
         let state_view = self.part(weight, QUANT_STATE)?;
@@ -104,7 +104,7 @@ impl BaseModel {
         Ok(BnbTensor { shape: state.shape, dtype, codes: codes.bytes, absmax })
     }
 
-    /// Names of the tensors beside `weight` that hold the rest of it.
+    /// Returns the names of the tensors beside `weight` that hold its maps and scales.
     pub(super) fn bnb_parts(weight: &str) -> impl Iterator<Item = String> {
         ["absmax", "quant_map", "nested_absmax", "nested_quant_map", QUANT_STATE]
             .into_iter()
@@ -206,7 +206,7 @@ pub(super) mod tests {
         (dir, model)
     }
 
-    /// The error after one change to a good tensor.
+    /// Returns the error after one change to a good tensor.
     fn error(change: impl FnOnce(&mut Vec<Written>)) -> String {
         let mut tensors = nested("x.weight", 3, 43);
         change(&mut tensors);

@@ -1,4 +1,4 @@
-//! How the tensors of a base are stored: in 4 bit or as they are.
+//! Decides which tensors of a base are stored in 4 bit and which in their own type.
 
 use anyhow::{Result, bail, ensure};
 
@@ -14,7 +14,7 @@ use super::source::{self, BaseModel};
 pub(super) struct Decided<'a> {
     model: &'a BaseModel,
     options: &'a LoadOptions,
-    /// The checkpoint is in 4 bit already: what is plain in it stays plain.
+    /// True if the checkpoint is in 4 bit already; its plain tensors then stay plain.
     in_4bit: bool,
 }
 
@@ -60,14 +60,14 @@ impl Encodings for Decided<'_> {
     }
 }
 
-/// Names of the weights of all projections.
+/// Returns the names of the weights of all projections.
 pub(super) fn projections(config: &ModelConfig) -> impl Iterator<Item = String> {
     (0..config.num_hidden_layers).flat_map(|layer| Projection::ALL.map(|projection| names::weight(layer, projection)))
 }
 
 /// A base whose weights are, or would be, in bf16.
 pub struct InBf16 {
-    /// `None`: projections stay in bf16.
+    /// Whether NF4 uses double quantization; `None` leaves projections in bf16.
     pub nf4_double_quant: Option<bool>,
 }
 

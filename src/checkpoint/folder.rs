@@ -1,4 +1,4 @@
-//! The folder of a base model: which files it may consist of, and what a folder that is no model most likely is.
+//! The folder of a base model: the files that it may consist of, and a likely explanation of a folder that is no model.
 
 use std::path::{Path, PathBuf};
 
@@ -39,7 +39,7 @@ pub(super) fn no_weights(dir: &Path) -> String {
     format!("{}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{others}", shown_path(dir))
 }
 
-/// What there is of weights in other formats, and how they become safetensors.
+/// Names weights that cannot be read as they are, and says what to do about it; `None` if there are none.
 fn other_weights(dir: &Path) -> Option<String> {
     let mut names: Vec<String> =
         std::fs::read_dir(dir).ok()?.flatten().map(|e| e.file_name().to_string_lossy().into()).collect();
@@ -68,7 +68,7 @@ fn other_weights(dir: &Path) -> Option<String> {
     })
 }
 
-/// The snapshot that a repository in the hub's cache (`models--ORG--NAME`) means: that of `refs/main`, else any.
+/// Returns the snapshot of a repository in the hub's cache (`models--ORG--NAME`): the one that `refs/main` names, else any.
 fn snapshot_of(dir: &Path) -> Option<PathBuf> {
     let snapshots = dir.join("snapshots");
     let main = std::fs::read_dir(dir.join("refs"))
@@ -80,7 +80,7 @@ fn snapshot_of(dir: &Path) -> Option<PathBuf> {
     main.or(all.pop())
 }
 
-/// `ORG/NAME` where a folder of the hub's cache tells it.
+/// Returns `ORG/NAME` of a folder in the hub's cache.
 fn repository(dir: &Path) -> String {
     let root = dir.ancestors().filter_map(|path| path.file_name()?.to_str()?.strip_prefix("models--")).next();
     root.map_or("ORG/NAME".into(), |name| shown(&name.replacen("--", "/", 1)))

@@ -18,7 +18,7 @@ const MAX_HEADER_BYTES: u64 = 16 << 20;
 const LENGTH_BYTES: usize = 8;
 const MAX_DIMENSIONS: usize = 8;
 
-/// Where one tensor lies in its file.
+/// Type, shape and position of one tensor in its file.
 #[derive(Debug)]
 pub(super) struct Entry {
     pub dtype: Dtype,
@@ -36,7 +36,7 @@ struct Written {
     data_offsets: (usize, usize),
 }
 
-/// A header as it is written, repeated names included, which a map would swallow. The metadata is passed over.
+/// A header as it is written, without its metadata. Repeated names, which a map would hide, are kept.
 struct Pairs(Vec<(String, Written)>);
 
 impl<'de> Deserialize<'de> for Pairs {
@@ -66,7 +66,7 @@ impl<'de> Deserialize<'de> for Pairs {
     }
 }
 
-/// Where the data of a safetensors file begins, as its first eight bytes tell.
+/// Returns where the data of a safetensors file begin, computed from its first eight bytes.
 ///
 /// Errors: the header is longer than the file, or than [`MAX_HEADER_BYTES`].
 pub(super) fn data_start(file: &[u8]) -> Result<usize> {
@@ -83,7 +83,7 @@ pub(super) fn data_start(file: &[u8]) -> Result<usize> {
     Ok(LENGTH_BYTES + length as usize)
 }
 
-/// Parses and checks the header of `file`, the whole file: the tensors in the order of the data.
+/// Parses and checks the header of `file`, the whole file, and returns its tensors in the order of their data.
 ///
 /// Errors: a file shorter than its header, invalid JSON, a tensor named twice, a tensor whose bytes are not
 /// those of its shape and dtype, overlapping or out-of-range offsets, bytes that belong to no tensor.

@@ -1,7 +1,7 @@
-//! Which base a run has: a digest of all its tensors' bytes and of what config.json makes of them.
+//! The identity of a base: a digest of all its tensors' bytes and of the configuration that config.json gives.
 //!
-//! The digest of each tensor is xxh3 (128 bit) over its bytes: against damage, mixed-up revisions and edits, not against somebody who
-//! constructs a collision. The digest of the weights covers names, types, shapes and these digests, in the order of names, so that it
+//! The digest of each tensor is xxh3 (128 bit) over its bytes. It detects damage, mixed-up revisions and edits, but not a constructed
+//! collision. The digest of the weights covers names, types, shapes and these digests, in the order of names, so that it
 //! depends neither on where the folder lies nor on how the tensors are spread over files. The identity adds the configuration.
 //!
 //! Reading 140 GB takes a minute, so the digests of the layers' tensors are kept in a record beside the shards, with the stamps of the
@@ -26,38 +26,38 @@ use crate::model::config::ModelConfig;
 use super::record::{Record, RecordPlace, Stamps};
 use super::source::BaseModel;
 
-/// Bytes that are read at a time.
+/// Number of bytes that are read at a time.
 const READ_BYTES: usize = 1 << 20;
-/// Threads that read files at a time, at most: enough for the fastest disks.
+/// Largest number of threads that read files at a time, which is enough for the fastest disks.
 const MAX_THREADS: usize = 4;
-/// Progress is told about every tenth of a base that is larger.
+/// Size from which progress is reported at every tenth of a base.
 const LARGE_BYTES: usize = 4 << 30;
 
 /// The tensors of a base with their digests, and the stamps of its files before they were read.
 #[derive(Clone)]
 pub struct BaseStamps {
     model: Arc<BaseModel>,
-    /// One for each file.
+    /// Stamps of each file.
     stamps: Vec<Stamps>,
-    /// One for each tensor, sorted by name.
+    /// Digest of each tensor, sorted by name.
     digests: Vec<u128>,
 }
 
-/// A digest of the base on this rank, and the record that is to be kept of it.
+/// The digest of the base on this rank and the record to keep of it.
 pub(super) struct Digested {
     pub stamps: BaseStamps,
-    /// Set on one rank of those that see these files, where something was read that the record lacked.
+    /// Set on one of the ranks that see these files if something was read that the record lacked.
     pub new_record: Option<Record>,
 }
 
-/// One tensor as it is digested.
+/// A tensor to digest.
 struct Item<'a> {
     name: &'a str,
     file_idx: usize,
     range: Range<usize>,
 }
 
-/// Whether a tensor belongs to a layer: its bytes are in the shards, and are not read from the base after those were made.
+/// Returns whether a tensor belongs to a layer. Its bytes are then in the shards, and the base's are not read once these are made.
 fn is_of_a_layer(name: &str) -> bool {
     name.starts_with("model.layers.")
 }
@@ -66,8 +66,8 @@ fn items(model: &BaseModel) -> Vec<Item<'_>> {
     model.entries().map(|(name, file_idx, entry)| Item { name, file_idx, range: entry.range.clone() }).collect()
 }
 
-/// Digests a base together with all ranks: those that see the same files share the reading. Collective, and the collectives do not
-/// depend on what a rank finds. `record`: where digests of earlier starts are looked for.
+/// Digests a base; ranks that see the same files share the reading. Collective; the collectives do not depend on what a rank finds.
+/// `record` is where digests of earlier starts are kept.
 pub(super) fn digest(
     model: &Arc<BaseModel>,
     record: &RecordPlace,
@@ -117,7 +117,7 @@ pub(super) fn digest(
     Ok(Digested { stamps: BaseStamps { model: model.clone(), stamps, digests }, new_record })
 }
 
-/// The ranks that see the very files that this one sees, and this rank's place among them.
+/// Returns the ranks that see the same files as this one, and this rank's place among them.
 fn ranks_with_these_files(stamps: &[Stamps], comm: &mut dyn Comm) -> Result<(Vec<usize>, usize)> {
     let machine = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let key = xxh3_64(format!("{machine}{stamps:?}").as_bytes());
@@ -127,7 +127,7 @@ fn ranks_with_these_files(stamps: &[Stamps], comm: &mut dyn Comm) -> Result<(Vec
     Ok((group, place))
 }
 
-/// Fills in what the other ranks of `group` know. Ranks of another group may have another number of tensors.
+/// Fills in the digests that the other ranks of `group` know. Ranks of other groups may have a different number of tensors.
 fn share(comm: &mut dyn Comm, group: &[usize], known: &mut [Option<u128>]) -> Result<()> {
     const BYTES: usize = 1 + size_of::<u128>();
     let longest = all_gather_u64(comm, known.len() as u64)?.into_iter().max().unwrap_or(0) as usize;
@@ -163,7 +163,7 @@ fn tell_what_is_read(model: &BaseModel, items: &[Item], missing: &[usize], tell:
     ));
 }
 
-/// The tensors that one of `num_places` ranks reads: a run of each file's order, of about as many bytes as the others'.
+/// Returns the tensors that one of `num_places` ranks reads: consecutive ones of each file, about as many bytes as other ranks read.
 fn part_of(items: &[Item], mut missing: Vec<usize>, place: usize, num_places: usize) -> Vec<usize> {
     missing.sort_by_key(|&i| (items[i].file_idx, items[i].range.start));
     let total: u128 = missing.iter().map(|&i| items[i].range.len() as u128).sum();
@@ -171,13 +171,13 @@ fn part_of(items: &[Item], mut missing: Vec<usize>, place: usize, num_places: us
     missing.retain(|&i| {
         let owner = (before * num_places as u128).checked_div(total).unwrap_or(0);
         before += items[i].range.len() as u128;
-        // An empty tensor at the very end lies behind the last part.
+        // An empty tensor at the very end would fall after the last part.
         owner.min(num_places as u128 - 1) == place as u128
     });
     missing
 }
 
-/// Reads tensors on some threads.
+/// Reads and digests tensors on several threads.
 fn read_all(
     model: &BaseModel,
     items: &[Item],
@@ -218,7 +218,8 @@ fn read_all(
     })
 }
 
-/// The digest of a range of a file. Not through the mapping: a file that was cut short is an error here, and ends the process there.
+/// Returns the digest of a range of a file. It reads the file, because a file that was cut short is an error here, but would end
+/// the process if it were read through its mapping.
 fn digest_of(file: &File, range: Range<usize>) -> Result<u128> {
     let (mut hash, mut buffer) = (Xxh3::new(), vec![0; READ_BYTES.min(range.len())]);
     for at in range.clone().step_by(READ_BYTES) {
@@ -230,7 +231,7 @@ fn digest_of(file: &File, range: Range<usize>) -> Result<u128> {
 }
 
 impl BaseStamps {
-    /// Digest of names, types, shapes and bytes of all tensors, in hex: what shards are made from.
+    /// Returns the digest, in hex, of names, types, shapes and bytes of all tensors, which shards are made from.
     pub fn weights(&self) -> String {
         let mut hash = Xxh3::new();
         for ((name, _, entry), digest) in self.model.entries().zip(&self.digests) {
@@ -239,7 +240,7 @@ impl BaseStamps {
         format!("{:032x}", hash.digest128())
     }
 
-    /// Digest of the weights and the configuration, in hex: what ranks must have in common.
+    /// Returns the digest, in hex, of the weights and the configuration, which ranks must have in common.
     pub fn identity(&self, config: &ModelConfig) -> String {
         let mut hash = Xxh3::new();
         hash.update(format!("{} {config:?}", self.weights()).as_bytes());
@@ -249,8 +250,8 @@ impl BaseStamps {
     /// Checks that the base is still the one that was digested. Only stamps are compared; a file whose stamps differ is read again.
     /// Not collective: one rank of each node is enough.
     ///
-    /// Errors: a file was overwritten in place, which this run may have read from; or another one with other weights was put in
-    /// its place, which this run has not read. A file that was only removed or renamed is none.
+    /// Errors: a file was overwritten in place, so this run may have read either content; or it was replaced by a file with
+    /// other weights, which this run has not read. A file that was only removed or renamed is no error.
     pub fn check_unchanged(&self) -> Result<()> {
         for (file_idx, ((path, file), before)) in self.model.files().zip(&self.stamps).enumerate() {
             if Stamps::of(file, path)? != *before {

@@ -1,4 +1,4 @@
-//! The record: digests of a base's tensors that were read at an earlier start, and the stamps of the files that they were read from.
+//! The record: digests of a base's tensors from an earlier start, with the stamps of the files that were read for them.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -19,7 +19,7 @@ use super::atomic;
 const SETTLED: Duration = Duration::from_secs(1);
 const MAX_RECORD_BYTES: u64 = 64 << 20;
 
-/// When a file last changed, and which file it is.
+/// Identity of a file and the times of its last change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Stamps {
     pub device: u64,
@@ -45,7 +45,7 @@ impl Stamps {
         Ok(Self::new(&file.metadata().with_context(|| shown_path(path))?))
     }
 
-    /// Whether any change after `now` shows in the stamps.
+    /// Returns whether every change after `now` will show in the stamps.
     fn is_settled(&self, now: SystemTime) -> bool {
         let Ok(now) = now.duration_since(SystemTime::UNIX_EPOCH) else { return false };
         let changed = Duration::new(self.ctime.0.max(0) as u64, self.ctime.1.clamp(0, 999_999_999) as u32);
@@ -53,7 +53,7 @@ impl Stamps {
     }
 }
 
-/// The digests of earlier starts, for each file of the base.
+/// Digests of earlier starts, for each file of the base.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Record {
     /// xxh3 of `files` as JSON. A record that is damaged counts as absent.
@@ -64,12 +64,12 @@ pub(super) struct Record {
 #[derive(Debug, Serialize, Deserialize)]
 struct RecordedFile {
     stamps: Stamps,
-    /// Tensor to digest in hex.
+    /// Maps a tensor's name to its digest in hex.
     tensors: BTreeMap<String, String>,
 }
 
 impl Record {
-    /// Of each file its name, its stamps and the digests of tensors in it, which were read after `read_at`. A file whose next change
+    /// Makes a record from each file's name, stamps and tensors' digests, which were read after `read_at`. A file whose next change
     /// might not show in its stamps is left out.
     pub fn new<'a>(files: impl Iterator<Item = (String, Stamps, Vec<(&'a str, u128)>)>, read_at: SystemTime) -> Record {
         let recorded = |(name, stamps, tensors): (String, Stamps, Vec<(&str, u128)>)| {
@@ -81,7 +81,7 @@ impl Record {
         Record { checksum: checksum(&files), files }
     }
 
-    /// The digest of a tensor in a file that has these stamps now.
+    /// Returns the digest of a tensor in a file that has these stamps now, if it is recorded.
     pub fn digest(&self, file: &str, stamps: &Stamps, tensor: &str) -> Option<u128> {
         let file = self.files.get(file).filter(|file| file.stamps == *stamps)?;
         u128::from_str_radix(file.tensors.get(tensor)?, 16).ok()
@@ -97,7 +97,7 @@ fn checksum(files: &BTreeMap<String, RecordedFile>) -> String {
     format!("{:016x}", xxh3_64(serde_json::to_string(files).unwrap_or_default().as_bytes()))
 }
 
-/// Where the record of a base is kept: in the first of some folders that can be written to.
+/// The place of a base's record: the first of several folders that can be written to.
 #[derive(Clone, Debug)]
 pub(super) struct RecordPlace {
     folders: Vec<PathBuf>,
@@ -105,7 +105,7 @@ pub(super) struct RecordPlace {
 }
 
 impl RecordPlace {
-    /// The place for the base in `dir` as this machine sees it: stamps may differ between machines that share a folder.
+    /// Makes the place for the base in `dir` and this machine. Machines that share a folder may see different stamps.
     pub fn new(dir: &Path, folders: Vec<PathBuf>) -> Result<RecordPlace> {
         let dir = dir.canonicalize().with_context(|| shown_path(dir))?;
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -113,12 +113,12 @@ impl RecordPlace {
         Ok(RecordPlace { folders, file: format!("base-{key:016x}.json") })
     }
 
-    /// The records that are there and whole.
+    /// Reads the records that exist and are whole.
     pub fn read(&self) -> Vec<Record> {
         self.folders.iter().filter_map(|folder| Record::parse(&folder.join(&self.file))).collect()
     }
 
-    /// Keeps a record. A failure costs time at the next start and nothing else, so it is told and is no error.
+    /// Keeps a record. A failure only costs time at the next start, so it is reported through `tell` and is no error.
     pub fn keep(&self, record: &Record, tell: &mut dyn FnMut(String)) {
         let write = |folder: &PathBuf| -> Result<()> {
             atomic::write(&folder.join(&self.file), &serde_json::to_vec(record).context("a record")?)

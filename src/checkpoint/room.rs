@@ -1,4 +1,4 @@
-//! Room on disks, summed over the ranks that write to the same one.
+//! Checks room on disks, summed over the ranks that write to the same disk.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::{Comm, all_gather_u64s, anywhere};
 
-/// What a rank will write to a folder.
+/// Number of bytes that a rank will write to a folder.
 #[derive(Clone, Debug)]
 pub struct Want {
     pub dir: PathBuf,
@@ -21,7 +21,7 @@ pub struct Want {
 const SHARED_FILE_SYSTEMS: [u64; 7] =
     [0x6969, 0xfe53_4d42, 0xff53_4d42, 0x00c3_6400, 0x0bd0_0bd0, 0x4750_4653, 0x1983_0326];
 
-/// Makes the folders, and fails on all ranks when those on one disk want more than is free there. Collective.
+/// Makes the folders. Fails on all ranks if those that write to one disk need more than is free there. Collective.
 pub fn check(comm: &mut dyn Comm, wants: &[Want]) -> Result<()> {
     let own = |want: &Want| Ok([disk(&want.dir)?, free(&want.dir)?, want.bytes as u64]);
     let own: Result<Vec<[u64; 3]>> = wants.iter().map(own).collect();
@@ -43,7 +43,7 @@ pub fn check(comm: &mut dyn Comm, wants: &[Want]) -> Result<()> {
     Ok(())
 }
 
-/// What the ranks want of a disk.
+/// Bytes that the ranks want of a disk.
 #[derive(Debug, PartialEq, Eq)]
 struct Sum {
     bytes: u64,
@@ -51,7 +51,7 @@ struct Sum {
     ranks: usize,
 }
 
-/// By disk, from (disk, free, wanted) of each rank.
+/// Sums by disk, from (disk, free, wanted) of each rank.
 fn sums(of_ranks: &[Vec<u64>]) -> BTreeMap<u64, Sum> {
     let mut sums: BTreeMap<u64, Sum> = BTreeMap::new();
     for of_rank in of_ranks {
@@ -66,7 +66,7 @@ fn sums(of_ranks: &[Vec<u64>]) -> BTreeMap<u64, Sum> {
     sums
 }
 
-/// A number that the ranks of a machine have for the same disk, and those of several machines for a file system that they share.
+/// Returns a number that identifies a disk: equal on all ranks of a machine, and on several machines for a file system that they share.
 fn disk(dir: &Path) -> Result<u64> {
     std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", dir.display()))?;
     let place = || dir.display().to_string();

@@ -1,9 +1,9 @@
 //! Shard files: one safetensors file per shard, `nf4-00000-of-00002.safetensors`.
 //!
 //! Each unit is one U8 tensor, `unit.00000` and so on, of equal length in every shard (`fsdp::layout`). The metadata says
-//! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also tells which program, and which
-//! rank on which machine, made each unit; files of before it did are valid. A file is written beside and renamed; one whose
-//! metadata is not what is expected is foreign, one whose checksums fail is damaged.
+//! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also names the program, and the
+//! rank and machine that made each unit; older files without these names are valid. A file is written beside its place and renamed.
+//! A file with other metadata than expected is foreign; one whose checksums fail is damaged.
 #![expect(unsafe_code, reason = "gives advice on mapped pages")]
 
 use std::collections::HashMap;
@@ -30,7 +30,7 @@ use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
 use super::source::{map, map_opened};
 use super::{atomic, header};
 
-/// Key of the program that made a file, and its value.
+/// Metadata key of the program that made a file.
 const PROGRAM_KEY: &str = "program";
 const PROGRAM: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"));
 
@@ -39,10 +39,10 @@ const MAKERS_KEY: &str = "makers";
 
 /// Data begins at a multiple of this.
 const DATA_ALIGN_BYTES: usize = 64;
-/// What the metadata of every shard file says it is.
+/// Format name in the metadata of every shard file.
 const FORMAT: &str = "fsdp-qlora shard";
 
-/// What the shard files of one base, quantization and number of shards are.
+/// Describes the shard files of one base, quantization and number of shards.
 #[derive(Clone, Debug)]
 pub struct ShardSpec {
     /// Folder of the files.
@@ -56,13 +56,13 @@ pub struct ShardSpec {
     pub unit_bytes: Vec<usize>,
 }
 
-/// What was found in the place of a shard file.
+/// Finding at the path of a shard file.
 pub enum Found {
     Valid(Vec<SharedBytes>),
     Missing,
-    /// The file of something else, and what shows it: never overwritten.
+    /// A file of something else, which is never overwritten, with the difference that shows it.
     Foreign(String),
-    /// Not a whole file, and why.
+    /// A damaged file, with the reason.
     Damaged(String),
 }
 
@@ -79,7 +79,7 @@ impl ShardSpec {
         ShardSpec { dir, base, encoding, num_shards, unit_bytes: layouts.iter().map(UnitLayout::shard_bytes).collect() }
     }
 
-    /// Path of one shard's file.
+    /// Returns the path of one shard's file.
     pub fn path(&self, shard: usize) -> PathBuf {
         let kind = if self.encoding.starts_with("nf4") { "nf4" } else { "plain" };
         self.dir.join(format!("{kind}-{shard:05}-of-{:05}.safetensors", self.num_shards))
@@ -97,12 +97,12 @@ impl ShardSpec {
         Ok(first == Some(comm.rank()))
     }
 
-    /// Bytes of one shard's file, header apart.
+    /// Returns the bytes of one shard's file without its header.
     pub fn data_bytes(&self) -> usize {
         self.unit_bytes.iter().sum()
     }
 
-    /// The metadata that a file must have to be valid.
+    /// Returns the metadata that a valid file must have.
     fn metadata(&self, shard: usize, checksums: &[u64]) -> Map<String, Value> {
         let text = |v: String| Value::String(v);
         let checksums: Vec<String> = checksums.iter().map(|c| format!("{c:016x}")).collect();
@@ -116,7 +116,7 @@ impl ShardSpec {
         metadata
     }
 
-    /// The file's first bytes. Their number does not depend on the checksums.
+    /// Returns the bytes before the data. Their number does not depend on the checksums.
     fn header(&self, shard: usize, checksums: &[u64], makers: &[String]) -> Vec<u8> {
         let mut header = Map::new();
         let mut metadata = self.metadata(shard, checksums);
@@ -153,7 +153,7 @@ impl ShardSpec {
         })
     }
 
-    /// Why the file is not this shard's, if its header can be read and says so.
+    /// Says why the file is not this shard's; `None` if it is, or if its header cannot be read.
     fn foreign(&self, file: &[u8], shard: usize) -> Option<String> {
         let metadata = read_header(file).ok()?.1;
         let foreign = metadata.get("format").map(String::as_str) != Some(FORMAT);
@@ -199,7 +199,7 @@ impl ShardSpec {
     }
 }
 
-/// Length and metadata of a file's header.
+/// Returns length and metadata of a file's header.
 fn read_header(file: &[u8]) -> Result<(usize, HashMap<String, String>)> {
     header::data_start(file)?;
     let (header_bytes, header) = SafeTensors::read_metadata(file)?;
@@ -210,7 +210,7 @@ fn unit_name(idx: usize) -> String {
     format!("unit.{idx:05}")
 }
 
-/// Says who made a unit, where the file tells.
+/// Says who made a unit, if the file names its maker.
 fn made_by(metadata: &HashMap<String, String>, idx: usize) -> String {
     let makers: Option<Vec<String>> = metadata.get(MAKERS_KEY).and_then(|text| serde_json::from_str(text).ok());
     match (makers.as_deref(), metadata.get(PROGRAM_KEY)) {
@@ -231,7 +231,7 @@ struct MappedUnit {
 }
 
 impl ShardBytes for MappedUnit {
-    /// Neither this process nor the page cache keeps them. That is advice: it may come to nothing.
+    /// Advises the system to drop the unit's pages from this process and from the page cache.
     fn let_go(&self) {
         let (begin, len) = (self.range.start, self.range.len());
         // SAFETY: the mapping is read-only and backed by the file: pages that are let go come back as they were.
@@ -256,7 +256,7 @@ pub struct ShardWriter<'a> {
     units: Vec<WrittenUnit>,
 }
 
-/// How much of a unit has been written.
+/// Progress of writing a unit.
 struct WrittenUnit {
     /// Bytes without padding.
     bytes: usize,
@@ -265,8 +265,8 @@ struct WrittenUnit {
 }
 
 impl<'a> ShardWriter<'a> {
-    /// `part_bytes`: the bytes of each unit's shard without padding. Fails before anything is written when the disk has no room,
-    /// or when another base's shard lies in its place.
+    /// Begins a file. `part_bytes` gives the bytes of each unit's shard without padding. Fails before anything is written if the disk
+    /// has no room or another base's shard is in the way.
     pub fn create(spec: &'a ShardSpec, shard: usize, part_bytes: Vec<usize>, makers: &'a [String]) -> Result<Self> {
         let path = spec.path(shard);
         if path.exists()
@@ -281,12 +281,12 @@ impl<'a> ShardWriter<'a> {
         Ok(Self { spec, shard, file, makers, header_bytes, units: part_bytes.into_iter().map(unit).collect() })
     }
 
-    /// Bytes of a unit that have not been written yet, without padding.
+    /// Returns the bytes of a unit that have not been written yet, without padding.
     pub fn bytes_left(&self, idx: usize) -> usize {
         self.units[idx].bytes - self.units[idx].written
     }
 
-    /// The next bytes of a unit.
+    /// Appends the next bytes of a unit.
     pub fn append(&mut self, idx: usize, bytes: &[u8]) -> Result<()> {
         ensure!(bytes.len() <= self.bytes_left(idx), "unit {idx}: {} bytes too many", bytes.len());
         self.pad(idx, bytes)
@@ -300,7 +300,7 @@ impl<'a> ShardWriter<'a> {
         self.write_at(offset, bytes)
     }
 
-    /// Padding and the header, with the checksums; then the file gets its name.
+    /// Writes padding and the header with the checksums, then renames the file.
     pub fn finish(mut self) -> Result<()> {
         for idx in 0..self.units.len() {
             ensure!(self.bytes_left(idx) == 0, "unit {idx}: {} bytes are missing", self.bytes_left(idx));
@@ -320,7 +320,7 @@ impl<'a> ShardWriter<'a> {
     }
 }
 
-/// The user's cache folder: `$FSDP_QLORA_CACHE`, else `$XDG_CACHE_HOME/fsdp-qlora`, else `~/.cache/fsdp-qlora`.
+/// Returns the user's cache folder: `$FSDP_QLORA_CACHE`, else `$XDG_CACHE_HOME/fsdp-qlora`, else `~/.cache/fsdp-qlora`.
 pub fn cache_dir() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     if let Some(dir) = variable("FSDP_QLORA_CACHE") {
@@ -332,12 +332,12 @@ pub fn cache_dir() -> Result<PathBuf> {
         .join("fsdp-qlora"))
 }
 
-/// Folder of the folders of automatic shard files.
+/// Returns the folder that contains the folders of automatic shard files.
 pub fn automatic_root() -> Result<PathBuf> {
     Ok(cache_dir()?.join("shards"))
 }
 
-/// Folder of automatic shard files. Other bases, encodings and layouts have other folders.
+/// Returns the folder of automatic shard files. Each base, encoding and layout has its own.
 pub fn automatic_dir(base: &str, encoding: &str) -> Result<PathBuf> {
     Ok(automatic_root()?.join(format!("{base}-{encoding}-v{LAYOUT_VERSION}")))
 }

@@ -16,7 +16,7 @@ use super::folder::{self, INDEX_FILE, SINGLE_FILE};
 use super::header::{self, Entry};
 use crate::files::{self, shown, shown_path};
 
-/// Largest index that is read: some 300,000 tensors.
+/// Largest index that is read, in bytes; it holds some 300,000 tensors.
 const MAX_INDEX_BYTES: u64 = 32 << 20;
 
 /// All tensors of a model directory. A tensor's bytes are read when it is asked for.
@@ -35,14 +35,14 @@ struct MappedFile {
     map: Mmap,
 }
 
-/// One tensor, in place in its mapped file.
+/// One tensor in its mapped file.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
     pub name: &'a str,
     pub file: &'a Path,
     pub dtype: Dtype,
     pub shape: &'a [usize],
-    /// Row-major, little-endian, at any alignment.
+    /// Elements in row-major order, little-endian, at any alignment.
     pub bytes: &'a [u8],
 }
 
@@ -51,12 +51,12 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Maps a whole file, read-only.
+/// Maps a whole file read-only.
 pub(super) fn map(path: &Path) -> Result<Mmap> {
     map_opened(&files::open(path)?).with_context(|| shown_path(path))
 }
 
-/// Maps a file that is open, read-only.
+/// Maps an open file read-only.
 pub(super) fn map_opened(file: &File) -> Result<Mmap> {
     // SAFETY: read-only, and no file is written in place by this program. Another process that cuts the file short
     // under us ends this one with SIGBUS; nothing but a copy of the whole file prevents that.
@@ -64,7 +64,7 @@ pub(super) fn map_opened(file: &File) -> Result<Mmap> {
 }
 
 impl BaseModel {
-    /// Whether there is anything to open.
+    /// Returns whether `dir` has weights to open.
     pub fn has_weights(dir: &Path) -> bool {
         dir.join(SINGLE_FILE).exists() || dir.join(INDEX_FILE).exists()
     }
@@ -123,12 +123,12 @@ impl BaseModel {
         Ok(model)
     }
 
-    /// The directory it was opened from.
+    /// Returns the directory that was opened.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Names of all tensors, sorted.
+    /// Returns the names of all tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
@@ -138,17 +138,17 @@ impl BaseModel {
         self.tensors.len()
     }
 
-    /// The files, each with its path.
+    /// Returns the files, each with its path.
     pub(super) fn files(&self) -> impl ExactSizeIterator<Item = (&Path, &File)> {
         self.files.iter().map(|file| (file.path.as_path(), &file.file))
     }
 
-    /// Every tensor with the index of its file and its place there, sorted by name.
+    /// Returns every tensor with the index of its file and its place there, sorted by name.
     pub(super) fn entries(&self) -> impl ExactSizeIterator<Item = (&str, usize, &Entry)> {
         self.tensors.iter().map(|(name, (file_idx, entry))| (name.as_str(), *file_idx, entry))
     }
 
-    /// The tensor of this name, or `None`.
+    /// Returns the tensor of this name, or `None`.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let (name, (file_idx, entry)) = self.tensors.get_key_value(name)?;
         let MappedFile { path, map, .. } = &self.files[*file_idx];
@@ -156,7 +156,7 @@ impl BaseModel {
         Some(TensorView { name, file: path, dtype: entry.dtype, shape: &entry.shape, bytes })
     }
 
-    /// The tensor of this name. Error: there is none.
+    /// Returns the tensor of this name. Fails if there is none.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
         self.get(name).with_context(|| format!("{}: tensor {} is missing", shown_path(&self.dir), shown(name)))
     }
@@ -208,7 +208,7 @@ impl TensorView<'_> {
     }
 }
 
-/// Little-endian f16 at any alignment: through a small aligned buffer, because the vectorized conversion wants slices.
+/// Converts little-endian f16 at any alignment. A small aligned buffer lies between, because the vectorized conversion takes slices.
 fn f16_to_f32(bytes: &[u8], out: &mut [f32]) {
     let mut aligned = [f16::ZERO; 256];
     for (bytes, out) in bytes.chunks(2 * aligned.len()).zip(out.chunks_mut(aligned.len())) {
@@ -217,7 +217,7 @@ fn f16_to_f32(bytes: &[u8], out: &mut [f32]) {
     }
 }
 
-/// File and tensor, for messages.
+/// Names file and tensor, for messages.
 impl std::fmt::Display for TensorView<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
         write!(f, "{}: tensor {}", shown_path(self.file), shown(self.name))

@@ -1,4 +1,4 @@
-//! Weights that are all zeros, as in layers that were added to a trained model.
+//! Finds weights that are all zeros, as in layers that were added to a trained model.
 
 use anyhow::Result;
 
@@ -10,7 +10,7 @@ use super::bnb::Absmax;
 use super::source::BaseModel;
 
 impl BaseModel {
-    /// Whether a projection's weight is all zeros.
+    /// Returns whether a projection's weight is all zeros.
     pub fn is_zero(&self, weight: &str) -> Result<bool> {
         if self.is_bnb(weight) {
             return Ok(match self.bnb_tensor(weight, &CODEBOOK, &DYNAMIC_MAP)?.absmax {
@@ -25,7 +25,7 @@ impl BaseModel {
         for first in (0..view.num_elements()).step_by(RECORD_WEIGHTS) {
             let values = &mut values[..RECORD_WEIGHTS.min(view.num_elements() - first)];
             view.to_f32(first, values)?;
-            // A weight that is trained differs from zero early on.
+            // In a trained weight a nonzero value comes early.
             if values.iter().any(|&v| v != 0.0) {
                 return Ok(false);
             }

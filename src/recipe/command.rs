@@ -1,4 +1,4 @@
-//! Which command reads which keys of a recipe, and what takes the place of a key on its command line.
+//! Lists the recipe keys that each command reads, and the options of its command line that replace a key.
 
 use super::keys;
 
@@ -31,7 +31,7 @@ impl Command {
         Self::BenchCollectives,
     ];
 
-    /// As it is written on the command line.
+    /// Returns the command's name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Train => "train",
@@ -46,7 +46,7 @@ impl Command {
         }
     }
 
-    /// Keys that an option of the command line gives, with that option.
+    /// Returns the keys that an option of the command line sets, with that option.
     pub(super) fn options(self) -> &'static [(&'static str, &'static str)] {
         const MODEL: &str = keys::MODEL.path;
         const LENGTH: &str = keys::MAX_LENGTH.path;
@@ -70,15 +70,15 @@ impl Command {
         }
     }
 
-    /// What a user of this command writes to set a key: `--set key=…` and a recipe know it by its path, the command line may have an
-    /// option. `None` if the command does not read it.
+    /// Returns what a user of this command writes to set a key: its option if the command line has one, else the key's path, as in
+    /// `--set key=…` and in a recipe. Returns `None` if the command does not read the key.
     pub fn name_of(self, path: &'static str) -> Option<&'static str> {
         let option = self.options().iter().find(|(key, _)| *key == path).map(|(_, option)| *option);
         let is_read = || keys::ALL.iter().any(|key| key.path == path && key.readers.contains(&self));
         option.or_else(|| is_read().then_some(path))
     }
 
-    /// Whether the command needs the folder of a model.
+    /// Returns whether the command needs the folder of a model.
     pub(super) fn needs_model(self) -> bool {
         matches!(self, Self::Train | Self::Plan | Self::Eval | Self::Generate | Self::Quantize)
     }

@@ -1,4 +1,4 @@
-//! The job: what was decided from a recipe. After it exists nobody reads the recipe.
+//! The job: the decisions made from a recipe. Once it exists, no code reads the recipe.
 
 use std::path::PathBuf;
 
@@ -16,13 +16,13 @@ use crate::model::names::Projection;
 pub use crate::optim::lr::LrScheduler;
 
 choices! {
-    /// Who keeps what of the base.
+    /// Part of the base that each rank keeps.
     ShardingStrategy {
-        /// Each rank keeps its share.
+        /// Each rank keeps a shard of it.
         FullShard = "full_shard",
         /// The ranks of a node hold a base together; between nodes only gradients go.
         HybridShard = "hybrid_shard",
-        /// Each rank keeps everything.
+        /// Each rank keeps all of it.
         NoShard = "no_shard",
     }
 }
@@ -30,11 +30,11 @@ choices! {
 choices! {
     /// Whether layers are recomputed in backward.
     ActivationCheckpointing {
-        /// What fits.
+        /// Keep as much as fits.
         Auto = "auto",
         /// Recompute all.
         Full = "full",
-        /// Keep what is dearest to recompute.
+        /// Keep the activations that cost most to recompute.
         Selective = "selective",
         /// Keep everything.
         None = "none",
@@ -42,7 +42,7 @@ choices! {
 }
 
 choices! {
-    /// What the arithmetic is done in; sums are f32 everywhere.
+    /// Number format of the arithmetic; sums are f32 everywhere.
     ComputeDtype {
         /// bfloat16 on a GPU, float32 on the CPU.
         Auto = "auto",
@@ -56,10 +56,10 @@ choices! {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
     pub command: Command,
-    /// An existing directory; empty where a shape takes its place.
+    /// An existing directory; empty if a shape replaces the model.
     pub model: PathBuf,
     pub output_dir: PathBuf,
-    /// Folder of the shard files; `None`: the user's cache folder.
+    /// Folder of the shard files; `None` means the user's cache folder.
     pub shards: Option<PathBuf>,
     pub data: DataJob,
     pub quantization: QuantizationJob,
@@ -80,7 +80,7 @@ impl Job {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataJob {
-    /// Files and directories; empty where the command does not train.
+    /// Files and directories; empty if the command does not train.
     pub train: Vec<PathBuf>,
     pub eval: Option<EvalData>,
     pub format: Format,
@@ -90,19 +90,19 @@ pub struct DataJob {
     pub loss_on: LossOn,
 }
 
-/// Where the held-out rows come from.
+/// Source of the held-out rows.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum EvalData {
     File(PathBuf),
-    /// Of the training rows, above 0 and below 1.
+    /// Fraction of the training rows, above 0 and below 1.
     Fraction(f64),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QuantizationJob {
     pub load_in_4bit: bool,
-    /// `None`: as a checkpoint that is in 4 bit already has it, else true.
+    /// `None` follows a checkpoint that is in 4 bit already, and means true for any other.
     pub double_quant: Option<bool>,
     pub compute_dtype: ComputeDtype,
 }
@@ -112,10 +112,10 @@ pub struct LoraJob {
     pub r: usize,
     pub alpha: f64,
     pub dropout: f32,
-    /// In the order of a layer, each once, at least one.
+    /// At least one projection, each once, in the order of a layer.
     pub target_modules: Vec<Projection>,
     pub use_rslora: bool,
-    /// Set: r, alpha, target_modules and use_rslora are this PEFT adapter's, and the recipe does not give them.
+    /// PEFT adapter to go on from. If it is set, r, alpha, target_modules and use_rslora are its own and the recipe must not give them.
     pub adapter: Option<PathBuf>,
 }
 
@@ -129,24 +129,24 @@ pub struct TrainingJob {
     pub adam_beta1: f64,
     pub adam_beta2: f64,
     pub adam_epsilon: f64,
-    /// `None`: see [`TrainingJob::steps`].
+    /// `None` means the default of [`TrainingJob::steps`].
     pub warmup_steps: Option<usize>,
     pub num_train_epochs: f64,
-    /// Set: it holds in the place of the epochs.
+    /// If it is set, it replaces the number of epochs.
     pub max_steps: Option<usize>,
-    /// `None`: no clipping.
+    /// `None` means no clipping.
     pub max_grad_norm: Option<f64>,
     pub weight_decay: f64,
     pub seed: u64,
     pub logging_steps: usize,
-    /// `None`: before and after training only.
+    /// `None` means before and after training only.
     pub eval_steps: Option<usize>,
 }
 
-/// What fixes the size of a step.
+/// The key that fixes the size of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BatchSize {
-    /// Micro-batches of each rank: `gradient_accumulation_steps`.
+    /// Number of micro-batches of each rank: `gradient_accumulation_steps`.
     AccumulationSteps(usize),
     /// Sequences of all ranks: `global_batch_size`.
     Global(usize),

@@ -1,4 +1,5 @@
-//! `adapter_config.json`, by an allow-list: a key that PEFT 0.21 knows is read, harmless, or refused by name; an unknown one is refused.
+//! Reads `adapter_config.json` by an allow-list. Each key that PEFT 0.21 knows is read, harmless or refused by name; unknown keys are
+//! refused.
 
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use super::{AdapterSettings, CONFIG_FILE};
 use crate::files::{self, MAX_SETTINGS_BYTES, listed, shown, shown_path};
 use crate::model::names::Projection;
 
-/// Keys that do not change what is computed: file keeping, and settings of what other keys would switch on.
+/// Keys that do not change what is computed: bookkeeping, and settings of features that other keys would switch on.
 const HARMLESS: [&str; 16] = [
     "auto_mapping",
     "base_model_name_or_path",
@@ -56,10 +57,10 @@ fn neutral_values() -> [(&'static str, Value); 20] {
     ]
 }
 
-/// Starts of an adapter that leave the base model and the training as they are.
+/// Initializations of an adapter that change neither the base model nor the training.
 const INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
-/// Most that `r` may be; also the recipe's limit.
+/// Largest `r`, also in a recipe.
 const MAX_RANK: u64 = 1 << 16;
 
 /// Longest regular expression, in bytes.
@@ -67,7 +68,7 @@ const MAX_PATTERN: usize = 1 << 14;
 
 /// The content of `adapter_config.json`.
 pub(super) struct PeftConfig {
-    /// All but the targets, which the tensors tell.
+    /// All settings except the targets, which follow from the tensors.
     pub settings: AdapterSettings,
     targets: Modules,
     excluded: Option<Modules>,
@@ -77,12 +78,12 @@ pub(super) struct PeftConfig {
 enum Modules {
     AllLinear,
     Pattern(Regex),
-    /// Whole names, or what stands behind a dot at their end.
+    /// Whole names of modules, or their ends after a dot.
     Names(Vec<String>),
 }
 
 impl Modules {
-    /// As PEFT's `check_target_module_exists`.
+    /// Returns whether a module is among these, by the rule of PEFT's `check_target_module_exists`.
     fn contain(&self, module: &str) -> Result<bool> {
         match self {
             Self::AllLinear => Ok(Projection::ALL.iter().any(|p| module.ends_with(p.path()))),
@@ -109,14 +110,14 @@ impl Modules {
     }
 }
 
-/// The keys, each taken once; what is left was not understood.
+/// The keys that have not been read yet; those left at the end were not understood.
 struct Keys {
     map: Map<String, Value>,
     problems: Vec<String>,
 }
 
 impl Keys {
-    /// The value of a key; `null` is absent.
+    /// Takes the value of a key; `null` counts as absent.
     fn take(&mut self, key: &str) -> Option<Value> {
         self.map.remove(key).filter(|value| !value.is_null())
     }
@@ -126,7 +127,7 @@ impl Keys {
         self.problems.push(format!("{key}: found {found}, allowed: {allowed}"));
     }
 
-    /// Reads a key; one without a default must be there. `None` where that is a problem.
+    /// Reads a key, which must be present if it has no default. Returns `None` after noting a problem.
     fn read<T>(
         &mut self,
         key: &str,
@@ -147,7 +148,7 @@ impl Keys {
         found
     }
 
-    /// Refuses what nobody took.
+    /// Refuses the keys that were not taken.
     fn check_rest(&mut self) {
         for (key, neutral) in neutral_values() {
             match self.take(key) {
@@ -179,7 +180,7 @@ impl PeftConfig {
     }
 
     fn read(keys: &mut Keys) -> Option<PeftConfig> {
-        // Every key is read before one that is wrong ends it.
+        // All keys are read before an error is returned, so that it can name all that are wrong.
         let number = |value: &Value| value.as_f64().filter(|&x| (x as f32).is_finite());
         let peft_type = keys.read("peft_type", None, "LORA", |v| (v == "LORA").then_some(()));
         let rank = keys.read("r", None, "an integer from 1 to 65536", |v| {
@@ -251,7 +252,8 @@ pub fn remarks(dir: &Path, model: &Path) -> Result<Vec<String>> {
     Ok(remarks)
 }
 
-/// Last part of a model's name: of `org/name`, of a folder, or of the hub's cache (`models--org--name/snapshots/…`).
+/// Returns the last part of a model's name, given as `org/name`, a folder or a path in the hub's cache
+/// (`models--org--name/snapshots/…`).
 fn model_name(path: &Path) -> Option<String> {
     let parts = || path.components().filter_map(|part| part.as_os_str().to_str());
     let cached = parts().find_map(|part| part.strip_prefix("models--")?.rsplit("--").next());

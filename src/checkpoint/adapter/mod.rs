@@ -17,10 +17,10 @@ use crate::model::names::{self, Projection};
 
 /// Name of the file of tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
-/// Name of the file that says what they are.
+/// Name of the file that describes the tensors.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 
-/// An adapter as a whole: its numbers, and each layer's values as [`LoraLayout`] lays them out.
+/// An adapter: its settings, and each layer's values as [`LoraLayout`] lays them out.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
     pub settings: AdapterSettings,
@@ -28,7 +28,7 @@ pub struct Adapter {
 }
 
 impl Adapter {
-    /// Digest of numbers and values.
+    /// Returns a digest of settings and values.
     pub fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
         hash.update(format!("{:?}", self.settings).as_bytes());
@@ -36,13 +36,13 @@ impl Adapter {
         hash.digest()
     }
 
-    /// Bytes of the values.
+    /// Returns the bytes of the values.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(|values| size_of_val(&values[..])).sum()
     }
 }
 
-/// The numbers of `adapter_config.json` that the math needs.
+/// The settings in `adapter_config.json` that the computation needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterSettings {
     /// PEFT's r.
@@ -51,7 +51,7 @@ pub struct AdapterSettings {
     pub dropout: f32,
     pub use_rslora: bool,
     pub targets: Vec<Projection>,
-    /// How PEFT drew its first values; kept for the file that is saved.
+    /// Initialization that PEFT used, kept for the file that is saved.
     pub init_lora_weights: Value,
 }
 
@@ -69,12 +69,12 @@ impl AdapterSettings {
     }
 }
 
-/// PEFT's name of a LoRA matrix; `matrix` is "A" or "B".
+/// Returns PEFT's name of a LoRA matrix; `matrix` is "A" or "B".
 fn tensor_name(layer: usize, projection: Projection, matrix: &str) -> String {
     format!("base_model.model.{}.lora_{matrix}.weight", names::module(layer, projection))
 }
 
-/// A fresh adapter: A uniform in ±1/√in_features (Kaiming-uniform with a = √5, PEFT's start), B zero. The numbers
+/// Makes a fresh adapter: A uniform in ±1/√in_features (Kaiming-uniform with a = √5, PEFT's start), B zero. The numbers
 /// depend on the seed, the layer and the projection only.
 pub fn fresh(settings: AdapterSettings, config: &ModelConfig, seed: u64) -> Adapter {
     let layout = LoraLayout::new(config, &settings.lora_config());
@@ -84,7 +84,7 @@ pub fn fresh(settings: AdapterSettings, config: &ModelConfig, seed: u64) -> Adap
             let bound = 1.0 / (entry.a_shape[1] as f32).sqrt();
             let mut state = seed ^ ((layer * Projection::ALL.len() + entry.projection as usize + 1) as u64) << 40;
             for value in &mut values[entry.a.clone()] {
-                // 24 bits, so that the number in [0, 1) is exact in f32.
+                // 24 bits make a number in [0, 1) that is exact in f32.
                 let uniform = (splitmix64(&mut state) >> 40) as f32 / (1u64 << 24) as f32;
                 *value = (2.0 * uniform - 1.0) * bound;
             }

@@ -1,4 +1,4 @@
-//! Reading an adapter: which tensors are there, and what `adapter_config.json` says about them.
+//! Reads an adapter: its tensors and `adapter_config.json`, which must agree.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,7 +19,7 @@ use crate::model::names::{self, Projection};
 /// Reads a PEFT adapter for this model. Every tensor must be there, and none may be left over.
 ///
 /// # Errors
-/// The files cannot be read, or contradict each other or the model; `adapter_config.json` has what is not implemented.
+/// The files cannot be read, or contradict each other or the model; `adapter_config.json` asks for something that is not implemented.
 pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
     ensure!(
         dir.join(CONFIG_FILE).exists() || !dir.join(STAGING).exists(),
@@ -52,7 +52,7 @@ pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
     Ok(Adapter { settings, layers })
 }
 
-/// The projections that have an adapter in layer 0, the same as in all layers. The file of tensors and `target_modules` must agree on
+/// Returns the projections that have an adapter in layer 0, which must be the same in all layers. The file of tensors and `target_modules` must agree on
 /// every module.
 fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, config: &ModelConfig) -> Result<Vec<Projection>> {
     for module in ["lm_head", "model.embed_tokens"] {
@@ -88,7 +88,7 @@ fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, config: &ModelConfig) 
     Ok(targets)
 }
 
-/// Compares r with the tensors before anything of that size is made.
+/// Compares r with the tensors before memory of that size is allocated.
 fn check_rank(tensors: &SafeTensors<'_>, settings: &AdapterSettings) -> Result<()> {
     let name = tensor_name(0, settings.targets[0], "A");
     let shape = tensors.tensor(&name)?.shape().to_vec();
@@ -100,7 +100,7 @@ fn check_rank(tensors: &SafeTensors<'_>, settings: &AdapterSettings) -> Result<(
     Ok(())
 }
 
-/// The first of some names, and how many there are.
+/// Lists the first of some names and their number.
 fn some_of(names: &BTreeSet<String>) -> String {
     let first = names.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
     if names.len() > 5 { format!("{first}, … ({} in all)", names.len()) } else { first }

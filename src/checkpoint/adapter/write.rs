@@ -12,8 +12,8 @@ use crate::checkpoint::atomic;
 use crate::model::config::ModelConfig;
 use crate::model::lora::LoraLayout;
 
-/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result is the matter of
-/// [`crate::checkpoint::output`]. `base` is the model's path.
+/// Writes both files durably into a folder that has no adapter yet. [`crate::checkpoint::output`] puts that folder in the place of
+/// another result. `base` is the model's path.
 pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) -> Result<()> {
     let layout = LoraLayout::new(config, &adapter.settings.lora_config());
     let mut views = Vec::new();
@@ -27,7 +27,7 @@ pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) ->
     }
     let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
     let path = dir.join(TENSORS_FILE);
-    // Straight to the file: a copy of all values in memory may not fit.
+    // The values go straight to the file, because a copy of all of them may not fit into memory.
     safetensors::serialize_to_file(views, Some(metadata), &path)
         .map_err(anyhow::Error::from)
         .and_then(|()| Ok(File::open(&path)?.sync_all()?))

@@ -1,4 +1,4 @@
-//! Puts a whole result, which waits in a folder inside the output folder, in the place of what is there.
+//! Replaces an old result by a complete new one, which lies in a folder inside the output folder.
 //!
 //! Two folders could be exchanged in one call (renameat2), but an output folder may be a mount point, a link or somebody's working
 //! directory, and NFS has no such call. So the files are moved one after the other: the old `adapter_config.json` leaves first and the
@@ -15,27 +15,27 @@ use super::super::atomic::sync_folder;
 use super::record::{RUN_FILE, RunRecord};
 use super::{RESULT_FILES, STAGING};
 
-/// Where the old config waits until the new tensors are there.
+/// Name of the old config until the new tensors are in place.
 const REPLACED_CONFIG: &str = "replaced_adapter_config.json";
 
-/// One step, all of which is done or not.
+/// One atomic step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Move {
     Rename(PathBuf, PathBuf),
     Remove(PathBuf),
-    /// Makes durable what was moved in this folder.
+    /// Syncs this folder, so that the moves in it are durable.
     Sync(PathBuf),
     RemoveFolder(PathBuf),
 }
 
-/// The moves that put the result in its place, or the rest of them.
+/// Lists the moves that remain until the result is in its place.
 pub fn plan(dir: &Path, record: &RunRecord) -> Vec<Move> {
     let staging = dir.join(STAGING);
     let (sync, mut moves) = (Move::Sync(dir.into()), Vec::new());
     if staging.join(TENSORS_FILE).exists() && dir.join(CONFIG_FILE).exists() {
         moves.extend([Move::Rename(dir.join(CONFIG_FILE), staging.join(REPLACED_CONFIG)), sync.clone()]);
     }
-    // Files of the old result that the new one does not have. What no run has written is left alone.
+    // Files of the old result that the new one lacks are removed. Files that no run has written stay.
     let old = RunRecord::read(dir).ok().flatten().map(|old| old.files).unwrap_or_default();
     let stale = RESULT_FILES.iter().map(|name| name.to_string());
     let stale = stale.filter(|name| old.contains(name) && !record.files.contains(name));
@@ -61,14 +61,14 @@ pub fn perform(moves: &[Move]) -> Result<()> {
             }
             Move::Remove(path) => std::fs::remove_file(path).with_context(|| format!("{}", path.display()))?,
             Move::Sync(dir) => sync_folder(dir)?,
-            // The result is in place. What cannot be removed is removed by the next start.
+            // The result is in place. If the folder cannot be removed now, the next start removes it.
             Move::RemoveFolder(dir) => drop(std::fs::remove_dir_all(dir)),
         }
     }
     Ok(())
 }
 
-/// Takes back what failed, so that the old result is whole again. Once the new tensors are in place there is no way back: the next start
+/// Undoes a failed exchange, so that the old result is whole again. Once the new tensors are in place there is no way back: the next start
 /// performs the rest.
 pub fn take_back(dir: &Path) {
     let staging = dir.join(STAGING);
@@ -80,24 +80,25 @@ pub fn take_back(dir: &Path) {
     let _ = std::fs::remove_dir_all(staging);
 }
 
-/// The record of a result that was written whole: it is the last of its files. A record that names other files is not this program's.
+/// Returns the record of a complete result; `None` if it is incomplete. The record is the last file to be written. A record that names
+/// other files is not this program's.
 fn complete(staging: &Path) -> Option<RunRecord> {
     let is_ours = |files: &[String]| !files.is_empty() && files.iter().all(|name| RESULT_FILES.contains(&&name[..]));
     RunRecord::read(staging).ok().flatten().filter(|record| is_ours(&record.files))
 }
 
-/// How the output folder was left by the run before.
+/// State in which the last run left the output folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Left {
-    /// Nothing was under way.
+    /// No exchange was under way.
     Clean,
-    /// A complete result waited, and is in its place now.
+    /// A complete result had not been moved; it is in its place now.
     PutInPlace,
     /// Files of a run that did not finish were removed.
     Removed,
 }
 
-/// Ends what a run that was killed has begun: moves a complete result to its place, and removes an incomplete one.
+/// Finishes the exchange of a run that was killed: moves a complete result to its place, and removes an incomplete one.
 pub fn recover(dir: &Path) -> Result<Left> {
     let staging = dir.join(STAGING);
     if !staging.exists() {
@@ -128,7 +129,7 @@ mod tests {
         names.iter().for_each(|name| std::fs::write(dir.join(name), content).unwrap());
     }
 
-    /// An output folder with an old result, and a new one that waits.
+    /// Makes an output folder with an old result and a new one that has not been moved yet.
     fn with_two_results() -> (tempfile::TempDir, RunRecord) {
         let place = tempfile::tempdir().unwrap();
         write(place.path(), &[TENSORS_FILE, CONFIG_FILE, CHAT, "metrics.jsonl", "notes.txt"], "old");

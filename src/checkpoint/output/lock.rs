@@ -1,4 +1,4 @@
-//! Only one run at a time writes to an output folder.
+//! A lock that lets only one run at a time write to an output folder.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -10,13 +10,13 @@ use anyhow::{Context, Result, bail};
 /// Name of the file that is locked.
 pub const LOCK_FILE: &str = ".fsdp-qlora.lock";
 
-/// A lock on a folder. Dropping it removes the file, and the folder too if this made it and it is empty. The kernel frees the lock
+/// A lock on a folder. Dropping it removes the file, and the folder too if the lock made it and it is empty. The kernel frees the lock
 /// of a process that was killed.
 pub struct Lock {
     file: File,
     path: PathBuf,
     made_folder: bool,
-    /// Why the file system gives no lock.
+    /// Reason why the file system gives no lock; `None` if it does.
     pub unlocked: Option<String>,
 }
 
@@ -45,7 +45,7 @@ impl Lock {
                     bail!("{} is in use by another run ({})", dir.display(), holder.trim())
                 }
             };
-            // Its holder may have removed it before this process locked it.
+            // The former holder may have removed the file before this process locked it.
             if !is_at(&file, &path) {
                 continue;
             }
@@ -58,7 +58,7 @@ impl Lock {
         }
     }
 
-    /// Whether the folder still has the file that is locked.
+    /// Returns whether the locked file is still in the folder.
     pub fn is_held(&self) -> bool {
         is_at(&self.file, &self.path)
     }
@@ -66,7 +66,7 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // What cannot be removed is locked by nobody and does no harm.
+        // A file that cannot be removed is not locked any more and does no harm.
         if self.is_held() {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -76,7 +76,7 @@ impl Drop for Lock {
     }
 }
 
-/// Whether this open file is the one at `path`.
+/// Returns whether this open file is the one at `path`.
 pub fn is_at(file: &File, path: &Path) -> bool {
     let identity = |m: std::fs::Metadata| (m.dev(), m.ino());
     file.metadata().ok().map(identity) == std::fs::metadata(path).ok().map(identity)

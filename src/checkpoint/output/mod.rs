@@ -1,7 +1,7 @@
-//! The life of an output folder: who may write there, what is there, and how a result comes to rest.
+//! The life of an output folder: which run may write there, what it holds, and how a result is saved.
 //!
-//! A run locks the folder (`lock`), tries what its end needs, and writes `run.json` (`record`). Where there is a result already, it
-//! stays as it is until the new one is complete: the files of the run are in [`STAGING`] inside the folder. At the end the whole result is
+//! A run locks the folder (`lock`), tries what its end needs, and writes `run.json` (`record`). An existing result stays as
+//! it is until the new one is complete: until then the files of the run are in [`STAGING`] inside the folder. At the end the whole result is
 //! written there, `run.json` last, and moved to its place (`exchange`). If that cannot be done, it is written to a folder beside the
 //! output folder, in the cache folder, or in the folder of temporary files.
 
@@ -21,14 +21,14 @@ use lock::Lock;
 pub use lock::is_at;
 use record::{RUN_FILE, RunIdentity, RunRecord, State};
 
-/// Folder, inside the output folder, of a result that is not complete.
+/// Folder inside the output folder for a result that is not complete.
 pub const STAGING: &str = ".fsdp-qlora-new";
 /// Name of the file of metrics.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// Files of a tokenizer, copied beside the adapter.
 pub const TOKENIZER_FILES: [&str; 5] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"];
-/// All files that a result may have, besides `run.json`.
+/// All files that a result may have in addition to `run.json`.
 const RESULT_FILES: [&str; 8] = [
     TENSORS_FILE,
     CONFIG_FILE,
@@ -40,28 +40,28 @@ const RESULT_FILES: [&str; 8] = [
     TOKENIZER_FILES[4],
 ];
 
-/// How a user goes on where a folder is refused.
+/// Help for a folder that is refused.
 const HELP: &str = "help: choose another output_dir, or replace what is there with `train --overwrite`";
 
 /// An output folder that this process has locked.
 pub struct Output {
     dir: PathBuf,
-    /// The same, absolute: where its neighbours are must not depend on the working directory.
+    /// The absolute path of `dir`, because its neighbours must not depend on the working directory.
     absolute: PathBuf,
     lock: Lock,
     overwrite: bool,
     found: Found,
-    /// The run that writes here, once it has begun.
+    /// Record of the run that writes here; `None` before it begins.
     record: Option<RunRecord>,
 }
 
-/// What is in an output folder.
+/// Content of an output folder.
 enum Found {
-    /// Nothing that could be lost.
+    /// Holds nothing that could be lost.
     Nothing,
-    /// The whole result of a run.
+    /// Holds the whole result of a run.
     Finished(Box<RunRecord>),
-    /// Something else, in words.
+    /// Holds something else, described in words.
     Other(String),
 }
 
@@ -71,11 +71,11 @@ pub struct RunResult<'a> {
     pub adapter: &'a dyn Fn(&Path) -> Result<()>,
     /// Names and contents of the other files.
     pub others: Vec<(&'static str, Vec<u8>)>,
-    /// Why the result cannot be trusted: it never takes the place of another one, and its run has failed.
+    /// Reason why the result cannot be trusted. Such a result never replaces another one, and its run has failed.
     pub doubt: Option<String>,
 }
 
-/// Where a result came to rest.
+/// Place where a result was saved.
 #[derive(Debug)]
 pub enum Place {
     OutputDir,
@@ -124,17 +124,18 @@ impl Output {
         Ok(true)
     }
 
-    /// Where the run writes while it is at work: the folder itself, or one inside it while another result is there.
+    /// Returns the folder that the run writes to before its end: the output folder, or one inside it while that holds another result.
     pub fn live(&self) -> PathBuf {
         if self.keeps_a_result() { self.dir.join(STAGING) } else { self.dir.clone() }
     }
 
-    /// Whether there is something that only a complete result may replace.
+    /// Returns whether the folder holds something that only a complete result may replace.
     pub fn keeps_a_result(&self) -> bool {
         !matches!(self.found, Found::Nothing)
     }
 
-    /// Brings a result to rest, and ends the run: in the output folder as one step, else in the first other place that takes it.
+    /// Saves a result and ends the run. The result goes to the output folder in one step, or else to the first other place that can
+    /// take it.
     pub fn finish(&mut self, result: &RunResult<'_>) -> Result<Place> {
         let begun = self.record.take().context("the run has not begun")?;
         let state = if result.doubt.is_some() { State::Failed } else { State::Finished };
@@ -148,7 +149,7 @@ impl Output {
             match made.and_then(|()| write_result(&dir, result, &record)) {
                 Ok(()) => {
                     if !self.keeps_a_result() {
-                        // The folder may take no file any more, which is why the result is elsewhere.
+                        // The folder may accept no files any more, which may be why the result is elsewhere.
                         let reason = format!("the result was saved in {}: {why}", dir.display());
                         let _ = begun.ended(State::Failed, Some(reason), Vec::new()).write(&self.dir);
                     }
@@ -163,11 +164,11 @@ impl Output {
         bail!("the adapter could be saved nowhere: {why}")
     }
 
-    /// Notes why the run failed. One that made no step leaves nothing behind.
+    /// Notes why the run failed. A run without a step leaves no files.
     pub fn fail(&self, reason: &str) {
         let Some(record) = &self.record else { return };
         let live = self.live();
-        // There is an error to be told already: what cannot be written or removed here is seen by the next start.
+        // The run's error is reported already. If something cannot be written or removed here, the next start sees it.
         if has_content(&live.join(METRICS_FILE)) {
             let _ = record.ended(State::Failed, Some(reason.into()), Vec::new()).write(&live);
         } else {
@@ -177,7 +178,7 @@ impl Output {
         }
     }
 
-    /// Writes the whole result beside what is there and exchanges the two.
+    /// Writes the whole result into the staging folder and exchanges it with the old one.
     fn replace(&mut self, result: &RunResult<'_>, record: &RunRecord) -> Result<()> {
         ensure!(
             result.doubt.is_none() || !self.keeps_a_result(),
@@ -205,7 +206,7 @@ impl Output {
         written
     }
 
-    /// Folders that take a result where the output folder does not.
+    /// Returns the folders to try if the output folder cannot take the result.
     fn other_places(&self) -> Vec<PathBuf> {
         let name = self.absolute.file_name().unwrap_or_default().to_string_lossy();
         let name = format!("{name}-saved-{}-{}", jiff::Timestamp::now().as_second(), std::process::id());
@@ -214,7 +215,7 @@ impl Output {
         [Some(beside), cache, Some(std::env::temp_dir().join(&name))].into_iter().flatten().collect()
     }
 
-    /// Does in small what the end does: writes a file in the staging folder and renames it.
+    /// Tries what the end of the run does: writes a small file in the staging folder and renames it.
     fn try_the_end(&self, bytes: usize) -> Result<()> {
         self.check_places()?;
         let (staging, probe) = (self.dir.join(STAGING), ".fsdp-qlora-probe");
@@ -231,9 +232,9 @@ impl Output {
         result
     }
 
-    /// Fails where a file of a result cannot take its place: a folder is there, or another user's file in a sticky folder.
+    /// Fails if a file of the result cannot take its place, because a folder or, in a sticky folder, another user's file is there.
     fn check_places(&self) -> Result<()> {
-        // The lock file shows as whom this process writes, even where a server maps users.
+        // The owner of the lock file is the user that this process writes as, even if a file server maps users.
         let me = std::fs::metadata(self.dir.join(lock::LOCK_FILE)).map(|m| m.uid()).ok();
         let folder = std::fs::metadata(&self.dir).with_context(|| self.dir.display().to_string())?;
         for name in RESULT_FILES.into_iter().chain([RUN_FILE]) {
@@ -251,18 +252,18 @@ impl Output {
     }
 }
 
-/// Whether user `me` may replace a file: where the sticky bit is set, only the owners of file and folder may, and root.
+/// Returns whether user `me` may replace a file. If the folder's sticky bit is set, only the owners of file and folder and root may.
 fn may_replace(me: u32, folder: u32, folder_mode: u32, file: u32) -> bool {
     folder_mode & 0o1000 == 0 || me == 0 || me == folder || me == file
 }
 
-/// Names of a result's files, in the order in which they are written.
+/// Returns the names of a result's files in the order in which they are written.
 fn names(result: &RunResult<'_>) -> Vec<String> {
     let others = result.others.iter().map(|(name, _)| *name);
     [TENSORS_FILE].into_iter().chain(others).chain([CONFIG_FILE]).map(String::from).collect()
 }
 
-/// Writes all files durably, `run.json` last: where that is, all are.
+/// Writes all files durably, `run.json` last, so that its presence shows that all are there.
 fn write_result(dir: &Path, result: &RunResult<'_>, record: &RunRecord) -> Result<()> {
     (result.adapter)(dir)?;
     for (name, content) in &result.others {
@@ -280,7 +281,7 @@ fn has_adapter(dir: &Path) -> bool {
     [TENSORS_FILE, CONFIG_FILE].iter().any(|name| dir.join(name).exists())
 }
 
-/// Finds what a folder, which nobody is writing to, holds.
+/// Finds what a folder holds that no run is writing to.
 fn look(dir: &Path) -> Found {
     let record = match RunRecord::read(dir) {
         Err(error) => return Found::Other(format!("has a run.json that cannot be read ({error:#})")),

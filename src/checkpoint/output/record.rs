@@ -1,4 +1,4 @@
-//! `run.json`: what a run is made of, and how it stands.
+//! `run.json`: the inputs of a run, and its state.
 
 use std::path::Path;
 
@@ -13,28 +13,28 @@ use crate::files;
 /// Name of the file.
 pub const RUN_FILE: &str = "run.json";
 
-/// Differences that a message names.
+/// Largest number of differences that a message names.
 const MAX_DIFFERENCES: usize = 5;
 
-/// Keys that do not change what is learned: places, whose contents are compared by digest, and how things are moved and told.
+/// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about movement and logging.
 const FREE_KEYS: [&str; 7] =
     ["model", "output_dir", "shards", "data.train", "data.eval", "lora.adapter", "training.logging_steps"];
 
-/// How a run stands.
+/// State of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// It is at work, or it was killed: nobody holds the lock then.
+    /// The run is working; or it was killed, if nobody holds the lock.
     Running,
-    /// A signal ended it after it saved.
+    /// A signal ended the run after it had saved.
     Stopped,
-    /// Its result is there.
+    /// The result is complete.
     Finished,
-    /// An error ended it.
+    /// An error ended the run.
     Failed,
 }
 
-/// What decides a result. Two runs that agree in it are the same run.
+/// Everything that decides a result. Runs with equal identities are the same run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunIdentity {
     pub world_size: usize,
@@ -56,10 +56,10 @@ pub struct RunIdentity {
 pub struct RunRecord {
     pub program: String,
     pub state: State,
-    /// Why it failed.
+    /// Reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// In UTC.
+    /// Time of the start, in UTC.
     pub started: String,
     pub ended: Option<String>,
     pub host: String,
@@ -88,7 +88,7 @@ impl RunIdentity {
         told.join(", ")
     }
 
-    /// Everything as one list of keys, the recipe's among them.
+    /// Returns all values as one list of keys, the recipe's among them.
     fn values(&self) -> Map<String, Value> {
         let mut values = self.recipe.clone();
         values.insert("number of ranks".into(), self.world_size.into());
@@ -102,7 +102,7 @@ impl RunIdentity {
 }
 
 impl RunRecord {
-    /// The record of a run that begins.
+    /// Makes the record of a run that begins.
     pub fn new(identity: RunIdentity) -> RunRecord {
         RunRecord {
             program: format!("{} {}", env!("CARGO_PKG_NAME"), env!("CARGO_PKG_VERSION")),
@@ -117,7 +117,7 @@ impl RunRecord {
         }
     }
 
-    /// The record of the same run after its end.
+    /// Returns the record of the same run after its end.
     pub fn ended(&self, state: State, reason: Option<String>, files: Vec<String>) -> RunRecord {
         RunRecord { state, reason, files, ended: Some(now()), ..self.clone() }
     }
@@ -132,7 +132,7 @@ impl RunRecord {
         record.map(Some).with_context(|| format!("{}: not the record of a run", path.display()))
     }
 
-    /// Writes it, whole, into a folder.
+    /// Writes the record into a folder, atomically.
     pub fn write(&self, dir: &Path) -> Result<()> {
         atomic::write(&dir.join(RUN_FILE), (serde_json::to_string_pretty(self)? + "\n").as_bytes())
     }
