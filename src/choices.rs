@@ -19,7 +19,7 @@ macro_rules! choices {
             }
         }
 
-        /// Its word.
+        /// Serializes the word.
         impl serde::Serialize for $name {
             fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.serialize_str(self.word())

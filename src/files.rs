@@ -1,4 +1,4 @@
-//! Input files: opening and reading what a user or a file names, without hanging on it or taking all memory for it.
+//! Opens and reads input files that a user or another file names, without hanging and with bounded memory.
 //!
 //! Every input is a regular file. A FIFO would wait for a writer, a device may never end, and neither can be read twice.
 
@@ -49,7 +49,7 @@ fn check_regular(path: &Path, metadata: &std::fs::Metadata) -> Result<()> {
     bail!("{}: {found}; a regular file is needed here", shown_path(path))
 }
 
-/// Returns whether something has this name, a link that leads nowhere included: reading it then says what is wrong with it.
+/// Returns whether something has this name. A broken link counts, so that reading it reports what is wrong.
 pub fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
@@ -114,7 +114,7 @@ pub fn check_html(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// A name or value that came from a file, as messages show it: control characters and those that reverse the direction of text are
+/// Returns a name or value that came from a file as messages show it: control characters and those that reverse the direction of text are
 /// escaped, and what is longer than 200 characters is cut.
 pub fn shown(text: &str) -> String {
     const MAX_CHARS: usize = 200;
@@ -123,12 +123,12 @@ pub fn shown(text: &str) -> String {
     escaped(&text[..cut]).into_owned() + &dots
 }
 
-/// A path as messages show it, escaped as [`shown`] does.
+/// Returns a path as messages show it, escaped as by [`shown`].
 pub fn shown_path(path: &Path) -> String {
     escaped(&path.to_string_lossy()).into_owned()
 }
 
-/// Problems as lines of one message, indented; of many, the first 20.
+/// Returns problems as indented lines of one message, at most the first 20.
 pub fn listed(problems: &[String]) -> String {
     const MAX_LINES: usize = 20;
     let mut lines = problems.iter().take(MAX_LINES).fold(String::new(), |text, problem| text + "\n  " + problem);
@@ -138,7 +138,7 @@ pub fn listed(problems: &[String]) -> String {
     lines
 }
 
-/// The text with control characters, and those that reverse the direction of text, as Rust's escapes.
+/// Returns the text with Rust's escapes for control characters and characters that reverse the direction of text.
 pub fn escaped(text: &str) -> Cow<'_, str> {
     let hidden = |c: char| {
         c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

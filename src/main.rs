@@ -1,4 +1,4 @@
-//! Parses, dispatches, prints the error chain once, and ends every rank.
+//! Parses the command line, runs the command, prints the error chain once, and ends every rank.
 #![expect(clippy::print_stderr, reason = "prints errors of the command line as clap renders them")]
 
 use std::backtrace::{Backtrace, BacktraceStatus};
@@ -15,7 +15,7 @@ use fsdp_qlora::stderr;
 fn main() {
     let cli = match Cli::try_parse() {
         Ok(cli) => Ok(cli),
-        // Help and version are no errors, and need no MPI.
+        // Help and version are no errors and need no MPI.
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => Err(error),
     };
@@ -25,7 +25,7 @@ fn main() {
     };
     let prefix = prefix(world.rank, world.world_size);
     end_all_ranks_on_panic(prefix.clone());
-    // The world lives on where this fails: to drop it is to wait for the other ranks.
+    // After an error the world is not dropped, because dropping it waits for the other ranks.
     if let Err(error) = cli.map_err(anyhow::Error::from).and_then(|cli| cli.run(&world)) {
         fail(&error, &prefix);
     }
@@ -34,8 +34,8 @@ fn main() {
     }
 }
 
-/// Prints an error chain, on one rank where several fail alike, and ends all ranks: 2 is the exit status of what was asked for in a way
-/// that cannot be, 1 that of everything else.
+/// Prints an error chain, on one rank if several fail alike, and ends all ranks. The exit status is 2 for a request that is not valid,
+/// and 1 for every other error.
 fn fail(error: &anyhow::Error, prefix: &str) -> ! {
     let refused = error.is::<RecipeError>() || error.is::<clap::Error>() || error.is::<Disagreement>();
     let status = if refused { 2 } else { 1 };
@@ -49,15 +49,15 @@ fn fail(error: &anyhow::Error, prefix: &str) -> ! {
     abort(status);
 }
 
-/// Names the rank where there are several.
+/// Returns the prefix that names the rank if there are several.
 fn prefix(rank: usize, world_size: usize) -> String {
     if world_size > 1 || rank > 0 { format!("rank {rank}: ") } else { String::new() }
 }
 
-/// A panic on any thread of any rank ends the job: unwinding would wait for the other ranks in MPI_Finalize.
+/// Makes a panic on any thread of any rank end the job. Unwinding would wait for the other ranks in MPI_Finalize.
 fn end_all_ranks_on_panic(prefix: String) {
     std::panic::set_hook(Box::new(move |info| {
-        // Whoever read standard output has gone: there is nobody to tell.
+        // The reader of standard output is gone, so there is nobody to report to.
         if info.payload().downcast_ref::<String>().is_some_and(|text| text.starts_with("failed printing to stdout")) {
             abort(1);
         }

@@ -1,20 +1,20 @@
-//! Lines on standard error.
+//! Writes lines to standard error.
 
 use std::io::Write;
 
 use crate::files::escaped;
 
-/// Longest text that is written at once; a recipe's list of errors fits.
+/// Longest text of one line's write, in bytes; a recipe's list of errors fits.
 const MAX_BYTES: usize = 16 << 10;
 
-/// Writes a line in one call: the launcher mixes what ranks write, and must not get half a line. What a file brought into
-/// the text can neither move the cursor nor fill the screen.
+/// Writes a line in one call, because the launcher mixes what ranks write and must not get half a line. Text that came from a file can
+/// neither move the cursor nor fill the screen.
 pub fn line(text: &str) {
-    // Nothing can be done when standard error is closed.
+    // If standard error is closed, there is nowhere to report it.
     let _ = std::io::stderr().write_all(format!("{}\n", harmless(text)).as_bytes());
 }
 
-/// The text with control characters escaped except for newlines, cut where it is longer than 16 KiB.
+/// Returns the text with control characters except newlines escaped, cut to 16 KiB.
 fn harmless(text: &str) -> String {
     let end = (0..=MAX_BYTES.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
     let lines: Vec<_> = text[..end].split('\n').map(escaped).collect();

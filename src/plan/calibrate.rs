@@ -1,4 +1,4 @@
-//! Predictions against runs that were measured: how far off they are, and which shares of a card's rates explain the runs best.
+//! Compares predictions with measured runs, and fits the shares of a card's rates that explain the runs best.
 
 use anyhow::{Context, Result, anyhow, ensure};
 use serde::Deserialize;
@@ -16,7 +16,7 @@ use super::hardware::{Hardware, Reached};
 use super::memory::Sizes;
 use super::throughput::{Links, Workload};
 
-/// A run of `bench step`: what it printed, and what was seen from outside, where that was.
+/// A run of `bench step`: the line that it printed, with measurements from outside the program if there were any.
 #[derive(Clone, Debug, Deserialize)]
 pub struct MeasuredRun {
     shape: String,
@@ -34,15 +34,15 @@ pub struct MeasuredRun {
     residency: Residency,
     step_ms: f64,
     pss_bytes_of_all_ranks: f64,
-    /// Of that, mapped files; lines from before it was told lack it.
+    /// Part of the host bytes that is mapped files; absent in old lines.
     page_cache_bytes_of_all_ranks: Option<f64>,
-    /// Peak of NVML, in MiB for one rank.
+    /// Peak that NVML showed, in MiB for one rank.
     nvml_mib: Option<f64>,
     #[serde(default)]
     job: MeasuredJob,
 }
 
-/// Keys of the job that a run had; lines from before they could be chosen lack them.
+/// Keys of a run's job; old lines lack the newer ones.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
 struct MeasuredJob {
@@ -73,17 +73,17 @@ impl MeasuredJob {
     }
 }
 
-/// A prediction over what was measured.
+/// Ratios of predicted to measured values.
 #[derive(Clone, Copy, Debug)]
 pub struct Ratios {
     pub time: f64,
     pub device: Option<f64>,
-    /// Without page cache.
+    /// Host memory, page cache not counted.
     pub host: Option<f64>,
 }
 
 impl MeasuredRun {
-    /// Runs from lines of JSON.
+    /// Reads runs from lines of JSON.
     pub fn read(text: &str) -> Result<Vec<MeasuredRun>> {
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
         lines
@@ -101,7 +101,7 @@ impl MeasuredRun {
             .collect()
     }
 
-    /// Calls `f` with what was run, on this hardware.
+    /// Calls `f` with the workload and limits that this run has on the given hardware.
     fn with_workload<T>(&self, hardware: &Hardware, f: impl FnOnce(&Workload<'_>, &Limits) -> Result<T>) -> Result<T> {
         let hardware = &hardware.shared_by(self.ranks_per_gpu);
         let config =
@@ -148,7 +148,7 @@ impl MeasuredRun {
         })
     }
 
-    /// What it was, in a few words.
+    /// Returns a short description of the run.
     pub fn name(&self) -> String {
         let MeasuredRun { shape, layers, micro_batch, seq, accum, world_size, gather, keep, residency, .. } = self;
         format!(
@@ -158,14 +158,14 @@ impl MeasuredRun {
     }
 }
 
-/// How much a run's error weighs against a share that leaves what was known before.
+/// Weight of a run's error relative to a share's change from its earlier value.
 const TRUST: f64 = 100.0;
 
-/// No card reaches more of its rates.
+/// Largest share of its rates that a card is assumed to reach.
 const MOST: f64 = 1.2;
 
-/// The hardware whose shares of its rates explain the times of the runs best: least squares of logarithms, also of what the shares
-/// were before, as few runs do not tell them apart; by steps that become smaller.
+/// Returns the hardware with the shares of its rates that explain the times of the runs best, by least squares of logarithms. Changes
+/// of the shares count as well, because a few runs do not determine them all. The search takes smaller and smaller steps.
 pub fn fit(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<Hardware> {
     let before = hardware.reached;
     let error = |hardware: &Hardware| -> Result<f64> {

@@ -1,10 +1,10 @@
-//! What GPUs can do, for predictions of cards that are not there.
+//! Rates of GPUs, for predictions of cards that this machine may not have.
 
 use anyhow::{Context, Result};
 
 use crate::device::cuda::{CONTEXT_BYTES, LIBRARY_BYTES, NCCL_BYTES, NCCL_SOCKET_BYTES};
 
-/// Rates of one GPU and of what connects it.
+/// Rates of one GPU and of its connections.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Hardware {
     pub name: String,
@@ -12,9 +12,9 @@ pub struct Hardware {
     /// FLOP/s of 16-bit matrix products with f32 sums.
     pub matrix_flops: f64,
     pub memory_bytes_per_s: f64,
-    /// Host to device, and as much device to host at the same time.
+    /// Rate from host to device; the opposite direction has the same rate at the same time.
     pub host_bytes_per_s: f64,
-    /// Between the GPUs of a node.
+    /// Rate between the GPUs of a node.
     pub peer_bytes_per_s: f64,
     pub reached: Reached,
 }
@@ -26,7 +26,7 @@ pub struct Reached {
     pub memory: f64,
     pub attention_forward: f64,
     pub attention_backward: f64,
-    /// Between one kernel's end and the next one's full speed.
+    /// Time from one kernel's end to the next one's full speed.
     pub kernel_seconds: f64,
 }
 
@@ -34,10 +34,11 @@ pub struct Reached {
 const REACHED: Reached =
     Reached { products: 0.97, memory: 0.72, attention_forward: 0.24, attention_backward: 0.17, kernel_seconds: 6.0e-6 };
 
-/// What is left of a GPU whose processes take turns: two runs of two ranks on an H100, benches/results.md (2026-11-25).
+/// Share of its speed that a GPU keeps when processes take turns on it, from two runs of two ranks on an H100, benches/results.md
+/// (2026-11-25).
 const TURNS: f64 = 0.8;
 
-/// NCCL between two processes of a machine through its network stack: what a step of two ranks on an H100 reaches.
+/// Rate of NCCL between two processes of a machine through its network stack, as a step of two ranks on an H100 reaches it.
 const SOCKET_BYTES_PER_S: f64 = 1.6e9;
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -79,7 +80,7 @@ impl Hardware {
         })
     }
 
-    /// What each of several ranks has of a GPU that they share. NCCL then goes through sockets.
+    /// Returns the part of a GPU that each of several ranks on it has. NCCL then goes through sockets.
     pub fn shared_by(&self, ranks: usize) -> Hardware {
         let peer_bytes_per_s = if ranks > 1 { SOCKET_BYTES_PER_S } else { self.peer_bytes_per_s };
         let share = if ranks > 1 { TURNS / ranks as f64 } else { 1.0 };
@@ -92,19 +93,19 @@ impl Hardware {
         }
     }
 
-    /// What driver and libraries take of a rank's GPU, NCCL for each of its communicators.
+    /// Returns the bytes that driver and libraries take of a rank's GPU, including NCCL's for each communicator.
     pub fn library_bytes(&self, num_communicators: usize, ranks_per_gpu: usize) -> usize {
         let nccl = if ranks_per_gpu == 1 { NCCL_BYTES } else { NCCL_SOCKET_BYTES };
         CONTEXT_BYTES + LIBRARY_BYTES + num_communicators * nccl
     }
 
-    /// What the driver leaves of the card to programs; an assumption.
+    /// Returns the bytes of the card that the driver is assumed to leave to programs.
     pub fn usable_bytes(&self) -> usize {
         (self.vram_bytes * 0.98) as usize
     }
 
-    /// The card that a GPU of this name is, e.g. `NVIDIA GeForce RTX 4090`, and whether it is known to be that one: an unknown GPU is
-    /// taken for an RTX 3090. It orders choices, no more.
+    /// Returns the card of a GPU's name, e.g. `NVIDIA GeForce RTX 4090`, and whether the name is known: an unknown GPU counts as an
+    /// RTX 3090. The result serves only to rank choices.
     pub fn of_device(device: &str) -> Result<(Hardware, bool)> {
         let device = device.to_lowercase();
         let number = |name: &&str| device.contains(name.trim_start_matches("rtx"));
@@ -112,7 +113,7 @@ impl Hardware {
         Ok((Hardware::named(found.unwrap_or("rtx3090"))?, found.is_some()))
     }
 
-    /// A core of a host; it orders choices, no more.
+    /// Returns assumed rates of a host's core, which serve only to rank choices.
     pub fn of_a_core() -> Hardware {
         Hardware {
             name: "cpu".into(),

@@ -1,19 +1,20 @@
-//! What the kernels of a GPU cannot do, refused before any work.
+//! Refuses, before any work, models that the GPU's kernels cannot run.
 
 use crate::device::cuda::HEAD_DIMS;
 use crate::model::config::ModelConfig;
 
-/// A model that a GPU cannot run.
+/// The error of a model that a GPU cannot run.
 #[derive(Debug, thiserror::Error)]
 #[error("config.json: this model cannot run on a GPU:{}", problems.iter().map(|p| format!("\n  {p}")).collect::<String>())]
 pub struct NotOnGpu {
     problems: Vec<String>,
 }
 
-/// Kernels read eight 16-bit values at once; a micro-batch may have any number of tokens, so that rows must divide by eight.
+/// Number of 16-bit values that kernels read at once. A micro-batch may have any number of tokens, so the length of a row must be a
+/// multiple of it.
 const VALUES_AT_ONCE: usize = 8;
 
-/// Checks that each kernel can run this model, whatever the number of tokens is.
+/// Checks that each kernel can run this model with any number of tokens.
 ///
 /// # Errors
 /// Every key of config.json that has a value which some kernel refuses, and what is allowed.

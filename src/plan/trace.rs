@@ -1,4 +1,4 @@
-//! A step as a file for <https://ui.perfetto.dev> or chrome://tracing: one row a queue.
+//! Writes a step as a file for <https://ui.perfetto.dev> or chrome://tracing, with one row per queue.
 
 use std::path::Path;
 

@@ -115,7 +115,7 @@ pub struct LoraJob {
     /// At least one projection, each once, in the order of a layer.
     pub target_modules: Vec<Projection>,
     pub use_rslora: bool,
-    /// PEFT adapter to go on from. If it is set, r, alpha, target_modules and use_rslora are its own and the recipe must not give them.
+    /// PEFT adapter that training continues. If it is set, r, alpha, target_modules and use_rslora are its own and the recipe must not give them.
     pub adapter: Option<PathBuf>,
 }
 
@@ -148,12 +148,12 @@ pub struct TrainingJob {
 pub enum BatchSize {
     /// Number of micro-batches of each rank: `gradient_accumulation_steps`.
     AccumulationSteps(usize),
-    /// Sequences of all ranks: `global_batch_size`.
+    /// Number of sequences of all ranks: `global_batch_size`.
     Global(usize),
 }
 
 impl TrainingJob {
-    /// Sequences of one step on all ranks.
+    /// Returns the number of sequences of one step on all ranks.
     pub fn global_batch_size(&self, world_size: usize) -> usize {
         match self.batch {
             BatchSize::AccumulationSteps(steps) => steps * self.per_device_train_batch_size * world_size,
@@ -161,7 +161,7 @@ impl TrainingJob {
         }
     }
 
-    /// Micro-batches of one step on each rank; in an uneven split some of them are not full, or empty.
+    /// Returns the number of micro-batches of one step on each rank. In an uneven split some are empty or not full.
     pub fn accumulation_steps(&self, world_size: usize) -> usize {
         self.global_batch_size(world_size).div_ceil(self.per_device_train_batch_size * world_size)
     }
@@ -172,17 +172,17 @@ pub struct FsdpJob {
     pub sharding_strategy: ShardingStrategy,
     pub accumulation: Accumulation,
     pub activation_checkpointing: ActivationCheckpointing,
-    /// `None`: what fits, here and below.
+    /// In this key and the next ones, `None` chooses by what fits.
     pub offload_params: Option<bool>,
     pub resident_units: Option<usize>,
     pub activation_offload: Option<bool>,
     pub gather: Option<Gather>,
-    /// Bytes of a rank.
+    /// Bytes for each rank.
     pub vram_budget: Option<usize>,
     pub host_budget: Option<usize>,
 }
 
-/// Checks all that was written and decides. Errors: all of them.
+/// Checks all that was written and decides. Fails with all errors at once.
 pub(super) fn decide(mut written: Written, command: Command) -> Result<Job, Vec<String>> {
     written.check(command);
     check_required(&mut written, command);
@@ -215,7 +215,7 @@ fn check_required(written: &mut Written, command: Command) {
     }
 }
 
-/// Most tokens of a micro-batch: kernels count rows in 32 bits.
+/// Largest number of tokens of a micro-batch, because kernels count rows in 32 bits.
 const MAX_TOKENS: usize = i32::MAX as usize;
 
 fn check_conflicts(written: &mut Written, command: Command) {
@@ -267,7 +267,7 @@ fn check_conflicts(written: &mut Written, command: Command) {
     written.errors.append(&mut conflicts);
 }
 
-/// The values of the keys that a command reads, `null` for those that another key decides.
+/// Returns the values of the keys that a command reads; `null` stands for a key that another key decides.
 fn values(written: &Written, command: Command) -> Option<Map<String, Value>> {
     let mut values = Map::new();
     for key in keys::ALL.iter().filter(|key| command.name_of(key.path).is_some()) {
@@ -294,7 +294,7 @@ fn values(written: &Written, command: Command) -> Option<Map<String, Value>> {
     Some(values)
 }
 
-/// Wrapped packing cuts nothing off, unless told to.
+/// Decides what happens to long documents. Wrapped packing truncates nothing unless the recipe asks for it.
 fn overlong(written: &Written) -> Option<Overlong> {
     match (written.get(&keys::PACKING)?, written.has(keys::OVERLONG.path)) {
         (Packing::Wrapped, false) => Some(Overlong::Split),
@@ -302,11 +302,11 @@ fn overlong(written: &Written) -> Option<Overlong> {
     }
 }
 
-/// Keys that the adapter to go on from decides.
+/// Keys that are decided by the adapter that training continues.
 const OF_ADAPTER: [&str; 4] =
     [keys::LORA_R.path, keys::LORA_ALPHA.path, keys::TARGET_MODULES.path, keys::USE_RSLORA.path];
 
-/// Whether a key that may be null is not.
+/// Returns whether a key that may be null has another value.
 fn is_set<T>(written: &Written, key: &Key<Option<T>>) -> bool {
     matches!(written.get(key), Some(Some(_)))
 }

@@ -18,13 +18,13 @@ use crate::model::names::Projection;
 /// A key with the type that its value is read as.
 pub(super) struct Key<T> {
     pub path: &'static str,
-    /// As it would be written in a recipe.
+    /// The default as it would be written in a recipe.
     pub default: &'static str,
     /// `None` if the value is not allowed.
     pub read: fn(&Value) -> Option<T>,
 }
 
-/// What is known of a key without its type.
+/// Description of a key without its type.
 pub(super) struct KeyInfo {
     pub path: &'static str,
     pub default: &'static str,
@@ -33,14 +33,14 @@ pub(super) struct KeyInfo {
     pub allowed: &'static [&'static str],
     pub help: &'static str,
     pub is_allowed: fn(&Value) -> bool,
-    /// The value that holds, in its one spelling; `None` if what was written is not allowed.
+    /// Returns the decided value in one spelling; `None` if the written value is not allowed.
     pub decided: fn(&Written) -> Option<Value>,
 }
 
 macro_rules! keys {
     ($($name:ident: $type:ty = $path:literal, $default:literal, $readers:expr, $read:expr, $allowed:expr, $help:literal;)*) => {
         $(pub(super) const $name: Key<$type> = Key { path: $path, default: $default, read: $read };)*
-        /// In the order of the help page.
+        /// All keys in the order of the help page.
         pub(super) const ALL: &[KeyInfo] = &[$(KeyInfo {
             path: $path,
             default: $default,
@@ -55,7 +55,7 @@ macro_rules! keys {
 
 use Command::{BenchKernels, BenchStep, Eval, Generate, Plan, PlanShape, Quantize, Train};
 
-/// Commands that read a key. What the recipe of `plan` holds besides is for `train`, and checked as `train` checks it.
+/// Lists of commands that read a key. Other keys in the recipe of `plan` are for `train` and are checked as `train` checks them.
 const TRAINING: &[Command] = &[Train];
 const TRAIN_PLAN: &[Command] = &[Train, Plan];
 const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep];
@@ -167,23 +167,23 @@ keys! {
         &["auto", "a size, e.g. 60GiB"], "host memory that a rank may pin; auto: what is available";
 }
 
-/// Most micro-batches of a step on a rank, and most steps of a run.
+/// Largest number of micro-batches of a step on a rank, and of steps of a run.
 pub(super) const MAX_MICRO_BATCHES: usize = 1 << 14;
 pub(super) const MAX_STEPS_OF_A_RUN: usize = 1 << 30;
 
-/// Keys of the design that nothing honours yet.
+/// Keys that are planned but not implemented.
 pub(super) const KEYS_NOT_YET: &[&str] =
     &["training.save_steps", "training.save_total_limit", "training.resume", "training.max_time"];
 
-/// Values of the design that nothing honours yet.
+/// Values that are planned but not implemented.
 pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[("data.format", "sharegpt")];
 
-/// Whether this is the name of a mapping of keys, e.g. `lora`.
+/// Returns whether this is the name of a section of keys, e.g. `lora`.
 pub(super) fn is_section(path: &str) -> bool {
     ALL.iter().any(|key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
 }
 
-/// A string, or what a value would be as one: `true` is a choice of data.packing.
+/// Reads a string, or a boolean as the text that it would be: `true` is a choice of data.packing.
 fn text(value: &Value) -> Option<String> {
     match value {
         Value::String(text) => Some(text.clone()),
@@ -200,19 +200,19 @@ fn choice<T: FromStr>(value: &Value) -> Option<T> {
     text(value)?.parse().ok()
 }
 
-/// A word that is the only one of its key.
+/// Reads the only word that a key allows.
 fn only(value: &Value, word: &'static str) -> Option<&'static str> {
     (value.as_str()? == word).then_some(word)
 }
 
-/// Numbers may be quoted: some tools write `1e-4` so that YAML 1.1 readers do not take it for a word.
+/// Reads a number, which may be quoted: some tools quote `1e-4`, which YAML 1.1 readers would take for a word.
 fn number(value: &Value) -> Option<f64> {
     let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
     // The arithmetic is in f32.
     number.filter(|&x| (x as f32).is_finite())
 }
 
-/// A number above 0, in f32 too.
+/// Reads a number that is above 0, also in f32.
 fn positive(value: &Value) -> Option<f64> {
     number(value).filter(|&x| x as f32 > 0.0)
 }
@@ -221,16 +221,16 @@ fn not_negative(value: &Value) -> Option<f64> {
     number(value).filter(|&x| x >= 0.0)
 }
 
-/// Largest integer of keys that have no smaller limit; f64 holds all up to there exactly, however they are written.
+/// Largest integer of keys without a smaller limit. f64 holds every integer up to it exactly, however it is written.
 const MAX_INTEGER: usize = 1 << 53;
 
-/// An integer in a range, also as `1e3` or `1000.0`.
+/// Reads an integer in a range, which may be written as `1e3` or `1000.0`.
 fn integer(value: &Value, range: RangeInclusive<usize>) -> Option<usize> {
     let number = number(value).filter(|x| x.fract() == 0.0 && (0.0..=MAX_INTEGER as f64).contains(x))?;
     Some(number as usize).filter(|n| range.contains(n))
 }
 
-/// A number from 0 to below 1, in f32 too.
+/// Reads a number from 0 to below 1, also in f32.
 fn below_1(value: &Value) -> Option<f64> {
     number(value).filter(|&x| x >= 0.0 && (x as f32) < 1.0)
 }
@@ -243,7 +243,7 @@ fn auto_or_bool(value: &Value) -> Option<Option<bool>> {
     auto_or(value, Value::as_bool)
 }
 
-/// Bytes: a number with a unit of 1024 (KiB, MiB, GiB, TiB) or of 1000 (KB, MB, GB, TB), or a plain number of bytes.
+/// Reads a number of bytes: a number with a unit of 1024 (KiB, MiB, GiB, TiB) or of 1000 (KB, MB, GB, TB), or a plain number of bytes.
 fn size(value: &Value) -> Option<usize> {
     const UNITS: [(&str, f64); 9] = [
         ("KiB", 1024.0),
@@ -273,7 +273,7 @@ fn path(value: &Value) -> Option<PathBuf> {
     paths::read(value.as_str()?).ok()
 }
 
-/// Why a value that should be a path is none.
+/// Says why a value is not a path; `None` if it is one.
 pub(super) fn why_no_path(value: &Value) -> Option<String> {
     match value {
         Value::Array(list) => list.iter().find_map(why_no_path),
@@ -295,7 +295,7 @@ fn eval_data(value: &Value) -> Option<EvalData> {
     }
 }
 
-/// Sorted as in a layer, each once.
+/// Reads projections and sorts them as in a layer; each may occur once.
 fn projections(value: &Value) -> Option<Vec<Projection>> {
     if value.as_str() == Some("all-linear") {
         return Some(Projection::ALL.to_vec());

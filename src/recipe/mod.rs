@@ -1,4 +1,4 @@
-//! From the recipe, what was written, to the [`Job`], what was decided.
+//! Turns a recipe, which a user writes, into a [`Job`], which holds the decisions.
 //!
 //! A recipe is YAML. Each key is declared once, in `keys.rs`; `overrides.rs` gathers what was written, in the
 //! file and with `--set`; `job.rs` decides. What cannot be honoured is refused, all of it at once.
@@ -23,24 +23,24 @@ pub use paths::read as read_path;
 use serde_json::Value;
 pub use steps::Steps;
 
-/// Everything that is wrong about a recipe, or about options that stand for its keys. It ends the program with status 2.
+/// All errors of a recipe, or of options that replace its keys. The program ends with status 2.
 #[derive(Debug, thiserror::Error)]
 #[error("{source_name}: {} error(s){}", errors.len(), listed(errors))]
 pub struct RecipeError {
-    /// The file, or what stands for it.
+    /// Name of the file, or of the options that replace it.
     source_name: String,
-    /// One line each: key, what was found, what is allowed.
+    /// One line for each error: key, what was found, what is allowed.
     errors: Vec<String>,
 }
 
 impl RecipeError {
-    /// One error of a recipe that has been read.
+    /// Makes a single error of a recipe that has been read.
     fn one(error: String) -> RecipeError {
         RecipeError { source_name: "recipe".into(), errors: vec![error] }
     }
 }
 
-/// The job of a recipe file, for `train`, or for `plan`. `overrides` are the `key=value` of `--set`, the value in YAML.
+/// Returns the job of a recipe file, for `train` or `plan`. `overrides` are the `key=value` of `--set`, with the value in YAML.
 /// Relative paths in it are relative to the current directory.
 pub fn load(path: &Path, command: Command, overrides: &[String]) -> Result<Job, RecipeError> {
     let fail = |errors| RecipeError { source_name: files::shown_path(path), errors };
@@ -49,17 +49,17 @@ pub fn load(path: &Path, command: Command, overrides: &[String]) -> Result<Job, 
     }
     let text = files::read_text(path, MAX_BYTES).map_err(|error| fail(vec![format!("cannot be read: {error:#}")]))?;
     let written = Written::new(&text, overrides);
-    // What is not there would be told as missing.
+    // In a text that is not YAML every required key would be reported as missing.
     if !written.is_read {
         return Err(fail(written.errors));
     }
     job::decide(written, command).map_err(fail)
 }
 
-/// Largest recipe.
+/// Largest recipe, in bytes.
 const MAX_BYTES: u64 = 1 << 20;
 
-/// A recipe to begin with.
+/// A minimal recipe to begin with.
 const EXAMPLE: &str = "\
     # fsdp-qlora.yaml
     model: ./SmolLM2-135M-Instruct    # a Hugging Face directory
@@ -69,7 +69,7 @@ const EXAMPLE: &str = "\
 
   `fsdp-qlora train -c FILE` takes another file, `fsdp-qlora train --help-recipe` tells all keys";
 
-/// The job of a command without a recipe. `given` are the keys that options of the command line give.
+/// Returns the job of a command without a recipe. `given` are the keys that options of the command line set.
 pub fn from_options(
     command: Command,
     given: Vec<(&'static str, Value)>,
@@ -80,7 +80,7 @@ pub fn from_options(
     job::decide(written, command).map_err(|errors| RecipeError { source_name: "command line".into(), errors })
 }
 
-/// All keys: what they do, default, what is allowed, and which commands read them.
+/// Returns the help page of all keys: their effect, default, allowed values and the commands that read them.
 pub fn help() -> String {
     let width = keys::ALL.iter().map(|key| key.path.len()).max().unwrap_or_default();
     let line = |key: &keys::KeyInfo| {

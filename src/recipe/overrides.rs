@@ -1,4 +1,4 @@
-//! What was written, as one flat list: dotted key to value, from the YAML text and then from `--set key=value`.
+//! Gathers what was written into one flat map of dotted keys to values, from the YAML text and then from `--set key=value`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,21 +8,21 @@ use super::command::Command;
 use super::keys::{self, Key, KeyInfo};
 use crate::files::shown;
 
-/// The keys that were written, with their values, and what was wrong about them.
+/// The keys that were written, with their values and errors.
 #[derive(Default)]
 pub(super) struct Written {
     values: BTreeMap<String, Value>,
-    /// Keys that `--set` has written.
+    /// Keys that `--set` gave.
     overridden: BTreeSet<String>,
-    /// Keys that an option of the command line has given.
+    /// Keys that an option of the command line gave.
     given: BTreeSet<String>,
     pub errors: Vec<String>,
-    /// Whether the text is YAML.
+    /// True if the text could be read as YAML.
     pub is_read: bool,
 }
 
 impl Written {
-    /// `yaml` is the text of a recipe, `overrides` are `key=value` with YAML values; the last one holds.
+    /// Reads `yaml`, the text of a recipe, and `overrides`, `key=value` with YAML values, of which the last one for a key wins.
     pub fn new(yaml: &str, overrides: &[String]) -> Self {
         let mut written = Self { is_read: true, ..Self::default() };
         match serde_saphyr::from_str::<Value>(yaml) {
@@ -55,7 +55,7 @@ impl Written {
                     self.add(if path.is_empty() { key } else { format!("{path}.{key}") }, value, is_override);
                 }
             }
-            // A section with nothing in it.
+            // An empty section sets no key.
             Value::Null if is_section => {}
             value if path.is_empty() => {
                 self.errors.push(format!("found {}, a recipe is a mapping of keys", shown(&value.to_string())))
@@ -75,7 +75,7 @@ impl Written {
         }
     }
 
-    /// Sets a key that an option of the command line gives.
+    /// Sets a key from an option of the command line.
     pub fn give(&mut self, command: Command, path: &'static str, value: Value) {
         if self.has(path) {
             self.errors.push(not_read(command, path));
@@ -84,12 +84,12 @@ impl Written {
         self.values.insert(path.to_owned(), value);
     }
 
-    /// Whether the key was written, be it with its default.
+    /// Returns whether the key was written, even with its default as the value.
     pub fn has(&self, path: &str) -> bool {
         self.values.contains_key(path)
     }
 
-    /// Value of a key, else its default; `None` if what was written is not allowed, which [`Self::check`] has said.
+    /// Returns the value of a key, or its default; `None` if the written value is not allowed, which [`Self::check`] reports.
     pub fn get<T>(&self, key: &Key<T>) -> Option<T> {
         match self.values.get(key.path) {
             Some(value) => (key.read)(value),
@@ -97,7 +97,7 @@ impl Written {
         }
     }
 
-    /// Checks each key that was written. What is in a recipe is for `train`; what is on the command line is for this command.
+    /// Checks each key that was written: keys of a recipe as `train` reads them, keys of the command line as this command does.
     pub fn check(&mut self, command: Command) {
         let problem = |(path, value): (&String, &Value)| match keys::ALL.iter().find(|key| key.path == path) {
             Some(key) if self.given.contains(path) => {
@@ -118,12 +118,12 @@ impl Written {
     }
 }
 
-/// The message alone; an excerpt of the text follows it.
+/// Returns the message without the excerpt of the text that follows it.
 fn first_line(error: &serde_saphyr::Error) -> String {
     shown(error.to_string().lines().next().unwrap_or_default())
 }
 
-/// `name` is how the user knows the key.
+/// Returns the error of a value, if it is not allowed. `name` is what the user calls the key.
 fn check_value(key: &KeyInfo, name: &str, value: &Value) -> Option<String> {
     if (key.is_allowed)(value) {
         return None;
@@ -137,7 +137,7 @@ fn check_value(key: &KeyInfo, name: &str, value: &Value) -> Option<String> {
     Some(format!("{name}: found {}{reason}, allowed: {}", shown(&value.to_string()), key.allowed.join(", ")))
 }
 
-/// A key that a command does not read after `--set`, and what does its work there.
+/// Returns the error of a `--set` key that the command does not read, with what replaces it there.
 fn not_read(command: Command, path: &str) -> String {
     let option = command.options().iter().find(|(key, _)| *key == path);
     let (name, option) = (command.name(), option.map(|(_, option)| option));
@@ -147,7 +147,7 @@ fn not_read(command: Command, path: &str) -> String {
     }
 }
 
-/// The known key that takes the fewest edits, its section counted or not.
+/// Returns the known key with the smallest edit distance, with or without its section.
 fn nearest(path: &str) -> &'static str {
     let last = |path: &'static str| path.rsplit('.').next().unwrap_or(path);
     let distance = |key: &&KeyInfo| {

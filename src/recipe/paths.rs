@@ -1,8 +1,8 @@
-//! Paths that a user writes: `~` is the home folder; variables are refused, as nobody has expanded them.
+//! Reads paths that a user writes. `~` is the home folder; variables are refused, because no shell has expanded them.
 
 use std::path::{Path, PathBuf};
 
-/// The path that a text means. Errors: why it means none.
+/// Reads a path. The error says why the text is none.
 pub fn read(text: &str) -> Result<PathBuf, String> {
     read_at(text, std::env::var_os("HOME").map(PathBuf::from).as_deref())
 }

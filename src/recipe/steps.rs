@@ -1,21 +1,21 @@
-//! How many steps a run has, in how many of them the learning rate rises, and what of it may surprise.
+//! Decides the number of steps and of warm-up steps of a run, and remarks on lengths that may surprise.
 
 use super::RecipeError;
 use super::job::{BatchSize, TrainingJob};
 use super::keys::{self, MAX_MICRO_BATCHES, MAX_STEPS_OF_A_RUN};
 
-/// Most steps of a warm-up that the recipe does not ask for.
+/// Largest number of steps of a default warm-up.
 const MOST_WARMUP_STEPS: usize = 10;
-/// Steps of the run for each step of such a warm-up.
+/// Number of steps of the run for each step of a default warm-up.
 const STEPS_OF_A_WARMUP_STEP: usize = 10;
 
 /// The length of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Steps {
     pub num_steps: usize,
-    /// Steps in which the learning rate rises; fewer than `num_steps`.
+    /// Number of steps in which the learning rate rises; fewer than `num_steps`.
     pub warmup_steps: usize,
-    /// Lines for the user, to be said before the first step.
+    /// Lines to print before the first step.
     pub remarks: Vec<String>,
 }
 
@@ -73,11 +73,11 @@ impl TrainingJob {
 
     fn steps_of_epochs(&self, num_sequences: usize, global: usize) -> usize {
         let samples = self.num_train_epochs * num_sequences as f64;
-        // A number of steps beyond usize becomes the largest, which is refused.
+        // A number of steps beyond usize becomes the largest usize, which is refused.
         (samples / global as f64).ceil().max(1.0) as usize
     }
 
-    /// Fails where the ranks cannot share a step, or a rank's part of it is too large.
+    /// Fails if the ranks cannot share a step, or if a rank's part of it is too large.
     pub fn check_batch(&self, world_size: usize) -> Result<(), RecipeError> {
         let (global, per_device) = (self.global_batch_size(world_size), self.per_device_train_batch_size);
         let (key, value) = match self.batch {

@@ -1,9 +1,9 @@
 //! Proof that the adapter learns: at the first backward every lora_B has a gradient, every lora_A once B is not zero, and at the end the
 //! values are other than at the start.
 //!
-//! A gradient may rightly be zero where the base is: LLaMA Pro adds layers whose `o_proj` and `down_proj` are zero, through which nothing
-//! comes back to the projections before them. Each projection's gradient has the other weights of its branch as factors (attention: q, k,
-//! v, o; MLP: gate, up, down). So a matrix without a gradient is accepted where another weight of its branch is all zeros, and told.
+//! A gradient may rightly be zero where the base is: LLaMA Pro adds layers whose `o_proj` and `down_proj` are zero, so no
+//! gradient reaches the projections before them. Each projection's gradient has the other weights of its branch as factors (attention: q, k,
+//! v, o; MLP: gate, up, down). So a matrix without a gradient is accepted and reported if another weight of its branch is all zeros.
 //! Queries and keys have none either where every target is predicted from the first token of its document, which can attend only to
 //! itself. Anywhere else a matrix without a gradient is an error of the program, and so is an adapter without any.
 
@@ -18,7 +18,7 @@ use crate::model::batch::{MicroBatch, NO_TARGET};
 use crate::model::layer::LayerLora;
 use crate::model::names::{self, Projection};
 
-/// Modules that a message names.
+/// Largest number of modules that a message names.
 const MAX_NAMES: usize = 8;
 
 const ATTENTION: &[Projection] = &[Projection::Q, Projection::K, Projection::V, Projection::O];

@@ -1,4 +1,4 @@
-//! Mean loss over the target tokens of a data set.
+//! Computes the mean loss over the target tokens of a data set.
 
 use anyhow::{Result, ensure};
 

@@ -1,4 +1,4 @@
-//! Generation: one token after the other, with kept keys and values.
+//! Generates tokens one after the other, with keys and values kept from earlier ones.
 
 use anyhow::{Result, ensure};
 
@@ -11,7 +11,7 @@ use crate::model::batch::{MicroBatch, NO_TARGET};
 /// How to choose the next token.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
-    /// 0: the most likely token.
+    /// 0 chooses the most likely token.
     pub temperature: f64,
     pub seed: u64,
     pub max_new_tokens: usize,
@@ -54,7 +54,7 @@ pub fn generate<D: Ops, Q: Queue<D>>(
     Ok(new)
 }
 
-/// Tokens at positions from `past` on, of which the last one's logits are wanted.
+/// Makes a batch of the tokens at positions from `past` on; only the last one's logits are computed.
 fn last_token_batch(input: &[u32], past: usize) -> MicroBatch {
     let tokens = input.len() as u32;
     let mut targets = vec![NO_TARGET; input.len()];
@@ -68,7 +68,7 @@ fn last_token_batch(input: &[u32], past: usize) -> MicroBatch {
     }
 }
 
-/// The most likely token, or the one at which the cumulative probability passes `uniform`.
+/// Returns the most likely token if the temperature is 0, else the one at which the cumulative probability passes `uniform`.
 fn choose(logits: &[f32], temperature: f64, uniform: f64) -> u32 {
     let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap_or(0);
     if temperature == 0.0 {

@@ -1,4 +1,4 @@
-//! Lines for people, on standard error, from rank 0.
+//! Prints lines for people on standard error, from rank 0.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// One line.
+    /// Prints one line.
     pub fn line(&self, text: impl AsRef<str>) {
         if self.enabled {
             crate::stderr::line(text.as_ref());
@@ -19,7 +19,7 @@ impl Log {
 
 pub use crate::plan::memory::text as bytes;
 
-/// `1h02m`, `3m07s`, `12s`
+/// Returns a duration as `1h02m`, `3m07s` or `12s`.
 pub fn duration(d: Duration) -> String {
     let s = d.as_secs();
     match (s / 3600, s / 60 % 60, s % 60) {

@@ -1,4 +1,4 @@
-//! metrics.jsonl: one object a step.
+//! Writes metrics.jsonl, one object per step.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -24,9 +24,9 @@ pub struct StepMetrics {
     pub step_ms: f64,
     pub compute_ms: f64,
     pub gather_wait_ms: f64,
-    /// Host to device and back; 0 where the device is the host.
+    /// Waits for copies between host and device; 0 if the device is the host.
     pub copy_wait_ms: f64,
-    /// Written for fp16 only. A step whose `grad_norm` is null overflowed and updated nothing.
+    /// Written for fp16 only. A step whose `grad_norm` is null overflowed and made no update.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f32>,
     pub peak_device_bytes: usize,
@@ -42,13 +42,13 @@ pub struct EvalMetrics {
     pub num_target_tokens: u64,
 }
 
-/// The file of a run. All lines are kept, some hundred bytes a step: if the file is removed or cannot be written, training goes on, and
-/// the lines come with the result.
+/// The metrics file of a run. All lines, some hundred bytes per step, stay in memory: if the file is removed or cannot be written,
+/// training goes on, and the lines are written with the result.
 pub struct MetricsFile {
     path: PathBuf,
     file: Option<File>,
     lines: Vec<u8>,
-    /// Bytes of `lines` that are in the file.
+    /// Number of bytes of `lines` that are in the file.
     written: usize,
     has_failed: bool,
     log: Log,
@@ -62,7 +62,7 @@ impl MetricsFile {
         Ok(MetricsFile { path, file: Some(file), lines: Vec::new(), written: 0, has_failed: false, log })
     }
 
-    /// Appends one line. A file that cannot be written is told once, and tried again with the next line.
+    /// Appends one line. If the file cannot be written, this is reported once and tried again with the next line.
     pub fn write(&mut self, line: &impl Serialize) -> Result<()> {
         serde_json::to_writer(&mut self.lines, line)?;
         self.lines.push(b'\n');
@@ -76,7 +76,7 @@ impl MetricsFile {
         Ok(())
     }
 
-    /// All lines so far.
+    /// Returns all lines so far.
     pub fn lines(&self) -> &[u8] {
         &self.lines
     }
@@ -95,7 +95,7 @@ impl MetricsFile {
             }
         };
         let result = file.write_all_at(&self.lines[self.written..], self.written as u64);
-        // Half a line is taken back where the disk is full; the next line tries again from here.
+        // If the disk is full, half a line is cut off again; the next line tries again from there.
         let end = if result.is_ok() { self.lines.len() } else { self.written };
         let _ = file.set_len(end as u64);
         (self.file, self.written) = (Some(file), end);
@@ -103,13 +103,13 @@ impl MetricsFile {
     }
 }
 
-/// Largest resident memory of this process so far (VmHWM), in bytes; 0 where /proc does not tell.
+/// Returns the largest resident memory of this process so far (VmHWM), in bytes; 0 if /proc does not show it.
 pub fn peak_host_bytes() -> usize {
     kib_of("/proc/self/status", "VmHWM:") * 1024
 }
 
-/// Resident memory of this process now, its share of what it shares with others (Pss), and the part of that which is page cache
-/// (mapped files, the program's own among them), in bytes; 0 where /proc does not tell.
+/// Returns the resident memory of this process now, with its part of shared pages (Pss), and how much of it is page cache (mapped
+/// files, the program's own among them), in bytes; 0 if /proc does not show it.
 pub fn pss_bytes() -> (usize, usize) {
     let of = |name| kib_of("/proc/self/smaps_rollup", name) * 1024;
     (of("Pss:"), of("Pss_File:"))
