@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use cudarc::driver::{CudaEvent, CudaStream};
 
 use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored, StoredUnit};
-use super::nccl::{self, Nccl};
+use super::nccl::{self, Communicators, Nccl};
 use super::spans::{Lane, Span};
 use super::watch::{self, Limit, Probe, Probed};
 use super::{Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits};
@@ -88,26 +88,6 @@ impl Probe for UnderWay {
     }
 }
 
-/// NCCL's communicators between the ranks that hold a base together and between those that hold the same shard; `None` for a group
-/// of one rank.
-struct Communicators {
-    shards: Option<Arc<Nccl>>,
-    replicas: Option<Arc<Nccl>>,
-}
-
-impl Communicators {
-    fn all(&self) -> Vec<Arc<Nccl>> {
-        self.shards.iter().chain(&self.replicas).cloned().collect()
-    }
-}
-
-fn connect(comm: &mut dyn Comm) -> Result<Option<Arc<Nccl>>> {
-    match comm.world_size() {
-        1 => Ok(None),
-        _ => Ok(Some(Arc::new(Nccl::new(comm)?))),
-    }
-}
-
 /// Begin and end of each part of an action, by stream; empty while spans are not recorded.
 type Marks = Vec<(Lane, CudaEvent, CudaEvent)>;
 
@@ -134,7 +114,7 @@ impl<A: HalfType> CudaQueue<A> {
         if options.share_gpu {
             Nccl::hide_host(groups.world.rank());
         }
-        let nccl = Communicators { shards: connect(&mut *groups.shards)?, replicas: connect(&mut *groups.replicas)? };
+        let nccl = Communicators::new(&mut groups)?;
         let received = if nccl.all().is_empty() { 0 } else { options.max_gradients };
         let received = Arena::carved(&cuda, |arena| arena.carve::<f32>("received gradients", received))?;
         let communication = cuda.new_stream()?;
