@@ -10,3 +10,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// How many keys before itself token t sees: those of its document, or as many as a window has.
+__device__ __forceinline__ int reach(const u32 *positions, int t, int max_reach) { return min((int)positions[t], max_reach); }

@@ -57,14 +57,14 @@ __device__ __forceinline__ void store_rows(Act *head, const float (&c)[HALF], in
 // The keys that this thread's two rows see, and those that all rows of its warp see.
 struct Sight {
     int first_key[2], last_key[2], all_first, all_last;
-    __device__ __forceinline__ Sight(const u32 *positions, int warp_row, int row, int tokens, int past) {
+    __device__ __forceinline__ Sight(const u32 *positions, int max_reach, int warp_row, int row, int tokens, int past) {
         for (int i = 0; i < 2; i++) {
             int t = row + 8 * i;
-            first_key[i] = t < tokens ? past + t - (int)positions[t] : 1;
+            first_key[i] = t < tokens ? past + t - reach(positions, t, max_reach) : 1;
             last_key[i] = t < tokens ? past + t : 0;
         }
         int last_row = warp_row + 15;
-        all_first = last_row < tokens ? past + last_row - (int)positions[last_row] : 0x7fffffff;
+        all_first = last_row < tokens ? past + last_row - reach(positions, last_row, max_reach) : 0x7fffffff;
         all_last = past + warp_row;
     }
     // Replaces the scores that are not seen; `key` is that of the first column.
@@ -120,14 +120,14 @@ template <int D, int KEYS, int STAGES, int TENSORS> struct ForQueries {
     // One thread draws work and brings what it needs; `drawn` tells the others, −1 at the end.
     __device__ __forceinline__ void produce(u32 *ticket, int *drawn, const TensorMap *const (&rows)[TENSORS],
                                             const TensorMap &k_map, const TensorMap &v_map, const u32 *positions, int group,
-                                            int past) const {
+                                            int past, int max_reach) const {
         Ring<STAGES> stage;
         for (u32 parity = 1;; parity ^= 1) {
             int work = draw(ticket, tiles * num_heads);
             barrier_wait(rows_empty(), parity);
             *drawn = work;
             if (work < 0) return barrier_arrive(rows_full());
-            int row = first_row(work), column = head(work) / group * D, first_key = past + row - (int)positions[row];
+            int row = first_row(work), column = head(work) / group * D, first_key = past + row - reach(positions, row, max_reach);
             barrier_arrive_expecting(rows_full(), TENSORS * Rows::BYTES);
             for (int i = 0; i < TENSORS; i++) Rows::copy(shared + i * Rows::BYTES, *rows[i], head(work) * D, row, rows_full());
             for (int key = past + row + ROWS - KEYS; key > first_key - KEYS; key -= KEYS, stage.next()) {

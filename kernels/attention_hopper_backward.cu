@@ -21,30 +21,28 @@ template <int D> __device__ __forceinline__ float row_delta(const Act *d_out, co
 template <int D>
 __device__ void backward_queries(Act *d_q, float *delta, const TensorMap &d_out_map, const TensorMap &q_map, const TensorMap &k_map,
                                  const TensorMap &v_map, const Act *d_out, const Act *out, const float *lse, const u32 *positions,
-                                 int tokens, int num_heads, int num_kv_heads, float scale) {
+                                 int tokens, int num_heads, int num_kv_heads, int max_reach, float scale) {
     const int KEYS = D == 64 ? 128 : 64, STAGES = KEYS == 64 ? 4 : 2;
     typedef ForQueries<D, KEYS, STAGES, 2> Block;
     typedef typename Block::Rows Rows;
     typedef typename Block::Keys Keys;
     __shared__ int drawn;
     Block block(tokens, num_heads);
-    if (threadIdx.x < 128) {
-        give_registers<40>();
+    bool computes = divide_block<40, 232>([&]() {
         if (threadIdx.x == 0)
-            block.produce(&queries_ticket, &drawn, {&q_map, &d_out_map}, k_map, v_map, positions, num_heads / num_kv_heads, 0);
-        return;
-    }
-    take_registers<232>();
+            block.produce(&queries_ticket, &drawn, {&q_map, &d_out_map}, k_map, v_map, positions, num_heads / num_kv_heads, 0,
+                          max_reach);
+    });
+    if (!computes) return;
     Place place;
     Ring<STAGES> stage;
     float log2_scale = scale * LOG2_E;
     for (u32 parity = 0;; parity ^= 1) {
-        barrier_wait(block.rows_full(), parity);
-        int work = uniform(drawn);
+        int work = next_work(block.rows_full(), parity, drawn);
         if (work < 0) break;
         int head = block.head(work), first_row = block.first_row(work), row = first_row + place.row;
-        int first_key = uniform(first_row - (int)positions[first_row]), key = first_row + ROWS - KEYS;
-        Sight sight(positions, first_row + place.warp_row, row, tokens, 0);
+        int first_key = uniform(first_row - reach(positions, first_row, max_reach)), key = first_row + ROWS - KEYS;
+        Sight sight(positions, max_reach, first_row + place.warp_row, row, tokens, 0);
         float shift[2], deltas[2];
         for (int i = 0; i < 2; i++) {
             int t = row + 8 * i;
@@ -116,7 +114,7 @@ template <int D> struct ForKeys {
     static_assert(BARRIERS + 16 + 16 * STAGES + ALIGNMENT <= MAX_SHARED_BYTES, "");
     u32 shared;
     // `parts` blocks of heads, `heads` each.
-    int tokens, parts, heads;
+    int tokens, parts, heads, max_reach;
 
     __device__ __forceinline__ u32 rows_full() const { return shared + BARRIERS; }
     __device__ __forceinline__ u32 rows_empty() const { return shared + BARRIERS + 8; }
@@ -130,7 +128,8 @@ template <int D> struct ForKeys {
     __device__ __forceinline__ int part(int work) const { return work % parts; }
     __device__ __forceinline__ int num_work() const { return (tokens + ROWS - 1) / ROWS * parts; }
 
-    __device__ __forceinline__ ForKeys(int tokens, int parts, int heads) : tokens(tokens), parts(parts), heads(heads) {
+    __device__ __forceinline__ ForKeys(int tokens, int parts, int heads, int max_reach)
+        : tokens(tokens), parts(parts), heads(heads), max_reach(max_reach) {
         shared = aligned_shared();
         if (threadIdx.x == 0) {
             barrier_init(rows_full(), 1);
@@ -149,7 +148,7 @@ template <int D> struct ForKeys {
         int first = first_row(work), last_key = (first + ROWS < tokens ? first + ROWS : tokens) - 1, head = part(work) * heads;
         for (int end = head + heads; head < end; head++)
             // Later queries begin later: past the last one that sees these keys there is none.
-            for (int tile = first; tile < tokens && tile - (int)positions[tile] <= last_key; tile += QUERIES) f(head, tile);
+            for (int tile = first; tile < tokens && tile - reach(positions, tile, max_reach) <= last_key; tile += QUERIES) f(head, tile);
         f(0, -1);
     }
 
@@ -184,8 +183,7 @@ template <int D> struct ForKeys {
                                                   int num_heads) const {
         Ring<STAGES> stage;
         for (u32 parity = 0;; parity ^= 1) {
-            barrier_wait(rows_full(), parity);
-            int work = uniform(*drawn);
+            int work = next_work(rows_full(), parity, *drawn);
             if (work < 0) return;
             each_tile(work, positions, [&](int head, int tile) {
                 barrier_wait(empty(stage.index), stage.parity ^ 1);
@@ -209,29 +207,26 @@ template <int D> struct ForKeys {
 template <int D>
 __device__ void backward_keys(Act *d_k, Act *d_v, const TensorMap &d_out_map, const TensorMap &q_map, const TensorMap &k_map,
                               const TensorMap &v_map, const float *lse, const float *delta, const u32 *positions, int tokens,
-                              int num_heads, int num_kv_heads, int heads, float scale) {
+                              int num_heads, int num_kv_heads, int heads, int max_reach, float scale) {
     typedef ForKeys<D> Block;
     typedef typename Block::Rows Rows;
     typedef typename Block::Queries Queries;
     const int QUERIES = Block::QUERIES;
     __shared__ int drawn, tile_row[Block::STAGES];
-    Block block(tokens, num_heads / heads, heads);
-    if (threadIdx.x < 128) {
-        give_registers<D == 128 ? 24 : 40>();
+    Block block(tokens, num_heads / heads, heads, max_reach);
+    bool computes = divide_block<D == 128 ? 24 : 40, D == 128 ? 240 : 232>([&]() {
         if (threadIdx.x == 0)
             block.produce(&drawn, tile_row, d_out_map, q_map, k_map, v_map, positions, num_heads / num_kv_heads);
         else if (threadIdx.x / 32 == 1)
             block.produce_words(&drawn, lse, delta, positions, num_heads);
-        return;
-    }
-    take_registers<D == 128 ? 240 : 232>();
+    });
+    if (!computes) return;
     Place place;
     Ring<Block::STAGES> stage;
     float log2_scale = scale * LOG2_E;
     if (place.warpgroup == 1) named_arrive(1, CONSUMERS);
     for (u32 parity = 0;; parity ^= 1) {
-        barrier_wait(block.rows_full(), parity);
-        int work = uniform(drawn);
+        int work = next_work(block.rows_full(), parity, drawn);
         if (work < 0) break;
         int first_key = block.first_row(work) + place.warp_row, row = block.first_row(work) + place.row;
         float k_acc[D / 2], v_acc[D / 2], s[QUERIES / 2], d_p[QUERIES / 2];
@@ -250,7 +245,7 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const TensorMap &d_out_map, co
         for (bool accumulate = false;; accumulate = true) {
             at = stage.index;
             const float *query_lse = (const float *)shared_pointer(block.words(at)), *query_delta = query_lse + QUERIES;
-            const int *query_position = (const int *)(query_delta + QUERIES);
+            const u32 *query_position = (const u32 *)(query_delta + QUERIES);
             products_wait<1>();
             pin(s);
 #pragma unroll
@@ -259,12 +254,12 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const TensorMap &d_out_map, co
 #pragma unroll
                 for (int i = 0; i < 4; i++) s[e + i] = exp2_fast(s[e + i] * log2_scale - (i % 2 ? shift.y : shift.x) * LOG2_E);
             }
-            bool all = tile >= first_key + 15 && tile + QUERIES - 1 - query_position[QUERIES - 1] <= first_key;
+            bool all = tile >= first_key + 15 && tile + QUERIES - 1 - reach(query_position, QUERIES - 1, max_reach) <= first_key;
             if (!all) {
 #pragma unroll
                 for (int e = 0; e < QUERIES / 2; e++) {
                     int query = e / 4 * 8 + place.column + e % 2, key = row + e / 2 % 2 * 8;
-                    if (key > tile + query || key < tile + query - query_position[query]) s[e] = 0.0f;
+                    if (key > tile + query || key < tile + query - reach(query_position, query, max_reach)) s[e] = 0.0f;
                 }
             }
             round_scores(p, s);
@@ -308,20 +303,18 @@ __device__ void backward_keys(Act *d_k, Act *d_v, const TensorMap &d_out_map, co
     }
 }
 
-#define INSTANCES(D)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_backward_queries_##D(                             \
-        Act *d_q, float *delta, const __grid_constant__ TensorMap d_out_map, const __grid_constant__ TensorMap q,               \
-        const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const Act *d_out, const Act *out,             \
-        const float *lse, const u32 *positions, int tokens, int num_heads, int num_kv_heads, float scale) {                     \
-        backward_queries<D>(d_q, delta, d_out_map, q, k, v, d_out, out, lse, positions, tokens, num_heads, num_kv_heads, scale); \
-    }                                                                                                                           \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_backward_keys_##D(                                \
-        Act *d_k, Act *d_v, const __grid_constant__ TensorMap d_out, const __grid_constant__ TensorMap q,                       \
-        const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const float *lse, const float *delta,         \
-        const u32 *positions, int tokens, int num_heads, int num_kv_heads, int heads, float scale) {                            \
-        backward_keys<D>(d_k, d_v, d_out, q, k, v, lse, delta, positions, tokens, num_heads, num_kv_heads, heads, scale);       \
-    }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_backward_queries(
+    Act *d_q, float *delta, const __grid_constant__ TensorMap d_out_map, const __grid_constant__ TensorMap q,
+    const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const Act *d_out, const Act *out, const float *lse,
+    const u32 *positions, int tokens, int num_heads, int num_kv_heads, int max_reach, float scale) {
+    backward_queries<HEAD_DIM>(d_q, delta, d_out_map, q, k, v, d_out, out, lse, positions, tokens, num_heads, num_kv_heads,
+                               max_reach, scale);
+}
 
-INSTANCES(64)
-INSTANCES(96)
-INSTANCES(128)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_backward_keys(
+    Act *d_k, Act *d_v, const __grid_constant__ TensorMap d_out, const __grid_constant__ TensorMap q,
+    const __grid_constant__ TensorMap k, const __grid_constant__ TensorMap v, const float *lse, const float *delta,
+    const u32 *positions, int tokens, int num_heads, int num_kv_heads, int heads, int max_reach, float scale) {
+    backward_keys<HEAD_DIM>(d_k, d_v, d_out, q, k, v, lse, delta, positions, tokens, num_heads, num_kv_heads, heads, max_reach,
+                            scale);
+}

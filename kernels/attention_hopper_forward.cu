@@ -39,31 +39,29 @@ struct Softmax {
 // values, and the two warpgroups take turns to start products.
 template <int D>
 __device__ void forward(Act *out, float *lse, const TensorMap &q_map, const TensorMap &k_map, const TensorMap &v_map,
-                        const u32 *positions, int tokens, int num_heads, int num_kv_heads, int past, float scale) {
+                        const u32 *positions, int tokens, int num_heads, int num_kv_heads, int past, int max_reach, float scale) {
     const int KEYS = 128, STAGES = 2;
     typedef ForQueries<D, KEYS, STAGES, 1> Block;
     typedef typename Block::Rows Rows;
     typedef typename Block::Keys Keys;
     __shared__ int drawn;
     Block block(tokens, num_heads);
-    if (threadIdx.x < 128) {
-        give_registers<40>();
+    bool computes = divide_block<40, 232>([&]() {
         if (threadIdx.x == 0)
-            block.produce(&forward_ticket, &drawn, {&q_map}, k_map, v_map, positions, num_heads / num_kv_heads, past);
-        return;
-    }
-    take_registers<232>();
+            block.produce(&forward_ticket, &drawn, {&q_map}, k_map, v_map, positions, num_heads / num_kv_heads, past,
+                          max_reach);
+    });
+    if (!computes) return;
     Place place;
     Ring<STAGES> stage;
     float log2_scale = scale * LOG2_E;
     if (place.warpgroup == 1) named_arrive(1, CONSUMERS);
     for (u32 parity = 0;; parity ^= 1) {
-        barrier_wait(block.rows_full(), parity);
-        int work = uniform(drawn);
+        int work = next_work(block.rows_full(), parity, drawn);
         if (work < 0) break;
         int head = block.head(work), first_row = block.first_row(work), row = first_row + place.row;
-        int first_key = uniform(past + first_row - (int)positions[first_row]), key = past + first_row + ROWS - KEYS;
-        Sight sight(positions, first_row + place.warp_row, row, tokens, past);
+        int first_key = uniform(past + first_row - reach(positions, first_row, max_reach)), key = past + first_row + ROWS - KEYS;
+        Sight sight(positions, max_reach, first_row + place.warp_row, row, tokens, past);
         Softmax softmax;
         float acc[D / 2], s[KEYS / 2];
         u32 p[KEYS / 16][4];
@@ -123,14 +121,9 @@ __device__ void forward(Act *out, float *lse, const TensorMap &q_map, const Tens
     }
 }
 
-#define INSTANCES(D)                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_hopper_forward_##D(                                      \
-        Act *out, float *lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,                         \
-        const __grid_constant__ TensorMap v, const u32 *positions, int tokens, int num_heads, int num_kv_heads, int past,       \
-        float scale) {                                                                                                          \
-        forward<D>(out, lse, q, k, v, positions, tokens, num_heads, num_kv_heads, past, scale);                                 \
-    }
-
-INSTANCES(64)
-INSTANCES(96)
-INSTANCES(128)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    attention_hopper_forward(Act *out, float *lse, const __grid_constant__ TensorMap q, const __grid_constant__ TensorMap k,
+                             const __grid_constant__ TensorMap v, const u32 *positions, int tokens, int num_heads,
+                             int num_kv_heads, int past, int max_reach, float scale) {
+    forward<HEAD_DIM>(out, lse, q, k, v, positions, tokens, num_heads, num_kv_heads, past, max_reach, scale);
+}

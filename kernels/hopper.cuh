@@ -150,3 +150,21 @@ __device__ __forceinline__ int draw(u32 *ticket, u32 total) {
     if (mine == total + gridDim.x - 1) *ticket = 0;
     return mine < total ? (int)mine : -1;
 }
+
+// Divides a block of three warpgroups. The first one keeps FEW registers and calls `produce`; the other two, which compute, take
+// MANY, and to them this returns true.
+template <int FEW, int MANY, class F> __device__ __forceinline__ bool divide_block(F produce) {
+    if (threadIdx.x < 128) {
+        give_registers<FEW>();
+        produce();
+        return false;
+    }
+    take_registers<MANY>();
+    return true;
+}
+
+// Waits until the rows of the next piece of work are there, which is returned; −1 when there is none.
+__device__ __forceinline__ int next_work(u32 rows_full, u32 parity, const int &drawn) {
+    barrier_wait(rows_full, parity);
+    return uniform(drawn);
+}

@@ -43,7 +43,7 @@ mod tests {
         let bad = ModelConfig { head_dim: 80, hidden_size: 2564, intermediate_size: 6911, ..good };
         let error = check_gpu(&bad).unwrap_err().to_string();
         for expected in [
-            "head_dim: found 80, allowed: [64, 96, 128]",
+            "head_dim: found 80, allowed: [64, 96, 128, 256]",
             "hidden_size: found 2564, allowed: a multiple of 8",
             "intermediate_size: found 6911, allowed: a multiple of 8",
         ] {

@@ -98,12 +98,13 @@ impl Start<'_> {
     /// Takes a device like [`Start::place`], and checks that the job's model and its way to gather are possible there. Collective.
     pub fn place_for(&self, comm: &mut dyn Comm, job: &Agreed<Job>, config: &ModelConfig) -> Result<Placement> {
         let placement = self.place(comm, job.quantization.compute_dtype)?;
-        match placement {
+        match &placement {
             Placement::Cpu(_) => ensure!(
                 job.fsdp.gather != Some(Gather::Collective),
                 "fsdp.gather: found nccl; CPU ranks gather over MPI, allowed here: auto, host"
             ),
-            Placement::Bf16(..) | Placement::Fp16(..) => limits::check_gpu(config)?,
+            Placement::Bf16(cuda, _) => prepare(cuda, config)?,
+            Placement::Fp16(cuda, _) => prepare(cuda, config)?,
         }
         Ok(placement)
     }
@@ -118,4 +119,11 @@ impl Start<'_> {
         self.log.line(format!("device: cuda ({name}), {world_size} ranks{sharing}, {}", A::NAME));
         Ok(cuda)
     }
+}
+
+/// Checks that the GPU can run the model, and loads the kernels that not every model needs.
+fn prepare<A: HalfType>(cuda: &Cuda<A>, config: &ModelConfig) -> Result<()> {
+    limits::check_gpu(config)?;
+    let _wait = watch::wait("loading attention's kernels".to_string());
+    cuda.load_attention(config.head_dim, None)
 }

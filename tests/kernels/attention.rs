@@ -227,7 +227,7 @@ pub fn attention_in_a_window<A: Tested>() {
         for window in [129, 130, 131] {
             check(&cuda, &Case { window: Some(window), ..llama(3, 1, head_dim, &[130, 40, 130]) });
         }
-        let (num_past_tokens, case) = (300, llama(8, 2, head_dim, &[140]));
+        let (num_past_tokens, case) = (300, llama(4, 2, head_dim, &[140]));
         for window in [20, 129, 439, 440] {
             check(&cuda, &Case { num_past_tokens, window: Some(window), ..case });
         }
@@ -249,7 +249,7 @@ pub fn attention_with_capped_scores<A: Tested>() {
             check(&cuda, &Case { scale, softcap, window, ..llama(4, 2, head_dim, &[257, 1, 90]) });
         }
         let (softcap, num_past_tokens) = (Some(2.0), 300);
-        check(&cuda, &Case { softcap, num_past_tokens, window: Some(129), ..llama(8, 2, head_dim, &[40]) });
+        check(&cuda, &Case { softcap, num_past_tokens, window: Some(129), ..llama(4, 2, head_dim, &[40]) });
     }
 }
 

@@ -27,6 +27,17 @@ pub struct KernelBench {
     seq: u32,
 }
 
+/// Gemma's width of a head, which has tiles of its own.
+const WIDE: usize = 256;
+
+/// The kind of an attention.
+#[derive(Clone, Copy)]
+struct Scores {
+    head_dim: usize,
+    window: Option<usize>,
+    softcap: Option<f32>,
+}
+
 /// Timed batches of calls, of which the median counts, and about how long one lasts.
 const BATCHES: usize = 5;
 const BATCH_SECONDS: f64 = 0.02;
@@ -153,7 +164,7 @@ impl<'a, D: Ops> Timer<'a, D> {
         self.dequantize(config, job.quantization.double_quant.unwrap_or(true))?;
         self.rows(config, tokens)?;
         self.mlp(config, tokens)?;
-        self.attention(config, tokens)?;
+        self.attentions(config, tokens)?;
         self.head(config, tokens, lora_rank)
     }
 
@@ -289,9 +300,29 @@ impl<'a, D: Ops> Timer<'a, D> {
         })
     }
 
-    fn attention(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
-        let (d, heads, kv_heads) = (self.device, config.num_attention_heads, config.num_key_value_heads);
-        let (q_len, kv_len) = (tokens * heads * config.head_dim, tokens * kv_heads * config.head_dim);
+    /// The attention of the model, and those of other families at as much work: in a window, and with heads of 256.
+    fn attentions(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+        let plain = Scores { head_dim: config.head_dim, window: None, softcap: None };
+        let window = Some(1024).filter(|window| *window < tokens);
+        self.attention("attention", plain, config, tokens)?;
+        self.attention("attention, capped", Scores { softcap: Some(50.0), ..plain }, config, tokens)?;
+        if window.is_some() {
+            self.attention("attention, window 1024", Scores { window, ..plain }, config, tokens)?;
+        }
+        let [q, kv] = [config.num_attention_heads, config.num_key_value_heads].map(|heads| heads * config.head_dim);
+        if config.head_dim != WIDE && q.is_multiple_of(WIDE) && kv.is_multiple_of(WIDE) {
+            let wide = Scores { head_dim: WIDE, ..plain };
+            self.attention("attention, head_dim 256", wide, config, tokens)?;
+        }
+        Ok(())
+    }
+
+    /// Attention over one document. The model's q, k and v are divided into heads of the width that `scores` says.
+    fn attention(&self, name: &str, scores: Scores, config: &ModelConfig, tokens: usize) -> Result<()> {
+        let Scores { head_dim, window, softcap } = scores;
+        let heads = |heads: usize| heads * config.head_dim / head_dim;
+        let (d, heads, kv_heads) = (self.device, heads(config.num_attention_heads), heads(config.num_key_value_heads));
+        let (q_len, kv_len) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
         let (q, k, v) = (self.act(q_len)?, self.act(kv_len)?, self.act(kv_len)?);
         let (mut out, mut lse) = (self.act(q_len)?, self.f32s(tokens * heads)?);
         let mut documents = Arena::carved(d, |arena| Documents::carve(arena, "documents", tokens))?;
@@ -299,22 +330,23 @@ impl<'a, D: Ops> Timer<'a, D> {
         let shape = AttentionShape {
             num_heads: heads,
             num_key_value_heads: kv_heads,
-            head_dim: config.head_dim,
-            scale: 1.0 / (config.head_dim as f32).sqrt(),
-            softcap: None,
-            window: None,
+            head_dim,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            softcap,
+            window,
             documents: &documents,
         };
-        // Causal: half of the scores. Two products forward, five backward.
-        let product = (tokens * tokens * heads * config.head_dim) as f64;
-        self.time("attention forward", Amount::Flops(2.0 * product), || {
+        // Causal: half of the scores, without those outside of the window. Two products forward, five backward.
+        let hidden = tokens - window.unwrap_or(tokens);
+        let product = ((tokens * tokens - hidden * hidden) * heads * head_dim) as f64;
+        self.time(&format!("{name} forward"), Amount::Flops(2.0 * product), || {
             let (out, lse, q, k, v) = (out.view_mut(), lse.view_mut(), q.view(), k.view(), v.view());
             d.attention_forward(AttentionForward { out, lse, q, k, v, shape })
         })?;
         let (mut d_q, mut d_k, mut d_v) = (self.act(q_len)?, self.act(kv_len)?, self.act(kv_len)?);
         let (d_out, mut delta) = (self.act(q_len)?, self.f32s(tokens * heads)?);
         let (mut head_d_k, mut head_d_v) = (self.act(q_len)?, self.act(q_len)?);
-        self.time("attention backward", Amount::Flops(5.0 * product), || {
+        self.time(&format!("{name} backward"), Amount::Flops(5.0 * product), || {
             d.attention_backward(AttentionBackward {
                 d_q: d_q.view_mut(),
                 d_k: d_k.view_mut(),

@@ -7,17 +7,18 @@ use cudarc::driver::{CudaContext, sys};
 
 use crate::device::{AttentionBackward, AttentionForward, AttentionShape};
 
-use super::attention::Parts;
+use super::attention::{Parts, max_reach};
+use super::compile::AttentionVariant;
 use super::launch::{Grid, args, tile_map};
 use super::{Cuda, HalfType};
 
-const KERNELS: [&str; 3] =
+pub(super) const KERNELS: [&str; 3] =
     ["attention_hopper_forward", "attention_hopper_backward_queries", "attention_hopper_backward_keys"];
 /// Queries, or keys, of a piece of work.
 const ROWS: usize = 128;
 /// A block has a multiprocessor for itself.
 const THREADS: u32 = 384;
-const SHARED_BYTES: u32 = 226 << 10;
+pub(super) const SHARED_BYTES: u32 = 226 << 10;
 
 /// The GPU's sizes on which the number of blocks depends.
 #[derive(Clone, Copy)]
@@ -46,7 +47,12 @@ impl Hopper {
 }
 
 impl<A: HalfType> Cuda<A> {
-    pub(super) fn hopper_attention_forward(&self, hopper: Hopper, args: AttentionForward<'_, Cuda<A>>) -> Result<()> {
+    pub(super) fn hopper_attention_forward(
+        &self,
+        hopper: Hopper,
+        variant: AttentionVariant,
+        args: AttentionForward<'_, Cuda<A>>,
+    ) -> Result<()> {
         let AttentionForward { out, lse, q, k, v, shape } = args;
         let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, documents, .. } = shape;
         let (tokens, positions) = (documents.num_tokens(), documents.positions());
@@ -57,13 +63,19 @@ impl<A: HalfType> Cuda<A> {
         let [q, k, v] = [(q, width), (k, kv_width), (v, kv_width)].map(|(x, width)| tile_map(x, width, head_dim));
         let (heads, kv_heads, past) =
             (num_heads as i32, num_key_value_heads as i32, documents.num_past_tokens() as i32);
-        let args = args![out, lse, q?, k?, v?, positions, tokens as i32, heads, kv_heads, past, scale];
+        let max_reach = max_reach(shape.window);
+        let args = args![out, lse, q?, k?, v?, positions, tokens as i32, heads, kv_heads, past, max_reach, scale];
         let grid = hopper.grid(tokens.div_ceil(ROWS) * num_heads);
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch(&format!("attention_hopper_forward_{head_dim}"), grid, args) }
+        unsafe { self.launch_attention(variant, "attention_hopper_forward", grid, args) }
     }
 
-    pub(super) fn hopper_attention_backward(&self, hopper: Hopper, args: AttentionBackward<'_, Cuda<A>>) -> Result<()> {
+    pub(super) fn hopper_attention_backward(
+        &self,
+        hopper: Hopper,
+        variant: AttentionVariant,
+        args: AttentionBackward<'_, Cuda<A>>,
+    ) -> Result<()> {
         let AttentionBackward { d_q, d_k, d_v, delta, head_d_k, head_d_v, d_out, out, lse, q, k, v, shape } = args;
         let AttentionShape { num_heads, num_key_value_heads, head_dim, scale, documents, .. } = shape;
         let (tokens, positions) = (documents.num_tokens(), documents.positions());
@@ -76,27 +88,23 @@ impl<A: HalfType> Cuda<A> {
             (tile_map(q, width, head_dim)?, tile_map(k, kv_width, head_dim)?, tile_map(v, kv_width, head_dim)?);
         let (t, heads, kv_heads, blocks) =
             (tokens as i32, num_heads as i32, num_key_value_heads as i32, tokens.div_ceil(ROWS));
-        let delta = delta.view();
-        let args = args![d_q, delta, d_out_map, q, k, v, d_out, out, lse, positions, t, heads, kv_heads, scale];
+        let (delta, reach) = (delta.view(), max_reach(shape.window));
+        let args = args![d_q, delta, d_out_map, q, k, v, d_out, out, lse, positions, t, heads, kv_heads, reach, scale];
         let grid = hopper.grid(blocks * num_heads);
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch(&format!("attention_hopper_backward_queries_{head_dim}"), grid, args) }?;
+        unsafe { self.launch_attention(variant, "attention_hopper_backward_queries", grid, args) }?;
         let group = num_heads / num_key_value_heads;
         let of_a_piece = hopper.heads_of_a_piece(tokens, num_key_value_heads, group);
         let parts = group / of_a_piece;
-        self.sum_over_heads(Parts { d_k, d_v, head_d_k, head_d_v, parts, head_dim }, |d_k, d_v| {
+        self.sum_over_heads(variant, Parts { d_k, d_v, head_d_k, head_d_v, parts }, |d_k, d_v| {
             let of_a_piece = of_a_piece as i32;
-            let args =
-                args![d_k, d_v, d_out_map, q, k, v, lse, delta, positions, t, heads, kv_heads, of_a_piece, scale];
+            let args = args![
+                d_k, d_v, d_out_map, q, k, v, lse, delta, positions, t, heads, kv_heads, of_a_piece, reach, scale
+            ];
             let grid = hopper.grid(blocks * num_key_value_heads * parts);
             // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-            unsafe { self.launch(&format!("attention_hopper_backward_keys_{head_dim}"), grid, args) }
+            unsafe { self.launch_attention(variant, "attention_hopper_backward_keys", grid, args) }
         })
-    }
-
-    pub(super) fn allow_hopper_attention_memory(&self, head_dims: &[usize]) -> Result<()> {
-        let mut all = head_dims.iter().flat_map(|head_dim| KERNELS.map(|kernel| format!("{kernel}_{head_dim}")));
-        all.try_for_each(|kernel| self.allow_shared_bytes(&kernel, SHARED_BYTES))
     }
 }
 

@@ -18,69 +18,18 @@ pub struct Source {
     pub text: &'static str,
     /// The kernels that it defines.
     pub kernels: &'static [&'static str],
-    gpus: Gpus,
 }
 
-#[derive(PartialEq, Eq)]
-enum Gpus {
-    All,
-    Hopper,
-    /// Hopper has files of its own for what these do.
-    AllButHopper,
-}
-
-/// The file of a stem with the kernels that it defines; for all GPUs unless told otherwise.
+/// The file of a stem with the kernels that it defines.
 macro_rules! source {
     ($stem:literal, $kernels:expr) => {
-        source!($stem, $kernels, Gpus::All)
-    };
-    ($stem:literal, $kernels:expr, $gpus:expr) => {
-        Source {
-            stem: $stem,
-            text: include_str!(concat!("../../../kernels/", $stem, ".cu")),
-            kernels: &$kernels,
-            gpus: $gpus,
-        }
+        Source { stem: $stem, text: include_str!(concat!("../../../kernels/", $stem, ".cu")), kernels: &$kernels }
     };
 }
 
-const SOURCES: [Source; 13] = [
+/// The files that every GPU runs, compiled once.
+pub static SOURCES: [Source; 10] = [
     source!("adamw", ["adamw"]),
-    source!(
-        "attention",
-        [
-            "attention_delta",
-            "attention_forward_64",
-            "attention_forward_96",
-            "attention_forward_128",
-            "attention_backward_queries_64",
-            "attention_backward_queries_96",
-            "attention_backward_queries_128",
-            "attention_backward_keys_64",
-            "attention_backward_keys_96",
-            "attention_backward_keys_128",
-            "attention_sum_heads",
-        ],
-        Gpus::AllButHopper
-    ),
-    source!(
-        "attention_hopper_forward",
-        ["attention_hopper_forward_64", "attention_hopper_forward_96", "attention_hopper_forward_128"],
-        Gpus::Hopper
-    ),
-    source!(
-        "attention_hopper_backward",
-        [
-            "attention_hopper_backward_queries_64",
-            "attention_hopper_backward_queries_96",
-            "attention_hopper_backward_queries_128",
-            "attention_hopper_backward_keys_64",
-            "attention_hopper_backward_keys_96",
-            "attention_hopper_backward_keys_128",
-            "attention_sum_heads",
-        ],
-        Gpus::Hopper
-    ),
     source!("cross_entropy", ["cross_entropy_piece", "gather_target_rows", "cross_entropy_finish"]),
     source!("elementwise", ["add", "add_bias", "cast", "sum_parts", "sum_of_squares", "spin"]),
     source!(
@@ -112,11 +61,57 @@ const SOURCES: [Source; 13] = [
     source!("uniform", ["uniform"]),
 ];
 
-/// The files that a GPU of this architecture runs.
-pub fn sources(arch: u32) -> impl Iterator<Item = &'static Source> {
-    let other = if arch == HOPPER { Gpus::AllButHopper } else { Gpus::Hopper };
-    const ALL: &[Source] = &SOURCES;
-    ALL.iter().filter(move |source| source.gpus != other)
+/// Attention's file for all GPUs, and those for Hopper.
+static ATTENTION: [Source; 1] = [source!(
+    "attention",
+    [
+        "attention_delta",
+        "attention_forward",
+        "attention_backward_queries",
+        "attention_backward_keys",
+        "attention_sum_heads",
+    ]
+)];
+static HOPPER_ATTENTION: [Source; 2] = [
+    source!("attention_hopper_forward", ["attention_hopper_forward"]),
+    source!(
+        "attention_hopper_backward",
+        ["attention_hopper_backward_queries", "attention_hopper_backward_keys", "attention_sum_heads"]
+    ),
+];
+
+/// Widths of a head that attention's kernels are written for.
+pub const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+
+/// Attention's files are compiled for one width of heads, with or without a cap on scores, when a model needs them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct AttentionVariant {
+    /// One of [`HEAD_DIMS`].
+    pub head_dim: usize,
+    pub capped: bool,
+}
+
+impl AttentionVariant {
+    /// All that there are.
+    pub fn all() -> impl Iterator<Item = AttentionVariant> {
+        HEAD_DIMS.into_iter().flat_map(|head_dim| [false, true].map(|capped| AttentionVariant { head_dim, capped }))
+    }
+
+    /// Whether Hopper's own kernels do it. The others run there too, at the speed of an older GPU.
+    pub fn has_hopper_kernels(self) -> bool {
+        self.head_dim <= 128 && !self.capped
+    }
+
+    /// The files that a GPU of this architecture runs.
+    pub fn sources(self, arch: u32) -> &'static [Source] {
+        if arch == HOPPER && self.has_hopper_kernels() { &HOPPER_ATTENTION } else { &ATTENTION }
+    }
+
+    /// Options of the compiler.
+    pub fn options(self) -> Vec<String> {
+        let capped = self.capped.then(|| "-DCAPPED".to_string());
+        [format!("-DHEAD_DIM={}", self.head_dim)].into_iter().chain(capped).collect()
+    }
 }
 
 /// The headers that the files include, by name.
@@ -139,8 +134,8 @@ pub struct Cubin {
     pub log: String,
 }
 
-/// Compiles one source for an architecture, with one more option when there is one. NVRTC must be loaded.
-pub fn compile(source: &Source, arch: u32, option: Option<&str>) -> Result<Cubin> {
+/// Compiles one source for an architecture, with more options. NVRTC must be loaded.
+pub fn compile(source: &Source, arch: u32, more_options: &[String]) -> Result<Cubin> {
     let stem = source.stem;
     let (text, name) = (CString::new(source.text)?, CString::new(format!("{stem}.cu"))?);
     let headers = HEADERS.iter().map(|(_, text)| CString::new(*text)).collect::<Result<Vec<_>, _>>()?;
@@ -153,7 +148,7 @@ pub fn compile(source: &Source, arch: u32, option: Option<&str>) -> Result<Cubin
         "-default-device".into(),
         "--ptxas-options=-v".into(),
     ];
-    options.extend(option.map(String::from));
+    options.extend_from_slice(more_options);
     let mut program = std::ptr::null_mut();
     // SAFETY: all strings end with a zero and outlive the call; there are as many headers as names.
     let created = unsafe {
@@ -196,9 +191,9 @@ pub fn nvrtc_version() -> Result<String> {
 
 /// The code of one source, from the folder or compiled. One process compiles while the others wait for its lock; a file that
 /// is damaged is made anew.
-pub fn cached(folder: &Path, source: &Source, arch: u32, option: Option<&str>) -> Result<Vec<u8>> {
+pub fn cached(folder: &Path, source: &Source, arch: u32, options: &[String]) -> Result<Vec<u8>> {
     let (stem, text) = (source.stem, source.text);
-    let key = xxh3_64(format!("{HEADERS:?}\0{text}\0{arch}\0{option:?}\0{}", nvrtc_version()?).as_bytes());
+    let key = xxh3_64(format!("{HEADERS:?}\0{text}\0{arch}\0{options:?}\0{}", nvrtc_version()?).as_bytes());
     let path = folder.join(format!("{stem}-sm_{arch}-{key:016x}.cubin"));
     if let Some(code) = read(&path) {
         return Ok(code);
@@ -209,7 +204,7 @@ pub fn cached(folder: &Path, source: &Source, arch: u32, option: Option<&str>) -
     if let Some(code) = read(&path) {
         return Ok(code);
     }
-    let code = compile(source, arch, option)?.code;
+    let code = compile(source, arch, options)?.code;
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(&xxh3_64(&code).to_le_bytes())?;
     file.write_all(&code)?;

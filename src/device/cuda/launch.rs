@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use anyhow::{Context, Result, anyhow, ensure};
-use cudarc::driver::{CudaStream, result, sys};
+use cudarc::driver::{CudaFunction, CudaStream, result, sys};
 
 use crate::device::{Element, View, ViewMut};
 
@@ -144,32 +144,44 @@ impl<A: HalfType> Cuda<A> {
         grid: Grid,
         args: [Arg; N],
     ) -> Result<()> {
-        if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
-            return Ok(());
-        }
-        let kernel = self.kernels.get(name).with_context(|| format!("no kernel is named {name}"))?;
-        let mut pointers = args.each_ref().map(|arg| std::ptr::from_ref(&arg.0).cast::<c_void>().cast_mut());
-        let (x, y) = (u32::try_from(grid.blocks.0)?, u32::try_from(grid.blocks.1)?);
-        // SAFETY: the caller vouches for the arguments; each is as large as any that a kernel declares.
-        let launched = unsafe {
-            result::launch_kernel(
-                kernel.cu_function(),
-                (x, y, 1),
-                (grid.threads, 1, 1),
-                grid.shared_bytes,
-                stream.cu_stream(),
-                &mut pointers,
-            )
-        };
-        launched.map_err(|e| anyhow!("kernel {name}: {e}"))
+        let kernel = self.kernels.common.get(name).with_context(|| format!("no kernel is named {name}"))?;
+        // SAFETY: the caller's duty.
+        unsafe { launch_kernel(stream, kernel, name, grid, args) }
     }
+}
 
-    /// Allows a kernel more dynamic shared memory than the 48 KiB that every kernel may have.
-    pub(super) fn allow_shared_bytes(&self, name: &str, bytes: u32) -> Result<()> {
-        let kernel = self.kernels.get(name).with_context(|| format!("no kernel is named {name}"))?;
-        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        kernel
-            .set_attribute(attribute, bytes as i32)
-            .map_err(|e| anyhow!("{bytes} bytes of shared memory for {name}: {e}"))
+/// Starts a kernel, `name` in errors, on a stream; none for a grid without blocks.
+///
+/// # Safety
+/// As for [`Cuda::launch`].
+pub(super) unsafe fn launch_kernel<const N: usize>(
+    stream: &CudaStream,
+    kernel: &CudaFunction,
+    name: &str,
+    grid: Grid,
+    args: [Arg; N],
+) -> Result<()> {
+    if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
+        return Ok(());
     }
+    let mut pointers = args.each_ref().map(|arg| std::ptr::from_ref(&arg.0).cast::<c_void>().cast_mut());
+    let (x, y) = (u32::try_from(grid.blocks.0)?, u32::try_from(grid.blocks.1)?);
+    // SAFETY: the caller vouches for the arguments; each is as large as any that a kernel declares.
+    let launched = unsafe {
+        result::launch_kernel(
+            kernel.cu_function(),
+            (x, y, 1),
+            (grid.threads, 1, 1),
+            grid.shared_bytes,
+            stream.cu_stream(),
+            &mut pointers,
+        )
+    };
+    launched.map_err(|e| anyhow!("kernel {name}: {e}"))
+}
+
+/// Allows a kernel more dynamic shared memory than the 48 KiB that every kernel may have.
+pub(super) fn allow_shared_bytes(kernel: &CudaFunction, name: &str, bytes: u32) -> Result<()> {
+    let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    kernel.set_attribute(attribute, bytes as i32).map_err(|e| anyhow!("{bytes} bytes of shared memory for {name}: {e}"))
 }

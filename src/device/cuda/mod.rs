@@ -25,8 +25,8 @@ mod uniform;
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -35,8 +35,9 @@ use cudarc::nvrtc::Ptx;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-pub use attention::HEAD_DIMS;
 use attention_hopper::Hopper;
+pub use compile::HEAD_DIMS;
+use compile::{AttentionVariant, Source};
 use launch::{Grid, args};
 
 /// Bytes of a GPU's memory that a process takes before it has allocated anything: the driver's context, the kernels, cuBLAS and its
@@ -92,7 +93,7 @@ impl HalfType for f16 {
 /// One GPU of this process, computing in `A`; clones are the same GPU.
 pub struct Cuda<A: HalfType> {
     blas: Arc<gemm::Blas>,
-    kernels: Arc<HashMap<&'static str, CudaFunction>>,
+    kernels: Arc<Kernels>,
     tables: Arc<memory::Tables>,
     /// Set on a Hopper, whose attention has kernels of its own.
     hopper: Option<Hopper>,
@@ -133,13 +134,11 @@ impl<A: HalfType> Cuda<A> {
         check_capability(ordinal, capability)?;
         let compute = context.new_stream().map_err(|e| anyhow!("GPU {ordinal}: {e}"))?;
         let arch = (capability.0 * 10 + capability.1) as u32;
-        let kernels = Arc::new(load_kernels::<A>(&context, arch, cache)?);
+        let kernels = Arc::new(Kernels::load(&context, arch, cache, A::COMPILE_OPTION)?);
         let hopper = if arch == compile::HOPPER { Some(Hopper::new(&context)?) } else { None };
         let tables = Arc::new(memory::Tables::new(&context)?);
         let blas = Arc::new(gemm::Blas::new(compute.clone(), tables.clone())?);
-        let cuda = Cuda { blas, kernels, tables, hopper, compute, context, _act: PhantomData };
-        cuda.allow_attention_memory()?;
-        Ok(cuda)
+        Ok(Cuda { blas, kernels, tables, hopper, compute, context, _act: PhantomData })
     }
 
     /// Name of the GPU.
@@ -229,21 +228,43 @@ pub fn num_devices() -> Result<usize> {
     }
 }
 
-fn load_kernels<A: HalfType>(
-    context: &Arc<CudaContext>,
+/// Kernels by name.
+type Loaded = HashMap<&'static str, CudaFunction>;
+
+/// The kernels of a GPU that are loaded, and where others come from.
+struct Kernels {
     arch: u32,
-    cache: &Path,
-) -> Result<HashMap<&'static str, CudaFunction>> {
-    let mut kernels = HashMap::new();
-    for source in compile::sources(arch) {
-        let code = compile::cached(cache, source, arch, A::COMPILE_OPTION).context("compiling the kernels")?;
-        let module = context.load_module(Ptx::from_binary(code)).map_err(|e| not_loaded(source.stem, &e))?;
-        for &name in source.kernels {
-            let function = module.load_function(name).map_err(|e| anyhow!("kernel {name}: {e}"))?;
-            kernels.insert(name, function);
-        }
+    /// Folder of compiled kernels.
+    cache: PathBuf,
+    /// Option that says what type activations have.
+    act_option: Option<&'static str>,
+    /// Those that every model needs.
+    common: Loaded,
+    attention: Mutex<HashMap<AttentionVariant, Arc<Loaded>>>,
+}
+
+impl Kernels {
+    fn load(context: &Arc<CudaContext>, arch: u32, cache: &Path, act_option: Option<&'static str>) -> Result<Kernels> {
+        let (cache, attention) = (cache.to_path_buf(), Mutex::default());
+        let mut kernels = Kernels { arch, cache, act_option, common: Loaded::new(), attention };
+        kernels.common = kernels.compiled(context, &compile::SOURCES, &[])?;
+        Ok(kernels)
     }
-    Ok(kernels)
+
+    /// Loads some files, compiled with these options and the one of the activations.
+    fn compiled(&self, context: &Arc<CudaContext>, sources: &[Source], options: &[String]) -> Result<Loaded> {
+        let options: Vec<String> = self.act_option.map(String::from).into_iter().chain(options.to_vec()).collect();
+        let mut kernels = Loaded::new();
+        for source in sources {
+            let code = compile::cached(&self.cache, source, self.arch, &options).context("compiling the kernels")?;
+            let module = context.load_module(Ptx::from_binary(code)).map_err(|e| not_loaded(source.stem, &e))?;
+            for &name in source.kernels {
+                let function = module.load_function(name).map_err(|e| anyhow!("kernel {name}: {e}"))?;
+                kernels.insert(name, function);
+            }
+        }
+        Ok(kernels)
+    }
 }
 
 #[cfg(test)]
