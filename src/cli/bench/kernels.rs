@@ -300,7 +300,8 @@ impl<'a, D: Ops> Timer<'a, D> {
         })
     }
 
-    /// The attention of the model, and those of other families at as much work: in a window, and with heads of 256.
+    /// The attention of the model, and those of other families over the same q, k and v: with capped scores, in a window, with heads
+    /// of 256.
     fn attentions(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
         let plain = Scores { head_dim: config.head_dim, window: None, softcap: None };
         let window = Some(1024).filter(|window| *window < tokens);
