@@ -38,7 +38,7 @@ def why_not_traced() -> str | None:
         tried = subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, text=True)
     except FileNotFoundError:
         return "there is no strace"
-    return None if tried.returncode == 0 else f"strace cannot trace here: {tried.stderr.strip().splitlines()[0]}"
+    return None if tried.returncode == 0 else f"strace cannot trace here: {' '.join(tried.stderr.split())}"
 
 
 def begin(place: Place):
