@@ -15,6 +15,7 @@ use fsdp_qlora::fsdp::memory::Residency;
 use fsdp_qlora::fsdp::schedule::{Accumulation, Action, Keep, Mode, build};
 use fsdp_qlora::fsdp::unit::NumUnits;
 use fsdp_qlora::model::batch::MicroBatch;
+use fsdp_qlora::model::trainable::{Trainable, Trainables};
 use fsdp_qlora::optim::adamw::Update;
 use fsdp_qlora::train::eval;
 use fsdp_qlora::train::step::{StepArgs, StepRecord, step};
@@ -138,14 +139,14 @@ fn six_steps_are_those_of_peft() {
     let data = rows(Packing::None);
     let mut options = trainer();
     options.max_micro_batches = 2;
-    let config = fsdp_qlora::model::config::ModelConfig::load(&options.model).unwrap();
+    let config = fsdp_qlora::model::spec::ModelSpec::load(&options.model).unwrap();
     let final_adapter = adapter::load(&golden("qlora_steps/final"), &config).unwrap();
     let grads_dir = tempfile::tempdir().unwrap();
     std::fs::copy(golden("qlora_steps/final/adapter_config.json"), grads_dir.path().join("adapter_config.json"))
         .unwrap();
     std::fs::copy(golden("qlora_steps/grads.safetensors"), grads_dir.path().join("adapter_model.safetensors")).unwrap();
     let grads = adapter::load(grads_dir.path(), &config).unwrap();
-    let layout = fsdp_qlora::model::lora::LoraLayout::new(&config, &final_adapter.settings.lora_config());
+    let trainables = Trainables::new(&config, final_adapter.settings.lora_config());
     on_all_ranks(2, |groups| {
         let mut engine = options.engine(groups, shards.path());
         let rank = engine.queue.rank();
@@ -170,11 +171,9 @@ fn six_steps_are_those_of_peft() {
                 continue;
             }
             for (layer, ours) in layers(&mut engine, Values::Grad).iter().enumerate() {
-                for entry in layout.entries() {
-                    for range in [entry.a.clone(), entry.b.clone()] {
-                        let error = relative_error(&ours[range.clone()], &grads.layers[layer][range]);
-                        assert!(error <= 1e-5, "gradient of layer {layer} {}: off by {error:e}", entry.projection);
-                    }
+                for Trainable { module, kind, range, .. } in trainables.layers[layer].list() {
+                    let error = relative_error(&ours[range.clone()], &grads.layers[layer][range.clone()]);
+                    assert!(error <= 1e-5, "gradient of layer {layer} {module} {kind:?}: off by {error:e}");
                 }
             }
         }
@@ -353,7 +352,7 @@ fn run_without(
     (options.max_micro_batches, options.delay) = (3, Duration::from_millis(2));
     options.residency = residency;
     let data = rows(Packing::None);
-    let config = fsdp_qlora::model::config::ModelConfig::load(&options.model).unwrap();
+    let config = fsdp_qlora::model::spec::ModelSpec::load(&options.model).unwrap();
     let mut results = on_all_ranks(world_size, |groups| {
         let mut engine = options.engine(groups, shards.path());
         let inputs = engine.limits().inputs(NumUnits::new(&config), Mode::Train, 3);

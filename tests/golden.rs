@@ -171,7 +171,7 @@ fn logits_error(model: &std::path::Path, input_ids: &[u32], positions: &[usize],
     (options.model, options.load_in_4bit) = (model.to_path_buf(), false);
     let errors = on_all_ranks(2, |groups| {
         let mut engine = options.engine(groups, shards.path());
-        let vocab = engine.config().vocab_size;
+        let vocab = engine.spec().vocab_size;
         let mut worst = 0f32;
         for (i, &position) in positions.iter().enumerate() {
             // Dynamic NTK looks at the whole sequence: its logits of all positions come from one call each.

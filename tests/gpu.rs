@@ -23,9 +23,8 @@ use fsdp_qlora::fsdp::grads::Values;
 use fsdp_qlora::fsdp::memory::{Limits, Residency};
 use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
 use fsdp_qlora::model::batch::MicroBatch;
-use fsdp_qlora::model::config::ModelConfig;
-use fsdp_qlora::model::layer::LayerLora;
-use fsdp_qlora::model::names::Projection;
+use fsdp_qlora::model::spec::ModelSpec;
+use fsdp_qlora::model::trainable::Trainables;
 use fsdp_qlora::optim::adamw::Update;
 use fsdp_qlora::plan::memory::Sizes;
 use fsdp_qlora::train::step::{StepArgs, step};
@@ -55,18 +54,18 @@ fn gpu() -> Option<Cuda<bf16>> {
     }
 }
 
-fn config() -> ModelConfig {
+fn config() -> ModelSpec {
     let text = serde_json::json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 9000, "hidden_size": 512,
         "intermediate_size": 1408, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 2,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "rope_theta": 10_000.0, "tie_word_embeddings": false,
     });
-    ModelConfig::parse(text.to_string().as_bytes(), "test").unwrap()
+    ModelSpec::parse(text.to_string().as_bytes(), "test").unwrap()
 }
 
 /// An adapter whose B is not zero, so that every matrix has a gradient.
-fn start_adapter(config: &ModelConfig) -> Adapter {
-    let targets = Projection::ALL.to_vec();
+fn start_adapter(config: &ModelSpec) -> Adapter {
+    let targets = fsdp_qlora::model::trainable::Targets::AllLinear.of(config).unwrap();
     let settings = AdapterSettings {
         lora_rank: 8,
         alpha: 16.0,
@@ -137,7 +136,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
     let Position { rank, world_size, shard, num_shards, .. } = groups.position();
     let base = synthetic::base(cuda, config.clone(), Some(true), (shard, num_shards), |_| ()).unwrap();
     let adapter = start_adapter(&config);
-    let lora = LayerLora::new(&config, adapter.settings.lora_config());
+    let lora = Trainables::new(&config, adapter.settings.lora_config());
     let num_micro_batches = GLOBAL_MICRO_BATCHES / world_size;
     let limits = Limits {
         accumulation: options.accumulation,
@@ -146,7 +145,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
         residency: options.residency,
         ..Limits::new(Mode::Train, TOKENS, num_micro_batches)
     };
-    let sizes = Sizes { config: &config, layouts: &base.layouts, lora: Some(&lora), world_size };
+    let sizes = Sizes { spec: &config, layouts: &base.layouts, trainables: Some(&lora), world_size };
     let max_gradients = sizes.max_gradients();
     let queue_options = QueueOptions { max_gradients, share_gpu: shares_gpu(), delays: Delays::all(options.delay) };
     let queue = CudaQueue::new(cuda.clone(), groups, queue_options).unwrap();

@@ -3,8 +3,7 @@
 use anyhow::{Result, bail, ensure};
 
 use crate::fsdp::unit::Encodings;
-use crate::model::config::ModelConfig;
-use crate::model::names::{self, Projection};
+use crate::model::spec::ModelSpec;
 use crate::quant::record::{Dtype, Encoding};
 
 use super::load::LoadOptions;
@@ -19,15 +18,15 @@ pub(super) struct Decided<'a> {
 }
 
 impl<'a> Decided<'a> {
-    pub fn new(model: &'a BaseModel, config: &ModelConfig, options: &'a LoadOptions) -> Self {
-        let mut weights = projections(config);
-        let in_4bit = config.quantization.is_some() || weights.any(|weight| model.is_bnb(&weight));
+    pub fn new(model: &'a BaseModel, spec: &ModelSpec, options: &'a LoadOptions) -> Self {
+        let mut weights = linears(spec);
+        let in_4bit = spec.quantization.is_some() || weights.any(|weight| model.is_bnb(&weight));
         Self { model, options, in_4bit }
     }
 }
 
 impl Encodings for Decided<'_> {
-    fn projection(&self, name: &str) -> Result<Encoding> {
+    fn linear(&self, name: &str) -> Result<Encoding> {
         let Self { model, options, in_4bit } = *self;
         ensure!(
             options.load_in_4bit || !in_4bit,
@@ -60,9 +59,9 @@ impl Encodings for Decided<'_> {
     }
 }
 
-/// Returns the names of the weights of all projections.
-pub(super) fn projections(config: &ModelConfig) -> impl Iterator<Item = String> {
-    (0..config.num_hidden_layers).flat_map(|layer| Projection::ALL.map(|projection| names::weight(layer, projection)))
+/// Names of the weights of all linear modules.
+pub(super) fn linears(spec: &ModelSpec) -> impl Iterator<Item = String> {
+    spec.modules().map(|module| format!("{}.weight", module.name))
 }
 
 /// A base whose weights are, or would be, in bf16.
@@ -72,7 +71,7 @@ pub struct InBf16 {
 }
 
 impl Encodings for InBf16 {
-    fn projection(&self, _: &str) -> Result<Encoding> {
+    fn linear(&self, _: &str) -> Result<Encoding> {
         let nf4 = self.nf4_double_quant.map(|double_quant| Encoding::Nf4 { double_quant });
         Ok(nf4.unwrap_or(Encoding::Plain(Dtype::Bf16)))
     }

@@ -21,7 +21,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::comm::{Comm, all_gather_u64, watch};
 use crate::files::{self, shown, shown_path};
-use crate::model::config::ModelConfig;
+use crate::model::spec::ModelSpec;
 
 use super::record::{Record, RecordPlace, Stamps};
 use super::source::BaseModel;
@@ -241,7 +241,7 @@ impl BaseStamps {
     }
 
     /// Returns the digest, in hex, of the weights and the configuration, which ranks must have in common.
-    pub fn identity(&self, config: &ModelConfig) -> String {
+    pub fn identity(&self, config: &ModelSpec) -> String {
         let mut hash = Xxh3::new();
         hash.update(format!("{} {config:?}", self.weights()).as_bytes());
         format!("{:032x}", hash.digest128())

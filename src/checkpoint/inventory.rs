@@ -6,9 +6,8 @@ use anyhow::{Result, bail, ensure};
 
 use super::source::{BaseModel, Dtype, TensorView};
 use crate::files::{listed, shown, shown_path};
-use crate::model::config::ModelConfig;
-use crate::model::names::{self, TensorSpec};
-use crate::model::quantization::BnbConfig;
+use crate::model::family::BnbConfig;
+use crate::model::spec::{ModelSpec, TensorSpec};
 
 impl BaseModel {
     /// Checks that every tensor of the architecture is there in the right shape, as bf16, f16 or f32 — or, for a
@@ -16,16 +15,16 @@ impl BaseModel {
     /// tied embeddings, an `lm_head.weight` equal to the embedding may be there besides.
     ///
     /// One error names what is missing, wrong or unknown.
-    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+    pub fn check(&self, model: &ModelSpec) -> Result<()> {
         // Before a list is made of as many layers.
         ensure!(
-            config.num_hidden_layers <= self.num_tensors(),
+            model.num_layers() <= self.num_tensors(),
             "{}: config.json: num_hidden_layers is {}, but there are only {} tensors",
             shown_path(self.dir()),
-            config.num_hidden_layers,
+            model.num_layers(),
             self.num_tensors()
         );
-        let specs = names::tensors(config);
+        let specs = model.tensors();
         let mut problems = Vec::new();
         let mut known = BTreeSet::new();
         for spec in &specs {
@@ -40,14 +39,14 @@ impl BaseModel {
         }
         let unknown = self.names().filter(|name| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
         for name in unknown {
-            if name != names::LM_HEAD {
+            let embedding = &model.embedding.name;
+            if *name != model.head.untied_name {
                 problems.push(format!("{} is no tensor of this architecture", shown(name)));
-            } else if !self.same_bytes(names::LM_HEAD, names::EMBED_TOKENS)? {
-                problems
-                    .push(format!("{name} differs from {} although tie_word_embeddings is true", names::EMBED_TOKENS));
+            } else if !self.same_bytes(name, embedding)? {
+                problems.push(format!("{name} differs from {embedding} although tie_word_embeddings is true"));
             }
         }
-        problems.extend(config.quantization.iter().flat_map(|bnb| self.check_quantized(bnb, &specs)));
+        problems.extend(model.quantization.iter().flat_map(|bnb| self.check_quantized(bnb, &specs)));
         if problems.is_empty() {
             return Ok(());
         }
@@ -56,7 +55,7 @@ impl BaseModel {
 
     /// Checks `quantization_config` against what is in 4 bit.
     fn check_quantized(&self, bnb: &BnbConfig, specs: &[TensorSpec]) -> Vec<String> {
-        let mut in_4bit = specs.iter().filter(|spec| spec.is_projection && self.is_bnb(&spec.name)).peekable();
+        let mut in_4bit = specs.iter().filter(|spec| spec.is_linear() && self.is_bnb(&spec.name)).peekable();
         if in_4bit.peek().is_none() {
             return vec![
                 "quantization_config says that the checkpoint is in 4 bit, but none of its projections is; remove that key to have \
@@ -76,8 +75,8 @@ impl BaseModel {
     fn check_tensor(&self, view: &TensorView, spec: &TensorSpec) -> Result<()> {
         let found = match view.dtype {
             Dtype::BF16 | Dtype::F16 | Dtype::F32 => view.shape.to_vec(),
-            Dtype::U8 if spec.is_projection => self.read_bnb(view.name)?.shape,
-            other if spec.is_projection => {
+            Dtype::U8 if spec.is_linear() => self.read_bnb(view.name)?.shape,
+            other if spec.is_linear() => {
                 bail!("{view}: dtype {other:?}, allowed: BF16, F16, F32, or bitsandbytes NF4 with uint8 storage")
             }
             other => bail!("{view}: dtype {other:?}, allowed: BF16, F16, F32"),
@@ -102,36 +101,29 @@ mod tests {
     use super::super::bnb;
     use super::super::source::tests::{Written, f32s, write};
     use super::*;
-    use crate::model::rope::{RopeConfig, RopeScaling};
+    use serde_json::{Value, json};
     use tempfile::TempDir;
 
-    fn config() -> ModelConfig {
-        let scaling = RopeScaling::Default;
-        ModelConfig {
-            hidden_size: 8,
-            intermediate_size: 12,
-            num_hidden_layers: 2,
-            num_attention_heads: 2,
-            num_key_value_heads: 1,
-            head_dim: 4,
-            vocab_size: 10,
-            rms_norm_eps: 1e-5,
-            tie_word_embeddings: true,
-            attention_bias: false,
-            mlp_bias: false,
-            max_position_embeddings: 32,
-            rope: RopeConfig { rope_theta: 1e4, head_dim: 4, max_position_embeddings: 32, scaling },
-            eos_token_ids: vec![],
-            quantization: None,
-        }
+    fn config_with(changes: &Value) -> ModelSpec {
+        let mut config = json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8, "intermediate_size": 12,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 10,
+            "tie_word_embeddings": true, "max_position_embeddings": 32,
+        });
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        ModelSpec::parse(config.to_string().as_bytes(), "config.json").unwrap()
     }
 
-    fn plain(config: &ModelConfig) -> Vec<Written> {
-        let tensor = |spec: TensorSpec| f32s(&spec.name, &spec.shape, &vec![0.5; spec.shape.iter().product()]);
-        names::tensors(config).into_iter().map(tensor).collect()
+    fn config() -> ModelSpec {
+        config_with(&json!({}))
     }
 
-    fn check(tensors: &[Written], config: &ModelConfig) -> Result<()> {
+    fn plain(config: &ModelSpec) -> Vec<Written> {
+        let tensor = |spec: TensorSpec| f32s(&spec.name, &spec.shape, &vec![0.5; spec.num_elements()]);
+        config.tensors().into_iter().map(tensor).collect()
+    }
+
+    fn check(tensors: &[Written], config: &ModelSpec) -> Result<()> {
         let dir = TempDir::new().unwrap();
         write(&dir.path().join("model.safetensors"), tensors);
         BaseModel::open(dir.path()).unwrap().check(config)
@@ -145,7 +137,7 @@ mod tests {
         tensors.push(f32s("lm_head.weight", &[10, 8], &[0.5; 80]));
         tensors.push(f32s("model.layers.0.self_attn.rotary_emb.inv_freq", &[2], &[1.0, 0.1]));
         check(&tensors, &tied).unwrap();
-        let other = ModelConfig { tie_word_embeddings: false, attention_bias: true, mlp_bias: true, ..config() };
+        let other = config_with(&json!({"tie_word_embeddings": false, "attention_bias": true, "mlp_bias": true}));
         check(&plain(&other), &other).unwrap();
     }
 
@@ -193,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_checkpoint_in_4_bit_may_keep_projections_plain() {
-        let bnb = |skip_modules: &[&str]| ModelConfig {
+        let bnb = |skip_modules: &[&str]| ModelSpec {
             quantization: Some(BnbConfig { skip_modules: skip_modules.iter().map(|m| m.to_string()).collect() }),
             ..config()
         };
@@ -215,7 +207,7 @@ mod tests {
 
     #[test]
     fn sizes_of_a_config_are_compared_with_the_tensors_before_lists_are_made() {
-        let config = ModelConfig { num_hidden_layers: 999, ..config() };
+        let config = config_with(&json!({"num_hidden_layers": 999}));
         let error = check(&plain(&self::config()), &config).unwrap_err().to_string();
         assert!(error.contains("num_hidden_layers is 999, but there are only 20 tensors"), "{error}");
         let mut many = plain(&self::config());

@@ -15,15 +15,14 @@ use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_bytes, all_gather_u
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::{UnitLayout, UnitTensor};
 use crate::fsdp::unit::{self, Encodings, NumUnits};
-use crate::model::config::ModelConfig;
-use crate::model::names;
+use crate::model::spec::{Embedding, ModelSpec};
 use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax};
 use crate::quant::nf4::{self, Nf4Tensor};
 use crate::quant::record::{Encoding, RECORD_WEIGHTS};
 
 use super::atomic;
 use super::bnb::Absmax;
-use super::encodings::{Decided, InBf16, projections};
+use super::encodings::{Decided, InBf16, linears};
 use super::folder;
 use super::identity::{self, BaseStamps, Digested};
 use super::record::{Record, RecordPlace};
@@ -46,9 +45,9 @@ pub struct LoadOptions {
 /// A base model whose tensors have been checked, how they will be stored, and which base it is.
 pub struct OpenedBase {
     pub model: Arc<BaseModel>,
-    pub config: ModelConfig,
+    pub spec: ModelSpec,
     pub layouts: Vec<UnitLayout>,
-    pub spec: ShardSpec,
+    pub shard_spec: ShardSpec,
     /// Room that is to be left on disks when the shards are made: for what this rank writes later.
     pub kept_free: Vec<Want>,
     stamps: BaseStamps,
@@ -58,68 +57,68 @@ pub struct OpenedBase {
 }
 
 /// Layouts of all units of a model.
-pub fn layouts(config: &ModelConfig, encodings: &impl Encodings, num_shards: usize) -> Result<Vec<UnitLayout>> {
-    let layout = |unit| Ok(UnitLayout::new(unit::tensors(config, encodings, unit)?, num_shards));
-    NumUnits::new(config).all().map(layout).collect()
+pub fn layouts(spec: &ModelSpec, encodings: &impl Encodings, num_shards: usize) -> Result<Vec<UnitLayout>> {
+    let layout = |unit| Ok(UnitLayout::new(unit::tensors(spec, encodings, unit)?, num_shards));
+    NumUnits::new(spec).all().map(layout).collect()
 }
 
-/// Config and layouts for planning; of a folder with a config.json and no weights, as if they were in bf16.
-pub fn planned(dir: &Path, options: &LoadOptions) -> Result<(ModelConfig, Vec<UnitLayout>)> {
+/// The model and its layouts for planning. A folder may have a config.json and no weights, which are then taken to be in bf16.
+pub fn planned(dir: &Path, options: &LoadOptions) -> Result<(ModelSpec, Vec<UnitLayout>)> {
     if BaseModel::has_weights(dir) {
         let checked = check(dir, options)?;
-        return Ok((checked.config, checked.layouts));
+        return Ok((checked.spec, checked.layouts));
     }
     folder::check(dir)?;
-    let config = ModelConfig::load(dir)?;
+    let spec = ModelSpec::load(dir)?;
     let nf4_double_quant = options.load_in_4bit.then_some(options.double_quant.unwrap_or(true));
-    let layouts = layouts(&config, &InBf16 { nf4_double_quant }, options.num_shards)?;
-    Ok((config, layouts))
+    let layouts = layouts(&spec, &InBf16 { nf4_double_quant }, options.num_shards)?;
+    Ok((spec, layouts))
 }
 
 /// A base model whose tensors have been checked, and how they will be stored.
 struct Checked {
     model: BaseModel,
-    config: ModelConfig,
+    spec: ModelSpec,
     layouts: Vec<UnitLayout>,
-    /// How each projection's weight is stored, by its name.
-    projections: Vec<(String, Encoding)>,
+    /// How each linear module's weight is stored, by its name.
+    linears: Vec<(String, Encoding)>,
 }
 
 fn check(dir: &Path, options: &LoadOptions) -> Result<Checked> {
     folder::check(dir)?;
-    let config = ModelConfig::load(dir)?;
+    let spec = ModelSpec::load(dir)?;
     let model = BaseModel::open(dir)?;
-    model.check(&config)?;
-    let decided = Decided::new(&model, &config, options);
-    let layouts = layouts(&config, &decided, options.num_shards)?;
-    let smallest = layouts.iter().take(config.num_hidden_layers).map(num_records).min().unwrap_or(0);
+    model.check(&spec)?;
+    let decided = Decided::new(&model, &spec, options);
+    let layouts = layouts(&spec, &decided, options.num_shards)?;
+    let smallest = layouts.iter().take(spec.num_layers()).map(num_records).min().unwrap_or(0);
     ensure!(
         options.num_shards <= smallest,
         "{} ranks, but a layer of this model divides into {smallest} parts at most: start fewer ranks",
         options.num_shards
     );
-    let projections = projections(&config).map(|name| decided.projection(&name).map(|encoding| (name, encoding)));
-    let projections = projections.collect::<Result<_>>()?;
-    Ok(Checked { model, config, layouts, projections })
+    let linears = linears(&spec).map(|name| decided.linear(&name).map(|encoding| (name, encoding)));
+    let linears = linears.collect::<Result<_>>()?;
+    Ok(Checked { model, spec, layouts, linears })
 }
 
 impl Checked {
-    /// The encodings of the projections, NF4 first: several where a checkpoint in 4 bit keeps some projections plain.
+    /// The encodings of the linear modules, NF4 first: several where a checkpoint in 4 bit keeps some plain.
     fn encoding(&self) -> String {
-        let mut names: Vec<&str> = self.projections.iter().map(|(_, encoding)| encoding.name()).collect();
+        let mut names: Vec<&str> = self.linears.iter().map(|(_, encoding)| encoding.name()).collect();
         names.sort_unstable();
         names.dedup();
         names.reverse();
         names.join(",")
     }
 
-    /// Says which projections are not in 4 bit although others are.
+    /// Says which modules are not in 4 bit although others are.
     fn tell_plain(&self, tell: &mut dyn FnMut(String)) {
         let is_plain = |(_, encoding): &&(String, Encoding)| matches!(encoding, Encoding::Plain(_));
-        let mut plain = self.projections.iter().filter(is_plain);
+        let mut plain = self.linears.iter().filter(is_plain);
         let num_plain = plain.clone().count();
-        if let Some((first, _)) = plain.next().filter(|_| num_plain < self.projections.len()) {
-            let all = self.projections.len();
+        if let Some((first, _)) = plain.next().filter(|_| num_plain < self.linears.len()) {
+            let all = self.linears.len();
             tell(format!(
                 "{num_plain} of {all} projections are not in 4 bit in the checkpoint, and stay as they are ({first} first)"
             ));
@@ -138,7 +137,7 @@ pub fn open(
     let checked = check(dir, options)?;
     checked.tell_plain(tell);
     let encoding = checked.encoding();
-    let Checked { model, config, layouts, .. } = checked;
+    let Checked { model, spec, layouts, .. } = checked;
     let model = Arc::new(model);
     let record_folders = options.shards.clone().into_iter().chain(shards::automatic_root().ok()).collect();
     let record_place = RecordPlace::new(dir, record_folders)?;
@@ -148,8 +147,8 @@ pub fn open(
         Some(dir) => dir.clone(),
         None => shards::automatic_dir(&weights, &encoding)?,
     };
-    let spec = ShardSpec::new(shards, weights, encoding, &layouts);
-    Ok(OpenedBase { model, config, layouts, spec, kept_free: Vec::new(), stamps, record_place, new_record })
+    let shard_spec = ShardSpec::new(shards, weights, encoding, &layouts);
+    Ok(OpenedBase { model, spec, layouts, shard_spec, kept_free: Vec::new(), stamps, record_place, new_record })
 }
 
 /// The ranks that make units, in the order in which units are dealt to them. Collective.
@@ -168,7 +167,7 @@ impl OpenedBase {
     /// Which base this is: 32 hex digits that are the same wherever the same bytes lie, and differ where one differs or where
     /// config.json makes another model of them.
     pub fn identity(&self) -> String {
-        self.stamps.identity(&self.config)
+        self.stamps.identity(&self.spec)
     }
 
     /// What a run compares at its end, to notice a base that was overwritten meanwhile.
@@ -193,9 +192,9 @@ impl OpenedBase {
         warn: &mut dyn FnMut(String),
     ) -> Result<Base> {
         watch::phase(Phase::Load)?;
-        let shard = comm.rank() % self.spec.num_shards;
-        atomic::remove_abandoned(&self.spec.dir);
-        let found = self.spec.open(shard)?;
+        let shard = comm.rank() % self.shard_spec.num_shards;
+        atomic::remove_abandoned(&self.shard_spec.dir);
+        let found = self.shard_spec.open(shard)?;
         match &found {
             Found::Foreign(reason) => bail!(shards::foreign(reason)),
             Found::Damaged(reason) => warn(format!("{reason}; it is made again")),
@@ -212,9 +211,9 @@ impl OpenedBase {
         }
         let units = match units {
             Some(units) => units,
-            None => match self.spec.open(shard)? {
+            None => match self.shard_spec.open(shard)? {
                 Found::Valid(units) => units,
-                Found::Missing => bail!("{}: was written and is not there", self.spec.path(shard).display()),
+                Found::Missing => bail!("{}: was written and is not there", self.shard_spec.path(shard).display()),
                 Found::Foreign(reason) | Found::Damaged(reason) => bail!("{reason}, right after it was written"),
             },
         };
@@ -237,20 +236,20 @@ impl OpenedBase {
     ) -> Result<()> {
         watch::phase(Phase::Quantize)?;
         let (rank, world_size, num_units) = (comm.rank(), comm.world_size(), self.layouts.len());
-        let shards = Want { dir: self.spec.dir.clone(), bytes: writes.len() * self.spec.data_bytes() };
+        let shards = Want { dir: self.shard_spec.dir.clone(), bytes: writes.len() * self.shard_spec.data_bytes() };
         let wants: Vec<Want> = self.kept_free.iter().cloned().chain((!writes.is_empty()).then_some(shards)).collect();
         room::check(comm, &wants).context("no room for the shards; another folder can be given with `shards`")?;
         let wanted = all_gather_u64s(comm, &writes.iter().map(|&shard| shard as u64).collect::<Vec<_>>())?;
         let makers = makers(comm, num_units)?;
         let part_bytes = |shard: usize| self.layouts.iter().map(|layout| layout.shard_range(shard).len()).collect();
-        let create = |&shard: &usize| ShardWriter::create(&self.spec, shard, part_bytes(shard), &makers);
+        let create = |&shard: &usize| ShardWriter::create(&self.shard_spec, shard, part_bytes(shard), &makers);
         let mut writers = writes.iter().map(create).collect::<Result<Vec<_>>>()?;
         let (mut buffer, mut last_tenth) = (Vec::new(), 0);
         for first in (0..num_units).step_by(world_size) {
             // At the start, and then about every tenth.
             if first == 0 || last_tenth != first * 10 / num_units {
                 last_tenth = first * 10 / num_units;
-                tell(format!("quantizing unit {} of {num_units} to {}", first + 1, self.spec.dir.display()));
+                tell(format!("quantizing unit {} of {num_units} to {}", first + 1, self.shard_spec.dir.display()));
             }
             watch::at(format!(
                 "quantizing units {} to {} of {num_units}",
@@ -335,19 +334,23 @@ impl OpenedBase {
     }
 
     fn into_base(self, shards: Vec<SharedBytes>) -> Result<Base> {
-        let hidden_size = self.config.hidden_size;
+        let Self { model, spec, layouts, .. } = self;
+        let (hidden_size, head) = (spec.hidden_size, &spec.head);
         let mut final_norm = vec![0.0; hidden_size];
-        self.model.tensor(names::NORM)?.to_f32(0, &mut final_norm)?;
-        let model = self.model;
+        model.tensor(&head.norm.name)?.to_f32(0, &mut final_norm)?;
+        // The factor of the logits goes into what they are made of.
+        final_norm.iter_mut().for_each(|weight| *weight = (*weight + head.norm.offset) * head.scale);
+        let Embedding { name, scale } = spec.embedding.clone();
         let embed = move |ids: &[u32], out: &mut [f32]| -> Result<()> {
-            let table = model.tensor(names::EMBED_TOKENS)?;
+            let table = model.tensor(&name)?;
             for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden_size)) {
                 table.to_f32(id as usize * hidden_size, row).with_context(|| format!("token id {id}"))?;
+                row.iter_mut().for_each(|value| *value *= scale);
             }
             Ok(())
         };
         let shards = shards.into_iter().map(ShardSource::ready).collect();
-        Ok(Base { config: self.config, layouts: self.layouts, shards, final_norm, embed: Box::new(embed) })
+        Ok(Base { spec, layouts, shards, final_norm, embed: Box::new(embed) })
     }
 }
 
@@ -404,7 +407,7 @@ mod tests {
                     let own = writes[comm.rank()];
                     let mut comm = Pieces { comm, piece_bytes };
                     opened.write_in_pieces(&mut comm, own, &mut |_| (), piece_bytes).unwrap();
-                    own.iter().for_each(|&shard| assert!(matches!(opened.spec.open(shard), Ok(Found::Valid(_)))));
+                    own.iter().for_each(|&shard| assert!(matches!(opened.shard_spec.open(shard), Ok(Found::Valid(_)))));
                 });
             }
         });

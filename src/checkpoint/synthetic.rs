@@ -14,7 +14,7 @@ use crate::device::{Arena, Buffer, Ops, QuantizeAbsmax, QuantizeNf4, Uniform};
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::unit::NumUnits;
-use crate::model::config::ModelConfig;
+use crate::model::spec::{ModelSpec, TensorId};
 use crate::quant::double::{self, NestedAbsmax};
 use crate::quant::nf4::{Absmax, Nf4Tensor};
 use crate::quant::record::{BLOCK, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
@@ -28,28 +28,28 @@ const EMBEDDING_SEED: u64 = (1 << 24) - 1;
 const HALF_WIDTH: f32 = 0.035;
 
 /// Bytes of the embedding table that a process keeps.
-pub fn embedding_bytes(config: &ModelConfig) -> usize {
-    EMBEDDING_ROWS * config.hidden_size * size_of::<f32>()
+pub fn embedding_bytes(spec: &ModelSpec) -> usize {
+    EMBEDDING_ROWS * spec.hidden_size * size_of::<f32>()
 }
 
 /// Layouts of all units of a model of this shape: projections in NF4, or in bf16 where `nf4_double_quant` is `None`; the rest in bf16.
-pub fn layouts(config: &ModelConfig, nf4_double_quant: Option<bool>, num_shards: usize) -> Result<Vec<UnitLayout>> {
-    load::layouts(config, &InBf16 { nf4_double_quant }, num_shards)
+pub fn layouts(spec: &ModelSpec, nf4_double_quant: Option<bool>, num_shards: usize) -> Result<Vec<UnitLayout>> {
+    load::layouts(spec, &InBf16 { nf4_double_quant }, num_shards)
 }
 
 /// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform in ±0.035
 /// (deviation 0.02), norms 1; they depend on unit, tensor and element alone.
 pub fn base<D: Ops + Clone>(
     device: &D,
-    config: ModelConfig,
+    spec: ModelSpec,
     nf4_double_quant: Option<bool>,
     (shard, num_shards): (usize, usize),
     tell: impl Fn(String) + Copy + 'static,
 ) -> Result<Base> {
-    let units = NumUnits::new(&config);
-    let layouts = layouts(&config, nf4_double_quant, num_shards)?;
+    let units = NumUnits::new(&spec);
+    let layouts = layouts(&spec, nf4_double_quant, num_shards)?;
     let largest = layouts.iter().flat_map(UnitLayout::tensors).map(|t| t.elements.len()).max().unwrap_or(0);
-    let hidden_size = config.hidden_size;
+    let hidden_size = spec.hidden_size;
     let table_len = EMBEDDING_ROWS * hidden_size;
     let mut drawing = Drawing::new(device.clone(), largest.max(table_len))?;
     drawing.draw(EMBEDDING_SEED, table_len)?;
@@ -74,7 +74,7 @@ pub fn base<D: Ops + Clone>(
         ShardSource { bytes, read: Box::new(read) }
     });
     let shards = shards.collect();
-    Ok(Base { final_norm: vec![1.0; hidden_size], config, layouts, shards, embed: Box::new(embed) })
+    Ok(Base { final_norm: vec![1.0; hidden_size], spec, layouts, shards, embed: Box::new(embed) })
 }
 
 /// Device buffers for one tensor at a time.
@@ -154,7 +154,7 @@ impl<D: Ops + Clone> Drawing<D> {
         for (idx, tensor) in layout.tensors().iter().enumerate() {
             let Some((weights, at)) = layout.part(idx, shard) else { continue };
             let out = &mut bytes[at];
-            let is_norm = tensor.name.ends_with("norm.weight");
+            let is_norm = matches!(tensor.id, TensorId::Norm(_));
             if !is_norm {
                 self.draw(unit << 8 | idx as u64, tensor.elements.len())?;
             }
@@ -209,7 +209,9 @@ mod tests {
 
     fn shards_are_parts(double_quant: Option<bool>) {
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
-        let config = ModelConfig { intermediate_size: 1024, ..ModelConfig::load(&tiny).unwrap() };
+        let text = std::fs::read_to_string(tiny.join("config.json")).unwrap();
+        let text = text.replace("\"intermediate_size\": 128", "\"intermediate_size\": 1024");
+        let config = ModelSpec::parse(text.as_bytes(), "config.json").unwrap();
         let drawn = |shard, num_shards| {
             let base = base(&Cpu::new(1), config.clone(), double_quant, (shard, num_shards), |_| ()).unwrap();
             let units = base.shards.into_iter().enumerate();

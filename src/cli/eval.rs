@@ -65,7 +65,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
     let path = &job.data.train[0];
     ensure!(path.exists(), "--dataset: {} is not there", path.display());
     let opened = start.open(&mut comm, &job)?;
-    let config = opened.config.clone();
+    let config = opened.spec.clone();
     let adapter = start.named_adapter(&job, &config)?;
     let mut inputs = Facts::default();
     inputs.add_adapter("--adapter", adapter.as_ref());

@@ -66,7 +66,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &GenerateArgs, overrides: &[S
     given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
     let job = agree_on(&mut comm, recipe::from_options(Command::Generate, given, overrides)?)?;
     let opened = start.open(&mut comm, &job)?;
-    let config = opened.config.clone();
+    let config = opened.spec.clone();
     let adapter = start.named_adapter(&job, &config)?;
     let tokenizer = TextTokenizer::load(&job.model, &start.clock)?;
     let prompt = match tokenizer.has_chat_template() && !args.raw {

@@ -33,11 +33,11 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &QuantizeArgs, overrides: &[S
     let own: Vec<usize> = (0..num_shards).filter(|s| s % start.world.world_size == start.world.rank).collect();
     opened.write(&mut comm, &own, &mut tell)?;
     opened.keep_digests(&mut tell);
-    let size = bytes(opened.spec.data_bytes());
+    let size = bytes(opened.shard_spec.data_bytes());
     start.log.line(format!(
         "{}: {num_shards} shard files of {size}, {}",
-        opened.spec.dir.display(),
-        opened.spec.encoding
+        opened.shard_spec.dir.display(),
+        opened.shard_spec.encoding
     ));
     Ok(())
 }

@@ -15,7 +15,7 @@ use crate::comm::watch::{self, Phase};
 use crate::comm::{Queue, anywhere};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::model::config::ModelConfig;
+use crate::model::spec::ModelSpec;
 use crate::recipe::{self, Command, Job, Steps};
 use crate::start::agree::{agree_on, agree_on_inputs};
 use crate::start::data::TrainingData;
@@ -74,7 +74,7 @@ fn train(
     let trace = args.trace.as_deref();
     check_trace(trace)?;
     let mut opened = start.open(&mut comm, &job)?;
-    let config = opened.config.clone();
+    let config = opened.spec.clone();
     let world_size = start.world.world_size;
     job.training.check_batch(world_size)?;
     let adapter = start.adapter_to_train(&job, &config)?;
@@ -139,7 +139,7 @@ struct Training<'a> {
     start: &'a Start<'a>,
     job: &'a Job,
     steps: &'a Steps,
-    config: &'a ModelConfig,
+    config: &'a ModelSpec,
     adapter: &'a Adapter,
     data: &'a TrainingData,
     trace: Option<&'a Path>,

@@ -273,17 +273,18 @@ impl<A: HalfType> CudaQueue<A> {
     /// Replaces this rank's shard of `full` by the sum over all ranks.
     fn sum_over_ranks(
         &self,
-        full: &mut Buffer<Cuda<A>, f32>,
+        mut full: ViewMut<'_, Cuda<A>, f32>,
         received: &mut Buffer<Cuda<A>, f32>,
         stream: &CudaStream,
     ) -> Result<()> {
         let Position { shard, num_shards, .. } = self.position();
         if let Some(nccl) = &self.nccl.shards {
-            self.sum_part(nccl, full.view_mut(), received, stream)?;
+            let len = full.len();
+            self.sum_part(nccl, full.range_mut(0..len), received, stream)?;
         }
         let Some(nccl) = &self.nccl.replicas else { return Ok(()) };
         let part = full.len() / num_shards;
-        let mut own = full.view_mut().into_range(shard * part..(shard + 1) * part);
+        let mut own = full.into_range(shard * part..(shard + 1) * part);
         self.sum_part(nccl, own.range_mut(0..part), received, stream)?;
         nccl.all_gather_in_place(own, stream)
     }
@@ -390,12 +391,13 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         mut buffers: TrainableBuffers<Cuda<A>>,
     ) -> Result<Pending<TrainableBuffers<Cuda<A>>>> {
         let TrainableBuffers { shard, full } = &mut buffers;
-        let (len, position, mut marks) = (full.len(), self.position(), Marks::new());
+        let (position, mut marks) = (self.position(), Marks::new());
         let shard = shard.on_stream(&self.put)?;
-        ensure!(shard.len() * position.num_shards == len, "{len} gradients into {}", shard.len());
+        let len = shard.len() * position.num_shards;
+        ensure!(len <= full.len(), "{} gradients into {} of {len}", full.len(), shard.len());
         let mut received = std::mem::replace(&mut self.received, Buffer::none());
         self.on(Lane::Communication, Lane::Compute, self.delays.before_reduce, &mut marks, |stream| {
-            self.sum_over_ranks(full, &mut received, stream)
+            self.sum_over_ranks(full.first_mut(len), &mut received, stream)
         })
         .with_context(|| name.clone())?;
         self.received = received;

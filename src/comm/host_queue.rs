@@ -204,7 +204,8 @@ impl Queue<Cpu> for HostQueue {
             let shard = match buffers.shard.wait_on_host()? {
                 Place::Device(shard) | Place::Host(shard) => bytemuck::cast_slice(shard.view().host()),
             };
-            gather(shard, bytemuck::cast_slice_mut(buffers.full.view_mut().host_mut()), &mut *groups.shards)?;
+            let full = buffers.full.first_mut(shard.len() / size_of::<f32>() * groups.shards.world_size());
+            gather(shard, bytemuck::cast_slice_mut(full.host_mut()), &mut *groups.shards)?;
             Ok(buffers)
         })
     }
@@ -213,10 +214,10 @@ impl Queue<Cpu> for HostQueue {
         let delay = self.delays.before_reduce;
         self.start(name, Lane::Communication, move |groups| {
             std::thread::sleep(delay);
-            let full = buffers.full.view_mut().host_mut();
             let shard = match buffers.shard.wait_on_host_mut()? {
                 Place::Device(shard) | Place::Host(shard) => shard.view_mut().host_mut(),
             };
+            let full = buffers.full.first(shard.len() * groups.shards.world_size()).host();
             reduce_scatter(full, shard, &mut *groups.shards)?;
             all_reduce(shard, &mut *groups.replicas)?;
             Ok(buffers)

@@ -173,7 +173,7 @@ pub trait Queue<D: Device> {
         out: Buffer<D, u8>,
     ) -> Result<Self::Pending<Buffer<D, u8>>>;
 
-    /// Gathers a unit's trainable shards; waiting returns both buffers.
+    /// Gathers a unit's trainable shards to the beginning of `full`, which may be longer; waiting returns both buffers.
     fn gather_trainable(
         &mut self,
         name: String,
@@ -181,7 +181,7 @@ pub trait Queue<D: Device> {
     ) -> Result<Self::Pending<TrainableBuffers<D>>>;
 
     /// Sums `full` over all ranks into each rank's `shard`: over the ranks of its group in their order, then over the groups in
-    /// theirs. `full` has num_shards equal parts, each of num_replicas equal ones.
+    /// theirs. `full` begins with num_shards parts of the shard's length, each of num_replicas equal ones; it may be longer.
     fn reduce(&mut self, name: String, buffers: TrainableBuffers<D>) -> Result<Self::Pending<TrainableBuffers<D>>>;
 
     /// Copies the first `len` elements to the host.

@@ -10,6 +10,7 @@ use crate::optim::adamw::Update;
 use crate::optim::clip;
 
 use super::exec::{Engine, Grad};
+use super::layout::TrainableLayout;
 
 /// Names one of the values that a layer has for each trainable number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +48,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
             // Where several ranks hold the same values, each sums a part of its own.
-            let own = self.trainable.replica_range(self.queue.position().replica);
+            let own = self.trainable_layout(layer)?.replica_range(self.queue.position().replica);
             sum_of_squares += match grad.wait_on_host()? {
                 Place::Device(grad) => self.device.sum_of_squares(grad.view().range(own))?,
                 Place::Host(grad) => self.host.sum_of_squares(grad.view().range(own))?,
@@ -82,9 +83,10 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
 
     /// Takes this rank's part of `values` as the layer's trainable values. `values` is laid out as the layout says.
     pub fn load_trainable(&mut self, layer: usize, values: &[f32]) -> Result<()> {
-        ensure!(values.len() == self.trainable.len, "{} values, the layer has {}", values.len(), self.trainable.len);
+        let layout = self.trainable_layout(layer)?;
+        ensure!(values.len() == layout.len, "{} values, the layer has {}", values.len(), layout.len);
         let mut padded = values.to_vec();
-        padded.resize(self.trainable.padded_len(), 0.0);
+        padded.resize(layout.padded_len(), 0.0);
         let trainable = &mut self.memory.trainables[layer];
         for state in [&mut trainable.exp_avg, &mut trainable.exp_avg_sq] {
             match state {
@@ -93,7 +95,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             }
         }
         let master = trainable.master.as_mut().context("the LoRA shard is being gathered")?;
-        let own = self.trainable.shard_range(self.queue.position().shard);
+        let own = layout.shard_range(self.queue.position().shard);
         match master.wait_on_host_mut()? {
             Place::Device(master) => self.device.upload(master.view_mut(), &padded[own]),
             Place::Host(master) => self.host.upload(master.view_mut(), &padded[own]),
@@ -108,8 +110,12 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         };
         let own = self.on_host(shard.as_ref().with_context(|| format!("{values:?} of layer {layer} is under way"))?)?;
         let mut all = self.queue.gather_shards_f32("trainable values", &own)?;
-        all.truncate(self.trainable.len);
+        all.truncate(self.trainable_layout(layer)?.len);
         Ok(all)
+    }
+
+    fn trainable_layout(&self, layer: usize) -> Result<TrainableLayout> {
+        Ok(self.sharded().context("there is no adapter")?.layout(layer))
     }
 
     fn on_host(&self, values: &Guarded<Place<D, f32>>) -> Result<Vec<f32>> {

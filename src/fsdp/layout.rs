@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use crate::model::spec::TensorId;
 use crate::quant::record::{Encoding, RECORD_WEIGHTS};
 
 /// Version of the layout in shard files.
@@ -14,6 +15,7 @@ pub const LAYOUT_VERSION: u32 = 2;
 /// One tensor of a unit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct UnitTensor {
+    pub id: TensorId,
     /// Name in the base checkpoint.
     pub name: String,
     /// The elements of that tensor that belong to this unit: a head piece has some rows of the head.
@@ -168,6 +170,7 @@ mod tests {
         ];
         let sizes = [1, 65, RECORD_WEIGHTS - 1, RECORD_WEIGHTS, RECORD_WEIGHTS + 1, 7 * RECORD_WEIGHTS + 64];
         let tensor = |(i, size): (usize, &usize)| UnitTensor {
+            id: TensorId::Rows,
             name: format!("t{i}"),
             elements: 0..*size,
             encoding: encodings[i % encodings.len()],

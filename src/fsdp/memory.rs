@@ -6,16 +6,19 @@ use serde::{Deserialize, Serialize};
 use crate::comm::Gather;
 use crate::comm::guarded::Guarded;
 use crate::device::cpu::Cpu;
-use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Place};
-use crate::model::activations::{
-    AttentionPart, BatchBuffers, HeadState, KeyValue, LayerActivations, MlpPart, RestPart, Scratch, Widths,
-};
-use crate::model::config::ModelConfig;
-use crate::model::layer::LayerLora;
+use crate::device::{Arena, Buffer, HostBuffer, MemoryPlan, Ops, Place};
+use crate::model::batch::BatchBuffers;
+use crate::model::head::HeadState;
+use crate::model::layer::LayerSaves;
+use crate::model::spec::ModelSpec;
+use crate::model::stage::attention::{AttentionSaves, Inputs, KeyValue, Output, Scores};
+use crate::model::stage::mlp::{MlpSaves, Products, Rest};
+use crate::model::stage::{Scratch, Widths};
+use crate::model::trainable::Trainables;
 use crate::model::weights::LayerWeights;
 
 use super::layout::{TrainableLayout, UnitLayout};
-use super::schedule::{Accumulation, Inputs, Keep, Mode};
+use super::schedule::{self, Accumulation, Keep, Mode};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits};
 
 /// The sizes that the memory must hold, decided once, before the first step.
@@ -80,9 +83,9 @@ impl Limits {
     }
 
     /// The schedule's inputs for a step of M micro-batches.
-    pub fn inputs(&self, units: NumUnits, mode: Mode, num_micro_batches: usize) -> Inputs {
+    pub fn inputs(&self, units: NumUnits, mode: Mode, num_micro_batches: usize) -> schedule::Inputs {
         let Limits { accumulation, keep, num_slots, residency, .. } = *self;
-        let mut inputs = Inputs {
+        let mut inputs = schedule::Inputs {
             units,
             mode,
             num_micro_batches,
@@ -92,7 +95,7 @@ impl Limits {
             num_boundary_buffers: residency.boundary_buffers,
         };
         // Buffers are sized for the largest training step; a smaller step keeps more of its boundaries on the device.
-        let planned = Inputs { mode: self.mode, num_micro_batches: self.max_micro_batches, ..inputs };
+        let planned = schedule::Inputs { mode: self.mode, num_micro_batches: self.max_micro_batches, ..inputs };
         let (least, most) = (planned.min_boundary_buffers(), planned.max_boundary_buffers());
         inputs.num_boundary_buffers = residency.boundary_buffers.clamp(least, most);
         inputs
@@ -101,7 +104,7 @@ impl Limits {
 
 /// A rank's trainable values of one layer with their gradients and moments. A buffer is `None` while a collective has
 /// it.
-pub struct Trainable<D: Device> {
+pub struct TrainableState<D: Ops> {
     pub master: Option<Guarded<Place<D, f32>>>,
     pub grad: Option<Guarded<Place<D, f32>>>,
     pub exp_avg: Place<D, f32>,
@@ -109,13 +112,13 @@ pub struct Trainable<D: Device> {
 }
 
 /// All device memory of a run.
-pub struct Memory<D: Device> {
+pub struct Memory<D: Ops> {
     /// Gathered units: frozen bytes and trainable values.
     pub slots: Vec<(Buffer<D, u8>, Buffer<D, f32>)>,
     pub layer: LayerWeights<D>,
     pub head_piece: Buffer<D, D::Act>,
     pub final_norm: Buffer<D, f32>,
-    pub trainables: Vec<Trainable<D>>,
+    pub trainables: Vec<TrainableState<D>>,
     /// Whole gradients of a layer, by gradient slot.
     pub grads: Vec<Buffer<D, f32>>,
     /// Device buffers for boundaries, and host buffers for those that wait there.
@@ -129,6 +132,31 @@ pub struct Memory<D: Device> {
     pub logits: Buffer<D, f32>,
 }
 
+/// The trainable values of a model over the ranks that hold them.
+#[derive(Clone, Copy, Debug)]
+pub struct ShardedTrainables<'a> {
+    pub trainables: &'a Trainables,
+    pub num_shards: usize,
+    pub num_replicas: usize,
+}
+
+impl ShardedTrainables<'_> {
+    pub fn layout(&self, layer: usize) -> TrainableLayout {
+        let len = self.trainables.layers[layer].len();
+        TrainableLayout { len, num_shards: self.num_shards, num_replicas: self.num_replicas }
+    }
+
+    /// By layer.
+    pub fn layouts(&self) -> impl Iterator<Item = TrainableLayout> {
+        (0..self.trainables.layers.len()).map(|layer| self.layout(layer))
+    }
+
+    /// Values of the layer that has most, padding included.
+    pub fn padded_len(&self) -> usize {
+        self.layouts().map(|layout| layout.padded_len()).max().unwrap_or(0)
+    }
+}
+
 /// The memory of a rank, by name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plans {
@@ -137,16 +165,16 @@ pub struct Plans {
     pub host: MemoryPlan,
 }
 
-impl<D: Device> Memory<D> {
+impl<D: Ops> Memory<D> {
     /// Computes what [`Memory::carve`] takes, without taking it.
     pub fn plan(
-        config: &ModelConfig,
-        lora: Option<(&LayerLora, TrainableLayout)>,
+        spec: &ModelSpec,
+        sharded: Option<ShardedTrainables<'_>>,
         layouts: &[UnitLayout],
         limits: &Limits,
     ) -> Result<Plans> {
         let (mut device, mut host) = (Arena::measure(), Arena::measure());
-        Self::carve(&mut device, &mut host, config, lora, layouts, limits)?;
+        Self::carve(&mut device, &mut host, spec, sharded, layouts, limits)?;
         Ok(Plans { device: device.into_plan(), host: host.into_plan() })
     }
 
@@ -154,18 +182,18 @@ impl<D: Device> Memory<D> {
     pub fn carve(
         arena: &mut Arena<D>,
         host: &mut Arena<Cpu>,
-        config: &ModelConfig,
-        lora: Option<(&LayerLora, TrainableLayout)>,
+        spec: &ModelSpec,
+        sharded: Option<ShardedTrainables<'_>>,
         layouts: &[UnitLayout],
         limits: &Limits,
     ) -> Result<Memory<D>> {
         let train = limits.mode == Mode::Train;
-        let units = NumUnits::new(config);
+        let units = NumUnits::new(spec);
         let inputs = limits.inputs(units, limits.mode, limits.max_micro_batches);
         let live = inputs.num_live_micro_batches();
-        let (tokens, hidden) = (limits.max_tokens, config.hidden_size);
-        let widths = Widths::new(config, lora.map(|(l, ..)| &l.config));
-        let padded_len = lora.map_or(0, |(_, layout)| layout.padded_len());
+        let (tokens, hidden) = (limits.max_tokens, spec.hidden_size);
+        let widths = Widths::new(spec, sharded.map(|sharded| sharded.trainables));
+        let padded_len = sharded.map_or(0, |sharded| sharded.padded_len());
         let flat_bytes = layouts.iter().map(UnitLayout::gathered_bytes).max().unwrap_or(0);
         let slots = (0..limits.num_slots)
             .map(|i| {
@@ -175,19 +203,15 @@ impl<D: Device> Memory<D> {
                 ))
             })
             .collect::<Result<_>>()?;
-        let layer = LayerWeights::carve(arena, config, lora.map(|(l, ..)| &l.layout))?;
-        let piece_rows = HEAD_PIECE_ROWS.min(config.vocab_size);
+        let layer = LayerWeights::carve(arena, spec, sharded.map(|sharded| sharded.trainables))?;
+        let piece_rows = HEAD_PIECE_ROWS.min(spec.vocab_size);
         let head_piece = arena.carve("weights/head_piece", piece_rows * hidden)?;
         let final_norm = arena.carve("weights/final_norm", hidden)?;
-        let trainables = match lora {
-            None => Vec::new(),
-            Some((_, layout)) => {
-                let (len, on_device) = (layout.shard_len(), limits.residency.trainables);
-                (0..units.layers)
-                    .map(|layer| Trainable::carve(arena, host, layer, len, train, on_device))
-                    .collect::<Result<_>>()?
-            }
-        };
+        let on_device = limits.residency.trainables;
+        let layouts_of_layers = sharded.iter().flat_map(ShardedTrainables::layouts).enumerate();
+        let trainables = layouts_of_layers
+            .map(|(layer, layout)| TrainableState::carve(arena, host, layer, layout.shard_len(), train, on_device))
+            .collect::<Result<_>>()?;
         let grads = (0..inputs.num_grad_slots())
             .map(|i| arena.carve(&format!("gradients/{i}"), padded_len))
             .collect::<Result<_>>()?;
@@ -200,13 +224,13 @@ impl<D: Device> Memory<D> {
         let activations = Activations::carve(arena, units.layers, live, &widths, limits)?;
         let scratch = Scratch::carve(arena, &widths, tokens, train)?;
         let batches = (0..live)
-            .map(|m| BatchBuffers::carve(arena, &format!("batches/{m}"), config, tokens))
+            .map(|m| BatchBuffers::carve(arena, &format!("batches/{m}"), spec, tokens))
             .collect::<Result<_>>()?;
         let head_tokens = if limits.mode == Mode::Generate { 1 } else { tokens };
         let heads = (0..live)
             .map(|m| HeadState::carve(arena, &format!("head/{m}"), hidden, head_tokens, train))
             .collect::<Result<_>>()?;
-        let num_logits = if limits.mode == Mode::Generate { config.vocab_size } else { tokens * piece_rows };
+        let num_logits = if limits.mode == Mode::Generate { spec.vocab_size } else { tokens * piece_rows };
         let logits = arena.carve("head/logits", num_logits)?;
         Ok(Memory {
             slots,
@@ -226,16 +250,18 @@ impl<D: Device> Memory<D> {
     }
 }
 
-/// Activations of all layers and live micro-batches.
-pub struct Activations<D: Device> {
-    attention: Kept<AttentionPart<D>>,
-    mlp: Kept<MlpPart<D>>,
-    rest: Kept<RestPart<D>>,
+/// Saved values of all layers and live micro-batches.
+pub struct Activations<D: Ops> {
+    scores: Kept<Scores<D>>,
+    inputs: Kept<Inputs<D>>,
     /// In generation every layer has keys and values of its own.
     key_values: Kept<KeyValue<D>>,
+    output: Kept<Output<D>>,
+    products: Kept<Products<D>>,
+    rest: Kept<Rest<D>>,
 }
 
-/// One part of the activations.
+/// One group of a stage's saved values.
 struct Kept<T> {
     /// Buffer shared by all layers that keep none.
     shared: Option<T>,
@@ -246,7 +272,7 @@ struct Kept<T> {
 }
 
 impl<T> Kept<T> {
-    /// Makes the buffers of a part that the last `num_kept` of `layers` layers keep.
+    /// Makes the buffers of a group that the last `num_kept` of `layers` layers keep.
     fn new(layers: usize, num_kept: usize, live: usize, mut carve: impl FnMut(usize) -> Result<T>) -> Result<Self> {
         let first_layer = layers.saturating_sub(num_kept);
         let shared = if first_layer > 0 { Some(carve(0)?) } else { None };
@@ -262,17 +288,19 @@ impl<T> Kept<T> {
     }
 }
 
-impl<D: Device> Activations<D> {
+impl<D: Ops> Activations<D> {
     fn carve(arena: &mut Arena<D>, layers: usize, live: usize, widths: &Widths, limits: &Limits) -> Result<Self> {
         let (tokens, mode) = (limits.max_tokens, limits.mode);
         let keep = if mode == Mode::Train { limits.keep } else { Keep::NOTHING };
         let name = |part: &str, i: usize| format!("activations/{part}{i}");
         Ok(Activations {
-            attention: Kept::new(layers, keep.attention, live, |i| {
-                AttentionPart::carve(arena, &name("attention", i), widths, tokens)
+            scores: Kept::new(layers, keep.attention, live, |i| {
+                Scores::carve(arena, &name("attention", i), widths, tokens)
             })?,
-            mlp: Kept::new(layers, keep.mlp, live, |i| MlpPart::carve(arena, &name("mlp", i), widths, tokens))?,
-            rest: Kept::new(layers, keep.rest, live, |i| RestPart::carve(arena, &name("rest", i), widths, tokens))?,
+            output: Kept::new(layers, keep.mlp, live, |i| Output::carve(arena, &name("mlp", i), widths, tokens))?,
+            products: Kept::new(layers, keep.mlp, live, |i| Products::carve(arena, &name("mlp", i), widths, tokens))?,
+            inputs: Kept::new(layers, keep.rest, live, |i| Inputs::carve(arena, &name("rest", i), widths, tokens))?,
+            rest: Kept::new(layers, keep.rest, live, |i| Rest::carve(arena, &name("rest", i), widths, tokens))?,
             key_values: match mode {
                 Mode::Generate => Kept::new(layers, layers, 1, |i| {
                     KeyValue::carve(arena, &format!("key_values/{i}"), widths, limits.max_context)
@@ -285,17 +313,20 @@ impl<D: Device> Activations<D> {
     }
 
     /// Returns the buffers of a layer and live micro-batch.
-    pub fn of(&mut self, layer: usize, micro: usize) -> LayerActivations<'_, D> {
-        LayerActivations {
-            attention: self.attention.of(layer, micro),
-            mlp: self.mlp.of(layer, micro),
-            rest: self.rest.of(layer, micro),
-            key_value: self.key_values.of(layer, micro),
+    pub fn of(&mut self, layer: usize, micro: usize) -> LayerSaves<'_, D> {
+        LayerSaves {
+            attention: AttentionSaves {
+                scores: self.scores.of(layer, micro),
+                inputs: self.inputs.of(layer, micro),
+                key_value: self.key_values.of(layer, micro),
+                output: self.output.of(layer, micro),
+            },
+            mlp: MlpSaves { products: self.products.of(layer, micro), rest: self.rest.of(layer, micro) },
         }
     }
 }
 
-impl<D: Device> Trainable<D> {
+impl<D: Ops> TrainableState<D> {
     fn carve(
         arena: &mut Arena<D>,
         host: &mut Arena<Cpu>,
@@ -309,7 +340,7 @@ impl<D: Device> Trainable<D> {
             let name = format!("trainable/{layer}/{part}");
             Ok(if on_device { Place::Device(arena.carve(&name, len)?) } else { Place::Host(host.carve(&name, len)?) })
         };
-        Ok(Trainable {
+        Ok(TrainableState {
             master: Some(Guarded::new(carve("master", len)?)),
             grad: Some(Guarded::new(carve("grad", state_len)?)),
             exp_avg: carve("exp_avg", state_len)?,

@@ -2,10 +2,12 @@
 //! proved by [`check`]), and the loop that performs it ([`exec`]).
 
 pub mod check;
+mod compute;
 pub mod exec;
 pub mod grads;
 pub mod layout;
 pub mod memory;
 mod offload;
 pub mod schedule;
+mod slots;
 pub mod unit;

@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::choices::choices;
-use crate::model::activations::Parts;
+use crate::model::stage::Saved;
 
 use super::offload;
 use super::unit::{NumUnits, Unit};
@@ -33,8 +33,8 @@ choices! {
     }
 }
 
-/// The parts of activations that forward keeps for backward, besides boundaries: for each part the number of layers
-/// that keep it, counted from the last layer. The other layers compute it again.
+/// The groups of saved values ([`Saved`]) that forward keeps for backward, besides boundaries: for each group the number of
+/// layers that keep it, counted from the last layer. The other layers compute it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
     pub attention: usize,
@@ -45,7 +45,7 @@ pub struct Keep {
 impl Keep {
     /// All layers are recomputed.
     pub const NOTHING: Keep = Keep { attention: 0, mlp: 0, rest: 0 };
-    /// Keeps the parts that cost most to compute again.
+    /// Keeps the groups that cost most to compute again.
     pub const DEAREST: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: 0 };
     /// Nothing is recomputed.
     pub const EVERYTHING: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: usize::MAX };
@@ -55,10 +55,10 @@ impl Keep {
         Keep { attention: self.attention.min(layers), mlp: self.mlp.min(layers), rest: self.rest.min(layers) }
     }
 
-    /// The parts that a layer of `layers` keeps.
-    pub fn of(&self, layer: usize, layers: usize) -> Parts {
+    /// The groups that a layer of `layers` keeps.
+    pub fn of(&self, layer: usize, layers: usize) -> Saved {
         let kept = |num: usize| layers - layer <= num;
-        Parts { attention: kept(self.attention), mlp: kept(self.mlp), rest: kept(self.rest) }
+        Saved { attention: kept(self.attention), mlp: kept(self.mlp), rest: kept(self.rest) }
     }
 }
 

@@ -2,8 +2,7 @@
 
 use anyhow::Result;
 
-use crate::model::config::ModelConfig;
-use crate::model::names::{self, Projection};
+use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::quant::record::{Dtype, Encoding};
 
 use super::layout::UnitTensor;
@@ -35,8 +34,8 @@ pub struct NumUnits {
 }
 
 impl NumUnits {
-    pub fn new(config: &ModelConfig) -> NumUnits {
-        NumUnits { layers: config.num_hidden_layers, head_pieces: config.vocab_size.div_ceil(HEAD_PIECE_ROWS) }
+    pub fn new(spec: &ModelSpec) -> NumUnits {
+        NumUnits { layers: spec.num_layers(), head_pieces: spec.vocab_size.div_ceil(HEAD_PIECE_ROWS) }
     }
 
     /// All units, layers first: the order of shard files.
@@ -59,50 +58,37 @@ impl NumUnits {
 
 /// Decides how each tensor of the base is stored.
 pub trait Encodings {
-    /// `encoding` of a projection's weight.
-    fn projection(&self, name: &str) -> Result<Encoding>;
+    /// Encoding of a linear module's weight.
+    fn linear(&self, name: &str) -> Result<Encoding>;
     /// Element type of a tensor that stays plain.
     fn plain(&self, name: &str) -> Result<Dtype>;
 }
 
 /// Rows of the vocabulary in a head piece.
-pub fn head_piece_rows(config: &ModelConfig, piece: usize) -> std::ops::Range<usize> {
-    piece * HEAD_PIECE_ROWS..((piece + 1) * HEAD_PIECE_ROWS).min(config.vocab_size)
+pub fn head_piece_rows(spec: &ModelSpec, piece: usize) -> std::ops::Range<usize> {
+    piece * HEAD_PIECE_ROWS..((piece + 1) * HEAD_PIECE_ROWS).min(spec.vocab_size)
 }
 
-/// The tensor that holds the head's rows.
-pub fn head_tensor(config: &ModelConfig) -> &'static str {
-    if config.tie_word_embeddings { names::EMBED_TOKENS } else { names::LM_HEAD }
-}
-
-/// The tensors of a unit, norms, weights and biases in the order of `model::weights`.
-pub fn tensors(config: &ModelConfig, encodings: &dyn Encodings, unit: Unit) -> Result<Vec<UnitTensor>> {
-    let plain = |name: String, elements: std::ops::Range<usize>| -> Result<UnitTensor> {
-        let encoding = Encoding::Plain(encodings.plain(&name)?);
-        Ok(UnitTensor { name, elements, encoding })
+/// The tensors of a unit, a layer's in the order of [`LayerSpec::tensors`](crate::model::spec::LayerSpec::tensors).
+pub fn tensors(spec: &ModelSpec, encodings: &dyn Encodings, unit: Unit) -> Result<Vec<UnitTensor>> {
+    let stored = |tensor: TensorSpec, elements: std::ops::Range<usize>| -> Result<UnitTensor> {
+        let encoding = match tensor.is_linear() {
+            true => encodings.linear(&tensor.name)?,
+            false => Encoding::Plain(encodings.plain(&tensor.name)?),
+        };
+        Ok(UnitTensor { id: tensor.id, name: tensor.name, elements, encoding })
     };
     match unit {
         Unit::HeadPiece(piece) => {
-            let rows = head_piece_rows(config, piece);
-            let elements = rows.start * config.hidden_size..rows.end * config.hidden_size;
-            Ok(vec![plain(head_tensor(config).to_string(), elements)?])
+            let rows = head_piece_rows(spec, piece);
+            Ok(vec![stored(spec.head_tensor(), rows.start * spec.hidden_size..rows.end * spec.hidden_size)?])
         }
         Unit::Layer(layer) => {
-            let mut tensors = Vec::new();
-            for name in [names::input_layernorm(layer), names::post_attention_layernorm(layer)] {
-                tensors.push(plain(name, 0..config.hidden_size)?);
-            }
-            for projection in Projection::ALL {
-                let [out_features, in_features] = projection.shape(config);
-                let name = names::weight(layer, projection);
-                let encoding = encodings.projection(&name)?;
-                tensors.push(UnitTensor { name, elements: 0..out_features * in_features, encoding });
-            }
-            for projection in Projection::ALL.into_iter().filter(|p| p.has_bias(config)) {
-                let [out_features, _] = projection.shape(config);
-                tensors.push(plain(names::bias(layer, projection), 0..out_features)?);
-            }
-            Ok(tensors)
+            let whole = |tensor: TensorSpec| {
+                let elements = 0..tensor.num_elements();
+                stored(tensor, elements)
+            };
+            spec.layers[layer].tensors().into_iter().map(whole).collect()
         }
     }
 }

@@ -1,5 +1,12 @@
 //! A micro-batch: its tokens, where documents begin, and which tokens count in the loss.
 
+use anyhow::Result;
+
+use crate::device::{Arena, Buffer, Device, Documents, View};
+
+use super::rope::RopeConfig;
+use super::spec::ModelSpec;
+
 /// Marks a position in [`MicroBatch::targets`] whose prediction does not count in the loss.
 pub const NO_TARGET: u32 = u32::MAX;
 
@@ -50,5 +57,66 @@ impl MicroBatch {
     /// Number of tokens that count in the loss.
     pub fn num_target_tokens(&self) -> usize {
         self.targets.iter().filter(|&&t| t != NO_TARGET).count()
+    }
+}
+
+/// A micro-batch as the device sees it.
+pub struct BatchBuffers<D: Device> {
+    /// Cosines and sines of each of the model's rotations.
+    rotations: Vec<Rotation<D>>,
+    /// Past tokens are those whose keys and values are there from earlier calls (generation).
+    pub documents: Documents<D>,
+    /// `[T]`
+    pub sample_idx: Buffer<D, u64>,
+    pub num_tokens: usize,
+}
+
+/// Cosines and sines, `[T, half]`, for rotated dimensions that are twice as many.
+struct Rotation<D: Device> {
+    cos: Buffer<D, f32>,
+    sin: Buffer<D, f32>,
+    half: usize,
+}
+
+impl<D: Device> BatchBuffers<D> {
+    pub fn carve(arena: &mut Arena<D>, name: &str, spec: &ModelSpec, tokens: usize) -> Result<Self> {
+        let rotation = |(i, rope): (usize, &RopeConfig)| {
+            let half = rope.head_dim / 2;
+            Ok(Rotation {
+                cos: arena.carve(&format!("{name}/cos{i}"), tokens * half)?,
+                sin: arena.carve(&format!("{name}/sin{i}"), tokens * half)?,
+                half,
+            })
+        };
+        Ok(Self {
+            rotations: spec.ropes.iter().enumerate().map(rotation).collect::<Result<_>>()?,
+            documents: Documents::carve(arena, &format!("{name}/positions"), tokens)?,
+            sample_idx: arena.carve(&format!("{name}/sample_idx"), tokens)?,
+            num_tokens: 0,
+        })
+    }
+
+    /// Cosines and sines of one of the model's rotations, `[T, half]`.
+    pub fn rotation(&self, idx: usize) -> (View<'_, D, f32>, View<'_, D, f32>) {
+        let Rotation { cos, sin, half } = &self.rotations[idx];
+        (cos.first(self.num_tokens * half), sin.first(self.num_tokens * half))
+    }
+
+    /// Uploads a micro-batch. In generation its first position is the number of past tokens.
+    pub fn load(&mut self, device: &D, spec: &ModelSpec, batch: &MicroBatch, num_past_tokens: usize) -> Result<()> {
+        let tokens = batch.num_tokens();
+        for (rotation, rope) in self.rotations.iter_mut().zip(&spec.ropes) {
+            let (cos, sin) = rope.cos_sin(&batch.positions, &batch.documents);
+            device.upload(rotation.cos.first_mut(cos.len()), &cos)?;
+            device.upload(rotation.sin.first_mut(sin.len()), &sin)?;
+        }
+        self.documents.put(device, &batch.documents, num_past_tokens)?;
+        let mut sample_idx = Vec::with_capacity(tokens);
+        for (document, &sample) in batch.documents.windows(2).zip(&batch.sample_idx) {
+            sample_idx.resize(sample_idx.len() + (document[1] - document[0]) as usize, sample);
+        }
+        device.upload(self.sample_idx.first_mut(tokens), &sample_idx)?;
+        self.num_tokens = tokens;
+        Ok(())
     }
 }

@@ -4,25 +4,79 @@ use anyhow::Result;
 
 use crate::device::*;
 
-use super::activations::HeadState;
-use super::config::ModelConfig;
+use super::batch::{MicroBatch, NO_TARGET};
+use super::spec::ModelSpec;
+
+/// The head's running state of one micro-batch, for its N target tokens.
+pub struct HeadState<D: Device> {
+    /// Rows of the tokens that count, and the ids that they should predict, `[N]`.
+    pub rows: RowIndices<D>,
+    pub target_ids: Buffer<D, u32>,
+    /// The factor of each token's −log p in the gradient, `[N]`.
+    pub coefficients: Buffer<D, f32>,
+    /// The last boundary's rows before and after the norm, `[N, hidden]`. After the finish, `normed` holds their
+    /// gradient.
+    pub x: Buffer<D, D::Act>,
+    pub normed: Buffer<D, D::Act>,
+    pub rstd: Buffer<D, f32>,
+    /// Running maximum, sum of exponentials, logit of the target: `[N]`.
+    pub max: Buffer<D, f32>,
+    pub sum: Buffer<D, f32>,
+    pub target_logit: Buffer<D, f32>,
+    /// `Σ exp(logit − max) · W`, and `W[target]`: `[N, hidden]`, with backward only.
+    pub acc: Buffer<D, f32>,
+    pub target_rows: Buffer<D, D::Act>,
+    pub num_targets: usize,
+}
+
+impl<D: Device> HeadState<D> {
+    pub fn carve(arena: &mut Arena<D>, name: &str, hidden: usize, tokens: usize, backward: bool) -> Result<Self> {
+        let f = |part: &str| format!("{name}/{part}");
+        let back = if backward { tokens * hidden } else { 0 };
+        Ok(Self {
+            rows: RowIndices::carve(arena, &f("rows"), tokens)?,
+            target_ids: arena.carve(&f("target_ids"), tokens)?,
+            coefficients: arena.carve(&f("coefficients"), tokens)?,
+            x: arena.carve(&f("x"), tokens * hidden)?,
+            normed: arena.carve(&f("normed"), tokens * hidden)?,
+            rstd: arena.carve(&f("rstd"), tokens)?,
+            max: arena.carve(&f("max"), tokens)?,
+            sum: arena.carve(&f("sum"), tokens)?,
+            target_logit: arena.carve(&f("target_logit"), tokens)?,
+            acc: arena.carve(&f("acc"), back)?,
+            target_rows: arena.carve(&f("target_rows"), back)?,
+            num_targets: 0,
+        })
+    }
+
+    /// Uploads which tokens count. All have the same coefficient.
+    pub fn load(&mut self, device: &D, batch: &MicroBatch, coefficient: f32) -> Result<()> {
+        let rows: Vec<u32> =
+            (0..batch.num_tokens() as u32).filter(|&t| batch.targets[t as usize] != NO_TARGET).collect();
+        let target_ids: Vec<u32> = rows.iter().map(|&t| batch.targets[t as usize]).collect();
+        self.num_targets = rows.len();
+        self.rows.put(device, &rows, batch.num_tokens())?;
+        device.upload(self.target_ids.first_mut(rows.len()), &target_ids)?;
+        device.upload(self.coefficients.first_mut(rows.len()), &vec![coefficient; rows.len()])
+    }
+}
 
 /// Picks the target tokens' rows of the last boundary, norms them, and clears the running state.
 pub fn begin<D: Ops>(
     ops: &D,
-    config: &ModelConfig,
+    spec: &ModelSpec,
     state: &mut HeadState<D>,
     boundary: &Buffer<D, D::Act>,
     final_norm: &Buffer<D, f32>,
 ) -> Result<()> {
-    let (n, len) = (state.num_targets, state.num_targets * config.hidden_size);
-    ops.gather_rows(state.x.first_mut(len), boundary.view(), &state.rows, config.hidden_size)?;
+    let (n, len) = (state.num_targets, state.num_targets * spec.hidden_size);
+    ops.gather_rows(state.x.first_mut(len), boundary.view(), &state.rows, spec.hidden_size)?;
     ops.rms_norm_forward(RmsNormForward {
         y: state.normed.first_mut(len),
         rstd: state.rstd.first_mut(n),
         x: Normed::Plain(state.x.first(len)),
         weight: final_norm.view(),
-        eps: config.rms_norm_eps,
+        eps: spec.norm_eps,
     })?;
     ops.upload(state.max.first_mut(n), &vec![f32::NEG_INFINITY; n])?;
     ops.fill_bytes(state.sum.first_mut(n), 0)?;
@@ -35,14 +89,14 @@ pub fn begin<D: Ops>(
 /// only what log-probabilities need is computed.
 pub fn piece<D: Ops>(
     ops: &D,
-    config: &ModelConfig,
+    spec: &ModelSpec,
     state: &mut HeadState<D>,
     logits: &mut Buffer<D, f32>,
     weight: View<'_, D, D::Act>,
     first_id: usize,
     backward: bool,
 ) -> Result<()> {
-    let (n, hidden) = (state.num_targets, config.hidden_size);
+    let (n, hidden) = (state.num_targets, spec.hidden_size);
     ops.cross_entropy_piece(CrossEntropyPiece {
         max: state.max.first_mut(n),
         sum: state.sum.first_mut(n),
@@ -76,13 +130,13 @@ pub fn log_probabilities<D: Ops>(ops: &D, state: &HeadState<D>) -> Result<Vec<f6
 /// Writes the gradient of Σ −coefficient · log p into the last boundary's place: d `[T, hidden]`.
 pub fn finish<D: Ops>(
     ops: &D,
-    config: &ModelConfig,
+    spec: &ModelSpec,
     state: &mut HeadState<D>,
     d: &mut Buffer<D, D::Act>,
     final_norm: &Buffer<D, f32>,
     num_tokens: usize,
 ) -> Result<()> {
-    let (n, len) = (state.num_targets, state.num_targets * config.hidden_size);
+    let (n, len) = (state.num_targets, state.num_targets * spec.hidden_size);
     ops.cross_entropy_finish(CrossEntropyFinish {
         d_x: state.normed.first_mut(len),
         acc: state.acc.first(len),
@@ -101,6 +155,6 @@ pub fn finish<D: Ops>(
         rstd: rstd.first(n),
         weight: final_norm.view(),
     })?;
-    let d = d.first_mut(num_tokens * config.hidden_size);
-    ops.scatter_rows(d, d_rows.first(len), rows, config.hidden_size)
+    let d = d.first_mut(num_tokens * spec.hidden_size);
+    ops.scatter_rows(d, d_rows.first(len), rows, spec.hidden_size)
 }

@@ -1,16 +1,14 @@
-//! The mathematics of Llama models on device ops. It does not know that anything is sharded: it takes weights and
+//! Models as values ([`spec`]), and their mathematics on device ops. Nothing here knows that anything is sharded: it takes weights and
 //! activations and gives activations and gradients.
 
-pub mod activations;
 pub mod batch;
-pub mod config;
+pub mod family;
 pub mod head;
-mod json_fields;
 pub mod layer;
 pub mod linear;
-pub mod lora;
-pub mod names;
-pub mod quantization;
 pub mod rope;
 pub mod shapes;
+pub mod spec;
+pub mod stage;
+pub mod trainable;
 pub mod weights;

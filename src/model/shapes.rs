@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use serde_json::json;
 
-use super::config::ModelConfig;
+use super::spec::ModelSpec;
 
 /// Each shape: name, layers, hidden size, intermediate size, heads, key-value heads, from the model's own
 /// config.json.
@@ -14,7 +14,7 @@ const SHAPES: [(&str, [usize; 5]); 3] = [
 ];
 
 /// Returns the configuration of a named shape, with `layers` layers if that is set.
-pub fn named(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
+pub fn named(name: &str, layers: Option<usize>) -> Result<ModelSpec> {
     let names: Vec<&str> = SHAPES.iter().map(|(name, _)| *name).collect();
     let found = SHAPES.iter().find(|(n, _)| *n == name);
     let (_, [num_layers, hidden, intermediate, heads, kv_heads]) =
@@ -25,5 +25,5 @@ pub fn named(name: &str, layers: Option<usize>) -> Result<ModelConfig> {
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5,
         "max_position_embeddings": 131_072, "rope_theta": 500_000.0, "tie_word_embeddings": false,
     });
-    ModelConfig::parse(text.to_string().as_bytes(), name)
+    ModelSpec::parse(text.to_string().as_bytes(), name)
 }

@@ -1,72 +1,87 @@
-//! Dense weights of the unit that is being computed with.
+//! Dense weights of the unit that is being computed with, found by id.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::device::{Arena, Buffer, Device, View};
 
-use super::config::ModelConfig;
-use super::lora::LoraLayout;
-use super::names::Projection;
+use super::spec::{ModelSpec, ModuleId, NormId, TensorId};
+use super::trainable::{Kind, LayerTrainables, Trainables};
 
-/// A linear map y = W·x + bias.
-pub struct LinearWeights<D: Device> {
-    /// `[out_features, in_features]`
-    pub weight: Buffer<D, D::Act>,
-    /// `[out_features]`
-    pub bias: Option<Buffer<D, f32>>,
-    pub out_features: usize,
-    pub in_features: usize,
-}
-
-/// A decoder layer, and its LoRA matrices.
+/// Dense tensors of a layer, and its trainable values. The buffers are as large as the largest layer's.
 pub struct LayerWeights<D: Device> {
-    /// `[hidden_size]`
-    pub input_norm: Buffer<D, f32>,
-    pub post_attention_norm: Buffer<D, f32>,
-    /// In the order of [`Projection::ALL`].
-    pub linears: Vec<LinearWeights<D>>,
-    /// Laid out by [`LoraLayout`].
-    pub lora: Buffer<D, D::Act>,
+    /// Weights of linear modules, `[out_features, in_features]`.
+    linears: Vec<(ModuleId, Buffer<D, D::Act>)>,
+    /// Norms and biases.
+    vectors: Vec<(TensorId, Buffer<D, f32>)>,
+    /// Laid out by [`LayerTrainables`].
+    pub trainable: Buffer<D, D::Act>,
 }
 
 impl<D: Device> LayerWeights<D> {
-    pub fn carve(arena: &mut Arena<D>, config: &ModelConfig, lora: Option<&LoraLayout>) -> Result<Self> {
-        let input_norm = arena.carve("weights/input_norm", config.hidden_size)?;
-        let post_attention_norm = arena.carve("weights/post_attention_norm", config.hidden_size)?;
-        let mut linears = Vec::new();
-        for projection in Projection::ALL {
-            let [out_features, in_features] = projection.shape(config);
-            let weight = arena.carve(&format!("weights/{projection}"), out_features * in_features)?;
-            let bias = match projection.has_bias(config) {
-                true => Some(arena.carve(&format!("weights/{projection}.bias"), out_features)?),
-                false => None,
-            };
-            linears.push(LinearWeights { weight, bias, out_features, in_features });
+    pub fn carve(arena: &mut Arena<D>, spec: &ModelSpec, trainables: Option<&Trainables>) -> Result<Self> {
+        let (mut linears, mut vectors) = (Vec::new(), Vec::new());
+        for (id, len) in spec.largest_tensors() {
+            let name = format!("weights/{}", name(id));
+            match id {
+                TensorId::Weight(module) => linears.push((module, arena.carve(&name, len)?)),
+                other => vectors.push((other, arena.carve(&name, len)?)),
+            }
         }
-        let lora = arena.carve("weights/lora", lora.map_or(0, |l| l.len))?;
-        Ok(Self { input_norm, post_attention_norm, linears, lora })
+        let trainable = arena.carve("weights/lora", trainables.map_or(0, Trainables::longest))?;
+        Ok(Self { linears, vectors, trainable })
     }
 
-    /// Returns a linear map with its LoRA matrices; `layout` is `None` when the adapter is off.
-    pub fn linear<'a>(&'a self, projection: Projection, layout: Option<&LoraLayout>) -> Linear<'a, D> {
-        let linear = &self.linears[projection as usize];
-        let lora = layout.and_then(|l| l.get(projection)).map(|entry| LoraMatrices {
-            a: self.lora.view().range(entry.a.clone()),
-            b: self.lora.view().range(entry.b.clone()),
-        });
-        Linear { base: linear, projection, lora }
+    /// A norm or a bias, of `len` elements.
+    pub fn vector(&self, id: TensorId, len: usize) -> Result<View<'_, D, f32>> {
+        let found = self.vectors.iter().find(|(of, _)| *of == id);
+        found.map(|(_, buffer)| buffer.first(len)).with_context(|| format!("the layer has no {}", name(id)))
     }
-}
 
-/// A linear map as the math sees it.
-pub struct Linear<'a, D: Device> {
-    pub base: &'a LinearWeights<D>,
-    pub projection: Projection,
-    pub lora: Option<LoraMatrices<'a, D>>,
+    /// The buffer of a norm or a bias.
+    pub fn vector_mut(&mut self, id: TensorId) -> Result<&mut Buffer<D, f32>> {
+        let found = self.vectors.iter_mut().find(|(of, _)| *of == id);
+        found.map(|(_, buffer)| buffer).with_context(|| format!("the layer has no {}", name(id)))
+    }
+
+    /// The weight of a module, of `len` elements.
+    pub fn linear(&self, id: ModuleId, len: usize) -> Result<View<'_, D, D::Act>> {
+        let found = self.linears.iter().find(|(of, _)| *of == id);
+        found.map(|(_, buffer)| buffer.first(len)).with_context(|| format!("the layer has no {id}"))
+    }
+
+    /// The buffer of a module's weight.
+    pub fn linear_mut(&mut self, id: ModuleId) -> Result<&mut Buffer<D, D::Act>> {
+        let found = self.linears.iter_mut().find(|(of, _)| *of == id);
+        found.map(|(_, buffer)| buffer).with_context(|| format!("the layer has no {id}"))
+    }
+
+    /// A and B of a module, if it is a target.
+    pub fn lora(&self, id: ModuleId, layout: &LayerTrainables) -> Option<LoraMatrices<'_, D>> {
+        let matrix = |kind| layout.get(id, kind).map(|trainable| self.trainable.view().range(trainable.range.clone()));
+        Some(LoraMatrices { a: matrix(Kind::A)?, b: matrix(Kind::B)? })
+    }
 }
 
 /// A `[r, in_features]`, B `[out_features, r]`.
 pub struct LoraMatrices<'a, D: Device> {
     pub a: View<'a, D, D::Act>,
     pub b: View<'a, D, D::Act>,
+}
+
+fn name(id: TensorId) -> String {
+    match id {
+        TensorId::Norm(norm) => match norm {
+            NormId::Attention => "input_norm",
+            NormId::AttentionOutput => "attention_output_norm",
+            NormId::Q => "q_norm",
+            NormId::K => "k_norm",
+            NormId::Mlp => "post_attention_norm",
+            NormId::MlpOutput => "mlp_output_norm",
+            NormId::Final => "final_norm",
+        }
+        .into(),
+        TensorId::Weight(module) => module.to_string(),
+        TensorId::Bias(module) => format!("{module}.bias"),
+        TensorId::Rows => "rows".into(),
+    }
 }

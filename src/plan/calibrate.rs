@@ -7,10 +7,9 @@ use crate::checkpoint::synthetic;
 use crate::device::cuda::Cuda;
 use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Keep, Mode};
-use crate::model::layer::LayerLora;
-use crate::model::lora::LoraConfig;
-use crate::model::names::Projection;
 use crate::model::shapes;
+use crate::model::spec::{ModelSpec, ModuleId};
+use crate::model::trainable::{LoraConfig, Targets, Trainables};
 
 use super::hardware::{Hardware, Reached};
 use super::memory::Sizes;
@@ -49,7 +48,7 @@ struct MeasuredJob {
     #[serde(rename = "lora.r")]
     lora_r: usize,
     #[serde(rename = "lora.target_modules")]
-    target_modules: Vec<String>,
+    target_modules: serde_json::Value,
     #[serde(rename = "quantization.load_in_4bit")]
     load_in_4bit: bool,
     #[serde(rename = "quantization.bnb_4bit_use_double_quant")]
@@ -58,8 +57,7 @@ struct MeasuredJob {
 
 impl Default for MeasuredJob {
     fn default() -> Self {
-        let target_modules = Projection::ALL.map(|projection| projection.name().to_string()).to_vec();
-        Self { lora_r: 16, target_modules, load_in_4bit: true, double_quant: None }
+        Self { lora_r: 16, target_modules: "all-linear".into(), load_in_4bit: true, double_quant: None }
     }
 }
 
@@ -68,8 +66,8 @@ impl MeasuredJob {
         self.load_in_4bit.then_some(self.double_quant.unwrap_or(true))
     }
 
-    fn targets(&self) -> Option<Vec<Projection>> {
-        self.target_modules.iter().map(|name| Projection::from_name(name)).collect()
+    fn targets(&self, spec: &ModelSpec) -> Result<Vec<ModuleId>> {
+        Targets::read(&self.target_modules).context("lora.target_modules")?.of(spec)
     }
 }
 
@@ -104,14 +102,14 @@ impl MeasuredRun {
     /// Calls `f` with the workload and limits that this run has on the given hardware.
     fn with_workload<T>(&self, hardware: &Hardware, f: impl FnOnce(&Workload<'_>, &Limits) -> Result<T>) -> Result<T> {
         let hardware = &hardware.shared_by(self.ranks_per_gpu);
-        let config =
+        let spec =
             shapes::named(&self.shape, Some(self.layers)).context("only runs of a named shape can be compared")?;
-        let layouts = synthetic::layouts(&config, self.job.nf4_double_quant(), self.num_shards)?;
-        let targets = self.job.targets().context("lora.target_modules")?;
+        let layouts = synthetic::layouts(&spec, self.job.nf4_double_quant(), self.num_shards)?;
+        let targets = self.job.targets(&spec)?;
         let lora = LoraConfig { lora_rank: self.job.lora_r, scale: 1.0, dropout: self.dropout, targets };
-        let lora = LayerLora::new(&config, lora);
+        let trainables = Trainables::new(&spec, lora);
         let world_size = self.world_size;
-        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size };
+        let sizes = Sizes { spec: &spec, layouts: &layouts, trainables: Some(&trainables), world_size };
         let links = Links::new(hardware, true, true, hardware.peer_bytes_per_s);
         let limits = Limits {
             max_length: self.seq,
@@ -136,7 +134,7 @@ impl MeasuredRun {
         let (device_bytes, host_bytes) = self.with_workload(hardware, |workload, limits| {
             let (sizes, cost) = (workload.sizes, workload.sizes.cost::<Cuda<half::bf16>>(limits)?);
             let libraries = hardware.library_bytes(sizes.num_communicators(), self.ranks_per_gpu);
-            let embedding = synthetic::embedding_bytes(sizes.config);
+            let embedding = synthetic::embedding_bytes(sizes.spec);
             let process = sizes.process_bytes(limits.max_tokens, self.ranks_per_gpu, embedding);
             Ok((cost.device_bytes() + libraries, cost.host_bytes() + process))
         })?;
@@ -286,7 +284,8 @@ mod tests {
         let runs = MeasuredRun::read(&format!("{line}\n{}", line.replacen('{', job, 1))).unwrap();
         assert_eq!((runs[0].job.lora_r, runs[0].job.nf4_double_quant()), (16, Some(true)));
         assert_eq!((runs[1].job.lora_r, runs[1].job.nf4_double_quant()), (256, None));
-        assert_eq!(runs[1].job.targets(), Some(vec![Projection::Q]));
+        let spec = shapes::named(&runs[1].shape, Some(1)).unwrap();
+        assert_eq!(runs[1].job.targets(&spec).unwrap(), vec![ModuleId::Q]);
         let hardware = Hardware::named("h100").unwrap();
         assert_ne!(runs[0].compare(&hardware).unwrap().device, runs[1].compare(&hardware).unwrap().device);
     }

@@ -3,9 +3,10 @@
 use anyhow::Result;
 
 use crate::comm::Gather;
-use crate::device::{Device, MemoryPlan};
+use crate::device::{MemoryPlan, Ops};
 use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Accumulation, Keep, Mode};
+use crate::model::stage::Widths;
 
 use super::memory::{Cost, text};
 use super::throughput::Workload;
@@ -60,7 +61,7 @@ impl Workload<'_> {
     ///
     /// # Errors
     /// [`DoesNotFit`] where none does.
-    pub fn decide<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<Limits> {
+    pub fn decide<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<Limits> {
         self.check_magnitude(&limits, wishes)?;
         let mut best: Option<(f64, Limits)> = None;
         for gather in gathers(wishes) {
@@ -99,20 +100,21 @@ impl Workload<'_> {
         const MOST_BYTES: f64 = (1u64 << 50) as f64;
         /// A schedule has some actions for each of them, and is gone through for each choice.
         const MOST_INPUTS: usize = 1 << 18;
-        let config = self.sizes.config;
-        let inputs = limits.max_micro_batches * (config.num_hidden_layers + 1);
+        let spec = self.sizes.spec;
+        let inputs = limits.max_micro_batches * (spec.num_layers() + 1);
         if inputs > MOST_INPUTS {
             let lever = wishes.levers.micro_batches.map_or(String::new(), |(name, _)| format!(": lower {name}"));
             return Err(DoesNotFit(format!(
                 "a step has {} micro-batches in {} layers, {inputs} inputs of layers, and at most {MOST_INPUTS} can be planned{lever}",
-                limits.max_micro_batches, config.num_hidden_layers
+                limits.max_micro_batches,
+                spec.num_layers()
             )));
         }
-        let widest = config.hidden_size.max(config.intermediate_size).max(config.num_attention_heads * config.head_dim);
+        let widest = Widths::new(spec, None).widest();
         let trains_layer_major = limits.mode == Mode::Train && limits.accumulation == Accumulation::Layer;
         let boundaries = if trains_layer_major { inputs } else { 2 };
         let tokens = limits.max_tokens.max(limits.max_context) as f64;
-        let bytes = tokens * size_of::<u16>() as f64 * (widest as f64 + boundaries as f64 * config.hidden_size as f64);
+        let bytes = tokens * size_of::<u16>() as f64 * (widest as f64 + boundaries as f64 * spec.hidden_size as f64);
         if bytes < MOST_BYTES {
             return Ok(());
         }
@@ -121,17 +123,17 @@ impl Workload<'_> {
             text(MOST_BYTES as usize),
             limits.max_micro_batches,
             tokens,
-            config.num_hidden_layers
+            spec.num_layers()
         )))
     }
 
-    fn fits<D: Device>(&self, limits: &Limits, budget: Budget) -> Result<bool> {
+    fn fits<D: Ops>(&self, limits: &Limits, budget: Budget) -> Result<bool> {
         let cost = self.sizes.cost::<D>(limits)?;
         Ok(cost.device_bytes() <= budget.device && cost.host_bytes() <= budget.host)
     }
 
     /// The least of these limits that is wished: nothing kept, and as few units on the device as host memory has room for.
-    fn least<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
+    fn least<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
         let least = Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), ..limits };
         if wishes.units.is_some() || limits.residency.units > 0 {
             return least;
@@ -144,7 +146,7 @@ impl Workload<'_> {
 
     /// Uses the room that `least`, which fits, leaves: `share` of it first for activations, the rest for units, what is then left
     /// again for activations.
-    fn fill<D: Device>(&self, least: Limits, wishes: &Wishes, budget: Budget, share: usize) -> Result<Limits> {
+    fn fill<D: Ops>(&self, least: Limits, wishes: &Wishes, budget: Budget, share: usize) -> Result<Limits> {
         let (mut choice, num_units) = (least, self.sizes.layouts.len());
         let device = self.sizes.cost::<D>(&choice)?.device_bytes();
         let for_activations = device + (budget.device - device) / SHARES * share;
@@ -162,8 +164,8 @@ impl Workload<'_> {
     }
 
     /// The most that can be kept: the dearest part of as many layers as fit, then the next.
-    fn most_kept<D: Device>(&self, limits: Limits, budget: Budget) -> Limits {
-        let layers = self.sizes.config.num_hidden_layers;
+    fn most_kept<D: Ops>(&self, limits: Limits, budget: Budget) -> Limits {
+        let layers = self.sizes.spec.num_layers();
         let attention_first = self.attention_is_dearer(&limits);
         let with = |stage: usize| {
             let of = |place: usize| stage.saturating_sub(place * layers).min(layers);
@@ -176,7 +178,7 @@ impl Workload<'_> {
     }
 
     /// What is needed, what is there, and which keys make it fit, those first that cost least.
-    fn refusal<D: Device>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<String> {
+    fn refusal<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<String> {
         let smallest = |wishes: &Wishes, limits: Limits| -> Result<Cost> {
             let residency = residencies(wishes).pop().unwrap_or(Residency::ALL);
             let gather = wishes.gather.unwrap_or(Gather::Collective);

@@ -1,7 +1,9 @@
 //! Refuses, before any work, models that the GPU's kernels cannot run.
 
+use std::collections::BTreeSet;
+
 use crate::device::cuda::HEAD_DIMS;
-use crate::model::config::ModelConfig;
+use crate::model::spec::ModelSpec;
 
 /// The error of a model that a GPU cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -18,17 +20,20 @@ const VALUES_AT_ONCE: usize = 8;
 ///
 /// # Errors
 /// Every key of config.json that has a value which some kernel refuses, and what is allowed.
-pub fn check_gpu(config: &ModelConfig) -> Result<(), NotOnGpu> {
-    let mut problems = Vec::new();
-    if !HEAD_DIMS.contains(&config.head_dim) {
-        problems.push(format!("head_dim: found {}, allowed: {HEAD_DIMS:?}", config.head_dim));
-    }
-    for (key, value) in [("hidden_size", config.hidden_size), ("intermediate_size", config.intermediate_size)] {
-        if !value.is_multiple_of(VALUES_AT_ONCE) {
-            problems.push(format!("{key}: found {value}, allowed: a multiple of {VALUES_AT_ONCE}"));
+pub fn check_gpu(spec: &ModelSpec) -> Result<(), NotOnGpu> {
+    let mut problems = BTreeSet::new();
+    for layer in &spec.layers {
+        let head_dim = layer.attention.head_dim;
+        if !HEAD_DIMS.contains(&head_dim) {
+            problems.insert(format!("head_dim: found {head_dim}, allowed: {HEAD_DIMS:?}"));
+        }
+        for (key, value) in [("hidden_size", spec.hidden_size), ("intermediate_size", layer.mlp.intermediate_size)] {
+            if !value.is_multiple_of(VALUES_AT_ONCE) {
+                problems.insert(format!("{key}: found {value}, allowed: a multiple of {VALUES_AT_ONCE}"));
+            }
         }
     }
-    if problems.is_empty() { Ok(()) } else { Err(NotOnGpu { problems }) }
+    if problems.is_empty() { Ok(()) } else { Err(NotOnGpu { problems: problems.into_iter().collect() }) }
 }
 
 #[cfg(test)]
@@ -40,7 +45,8 @@ mod tests {
     fn what_kernels_refuse_is_refused_by_key() {
         let good = shapes::named("llama-3.1-8b", None).unwrap();
         check_gpu(&good).unwrap();
-        let bad = ModelConfig { head_dim: 80, hidden_size: 2564, intermediate_size: 6911, ..good };
+        let mut bad = ModelSpec { hidden_size: 2564, ..good };
+        (bad.layers[3].attention.head_dim, bad.layers[3].mlp.intermediate_size) = (80, 6911);
         let error = check_gpu(&bad).unwrap_err().to_string();
         for expected in [
             "head_dim: found 80, allowed: [64, 96, 128, 256]",

@@ -4,11 +4,11 @@ use anyhow::Result;
 
 use crate::comm::Gather;
 use crate::device::cuda::PINNED_BYTES_OF_A_TABLE_BYTE;
-use crate::device::{Device, MemoryPlan};
-use crate::fsdp::layout::{TrainableLayout, UnitLayout};
-use crate::fsdp::memory::{Limits, Memory};
-use crate::model::config::ModelConfig;
-use crate::model::layer::LayerLora;
+use crate::device::{MemoryPlan, Ops};
+use crate::fsdp::layout::UnitLayout;
+use crate::fsdp::memory::{Limits, Memory, ShardedTrainables};
+use crate::model::spec::ModelSpec;
+use crate::model::trainable::{Kind, Trainables};
 
 /// Of a process with CUDA's libraries, what MPI and NCCL add, and NCCL's sockets; without page cache. Seen with `bench step` on
 /// H100s (2026-11-25).
@@ -19,9 +19,9 @@ const SOCKETS_HOST_BYTES: usize = 85_000_000;
 /// A model over some ranks, as far as memory goes.
 #[derive(Clone, Copy)]
 pub struct Sizes<'a> {
-    pub config: &'a ModelConfig,
+    pub spec: &'a ModelSpec,
     pub layouts: &'a [UnitLayout],
-    pub lora: Option<&'a LayerLora>,
+    pub trainables: Option<&'a Trainables>,
     pub world_size: usize,
 }
 
@@ -59,15 +59,15 @@ impl Sizes<'_> {
         usize::from(self.num_shards() > 1) + usize::from(self.num_replicas() > 1)
     }
 
-    /// A layer's trainable values.
-    pub fn trainable(&self) -> Option<TrainableLayout> {
+    /// The trainable values over the ranks.
+    pub fn sharded(&self) -> Option<ShardedTrainables<'_>> {
         let (num_shards, num_replicas) = (self.num_shards(), self.num_replicas());
-        self.lora.map(|lora| TrainableLayout { len: lora.layout.len, num_shards, num_replicas })
+        self.trainables.map(|trainables| ShardedTrainables { trainables, num_shards, num_replicas })
     }
 
     /// Longest gradient buffer that will be reduced, in elements.
     pub fn max_gradients(&self) -> usize {
-        self.trainable().map_or(0, |layout| layout.padded_len())
+        self.sharded().map_or(0, |sharded| sharded.padded_len())
     }
 
     /// Host memory of a rank's process on a GPU besides what is pinned, without page cache: libraries, the values that a new adapter
@@ -76,17 +76,17 @@ impl Sizes<'_> {
     pub fn process_bytes(&self, max_tokens: usize, ranks_per_gpu: usize, embedding_bytes: usize) -> usize {
         let communication = if self.world_size > 1 { COMMUNICATION_HOST_BYTES } else { 0 };
         let sockets = if ranks_per_gpu > 1 { SOCKETS_HOST_BYTES } else { 0 };
-        let of_a_layer = |lora: &LayerLora| lora.layout.entries().iter().map(|entry| entry.a.len()).sum::<usize>();
-        let adapter = self.config.num_hidden_layers * self.lora.map_or(0, of_a_layer) * size_of::<f32>();
-        let rows = max_tokens * self.config.hidden_size * size_of::<u16>();
+        let all = self.trainables.iter().flat_map(|trainables| &trainables.layers).flat_map(|layer| layer.list());
+        let values: usize = all.filter(|trainable| trainable.kind == Kind::A).map(|a| a.range.len()).sum();
+        let adapter = values * size_of::<f32>();
+        let rows = max_tokens * self.spec.hidden_size * size_of::<u16>();
         LIBRARIES_HOST_BYTES + communication + sockets + adapter + rows + embedding_bytes
     }
 
     /// All memory of a run with these limits, in the activation type of `D`. On the host shards are mapped files, unless a node
     /// shares them.
-    pub fn cost<D: Device>(&self, limits: &Limits) -> Result<Cost> {
-        let adapter = self.lora.zip(self.trainable());
-        let plans = Memory::<D>::plan(self.config, adapter, self.layouts, limits)?;
+    pub fn cost<D: Ops>(&self, limits: &Limits) -> Result<Cost> {
+        let plans = Memory::<D>::plan(self.spec, self.sharded(), self.layouts, limits)?;
         let mut cost = Cost { device: plans.device, host: plans.host, table_bytes: 0 };
         if D::IS_HOST {
             if limits.gather == Gather::Host {

@@ -7,8 +7,8 @@ use crate::comm::spans::{Lane, Span};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Action, build};
 use crate::fsdp::unit::{NumUnits, Unit, head_piece_rows};
-use crate::model::activations::Parts;
-use crate::model::names::Projection;
+use crate::model::stage::Saved;
+use crate::model::stage::cost::{Circumstances, Cost};
 
 use super::hardware::Hardware;
 use super::memory::Sizes;
@@ -43,16 +43,6 @@ impl Links {
     }
 }
 
-/// What a part of a layer does for a token.
-#[derive(Clone, Copy, Default)]
-struct Load {
-    /// Weights that it is multiplied with.
-    weights: f64,
-    /// Elements that are read and written besides products.
-    elements: f64,
-    launches: f64,
-}
-
 /// A predicted step.
 #[derive(Clone, Debug, Default)]
 pub struct Timeline {
@@ -85,7 +75,7 @@ impl Timeline {
 impl Workload<'_> {
     /// Runs the schedule of a training step in thought.
     pub fn predict(&self, limits: &Limits) -> Timeline {
-        let inputs = limits.inputs(NumUnits::new(self.sizes.config), limits.mode, limits.max_micro_batches);
+        let inputs = limits.inputs(NumUnits::new(self.sizes.spec), limits.mode, limits.max_micro_batches);
         let (at, done, timeline) = (HashMap::new(), HashMap::new(), Timeline::default());
         let resident = limits.residency.of_units(self.sizes.layouts.len());
         let mut run = Run { work: self, limits, resident, at, done, timeline };
@@ -98,101 +88,57 @@ impl Workload<'_> {
     pub fn attention_is_dearer(&self, limits: &Limits) -> bool {
         let reached = self.hardware.reached;
         let attention = limits.max_length as f64 / reached.attention_forward;
-        attention >= self.sizes.config.hidden_size as f64 / reached.products
+        attention >= self.sizes.spec.hidden_size as f64 / reached.products
     }
 
-    fn weights(&self, projections: &[Projection]) -> f64 {
-        projections.iter().map(|p| p.shape(self.sizes.config).iter().product::<usize>() as f64).sum()
+    /// Features of the residual stream.
+    fn hidden(&self) -> f64 {
+        self.sizes.spec.hidden_size as f64
     }
 
-    fn layer_weights(&self) -> f64 {
-        self.weights(&Projection::ALL)
-    }
-
-    /// Widths: hidden, queries, keys, inner.
-    fn widths(&self) -> [f64; 4] {
-        let c = self.sizes.config;
-        let (q, kv) = ((c.num_attention_heads * c.head_dim) as f64, (c.num_key_value_heads * c.head_dim) as f64);
-        [c.hidden_size as f64, q, kv, c.intermediate_size as f64]
-    }
-
-    /// Passes over what is dropped out, at `times` elements an input.
-    fn dropout(&self, inputs: f64, times: f64) -> f64 {
-        let dropout = self.sizes.lora.is_some_and(|lora| lora.config.dropout > 0.0);
-        if dropout { times * inputs } else { 0.0 }
-    }
-
-    /// What a layer's forward does besides attention's products: each input of a projection read, each output written and added to.
-    fn forward_load(&self, parts: Parts, down: bool) -> Load {
-        use Projection::{Down, Gate, K, O, Q, Up, V};
-        let [h, q, kv, i] = self.widths();
-        let linear = |projections: &[Projection], inputs: f64, outputs: f64, others: f64, launches: f64| Load {
-            weights: self.weights(projections),
-            elements: inputs + 2.0 * outputs + others + self.dropout(inputs, 2.0),
-            launches,
-        };
-        let mut loads = Vec::new();
-        if parts.rest {
-            loads.push(linear(&[Q, K, V], 3.0 * h, q + 2.0 * kv, 4.0 * h + 2.0 * q + 2.0 * kv + 3.0 * i, 18.0));
+    fn circumstances(&self, limits: &Limits) -> Circumstances {
+        Circumstances {
+            hidden_size: self.sizes.spec.hidden_size,
+            max_length: limits.max_length,
+            has_dropout: self.sizes.trainables.is_some_and(|trainables| trainables.lora.dropout > 0.0),
         }
-        if parts.attention {
-            loads.push(Load { weights: 0.0, elements: 2.0 * q, launches: 1.0 });
-        }
-        if parts.mlp {
-            loads.push(linear(&[O, Gate, Up], q + 2.0 * h, h + 2.0 * i, 3.0 * h, 11.0));
-        }
-        if down {
-            loads.push(linear(&[Down], i, h, 2.0 * h, 5.0));
-        }
-        loads.into_iter().fold(Load::default(), |a, b| Load {
-            weights: a.weights + b.weights,
-            elements: a.elements + b.elements,
-            launches: a.launches + b.launches,
-        })
     }
 
-    fn backward_elements(&self) -> f64 {
-        let [h, q, kv, i] = self.widths();
-        let (inputs, outputs) = (5.0 * h + q + i, q + 2.0 * kv + 2.0 * h + 2.0 * i);
-        8.0 * h + 8.0 * q + 6.0 * kv + 5.0 * i + inputs + 2.0 * outputs + self.dropout(inputs, 6.0)
+    /// Seconds for all tokens of a micro-batch.
+    fn seconds(&self, cost: Cost, limits: &Limits) -> f64 {
+        let (hw, reached, tokens) = (self.hardware, self.hardware.reached, limits.max_tokens as f64);
+        let products = 2.0 * cost.weights / (hw.matrix_flops * reached.products);
+        let forward_scores = cost.forward_scores / (hw.matrix_flops * reached.attention_forward);
+        let backward_scores = cost.backward_scores / (hw.matrix_flops * reached.attention_backward);
+        let moved = cost.elements * ACT / (hw.memory_bytes_per_s * reached.memory);
+        tokens * (products + forward_scores + backward_scores + moved) + cost.launches * reached.kernel_seconds
     }
 
     fn compute_seconds(&self, action: &Action, limits: &Limits) -> f64 {
         let (hw, reached, tokens) = (self.hardware, self.hardware.reached, limits.max_tokens as f64);
-        let [h, q, ..] = self.widths();
-        let matrix = hw.matrix_flops * reached.products;
-        let moved = |elements: f64| tokens * elements * ACT / (hw.memory_bytes_per_s * reached.memory);
-        // Causal: half of T² scores for each head.
-        let attention = tokens * limits.max_length as f64 * q;
-        let forward = |computed: Parts, down: bool| {
-            let load = self.forward_load(computed, down);
-            let scores = if computed.attention { attention } else { 0.0 };
-            2.0 * tokens * load.weights / matrix
-                + 2.0 * scores / (hw.matrix_flops * reached.attention_forward)
-                + moved(load.elements)
-                + load.launches * reached.kernel_seconds
-        };
+        let (spec, at, h) = (self.sizes.spec, self.circumstances(limits), self.hidden());
+        let moved = |elements: f64| Cost { elements, ..Cost::default() };
+        let everything = Saved { attention: true, mlp: true, rest: true };
         match *action {
             Action::Dequantize { unit, .. } => self.dequantize_seconds(unit),
             Action::Embed { .. } => tokens * h * ACT / PAGEABLE_BYTES_PER_S,
-            Action::Forward { .. } => forward(Parts { attention: true, mlp: true, rest: true }, true),
+            Action::Forward { layer, .. } => {
+                self.seconds(spec.layers[layer].forward_cost(&at, everything, true), limits)
+            }
             Action::Recompute { layer, .. } => {
-                let kept = limits.keep.of(layer, self.sizes.config.num_hidden_layers);
-                forward(Parts { attention: !kept.attention, mlp: !kept.mlp, rest: !kept.rest }, false)
+                let kept = limits.keep.of(layer, spec.num_layers());
+                let computed = Saved { attention: !kept.attention, mlp: !kept.mlp, rest: !kept.rest };
+                self.seconds(spec.layers[layer].forward_cost(&at, computed, false), limits)
             }
-            Action::Backward { .. } => {
-                2.0 * tokens * self.layer_weights() / matrix
-                    + 5.0 * attention / (hw.matrix_flops * reached.attention_backward)
-                    + moved(self.backward_elements())
-                    + 57.0 * reached.kernel_seconds
-            }
+            Action::Backward { layer, .. } => self.seconds(spec.layers[layer].backward_cost(&at), limits),
             Action::HeadPiece { piece, .. } => {
-                let rows = head_piece_rows(self.sizes.config, piece).len() as f64;
-                4.0 * tokens * rows * h / matrix + moved(4.0 * rows)
+                let rows = head_piece_rows(spec, piece).len() as f64;
+                self.seconds(Cost { weights: 2.0 * rows * h, ..moved(4.0 * rows) }, limits)
             }
-            Action::HeadBegin { .. } | Action::HeadFinish { .. } => moved(6.0 * h),
+            Action::HeadBegin { .. } | Action::HeadFinish { .. } => self.seconds(moved(6.0 * h), limits),
             Action::Optimizer => {
-                let bytes = 28.0 * self.trainable_shard() * self.sizes.config.num_hidden_layers as f64;
+                let values: usize = self.sizes.sharded().iter().flat_map(|s| s.layouts()).map(|l| l.shard_len()).sum();
+                let bytes = 28.0 * values as f64;
                 match limits.residency.trainables {
                     true => bytes / (hw.memory_bytes_per_s * reached.memory),
                     false => bytes / HOST_UPDATE_BYTES_PER_S,
@@ -203,7 +149,7 @@ impl Workload<'_> {
     }
 
     fn dequantize_seconds(&self, unit: Unit) -> f64 {
-        let layout = &self.sizes.layouts[NumUnits::new(self.sizes.config).idx(unit)];
+        let layout = &self.sizes.layouts[NumUnits::new(self.sizes.spec).idx(unit)];
         let dense: usize = layout.tensors().iter().map(|t| t.elements.len()).sum();
         let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
         // A kernel for each tensor's part in each shard, and the cast of LoRA values.
@@ -212,8 +158,8 @@ impl Workload<'_> {
     }
 
     /// Trainable values that this rank keeps of a layer.
-    fn trainable_shard(&self) -> f64 {
-        self.sizes.trainable().map_or(0.0, |layout| layout.shard_len() as f64)
+    fn trainable_shard(&self, layer: usize) -> f64 {
+        self.sizes.sharded().map_or(0.0, |sharded| sharded.layout(layer).shard_len() as f64)
     }
 }
 
@@ -268,7 +214,7 @@ impl Run<'_> {
 
     fn act(&mut self, action: &Action) {
         let (work, now) = (self.work, self.now(Lane::Compute));
-        let boundary = self.limits.max_tokens as f64 * work.widths()[0] * ACT;
+        let boundary = self.limits.max_tokens as f64 * work.hidden() * ACT;
         match *action {
             Action::Gather { unit, .. } => {
                 let end = self.gather(unit, now);
@@ -301,9 +247,9 @@ impl Run<'_> {
 
     fn gather(&mut self, unit: Unit, now: f64) -> f64 {
         let (work, limits) = (self.work, self.limits);
-        let idx = NumUnits::new(work.sizes.config).idx(unit);
+        let idx = NumUnits::new(work.sizes.spec).idx(unit);
         let (layout, name) = (&work.sizes.layouts[idx], format!("gather {unit}"));
-        let lora = if matches!(unit, Unit::Layer(_)) { 4.0 * work.trainable_shard() } else { 0.0 };
+        let lora = if let Unit::Layer(layer) = unit { 4.0 * work.trainable_shard(layer) } else { 0.0 };
         let others = layout.num_shards() as f64 - 1.0;
         let (fetched, received) = match limits.gather {
             Gather::Collective => (layout.shard_bytes() as f64, others * layout.shard_bytes() as f64),
@@ -325,7 +271,7 @@ impl Run<'_> {
     fn reduce(&mut self, layer: usize, now: f64) -> f64 {
         let (work, name) = (self.work, format!("reduce layer {layer}"));
         let (shards, replicas) = (work.sizes.num_shards() as f64, work.sizes.num_replicas() as f64);
-        let shard_bytes = 4.0 * work.trainable_shard();
+        let shard_bytes = 4.0 * work.trainable_shard(layer);
         let mut end = now;
         if shards > 1.0 {
             end = self.receive(&name, end, shard_bytes * (shards - 1.0), work.links.shards_bytes_per_s);
@@ -347,9 +293,8 @@ pub(super) mod tests {
     use super::*;
     use crate::checkpoint::synthetic;
     use crate::fsdp::schedule::{Accumulation, Keep, Mode};
-    use crate::model::layer::LayerLora;
-    use crate::model::lora::LoraConfig;
     use crate::model::shapes;
+    use crate::model::trainable::{LoraConfig, Targets, Trainables};
 
     /// A shape with the adapter of `bench step` over some ranks, which hold one base, on these cards.
     pub fn with_workload<T>(
@@ -358,11 +303,12 @@ pub(super) mod tests {
         (gpu, link_bytes_per_s): (&str, f64),
         f: impl FnOnce(&Workload<'_>) -> T,
     ) -> T {
-        let config = shapes::named(shape, layers).unwrap();
-        let layouts = synthetic::layouts(&config, Some(true), world_size).unwrap();
-        let lora = LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Projection::ALL.to_vec() };
-        let lora = LayerLora::new(&config, lora);
-        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size };
+        let spec = shapes::named(shape, layers).unwrap();
+        let layouts = synthetic::layouts(&spec, Some(true), world_size).unwrap();
+        let lora =
+            LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Targets::AllLinear.of(&spec).unwrap() };
+        let trainables = Trainables::new(&spec, lora);
+        let sizes = Sizes { spec: &spec, layouts: &layouts, trainables: Some(&trainables), world_size };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };
         f(&Workload { sizes, hardware: &Hardware::named(gpu).unwrap(), links })
     }

@@ -12,7 +12,7 @@ use crate::choices::choices;
 pub use crate::comm::Gather;
 use crate::data::{Format, LossOn, Overlong, Packing};
 pub use crate::fsdp::schedule::Accumulation;
-use crate::model::names::Projection;
+use crate::model::trainable::Targets;
 pub use crate::optim::lr::LrScheduler;
 
 choices! {
@@ -112,8 +112,7 @@ pub struct LoraJob {
     pub r: usize,
     pub alpha: f64,
     pub dropout: f32,
-    /// At least one projection, each once, in the order of a layer.
-    pub target_modules: Vec<Projection>,
+    pub target_modules: Targets,
     pub use_rslora: bool,
     /// PEFT adapter that training continues. If it is set, r, alpha, target_modules and use_rslora are its own and the recipe must not give them.
     pub adapter: Option<PathBuf>,

@@ -13,7 +13,7 @@ use super::job::{
 use super::overrides::Written;
 use super::paths;
 use crate::data::{Format, LossOn, Overlong, Packing};
-use crate::model::names::Projection;
+use crate::model::trainable::Targets;
 
 /// A key with the type that its value is read as.
 pub(super) struct Key<T> {
@@ -101,8 +101,8 @@ keys! {
         &["a number above 0"], "the adapter is scaled by alpha/r";
     LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", STEPS, below_1,
         &["a number from 0 to below 1"], "dropout before A";
-    TARGET_MODULES: Vec<Projection> = "lora.target_modules", "all-linear", STEPS, projections,
-        &["all-linear", "one or a list of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"],
+    TARGET_MODULES: Targets = "lora.target_modules", "all-linear", STEPS, Targets::read,
+        &["all-linear", "one or a list of the model's q_proj, k_proj, v_proj, qkv_proj, o_proj, gate_proj, up_proj, gate_up_proj, down_proj"],
         "where adapters are put";
     USE_RSLORA: bool = "lora.use_rslora", "false", &[Train, BenchStep], Value::as_bool, &["true", "false"], "scale by alpha/sqrt(r) instead";
     LORA_BIAS: &str = "lora.bias", "none", TRAINING, |v| only(v, "none"), &["none"], "which biases are trained";
@@ -295,21 +295,6 @@ fn eval_data(value: &Value) -> Option<EvalData> {
     }
 }
 
-/// Reads projections and sorts them as in a layer; each may occur once.
-fn projections(value: &Value) -> Option<Vec<Projection>> {
-    if value.as_str() == Some("all-linear") {
-        return Some(Projection::ALL.to_vec());
-    }
-    let one = |value: &Value| Projection::from_name(value.as_str()?);
-    let mut projections: Vec<_> = match value {
-        Value::Array(list) => list.iter().map(one).collect::<Option<_>>()?,
-        value => vec![one(value)?],
-    };
-    projections.sort_unstable();
-    projections.dedup();
-    (!projections.is_empty()).then_some(projections)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -347,15 +332,6 @@ mod tests {
         assert_eq!(size(&json!("22GiB")), Some(22 << 30));
         assert_eq!([json!("1.5 MB"), json!("512B"), json!(7)].map(|v| size(&v)), [Some(1_500_000), Some(512), Some(7)]);
         assert_eq!([json!("GiB"), json!("-1GiB"), json!("22 G"), json!(0), json!(true)].map(|v| size(&v)), [None; 5]);
-    }
-
-    #[test]
-    fn projections_are_a_name_a_list_or_all() {
-        use Projection::{Down, Q};
-        assert_eq!(projections(&json!("all-linear")).unwrap().len(), 7);
-        assert_eq!(projections(&json!("q_proj")), Some(vec![Q]));
-        assert_eq!(projections(&json!(["down_proj", "q_proj", "q_proj"])), Some(vec![Q, Down]));
-        assert_eq!([json!([]), json!(["lm_head"]), json!("x"), json!(1)].map(|v| projections(&v)), [const { None }; 4]);
     }
 
     #[test]

@@ -100,7 +100,8 @@ mod tests {
 
     use super::*;
     use crate::data::Overlong;
-    use crate::model::names::Projection;
+    use crate::model::spec::ModuleId;
+    use crate::model::trainable::Targets;
     use tempfile::TempDir;
 
     fn recipe(yaml: &str, overrides: &[&str]) -> Result<Job, RecipeError> {
@@ -127,7 +128,8 @@ mod tests {
         assert_eq!(job.data.train, [Path::new("t.jsonl")]);
         assert_eq!((job.data.max_length, job.data.eval, job.shards), (1024, None, None));
         assert_eq!((job.output_dir.as_path(), job.lora.r, job.lora.alpha), (Path::new("./out"), 16, 16.0));
-        assert_eq!((job.lora.dropout, job.lora.target_modules.len(), job.lora.use_rslora), (0.05, 7, false));
+        assert_eq!((job.lora.dropout, job.lora.use_rslora), (0.05, false));
+        assert_eq!(job.lora.target_modules, Targets::AllLinear);
         let compute_dtype = ComputeDtype::Auto;
         assert_eq!(job.quantization, QuantizationJob { load_in_4bit: true, double_quant: None, compute_dtype });
         let training = job.training;
@@ -169,7 +171,7 @@ fsdp:
         let set = ["lora.r=4", "lora.r=32", "lora={lora_alpha: 64}", "training.max_steps=1e2", "data.eval=e.jsonl"];
         let job = recipe(yaml, &set).unwrap();
         assert_eq!((job.lora.r, job.lora.alpha, job.training.max_steps), (32, 64.0, Some(100)));
-        assert_eq!(job.lora.target_modules, [Projection::Q, Projection::V]);
+        assert_eq!(job.lora.target_modules, Targets::Named(vec![ModuleId::Q, ModuleId::V]));
         assert_eq!((job.data.train.len(), job.data.eval), (2, Some(EvalData::File("e.jsonl".into()))));
         let compute_dtype = ComputeDtype::Auto;
         let quantization = QuantizationJob { load_in_4bit: false, double_quant: Some(false), compute_dtype };

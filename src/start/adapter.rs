@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
-use crate::model::config::ModelConfig;
+use crate::model::spec::ModelSpec;
 use crate::recipe::{Job, LoraJob};
 use crate::train::log::bytes;
 
@@ -11,7 +11,7 @@ use super::{Start, host_memory};
 
 impl Start<'_> {
     /// Returns the adapter that a job names, and tells what the user should know about it.
-    pub fn named_adapter(&self, job: &Job, config: &ModelConfig) -> Result<Option<Adapter>> {
+    pub fn named_adapter(&self, job: &Job, config: &ModelSpec) -> Result<Option<Adapter>> {
         let Some(dir) = &job.lora.adapter else { return Ok(None) };
         let name = job.command.name_of("lora.adapter").unwrap_or_default();
         let adapter = adapter::load(dir, config).with_context(|| name.to_string())?;
@@ -22,7 +22,7 @@ impl Start<'_> {
     }
 
     /// Returns the adapter that training starts from: the one that the job names, with the job's dropout, or a new one.
-    pub fn adapter_to_train(&self, job: &Job, config: &ModelConfig) -> Result<Adapter> {
+    pub fn adapter_to_train(&self, job: &Job, config: &ModelSpec) -> Result<Adapter> {
         if let Some(mut adapter) = self.named_adapter(job, config)? {
             adapter.settings.dropout = job.lora.dropout;
             return Ok(adapter);
@@ -33,23 +33,24 @@ impl Start<'_> {
 
 /// Returns the settings of the adapter that a job trains, without its values: of the one that it names, with the job's dropout, or of a
 /// new one, whatever memory that takes.
-pub fn planned_settings(lora: &LoraJob, config: &ModelConfig) -> Result<AdapterSettings> {
+pub fn planned_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
     match &lora.adapter {
         Some(dir) => {
             let settings = adapter::load(dir, config).context("lora.adapter")?.settings;
             Ok(AdapterSettings { dropout: lora.dropout, ..settings })
         }
-        None => Ok(settings(lora)),
+        None => settings(lora, config),
     }
 }
 
 /// Returns the settings of a new adapter. Fails where it is larger than the memory that is available, since it is made before the plan
 /// knows of it.
-pub fn new_settings(lora: &LoraJob, config: &ModelConfig) -> Result<AdapterSettings> {
-    let settings = settings(lora);
-    let (r, layers) = (settings.lora_rank as f64, config.num_hidden_layers as f64);
-    let widths = settings.targets.iter().map(|p| p.shape(config).iter().map(|&n| n as f64).sum::<f64>());
-    let (needed, there) = (widths.sum::<f64>() * r * layers * size_of::<f32>() as f64, host_memory::available_bytes());
+pub fn new_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
+    let settings = settings(lora, config)?;
+    let targets = config.modules().filter(|module| settings.targets.contains(&module.id));
+    let widths: f64 = targets.map(|module| (module.in_features + module.out_features) as f64).sum();
+    let needed = widths * settings.lora_rank as f64 * size_of::<f32>() as f64;
+    let there = host_memory::available_bytes();
     ensure!(
         needed < there as f64,
         "lora.r: {} makes an adapter of {}, and {} of host memory are available: lower lora.r, or lora.target_modules to fewer",
@@ -60,13 +61,13 @@ pub fn new_settings(lora: &LoraJob, config: &ModelConfig) -> Result<AdapterSetti
     Ok(settings)
 }
 
-fn settings(lora: &LoraJob) -> AdapterSettings {
-    AdapterSettings {
+fn settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
+    Ok(AdapterSettings {
         lora_rank: lora.r,
         alpha: lora.alpha,
         dropout: lora.dropout,
         use_rslora: lora.use_rslora,
-        targets: lora.target_modules.clone(),
+        targets: lora.target_modules.of(config)?,
         init_lora_weights: true.into(),
-    }
+    })
 }

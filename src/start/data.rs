@@ -5,7 +5,7 @@ use anyhow::{Context, Result};
 use crate::data::{self, DataOptions, Dataset, TextTokenizer};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
-use crate::model::config::ModelConfig;
+use crate::model::spec::ModelSpec;
 use crate::recipe::{EvalData, Job};
 use crate::train::log::bytes;
 
@@ -22,7 +22,7 @@ pub struct TrainingData {
 
 impl TrainingData {
     /// Reads the rows, tells what they have become, and adds to `inputs` what ranks must have in common of them.
-    pub fn load(start: &Start, job: &Job, config: &ModelConfig, inputs: &mut Facts) -> Result<TrainingData> {
+    pub fn load(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<TrainingData> {
         let options = data_options(job);
         let tokenizer = tokenizer(start, job, &options)?;
         let (tokenizer, vocab_size, paths) = (tokenizer.as_ref(), config.vocab_size, &job.data.train);
@@ -67,7 +67,7 @@ impl TrainingData {
 
 /// Reads the rows of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must have in common of
 /// them.
-pub fn to_score(start: &Start, job: &Job, config: &ModelConfig, inputs: &mut Facts) -> Result<Dataset> {
+pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<Dataset> {
     let options = data_options(job).for_evaluation();
     let tokenizer = tokenizer(start, job, &options)?;
     let dataset = Dataset::load(&job.data.train, tokenizer.as_ref(), config.vocab_size, &options)?;
@@ -86,12 +86,12 @@ fn tokenizer(start: &Start, job: &Job, options: &DataOptions) -> Result<Option<T
 }
 
 /// Says what the rows have become, and what of it may surprise.
-fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelConfig) {
+fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelSpec) {
     start.log.line(format!("{name}: {}, {} of host memory", dataset.counts, bytes(dataset.host_bytes())));
     for note in &dataset.notes {
         start.log.line(format!("{name}: {note}"));
     }
-    let (longest, limit) = (dataset.longest_document(), config.rope.max_position_embeddings);
+    let (longest, limit) = (dataset.longest_document(), config.max_position_embeddings);
     if longest > limit {
         let rows = dataset.documents.iter().filter(|d| d.input_ids.len() > limit).count();
         start.log.line(format!(

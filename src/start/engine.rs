@@ -13,7 +13,7 @@ use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{MemoryPlan, Ops};
 use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Limits;
-use crate::model::layer::LayerLora;
+use crate::model::trainable::Trainables;
 use crate::plan::memory::Sizes;
 use crate::recipe::Job;
 use crate::train::log::bytes;
@@ -41,7 +41,7 @@ pub trait Work {
 impl Start<'_> {
     /// Decides what is kept where, makes the engine, loads the adapter's values, and does the work. Collective.
     pub fn with_engine<W: Work>(&self, placement: Placement, setup: Setup<'_>, work: W) -> Result<W::Output> {
-        let lora = setup.adapter.map(|adapter| LayerLora::new(&setup.base.config, adapter.settings.lora_config()));
+        let lora = setup.adapter.map(|adapter| Trainables::new(&setup.base.spec, adapter.settings.lora_config()));
         match placement {
             Placement::Cpu(cpu) => self.on_cpu(cpu, lora, setup, work),
             Placement::Bf16(cuda, host) => self.on_gpu(cuda, host, lora, setup, work),
@@ -49,7 +49,7 @@ impl Start<'_> {
         }
     }
 
-    fn on_cpu<W: Work>(&self, cpu: Cpu, lora: Option<LayerLora>, setup: Setup<'_>, work: W) -> Result<W::Output> {
+    fn on_cpu<W: Work>(&self, cpu: Cpu, lora: Option<Trainables>, setup: Setup<'_>, work: W) -> Result<W::Output> {
         let Setup { mut comm, base, adapter, limits, job } = setup;
         let sizes = self.sizes(&base, lora.as_ref());
         let limits = Undecided { sizes, adapter, limits, job }.decide_on_cpu(self, &mut comm)?;
@@ -61,7 +61,7 @@ impl Start<'_> {
         &self,
         cuda: Cuda<A>,
         host: Cpu,
-        lora: Option<LayerLora>,
+        lora: Option<Trainables>,
         setup: Setup<'_>,
         work: W,
     ) -> Result<W::Output> {
@@ -83,9 +83,9 @@ impl Start<'_> {
         self.run(Engine::new(cuda, host, queue, base, lora, limits)?, adapter, work)
     }
 
-    fn sizes<'a>(&self, base: &'a Base, lora: Option<&'a LayerLora>) -> Sizes<'a> {
-        let (config, layouts, world_size) = (&base.config, &base.layouts[..], self.world.world_size);
-        Sizes { config, layouts, lora, world_size }
+    fn sizes<'a>(&self, base: &'a Base, trainables: Option<&'a Trainables>) -> Sizes<'a> {
+        let (spec, layouts, world_size) = (&base.spec, &base.layouts[..], self.world.world_size);
+        Sizes { spec, layouts, trainables, world_size }
     }
 
     fn run<W: Work, D: Ops, Q: Queue<D>>(

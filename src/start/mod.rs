@@ -72,8 +72,8 @@ impl Start<'_> {
         job: &Agreed<Job>,
         _: &Agreed<Facts>,
     ) -> Result<(Placement, Base)> {
-        let placement = self.place_for(comm, job, &opened.config)?;
-        let writes = opened.spec.is_written_here(comm)?;
+        let placement = self.place_for(comm, job, &opened.spec)?;
+        let writes = opened.shard_spec.is_written_here(comm)?;
         // A warning is about the shard file of this rank.
         let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
         let base = opened.load(comm, writes, &mut |line| self.log.line(line), &mut warn)?;

@@ -10,7 +10,7 @@ use crate::comm::watch::{self, Phase};
 use crate::comm::{Comm, Gather, all_gather_u64, anywhere};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, Cuda, HalfType};
-use crate::model::config::ModelConfig;
+use crate::model::spec::ModelSpec;
 use crate::plan::limits;
 use crate::recipe::{ComputeDtype, Job};
 
@@ -96,7 +96,7 @@ impl Start<'_> {
     }
 
     /// Takes a device like [`Start::place`], and checks that the job's model and its way to gather are possible there. Collective.
-    pub fn place_for(&self, comm: &mut dyn Comm, job: &Agreed<Job>, config: &ModelConfig) -> Result<Placement> {
+    pub fn place_for(&self, comm: &mut dyn Comm, job: &Agreed<Job>, config: &ModelSpec) -> Result<Placement> {
         let placement = self.place(comm, job.quantization.compute_dtype)?;
         match &placement {
             Placement::Cpu(_) => ensure!(
@@ -122,8 +122,8 @@ impl Start<'_> {
 }
 
 /// Checks that the GPU can run the model, and loads the kernels that not every model needs.
-fn prepare<A: HalfType>(cuda: &Cuda<A>, config: &ModelConfig) -> Result<()> {
+fn prepare<A: HalfType>(cuda: &Cuda<A>, config: &ModelSpec) -> Result<()> {
     limits::check_gpu(config)?;
     let _wait = watch::wait("loading attention's kernels".to_string());
-    cuda.load_attention(config.head_dim, None)
+    config.layers.iter().try_for_each(|layer| cuda.load_attention(layer.attention.head_dim, layer.attention.softcap))
 }

@@ -6,9 +6,9 @@ use half::bf16;
 use crate::checkpoint::{load, synthetic};
 use crate::device::cuda::Cuda;
 use crate::fsdp::layout::UnitLayout;
-use crate::model::config::ModelConfig;
-use crate::model::layer::LayerLora;
-use crate::model::lora::LoraConfig;
+use crate::model::spec::ModelSpec;
+use crate::model::trainable::LoraConfig;
+use crate::model::trainable::Trainables;
 use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::Hardware;
 use crate::plan::limits;
@@ -58,7 +58,7 @@ impl Machine<'_> {
 /// A model to train, as far as a plan needs it.
 pub struct Planned {
     name: String,
-    config: ModelConfig,
+    config: ModelSpec,
     layouts: Vec<UnitLayout>,
     lora: LoraConfig,
     /// Bytes of an embedding table that is not in a file.
@@ -75,7 +75,7 @@ impl Planned {
     }
 
     /// Makes up a model of a shape, with a new adapter.
-    pub fn of_shape(name: &str, config: ModelConfig, job: &Job, machine: &Machine) -> Result<Planned> {
+    pub fn of_shape(name: &str, config: ModelSpec, job: &Job, machine: &Machine) -> Result<Planned> {
         let layouts = synthetic::layouts(&config, nf4_double_quant(job), machine.num_shards(job)?)?;
         let lora = planned_settings(&job.lora, &config)?.lora_config();
         let embedding_bytes = synthetic::embedding_bytes(&config);
@@ -90,8 +90,8 @@ impl Planned {
         let Planned { name, config, layouts, lora, embedding_bytes } = self;
         let Machine { hardware, nodes, world_size, ranks_per_gpu, .. } = *machine;
         limits::check_gpu(&config)?;
-        let lora = LayerLora::new(&config, lora);
-        let sizes = Sizes { config: &config, layouts: &layouts, lora: Some(&lora), world_size };
+        let trainables = Trainables::new(&config, lora);
+        let sizes = Sizes { spec: &config, layouts: &layouts, trainables: Some(&trainables), world_size };
         let limits = step_limits(job, world_size);
         let library_bytes = hardware.library_bytes(sizes.num_communicators(), ranks_per_gpu);
         let process_bytes = sizes.process_bytes(limits.max_tokens, ranks_per_gpu, embedding_bytes);
@@ -107,7 +107,7 @@ impl Planned {
             gpu: hardware.name.clone(),
             world_size,
             nodes,
-            num_layers: config.num_hidden_layers,
+            num_layers: config.num_layers(),
             num_units: layouts.len(),
             limits,
             cost: sizes.cost::<Cuda<bf16>>(&limits)?,

@@ -15,41 +15,37 @@ use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::grads::Values;
 use crate::model::batch::{MicroBatch, NO_TARGET};
-use crate::model::layer::LayerLora;
-use crate::model::names::{self, Projection};
+use crate::model::spec::{ModelSpec, ModuleId};
+use crate::model::trainable::Kind;
 
 /// Largest number of modules that a message names.
 const MAX_NAMES: usize = 8;
 
-const ATTENTION: &[Projection] = &[Projection::Q, Projection::K, Projection::V, Projection::O];
-const MLP: &[Projection] = &[Projection::Gate, Projection::Up, Projection::Down];
-
 /// Tells whether the base's weight of this name is all zeros.
 pub type IsZero<'a> = &'a dyn Fn(&str) -> Result<bool>;
 
-/// Fails naming the modules whose `matrix` ("A" or "B") should have a gradient and has none. Returns a line about those that rightly have
+/// Fails naming the modules whose A or B should have a gradient and has none. Returns a line about those that rightly have
 /// none. `batches` are this rank's of the step. Collective.
 pub fn every_matrix_has_a_gradient<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
-    matrix: &str,
+    kind: Kind,
     batches: &[MicroBatch],
     is_zero: IsZero<'_>,
 ) -> Result<Option<String>> {
     let attending = batches.iter().map(num_attending_targets).sum::<usize>();
     let attends = engine.queue.all_reduce_f64("targets that attend to several tokens", &[attending as f64])?[0] > 0.0;
     let (mut without, mut num_matrices) = (Vec::new(), 0);
-    for layer in 0..engine.config().num_hidden_layers {
+    for layer in 0..engine.spec().num_layers() {
         let grads = engine.gather_trainable_to_host(layer, Values::Grad)?;
-        let Some(LayerLora { layout, .. }) = engine.lora() else { bail!("there is no adapter") };
-        for entry in layout.entries() {
+        let Some(trainables) = engine.trainables() else { bail!("there is no adapter") };
+        for matrix in trainables.layers[layer].list().iter().filter(|matrix| matrix.kind == kind) {
             num_matrices += 1;
-            let range = if matrix == "A" { entry.a.clone() } else { entry.b.clone() };
-            if grads[range].iter().all(|&g| g == 0.0) {
-                without.push((layer, entry.projection));
+            if grads[matrix.range.clone()].iter().all(|&g| g == 0.0) {
+                without.push((layer, matrix.module));
             }
         }
     }
-    judge(&without, num_matrices, matrix, attends, is_zero)
+    judge(engine.spec(), &without, num_matrices, kind, attends, is_zero)
 }
 
 /// Counts the targets that are predicted from more than the first token of their document.
@@ -63,20 +59,23 @@ fn num_attending_targets(batch: &MicroBatch) -> usize {
 }
 
 fn judge(
-    without: &[(usize, Projection)],
+    spec: &ModelSpec,
+    without: &[(usize, ModuleId)],
     num_matrices: usize,
-    matrix: &str,
+    kind: Kind,
     attends: bool,
     is_zero: IsZero<'_>,
 ) -> Result<Option<String>> {
+    let matrix = kind.letter();
     ensure!(without.len() < num_matrices, "no lora_{matrix} has a gradient, so the adapter would not be trained");
     let (mut rightly, mut wrongly) = (Vec::new(), Vec::new());
-    for &(layer, projection) in without {
-        let name = format!("{}.lora_{matrix}", names::module(layer, projection));
-        let branch = if ATTENTION.contains(&projection) { ATTENTION } else { MLP };
-        let mut is_right = !attends && matches!(projection, Projection::Q | Projection::K);
-        for &other in branch.iter().filter(|&&other| other != projection) {
-            is_right = is_right || is_zero(&names::weight(layer, other))?;
+    for &(layer, id) in without {
+        let layer = &spec.layers[layer];
+        let name = layer.module(id).map_or("", |module| &module.name);
+        let name = format!("{name}.lora_{matrix}");
+        let mut is_right = !attends && matches!(id, ModuleId::Q | ModuleId::K);
+        for other in layer.branch(id).iter().filter(|other| other.id != id) {
+            is_right = is_right || is_zero(&format!("{}.weight", other.name))?;
         }
         if is_right { rightly.push(name) } else { wrongly.push(name) }
     }
@@ -122,6 +121,11 @@ pub fn result_is_sound(start: &Adapter, end: &Adapter) -> Result<()> {
 mod tests {
     use super::*;
     use crate::checkpoint::adapter::AdapterSettings;
+    use crate::model::shapes;
+
+    fn spec() -> ModelSpec {
+        shapes::named("llama-3.1-405b", None).unwrap()
+    }
 
     fn zeros(zeros: &'static [&'static str]) -> impl Fn(&str) -> Result<bool> {
         |name| Ok(zeros.contains(&name))
@@ -130,28 +134,34 @@ mod tests {
     #[test]
     fn a_gradient_may_be_zero_only_where_its_branch_is() {
         let base = zeros(&["model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"]);
-        let expanded = [Projection::Q, Projection::V, Projection::Gate].map(|p| (1, p));
-        let line = judge(&expanded, 14, "B", true, &base).unwrap().unwrap();
+        let expanded = [ModuleId::Q, ModuleId::V, ModuleId::Gate].map(|p| (1, p));
+        let line = judge(&spec(), &expanded, 14, Kind::B, true, &base).unwrap().unwrap();
         assert!(line.starts_with("3 of 14 lora_B") && line.contains("layers.1.self_attn.q_proj.lora_B"), "{line}");
-        assert_eq!(judge(&[], 14, "B", true, &base).unwrap(), None);
+        assert_eq!(judge(&spec(), &[], 14, Kind::B, true, &base).unwrap(), None);
         // The same modules of a layer that has all its weights, and the zero weights themselves.
-        for wrong in [(0, Projection::Q), (0, Projection::Gate), (1, Projection::O), (1, Projection::Down)] {
-            let error = judge(&[(1, Projection::Q), wrong], 14, "B", true, &base).unwrap_err().to_string();
+        for wrong in [(0, ModuleId::Q), (0, ModuleId::Gate), (1, ModuleId::O), (1, ModuleId::Down)] {
+            let error = judge(&spec(), &[(1, ModuleId::Q), wrong], 14, Kind::B, true, &base).unwrap_err().to_string();
+            let name = format!("layers.{}.", wrong.0);
             assert!(
-                error.starts_with("1 LoRA matrices") && error.contains(&names::module(wrong.0, wrong.1)),
+                error.starts_with("1 LoRA matrices") && error.contains(&name) && error.contains(wrong.1.name()),
                 "{error}"
             );
         }
-        assert!(judge(&expanded, 3, "B", true, &base).unwrap_err().to_string().contains("no lora_B has a gradient"));
+        assert!(
+            judge(&spec(), &expanded, 3, Kind::B, true, &base)
+                .unwrap_err()
+                .to_string()
+                .contains("no lora_B has a gradient")
+        );
     }
 
     #[test]
     fn queries_and_keys_of_single_tokens_have_no_gradient() {
         let base = zeros(&[]);
-        let without = [(0, Projection::Q), (0, Projection::K)];
-        assert!(judge(&without, 14, "B", false, &base).unwrap().unwrap().starts_with("2 of 14"));
-        assert!(judge(&without, 14, "B", true, &base).is_err());
-        assert!(judge(&[(0, Projection::V)], 14, "B", false, &base).is_err());
+        let without = [(0, ModuleId::Q), (0, ModuleId::K)];
+        assert!(judge(&spec(), &without, 14, Kind::B, false, &base).unwrap().unwrap().starts_with("2 of 14"));
+        assert!(judge(&spec(), &without, 14, Kind::B, true, &base).is_err());
+        assert!(judge(&spec(), &[(0, ModuleId::V)], 14, Kind::B, false, &base).is_err());
         let mut batch = MicroBatch::new();
         batch.push(0, &[5, 6], &[true, true]);
         batch.push(1, &[5, 6, 7], &[true, true, false]);
@@ -162,8 +172,8 @@ mod tests {
 
     #[test]
     fn lists_are_bounded() {
-        let without: Vec<_> = (0..100).map(|layer| (layer, Projection::Q)).collect();
-        let error = judge(&without, 200, "A", true, &zeros(&[])).unwrap_err().to_string();
+        let without: Vec<_> = (0..100).map(|layer| (layer, ModuleId::Q)).collect();
+        let error = judge(&spec(), &without, 200, Kind::A, true, &zeros(&[])).unwrap_err().to_string();
         assert!(
             error.contains("layers.7.self_attn.q_proj.lora_A and 92 more") && !error.contains("layers.8."),
             "{error}"
@@ -177,7 +187,7 @@ mod tests {
             alpha: 1.0,
             dropout: 0.0,
             use_rslora: false,
-            targets: vec![Projection::Q],
+            targets: vec![ModuleId::Q],
             init_lora_weights: true.into(),
         };
         let adapter =

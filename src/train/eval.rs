@@ -20,8 +20,7 @@ pub struct Score {
 pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBatch], adapter: bool) -> Result<Score> {
     let (mut sum, mut num) = (0.0, 0.0);
     let limits = engine.limits();
-    let at_once =
-        limits.inputs(crate::fsdp::unit::NumUnits::new(engine.config()), Mode::Score, limits.max_micro_batches);
+    let at_once = limits.inputs(crate::fsdp::unit::NumUnits::new(engine.spec()), Mode::Score, limits.max_micro_batches);
     for group in batches.chunks(at_once.num_live_micro_batches()) {
         let args = RunArgs {
             mode: Mode::Score,

@@ -10,7 +10,7 @@ use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZE
 use crate::comm::{Queue, watch};
 use crate::device::Device;
 use crate::files;
-use crate::model::config::ModelConfig;
+use crate::model::spec::ModelSpec;
 
 /// A line of metrics.jsonl takes less.
 const METRICS_LINE_BYTES: usize = 1000;
@@ -57,7 +57,7 @@ pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, stamps: &
 pub fn save(
     output: &mut Output,
     adapter: &Adapter,
-    config: &ModelConfig,
+    config: &ModelSpec,
     kept: &Kept,
     metrics: &[u8],
     doubt: Option<String>,

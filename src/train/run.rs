@@ -13,6 +13,7 @@ use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::grads::Values;
 use crate::model::batch::MicroBatch;
+use crate::model::trainable::Kind;
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
@@ -115,8 +116,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     /// Looks once at the gradients of each kind of matrix.
     fn check_gradients(&mut self, progress: &mut Progress, batches: &[MicroBatch]) -> Result<()> {
         let (checks_a, checks_b) = (progress.has_learned && !progress.a_is_checked, !progress.b_is_checked);
-        for matrix in [checks_b.then_some("B"), checks_a.then_some("A")].into_iter().flatten() {
-            if let Some(line) = check::every_matrix_has_a_gradient(self.engine, matrix, batches, self.is_zero)? {
+        for kind in [checks_b.then_some(Kind::B), checks_a.then_some(Kind::A)].into_iter().flatten() {
+            if let Some(line) = check::every_matrix_has_a_gradient(self.engine, kind, batches, self.is_zero)? {
                 self.log.line(line);
             }
         }
@@ -212,7 +213,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
 
 /// The adapter as it is now, whole, on every rank. Collective.
 pub fn adapter<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, settings: &AdapterSettings) -> Result<Adapter> {
-    let num_layers = engine.config().num_hidden_layers;
+    let num_layers = engine.spec().num_layers();
     let layers =
         (0..num_layers).map(|layer| engine.gather_trainable_to_host(layer, Values::Master)).collect::<Result<_>>()?;
     Ok(Adapter { settings: settings.clone(), layers })

@@ -15,7 +15,7 @@ use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::fsdp::exec::Engine;
 use fsdp_qlora::fsdp::memory::{Limits, Residency};
 use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
-use fsdp_qlora::model::layer::LayerLora;
+use fsdp_qlora::model::trainable::Trainables;
 
 pub type CpuEngine = Engine<Cpu, HostQueue>;
 
@@ -76,7 +76,7 @@ impl EngineOptions {
     }
 
     pub fn with_adapter(mut self, dir: &str) -> EngineOptions {
-        let config = fsdp_qlora::model::config::ModelConfig::load(&self.model).unwrap();
+        let config = fsdp_qlora::model::spec::ModelSpec::load(&self.model).unwrap();
         self.adapter = Some(adapter::load(&golden(dir), &config).unwrap());
         self
     }
@@ -100,7 +100,7 @@ impl EngineOptions {
             residency: self.residency,
             ..Limits::new(self.mode, self.max_tokens, self.max_micro_batches)
         };
-        let lora = self.adapter.as_ref().map(|a| LayerLora::new(&base.config, a.settings.lora_config()));
+        let lora = self.adapter.as_ref().map(|a| Trainables::new(&base.spec, a.settings.lora_config()));
         let queue = HostQueue::new(groups, Delays::all(self.delay)).unwrap();
         let mut engine = Engine::new(Cpu::new(1), Cpu::new(1), queue, base, lora, limits).unwrap();
         for (layer, values) in self.adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{AdapterSettings, CONFIG_FILE};
 use crate::files::{self, MAX_SETTINGS_BYTES, listed, shown, shown_path};
-use crate::model::names::Projection;
+use crate::model::spec::ModuleId;
 
 /// Keys that do not change what is computed: bookkeeping, and settings of features that other keys would switch on.
 const HARMLESS: [&str; 16] = [
@@ -86,7 +86,7 @@ impl Modules {
     /// Returns whether a module is among these, by the rule of PEFT's `check_target_module_exists`.
     fn contain(&self, module: &str) -> Result<bool> {
         match self {
-            Self::AllLinear => Ok(Projection::ALL.iter().any(|p| module.ends_with(p.path()))),
+            Self::AllLinear => Ok(module.rsplit('.').next().and_then(ModuleId::from_name).is_some()),
             Self::Pattern(pattern) => {
                 pattern.is_match(module).with_context(|| format!("{pattern}: too much work for {module}"))
             }

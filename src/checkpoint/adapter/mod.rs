@@ -11,16 +11,15 @@ pub use write::save;
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::model::config::ModelConfig;
-use crate::model::lora::{LoraConfig, LoraEntry, LoraLayout};
-use crate::model::names::{self, Projection};
+use crate::model::spec::{LayerSpec, ModelSpec, Module, ModuleId};
+use crate::model::trainable::{Kind, LayerTrainables, LoraConfig};
 
 /// Name of the file of tensors.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// Name of the file that describes the tensors.
 pub const CONFIG_FILE: &str = "adapter_config.json";
 
-/// An adapter: its settings, and each layer's values as [`LoraLayout`] lays them out.
+/// An adapter: its settings, and each layer's values as [`LayerTrainables`] lays them out.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Adapter {
     pub settings: AdapterSettings,
@@ -50,7 +49,7 @@ pub struct AdapterSettings {
     pub alpha: f64,
     pub dropout: f32,
     pub use_rslora: bool,
-    pub targets: Vec<Projection>,
+    pub targets: Vec<ModuleId>,
     /// Initialization that PEFT used, kept for the file that is saved.
     pub init_lora_weights: Value,
 }
@@ -69,30 +68,31 @@ impl AdapterSettings {
     }
 }
 
-/// Returns PEFT's name of a LoRA matrix; `matrix` is "A" or "B".
-fn tensor_name(layer: usize, projection: Projection, matrix: &str) -> String {
-    format!("base_model.model.{}.lora_{matrix}.weight", names::module(layer, projection))
+/// PEFT's name of a LoRA matrix.
+fn tensor_name(module: &Module, kind: Kind) -> String {
+    format!("base_model.model.{}.lora_{}.weight", module.name, kind.letter())
 }
 
-/// Makes a fresh adapter: A uniform in ±1/√in_features (Kaiming-uniform with a = √5, PEFT's start), B zero. The numbers
-/// depend on the seed, the layer and the projection only.
-pub fn fresh(settings: AdapterSettings, config: &ModelConfig, seed: u64) -> Adapter {
-    let layout = LoraLayout::new(config, &settings.lora_config());
-    let layer = |layer: usize| {
-        let mut values = vec![0.0; layout.len];
-        for entry in layout.entries() {
-            let bound = 1.0 / (entry.a_shape[1] as f32).sqrt();
-            let mut state = seed ^ ((layer * Projection::ALL.len() + entry.projection as usize + 1) as u64) << 40;
-            for value in &mut values[entry.a.clone()] {
-                // 24 bits make a number in [0, 1) that is exact in f32.
+/// A fresh adapter: A uniform in ±1/√in_features (Kaiming-uniform with a = √5, PEFT's start), B zero. The numbers
+/// depend on the seed and the module only.
+pub fn fresh(settings: AdapterSettings, spec: &ModelSpec, seed: u64) -> Adapter {
+    let lora = settings.lora_config();
+    let values_of = |layer: &LayerSpec| {
+        let trainables = LayerTrainables::new(layer, &lora);
+        let mut values = vec![0.0; trainables.len()];
+        for a in trainables.list().iter().filter(|trainable| trainable.kind == Kind::A) {
+            let bound = 1.0 / (a.shape[1] as f32).sqrt();
+            let number = layer.module(a.module).map_or(0, |module| module.number);
+            let mut state = seed ^ (u64::from(number) + 1) << 40;
+            for value in &mut values[a.range.clone()] {
+                // 24 bits, so that the number in [0, 1) is exact in f32.
                 let uniform = (splitmix64(&mut state) >> 40) as f32 / (1u64 << 24) as f32;
                 *value = (2.0 * uniform - 1.0) * bound;
             }
         }
         values
     };
-    let layers = (0..config.num_hidden_layers).map(layer).collect();
-    Adapter { settings, layers }
+    Adapter { layers: spec.layers.iter().map(values_of).collect(), settings }
 }
 
 /// SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014).
@@ -104,10 +104,6 @@ fn splitmix64(state: &mut u64) -> u64 {
     z ^ (z >> 31)
 }
 
-fn matrices(entry: &LoraEntry) -> [(&'static str, std::ops::Range<usize>, [usize; 2]); 2] {
-    [("A", entry.a.clone(), entry.a_shape), ("B", entry.b.clone(), entry.b_shape)]
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -116,12 +112,12 @@ mod tests {
 
     use super::*;
 
-    fn config() -> ModelConfig {
-        ModelConfig::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny")).unwrap()
+    fn config() -> ModelSpec {
+        ModelSpec::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny")).unwrap()
     }
 
     fn settings() -> AdapterSettings {
-        let targets = vec![Projection::Q, Projection::Down];
+        let targets = vec![ModuleId::Q, ModuleId::Down];
         AdapterSettings {
             lora_rank: 4,
             alpha: 8.0,
@@ -145,14 +141,14 @@ mod tests {
     #[test]
     fn a_fresh_adapter_is_kaiming_uniform_and_zero() {
         let adapter = fresh(settings(), &config(), 42);
-        let layout = LoraLayout::new(&config(), &settings().lora_config());
-        let entry = layout.get(Projection::Down).unwrap();
-        let a = &adapter.layers[1][entry.a.clone()];
+        let trainables = LayerTrainables::new(&config().layers[1], &settings().lora_config());
+        let range = |kind| trainables.get(ModuleId::Down, kind).unwrap().range.clone();
+        let a = &adapter.layers[1][range(Kind::A)];
         let bound = 1.0 / 128f32.sqrt();
         assert!(a.iter().all(|v| v.abs() <= bound));
         let variance = a.iter().map(|v| v * v).sum::<f32>() / a.len() as f32;
         assert!((variance / (bound * bound / 3.0) - 1.0).abs() < 0.15, "variance {variance}");
-        assert!(adapter.layers[1][entry.b.clone()].iter().all(|&v| v == 0.0));
+        assert!(adapter.layers[1][range(Kind::B)].iter().all(|&v| v == 0.0));
         assert_ne!(adapter.layers[0], adapter.layers[1]);
     }
 

@@ -1,6 +1,6 @@
 //! Reads an adapter: its tensors and `adapter_config.json`, which must agree.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -9,18 +9,17 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::config::PeftConfig;
-use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, matrices, tensor_name};
+use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, tensor_name};
 use crate::checkpoint::output::STAGING;
 use crate::checkpoint::source::map;
-use crate::model::config::ModelConfig;
-use crate::model::lora::LoraLayout;
-use crate::model::names::{self, Projection};
+use crate::model::spec::{ModelSpec, ModuleId};
+use crate::model::trainable::{Kind, LayerTrainables};
 
 /// Reads a PEFT adapter for this model. Every tensor must be there, and none may be left over.
 ///
 /// # Errors
-/// The files cannot be read, or contradict each other or the model; `adapter_config.json` asks for something that is not implemented.
-pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
+/// The files cannot be read, or contradict each other or the model; `adapter_config.json` has what is not implemented.
+pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Adapter> {
     ensure!(
         dir.join(CONFIG_FILE).exists() || !dir.join(STAGING).exists(),
         "{}: a new adapter is being put in place, or was when its run was killed; help: the same `train` again finishes it",
@@ -31,20 +30,20 @@ pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
     let file = map(&path)?;
     let tensors = SafeTensors::deserialize(&file).with_context(|| path.display().to_string())?;
     let mut left: BTreeSet<String> = tensors.names().into_iter().map(str::to_string).collect();
-    let targets = targets(&peft, &left, config).with_context(|| dir.display().to_string())?;
+    let targets = targets(&peft, &left, spec).with_context(|| dir.display().to_string())?;
     let settings = AdapterSettings { targets, ..peft.settings };
-    check_rank(&tensors, &settings).with_context(|| dir.display().to_string())?;
-    let layout = LoraLayout::new(config, &settings.lora_config());
-    let mut layers = Vec::new();
-    for layer in 0..config.num_hidden_layers {
-        let mut values = vec![0.0; layout.len];
-        for entry in layout.entries() {
-            for (matrix, range, shape) in matrices(entry) {
-                let name = tensor_name(layer, entry.projection, matrix);
-                let view = tensors.tensor(&name).with_context(|| format!("{}: {name}", path.display()))?;
-                read(&view, shape, &mut values[range]).with_context(|| format!("{}: {name}", path.display()))?;
-                left.remove(&name);
-            }
+    check_rank(&tensors, &settings, spec).with_context(|| dir.display().to_string())?;
+    let (lora, mut layers) = (settings.lora_config(), Vec::new());
+    for layer in &spec.layers {
+        let trainables = LayerTrainables::new(layer, &lora);
+        let mut values = vec![0.0; trainables.len()];
+        for trainable in trainables.list() {
+            let module = layer.module(trainable.module).context("a trainable without a module")?;
+            let name = tensor_name(module, trainable.kind);
+            let view = tensors.tensor(&name).with_context(|| format!("{}: {name}", path.display()))?;
+            read(&view, trainable.shape, &mut values[trainable.range.clone()])
+                .with_context(|| format!("{}: {name}", path.display()))?;
+            left.remove(&name);
         }
         layers.push(values);
     }
@@ -52,45 +51,42 @@ pub fn load(dir: &Path, config: &ModelConfig) -> Result<Adapter> {
     Ok(Adapter { settings, layers })
 }
 
-/// Returns the projections that have an adapter in layer 0, which must be the same in all layers. The file of tensors and `target_modules` must agree on
+/// The modules that have an adapter, the same in all layers that have the module. The file of tensors and `target_modules` must agree on
 /// every module.
-fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, config: &ModelConfig) -> Result<Vec<Projection>> {
+fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, spec: &ModelSpec) -> Result<Vec<ModuleId>> {
     for module in ["lm_head", "model.embed_tokens"] {
         ensure!(
             !peft.targets(module)?,
             "{CONFIG_FILE}: target_modules: {module} is one; allowed: projections of layers"
         );
     }
-    let has_tensors = |layer: usize, p: Projection| tensors.contains(&tensor_name(layer, p, "A"));
-    for layer in 0..config.num_hidden_layers {
-        for projection in Projection::ALL {
-            let module = names::module(layer, projection);
-            match (peft.targets(&module)?, has_tensors(layer, projection), has_tensors(0, projection)) {
-                (true, true, true) | (false, false, false) => {}
-                (true, false, _) => {
-                    bail!("{TENSORS_FILE}: no tensors for {module}, which target_modules of {CONFIG_FILE} ask for")
-                }
-                (false, true, _) => {
-                    bail!(
-                        "{TENSORS_FILE}: tensors for {module}, which target_modules and exclude_modules of {CONFIG_FILE} leave out"
-                    )
-                }
-                _ => bail!("{module}: only some layers have an adapter there; allowed: all or none"),
+    // By module, as its first layer has it.
+    let mut has_adapter = BTreeMap::new();
+    for module in spec.modules() {
+        let (name, has_tensors) = (&module.name, tensors.contains(&tensor_name(module, Kind::A)));
+        let first = *has_adapter.entry(module.id).or_insert(has_tensors);
+        match (peft.targets(name)?, has_tensors) {
+            (true, false) => {
+                bail!("{TENSORS_FILE}: no tensors for {name}, which target_modules of {CONFIG_FILE} ask for")
             }
+            (false, true) => bail!(
+                "{TENSORS_FILE}: tensors for {name}, which target_modules and exclude_modules of {CONFIG_FILE} leave out"
+            ),
+            _ if has_tensors != first => bail!("{name}: only some layers have an adapter there; allowed: all or none"),
+            _ => {}
         }
     }
-    let targets: Vec<Projection> = Projection::ALL.into_iter().filter(|&p| has_tensors(0, p)).collect();
-    ensure!(
-        !targets.is_empty(),
-        "{TENSORS_FILE}: no LoRA matrix of layer 0 ({}, …)",
-        tensor_name(0, Projection::Q, "A")
-    );
+    let targets: Vec<ModuleId> = has_adapter.into_iter().filter_map(|(id, has)| has.then_some(id)).collect();
+    let example = spec.modules().next().map_or(String::new(), |module| tensor_name(module, Kind::A));
+    ensure!(!targets.is_empty(), "{TENSORS_FILE}: no LoRA matrix of layer 0 ({example}, …)");
     Ok(targets)
 }
 
-/// Compares r with the tensors before memory of that size is allocated.
-fn check_rank(tensors: &SafeTensors<'_>, settings: &AdapterSettings) -> Result<()> {
-    let name = tensor_name(0, settings.targets[0], "A");
+/// Compares r with the tensors before anything of that size is made.
+fn check_rank(tensors: &SafeTensors<'_>, settings: &AdapterSettings, spec: &ModelSpec) -> Result<()> {
+    let module =
+        spec.modules().find(|module| settings.targets.contains(&module.id)).context("no module is a target")?;
+    let name = tensor_name(module, Kind::A);
     let shape = tensors.tensor(&name)?.shape().to_vec();
     let rank = settings.lora_rank;
     ensure!(

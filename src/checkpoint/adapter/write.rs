@@ -7,22 +7,20 @@ use anyhow::{Context, Result};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use super::{Adapter, CONFIG_FILE, TENSORS_FILE, matrices, tensor_name};
+use super::{Adapter, CONFIG_FILE, TENSORS_FILE, tensor_name};
 use crate::checkpoint::atomic;
-use crate::model::config::ModelConfig;
-use crate::model::lora::LoraLayout;
+use crate::model::spec::ModelSpec;
+use crate::model::trainable::{LayerTrainables, Trainable};
 
-/// Writes both files durably into a folder that has no adapter yet. [`crate::checkpoint::output`] puts that folder in the place of
-/// another result. `base` is the model's path.
-pub fn save(adapter: &Adapter, config: &ModelConfig, base: &Path, dir: &Path) -> Result<()> {
-    let layout = LoraLayout::new(config, &adapter.settings.lora_config());
-    let mut views = Vec::new();
-    for (layer, values) in adapter.layers.iter().enumerate() {
-        for entry in layout.entries() {
-            for (matrix, range, shape) in matrices(entry) {
-                let view = TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(&values[range]))?;
-                views.push((tensor_name(layer, entry.projection, matrix), view));
-            }
+/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result is the matter of
+/// [`crate::checkpoint::output`]. `base` is the model's path.
+pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Result<()> {
+    let (lora, mut views) = (adapter.settings.lora_config(), Vec::new());
+    for (layer, values) in spec.layers.iter().zip(&adapter.layers) {
+        for Trainable { module, kind, shape, range } in LayerTrainables::new(layer, &lora).list() {
+            let module = layer.module(*module).context("a trainable without a module")?;
+            let view = TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(&values[range.clone()]))?;
+            views.push((tensor_name(module, *kind), view));
         }
     }
     let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);

@@ -3,14 +3,13 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use serde_json::json;
 
 use crate::comm::mpi::MpiComm;
 use crate::device::*;
-use crate::model::config::ModelConfig;
-use crate::model::names::Projection;
+use crate::model::spec::{ModelSpec, Module, ModuleId};
 use crate::quant::record::Encoding;
 use crate::recipe::{self, Command, Job};
 use crate::start::Start;
@@ -158,7 +157,7 @@ impl<'a, D: Ops> Timer<'a, D> {
         Ok(())
     }
 
-    fn all(&self, config: &ModelConfig, job: &Job) -> Result<()> {
+    fn all(&self, config: &ModelSpec, job: &Job) -> Result<()> {
         let (tokens, lora_rank) = (job.data.max_length, job.lora.r);
         self.products(config, tokens, lora_rank)?;
         self.dequantize(config, job.quantization.double_quant.unwrap_or(true))?;
@@ -181,20 +180,21 @@ impl<'a, D: Ops> Timer<'a, D> {
         self.device.gemm(Gemm { c, a, b, transpose_a: Transpose::No, transpose_b, m, n, k, alpha: 1.0, beta })
     }
 
-    fn products(&self, config: &ModelConfig, tokens: usize, r: usize) -> Result<()> {
+    fn products(&self, config: &ModelSpec, tokens: usize, r: usize) -> Result<()> {
         use Transpose::{No, Yes};
-        for projection in [Projection::Q, Projection::Gate, Projection::Down] {
-            let [n, k] = projection.shape(config);
+        for module in [ModuleId::Q, ModuleId::Gate, ModuleId::Down] {
+            let Module { out_features: n, in_features: k, .. } =
+                *config.layers[0].module(module).context("no such module")?;
             let (x, mut y, w) = (self.act(tokens * k)?, self.act(tokens * n)?, self.act(n * k)?);
             let flops = Amount::Flops(2.0 * (tokens * k * n) as f64);
-            self.time(&format!("{projection} x·Wᵀ"), flops, || {
+            self.time(&format!("{module} x·Wᵀ"), flops, || {
                 self.product(y.view_mut(), x.view(), w.view(), Yes, [tokens, n, k], 0.0)
             })?;
             let mut d_x = self.act(tokens * k)?;
-            self.time(&format!("{projection} d_y·W"), flops, || {
+            self.time(&format!("{module} d_y·W"), flops, || {
                 self.product(d_x.view_mut(), y.view(), w.view(), No, [tokens, k, n], 0.0)
             })?;
-            self.lora(&projection.to_string(), [tokens, n, k, r], &x, &w)?;
+            self.lora(module.name(), [tokens, n, k, r], &x, &w)?;
         }
         Ok(())
     }
@@ -245,9 +245,9 @@ impl<'a, D: Ops> Timer<'a, D> {
         })
     }
 
-    fn dequantize(&self, config: &ModelConfig, double_quant: bool) -> Result<()> {
+    fn dequantize(&self, config: &ModelSpec, double_quant: bool) -> Result<()> {
         let (len, encoding) =
-            (Projection::Gate.shape(config).iter().product::<usize>(), Encoding::Nf4 { double_quant });
+            (config.hidden_size * config.layers[0].mlp.intermediate_size, Encoding::Nf4 { double_quant });
         let (records, mut weights) = (self.buffer::<u8>(encoding.tensor_bytes(len))?, self.buffer::<D::Act>(len)?);
         let bytes = (records.len() + len * size_of::<D::Act>()) as f64;
         self.time(&format!("dequantize gate_proj, {}", encoding.name()), Amount::Bytes(bytes), || {
@@ -256,7 +256,7 @@ impl<'a, D: Ops> Timer<'a, D> {
     }
 
     /// Ops on `[tokens, hidden]`.
-    fn rows(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
+    fn rows(&self, config: &ModelSpec, tokens: usize) -> Result<()> {
         let (d, hidden) = (self.device, config.hidden_size);
         let len = tokens * hidden;
         let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
@@ -271,7 +271,7 @@ impl<'a, D: Ops> Timer<'a, D> {
             d.rms_norm_backward(RmsNormBackward { d_x, d_y, x, rstd: rstd.view(), weight: weight.view() })
         })?;
         self.time("add", moved(3.0), || d.add(y.view_mut(), x.view()))?;
-        let (head_dim, num_heads) = (config.head_dim, config.num_attention_heads);
+        let (head_dim, num_heads) = (config.layers[0].attention.head_dim, config.layers[0].attention.num_heads);
         let (cos, sin) = (self.f32s(tokens * head_dim / 2)?, self.f32s(tokens * head_dim / 2)?);
         let mut q = self.act(tokens * num_heads * head_dim)?;
         self.time("rope", Amount::Bytes((2 * q.len() * size_of::<D::Act>()) as f64), || {
@@ -286,8 +286,8 @@ impl<'a, D: Ops> Timer<'a, D> {
         })
     }
 
-    fn mlp(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
-        let (d, len) = (self.device, tokens * config.intermediate_size);
+    fn mlp(&self, config: &ModelSpec, tokens: usize) -> Result<()> {
+        let (d, len) = (self.device, tokens * config.layers[0].mlp.intermediate_size);
         let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
         let (gate, up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
         self.time("swiglu forward", moved(3.0), || {
@@ -302,16 +302,17 @@ impl<'a, D: Ops> Timer<'a, D> {
 
     /// The attention of the model, and those of other families over the same q, k and v: with capped scores, in a window, with heads
     /// of 256.
-    fn attentions(&self, config: &ModelConfig, tokens: usize) -> Result<()> {
-        let plain = Scores { head_dim: config.head_dim, window: None, softcap: None };
+    fn attentions(&self, config: &ModelSpec, tokens: usize) -> Result<()> {
+        let stage = &config.layers[0].attention;
+        let plain = Scores { head_dim: stage.head_dim, window: None, softcap: None };
         let window = Some(1024).filter(|window| *window < tokens);
         self.attention("attention", plain, config, tokens)?;
         self.attention("attention, capped", Scores { softcap: Some(50.0), ..plain }, config, tokens)?;
         if window.is_some() {
             self.attention("attention, window 1024", Scores { window, ..plain }, config, tokens)?;
         }
-        let [q, kv] = [config.num_attention_heads, config.num_key_value_heads].map(|heads| heads * config.head_dim);
-        if config.head_dim != WIDE && q.is_multiple_of(WIDE) && kv.is_multiple_of(WIDE) {
+        let [q, kv] = [stage.q_width(), stage.kv_width()];
+        if stage.head_dim != WIDE && q.is_multiple_of(WIDE) && kv.is_multiple_of(WIDE) {
             let wide = Scores { head_dim: WIDE, ..plain };
             self.attention("attention, head_dim 256", wide, config, tokens)?;
         }
@@ -319,10 +320,10 @@ impl<'a, D: Ops> Timer<'a, D> {
     }
 
     /// Attention over one document. The model's q, k and v are divided into heads of the width that `scores` says.
-    fn attention(&self, name: &str, scores: Scores, config: &ModelConfig, tokens: usize) -> Result<()> {
+    fn attention(&self, name: &str, scores: Scores, config: &ModelSpec, tokens: usize) -> Result<()> {
         let Scores { head_dim, window, softcap } = scores;
-        let heads = |heads: usize| heads * config.head_dim / head_dim;
-        let (d, heads, kv_heads) = (self.device, heads(config.num_attention_heads), heads(config.num_key_value_heads));
+        let (d, stage) = (self.device, &config.layers[0].attention);
+        let (heads, kv_heads) = (stage.q_width() / head_dim, stage.kv_width() / head_dim);
         let (q_len, kv_len) = (tokens * heads * head_dim, tokens * kv_heads * head_dim);
         let (q, k, v) = (self.act(q_len)?, self.act(kv_len)?, self.act(kv_len)?);
         let (mut out, mut lse) = (self.act(q_len)?, self.f32s(tokens * heads)?);
@@ -366,7 +367,7 @@ impl<'a, D: Ops> Timer<'a, D> {
         })
     }
 
-    fn head(&self, config: &ModelConfig, tokens: usize, lora_rank: usize) -> Result<()> {
+    fn head(&self, config: &ModelSpec, tokens: usize, lora_rank: usize) -> Result<()> {
         let (d, hidden) = (self.device, config.hidden_size);
         let rows = crate::fsdp::unit::HEAD_PIECE_ROWS.min(config.vocab_size);
         let (x, weight, target_ids) =
@@ -387,7 +388,7 @@ impl<'a, D: Ops> Timer<'a, D> {
                 first_id: 0,
             })
         })?;
-        let len = Projection::Gate.shape(config).iter().sum::<usize>() * lora_rank;
+        let len = (hidden + config.layers[0].mlp.intermediate_size) * lora_rank;
         let mut state = [self.f32s(len)?, self.f32s(len)?, self.f32s(len)?];
         let grad = self.f32s(len)?;
         self.time("adamw", Amount::Bytes((7 * 4 * len) as f64), || {

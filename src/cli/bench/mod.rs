@@ -11,8 +11,8 @@ use serde_json::Value;
 use super::usage;
 use crate::comm::mpi::MpiComm;
 use crate::device::{Arena, Buffer, Element, Ops};
-use crate::model::config::ModelConfig;
 use crate::model::shapes;
+use crate::model::spec::ModelSpec;
 use crate::recipe;
 use crate::start::Start;
 
@@ -35,15 +35,18 @@ pub fn run(start: &Start, comm: MpiComm, bench: &Bench, overrides: &[String]) ->
 }
 
 /// The configuration that `--shape` names, with fewer layers when `layers` says so.
-pub fn shape(name: &str, layers: Option<u32>) -> Result<ModelConfig> {
+pub fn shape(name: &str, layers: Option<u32>) -> Result<ModelSpec> {
     let folder = recipe::read_path(name).map_err(|error| usage(&format!("--shape: found {name}: {error}")))?;
-    let config = match folder.join("config.json").exists() {
-        true => ModelConfig::load(&folder)?,
+    let mut config = match folder.join("config.json").exists() {
+        true => ModelSpec::load(&folder)?,
         false => shapes::named(name, None).map_err(|error| usage(&error.to_string()))?,
     };
-    let all = config.num_hidden_layers;
+    let all = config.num_layers();
     match layers.map_or(all, |layers| layers as usize) {
-        layers if (1..=all).contains(&layers) => Ok(ModelConfig { num_hidden_layers: layers, ..config }),
+        layers if (1..=all).contains(&layers) => {
+            config.layers.truncate(layers);
+            Ok(config)
+        }
         layers => Err(usage(&format!("--layers: found {layers}, allowed: 1 to the {all} of {name}"))),
     }
 }

@@ -17,8 +17,9 @@ use crate::fsdp::memory::Residency;
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
-use crate::model::config::ModelConfig;
-use crate::model::names::Projection;
+use crate::model::spec::ModelSpec;
+use crate::model::stage::Saved;
+use crate::model::stage::cost::{Circumstances, Cost};
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
@@ -104,7 +105,7 @@ impl Work for Steps<'_> {
     type Output = ();
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<()> {
-        let (Steps { start, args, .. }, config) = (&self, engine.config().clone());
+        let (Steps { start, args, .. }, config) = (&self, engine.spec().clone());
         let (mut records, mut losses) = (Vec::new(), Vec::new());
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
         let num_steps = WARM_UP_STEPS + args.steps;
@@ -167,7 +168,7 @@ impl Steps<'_> {
         (used_bytes, memory): (usize, &[f64]),
     ) -> Value {
         let Steps { start, args, job, matrix_rate } = self;
-        let (config, world_size) = (engine.config(), start.world.world_size);
+        let (config, world_size) = (engine.spec(), start.world.world_size);
         let median = |of: fn(&StepRecord) -> f64| {
             let mut values: Vec<f64> = records.iter().map(of).collect();
             values.sort_by(f64::total_cmp);
@@ -177,8 +178,8 @@ impl Steps<'_> {
         let tokens =
             [args.micro_batch, args.seq, args.accum].into_iter().map(f64::from).product::<f64>() * world_size as f64;
         let seconds = step_ms * 1e-3 * world_size as f64;
-        let (limits, num_layers) = (*engine.limits(), config.num_hidden_layers);
-        let (model, hardware) = flops_per_token(config, f64::from(args.seq), limits.keep);
+        let (limits, num_layers) = (*engine.limits(), config.num_layers());
+        let (model, hardware) = flops_per_token(config, args.seq as usize, limits.keep);
         let inputs = limits.inputs(NumUnits::new(config), Mode::Train, args.accum as usize);
         let residency = Residency {
             units: limits.residency.units.min(engine.num_units()),
@@ -186,7 +187,7 @@ impl Steps<'_> {
             ..limits.residency
         };
         json!({
-            "shape": args.shape, "layers": config.num_hidden_layers, "micro_batch": args.micro_batch,
+            "shape": args.shape, "layers": config.num_layers(), "micro_batch": args.micro_batch,
             "seq": args.seq, "accum": args.accum, "world_size": world_size,
             "ranks_per_gpu": if D::IS_HOST { 1 } else { start.ranks_per_gpu }, "dropout": job.lora.dropout, "job": job.values(),
             "num_shards": engine.queue.position().num_shards, "accumulation": limits.accumulation.word(),
@@ -209,7 +210,7 @@ impl Steps<'_> {
 }
 
 /// Sequences of ids that look random; every token but the first of a sequence counts.
-fn batch(args: &StepBench, config: &ModelConfig, micro: u64, rank: u64) -> MicroBatch {
+fn batch(args: &StepBench, config: &ModelSpec, micro: u64, rank: u64) -> MicroBatch {
     let mut batch = MicroBatch::new();
     for row in 0..u64::from(args.micro_batch) {
         let sample = (rank << 32) + micro * u64::from(args.micro_batch) + row;
@@ -224,20 +225,17 @@ fn batch(args: &StepBench, config: &ModelConfig, micro: u64, rank: u64) -> Micro
 /// (model, hardware) FLOPs of a token: two for each weight forward and two backward (the frozen base has no gradient), the head
 /// likewise; causal attention 2·T·q_width forward and 5·T·q_width backward (its scores are computed again). The hardware does the
 /// parts of forward that are not kept once more. LoRA is left out.
-fn flops_per_token(config: &ModelConfig, seq: f64, keep: Keep) -> (f64, f64) {
-    use Projection::{Gate, K, O, Q, Up, V};
-    let weights =
-        |projections: &[Projection]| projections.iter().map(|p| p.shape(config).iter().product::<usize>() as f64).sum();
-    let (layer, before, after): (f64, f64, f64) =
-        (weights(&Projection::ALL), weights(&[Q, K, V]), weights(&[O, Gate, Up]));
-    let attention = 2.0 * seq * (config.num_attention_heads * config.head_dim) as f64;
-    let head = (config.vocab_size * config.hidden_size) as f64;
-    let layers = config.num_hidden_layers;
-    let model = layers as f64 * (4.0 * layer + 3.5 * attention) + 4.0 * head;
-    let again = |idx: usize| {
-        let kept = keep.of(idx, layers);
-        let of = |kept: bool, flops: f64| if kept { 0.0 } else { flops };
-        of(kept.rest, 2.0 * before) + of(kept.attention, attention) + of(kept.mlp, 2.0 * after)
-    };
-    (model, model + (0..layers).map(again).sum::<f64>())
+fn flops_per_token(spec: &ModelSpec, seq: usize, keep: Keep) -> (f64, f64) {
+    let at = Circumstances { hidden_size: spec.hidden_size, max_length: seq, has_dropout: false };
+    let flops = |cost: Cost| 2.0 * cost.weights + cost.forward_scores + cost.backward_scores;
+    let head = (spec.vocab_size * spec.hidden_size) as f64;
+    let (mut model, mut again) = (4.0 * head, 0.0);
+    for (layer, stages) in spec.layers.iter().enumerate() {
+        model += flops(stages.forward_cost(&at, Saved { attention: true, mlp: true, rest: true }, true));
+        model += flops(stages.backward_cost(&at));
+        let kept = keep.of(layer, spec.num_layers());
+        let computed = Saved { attention: !kept.attention, mlp: !kept.mlp, rest: !kept.rest };
+        again += flops(stages.forward_cost(&at, computed, false));
+    }
+    (model, model + again)
 }

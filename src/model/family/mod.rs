@@ -1,15 +1,33 @@
-//! config.json of a Llama model, as transformers 4 and 5 write it. A key that is not understood is refused.
+//! From a config.json of Hugging Face to a [`ModelSpec`]. A family is one architecture: a file that says which keys it has, what each
+//! means, and how its layers differ from [`decoder`]'s. A key that is not understood is refused.
+
+mod decoder;
+mod json_fields;
+mod llama;
+mod quantization;
+mod rope;
+
+pub use quantization::BnbConfig;
 
 use std::path::Path;
 
 use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
-use super::json_fields::Fields;
-use super::names::Projection;
-use super::quantization::{self, BnbConfig};
-use super::rope::{Llama3, RopeConfig, RopeScaling, Yarn};
 use crate::files::{self, MAX_SETTINGS_BYTES, listed};
+
+use super::spec::ModelSpec;
+use json_fields::Fields;
+
+/// One architecture.
+struct Family {
+    model_type: &'static str,
+    architecture: &'static str,
+    /// Takes the keys that mean something. With problems in `Fields`, the value means nothing.
+    read: fn(&mut Fields) -> ModelSpec,
+}
+
+const FAMILIES: &[Family] = &[llama::FAMILY];
 
 /// Keys that do not change what the model computes: generation defaults, tokens, file keeping.
 #[rustfmt::skip]
@@ -27,229 +45,68 @@ const HARMLESS: &[&str] = &[
     "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 ];
 
-/// Keys that would change what the model computes, with the one value besides null that does not.
-fn neutral_values() -> [(&'static str, Value); 16] {
+/// Keys that would change what a model computes in any family, with the one value besides null that does not.
+fn neutral_values() -> [(&'static str, Value); 8] {
     [
-        ("hidden_act", json!("silu")),
-        ("attention_dropout", json!(0.0)),
         ("pretraining_tp", json!(1.0)),
-        ("sliding_window", json!(null)),
-        ("use_sliding_window", json!(false)),
-        ("partial_rotary_factor", json!(1.0)),
-        ("rope_interleaved", json!(false)),
-        ("qk_norm", json!(false)),
-        ("use_qk_norm", json!(false)),
         ("is_encoder_decoder", json!(false)),
         ("add_cross_attention", json!(false)),
         ("cross_attention_hidden_size", json!(null)),
         ("tie_encoder_decoder", json!(false)),
         ("chunk_size_feed_forward", json!(0.0)),
         ("pruned_heads", json!({})),
-        ("model_type", json!("llama")),
+        ("attention_dropout", json!(0.0)),
     ]
 }
 
-/// Weights of a model, at most: two hundred times as many as the largest model there is has, and few enough for every product of
-/// sizes to fit in 64 bits.
-const MAX_WEIGHTS: u128 = 100_000_000_000_000;
-
-/// Sizes and variants of a Llama model, under the names of Hugging Face.
-#[derive(Clone, Debug, PartialEq)]
-pub struct ModelConfig {
-    pub hidden_size: usize,
-    pub intermediate_size: usize,
-    pub num_hidden_layers: usize,
-    pub num_attention_heads: usize,
-    /// Divides `num_attention_heads`.
-    pub num_key_value_heads: usize,
-    /// Even.
-    pub head_dim: usize,
-    pub vocab_size: usize,
-    pub rms_norm_eps: f32,
-    pub tie_word_embeddings: bool,
-    /// Biases on the q, k, v and o projections.
-    pub attention_bias: bool,
-    /// Biases on the gate, up and down projections.
-    pub mlp_bias: bool,
-    pub max_position_embeddings: usize,
-    pub rope: RopeConfig,
-    /// Tokens that end a text; generation_config.json may say otherwise.
-    pub eos_token_ids: Vec<u32>,
-    /// Set: the checkpoint is quantized already, by bitsandbytes in NF4.
-    pub quantization: Option<BnbConfig>,
+/// Reads `dir/config.json`, see [`ModelSpec::load`].
+pub(super) fn load(dir: &Path) -> Result<ModelSpec> {
+    let path = dir.join("config.json");
+    from_map(files::read_json(&path, MAX_SETTINGS_BYTES)?, &files::shown_path(&path))
 }
 
-impl ModelConfig {
-    /// Reads `dir/config.json`. The error names every key that cannot be honoured, what it is and what is allowed.
-    pub fn load(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
-        Self::from_map(files::read_json(&path, MAX_SETTINGS_BYTES)?, &files::shown_path(&path))
-    }
-
-    /// Reads the text of a config.json that came from `source`.
-    pub fn parse(text: &[u8], source: &str) -> Result<Self> {
-        Self::from_map(files::parse_json(Path::new(source), text)?, source)
-    }
-
-    fn from_map(map: Map<String, Value>, source: &str) -> Result<Self> {
-        let mut fields = Fields { map, prefix: "", problems: Vec::new() };
-        let config = Self::read(&mut fields);
-        if fields.problems.is_empty() {
-            return Ok(config);
-        }
-        bail!("{source}: this model cannot be used:{}", listed(&fields.problems))
-    }
-
-    /// Reads all keys; what is wrong is in `fields.problems`, and then the value means nothing.
-    fn read(fields: &mut Fields) -> Self {
-        check_architecture(fields);
-        let hidden_size = fields.size("hidden_size", None);
-        let num_attention_heads = fields.size("num_attention_heads", None);
-        let num_key_value_heads = fields.size("num_key_value_heads", Some(num_attention_heads));
-        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            fields.refuse(
-                "num_attention_heads",
-                num_attention_heads,
-                format!("a multiple of num_key_value_heads {num_key_value_heads}"),
-            );
-        }
-        if !fields.has("head_dim") && !hidden_size.is_multiple_of(num_attention_heads) {
-            fields.refuse(
-                "hidden_size",
-                hidden_size,
-                format!("a multiple of num_attention_heads {num_attention_heads}"),
-            );
-        }
-        let head_dim = fields.size("head_dim", Some((hidden_size / num_attention_heads).max(1)));
-        if !head_dim.is_multiple_of(2) {
-            fields.refuse("head_dim", head_dim, "an even number, half of it is rotated against the other");
-        }
-        let max_position_embeddings = fields.size("max_position_embeddings", Some(2048));
-        let config = Self {
-            hidden_size,
-            intermediate_size: fields.size("intermediate_size", None),
-            num_hidden_layers: fields.size("num_hidden_layers", None),
-            num_attention_heads,
-            num_key_value_heads,
-            head_dim,
-            vocab_size: fields.size("vocab_size", None),
-            rms_norm_eps: fields.float("rms_norm_eps", Some(1e-6)) as f32,
-            tie_word_embeddings: fields.flag("tie_word_embeddings", false),
-            attention_bias: fields.flag("attention_bias", false),
-            mlp_bias: fields.flag("mlp_bias", false),
-            max_position_embeddings,
-            rope: read_rope(fields, head_dim, max_position_embeddings),
-            eos_token_ids: read_eos_token_ids(fields),
-            quantization: quantization::read(fields),
-        };
-        config.check_sizes(fields);
-        fields.check_neutral(neutral_values());
-        fields.map.retain(|key, _| !HARMLESS.contains(&key.as_str()));
-        fields.check_rest();
-        config
-    }
-
-    /// Refuses sizes whose products would overflow somewhere, and rotations that are no numbers.
-    fn check_sizes(&self, fields: &mut Fields) {
-        // Far more than any model has. Lists are made of as many layers, pieces of the vocabulary and frequencies.
-        for (key, found, most) in [
-            ("num_hidden_layers", self.num_hidden_layers, 1000),
-            ("vocab_size", self.vocab_size, 100_000_000),
-            ("head_dim", self.head_dim, 65_536),
-        ] {
-            if found > most {
-                fields.refuse(key, found, format!("at most {most}"));
-            }
-        }
-        let weights: u128 =
-            Projection::ALL.iter().map(|p| p.shape(self).iter().map(|&n| n as u128).product::<u128>()).sum();
-        let layers = weights.saturating_mul(self.num_hidden_layers as u128);
-        let embedding = self.vocab_size as u128 * self.hidden_size as u128;
-        if layers.saturating_add(2 * embedding) > MAX_WEIGHTS {
-            fields.problems.push(format!(
-                "hidden_size {}, intermediate_size {}, num_hidden_layers {}, vocab_size {}, num_attention_heads {}, head_dim {}: \
-                 together more than 10^14 weights",
-                self.hidden_size,
-                self.intermediate_size,
-                self.num_hidden_layers,
-                self.vocab_size,
-                self.num_attention_heads,
-                self.head_dim
-            ));
-        } else if fields.problems.is_empty() && !self.rope.is_finite() {
-            fields
-                .problems
-                .push(format!("rope_parameters: they give rotations that are no finite numbers ({:?})", self.rope));
-        }
+/// Reads a config.json that came from `source`.
+pub(super) fn from_map(map: Map<String, Value>, source: &str) -> Result<ModelSpec> {
+    let mut fields = Fields { map, prefix: "", problems: Vec::new() };
+    let family = family(&mut fields);
+    let spec = (family.read)(&mut fields);
+    fields.check_neutral(neutral_values());
+    fields.map.retain(|key, _| !HARMLESS.contains(&key.as_str()));
+    fields.check_rest();
+    match fields.problems.is_empty() {
+        true => Ok(spec),
+        false => bail!("{source}: this model cannot be used:{}", listed(&fields.problems)),
     }
 }
 
-/// Both forms: `rope_theta` beside `rope_scaling` (transformers 4), or all in `rope_parameters` (5).
-fn read_rope(fields: &mut Fields, head_dim: usize, max_position_embeddings: usize) -> RopeConfig {
-    if fields.has("rope_scaling") && fields.has("rope_parameters") {
-        fields.problems.push("rope_scaling and rope_parameters: both are there, keep the one that is meant".into());
-    }
-    let outer_theta = fields.float("rope_theta", Some(10_000.0));
-    let mut rope = fields.object(if fields.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" });
-    let rope_theta = rope.float("rope_theta", Some(outer_theta));
-    let kinds = [rope.take("rope_type"), rope.take("type")];
-    let kind = kinds.into_iter().flatten().next().unwrap_or(json!("default"));
-    let length = Some(max_position_embeddings);
-    let scaling = match kind.as_str().unwrap_or_default() {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear { factor: rope.float("factor", None) },
-        "dynamic" => RopeScaling::Dynamic { factor: rope.float("factor", None) },
-        "yarn" => RopeScaling::Yarn(read_yarn(&mut rope, max_position_embeddings)),
-        "llama3" => RopeScaling::Llama3(Llama3 {
-            factor: rope.float("factor", None),
-            low_freq_factor: rope.float("low_freq_factor", None),
-            high_freq_factor: rope.float("high_freq_factor", None),
-            original_max_position_embeddings: rope.size("original_max_position_embeddings", length),
-        }),
-        _ => {
-            rope.refuse("rope_type", kind, "default, linear, dynamic, yarn or llama3");
-            rope.map.clear();
-            RopeScaling::Default
+/// Takes the keys that name the family. The keys of an unknown one are read as Llama's, so that one error names all that is wrong.
+fn family(fields: &mut Fields) -> &'static Family {
+    let (architectures, model_type) = (fields.take("architectures"), fields.take("model_type"));
+    let by_type = FAMILIES.iter().find(|family| model_type.as_ref().is_some_and(|found| found == family.model_type));
+    let words = |word: fn(&Family) -> &'static str| FAMILIES.iter().map(word).collect::<Vec<_>>().join(", ");
+    match (model_type, by_type) {
+        (None, _) => {
+            let allowed = words(|family| family.model_type);
+            fields.problems.push(format!("model_type: missing, allowed: {allowed}"));
         }
-    };
-    rope.check_neutral([("partial_rotary_factor", json!(1.0))]);
-    rope.check_rest();
-    fields.problems.append(&mut rope.problems);
-    RopeConfig { rope_theta, head_dim, max_position_embeddings, scaling }
-}
-
-fn read_yarn(rope: &mut Fields, max_position_embeddings: usize) -> Yarn {
-    let original = rope.size("original_max_position_embeddings", Some(max_position_embeddings));
-    let factor = rope.float("factor", Some(max_position_embeddings as f64 / original as f64));
-    let (mscale, mscale_all_dim) = (rope.float("mscale", Some(0.0)), rope.float("mscale_all_dim", Some(0.0)));
-    let attention_factor = Yarn::default_attention_factor(factor, mscale, mscale_all_dim);
-    Yarn {
-        factor,
-        original_max_position_embeddings: original,
-        attention_factor: rope.float("attention_factor", Some(attention_factor)),
-        beta_fast: rope.float("beta_fast", Some(32.0)),
-        beta_slow: rope.float("beta_slow", Some(1.0)),
-        truncate: rope.flag("truncate", true),
+        (Some(found), None) => fields.refuse("model_type", found, words(|family| family.model_type)),
+        (Some(_), Some(_)) => {}
     }
+    let allowed = by_type.map_or_else(|| words(|family| family.architecture), |family| family.architecture.into());
+    if let Some(found) =
+        architectures.filter(|found| by_type.is_none_or(|family| *found != json!([family.architecture])))
+    {
+        fields.refuse("architectures", found, allowed);
+    }
+    by_type.unwrap_or(&FAMILIES[0])
 }
 
-fn read_eos_token_ids(fields: &mut Fields) -> Vec<u32> {
+fn eos_token_ids(fields: &mut Fields) -> Vec<u32> {
     let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
     fields.parse("eos_token_id", Some(Vec::new()), Vec::new(), "a token id or a list of them", |value| match value {
         Value::Array(ids) => ids.iter().map(id).collect(),
         one => id(one).map(|id| vec![id]),
     })
-}
-
-fn check_architecture(fields: &mut Fields) {
-    const SUPPORTED: &str = "LlamaForCausalLM";
-    match fields.take("architectures") {
-        Some(found) if found != json!([SUPPORTED]) => fields.refuse("architectures", found, SUPPORTED),
-        _ => {}
-    }
-    if !fields.has("model_type") {
-        fields.problems.push("model_type: missing, allowed: llama".into());
-    }
 }
 
 #[cfg(test)]
@@ -258,6 +115,8 @@ mod tests {
     use std::fs;
 
     use tempfile::TempDir;
+
+    use crate::model::rope::RopeScaling;
 
     fn smollm() -> Value {
         json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 576,
@@ -274,10 +133,10 @@ mod tests {
         config
     }
 
-    fn load(config: &Value) -> Result<ModelConfig> {
+    fn load(config: &Value) -> Result<ModelSpec> {
         let dir = TempDir::new().unwrap();
         fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
-        ModelConfig::load(dir.path())
+        ModelSpec::load(dir.path())
     }
 
     fn error(changes: Value) -> String {
@@ -287,12 +146,20 @@ mod tests {
     #[test]
     fn sizes_are_read_or_derived() {
         let config = load(&smollm()).unwrap();
-        assert_eq!((config.hidden_size, config.head_dim, config.num_key_value_heads), (576, 64, 3));
-        assert_eq!((config.rms_norm_eps, config.tie_word_embeddings, config.attention_bias), (1e-5, true, false));
-        assert_eq!((config.eos_token_ids, config.quantization), (vec![2], None));
-        assert_eq!(config.rope.rope_theta, 100_000.0);
+        let heads = |config: &ModelSpec| {
+            let attention = &config.layers[29].attention;
+            (attention.num_heads, attention.num_key_value_heads, attention.head_dim)
+        };
+        assert_eq!((config.hidden_size, heads(&config), config.num_layers()), (576, (9, 3, 64), 30));
+        assert_eq!(
+            (config.norm_eps, config.head.is_tied, config.head.name.as_str()),
+            (1e-5, true, "model.embed_tokens.weight")
+        );
+        assert!(config.modules().all(|module| !module.has_bias));
+        assert_eq!((&config.eos_token_ids, &config.quantization), (&vec![2], &None));
+        assert_eq!(config.ropes[0].rope_theta, 100_000.0);
         let config = load(&with(json!({"head_dim": 32, "num_key_value_heads": null, "eos_token_id": [1, 7]}))).unwrap();
-        assert_eq!((config.head_dim, config.num_key_value_heads, config.eos_token_ids), (32, 9, vec![1, 7]));
+        assert_eq!((heads(&config), config.eos_token_ids), ((9, 9, 32), vec![1, 7]));
     }
 
     #[test]
@@ -304,13 +171,14 @@ mod tests {
         parameters["rope_theta"] = json!(100000.0);
         let new = load(&with(json!({"rope_parameters": parameters, "rope_theta": null, "dtype": "float32"}))).unwrap();
         assert_eq!(old, new);
-        let RopeScaling::Llama3(llama3) = new.rope.scaling else { panic!("{:?}", new.rope) };
+        let RopeScaling::Llama3(llama3) = &new.ropes[0].scaling else { panic!("{:?}", new.ropes) };
         assert_eq!((llama3.factor, llama3.original_max_position_embeddings), (8.0, 1024));
 
         let linear = load(&with(json!({"rope_scaling": {"type": "linear", "factor": 2}}))).unwrap();
-        assert_eq!(linear.rope.scaling, RopeScaling::Linear { factor: 2.0 });
+        assert_eq!(linear.ropes[0].scaling, RopeScaling::Linear { factor: 2.0 });
         let yarn = json!({"type": "yarn", "original_max_position_embeddings": 2048, "factor": null, "beta_fast": 16});
-        let RopeScaling::Yarn(yarn) = load(&with(json!({"rope_scaling": yarn}))).unwrap().rope.scaling else {
+        let RopeScaling::Yarn(yarn) = load(&with(json!({"rope_scaling": yarn}))).unwrap().ropes.remove(0).scaling
+        else {
             panic!()
         };
         assert_eq!((yarn.factor, yarn.beta_fast, yarn.beta_slow, yarn.truncate), (4.0, 16.0, 1.0, true));
@@ -454,7 +322,10 @@ mod tests {
             json!({"rope_type": "yarn", "factor": 2, "beta_fast": 1e308, "beta_slow": 1e308}),
         ] {
             let found = load(&with(json!({"rope_scaling": rope.clone()})));
-            assert!(found.as_ref().is_ok_and(|config| config.rope.is_finite()) || found.is_err(), "{rope}: {found:?}");
+            assert!(
+                found.as_ref().is_ok_and(|config| config.ropes[0].is_finite()) || found.is_err(),
+                "{rope}: {found:?}"
+            );
         }
         let huge = error(json!({"num_hidden_layers": 1_000_000_000}));
         assert!(huge.contains("num_hidden_layers: found 1000000000, allowed: at most 1000"), "{huge}");

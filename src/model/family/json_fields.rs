@@ -7,7 +7,7 @@ use crate::files::shown;
 /// A JSON object of which each key is taken once. A key that is left at the end was not understood.
 pub(super) struct Fields {
     pub map: Map<String, Value>,
-    /// Of the object's keys, in messages.
+    /// Stands before the object's keys in messages.
     pub prefix: &'static str,
     pub problems: Vec<String>,
 }
@@ -15,6 +15,11 @@ pub(super) struct Fields {
 impl Fields {
     pub fn has(&self, key: &str) -> bool {
         self.map.get(key).is_some_and(|value| !value.is_null())
+    }
+
+    /// True where the key is written as null.
+    pub fn is_null(&self, key: &str) -> bool {
+        self.map.get(key).is_some_and(Value::is_null)
     }
 
     /// Takes a key. Null counts as absent.

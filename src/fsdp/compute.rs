@@ -1,0 +1,154 @@
+//! The computation of an engine: embedding, layers and head of one micro-batch at a time.
+
+use anyhow::{Result, bail, ensure};
+use rayon::prelude::*;
+
+use crate::comm::Queue;
+use crate::device::Ops;
+use crate::model::batch::MicroBatch;
+use crate::model::stage::{Saved, StageContext};
+use crate::model::{head, layer};
+
+use super::exec::{Engine, Grad, RunArgs};
+use super::memory::Memory;
+use super::schedule::Mode;
+use super::unit::{HEAD_PIECE_ROWS, Unit, head_piece_rows};
+
+/// Number of tokens whose embedding rows one thread copies at a time.
+const EMBED_TOKENS: usize = 16;
+
+impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
+    pub(super) fn embed(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
+        let (tokens, m) = (batch.num_tokens(), self.live(micro));
+        ensure!(tokens <= self.limits.max_tokens, "{tokens} tokens, planned for {}", self.limits.max_tokens);
+        self.memory.batches[m].load(&self.device, &self.base.spec, batch, args.num_past_tokens)?;
+        let hidden = self.base.spec.hidden_size;
+        let (rows, embed) = (&mut self.embedding[..tokens * hidden], &self.base.embed);
+        let parts = rows.par_chunks_mut(EMBED_TOKENS * hidden).zip(batch.input_ids.par_chunks(EMBED_TOKENS));
+        parts.try_for_each_init(Vec::new, |values, (rows, ids)| {
+            values.resize(rows.len(), 0.0);
+            embed(ids, values)?;
+            D::round(rows, values);
+            anyhow::Ok(())
+        })?;
+        let mut boundary = self.boundaries.take_free()?;
+        self.device.upload(boundary.first_mut(rows.len()), rows)?;
+        self.boundaries.insert(0, m, boundary);
+        Ok(())
+    }
+
+    pub(super) fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, whole: bool) -> Result<()> {
+        ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
+        let m = self.live(micro);
+        let (len, x) = (self.boundary_len(micro), self.boundaries.take(layer_idx, m)?);
+        let kept = self.limits.keep.of(layer_idx, self.units.layers);
+        let mut out = if whole { Some(self.boundaries.take_free()?) } else { None };
+        let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
+        let ctx = StageContext {
+            ops: &self.device,
+            spec: &self.base.spec,
+            weights: layer,
+            batch: &batches[m],
+            trainables: self.trainables.as_ref().filter(|_| args.adapter).map(|trainables| trainables.of(layer_idx)),
+            dropout: args.dropout,
+        };
+        let (saved, saves) = (if whole { Saved::NOTHING } else { kept }, activations.of(layer_idx, m));
+        layer::forward(&ctx, &self.base.spec.layers[layer_idx], out.as_mut(), saves, saved, x.first(len), scratch)?;
+        if let Some(out) = out {
+            self.boundaries.insert(layer_idx + 1, m, out);
+        }
+        // Only backward needs it again.
+        match args.mode {
+            Mode::Train => self.boundaries.insert(layer_idx, m, x),
+            Mode::Score | Mode::Generate => self.boundaries.release(x),
+        }
+        Ok(())
+    }
+
+    pub(super) fn backward(
+        &mut self,
+        layer_idx: usize,
+        micro: usize,
+        args: &RunArgs<'_>,
+        grad_slot: usize,
+        first: bool,
+    ) -> Result<()> {
+        ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
+        let m = self.live(micro);
+        let Grad::Here(grads) = &mut self.grads[grad_slot] else {
+            bail!("gradient buffer {grad_slot} is being reduced: that was not waited for");
+        };
+        if first {
+            self.device.fill_bytes(grads.view_mut(), 0)?;
+        }
+        let len = self.memory.batches[m].num_tokens * self.base.spec.hidden_size;
+        let (x, mut d) = (self.boundaries.take(layer_idx, m)?, self.boundaries.take(layer_idx + 1, m)?);
+        let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
+        let ctx = StageContext {
+            ops: &self.device,
+            spec: &self.base.spec,
+            weights: layer,
+            batch: &batches[m],
+            trainables: self.trainables.as_ref().filter(|_| args.adapter).map(|trainables| trainables.of(layer_idx)),
+            dropout: args.dropout,
+        };
+        let (spec, saves) = (&self.base.spec.layers[layer_idx], activations.of(layer_idx, m));
+        layer::backward(&ctx, spec, &mut d, grads, &saves, x.first(len), scratch)?;
+        // The gradient takes the place of the boundary that backward has consumed. Nobody needs the gradient of the
+        // first layer's input.
+        self.boundaries.release(x);
+        match layer_idx {
+            0 => self.boundaries.release(d),
+            _ => self.boundaries.insert(layer_idx, m, d),
+        }
+        Ok(())
+    }
+
+    pub(super) fn head_begin(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
+        let m = self.live(micro);
+        let boundary = self.boundaries.get_mut(self.units.layers, m)?;
+        let Memory { heads, final_norm, .. } = &mut self.memory;
+        heads[m].load(&self.device, batch, args.coefficient)?;
+        head::begin(&self.device, &self.base.spec, &mut heads[m], boundary, final_norm)
+    }
+
+    pub(super) fn head_piece(&mut self, piece: usize, micro: usize, args: &RunArgs<'_>) -> Result<()> {
+        ensure!(self.dense == Some(Unit::HeadPiece(piece)), "head piece {piece} is not dequantized");
+        let m = self.live(micro);
+        let (first_id, hidden) = (piece * HEAD_PIECE_ROWS, self.base.spec.hidden_size);
+        let rows = head_piece_rows(&self.base.spec, piece).len();
+        let Memory { heads, head_piece, logits, .. } = &mut self.memory;
+        let weight = head_piece.first(rows * hidden);
+        if args.mode == Mode::Generate {
+            let logits = logits.view_mut().into_range(first_id..first_id + rows);
+            return self.device.logits(logits, heads[m].normed.first(hidden), weight, hidden);
+        }
+        let backward = args.mode == Mode::Train;
+        head::piece(&self.device, &self.base.spec, &mut heads[m], logits, weight, first_id, backward)
+    }
+
+    pub(super) fn head_finish(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Vec<f64>> {
+        let (m, last) = (self.live(micro), self.units.layers);
+        if args.mode != Mode::Train {
+            let boundary = self.boundaries.take(last, m)?;
+            self.boundaries.release(boundary);
+        }
+        if args.mode == Mode::Generate {
+            return Ok(Vec::new());
+        }
+        let Memory { heads, final_norm, batches, .. } = &mut self.memory;
+        let log_probabilities = head::log_probabilities(&self.device, &heads[m])?;
+        if args.mode == Mode::Train {
+            let (d, tokens) = (self.boundaries.get_mut(last, m)?, batches[m].num_tokens);
+            head::finish(&self.device, &self.base.spec, &mut heads[m], d, final_norm, tokens)?;
+        }
+        Ok(log_probabilities)
+    }
+
+    /// Logits of the last token after a run in [`Mode::Generate`], `[vocab_size]`.
+    pub fn last_logits(&self) -> Result<Vec<f32>> {
+        let mut logits = vec![0.0; self.base.spec.vocab_size];
+        self.device.download(&mut logits, self.memory.logits.first(self.base.spec.vocab_size))?;
+        Ok(logits)
+    }
+}

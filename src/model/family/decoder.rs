@@ -1,0 +1,201 @@
+//! The decoder that families are variants of: Llama's. A family reads its sizes with [`Decoder::read`], sets what differs, and makes the
+//! model with [`Decoder::spec`], whose layers it may change.
+
+use super::json_fields::Fields;
+use super::{eos_token_ids, quantization};
+use crate::model::rope::RopeConfig;
+use crate::model::spec::{Embedding, Head, LayerSpec, ModelSpec, Module, ModuleId, Norm, NormId, Rows};
+use crate::model::stage::{Attention, Mlp};
+
+/// Weights of a model, at most: two hundred times as many as the largest model there is has, and few enough for every product of
+/// sizes to fit in 64 bits.
+const MAX_WEIGHTS: u128 = 100_000_000_000_000;
+
+/// Values of keys that a config.json does not have.
+pub(super) struct Defaults {
+    /// `None`: as many as heads.
+    pub num_key_value_heads: Option<usize>,
+    /// `None`: hidden_size / heads.
+    pub head_dim: Option<usize>,
+    pub max_position_embeddings: usize,
+    pub tie_word_embeddings: bool,
+}
+
+/// Sizes and variants, under the names of Hugging Face.
+pub(super) struct Decoder {
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    /// Divides `num_attention_heads`.
+    pub num_key_value_heads: usize,
+    /// Even.
+    pub head_dim: usize,
+    pub vocab_size: usize,
+    pub rms_norm_eps: f32,
+    pub tie_word_embeddings: bool,
+    pub max_position_embeddings: usize,
+    /// Biases on queries, keys and values.
+    pub qkv_bias: bool,
+    /// Bias on attention's output.
+    pub o_bias: bool,
+    /// Biases on the gate, up and down projections.
+    pub mlp_bias: bool,
+}
+
+impl Decoder {
+    /// Takes the keys of sizes; biases are off.
+    pub fn read(fields: &mut Fields, defaults: &Defaults) -> Decoder {
+        let hidden_size = fields.size("hidden_size", None);
+        let num_attention_heads = fields.size("num_attention_heads", None);
+        let default = match fields.is_null("num_key_value_heads") {
+            true => num_attention_heads,
+            false => defaults.num_key_value_heads.unwrap_or(num_attention_heads),
+        };
+        let num_key_value_heads = fields.size("num_key_value_heads", Some(default));
+        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+            let allowed = format!("a multiple of num_key_value_heads {num_key_value_heads}");
+            fields.refuse("num_attention_heads", num_attention_heads, allowed);
+        }
+        let derived = defaults.head_dim.is_none() && !fields.has("head_dim");
+        if derived && !hidden_size.is_multiple_of(num_attention_heads) {
+            let allowed = format!("a multiple of num_attention_heads {num_attention_heads}");
+            fields.refuse("hidden_size", hidden_size, allowed);
+        }
+        let default = defaults.head_dim.unwrap_or((hidden_size / num_attention_heads).max(1));
+        let head_dim = fields.size("head_dim", Some(default));
+        if !head_dim.is_multiple_of(2) {
+            fields.refuse("head_dim", head_dim, "an even number, half of it is rotated against the other");
+        }
+        Decoder {
+            hidden_size,
+            intermediate_size: fields.size("intermediate_size", None),
+            num_hidden_layers: fields.size("num_hidden_layers", None),
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim,
+            vocab_size: fields.size("vocab_size", None),
+            rms_norm_eps: fields.float("rms_norm_eps", Some(1e-6)) as f32,
+            tie_word_embeddings: fields.flag("tie_word_embeddings", defaults.tie_word_embeddings),
+            max_position_embeddings: fields.size("max_position_embeddings", Some(defaults.max_position_embeddings)),
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+        }
+    }
+
+    /// Makes the model, in which every layer rotates by the first of `ropes`. With problems it has no layers.
+    pub fn spec(self, family: &'static str, ropes: Vec<RopeConfig>, fields: &mut Fields) -> ModelSpec {
+        self.check(&ropes, fields);
+        let num_layers = if fields.problems.is_empty() { self.num_hidden_layers } else { 0 };
+        let mut number = 0;
+        ModelSpec {
+            family,
+            hidden_size: self.hidden_size,
+            vocab_size: self.vocab_size,
+            max_position_embeddings: self.max_position_embeddings,
+            norm_eps: self.rms_norm_eps,
+            embedding: Embedding { name: "model.embed_tokens.weight".into(), scale: 1.0 },
+            ropes,
+            layers: (0..num_layers).map(|layer| self.layer(layer, &mut number)).collect(),
+            head: Head {
+                norm: self.norm(NormId::Final, "model.norm"),
+                name: if self.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" }.into(),
+                untied_name: "lm_head.weight".into(),
+                is_tied: self.tie_word_embeddings,
+                scale: 1.0,
+            },
+            eos_token_ids: eos_token_ids(fields),
+            quantization: quantization::read(fields),
+        }
+    }
+
+    fn norm(&self, id: NormId, module: &str) -> Norm {
+        Norm { id, name: format!("{module}.weight"), width: self.hidden_size, offset: 0.0 }
+    }
+
+    /// `number` counts the modules of the model.
+    fn layer(&self, layer: usize, number: &mut u32) -> LayerSpec {
+        let prefix = format!("model.layers.{layer}");
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let mut module = |id: ModuleId, part: &str, out_features: usize, in_features: usize, has_bias: bool| {
+            let name = format!("{prefix}.{part}.{id}");
+            *number += 1;
+            Module { id, name, number: *number - 1, out_features, in_features, has_bias }
+        };
+        let attention = vec![
+            module(ModuleId::Q, "self_attn", q, hidden, self.qkv_bias),
+            module(ModuleId::K, "self_attn", kv, hidden, self.qkv_bias),
+            module(ModuleId::V, "self_attn", kv, hidden, self.qkv_bias),
+            module(ModuleId::O, "self_attn", hidden, q, self.o_bias),
+        ];
+        let mlp = vec![
+            module(ModuleId::Gate, "mlp", inner, hidden, self.mlp_bias),
+            module(ModuleId::Up, "mlp", inner, hidden, self.mlp_bias),
+            module(ModuleId::Down, "mlp", hidden, inner, self.mlp_bias),
+        ];
+        LayerSpec {
+            attention: Attention {
+                norm: Some(self.norm(NormId::Attention, &format!("{prefix}.input_layernorm"))),
+                output_norm: None,
+                q_norm: None,
+                k_norm: None,
+                q: Rows::all(&attention[0]),
+                k: Rows::all(&attention[1]),
+                v: Rows::all(&attention[2]),
+                modules: attention,
+                num_heads: self.num_attention_heads,
+                num_key_value_heads: self.num_key_value_heads,
+                head_dim: self.head_dim,
+                scale: 1.0 / (self.head_dim as f32).sqrt(),
+                softcap: None,
+                window: None,
+                rope: Some(0),
+            },
+            mlp: Mlp {
+                norm: Some(self.norm(NormId::Mlp, &format!("{prefix}.post_attention_layernorm"))),
+                output_norm: None,
+                gate: Rows::all(&mlp[0]),
+                up: Rows::all(&mlp[1]),
+                modules: mlp,
+                intermediate_size: inner,
+            },
+        }
+    }
+
+    /// Refuses sizes whose products would overflow somewhere, and rotations that are no numbers.
+    fn check(&self, ropes: &[RopeConfig], fields: &mut Fields) {
+        // Far more than any model has. Lists are made of as many layers, pieces of the vocabulary and frequencies.
+        for (key, found, most) in [
+            ("num_hidden_layers", self.num_hidden_layers, 1000),
+            ("vocab_size", self.vocab_size, 100_000_000),
+            ("head_dim", self.head_dim, 65_536),
+        ] {
+            if found > most {
+                fields.refuse(key, found, format!("at most {most}"));
+            }
+        }
+        let product = |a: usize, b: usize| a as u128 * b as u128;
+        let heads = product(self.num_attention_heads + self.num_key_value_heads, self.head_dim);
+        let layer = self.hidden_size as u128 * (2 * heads + 3 * self.intermediate_size as u128);
+        let layers = layer.saturating_mul(self.num_hidden_layers as u128);
+        if layers.saturating_add(2 * product(self.vocab_size, self.hidden_size)) > MAX_WEIGHTS {
+            fields.problems.push(format!(
+                "hidden_size {}, intermediate_size {}, num_hidden_layers {}, vocab_size {}, num_attention_heads {}, head_dim {}: \
+                 together more than 10^14 weights",
+                self.hidden_size,
+                self.intermediate_size,
+                self.num_hidden_layers,
+                self.vocab_size,
+                self.num_attention_heads,
+                self.head_dim
+            ));
+        } else if fields.problems.is_empty() {
+            for rope in ropes.iter().filter(|rope| !rope.is_finite()) {
+                let problem = format!("rope_parameters: they give rotations that are no finite numbers ({rope:?})");
+                fields.problems.push(problem);
+            }
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! A gated MLP: x + norm(down · (silu(gate · n) ∘ up · n)) with n = norm(x). Norms are there or not.
+
+use anyhow::Result;
+
+use crate::device::{Arena, Buffer, Normed, Ops, SwigluBackward, SwigluForward, View, ViewMut};
+use crate::model::linear::{Backward, LoraInputs};
+use crate::model::spec::{Module, ModuleId, Norm, Rows};
+
+use super::{Saved, Scratch, StageContext, Widths};
+
+/// The stage as a value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Mlp {
+    /// Norm of the input.
+    pub norm: Option<Norm>,
+    /// Norm of the output, before it is added to the residual stream.
+    pub output_norm: Option<Norm>,
+    /// In the order of use: what gives gate and up, and last [`ModuleId::Down`].
+    pub modules: Vec<Module>,
+    pub gate: Rows,
+    pub up: Rows,
+    pub intermediate_size: usize,
+}
+
+impl Mlp {
+    /// Norms, in the order of use.
+    pub fn norms(&self) -> impl Iterator<Item = &Norm> {
+        [&self.norm, &self.output_norm].into_iter().flatten()
+    }
+
+    /// The modules that read the normed input.
+    fn inputs(&self) -> impl DoubleEndedIterator<Item = &Module> {
+        self.modules.iter().filter(|module| module.id != ModuleId::Down)
+    }
+}
+
+/// The values that backward needs.
+pub struct MlpSaves<'a, D: Ops> {
+    pub products: &'a mut Products<D>,
+    pub rest: &'a mut Rest<D>,
+}
+
+/// Group [`Saved::mlp`].
+pub struct Products<D: Ops> {
+    /// The stage's input, `[T, hidden]`: the stage before leaves its branch here, to which the residual stream is added.
+    pub input: Buffer<D, D::Act>,
+    /// `[T, intermediate]`
+    gate: Buffer<D, D::Act>,
+    up: Buffer<D, D::Act>,
+    u: LoraInputs<D>,
+    /// The output before its norm `[T, hidden]`, where there is one, and its 1/rms `[T]`.
+    before: Buffer<D, D::Act>,
+    output_rstd: Buffer<D, f32>,
+}
+
+/// Group [`Saved::rest`].
+pub struct Rest<D: Ops> {
+    /// The normed input `[T, hidden]`, its 1/rms `[T]`.
+    normed: Buffer<D, D::Act>,
+    rstd: Buffer<D, f32>,
+    /// silu(gate) · up, `[T, intermediate]`.
+    act: Buffer<D, D::Act>,
+}
+
+impl<D: Ops> Products<D> {
+    pub fn carve(arena: &mut Arena<D>, name: &str, widths: &Widths, tokens: usize) -> Result<Self> {
+        let f = |part: &str| format!("{name}/{part}");
+        Ok(Self {
+            input: arena.carve(&f("h"), tokens * widths.hidden)?,
+            gate: arena.carve(&f("gate"), tokens * widths.intermediate)?,
+            up: arena.carve(&f("up"), tokens * widths.intermediate)?,
+            u: LoraInputs::carve(arena, name, &widths.mlp_modules, tokens * widths.lora_rank)?,
+            before: arena.carve(&f("down_before"), tokens * widths.mlp_output)?,
+            output_rstd: arena.carve(&f("down_rstd"), if widths.mlp_output > 0 { tokens } else { 0 })?,
+        })
+    }
+}
+
+impl<D: Ops> Rest<D> {
+    pub fn carve(arena: &mut Arena<D>, name: &str, widths: &Widths, tokens: usize) -> Result<Self> {
+        Ok(Self {
+            normed: arena.carve(&format!("{name}/norm2"), tokens * widths.hidden)?,
+            rstd: arena.carve(&format!("{name}/rstd2"), tokens)?,
+            act: arena.carve(&format!("{name}/act"), tokens * widths.intermediate)?,
+        })
+    }
+}
+
+/// The residual stream after the stage goes to `out` `[T, hidden]`. Where [`Saved::mlp`] is not there, [`Products::input`] holds the
+/// branch of the stage before, and x is added to it first. `out: None` makes it a recompute, which stops before the last module, because
+/// backward does not need its output.
+pub fn forward<D: Ops>(
+    ctx: &StageContext<'_, D>,
+    stage: &Mlp,
+    out: Option<&mut Buffer<D, D::Act>>,
+    saves: &mut MlpSaves<'_, D>,
+    saved: Saved,
+    x: View<'_, D, D::Act>,
+    scratch: &mut Scratch<D>,
+) -> Result<()> {
+    let (ops, t) = (ctx.ops, ctx.tokens());
+    let (hidden, inner) = (t * ctx.spec.hidden_size, t * stage.intermediate_size);
+    let MlpSaves { products, rest } = saves;
+    let Products { input, gate, up, u, before, output_rstd } = &mut **products;
+    // 1. Norm.
+    match &stage.norm {
+        Some(norm) if !saved.mlp || !saved.rest => {
+            let x = match saved.mlp {
+                true => Normed::Plain(input.first(hidden)),
+                false => Normed::Sum { sum: input.first_mut(hidden), addend: x },
+            };
+            ctx.norm_forward(norm, rest.normed.first_mut(hidden), rest.rstd.first_mut(t), x)?;
+        }
+        None if !saved.mlp => ops.add(input.first_mut(hidden), x)?,
+        _ => {}
+    }
+    // 2. Gate and up.
+    if !saved.mlp {
+        let x = if stage.norm.is_some() { rest.normed.first(hidden) } else { input.first(hidden) };
+        let mut outputs = [(&stage.gate, gate.first_mut(inner)), (&stage.up, up.first_mut(inner))].map(Some);
+        for module in stage.inputs() {
+            let mine = outputs.iter_mut().filter(|y| y.as_ref().is_some_and(|(rows, _)| rows.module == module.id));
+            let mine = mine.filter_map(Option::take).map(|(rows, y)| (rows.rows.clone(), y));
+            ctx.linear(&stage.modules, module.id)?.forward(
+                ops,
+                mine,
+                u.get_mut(module.id)?,
+                x,
+                &mut scratch.dropped,
+            )?;
+        }
+    }
+    // 3. Activation.
+    if !saved.rest {
+        let (gate, up) = (gate.first(inner), up.first(inner));
+        ops.swiglu_forward(SwigluForward { y: rest.act.first_mut(inner), gate, up })?;
+    }
+    // 4. Down projection, its norm, and the residual stream.
+    if out.is_none() && saved.mlp {
+        return Ok(());
+    }
+    let (down, u, act) =
+        (ctx.linear(&stage.modules, ModuleId::Down)?, u.get_mut(ModuleId::Down)?, rest.act.first(inner));
+    let mut project = |y: Option<ViewMut<'_, D, D::Act>>| {
+        down.forward(ops, y.map(|y| (0..ctx.spec.hidden_size, y)), u, act, &mut scratch.dropped)
+    };
+    match (&stage.output_norm, out) {
+        (None, None) => project(None),
+        (None, Some(out)) => {
+            project(Some(out.first_mut(hidden)))?;
+            ops.add(out.first_mut(hidden), input.first(hidden))
+        }
+        (Some(norm), out) => {
+            project(Some(before.first_mut(hidden)))?;
+            let (x, rstd) = (Normed::Plain(before.first(hidden)), output_rstd.first_mut(t));
+            match out {
+                // Backward needs rstd; the normed output is of no use.
+                None => ctx.norm_forward(norm, scratch.d_norm.first_mut(hidden), rstd, x),
+                Some(out) => {
+                    ctx.norm_forward(norm, out.first_mut(hidden), rstd, x)?;
+                    ops.add(out.first_mut(hidden), input.first(hidden))
+                }
+            }
+        }
+    }
+}
+
+/// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it. Gradients of trainable values are
+/// added to `grads`.
+pub fn backward<D: Ops>(
+    ctx: &StageContext<'_, D>,
+    stage: &Mlp,
+    d: &mut Buffer<D, D::Act>,
+    grads: &mut Buffer<D, f32>,
+    saves: &MlpSaves<'_, D>,
+    scratch: &mut Scratch<D>,
+) -> Result<()> {
+    let (ops, t) = (ctx.ops, ctx.tokens());
+    let (hidden, inner) = (t * ctx.spec.hidden_size, t * stage.intermediate_size);
+    let Scratch { dropped, d_u, d_norm, d_act, d_gate, d_up, .. } = scratch;
+    let MlpSaves { products: Products { input, gate, up, u, before, output_rstd }, rest } = saves;
+    // 4. The output's norm, and the down projection.
+    let d_y = match &stage.output_norm {
+        None => d.first(hidden),
+        Some(norm) => {
+            ops.fill_bytes(d_norm.first_mut(hidden), 0)?;
+            let (before, rstd) = (before.first(hidden), output_rstd.first(t));
+            ctx.norm_backward(norm, d_norm.first_mut(hidden), d.first(hidden), before, rstd)?;
+            d_norm.first(hidden)
+        }
+    };
+    let (down, d_x, x) = (ctx.linear(&stage.modules, ModuleId::Down)?, d_act.first_mut(inner), rest.act.first(inner));
+    let u_down = u.get(ModuleId::Down)?;
+    let args =
+        Backward { d_x, accumulate: false, grads: &mut *grads, x, u: u_down, dropped: &mut *dropped, d_u: &mut *d_u };
+    down.backward(ops, [Some((0..ctx.spec.hidden_size, d_y))], args)?;
+    // 3. Activation.
+    ops.swiglu_backward(SwigluBackward {
+        d_gate: d_gate.first_mut(inner),
+        d_up: d_up.first_mut(inner),
+        d_y: d_act.first(inner),
+        gate: gate.first(inner),
+        up: up.first(inner),
+    })?;
+    // 2. Gate and up.
+    let d_outputs = [(&stage.gate, d_gate.first(inner)), (&stage.up, d_up.first(inner))];
+    for (i, module) in stage.inputs().rev().enumerate() {
+        let mine = d_outputs.map(|(rows, d_y)| (rows.module == module.id).then(|| (rows.rows.clone(), d_y)));
+        let (d_x, accumulate, x) = match stage.norm {
+            Some(_) => (d_norm.first_mut(hidden), i > 0, rest.normed.first(hidden)),
+            None => (d.first_mut(hidden), true, input.first(hidden)),
+        };
+        let u = u.get(module.id)?;
+        let args = Backward { d_x, accumulate, grads: &mut *grads, x, u, dropped: &mut *dropped, d_u: &mut *d_u };
+        ctx.linear(&stage.modules, module.id)?.backward(ops, mine, args)?;
+    }
+    // 1. Norm.
+    let Some(norm) = &stage.norm else { return Ok(()) };
+    ctx.norm_backward(norm, d.first_mut(hidden), d_norm.first(hidden), input.first(hidden), rest.rstd.first(t))
+}

@@ -1,0 +1,198 @@
+//! The stages of a layer, each a residual branch in a file of its own: its tensors, forward, backward, the values that it saves for
+//! backward, its scratch and its cost. Nothing elsewhere knows what is in a stage.
+
+pub mod attention;
+pub mod cost;
+pub mod mlp;
+
+pub use attention::Attention;
+pub use mlp::Mlp;
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+
+use crate::device::{Arena, Buffer, Device, DropoutMask, Normed, Ops, RmsNormBackward, RmsNormForward, View, ViewMut};
+
+use super::batch::BatchBuffers;
+use super::linear::Linear;
+use super::spec::{LayerSpec, ModelSpec, Module, ModuleId, Norm, TensorId};
+use super::trainable::{LayerTrainables, LoraConfig, Trainables};
+use super::weights::LayerWeights;
+
+/// Tells for each group of saved values whether it is valid. Backward needs all three. A layer keeps a group, or computes it again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Saved {
+    /// Attention's output and log-sum-exp.
+    pub attention: bool,
+    /// Outputs of the large products after attention.
+    pub mlp: bool,
+    /// Everything else: norms, the projections before attention, the activation. It is the cheapest to compute again for its size.
+    pub rest: bool,
+}
+
+impl Saved {
+    pub const NOTHING: Saved = Saved { attention: false, mlp: false, rest: false };
+
+    pub fn all(self) -> bool {
+        self.attention && self.mlp && self.rest
+    }
+}
+
+/// The inputs of a stage's computation, besides activations.
+pub struct StageContext<'a, D: Ops> {
+    pub ops: &'a D,
+    pub spec: &'a ModelSpec,
+    pub weights: &'a LayerWeights<D>,
+    pub batch: &'a BatchBuffers<D>,
+    /// The adapter's numbers and the layer's matrices; `None` computes with the base alone.
+    pub trainables: Option<(&'a LoraConfig, &'a LayerTrainables)>,
+    /// Seed and step of the dropout masks; `None` switches dropout off (evaluation).
+    pub dropout: Option<(u64, u32)>,
+}
+
+impl<'a, D: Ops> StageContext<'a, D> {
+    /// Number of tokens.
+    fn tokens(&self) -> usize {
+        self.batch.num_tokens
+    }
+
+    /// The module of `modules` with this id, ready for computing.
+    fn linear(&self, modules: &'a [Module], id: ModuleId) -> Result<Linear<'a, D>> {
+        Linear::new(self, find(modules, id))
+    }
+
+    /// The dropout mask of a module, where there is dropout.
+    pub(super) fn dropout_mask(&self, config: &LoraConfig, module: u32) -> Option<DropoutMask<'a, D>> {
+        let (seed, step) = self.dropout.filter(|_| config.dropout > 0.0)?;
+        let (sample_idx, positions) = (self.batch.sample_idx.first(self.tokens()), self.batch.documents.positions());
+        Some(DropoutMask { probability: config.dropout, seed, step, module, sample_idx, positions })
+    }
+
+    fn norm_forward(
+        &self,
+        norm: &Norm,
+        y: ViewMut<'_, D, D::Act>,
+        rstd: ViewMut<'_, D, f32>,
+        x: Normed<'_, D>,
+    ) -> Result<()> {
+        let weight = self.weights.vector(TensorId::Norm(norm.id), norm.width)?;
+        self.ops.rms_norm_forward(RmsNormForward { y, rstd, x, weight, eps: self.spec.norm_eps })
+    }
+
+    /// Adds to d_x.
+    fn norm_backward(
+        &self,
+        norm: &Norm,
+        d_x: ViewMut<'_, D, D::Act>,
+        d_y: View<'_, D, D::Act>,
+        x: View<'_, D, D::Act>,
+        rstd: View<'_, D, f32>,
+    ) -> Result<()> {
+        let weight = self.weights.vector(TensorId::Norm(norm.id), norm.width)?;
+        self.ops.rms_norm_backward(RmsNormBackward { d_x, d_y, x, rstd, weight })
+    }
+}
+
+/// The module with this id, which a stage's rows name.
+fn find(modules: &[Module], id: ModuleId) -> &Module {
+    modules.iter().find(|module| module.id == id).expect("rows of a stage are those of its modules")
+}
+
+/// Widths of buffers, each the largest of all layers, and the modules that layers have.
+#[derive(Clone, Debug)]
+pub struct Widths {
+    pub hidden: usize,
+    /// Features of all queries of a token, of all keys, and number of heads.
+    pub q: usize,
+    pub kv: usize,
+    pub heads: usize,
+    /// Features of queries and keys that are normed, and the number of runs that each norm takes for itself.
+    pub normed_q: usize,
+    pub normed_kv: usize,
+    pub q_rstd: usize,
+    pub k_rstd: usize,
+    pub intermediate: usize,
+    /// Features of outputs that are normed.
+    pub attention_output: usize,
+    pub mlp_output: usize,
+    pub lora_rank: usize,
+    /// The modules that read attention's input, and those of the MLP.
+    pub attention_inputs: Vec<ModuleId>,
+    pub mlp_modules: Vec<ModuleId>,
+}
+
+impl Widths {
+    pub fn new(spec: &ModelSpec, trainables: Option<&Trainables>) -> Widths {
+        let runs = |norm: &Option<Norm>, width: usize| norm.as_ref().map_or(0, |norm| width / norm.width);
+        let normed = |norm: &Option<Norm>, width: usize| if norm.is_some() { width } else { 0 };
+        let hidden = spec.hidden_size;
+        let ids = |modules: fn(&LayerSpec) -> &[Module]| -> Vec<ModuleId> {
+            let ids: BTreeSet<ModuleId> = spec.layers.iter().flat_map(modules).map(|module| module.id).collect();
+            ids.into_iter().collect()
+        };
+        let attention = ids(|layer| &layer.attention.modules);
+        Widths {
+            hidden,
+            q: spec.widest(|layer| layer.attention.q_width()),
+            kv: spec.widest(|layer| layer.attention.kv_width()),
+            heads: spec.widest(|layer| layer.attention.num_heads),
+            normed_q: spec.widest(|layer| normed(&layer.attention.q_norm, layer.attention.q_width())),
+            normed_kv: spec.widest(|layer| normed(&layer.attention.k_norm, layer.attention.kv_width())),
+            q_rstd: spec.widest(|layer| runs(&layer.attention.q_norm, layer.attention.q_width())),
+            k_rstd: spec.widest(|layer| runs(&layer.attention.k_norm, layer.attention.kv_width())),
+            intermediate: spec.widest(|layer| layer.mlp.intermediate_size),
+            attention_output: spec.widest(|layer| normed(&layer.attention.output_norm, hidden)),
+            mlp_output: spec.widest(|layer| normed(&layer.mlp.output_norm, hidden)),
+            lora_rank: trainables.map_or(0, |trainables| trainables.lora.lora_rank),
+            attention_inputs: attention.into_iter().filter(|&id| id != ModuleId::O).collect(),
+            mlp_modules: ids(|layer| &layer.mlp.modules),
+        }
+    }
+
+    /// Widest input or output of a module.
+    pub fn widest(&self) -> usize {
+        self.hidden.max(self.q).max(self.intermediate)
+    }
+}
+
+/// Scratch memory, which stages share because they run one after the other.
+pub struct Scratch<D: Device> {
+    /// dropout(x), or d_u · A before its mask: `[T, widest]`.
+    pub dropped: Buffer<D, D::Act>,
+    /// `[T, r]`
+    pub d_u: Buffer<D, D::Act>,
+    /// Gradients: `[T, hidden]`, `[T, q]`, `[T, kv]`, `[T, intermediate]`.
+    pub d_norm: Buffer<D, D::Act>,
+    pub d_attention: Buffer<D, D::Act>,
+    pub d_q: Buffer<D, D::Act>,
+    pub d_k: Buffer<D, D::Act>,
+    pub d_v: Buffer<D, D::Act>,
+    /// Row sums of d_out · out in attention's backward, `[T, heads]`.
+    pub delta: Buffer<D, f32>,
+    pub d_act: Buffer<D, D::Act>,
+    /// At least as wide as queries, because attention's backward uses these buffers too.
+    pub d_gate: Buffer<D, D::Act>,
+    pub d_up: Buffer<D, D::Act>,
+}
+
+impl<D: Device> Scratch<D> {
+    /// Without `backward` only the buffers that forward uses have a size.
+    pub fn carve(arena: &mut Arena<D>, widths: &Widths, tokens: usize, backward: bool) -> Result<Self> {
+        let back = if backward { tokens } else { 0 };
+        let lora = if widths.lora_rank > 0 { tokens } else { 0 };
+        Ok(Self {
+            dropped: arena.carve("scratch/dropped", lora * widths.widest())?,
+            d_u: arena.carve("scratch/d_u", back * widths.lora_rank)?,
+            d_norm: arena.carve("scratch/d_norm", back * widths.hidden)?,
+            d_attention: arena.carve("scratch/d_attention", back * widths.q)?,
+            d_q: arena.carve("scratch/d_q", back * widths.q)?,
+            d_k: arena.carve("scratch/d_k", back * widths.kv)?,
+            d_v: arena.carve("scratch/d_v", back * widths.kv)?,
+            delta: arena.carve("scratch/delta", back * widths.heads)?,
+            d_act: arena.carve("scratch/d_act", back * widths.intermediate)?,
+            d_gate: arena.carve("scratch/d_gate", back * widths.intermediate.max(widths.q))?,
+            d_up: arena.carve("scratch/d_up", back * widths.intermediate.max(widths.q))?,
+        })
+    }
+}
