@@ -6,8 +6,8 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 
 use crate::device::{
-    Arena, Buffer, DropoutMask, Gemm, LoraDown, LoraGradA, LoraGradX, LoraLinear, Ops, Transpose, View, ViewMut,
-    product,
+    Arena, Buffer, Device, DropoutMask, Gemm, LoraDown, LoraGradA, LoraGradX, LoraLinear, Ops, Transpose, View,
+    ViewMut, product,
 };
 
 use super::spec::{Module, ModuleId, TensorId};
@@ -103,7 +103,7 @@ impl<'a, D: Ops> Linear<'a, D> {
     pub fn backward<const N: usize>(
         &self,
         ops: &D,
-        d_outputs: [Option<(Range<usize>, View<'_, D, D::Act>)>; N],
+        d_outputs: [Option<RowsGrad<'_, D>>; N],
         args: Backward<'_, D>,
     ) -> Result<()> {
         let Backward { mut d_x, accumulate, grads, x, u, dropped, d_u } = args;
@@ -133,6 +133,9 @@ impl<'a, D: Ops> Linear<'a, D> {
         ops.lora_grad_x(LoraGradX { d_x, d_u, a: matrices.a, mask, lora_rank, scratch: dropped.view_mut() })
     }
 }
+
+/// Rows of a module, and the gradient of what they give, `[T, rows]`.
+type RowsGrad<'a, D> = (Range<usize>, View<'a, D, <D as Device>::Act>);
 
 /// The outputs and inputs of a module's backward, besides d_y.
 pub struct Backward<'a, D: Ops> {
