@@ -143,7 +143,8 @@ fn signalled(place: &Place, signal: &str) -> (Output, Duration) {
     };
     let ranks = place.ranks();
     let rank_1 = ranks.iter().find(is_rank_1).expect("rank 1 runs").to_string();
-    assert!(Command::new("kill").args([signal, &rank_1]).status().unwrap().success());
+    // The shell has `kill` within itself; a bare Debian has no program of this name.
+    assert!(Command::new("sh").args(["-c", &format!("kill {signal} {rank_1}")]).status().unwrap().success());
     let start = Instant::now();
     (child.wait_with_output().unwrap(), start.elapsed())
 }
