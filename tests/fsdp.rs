@@ -9,7 +9,7 @@ use fsdp_qlora::checkpoint::adapter;
 use fsdp_qlora::comm::{Gather, Queue};
 use fsdp_qlora::data::{self, DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler};
 use fsdp_qlora::fsdp::check::check;
-use fsdp_qlora::fsdp::exec::RunArgs;
+use fsdp_qlora::fsdp::exec::{Objective, RunArgs};
 use fsdp_qlora::fsdp::grads::Values;
 use fsdp_qlora::fsdp::memory::Residency;
 use fsdp_qlora::fsdp::schedule::{Accumulation, Action, Keep, Mode, build};
@@ -341,6 +341,65 @@ fn a_rank_receives_only_the_others_shards() {
     }
 }
 
+/// The loss Σ linear · (−log p) + square/2 · (log p)²: a coefficient for each token, made of two, of which one depends on its score.
+#[derive(Debug)]
+struct Quadratic {
+    linear: f64,
+    square: f64,
+}
+
+impl Quadratic {
+    fn loss(&self, log_probabilities: &[Vec<f64>]) -> f64 {
+        log_probabilities.iter().flatten().map(|l| self.square / 2.0 * l * l - self.linear * l).sum()
+    }
+}
+
+impl Objective for Quadratic {
+    fn coefficients(&self, micro: usize, log_probabilities: &[Vec<f64>]) -> Vec<f32> {
+        log_probabilities[micro].iter().map(|l| (self.linear - self.square * l) as f32).collect()
+    }
+}
+
+#[test]
+fn an_objective_decides_about_each_token() {
+    let shards = tempfile::tempdir().unwrap();
+    let mut options = trainer();
+    options.max_micro_batches = 3;
+    let (data, objective) = (rows(Packing::None), Quadratic { linear: 0.02, square: 0.01 });
+    on_all_ranks(1, |groups| {
+        let mut engine = options.engine(groups, shards.path());
+        let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 3, 1, 1, 0);
+        let start = layers(&mut engine, Values::Master);
+        let update = update(1, 0.0);
+        let run = |engine: &mut CpuEngine, values: &[Vec<f32>]| {
+            values.iter().enumerate().for_each(|(layer, values)| engine.load_trainable(layer, values).unwrap());
+            let args = RunArgs {
+                mode: Mode::Train,
+                num_micro_batches: 3,
+                objective: Some(&objective),
+                adapter: true,
+                dropout: None,
+                update: Some(&update),
+                num_past_tokens: 0,
+            };
+            objective.loss(&engine.run(&args, &batches).unwrap().log_probabilities)
+        };
+        run(&mut engine, &start);
+        let grads = layers(&mut engine, Values::Grad);
+        let square: f64 = grads.iter().flatten().map(|g| f64::from(*g).powi(2)).sum();
+        // Along the gradient the loss changes by its square.
+        let step = 1e-3 / square.sqrt();
+        let moved = |by: f64| -> Vec<Vec<f32>> {
+            let layer = |(x, g): (&Vec<f32>, &Vec<f32>)| {
+                x.iter().zip(g).map(|(x, g)| x + (by * f64::from(*g)) as f32).collect()
+            };
+            start.iter().zip(&grads).map(layer).collect()
+        };
+        let slope = (run(&mut engine, &moved(step)) - run(&mut engine, &moved(-step))) / (2.0 * step);
+        assert!((slope / square - 1.0).abs() < 1e-2, "slope {slope}, square of the gradient {square}");
+    });
+}
+
 /// Runs one training step with a schedule that lacks an action. `Err` is the message of the executor or the checker.
 fn run_without(
     removed: Option<usize>,
@@ -365,7 +424,7 @@ fn run_without(
         let args = RunArgs {
             mode: Mode::Train,
             num_micro_batches: 3,
-            coefficient: 0.01,
+            objective: Some(&Quadratic { linear: 0.01, square: 0.0 }),
             adapter: true,
             dropout: None,
             update: Some(&update),

@@ -156,7 +156,7 @@ fn generate_args() -> RunArgs<'static> {
     RunArgs {
         mode: Mode::Generate,
         num_micro_batches: 1,
-        coefficient: 0.0,
+        objective: None,
         adapter: false,
         dropout: None,
         update: None,

@@ -110,7 +110,8 @@ impl State<'_> {
                 self.needs(Unit::HeadPiece(piece))?;
                 advance(&mut self.pieces[micro], Some(piece), piece + 1)
             }
-            Action::HeadFinish { micro } => self.head_finish(micro),
+            Action::HeadScore { micro } => self.head_score(micro),
+            Action::HeadBackward { micro } => self.head_backward(micro),
             Action::Recompute { layer, micro } => {
                 self.needs(Unit::Layer(layer))?;
                 self.recomputed[micro] = Some(layer);
@@ -177,13 +178,21 @@ impl State<'_> {
         Ok(())
     }
 
-    fn head_finish(&mut self, micro: usize) -> Result<()> {
+    fn head_score(&mut self, micro: usize) -> Result<()> {
         let NumUnits { layers, head_pieces } = self.inputs.units;
         ensure!(self.pieces[micro] == Some(head_pieces), "a head piece is missing");
-        self.boundary(layers, micro, Boundary::Here, Boundary::Here)?;
-        if self.inputs.mode != Mode::Train {
-            self.free_boundary(layers, micro)?;
+        self.pieces[micro] = Some(head_pieces + 1);
+        if self.inputs.mode == Mode::Train {
+            return Ok(());
         }
+        self.free_boundary(layers, micro)?;
+        advance(&mut self.backward[micro], None, layers)
+    }
+
+    fn head_backward(&mut self, micro: usize) -> Result<()> {
+        let NumUnits { layers, head_pieces } = self.inputs.units;
+        ensure!(self.pieces[micro] == Some(head_pieces + 1), "the micro-batch is not scored");
+        self.boundary(layers, micro, Boundary::Here, Boundary::Here)?;
         advance(&mut self.backward[micro], None, layers)
     }
 

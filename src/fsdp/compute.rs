@@ -104,11 +104,11 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok(())
     }
 
-    pub(super) fn head_begin(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
+    pub(super) fn head_begin(&mut self, micro: usize, batch: &MicroBatch) -> Result<()> {
         let m = self.live(micro);
         let boundary = self.boundaries.get_mut(self.units.layers, m)?;
         let Memory { heads, final_norm, .. } = &mut self.memory;
-        heads[m].load(&self.device, batch, args.coefficient)?;
+        heads[m].load(&self.device, batch)?;
         head::begin(&self.device, &self.base.spec, &mut heads[m], boundary, final_norm)
     }
 
@@ -127,22 +127,24 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         head::piece(&self.device, &self.base.spec, &mut heads[m], logits, weight, first_id, backward)
     }
 
-    pub(super) fn head_finish(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Vec<f64>> {
+    pub(super) fn head_score(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Vec<f64>> {
         let (m, last) = (self.live(micro), self.units.layers);
         if args.mode != Mode::Train {
             let boundary = self.boundaries.take(last, m)?;
             self.boundaries.release(boundary);
         }
-        if args.mode == Mode::Generate {
-            return Ok(Vec::new());
+        match args.mode {
+            Mode::Generate => Ok(Vec::new()),
+            Mode::Train | Mode::Score => head::log_probabilities(&self.device, &self.memory.heads[m]),
         }
+    }
+
+    /// The gradient of Σ −coefficient · log p takes the place of the last boundary.
+    pub(super) fn head_backward(&mut self, micro: usize, coefficients: &[f32]) -> Result<()> {
+        let (m, last) = (self.live(micro), self.units.layers);
         let Memory { heads, final_norm, batches, .. } = &mut self.memory;
-        let log_probabilities = head::log_probabilities(&self.device, &heads[m])?;
-        if args.mode == Mode::Train {
-            let (d, tokens) = (self.boundaries.get_mut(last, m)?, batches[m].num_tokens);
-            head::finish(&self.device, &self.base.spec, &mut heads[m], d, final_norm, tokens)?;
-        }
-        Ok(log_probabilities)
+        let (d, tokens) = (self.boundaries.get_mut(last, m)?, batches[m].num_tokens);
+        head::backward(&self.device, &self.base.spec, &mut heads[m], d, final_norm, tokens, coefficients)
     }
 
     /// Logits of the last token after a run in [`Mode::Generate`], `[vocab_size]`.

@@ -1,5 +1,6 @@
 //! The executor: performs a schedule, one action after the other.
 
+use std::fmt::Debug;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -38,14 +39,21 @@ pub struct Base {
 /// Copies rows of the embedding table: `(ids, out [ids, hidden_size])`.
 pub type Embed = dyn Fn(&[u32], &mut [f32]) -> Result<()> + Sync;
 
+/// Stands between the scores of target tokens and their gradients.
+pub trait Objective: Debug + Sync {
+    /// Returns the factor of −log p of each target token of a micro-batch in the gradient. `log_probabilities` has those of each
+    /// micro-batch that has been scored.
+    fn coefficients(&self, micro: usize, log_probabilities: &[Vec<f64>]) -> Vec<f32>;
+}
+
 /// The arguments of one run of a schedule, besides its micro-batches.
 #[derive(Clone, Copy, Debug)]
 pub struct RunArgs<'a> {
     pub mode: Mode,
     /// M, the largest of any rank: ranks that have fewer micro-batches run empty ones.
     pub num_micro_batches: usize,
-    /// Weight of each target token's −log p in the gradient: 1 / all target tokens of the step.
-    pub coefficient: f32,
+    /// The objective of training; `None` in other modes.
+    pub objective: Option<&'a dyn Objective>,
     /// False computes with the base alone.
     pub adapter: bool,
     /// Seed and step of the dropout masks; `None` switches dropout off.
@@ -272,11 +280,16 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Action::Embed { micro } => self.embed(micro, args, batch(micro)),
             Action::Forward { layer, micro } => self.forward(layer, micro, args, true),
             Action::Recompute { layer, micro } => self.forward(layer, micro, args, false),
-            Action::HeadBegin { micro } => self.head_begin(micro, args, batch(micro)),
+            Action::HeadBegin { micro } => self.head_begin(micro, batch(micro)),
             Action::HeadPiece { piece, micro } => self.head_piece(piece, micro, args),
-            Action::HeadFinish { micro } => {
-                output.log_probabilities[micro] = self.head_finish(micro, args)?;
+            Action::HeadScore { micro } => {
+                output.log_probabilities[micro] = self.head_score(micro, args)?;
                 Ok(())
+            }
+            Action::HeadBackward { micro } => {
+                let objective = args.objective.context("no objective was given")?;
+                let coefficients = objective.coefficients(micro, &output.log_probabilities);
+                self.head_backward(micro, &coefficients)
             }
             Action::Backward { layer, micro, grad_slot, first } => self.backward(layer, micro, args, grad_slot, first),
             Action::Reduce { layer, grad_slot } => self.reduce(layer, grad_slot),

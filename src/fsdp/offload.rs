@@ -83,7 +83,7 @@ impl Weaver<'_> {
                 self.free += if layer == 0 { 2 } else { 1 };
                 return self.fetch_ahead(i);
             }
-            Action::HeadFinish { .. } => {
+            Action::HeadBackward { .. } => {
                 self.woven.push(action);
                 return self.fetch_ahead(i);
             }

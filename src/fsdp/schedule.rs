@@ -118,8 +118,12 @@ pub enum Action {
         piece: usize,
         micro: usize,
     },
-    /// Log-probabilities and, in training, the gradient of the last boundary.
-    HeadFinish {
+    /// The log-probability of each target token comes to the host.
+    HeadScore {
+        micro: usize,
+    },
+    /// The objective's coefficients go to the device, and the gradient of the last boundary is made.
+    HeadBackward {
         micro: usize,
     },
     Recompute {
@@ -284,7 +288,11 @@ fn pass(inputs: &Inputs, micros: &[usize], visits: &mut Vec<Visit>) {
         }
         v.compute.extend(micros.iter().map(|&micro| Action::HeadPiece { piece, micro }));
         if piece + 1 == head_pieces {
-            v.after.extend(micros.iter().map(|&micro| Action::HeadFinish { micro }));
+            // An objective may need the scores of several micro-batches before it has the coefficients of one.
+            v.after.extend(micros.iter().map(|&micro| Action::HeadScore { micro }));
+            if inputs.mode == Mode::Train {
+                v.after.extend(micros.iter().map(|&micro| Action::HeadBackward { micro }));
+            }
         }
         visits.push(v);
     }

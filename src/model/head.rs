@@ -1,6 +1,6 @@
 //! The head: final norm, logits piece by piece, log-probabilities, and their gradient.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use crate::device::*;
 
@@ -49,15 +49,14 @@ impl<D: Device> HeadState<D> {
         })
     }
 
-    /// Uploads which tokens count. All have the same coefficient.
-    pub fn load(&mut self, device: &D, batch: &MicroBatch, coefficient: f32) -> Result<()> {
+    /// Uploads which tokens count.
+    pub fn load(&mut self, device: &D, batch: &MicroBatch) -> Result<()> {
         let rows: Vec<u32> =
             (0..batch.num_tokens() as u32).filter(|&t| batch.targets[t as usize] != NO_TARGET).collect();
         let target_ids: Vec<u32> = rows.iter().map(|&t| batch.targets[t as usize]).collect();
         self.num_targets = rows.len();
         self.rows.put(device, &rows, batch.num_tokens())?;
-        device.upload(self.target_ids.first_mut(rows.len()), &target_ids)?;
-        device.upload(self.coefficients.first_mut(rows.len()), &vec![coefficient; rows.len()])
+        device.upload(self.target_ids.first_mut(rows.len()), &target_ids)
     }
 }
 
@@ -127,16 +126,19 @@ pub fn log_probabilities<D: Ops>(ops: &D, state: &HeadState<D>) -> Result<Vec<f6
     Ok((0..n).map(|i| f64::from(logit[i]) - f64::from(max[i]) - f64::from(sum[i]).ln()).collect())
 }
 
-/// Writes the gradient of Σ −coefficient · log p into the last boundary's place: d `[T, hidden]`.
-pub fn finish<D: Ops>(
+/// Writes the gradient of Σ −coefficient · log p into the last boundary's place: d `[T, hidden]`; `coefficients` `[N]`.
+pub fn backward<D: Ops>(
     ops: &D,
     spec: &ModelSpec,
     state: &mut HeadState<D>,
     d: &mut Buffer<D, D::Act>,
     final_norm: &Buffer<D, f32>,
     num_tokens: usize,
+    coefficients: &[f32],
 ) -> Result<()> {
     let (n, len) = (state.num_targets, state.num_targets * spec.hidden_size);
+    ensure!(coefficients.len() == n, "{} coefficients for {n} target tokens", coefficients.len());
+    ops.upload(state.coefficients.first_mut(n), coefficients)?;
     ops.cross_entropy_finish(CrossEntropyFinish {
         d_x: state.normed.first_mut(len),
         acc: state.acc.first(len),

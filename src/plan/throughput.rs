@@ -135,7 +135,7 @@ impl Workload<'_> {
                 let rows = head_piece_rows(spec, piece).len() as f64;
                 self.seconds(Cost { weights: 2.0 * rows * h, ..moved(4.0 * rows) }, limits)
             }
-            Action::HeadBegin { .. } | Action::HeadFinish { .. } => self.seconds(moved(6.0 * h), limits),
+            Action::HeadBegin { .. } | Action::HeadBackward { .. } => self.seconds(moved(6.0 * h), limits),
             Action::Optimizer => {
                 let values: usize = self.sizes.sharded().iter().flat_map(|s| s.layouts()).map(|l| l.shard_len()).sum();
                 let bytes = 28.0 * values as f64;

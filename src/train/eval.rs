@@ -25,7 +25,7 @@ pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBat
         let args = RunArgs {
             mode: Mode::Score,
             num_micro_batches: group.len(),
-            coefficient: 0.0,
+            objective: None,
             adapter,
             dropout: None,
             update: None,

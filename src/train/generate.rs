@@ -32,7 +32,7 @@ pub fn generate<D: Ops, Q: Queue<D>>(
         let args = RunArgs {
             mode: Mode::Generate,
             num_micro_batches: 1,
-            coefficient: 0.0,
+            objective: None,
             adapter,
             dropout: None,
             update: None,

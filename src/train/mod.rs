@@ -5,6 +5,7 @@ pub mod eval;
 pub mod generate;
 pub mod log;
 pub mod metrics;
+pub mod objective;
 pub mod result;
 pub mod run;
 pub mod step;

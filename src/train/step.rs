@@ -11,6 +11,8 @@ use crate::fsdp::schedule::Mode;
 use crate::model::batch::MicroBatch;
 use crate::optim::adamw::Update;
 
+use super::objective::Sft;
+
 /// What one step was, over all ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepRecord {
@@ -56,11 +58,12 @@ pub fn step<D: Ops, Q: Queue<D>>(
     let tokens: usize = batches.iter().map(MicroBatch::num_tokens).sum();
     let counts = engine.queue.all_reduce_f64("count of target tokens", &[targets as f64, tokens as f64])?;
     ensure!(counts[0] > 0.0, "step {step}: no token of the global batch counts in the loss");
+    let objective = Sft { num_target_tokens: counts[0], loss_scale: update.loss_scale };
     let output = engine.run(
         &RunArgs {
             mode: Mode::Train,
             num_micro_batches,
-            coefficient: (f64::from(update.loss_scale) / counts[0]) as f32,
+            objective: Some(&objective),
             adapter: true,
             dropout: Some((seed, step)),
             update: Some(update),
