@@ -1,7 +1,11 @@
-"""tests/golden/manifest.json: per file its size, its sha256 and the script that made it, and the versions they ran with."""
+"""tests/golden/manifest.json: per file its size, its sha256 and the script that made it; per script the versions it ran with.
+
+A script none of whose files changed keeps the versions that stand there.
+"""
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 from pathlib import Path
 
@@ -18,6 +22,7 @@ MADE_BY = {
     "qlora_steps": "qlora_steps.py",
     "tokenizer": "tokenizer.py",
     "chat_templates.json": "chat_templates.py",
+    "families": "families.py",
 }
 
 
@@ -33,7 +38,15 @@ def main():
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "made_by": f"scripts/golden/{MADE_BY[name.parts[0]]}",
         }
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    now = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    before = json.loads((ROOT / "manifest.json").read_text())
+
+    def made(script, entries):
+        return {name: entry for name, entry in entries.items() if entry["made_by"] == script}
+
+    scripts = sorted({entry["made_by"] for entry in files.values()})
+    versions = {script: before["versions"][script] if made(script, files) == made(script, before["files"]) else now
+                for script in scripts}
     write_json(ROOT / "manifest.json", {"versions": versions, "files": files})
 
 

@@ -1,0 +1,229 @@
+//! Every family against transformers and PEFT: logits, loss and LoRA gradients of tiny random models (scripts/golden/families.py).
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use common::{CpuEngine, EngineOptions, golden, on_all_ranks, relative_error};
+use fsdp_qlora::checkpoint::adapter::{self, Adapter};
+use fsdp_qlora::fsdp::exec::RunArgs;
+use fsdp_qlora::fsdp::grads::Values;
+use fsdp_qlora::fsdp::schedule::Mode;
+use fsdp_qlora::model::batch::{MicroBatch, NO_TARGET};
+use fsdp_qlora::model::spec::ModelSpec;
+use fsdp_qlora::model::trainable::{Trainable, Trainables};
+use fsdp_qlora::optim::adamw::Update;
+use fsdp_qlora::train::step::{StepArgs, step};
+use safetensors::SafeTensors;
+use serde::Deserialize;
+use tempfile::TempDir;
+
+/// Values of `model_type` that the program reads. All others must be refused, so a family that is added has to be added here.
+const SUPPORTED: &[&str] = &["llama"];
+
+/// Largest difference of a logit.
+const LOGITS: f32 = 1e-4;
+
+/// Largest relative error of a gradient (norm of the difference of one matrix) and of a loss.
+const GRADIENTS: f64 = 1e-5;
+
+/// families.json.
+#[derive(Deserialize)]
+struct Golden {
+    rows: Vec<Vec<u32>>,
+    /// Lengths of the prefixes of the last row whose logits are kept.
+    lengths: Vec<usize>,
+    models: BTreeMap<String, Model>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    family: String,
+    cases: BTreeMap<String, Case>,
+}
+
+#[derive(Deserialize)]
+struct Case {
+    loss: f64,
+    num_target_tokens: u64,
+    /// Whether rows may share a micro-batch: not where the longest row of one decides about all.
+    packed: bool,
+}
+
+fn families() -> Golden {
+    serde_json::from_slice(&fs::read(golden("families/families.json")).unwrap()).unwrap()
+}
+
+/// The folder of a model whose config.json is one of the golden ones.
+fn model_with(config: &Path, weights: &Path) -> TempDir {
+    let place = tempfile::tempdir().unwrap();
+    fs::copy(config, place.path().join("config.json")).unwrap();
+    fs::copy(weights, place.path().join("model.safetensors")).unwrap();
+    place
+}
+
+/// The gradients, which have the names of an adapter's matrices, by layer.
+fn golden_grads(model: &Path, case: &Path, spec: &ModelSpec) -> Adapter {
+    let place = tempfile::tempdir().unwrap();
+    fs::copy(model.join("adapter/adapter_config.json"), place.path().join("adapter_config.json")).unwrap();
+    fs::copy(case.join("grads.safetensors"), place.path().join("adapter_model.safetensors")).unwrap();
+    adapter::load(place.path(), spec).unwrap()
+}
+
+fn micro_batch(rows: &[Vec<u32>], first: usize) -> MicroBatch {
+    let mut batch = MicroBatch::new();
+    for (i, row) in rows.iter().enumerate() {
+        batch.push((first + i) as u64, row, &vec![true; row.len()]);
+    }
+    batch
+}
+
+/// Compares the last logits of each prefix of the last row, with and without the adapter.
+fn check_logits(what: &str, options: &EngineOptions, expected: &Path, golden: &Golden) {
+    let bytes = fs::read(expected).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let options = EngineOptions { mode: Mode::Generate, ..options.clone() };
+    let shards = tempfile::tempdir().unwrap();
+    on_all_ranks(1, |groups| {
+        let mut engine = options.engine(groups, shards.path());
+        for (name, adapter) in [("base", false), ("adapter", true)] {
+            let view = file.tensor(name).unwrap();
+            let theirs = view.data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect::<Vec<_>>();
+            let of_prefix = theirs.chunks_exact(view.shape()[1]);
+            assert_eq!(of_prefix.len(), golden.lengths.len());
+            for (&length, theirs) in golden.lengths.iter().zip(of_prefix) {
+                let args = RunArgs {
+                    mode: Mode::Generate,
+                    num_micro_batches: 1,
+                    objective: None,
+                    adapter,
+                    dropout: None,
+                    update: None,
+                    num_past_tokens: 0,
+                };
+                // Logits are computed at targets alone: the last token gets one.
+                let mut batch = micro_batch(&[golden.rows.last().unwrap()[..length].to_vec()], 0);
+                batch.targets.fill(NO_TARGET);
+                batch.targets[length - 1] = 0;
+                engine.run(&args, &[batch]).unwrap();
+                let ours = engine.last_logits().unwrap();
+                assert_eq!(ours.len(), theirs.len(), "{what}");
+                let error = ours.iter().zip(theirs).map(|(o, t)| (o - t).abs()).fold(0.0, f32::max);
+                assert!(error <= LOGITS, "{what}: {name}: logits after {length} tokens differ by {error:e}");
+            }
+        }
+    });
+}
+
+/// Compares loss and gradients of a step over all rows, divided into micro-batches.
+fn check_step(what: &str, options: &EngineOptions, batches: &[MicroBatch], case: &Case, grads: &Adapter) {
+    let options = EngineOptions { max_micro_batches: batches.len(), ..options.clone() };
+    let shards = tempfile::tempdir().unwrap();
+    on_all_ranks(1, |groups| {
+        let mut engine: CpuEngine = options.engine(groups, shards.path());
+        let update = Update {
+            learning_rate: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            epsilon: 1e-8,
+            weight_decay: 0.0,
+            max_grad_norm: None,
+            loss_scale: 1.0,
+            step: 1,
+        };
+        let args = StepArgs { step: 1, num_micro_batches: batches.len(), update: &update, seed: 42 };
+        let record = step(&mut engine, batches, &args).unwrap();
+        assert_eq!(record.num_target_tokens, case.num_target_tokens, "{what}");
+        let error = (record.loss - case.loss).abs() / case.loss;
+        assert!(error <= GRADIENTS, "{what}: the loss is {} for {}", record.loss, case.loss);
+        let trainables = Trainables::new(engine.spec(), grads.settings.lora_config());
+        for (layer, theirs) in grads.layers.iter().enumerate() {
+            let ours = engine.gather_trainable_to_host(layer, Values::Grad).unwrap();
+            for Trainable { module, kind, range, .. } in trainables.layers[layer].list() {
+                let error = relative_error(&ours[range.clone()], &theirs[range.clone()]);
+                let name = format!("lora_{} of {module} in layer {layer}", kind.letter());
+                assert!(error <= GRADIENTS, "{what}: the gradient of {name} is off by {error:e}");
+            }
+        }
+    });
+}
+
+/// Compares one spelling of a case's config.json.
+fn check_case(what: &str, folder: &Path, case_name: &str, config: &Path, case: &Case, golden: &Golden) {
+    let place = model_with(config, &folder.join("model.safetensors"));
+    let spec = ModelSpec::load(place.path()).unwrap_or_else(|error| panic!("{what}: {error:#}"));
+    let options = EngineOptions {
+        model: place.path().into(),
+        adapter: Some(adapter::load(&folder.join("adapter"), &spec).unwrap_or_else(|e| panic!("{what}: {e:#}"))),
+        load_in_4bit: false,
+        max_tokens: 80,
+        ..EngineOptions::new("", Mode::Train)
+    };
+    check_logits(what, &options, &folder.join(case_name).join("logits.safetensors"), golden);
+    let grads = golden_grads(folder, &folder.join(case_name), &spec);
+    let apart: Vec<MicroBatch> =
+        golden.rows.iter().enumerate().map(|(i, row)| micro_batch(std::slice::from_ref(row), i)).collect();
+    check_step(what, &options, &apart, case, &grads);
+    if case.packed {
+        check_step(&format!("{what}, packed"), &options, &[micro_batch(&golden.rows, 0)], case, &grads);
+    }
+}
+
+fn spellings(folder: &Path) -> Vec<PathBuf> {
+    ["config.v4.json", "config.v5.json"]
+        .map(|name| folder.join(name))
+        .into_iter()
+        .filter(|path| path.exists())
+        .collect()
+}
+
+/// Compares every case of a family, or checks that every one is refused for what it is.
+fn check_family(family: &str) {
+    let golden_files = families();
+    let mut num_cases = 0;
+    for (name, model) in golden_files.models.iter().filter(|(_, model)| model.family == family) {
+        let folder = golden(&format!("families/{name}"));
+        for (case_name, case) in &model.cases {
+            let configs = spellings(&folder.join(case_name));
+            assert!(!configs.is_empty(), "{name}/{case_name} has no config");
+            for config in configs {
+                let what = format!("{name}/{case_name}/{}", config.file_name().unwrap().display());
+                if SUPPORTED.contains(&family) {
+                    check_case(&what, &folder, case_name, &config, case, &golden_files);
+                } else {
+                    let place = model_with(&config, &folder.join("model.safetensors"));
+                    let error = ModelSpec::load(place.path()).expect_err(&what).to_string();
+                    assert!(error.contains(&format!("model_type: found \"{family}\", allowed: ")), "{what}: {error}");
+                }
+            }
+            num_cases += 1;
+        }
+    }
+    assert!(num_cases > 0, "no case of {family}");
+}
+
+/// A test for each family, and one that none is missing.
+macro_rules! families {
+    ($($family:ident),* $(,)?) => {
+        $(
+            #[test]
+            fn $family() {
+                check_family(stringify!($family));
+            }
+        )*
+
+        #[test]
+        fn every_family_has_its_test() {
+            let tested = BTreeSet::from([$(stringify!($family)),*]);
+            let golden = families();
+            assert_eq!(golden.models.values().map(|model| model.family.as_str()).collect::<BTreeSet<_>>(), tested);
+            assert!(SUPPORTED.iter().all(|family| tested.contains(family)), "{SUPPORTED:?}");
+        }
+    };
+}
+
+families! {
+    llama, qwen2, qwen3, mistral, ministral3, mistral3, smollm3, granite, seed_oss, olmo2, olmo3, phi3, gemma2, gemma3_text, gemma3,
+}
