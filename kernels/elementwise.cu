@@ -15,6 +15,11 @@ extern "C" __global__ void add_bias(Act *x, const float *bias, u64 len, u32 feat
     for (u64 i = thread_idx(); i < len; i += num_threads()) x[i] = to_act(to_f32(x[i]) + bias[i % features]);
 }
 
+// x += value
+extern "C" __global__ void add_scalar(float *x, float value, u64 len) {
+    for (u64 i = thread_idx(); i < len; i += num_threads()) x[i] += value;
+}
+
 // y = x as activations
 extern "C" __global__ void cast(Act *y, const float *x, u64 len) {
     for (u64 i = thread_idx(); i < len; i += num_threads()) y[i] = to_act(x[i]);

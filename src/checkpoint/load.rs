@@ -15,7 +15,7 @@ use crate::comm::{Comm, ShardSource, SharedBytes, all_gather_bytes, all_gather_u
 use crate::fsdp::exec::Base;
 use crate::fsdp::layout::{UnitLayout, UnitTensor};
 use crate::fsdp::unit::{self, Encodings, NumUnits};
-use crate::model::spec::{Embedding, ModelSpec};
+use crate::model::spec::ModelSpec;
 use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax};
 use crate::quant::nf4::{self, Nf4Tensor};
 use crate::quant::record::{Encoding, RECORD_WEIGHTS};
@@ -340,12 +340,11 @@ impl OpenedBase {
         model.tensor(&head.norm.name)?.to_f32(0, &mut final_norm)?;
         // The factor of the logits goes into what they are made of.
         final_norm.iter_mut().for_each(|weight| *weight = (*weight + head.norm.offset) * head.scale);
-        let Embedding { name, scale } = spec.embedding.clone();
+        let name = spec.embedding.name.clone();
         let embed = move |ids: &[u32], out: &mut [f32]| -> Result<()> {
             let table = model.tensor(&name)?;
             for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden_size)) {
                 table.to_f32(id as usize * hidden_size, row).with_context(|| format!("token id {id}"))?;
-                row.iter_mut().for_each(|value| *value *= scale);
             }
             Ok(())
         };

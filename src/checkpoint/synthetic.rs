@@ -38,7 +38,7 @@ pub fn layouts(spec: &ModelSpec, nf4_double_quant: Option<bool>, num_shards: usi
 }
 
 /// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform in ±0.035
-/// (deviation 0.02), norms 1; they depend on unit, tensor and element alone.
+/// (deviation 0.02), factors of norms 1; they depend on unit, tensor and element alone.
 pub fn base<D: Ops + Clone>(
     device: &D,
     spec: ModelSpec,
@@ -51,7 +51,7 @@ pub fn base<D: Ops + Clone>(
     let largest = layouts.iter().flat_map(UnitLayout::tensors).map(|t| t.elements.len()).max().unwrap_or(0);
     let hidden_size = spec.hidden_size;
     let table_len = EMBEDDING_ROWS * hidden_size;
-    let mut drawing = Drawing::new(device.clone(), largest.max(table_len))?;
+    let mut drawing = Drawing::new(device.clone(), &spec, largest.max(table_len))?;
     drawing.draw(EMBEDDING_SEED, table_len)?;
     let mut table = vec![0f32; table_len];
     device.download(&mut table, drawing.weights.first(table_len))?;
@@ -80,6 +80,7 @@ pub fn base<D: Ops + Clone>(
 /// Device buffers for one tensor at a time.
 struct Drawing<D: Ops> {
     device: D,
+    spec: ModelSpec,
     weights: Buffer<D, f32>,
     codes: Buffer<D, u8>,
     absmax: Buffer<D, f32>,
@@ -91,11 +92,12 @@ struct Drawing<D: Ops> {
 }
 
 impl<D: Ops + Clone> Drawing<D> {
-    fn new(device: D, num_weights: usize) -> Result<Self> {
+    fn new(device: D, spec: &ModelSpec, num_weights: usize) -> Result<Self> {
         let blocks = num_weights.div_ceil(BLOCK);
         Arena::carved(&device, |arena| {
             Ok(Drawing {
                 device: device.clone(),
+                spec: spec.clone(),
                 weights: arena.carve("weights", num_weights)?,
                 codes: arena.carve("codes", num_weights.div_ceil(2))?,
                 absmax: arena.carve("absmax", blocks)?,
@@ -154,8 +156,11 @@ impl<D: Ops + Clone> Drawing<D> {
         for (idx, tensor) in layout.tensors().iter().enumerate() {
             let Some((weights, at)) = layout.part(idx, shard) else { continue };
             let out = &mut bytes[at];
-            let is_norm = matches!(tensor.id, TensorId::Norm(_));
-            if !is_norm {
+            let norm = match tensor.id {
+                TensorId::Norm(id) => Some(1.0 - self.spec.layers[unit as usize].norm_offset(id)),
+                _ => None,
+            };
+            if norm.is_none() {
                 self.draw(unit << 8 | idx as u64, tensor.elements.len())?;
             }
             match tensor.encoding {
@@ -165,8 +170,8 @@ impl<D: Ops + Clone> Drawing<D> {
                     self.host_codes = part.codes;
                 }
                 Encoding::Plain(_) => {
-                    let mut values = vec![1f32; weights.len()];
-                    if !is_norm {
+                    let mut values = vec![norm.unwrap_or_default(); weights.len()];
+                    if norm.is_none() {
                         self.device.download(&mut values, self.weights.view().range(weights))?;
                     }
                     let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;

@@ -6,7 +6,8 @@ use super::{Device, View, ViewMut};
 
 /// One piece of the vocabulary of a streaming cross-entropy, in the manner of flash attention. With logits = x · Wᵀ of
 /// this piece: the running maximum and sum of exponentials are updated; acc = acc · exp(old max − new max) +
-/// exp(logits − new max) · W; target_logit is set where the target lies in the piece. x `[N, H]`, W `[rows, H]`,
+/// exp(logits − new max) · W; target_logit is set where the target lies in the piece. With a cap c, logits = c·tanh(x · Wᵀ / c), and
+/// what is added to acc has the factor 1 − (logits / c)², the derivative. x `[N, H]`, W `[rows, H]`,
 /// acc `[N, H]` f32; max, sum, target_logit, target_ids `[N]`; `logits` is scratch `[N, rows]`.
 /// Before the first piece max = −∞, sum = 0, acc = 0. Without `acc` only the log-probability is wanted.
 pub struct CrossEntropyPiece<'a, D: Device> {
@@ -20,6 +21,8 @@ pub struct CrossEntropyPiece<'a, D: Device> {
     pub target_ids: View<'a, D, u32>,
     /// Vocabulary id of the piece's first row.
     pub first_id: usize,
+    /// The cap; `None` bounds nothing.
+    pub softcap: Option<f32>,
 }
 
 /// `target_rows[i] = W[target]` where the target of row i lies in this piece, `[N, H]`; other rows are left as they are. The
@@ -31,13 +34,16 @@ pub struct GatherTargetRows<'a, D: Device> {
     pub first_id: usize,
 }
 
-/// `d_x = coefficient · (acc / sum − W[target])` per row, `[N, H]`: the gradient of −coefficient · log p(target).
+/// `d_x = coefficient · (acc / sum − W[target])` per row, `[N, H]`: the gradient of −coefficient · log p(target). With a cap c,
+/// `W[target]` has the factor 1 − (target_logit / c)².
 pub struct CrossEntropyFinish<'a, D: Device> {
     pub d_x: ViewMut<'a, D, D::Act>,
     pub acc: View<'a, D, f32>,
     pub sum: View<'a, D, f32>,
+    pub target_logit: View<'a, D, f32>,
     pub target_rows: View<'a, D, D::Act>,
     pub coefficients: View<'a, D, f32>,
+    pub softcap: Option<f32>,
 }
 
 /// Cross-entropy over pieces of the vocabulary.
@@ -96,11 +102,8 @@ impl<D: Device> CrossEntropyFinish<'_, D> {
         let hidden = len.checked_div(n).unwrap_or(0);
         let found = [len, self.acc.len(), self.target_rows.len()];
         ensure!(found == [n * hidden; 3], "cross_entropy finish: d_x, acc, target_rows {found:?} for {n} tokens");
-        ensure!(
-            self.coefficients.len() == n,
-            "cross_entropy finish: {} coefficients, {n} sums",
-            self.coefficients.len()
-        );
+        let of_tokens = [self.coefficients.len(), self.target_logit.len()];
+        ensure!(of_tokens == [n; 2], "cross_entropy finish: coefficients, target_logit {of_tokens:?} for {n} sums");
         Ok([n, hidden])
     }
 }

@@ -15,10 +15,14 @@ pub trait ElementwiseOps: Device {
     fn add(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, Self::Act>) -> Result<()>;
     /// Each row of x `[T, features]` += bias `[features]`.
     fn add_bias(&self, x: ViewMut<'_, Self, Self::Act>, bias: View<'_, Self, f32>) -> Result<()>;
+    /// x += value.
+    fn add_scalar(&self, x: ViewMut<'_, Self, f32>, value: f32) -> Result<()>;
     /// y = x in the activation type.
     fn cast(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, f32>) -> Result<()>;
     /// y = x on the host, in the activation type; of one length.
     fn round(y: &mut [Self::Act], x: &[f32]);
+    /// x as the activation type has it.
+    fn rounded(x: f32) -> f32;
     /// Sum of squares in f64, always in the same order ([`SUM_PARTS`], [`SUM_LANES`]). Waits for the compute queue.
     fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64>;
 }

@@ -15,13 +15,13 @@ pub mod cpu;
 mod cross_entropy;
 pub mod cuda;
 mod elementwise;
+mod gated;
 mod gemm;
 mod lora;
 mod nf4;
 mod rms_norm;
 mod rope;
 mod rows;
-mod swiglu;
 pub mod tensor;
 mod uniform;
 
@@ -35,13 +35,13 @@ pub use adamw::*;
 pub use attention::*;
 pub use cross_entropy::*;
 pub use elementwise::*;
+pub use gated::*;
 pub use gemm::*;
 pub use lora::*;
 pub use nf4::*;
 pub use rms_norm::*;
 pub use rope::*;
 pub use rows::*;
-pub use swiglu::*;
 pub use uniform::*;
 
 macro_rules! ops {
@@ -57,13 +57,13 @@ ops!(
     AttentionOps,
     CrossEntropyOps,
     ElementwiseOps,
+    GatedOps,
     GemmOps,
     LoraOps,
     Nf4Ops,
     RmsNormOps,
     RopeOps,
     RowsOps,
-    SwigluOps,
     UniformOps
 );
 

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use crate::comm::Queue;
 use crate::device::Ops;
 use crate::model::batch::MicroBatch;
+use crate::model::spec::Embedding;
 use crate::model::stage::{Saved, StageContext};
 use crate::model::{head, layer};
 
@@ -23,11 +24,14 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         ensure!(tokens <= self.limits.max_tokens, "{tokens} tokens, planned for {}", self.limits.max_tokens);
         self.memory.batches[m].load(&self.device, &self.base.spec, batch, args.num_past_tokens)?;
         let hidden = self.base.spec.hidden_size;
+        let Embedding { scale, rounds_scale, .. } = self.base.spec.embedding;
+        let scale = if rounds_scale { D::rounded(scale) } else { scale };
         let (rows, embed) = (&mut self.embedding[..tokens * hidden], &self.base.embed);
         let parts = rows.par_chunks_mut(EMBED_TOKENS * hidden).zip(batch.input_ids.par_chunks(EMBED_TOKENS));
         parts.try_for_each_init(Vec::new, |values, (rows, ids)| {
             values.resize(rows.len(), 0.0);
             embed(ids, values)?;
+            values.iter_mut().for_each(|value| *value *= scale);
             D::round(rows, values);
             anyhow::Ok(())
         })?;
@@ -151,6 +155,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     pub fn last_logits(&self) -> Result<Vec<f32>> {
         let mut logits = vec![0.0; self.base.spec.vocab_size];
         self.device.download(&mut logits, self.memory.logits.first(self.base.spec.vocab_size))?;
+        if let Some(cap) = self.base.spec.head.softcap {
+            logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+        }
         Ok(logits)
     }
 }

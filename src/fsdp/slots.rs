@@ -82,6 +82,12 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
                 TensorId::Weight(module) => to_act(device, memory.layer.linear_mut(module)?.first_mut(len), parts)?,
                 id @ (TensorId::Norm(_) | TensorId::Bias(_)) => {
                     to_f32(device, memory.layer.vector_mut(id)?.first_mut(len), parts)?;
+                    if let (Unit::Layer(layer), TensorId::Norm(norm)) = (unit, id)
+                        && let offset = self.base.spec.layers[layer].norm_offset(norm)
+                        && offset != 0.0
+                    {
+                        device.add_scalar(memory.layer.vector_mut(id)?.first_mut(len), offset)?;
+                    }
                 }
             }
         }

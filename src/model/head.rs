@@ -106,6 +106,7 @@ pub fn piece<D: Ops>(
         weight,
         target_ids: state.target_ids.first(n),
         first_id,
+        softcap: spec.head.softcap,
     })?;
     if !backward {
         return Ok(());
@@ -143,8 +144,10 @@ pub fn backward<D: Ops>(
         d_x: state.normed.first_mut(len),
         acc: state.acc.first(len),
         sum: state.sum.first(n),
+        target_logit: state.target_logit.first(n),
         target_rows: state.target_rows.first(len),
         coefficients: state.coefficients.first(n),
+        softcap: spec.head.softcap,
     })?;
     // The target rows are not needed any more: the gradient of the norm's input, which the op adds to, takes their
     // place.

@@ -24,6 +24,8 @@ pub struct ModelSpec {
     pub hidden_size: usize,
     pub vocab_size: usize,
     pub max_position_embeddings: usize,
+    /// Activations outgrow fp16 (65,504).
+    pub overflows_fp16: bool,
     /// ε of every norm.
     pub norm_eps: f32,
     pub embedding: Embedding,
@@ -44,6 +46,8 @@ pub struct Embedding {
     pub name: String,
     /// Factor of each row.
     pub scale: f32,
+    /// The factor is rounded to the activation type before rows are multiplied by it.
+    pub rounds_scale: bool,
 }
 
 /// The final norm and the rows that give the logits.
@@ -57,6 +61,8 @@ pub struct Head {
     pub is_tied: bool,
     /// Factor of the logits.
     pub scale: f32,
+    /// Bound of the logits after that: c·tanh(logit / c).
+    pub softcap: Option<f32>,
 }
 
 /// A decoder layer: attention, then an MLP, each a residual branch. Layers may differ from each other.
@@ -231,6 +237,11 @@ impl LayerSpec {
     /// Norms, in the order of use.
     pub fn norms(&self) -> impl Iterator<Item = &Norm> {
         self.attention.norms().chain(self.mlp.norms())
+    }
+
+    /// The number that is added to the stored weight of a norm.
+    pub fn norm_offset(&self, id: NormId) -> f32 {
+        self.norms().find(|norm| norm.id == id).map_or(0.0, |norm| norm.offset)
     }
 
     /// All tensors: norms, weights of modules, biases of modules. Shard files have them in this order.

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 
+use anyhow::{Result, ensure};
+
 use crate::device::cuda::HEAD_DIMS;
 use crate::model::spec::ModelSpec;
 
@@ -12,6 +14,20 @@ pub struct NotOnGpu {
     problems: Vec<String>,
 }
 
+/// Checks that a model's activations stay within fp16, if that is the type they are computed in.
+///
+/// # Errors
+/// The model is of a family whose activations do not.
+pub fn check_fp16(spec: &ModelSpec, is_fp16: bool) -> Result<()> {
+    ensure!(
+        !is_fp16 || !spec.overflows_fp16,
+        "quantization.bnb_4bit_compute_dtype: found float16; activations of {} models are larger than 65504, the largest number of fp16; \
+         allowed for them on a GPU: auto, bfloat16",
+        spec.family
+    );
+    Ok(())
+}
+
 /// Number of 16-bit values that kernels read at once. A micro-batch may have any number of tokens, so the length of a row must be a
 /// multiple of it.
 const VALUES_AT_ONCE: usize = 8;
@@ -20,7 +36,7 @@ const VALUES_AT_ONCE: usize = 8;
 ///
 /// # Errors
 /// Every key of config.json that has a value which some kernel refuses, and what is allowed.
-pub fn check_gpu(spec: &ModelSpec) -> Result<(), NotOnGpu> {
+pub fn check_gpu(spec: &ModelSpec) -> std::result::Result<(), NotOnGpu> {
     let mut problems = BTreeSet::new();
     for layer in &spec.layers {
         let head_dim = layer.attention.head_dim;
@@ -40,6 +56,16 @@ pub fn check_gpu(spec: &ModelSpec) -> Result<(), NotOnGpu> {
 mod tests {
     use super::*;
     use crate::model::shapes;
+
+    #[test]
+    fn fp16_is_refused_where_activations_outgrow_it() {
+        let llama = shapes::named("llama-3.1-8b", Some(1)).unwrap();
+        check_fp16(&llama, true).unwrap();
+        let gemma = ModelSpec { family: "gemma2", overflows_fp16: true, ..llama };
+        check_fp16(&gemma, false).unwrap();
+        let error = check_fp16(&gemma, true).unwrap_err().to_string();
+        assert!(error.contains("bnb_4bit_compute_dtype: found float16; activations of gemma2 models"), "{error}");
+    }
 
     #[test]
     fn what_kernels_refuse_is_refused_by_key() {

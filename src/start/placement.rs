@@ -124,6 +124,7 @@ impl Start<'_> {
 /// Checks that the GPU can run the model, and loads the kernels that not every model needs.
 fn prepare<A: HalfType>(cuda: &Cuda<A>, config: &ModelSpec) -> Result<()> {
     limits::check_gpu(config)?;
+    limits::check_fp16(config, A::NEEDS_LOSS_SCALING)?;
     let _wait = watch::wait("loading attention's kernels".to_string());
     config.layers.iter().try_for_each(|layer| cuda.load_attention(layer.attention.head_dim, layer.attention.softcap))
 }

@@ -15,7 +15,7 @@ use crate::plan::limits;
 use crate::plan::memory::Sizes;
 use crate::plan::report::Report;
 use crate::plan::throughput::{Links, Workload};
-use crate::recipe::Job;
+use crate::recipe::{ComputeDtype, Job};
 
 use super::adapter::planned_settings;
 use super::options::{self, load_options, nf4_double_quant, possible_gather, step_limits, wishes};
@@ -90,6 +90,7 @@ impl Planned {
         let Planned { name, config, layouts, lora, embedding_bytes } = self;
         let Machine { hardware, nodes, world_size, ranks_per_gpu, .. } = *machine;
         limits::check_gpu(&config)?;
+        limits::check_fp16(&config, job.quantization.compute_dtype == ComputeDtype::Float16)?;
         let trainables = Trainables::new(&config, lora);
         let sizes = Sizes { spec: &config, layouts: &layouts, trainables: Some(&trainables), world_size };
         let limits = step_limits(job, world_size);

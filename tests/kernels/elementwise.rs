@@ -29,6 +29,14 @@ pub fn elementwise<A: Tested>() {
         let cast: Vec<f32> = references[2].iter().map(|&v| rounded::<A>(v)).collect();
         assert!(results[2] == cast, "cast");
     }
+    fn shifted<D: Ops>(d: &D, x: &[f32]) -> Vec<f32> {
+        let mut x = put(d, x);
+        d.add_scalar(x.view_mut(), 1.0).unwrap();
+        get(d, &x)
+    }
+    let x = random(4097, 0.3, 5);
+    let sums: Vec<f32> = x.iter().map(|x| x + 1.0).collect();
+    assert!(shifted(&cuda, &x) == sums && shifted(&Cpu::new(1), &x) == sums, "add_scalar");
     for len in [1, 1023, 1025, 1_000_003] {
         let x = random(len, 1.0, 9);
         let sum = cuda.sum_of_squares(put(&cuda, &x).view()).unwrap();

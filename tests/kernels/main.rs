@@ -8,13 +8,13 @@ mod attention;
 mod attention_cpu;
 mod cross_entropy;
 mod elementwise;
+mod gated;
 mod gemm;
 mod lora;
 mod nf4;
 mod rms_norm;
 mod rope;
 mod rows;
-mod swiglu;
 mod uniform;
 
 use std::sync::{Mutex, MutexGuard};
@@ -30,6 +30,7 @@ use elementwise::elementwise;
 use fsdp_qlora::device::cpu::Cpu;
 use fsdp_qlora::device::cuda::{Cuda, HalfType, libraries};
 use fsdp_qlora::device::*;
+use gated::gated_activations;
 use gemm::gemm_of_all_transpositions;
 use half::{bf16, f16};
 use lora::{lora_dropout_has_the_masks_of_the_cpu, lora_linear, lora_products};
@@ -37,7 +38,6 @@ use nf4::{dequantize_is_exact, quantize_is_exact};
 use rms_norm::rms_norm;
 use rope::rope;
 use rows::rows_are_moved_and_reach_nothing_else;
-use swiglu::swiglu;
 use uniform::uniform_is_exact;
 
 /// A type of activations that the kernels are tested in.
@@ -180,7 +180,7 @@ macro_rules! for_both_types {
 for_both_types!(
     rms_norm,
     rope,
-    swiglu,
+    gated_activations,
     elementwise,
     gemm_of_all_transpositions,
     dequantize_is_exact,

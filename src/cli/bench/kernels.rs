@@ -290,13 +290,14 @@ impl<'a, D: Ops> Timer<'a, D> {
         let (d, len) = (self.device, tokens * config.layers[0].mlp.intermediate_size);
         let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
         let (gate, up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
-        self.time("swiglu forward", moved(3.0), || {
-            d.swiglu_forward(SwigluForward { y: y.view_mut(), gate: gate.view(), up: up.view() })
+        let activation = config.layers[0].mlp.activation;
+        self.time("gated forward", moved(3.0), || {
+            d.gated_forward(GatedForward { y: y.view_mut(), gate: gate.view(), up: up.view(), activation })
         })?;
         let (mut d_gate, mut d_up) = (self.act(len)?, self.act(len)?);
-        self.time("swiglu backward", moved(5.0), || {
+        self.time("gated backward", moved(5.0), || {
             let (d_gate, d_up, d_y) = (d_gate.view_mut(), d_up.view_mut(), y.view());
-            d.swiglu_backward(SwigluBackward { d_gate, d_up, d_y, gate: gate.view(), up: up.view() })
+            d.gated_backward(GatedBackward { d_gate, d_up, d_y, gate: gate.view(), up: up.view(), activation })
         })
     }
 
@@ -386,6 +387,7 @@ impl<'a, D: Ops> Timer<'a, D> {
                 weight: weight.view(),
                 target_ids: target_ids.view(),
                 first_id: 0,
+                softcap: config.head.softcap,
             })
         })?;
         let len = (hidden + config.layers[0].mlp.intermediate_size) * lora_rank;

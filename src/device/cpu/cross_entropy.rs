@@ -15,7 +15,8 @@ impl CrossEntropyOps for Cpu {
         if n == 0 {
             return Ok(());
         }
-        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id } = args;
+        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id, softcap } =
+            args;
         self.logits(logits.range_mut(0..n * rows), x, weight, hidden)?;
         let (max, sum, target_logit) = (max.host_mut(), sum.host_mut(), target_logit.host_mut());
         let mut no_acc = [];
@@ -38,10 +39,13 @@ impl CrossEntropyOps for Cpu {
                 .zip(acc_rows.par_iter_mut().zip(target_ids.host()))
                 .with_min_len(16)
                 .for_each(|((logits, max, sum, target_logit), (acc, &target))| {
+                    if let Some(cap) = softcap {
+                        cap_row(logits, cap);
+                    }
                     if let Some(&logit) = (target as usize).checked_sub(first_id).and_then(|i| logits.get(i)) {
                         *target_logit = logit;
                     }
-                    update_row(logits, max, sum, acc);
+                    update_row(logits, max, sum, acc, softcap);
                 });
         }
         let Some(acc) = acc else { return Ok(()) };
@@ -81,35 +85,70 @@ impl CrossEntropyOps for Cpu {
         if n == 0 {
             return Ok(());
         }
-        let CrossEntropyFinish { d_x, acc, sum, target_rows, coefficients } = args;
+        let CrossEntropyFinish { d_x, acc, sum, target_logit, target_rows, coefficients, softcap } = args;
         let (d_x, acc, target_rows) = (d_x.host_mut(), acc.host(), target_rows.host());
-        let (sum, coefficients) = (sum.host(), coefficients.host());
+        let (sum, target_logit, coefficients) = (sum.host(), target_logit.host(), coefficients.host());
         for (i, d_x) in d_x.chunks_exact_mut(hidden).enumerate() {
             let row = i * hidden..(i + 1) * hidden;
             let (coefficient, reciprocal) = (coefficients[i], 1.0 / sum[i]);
+            let slope = softcap.map_or(1.0, |cap| slope(target_logit[i], cap));
             for ((d, a), w) in d_x.iter_mut().zip(&acc[row.clone()]).zip(&target_rows[row]) {
-                *d = coefficient * (a * reciprocal - w);
+                *d = coefficient * (a * reciprocal - slope * w);
             }
         }
         Ok(())
     }
 }
 
-/// Logits become exp(logit − new max); the running values and the row of acc are rescaled to the new maximum.
-fn update_row(logits: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32]) {
+/// Logits become c·tanh(logit / c).
+fn cap_row(logits: &mut [f32], cap: f32) {
+    crate::simd::vectorize(
+        #[inline(always)]
+        || logits.iter_mut().for_each(|logit| *logit = cap * math::tanh(*logit / cap)),
+    );
+}
+
+/// The derivative of a capped logit.
+#[inline(always)]
+fn slope(logit: f32, cap: f32) -> f32 {
+    1.0 - (logit / cap) * (logit / cap)
+}
+
+/// Logits become exp(logit − new max), with the factor [`slope`] where there is a cap; the running values and the row of acc are rescaled
+/// to the new maximum.
+fn update_row(logits: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32], softcap: Option<f32>) {
     crate::simd::vectorize(
         #[inline(always)]
         || {
             let new_max = max.max(math::max(logits));
             let rescale = math::exp(*max - new_max);
-            for logit in logits.iter_mut() {
-                *logit = math::exp(*logit - new_max);
-            }
-            *sum = *sum * rescale + math::sum(logits);
+            let total = match softcap {
+                None => {
+                    logits.iter_mut().for_each(|logit| *logit = math::exp(*logit - new_max));
+                    math::sum(logits)
+                }
+                Some(cap) => exponentials_with_slopes(logits, new_max, cap),
+            };
+            *sum = *sum * rescale + total;
             *max = new_max;
             if rescale != 1.0 {
                 acc.iter_mut().for_each(|a| *a *= rescale);
             }
         },
     );
+}
+
+/// Logits become exp(logit − max) · [`slope`]. Returns the sum of the exponentials.
+#[inline(always)]
+fn exponentials_with_slopes(logits: &mut [f32], max: f32, cap: f32) -> f32 {
+    let (mut total, mut exponentials) = (0.0, [0f32; 256]);
+    for logits in logits.chunks_mut(256) {
+        let exponentials = &mut exponentials[..logits.len()];
+        for (e, logit) in exponentials.iter_mut().zip(logits) {
+            *e = math::exp(*logit - max);
+            *logit = *e * slope(*logit, cap);
+        }
+        total += math::sum(exponentials);
+    }
+    total
 }

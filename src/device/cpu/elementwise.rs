@@ -31,6 +31,11 @@ impl ElementwiseOps for Cpu {
         Ok(())
     }
 
+    fn add_scalar(&self, x: ViewMut<'_, Cpu, f32>, value: f32) -> Result<()> {
+        x.host_mut().iter_mut().for_each(|x| *x += value);
+        Ok(())
+    }
+
     fn cast(&self, y: ViewMut<'_, Cpu, f32>, x: View<'_, Cpu, f32>) -> Result<()> {
         same_len("cast", y.len(), x.len())?;
         self.copy(y, x)
@@ -38,6 +43,10 @@ impl ElementwiseOps for Cpu {
 
     fn round(y: &mut [f32], x: &[f32]) {
         y.copy_from_slice(x);
+    }
+
+    fn rounded(x: f32) -> f32 {
+        x
     }
 
     fn sum_of_squares(&self, x: View<'_, Cpu, f32>) -> Result<f64> {

@@ -6,6 +6,7 @@ mod adamw;
 mod attention;
 mod cross_entropy;
 mod elementwise;
+mod gated;
 mod gemm;
 mod lora;
 mod math;
@@ -14,7 +15,6 @@ mod nf4;
 mod rms_norm;
 mod rope;
 mod rows;
-mod swiglu;
 mod uniform;
 
 use std::time::Instant;

@@ -31,7 +31,8 @@ macro_rules! source {
 pub static SOURCES: [Source; 10] = [
     source!("adamw", ["adamw"]),
     source!("cross_entropy", ["cross_entropy_piece", "gather_target_rows", "cross_entropy_finish"]),
-    source!("elementwise", ["add", "add_bias", "cast", "sum_parts", "sum_of_squares", "spin"]),
+    source!("elementwise", ["add", "add_bias", "add_scalar", "cast", "sum_parts", "sum_of_squares", "spin"]),
+    source!("gated", ["swiglu_forward", "swiglu_backward", "geglu_forward", "geglu_backward"]),
     source!(
         "lora",
         [
@@ -57,7 +58,6 @@ pub static SOURCES: [Source; 10] = [
     source!("rms_norm", ["rms_norm_forward", "rms_norm_backward"]),
     source!("rows", ["gather_rows", "scatter_rows"]),
     source!("rope", ["rope"]),
-    source!("swiglu", ["swiglu_forward", "swiglu_backward"]),
     source!("uniform", ["uniform"]),
 ];
 

@@ -9,6 +9,8 @@ use super::{Cuda, HalfType};
 
 /// Vocabulary rows of a piece that the kernel holds in registers.
 const MAX_PIECE_ROWS: usize = 4096;
+/// Tells the kernels that logits have no cap.
+const NO_CAP: f32 = 0.0;
 
 impl<A: HalfType> CrossEntropyOps for Cuda<A> {
     fn cross_entropy_piece(&self, args: CrossEntropyPiece<'_, Cuda<A>>) -> Result<()> {
@@ -17,7 +19,8 @@ impl<A: HalfType> CrossEntropyOps for Cuda<A> {
             return Ok(());
         }
         ensure!(rows <= MAX_PIECE_ROWS, "cross_entropy: {rows} rows in a piece, at most {MAX_PIECE_ROWS}");
-        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id } = args;
+        let CrossEntropyPiece { max, sum, target_logit, acc, mut logits, x, weight, target_ids, first_id, softcap } =
+            args;
         self.logits(logits.range_mut(0..n * rows), x, weight, hidden)?;
         let acc_hidden = acc.as_ref().map_or(0, |_| hidden as u32);
         let (num_rows, first_id) = (rows as u32, first_id as u32);
@@ -30,7 +33,8 @@ impl<A: HalfType> CrossEntropyOps for Cuda<A> {
             target_ids,
             num_rows,
             first_id,
-            acc_hidden
+            acc_hidden,
+            softcap.unwrap_or(NO_CAP)
         ];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
         unsafe { self.launch("cross_entropy_piece", Grid::rows(n), args) }?;
@@ -58,8 +62,9 @@ impl<A: HalfType> CrossEntropyOps for Cuda<A> {
     fn cross_entropy_finish(&self, args: CrossEntropyFinish<'_, Cuda<A>>) -> Result<()> {
         let [n, hidden] = args.sizes()?;
         ensure!(hidden.is_multiple_of(8), "cross_entropy finish: rows of {hidden}, allowed: a multiple of 8");
-        let CrossEntropyFinish { d_x, acc, sum, target_rows, coefficients } = args;
-        let args = args![d_x, acc, sum, target_rows, coefficients, (hidden / 8) as u32];
+        let CrossEntropyFinish { d_x, acc, sum, target_logit, target_rows, coefficients, softcap } = args;
+        let (hidden, softcap) = ((hidden / 8) as u32, softcap.unwrap_or(NO_CAP));
+        let args = args![d_x, acc, sum, target_logit, target_rows, coefficients, hidden, softcap];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
         unsafe { self.launch("cross_entropy_finish", Grid::rows(n), args) }
     }

@@ -23,6 +23,12 @@ impl<A: HalfType> ElementwiseOps for Cuda<A> {
         unsafe { self.launch("add_bias", Grid::elements(len), args![x, bias, len as u64, features as u32]) }
     }
 
+    fn add_scalar(&self, x: ViewMut<'_, Cuda<A>, f32>, value: f32) -> Result<()> {
+        let len = x.len();
+        // SAFETY: the kernel declares these arguments in this order, and writes no more than the elements of x.
+        unsafe { self.launch("add_scalar", Grid::elements(len), args![x, value, len as u64]) }
+    }
+
     fn cast(&self, y: ViewMut<'_, Cuda<A>, A>, x: View<'_, Cuda<A>, f32>) -> Result<()> {
         let len = same_len("cast", y.len(), x.len())?;
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
@@ -31,6 +37,12 @@ impl<A: HalfType> ElementwiseOps for Cuda<A> {
 
     fn round(y: &mut [A], x: &[f32]) {
         A::round(y, x);
+    }
+
+    fn rounded(x: f32) -> f32 {
+        let mut rounded = [A::zeroed()];
+        A::round(&mut rounded, &[x]);
+        rounded[0].into()
     }
 
     fn sum_of_squares(&self, x: View<'_, Cuda<A>, f32>) -> Result<f64> {

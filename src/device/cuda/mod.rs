@@ -11,6 +11,7 @@ mod attention_hopper;
 pub mod compile;
 mod cross_entropy;
 mod elementwise;
+mod gated;
 mod gemm;
 mod launch;
 pub mod libraries;
@@ -20,7 +21,6 @@ mod nf4;
 mod rms_norm;
 mod rope;
 mod rows;
-mod swiglu;
 mod uniform;
 
 use std::collections::HashMap;
@@ -62,7 +62,7 @@ pub const PINNED_BYTES_OF_A_TABLE_BYTE: usize = 512;
 const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 
 /// A type of activations and dense weights on a GPU.
-pub trait HalfType: gemm::BlasType {
+pub trait HalfType: gemm::BlasType + Into<f32> {
     const NAME: &'static str;
     /// The option that the kernels are compiled with.
     const COMPILE_OPTION: Option<&'static str>;

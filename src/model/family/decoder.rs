@@ -3,6 +3,7 @@
 
 use super::json_fields::Fields;
 use super::{eos_token_ids, quantization};
+use crate::device::Activation;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{Embedding, Head, LayerSpec, ModelSpec, Module, ModuleId, Norm, NormId, Rows};
 use crate::model::stage::{Attention, Mlp};
@@ -94,8 +95,9 @@ impl Decoder {
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
             max_position_embeddings: self.max_position_embeddings,
+            overflows_fp16: false,
             norm_eps: self.rms_norm_eps,
-            embedding: Embedding { name: "model.embed_tokens.weight".into(), scale: 1.0 },
+            embedding: Embedding { name: "model.embed_tokens.weight".into(), scale: 1.0, rounds_scale: false },
             ropes,
             layers: (0..num_layers).map(|layer| self.layer(layer, &mut number)).collect(),
             head: Head {
@@ -104,6 +106,7 @@ impl Decoder {
                 untied_name: "lm_head.weight".into(),
                 is_tied: self.tie_word_embeddings,
                 scale: 1.0,
+                softcap: None,
             },
             eos_token_ids: eos_token_ids(fields),
             quantization: quantization::read(fields),
@@ -159,6 +162,7 @@ impl Decoder {
                 gate: Rows::all(&mlp[0]),
                 up: Rows::all(&mlp[1]),
                 modules: mlp,
+                activation: Activation::Silu,
                 intermediate_size: inner,
             },
         }

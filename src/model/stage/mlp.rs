@@ -1,8 +1,8 @@
-//! A gated MLP: x + norm(down · (silu(gate · n) ∘ up · n)) with n = norm(x). Norms are there or not.
+//! A gated MLP: x + norm(down · (f(gate · n) ∘ up · n)) with n = norm(x). Norms are there or not.
 
 use anyhow::Result;
 
-use crate::device::{Arena, Buffer, Normed, Ops, SwigluBackward, SwigluForward, View, ViewMut};
+use crate::device::{Activation, Arena, Buffer, GatedBackward, GatedForward, Normed, Ops, View, ViewMut};
 use crate::model::linear::{Backward, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
 
@@ -19,6 +19,7 @@ pub struct Mlp {
     pub modules: Vec<Module>,
     pub gate: Rows,
     pub up: Rows,
+    pub activation: Activation,
     pub intermediate_size: usize,
 }
 
@@ -58,7 +59,7 @@ pub struct Rest<D: Ops> {
     /// The normed input `[T, hidden]`, its 1/rms `[T]`.
     normed: Buffer<D, D::Act>,
     rstd: Buffer<D, f32>,
-    /// silu(gate) · up, `[T, intermediate]`.
+    /// f(gate) · up, `[T, intermediate]`.
     act: Buffer<D, D::Act>,
 }
 
@@ -132,8 +133,8 @@ pub fn forward<D: Ops>(
     }
     // 3. Activation.
     if !saved.rest {
-        let (gate, up) = (gate.first(inner), up.first(inner));
-        ops.swiglu_forward(SwigluForward { y: rest.act.first_mut(inner), gate, up })?;
+        let (gate, up, activation) = (gate.first(inner), up.first(inner), stage.activation);
+        ops.gated_forward(GatedForward { y: rest.act.first_mut(inner), gate, up, activation })?;
     }
     // 4. Down projection, its norm, and the residual stream.
     if out.is_none() && saved.mlp {
@@ -195,12 +196,13 @@ pub fn backward<D: Ops>(
         Backward { d_x, accumulate: false, grads: &mut *grads, x, u: u_down, dropped: &mut *dropped, d_u: &mut *d_u };
     down.backward(ops, [Some((0..ctx.spec.hidden_size, d_y))], args)?;
     // 3. Activation.
-    ops.swiglu_backward(SwigluBackward {
+    ops.gated_backward(GatedBackward {
         d_gate: d_gate.first_mut(inner),
         d_up: d_up.first_mut(inner),
         d_y: d_act.first(inner),
         gate: gate.first(inner),
         up: up.first(inner),
+        activation: stage.activation,
     })?;
     // 2. Gate and up.
     let d_outputs = [(&stage.gate, d_gate.first(inner)), (&stage.up, d_up.first(inner))];
