@@ -1,6 +1,7 @@
 //! Opens and reads input files that a user or another file names, without hanging and with bounded memory.
 //!
-//! Every input is a regular file. A FIFO would wait for a writer, a device may never end, and neither can be read twice.
+//! Every input is a regular file. A FIFO would wait for a writer, a device may never end, and neither can be read
+//! twice.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -23,7 +24,8 @@ const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1";
 
 /// Opens a regular file for reading; links are followed. Never blocks.
 ///
-/// Errors name the path and what is there: nothing, a folder, a FIFO, a device, a socket, a chain of links without end.
+/// Errors name the path and what is there: nothing, a folder, a FIFO, a device, a socket, a chain of links without
+/// end.
 pub fn open(path: &Path) -> Result<File> {
     let place = || shown_path(path);
     // Asked before the file is opened, because opening a device can have effects.
@@ -114,8 +116,8 @@ pub fn check_html(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Returns a name or value that came from a file as messages show it: control characters and those that reverse the direction of text are
-/// escaped, and what is longer than 200 characters is cut.
+/// Returns a name or value that came from a file as messages show it: control characters and those that reverse the
+/// direction of text are escaped, and what is longer than 200 characters is cut.
 pub fn shown(text: &str) -> String {
     const MAX_CHARS: usize = 200;
     let cut = text.char_indices().nth(MAX_CHARS).map_or(text.len(), |(at, _)| at);

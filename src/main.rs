@@ -34,8 +34,8 @@ fn main() {
     }
 }
 
-/// Prints an error chain, on one rank if several fail alike, and ends all ranks. The exit status is 2 for a request that is not valid,
-/// and 1 for every other error.
+/// Prints an error chain, on one rank if several fail alike, and ends all ranks. The exit status is 2 for a request
+/// that is not valid, and 1 for every other error.
 fn fail(error: &anyhow::Error, prefix: &str) -> ! {
     let refused = error.is::<RecipeError>() || error.is::<clap::Error>() || error.is::<Disagreement>();
     let status = if refused { 2 } else { 1 };

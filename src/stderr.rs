@@ -7,8 +7,8 @@ use crate::files::escaped;
 /// Longest text of one line's write, in bytes; a recipe's list of errors fits.
 const MAX_BYTES: usize = 16 << 10;
 
-/// Writes a line in one call, because the launcher mixes what ranks write and must not get half a line. Text that came from a file can
-/// neither move the cursor nor fill the screen.
+/// Writes a line in one call, because the launcher mixes what ranks write and must not get half a line. Text that
+/// came from a file can neither move the cursor nor fill the screen.
 pub fn line(text: &str) {
     // If standard error is closed, there is nowhere to report it.
     let _ = std::io::stderr().write_all(format!("{}\n", harmless(text)).as_bytes());

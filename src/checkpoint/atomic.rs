@@ -1,7 +1,7 @@
 //! Files that are whole or absent: each is written beside its final place, synced and renamed.
 //!
-//! Whoever writes a temporary file holds a lock on it. One without a lock was left by a process that was killed, and the next
-//! process that writes in its folder removes it. Where the file system has no locks, nothing is removed.
+//! Whoever writes a temporary file holds a lock on it. One without a lock was left by a process that was killed, and
+//! the next process that writes in its folder removes it. Where the file system has no locks, nothing is removed.
 
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::Write;

@@ -66,7 +66,7 @@ pub(super) fn linears(spec: &ModelSpec) -> impl Iterator<Item = String> {
 
 /// A base whose weights are, or would be, in bf16.
 pub struct InBf16 {
-    /// Whether NF4 uses double quantization; `None` leaves projections in bf16.
+    /// True if NF4 uses double quantization; `None` leaves projections in bf16.
     pub nf4_double_quant: Option<bool>,
 }
 

@@ -1,4 +1,5 @@
-//! The folder of a base model: the files that it may consist of, and a likely explanation of a folder that is no model.
+//! The folder of a base model: the files that it may consist of, and a likely explanation of a folder that is no
+//! model.
 
 use std::path::{Path, PathBuf};
 
@@ -9,8 +10,8 @@ use crate::files::{shown, shown_path};
 pub(super) const SINGLE_FILE: &str = "model.safetensors";
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
-/// Checks that this is the folder of a model. The error says what it is instead: the root of a repository in the hub's cache, an
-/// adapter, weights in another format.
+/// Checks that this is the folder of a model. The error says what it is instead: the root of a repository in the
+/// hub's cache, an adapter, weights in another format.
 pub(super) fn check(dir: &Path) -> Result<()> {
     ensure!(dir.is_dir(), "{}: not a directory", shown_path(dir));
     if dir.join("config.json").exists() {
@@ -68,7 +69,8 @@ fn other_weights(dir: &Path) -> Option<String> {
     })
 }
 
-/// Returns the snapshot of a repository in the hub's cache (`models--ORG--NAME`): the one that `refs/main` names, else any.
+/// Returns the snapshot of a repository in the hub's cache (`models--ORG--NAME`): the one that `refs/main` names,
+/// else any.
 fn snapshot_of(dir: &Path) -> Option<PathBuf> {
     let snapshots = dir.join("snapshots");
     let main = std::fs::read_dir(dir.join("refs"))
@@ -86,8 +88,9 @@ fn repository(dir: &Path) -> String {
     root.map_or("ORG/NAME".into(), |name| shown(&name.replacen("--", "/", 1)))
 }
 
-/// Checks a file that an index names: it lies in the model's folder, or is a link to a file there or, from a snapshot of the hub's
-/// cache, to one in `../../blobs`. An index comes from somebody else, and must not choose which files of this machine are read.
+/// Checks a file that an index names: it lies in the model's folder, or is a link to a file there or, from a snapshot
+/// of the hub's cache, to one in `../../blobs`. An index comes from somebody else, and must not choose which files of
+/// this machine are read.
 pub(super) fn check_named(dir: &Path, name: &str) -> Result<()> {
     let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
     ensure!(plain, "names {:?}; allowed are names of files in its own folder", shown(name));

@@ -13,7 +13,8 @@ use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, Visitor};
 
 use crate::files::shown;
 
-/// Largest header that is read. The format allows 100 MB, which would be a million tensors; parsing one of this size takes 150 MB.
+/// Largest header that is read. The format allows 100 MB, which would be a million tensors; parsing one of this size
+/// takes 150 MB.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
 const LENGTH_BYTES: usize = 8;
 const MAX_DIMENSIONS: usize = 8;

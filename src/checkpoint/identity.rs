@@ -1,12 +1,13 @@
 //! The identity of a base: a digest of all its tensors' bytes and of the configuration that config.json gives.
 //!
-//! The digest of each tensor is xxh3 (128 bit) over its bytes. It detects damage, mixed-up revisions and edits, but not a constructed
-//! collision. The digest of the weights covers names, types, shapes and these digests, in the order of names, so that it
-//! depends neither on where the folder lies nor on how the tensors are spread over files. The identity adds the configuration.
+//! The digest of each tensor is xxh3 (128 bit) over its bytes. It detects damage, mixed-up revisions and edits, but
+//! not a constructed collision. The digest of the weights covers names, types, shapes and these digests, in the order
+//! of names, so that it depends neither on where the folder lies nor on how the tensors are spread over files. The
+//! identity adds the configuration.
 //!
-//! Reading 140 GB takes a minute, so the digests of the layers' tensors are kept in a record beside the shards, with the stamps of the
-//! file that they were read from. A file whose stamps differ is read again. The other tensors (embedding, final norm, head) are small
-//! and read at every start.
+//! Reading 140 GB takes a minute, so the digests of the layers' tensors are kept in a record beside the shards, with
+//! the stamps of the file that they were read from. A file whose stamps differ is read again. The other tensors
+//! (embedding, final norm, head) are small and read at every start.
 
 use std::fs::File;
 use std::ops::Range;
@@ -57,7 +58,8 @@ struct Item<'a> {
     range: Range<usize>,
 }
 
-/// Returns whether a tensor belongs to a layer. Its bytes are then in the shards, and the base's are not read once these are made.
+/// Returns whether a tensor belongs to a layer. Its bytes are then in the shards, and the base's are not read once
+/// these are made.
 fn is_of_a_layer(name: &str) -> bool {
     name.starts_with("model.layers.")
 }
@@ -66,8 +68,8 @@ fn items(model: &BaseModel) -> Vec<Item<'_>> {
     model.entries().map(|(name, file_idx, entry)| Item { name, file_idx, range: entry.range.clone() }).collect()
 }
 
-/// Digests a base; ranks that see the same files share the reading. Collective; the collectives do not depend on what a rank finds.
-/// `record` is where digests of earlier starts are kept.
+/// Digests a base; ranks that see the same files share the reading. Collective; the collectives do not depend on what
+/// a rank finds. `record` is where digests of earlier starts are kept.
 pub(super) fn digest(
     model: &Arc<BaseModel>,
     record: &RecordPlace,
@@ -127,7 +129,8 @@ fn ranks_with_these_files(stamps: &[Stamps], comm: &mut dyn Comm) -> Result<(Vec
     Ok((group, place))
 }
 
-/// Fills in the digests that the other ranks of `group` know. Ranks of other groups may have a different number of tensors.
+/// Fills in the digests that the other ranks of `group` know. Ranks of other groups may have a different number of
+/// tensors.
 fn share(comm: &mut dyn Comm, group: &[usize], known: &mut [Option<u128>]) -> Result<()> {
     const BYTES: usize = 1 + size_of::<u128>();
     let longest = all_gather_u64(comm, known.len() as u64)?.into_iter().max().unwrap_or(0) as usize;
@@ -163,7 +166,8 @@ fn tell_what_is_read(model: &BaseModel, items: &[Item], missing: &[usize], tell:
     ));
 }
 
-/// Returns the tensors that one of `num_places` ranks reads: consecutive ones of each file, about as many bytes as other ranks read.
+/// Returns the tensors that one of `num_places` ranks reads: consecutive ones of each file, about as many bytes as
+/// other ranks read.
 fn part_of(items: &[Item], mut missing: Vec<usize>, place: usize, num_places: usize) -> Vec<usize> {
     missing.sort_by_key(|&i| (items[i].file_idx, items[i].range.start));
     let total: u128 = missing.iter().map(|&i| items[i].range.len() as u128).sum();
@@ -218,8 +222,8 @@ fn read_all(
     })
 }
 
-/// Returns the digest of a range of a file. It reads the file, because a file that was cut short is an error here, but would end
-/// the process if it were read through its mapping.
+/// Returns the digest of a range of a file. It reads the file, because a file that was cut short is an error here,
+/// but would end the process if it were read through its mapping.
 fn digest_of(file: &File, range: Range<usize>) -> Result<u128> {
     let (mut hash, mut buffer) = (Xxh3::new(), vec![0; READ_BYTES.min(range.len())]);
     for at in range.clone().step_by(READ_BYTES) {
@@ -247,11 +251,11 @@ impl BaseStamps {
         format!("{:032x}", hash.digest128())
     }
 
-    /// Checks that the base is still the one that was digested. Only stamps are compared; a file whose stamps differ is read again.
-    /// Not collective: one rank of each node is enough.
+    /// Checks that the base is still the one that was digested. Only stamps are compared; a file whose stamps differ
+    /// is read again. Not collective: one rank of each node is enough.
     ///
-    /// Errors: a file was overwritten in place, so this run may have read either content; or it was replaced by a file with
-    /// other weights, which this run has not read. A file that was only removed or renamed is no error.
+    /// Errors: a file was overwritten in place, so this run may have read either content; or it was replaced by a
+    /// file with other weights, which this run has not read. A file that was only removed or renamed is no error.
     pub fn check_unchanged(&self) -> Result<()> {
         for (file_idx, ((path, file), before)) in self.model.files().zip(&self.stamps).enumerate() {
             if Stamps::of(file, path)? != *before {

@@ -1,4 +1,4 @@
-//! Whether a checkpoint has the tensors of its architecture, and nothing else.
+//! Checks that a checkpoint has the tensors of its architecture, and no others.
 
 use std::collections::BTreeSet;
 

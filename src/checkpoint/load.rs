@@ -1,8 +1,9 @@
-//! From a Hugging Face directory to what a rank holds: shard files are made when they are not there, then mapped.
+//! Loads a base: shard files are made from a Hugging Face directory if they are not there, and each rank maps its
+//! own.
 //!
 //! Units are dealt to ranks in rounds. Each rank quantizes the whole tensors of its unit (the offset of double
-//! quantization is the mean over a whole tensor), lays them out and sends every other rank the shards that it wants of them,
-//! in pieces. So the bytes do not depend on who computed them, and a rank holds one unit and one piece.
+//! quantization is the mean over a whole tensor), lays them out and sends every other rank the shards that it wants
+//! of them, in pieces. So the bytes do not depend on who computed them, and a rank holds one unit and one piece.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,13 +31,13 @@ use super::room::{self, Want};
 use super::shards::{self, Found, ShardSpec, ShardWriter};
 use super::source::BaseModel;
 
-/// How the base is to be held.
+/// The form in which a base is held.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
     pub load_in_4bit: bool,
-    /// `None`: as a checkpoint that is in 4 bit already has it, else true.
+    /// `None` follows a checkpoint that is in 4 bit already, and means true for any other.
     pub double_quant: Option<bool>,
-    /// Folder of the shard files; `None`: the cache.
+    /// Folder of the shard files; `None` means the cache folder.
     pub shards: Option<PathBuf>,
     /// Number of shards of each unit: how many ranks hold a base together.
     pub num_shards: usize,
@@ -48,11 +49,11 @@ pub struct OpenedBase {
     pub spec: ModelSpec,
     pub layouts: Vec<UnitLayout>,
     pub shard_spec: ShardSpec,
-    /// Room that is to be left on disks when the shards are made: for what this rank writes later.
+    /// Room on disks that making the shards must leave, because this rank writes there later.
     pub kept_free: Vec<Want>,
     stamps: BaseStamps,
     record_place: RecordPlace,
-    /// Where this rank has to keep one.
+    /// The record of digests that this rank has to keep, if it is the one to do so.
     new_record: Option<Record>,
 }
 
@@ -62,7 +63,8 @@ pub fn layouts(spec: &ModelSpec, encodings: &impl Encodings, num_shards: usize) 
     NumUnits::new(spec).all().map(layout).collect()
 }
 
-/// The model and its layouts for planning. A folder may have a config.json and no weights, which are then taken to be in bf16.
+/// The model and its layouts for planning. A folder may have a config.json and no weights, which are then taken to be
+/// in bf16.
 pub fn planned(dir: &Path, options: &LoadOptions) -> Result<(ModelSpec, Vec<UnitLayout>)> {
     if BaseModel::has_weights(dir) {
         let checked = check(dir, options)?;
@@ -80,7 +82,7 @@ struct Checked {
     model: BaseModel,
     spec: ModelSpec,
     layouts: Vec<UnitLayout>,
-    /// How each linear module's weight is stored, by its name.
+    /// Encoding of each linear module's weight, with the weight's name.
     linears: Vec<(String, Encoding)>,
 }
 
@@ -103,7 +105,8 @@ fn check(dir: &Path, options: &LoadOptions) -> Result<Checked> {
 }
 
 impl Checked {
-    /// The encodings of the linear modules, NF4 first: several where a checkpoint in 4 bit keeps some plain.
+    /// Returns the encodings of the linear modules as one text, NF4 first. There are several if a checkpoint in 4 bit
+    /// keeps some plain.
     fn encoding(&self) -> String {
         let mut names: Vec<&str> = self.linears.iter().map(|(_, encoding)| encoding.name()).collect();
         names.sort_unstable();
@@ -126,8 +129,8 @@ impl Checked {
     }
 }
 
-/// Opens and checks a base model and finds out which one it is; weights are read only where no earlier start has kept their
-/// digests. Collective. `tell` gets progress.
+/// Opens and checks a base model and finds out which one it is; weights are read only where no earlier start has kept
+/// their digests. Collective. `tell` gets progress.
 pub fn open(
     dir: &Path,
     options: &LoadOptions,
@@ -158,19 +161,19 @@ fn makers(comm: &mut dyn Comm, num_units: usize) -> Result<Vec<String>> {
     Ok(all.into_iter().take(num_units).map(|name| String::from_utf8_lossy(&name).into_owned()).collect())
 }
 
-/// How many parts a unit can be cut into.
+/// Number of records of a unit, which is the number of parts that it can be cut into.
 fn num_records(layout: &UnitLayout) -> usize {
     layout.tensors().iter().map(|t| t.elements.len().div_ceil(RECORD_WEIGHTS)).sum()
 }
 
 impl OpenedBase {
-    /// Which base this is: 32 hex digits that are the same wherever the same bytes lie, and differ where one differs or where
-    /// config.json makes another model of them.
+    /// Returns the identity of this base, 32 hex digits. It is the same wherever the same bytes lie, and differs if a
+    /// byte differs or if config.json makes another model of them.
     pub fn identity(&self) -> String {
         self.stamps.identity(&self.spec)
     }
 
-    /// What a run compares at its end, to notice a base that was overwritten meanwhile.
+    /// Returns the stamps that a run compares at its end, to notice a base that was overwritten meanwhile.
     pub fn stamps(&self) -> BaseStamps {
         self.stamps.clone()
     }
@@ -183,7 +186,7 @@ impl OpenedBase {
     }
 
     /// Maps this rank's shard, after all ranks together have made the files if any of them lacks its own. `tell` gets
-    /// progress, the same on all ranks; `warn` what is wrong with this rank's file.
+    /// progress, the same on all ranks; `warn` is told what is wrong with this rank's file.
     pub fn load(
         mut self,
         comm: &mut dyn Comm,
@@ -226,7 +229,8 @@ impl OpenedBase {
         self.write_in_pieces(comm, writes, tell, PIECE_BYTES)
     }
 
-    /// In turn, each rank sends every rank the parts that it wants of its unit. A rank holds its unit and one piece.
+    /// Each rank in turn sends every other rank the parts of its unit that the other one wants. A rank holds its unit
+    /// and one piece.
     fn write_in_pieces(
         &self,
         comm: &mut dyn Comm,
@@ -246,7 +250,7 @@ impl OpenedBase {
         let mut writers = writes.iter().map(create).collect::<Result<Vec<_>>>()?;
         let (mut buffer, mut last_tenth) = (Vec::new(), 0);
         for first in (0..num_units).step_by(world_size) {
-            // At the start, and then about every tenth.
+            // Progress is told at the start, and then after about every tenth.
             if first == 0 || last_tenth != first * 10 / num_units {
                 last_tenth = first * 10 / num_units;
                 tell(format!("quantizing unit {} of {num_units} to {}", first + 1, self.shard_spec.dir.display()));
@@ -306,7 +310,7 @@ impl OpenedBase {
                 for first in (0..num_weights).step_by(RECORD_WEIGHTS) {
                     let num = RECORD_WEIGHTS.min(num_weights - first);
                     let element = tensor.elements.start + first;
-                    // Read as f32 only to refuse what is not a finite number.
+                    // The values are read as f32 only to refuse those that are not finite.
                     view.to_f32(element, &mut values[..num])?;
                     let parts = tensor.encoding.parts(num);
                     let bytes = element * dtype.size_bytes()..(element + num) * dtype.size_bytes();
@@ -338,7 +342,7 @@ impl OpenedBase {
         let (hidden_size, head) = (spec.hidden_size, &spec.head);
         let mut final_norm = vec![0.0; hidden_size];
         model.tensor(&head.norm.name)?.to_f32(0, &mut final_norm)?;
-        // The factor of the logits goes into what they are made of.
+        // The factor of the logits is folded into the final norm, so that the head needs none.
         final_norm.iter_mut().for_each(|weight| *weight = (*weight + head.norm.offset) * head.scale);
         let name = spec.embedding.name.clone();
         let embed = move |ids: &[u32], out: &mut [f32]| -> Result<()> {

@@ -1,4 +1,4 @@
-//! Files: the base model, shard files, adapters.
+//! Files that outlive a run: base models, shard files, adapters and output folders.
 
 pub mod adapter;
 pub mod atomic;

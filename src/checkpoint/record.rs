@@ -1,4 +1,5 @@
-//! The record: digests of a base's tensors from an earlier start, with the stamps of the files that were read for them.
+//! The record: digests of a base's tensors from an earlier start, with the stamps of the files that were read for
+//! them.
 
 use std::collections::BTreeMap;
 use std::fs::{File, Metadata};
@@ -14,8 +15,8 @@ use crate::files::{self, shown_path};
 
 use super::atomic;
 
-/// A file that changed less than this before it was read is not recorded: it could change again within one tick of the clock that
-/// makes its stamps, which is a second on some file systems.
+/// A file that changed less than this before it was read is not recorded: it could change again within one tick of
+/// the clock that makes its stamps, which is a second on some file systems.
 const SETTLED: Duration = Duration::from_secs(1);
 const MAX_RECORD_BYTES: u64 = 64 << 20;
 
@@ -69,8 +70,8 @@ struct RecordedFile {
 }
 
 impl Record {
-    /// Makes a record from each file's name, stamps and tensors' digests, which were read after `read_at`. A file whose next change
-    /// might not show in its stamps is left out.
+    /// Makes a record from each file's name, stamps and tensors' digests, which were read after `read_at`. A file
+    /// whose next change might not show in its stamps is left out.
     pub fn new<'a>(files: impl Iterator<Item = (String, Stamps, Vec<(&'a str, u128)>)>, read_at: SystemTime) -> Record {
         let recorded = |(name, stamps, tensors): (String, Stamps, Vec<(&str, u128)>)| {
             let tensors =

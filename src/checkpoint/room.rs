@@ -66,7 +66,8 @@ fn sums(of_ranks: &[Vec<u64>]) -> BTreeMap<u64, Sum> {
     sums
 }
 
-/// Returns a number that identifies a disk: equal on all ranks of a machine, and on several machines for a file system that they share.
+/// Returns a number that identifies a disk: equal on all ranks of a machine, and on several machines for a file
+/// system that they share.
 fn disk(dir: &Path) -> Result<u64> {
     std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", dir.display()))?;
     let place = || dir.display().to_string();

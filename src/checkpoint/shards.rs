@@ -1,9 +1,10 @@
 //! Shard files: one safetensors file per shard, `nf4-00000-of-00002.safetensors`.
 //!
-//! Each unit is one U8 tensor, `unit.00000` and so on, of equal length in every shard (`fsdp::layout`). The metadata says
-//! what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also names the program, and the
-//! rank and machine that made each unit; older files without these names are valid. A file is written beside its place and renamed.
-//! A file with other metadata than expected is foreign; one whose checksums fail is damaged.
+//! Each unit is one U8 tensor, `unit.00000` and so on, of equal length in every shard (`fsdp::layout`). The metadata
+//! says what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also names the
+//! program, and the rank and machine that made each unit; older files without these names are valid. A file is
+//! written beside its place and renamed. A file with other metadata than expected is foreign; one whose checksums
+//! fail is damaged.
 #![expect(unsafe_code, reason = "gives advice on mapped pages")]
 
 use std::collections::HashMap;
@@ -85,8 +86,9 @@ impl ShardSpec {
         self.dir.join(format!("{kind}-{shard:05}-of-{:05}.safetensors", self.num_shards))
     }
 
-    /// Tells whether this rank writes the file of its shard if the files have to be made: it is the first of the ranks that see this
-    /// folder on this machine and hold this shard, and the others map its file. Makes the folder. Collective.
+    /// Tells whether this rank writes the file of its shard if the files have to be made: it is the first of the
+    /// ranks that see this folder on this machine and hold this shard, and the others map its file. Makes the folder.
+    /// Collective.
     pub fn is_written_here(&self, comm: &mut dyn Comm) -> Result<bool> {
         let (dir, shard) = (&self.dir, comm.rank() % self.num_shards);
         std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", shown_path(dir)))?;
@@ -265,8 +267,8 @@ struct WrittenUnit {
 }
 
 impl<'a> ShardWriter<'a> {
-    /// Begins a file. `part_bytes` gives the bytes of each unit's shard without padding. Fails before anything is written if the disk
-    /// has no room or another base's shard is in the way.
+    /// Begins a file. `part_bytes` gives the bytes of each unit's shard without padding. Fails before anything is
+    /// written if the disk has no room or another base's shard is in the way.
     pub fn create(spec: &'a ShardSpec, shard: usize, part_bytes: Vec<usize>, makers: &'a [String]) -> Result<Self> {
         let path = spec.path(shard);
         if path.exists()
@@ -320,7 +322,8 @@ impl<'a> ShardWriter<'a> {
     }
 }
 
-/// Returns the user's cache folder: `$FSDP_QLORA_CACHE`, else `$XDG_CACHE_HOME/fsdp-qlora`, else `~/.cache/fsdp-qlora`.
+/// Returns the user's cache folder: `$FSDP_QLORA_CACHE`, else `$XDG_CACHE_HOME/fsdp-qlora`, else
+/// `~/.cache/fsdp-qlora`.
 pub fn cache_dir() -> Result<PathBuf> {
     let variable = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     if let Some(dir) = variable("FSDP_QLORA_CACHE") {

@@ -73,7 +73,8 @@ impl BaseModel {
     /// transformers loads, in its order of preference.
     ///
     /// Errors name the file, and the tensor where there is one: neither file is there, a named file is missing, leads
-    /// elsewhere or is damaged (see `header::parse`), a tensor is in two files or not in the one that the index names.
+    /// elsewhere or is damaged (see `header::parse`), a tensor is in two files or not in the one that the index
+    /// names.
     pub fn open(dir: &Path) -> Result<Self> {
         if dir.join(SINGLE_FILE).exists() {
             return Self::map(dir, [SINGLE_FILE]);
@@ -208,7 +209,8 @@ impl TensorView<'_> {
     }
 }
 
-/// Converts little-endian f16 at any alignment. A small aligned buffer lies between, because the vectorized conversion takes slices.
+/// Converts little-endian f16 at any alignment. A small aligned buffer lies between, because the vectorized
+/// conversion takes slices.
 fn f16_to_f32(bytes: &[u8], out: &mut [f32]) {
     let mut aligned = [f16::ZERO; 256];
     for (bytes, out) in bytes.chunks(2 * aligned.len()).zip(out.chunks_mut(aligned.len())) {

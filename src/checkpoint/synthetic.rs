@@ -1,4 +1,5 @@
-//! A base of made-up weights, drawn and quantized tensor by tensor: nothing of the size of the model in 16 bits ever exists.
+//! Makes a base of made-up weights. It is drawn and quantized tensor by tensor, so that the model never exists in 16
+//! bits as a whole.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -32,13 +33,14 @@ pub fn embedding_bytes(spec: &ModelSpec) -> usize {
     EMBEDDING_ROWS * spec.hidden_size * size_of::<f32>()
 }
 
-/// Layouts of all units of a model of this shape: projections in NF4, or in bf16 where `nf4_double_quant` is `None`; the rest in bf16.
+/// Layouts of all units of a model of this shape: projections in NF4, or in bf16 where `nf4_double_quant` is `None`;
+/// the rest in bf16.
 pub fn layouts(spec: &ModelSpec, nf4_double_quant: Option<bool>, num_shards: usize) -> Result<Vec<UnitLayout>> {
     load::layouts(spec, &InBf16 { nf4_double_quant }, num_shards)
 }
 
-/// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform in ±0.035
-/// (deviation 0.02), factors of norms 1; they depend on unit, tensor and element alone.
+/// Shard `shard` of `num_shards` of a model of this shape, drawn by a device when it is stored. Weights are uniform
+/// in ±0.035 (deviation 0.02), factors of norms 1; they depend on unit, tensor and element alone.
 pub fn base<D: Ops + Clone>(
     device: &D,
     spec: ModelSpec,
@@ -114,7 +116,8 @@ impl<D: Ops + Clone> Drawing<D> {
         self.device.uniform(Uniform { y, seed, first: 0, half_width: HALF_WIDTH })
     }
 
-    /// The range of the tensor that was drawn, quantized; it begins with a record. The offset is that of the whole tensor.
+    /// The range of the tensor that was drawn, quantized; it begins with a record. The offset is that of the whole
+    /// tensor.
     fn quantize(&mut self, num_weights: usize, range: Range<usize>, double_quant: bool) -> Result<Nf4Tensor> {
         debug_assert!(range.start.is_multiple_of(RECORD_WEIGHTS));
         let (device, blocks) = (self.device.clone(), num_weights.div_ceil(BLOCK));
@@ -191,7 +194,7 @@ impl<D: Ops + Clone> Drawing<D> {
     }
 }
 
-/// The bytes, if nobody else has them any more; else new ones.
+/// Returns these bytes if nobody else holds them any more, else new ones.
 fn unshared(bytes: &mut Arc<Vec<u8>>) -> &mut Vec<u8> {
     if Arc::get_mut(bytes).is_none() {
         *bytes = Arc::default();

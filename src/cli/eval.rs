@@ -1,4 +1,4 @@
-//! `eval`
+//! `eval`: prints the mean loss of a model, with or without an adapter, over a data set.
 
 use anyhow::{Result, ensure};
 use clap::Args;

@@ -1,4 +1,4 @@
-//! `generate`
+//! `generate`: continues a prompt with a model, with or without an adapter.
 
 use anyhow::Result;
 use clap::Args;
@@ -27,18 +27,19 @@ pub struct GenerateArgs {
     /// PEFT adapter
     #[arg(long)]
     adapter: Option<String>,
-    /// What to continue; a model with a chat template gets it as the user's message
+    /// The text to continue; a model with a chat template gets it as the user's message
     #[arg(long)]
     prompt: String,
     /// Give the prompt to the model as it is, without the chat template
     #[arg(long)]
     raw: bool,
+    /// Most tokens to generate
     #[arg(long, default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
     max_new_tokens: u32,
-    /// 0: always the most likely token
+    /// Temperature of the random choice; 0 always takes the most likely token
     #[arg(long, default_value_t = 0.0)]
     temperature: f64,
-    /// Seed of the random choice, with a temperature above 0
+    /// Seed of the random choice, for a temperature above 0
     #[arg(long, default_value_t = 42)]
     seed: u64,
 }

@@ -31,7 +31,8 @@ const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
 Exit status: 0 done, or finished before; 2 the command line or the recipe is wrong; 1 anything else, and also an adapter that had to be \
 saved elsewhere than in output_dir (the last line names the place)";
 
-/// Most ranks, or shards, that the command line takes: a larger number is a slip of the pen, and the work of planning grows with it.
+/// Most ranks, or shards, that the command line takes: a larger number is a slip of the pen, and the work of planning
+/// grows with it.
 const MAX_RANKS: i64 = 1 << 14;
 
 /// QLoRA fine-tuning of Llama-family models, sharded over ranks: `mpirun -np 2 fsdp-qlora`.
@@ -47,28 +48,28 @@ pub struct Cli {
 /// Options of every subcommand.
 #[derive(Args, Clone)]
 struct Common {
-    /// Where to compute
+    /// The device to compute on
     #[arg(long, global = true, value_enum, default_value_t = DeviceKind::Auto)]
     device: DeviceKind,
-    /// Ranks that share a GPU: for trying things out, since they also share its memory
+    /// Number of ranks that share a GPU and its memory; more than 1 is for trying things out
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_RANKS))]
     ranks_per_gpu: u32,
-    /// Overrides a key of the recipe, e.g. --set training.max_steps=100
+    /// Override a key of the recipe, e.g. --set training.max_steps=100
     #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Fine-tune as a recipe says; writes a PEFT adapter
+    /// Fine-tune as a recipe says, and write a PEFT adapter
     Train(train::TrainArgs),
     /// Write the shard files of a model ahead of time
     Quantize(quantize::QuantizeArgs),
-    /// Mean loss over the target tokens of a data set
+    /// Print the mean loss over the target tokens of a data set
     Eval(eval::EvalArgs),
     /// Continue a prompt
     Generate(generate::GenerateArgs),
-    /// What a run would use on some GPUs: memory and time, decided and predicted without any of them
+    /// Decide where memory goes and predict how long steps take, for GPUs that need not be there
     Plan(plan::PlanArgs),
     /// Measure this machine
     #[command(subcommand)]
@@ -118,8 +119,8 @@ impl Cli {
     }
 }
 
-/// Options that ranks need not have in common: those that say where something lies, whose content is compared where it matters, and
-/// `--set`, of which the decided job is compared.
+/// Options that ranks need not have in common: those that say where something lies, whose content is compared where
+/// it matters, and `--set`, of which the decided job is compared.
 const NOT_COMPARED: [&str; 9] =
     ["config", "trace", "model", "output", "adapter", "dataset", "calibrate", "compare", "overrides"];
 

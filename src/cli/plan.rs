@@ -1,4 +1,4 @@
-//! `plan`: what a run would use, without a GPU and without MPI.
+//! `plan`: predicts what a run would use, without a GPU. Only rank 0 works if there are several ranks.
 
 use std::path::{Path, PathBuf};
 
@@ -19,13 +19,13 @@ use super::usage;
 
 #[derive(Args)]
 pub struct PlanArgs {
-    /// The recipe; or --shape
+    /// The recipe; --shape may stand in its place
     #[arg(short, long, conflicts_with = "shape", value_parser = recipe::read_path)]
     config: Option<PathBuf>,
     /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
     #[arg(long, required_unless_present_any = ["config", "compare"])]
     shape: Option<String>,
-    /// With --shape: fewer layers than it has
+    /// With --shape: number of layers, if fewer than the shape has
     #[arg(long, conflicts_with = "config")]
     layers: Option<u32>,
     /// With --shape: sequences of a micro-batch
@@ -40,26 +40,28 @@ pub struct PlanArgs {
     /// rtx3060, rtx3090, rtx4090, rtx5090, a100, h100 or h200
     #[arg(long, required_unless_present = "sweep")]
     gpu: Option<String>,
-    /// For each of these cards, the fewest of them in one node that can do it
+    /// Print for each of these cards how many of them in one node the run needs
     #[arg(long, conflicts_with_all = ["gpu", "world_size", "nodes", "trace", "json"])]
     sweep: bool,
-    /// Fits the shares of the card's rates that steps reach to these runs, lines of `bench step`
+    /// Fit the shares of the card's rates that steps reach to measured runs: a file of lines that `bench step`
+    /// printed
     #[arg(long, value_name = "FILE", requires = "gpu", value_parser = recipe::read_path)]
     calibrate: Option<PathBuf>,
-    /// Compares predictions with these runs, lines of `bench step`
+    /// Compare predictions with measured runs: a file of lines that `bench step` printed
     #[arg(long, value_name = "FILE", requires = "gpu", value_parser = recipe::read_path, conflicts_with_all = [
         "config", "shape", "layers", "micro_batch", "seq", "accum", "world_size", "nodes", "network", "host_gib", "trace", "json",
     ])]
     compare: Option<PathBuf>,
-    /// Ranks: GPUs of all nodes
+    /// Number of ranks on all nodes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=super::MAX_RANKS))]
     world_size: u32,
+    /// Number of nodes, which have as many ranks each
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=super::MAX_RANKS))]
     nodes: u32,
     /// GB a second between nodes
     #[arg(long, default_value_t = 1.25, requires = "nodes")]
     network: f64,
-    /// Host memory of a node in GiB
+    /// Host memory of a node in GiB; any amount if it is not given
     #[arg(long)]
     host_gib: Option<f64>,
     /// Write the predicted step as a trace for <https://ui.perfetto.dev>

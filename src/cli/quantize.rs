@@ -1,4 +1,4 @@
-//! `quantize`
+//! `quantize`: writes the shard files of a model ahead of time.
 
 use anyhow::Result;
 use clap::Args;
@@ -17,7 +17,8 @@ pub struct QuantizeArgs {
     /// Folder of the shard files; auto: the user's cache folder
     #[arg(long)]
     output: String,
-    /// Number of shards: the ranks that will hold the base together, all of a run or those of a node (hybrid_shard)
+    /// Number of shards, one for each rank that will hold the base together: all ranks, or those of a node
+    /// (hybrid_shard)
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=super::MAX_RANKS))]
     world_size: u32,
 }

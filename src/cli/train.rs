@@ -1,4 +1,4 @@
-//! `train`
+//! `train`: fine-tunes as a recipe says.
 
 use std::path::{Path, PathBuf};
 

@@ -18,7 +18,8 @@ const COPY_BYTES: usize = 1 << 20;
 /// Bytes of a rank that go to the others in one message.
 const GATHER_BYTES: usize = 16 << 20;
 
-/// A unit of the base as a rank holds it. Only the queue reaches its memory, and nobody writes to it once it is stored.
+/// A unit of the base as a rank holds it. Only the queue reaches its memory, and nobody writes to it once it is
+/// stored.
 pub struct Stored<A: HalfType>(pub(super) StoredUnit<A>);
 
 pub(super) enum StoredUnit<A: HalfType> {
@@ -38,8 +39,8 @@ pub struct Store<A: HalfType> {
     pub host_bytes: usize,
 }
 
-/// Copies resident shards to the GPU and the others to pinned memory, and releases the pages of the mapped files. Collective over
-/// the ranks that hold the base.
+/// Copies resident shards to the GPU and the others to pinned memory, and releases the pages of the mapped files.
+/// Collective over the ranks that hold the base.
 pub fn store<A: HalfType>(
     cuda: &Cuda<A>,
     comm: &mut dyn Comm,
@@ -154,8 +155,8 @@ impl HostMemory {
 pub const PROBE_BYTES: usize = 32 << 20;
 pub const PROBES: usize = 3;
 
-/// Measures how many bytes per second a rank fetches from memory that the ranks of the node share while all ranks fetch at once.
-/// Collective; if one rank fails, all do.
+/// Measures how many bytes per second a rank fetches from memory that the ranks of the node share while all ranks
+/// fetch at once. Collective; if one rank fails, all do.
 pub fn host_bytes_per_s<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm) -> Result<f64> {
     let mut plan = MemoryPlan::default();
     plan.push("probe", PROBE_BYTES);
@@ -171,7 +172,8 @@ pub fn host_bytes_per_s<A: HalfType>(cuda: &Cuda<A>, comm: &mut dyn Comm) -> Res
     let start = Instant::now();
     let mut probes = (0..PROBES).flat_map(|_| shards);
     let fetched = probes.try_for_each(|shard| {
-        // SAFETY: both buffers live until the stream is synchronized, or the device is idle, below; nobody else reaches them.
+        // SAFETY: both buffers live until the stream is synchronized, or the device is idle, below; nobody else
+        // reaches them.
         unsafe { cuda.fetch_on(cuda.compute(), out.view_mut(), shard.view()) }
     });
     let fetched = fetched.and_then(|()| cuda.synchronize());

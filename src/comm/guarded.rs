@@ -9,9 +9,9 @@ use crate::device::{Device, Place};
 
 /// A buffer or a [`Place`] that lies in host memory and that a queue copies to or from.
 ///
-/// [`Queue::wait`](super::Queue::wait) orders the compute queue after a copy; on a GPU the host runs ahead of both, so the copy may
-/// still be under way when `wait` returns. A guarded buffer can be passed on to the next action of a queue as it is. The host
-/// reaches it only by waiting until the last copy has ended.
+/// [`Queue::wait`](super::Queue::wait) orders the compute queue after a copy; on a GPU the host runs ahead of both,
+/// so the copy may still be under way when `wait` returns. A guarded buffer can be passed on to the next action of a
+/// queue as it is. The host reaches it only by waiting until the last copy has ended.
 pub struct Guarded<P> {
     inner: P,
     /// Event at the end of the last copy that a GPU was given; `None` if there is no copy to wait for.
@@ -24,8 +24,8 @@ impl<P> Guarded<P> {
         Guarded { inner, last_copy: None }
     }
 
-    /// Waits on the host until the last copy has ended; what it wrote can then be read. While the borrow lasts no queue can be
-    /// given the memory.
+    /// Waits on the host until the last copy has ended; what it wrote can then be read. While the borrow lasts no
+    /// queue can be given the memory.
     pub fn wait_on_host(&self) -> Result<&P> {
         self.wait_for_last_copy()?;
         Ok(&self.inner)
@@ -43,8 +43,8 @@ impl<P> Guarded<P> {
         ended.map_err(|e| anyhow!("waiting for a copy to or from host memory: the GPU reports: {e}"))
     }
 
-    /// Gives the memory to copies on `stream`, which comes after the last copy; the host does not wait. Whoever starts a copy
-    /// calls [`Guarded::copied_until`] with its end.
+    /// Gives the memory to copies on `stream`, which comes after the last copy; the host does not wait. Whoever
+    /// starts a copy calls [`Guarded::copied_until`] with its end.
     pub(super) fn on_stream(&mut self, stream: &CudaStream) -> Result<&mut P> {
         if let Some(event) = &self.last_copy {
             stream.wait(event).map_err(|e| anyhow!("GPU event: {e}"))?;

@@ -133,7 +133,8 @@ impl Queue<Cpu> for HostQueue {
     type Pending<T: Send + 'static> = Pending<T>;
     type Shard = Stored;
 
-    /// Leaves shards in their mapped files, except if ranks read each other's: these are copied to memory that they share.
+    /// Leaves shards in their mapped files, except if ranks read each other's: these are copied to memory that they
+    /// share.
     fn store(&mut self, shards: Vec<ShardSource>, _resident: &[bool], gather: Gather) -> Result<Vec<Stored>> {
         if gather == Gather::Collective {
             return shards.into_iter().enumerate().map(|(i, shard)| Ok(Stored::Shard(shard.take(i)?))).collect();

@@ -1,5 +1,5 @@
-//! Communication between ranks. [`Comm`] has blocking collectives on host memory. [`Queue`], which the executor uses, has ordered
-//! queues of collectives on device memory and of copies between device and host.
+//! Communication between ranks. [`Comm`] has blocking collectives on host memory. [`Queue`], which the executor uses,
+//! has ordered queues of collectives on device memory and of copies between device and host.
 
 pub mod cuda_queue;
 pub mod cuda_store;
@@ -23,8 +23,8 @@ use crate::device::{Buffer, Device, Element, HostBuffer, Place};
 use guarded::Guarded;
 use spans::Span;
 
-/// Blocking collectives on host memory, of any number of bytes. All ranks call the same ones in the same order, from one thread
-/// each.
+/// Blocking collectives on host memory, of any number of bytes. All ranks call the same ones in the same order, from
+/// one thread each.
 pub trait Comm: Send {
     fn rank(&self) -> usize;
     fn world_size(&self) -> usize;
@@ -32,8 +32,8 @@ pub trait Comm: Send {
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
     /// Sends part r of `send` to rank r and receives part r of `recv` from it. Both have world_size equal parts.
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
-    /// Sends `send` to rank `to` while `recv` is filled by rank `from`, each of which makes the matching call with as many bytes. Where
-    /// there are no bytes, no message is sent.
+    /// Sends `send` to rank `to` while `recv` is filled by rank `from`, each of which makes the matching call with as
+    /// many bytes. Where there are no bytes, no message is sent.
     fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()>;
 }
 
@@ -41,8 +41,8 @@ pub trait Comm: Send {
 pub struct Groups {
     /// All ranks.
     pub world: Box<dyn Comm>,
-    /// The ranks that hold one base together, each a shard: all of them (full_shard), those of a node (hybrid_shard), or each rank
-    /// alone (no_shard).
+    /// The ranks that hold one base together, each a shard: all of them (full_shard), those of a node (hybrid_shard),
+    /// or each rank alone (no_shard).
     pub shards: Box<dyn Comm>,
     /// The ranks that hold the same shard.
     pub replicas: Box<dyn Comm>,
@@ -73,7 +73,7 @@ pub struct Position {
 }
 
 choices! {
-    /// How a rank gets the other ranks' shards of the base.
+    /// The way in which a rank gets the other ranks' shards of the base.
     Gather {
         /// An all-gather sends them: NCCL's between GPUs, MPI's between CPU ranks.
         Collective = "nccl",
@@ -137,19 +137,20 @@ pub struct Waits {
     pub copy: Duration,
 }
 
-/// Ordered queues of collectives on device memory and of copies. Starting an action hands its buffers over and waiting for it gives
-/// them back, so that nobody can read a buffer that is still being filled.
+/// Ordered queues of collectives on device memory and of copies. Starting an action hands its buffers over and
+/// waiting for it gives them back, so that nobody can read a buffer that is still being filled.
 pub trait Queue<D: Device> {
     /// An action that was started and not yet waited for.
     type Pending<T: Send + 'static>;
     /// This rank's shard of a unit, ready to be gathered.
     type Shard;
 
-    /// Takes over this rank's shards before the first gather. Shards that are not resident stay in host memory, and each gather
-    /// fetches them. Collective.
+    /// Takes over this rank's shards before the first gather. Shards that are not resident stay in host memory, and
+    /// each gather fetches them. Collective.
     fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool], gather: Gather) -> Result<Vec<Self::Shard>>;
 
-    /// Returns the bytes of device memory that the queue has taken in addition to the arena's plan, resident shards included.
+    /// Returns the bytes of device memory that the queue has taken in addition to the arena's plan, resident shards
+    /// included.
     fn device_bytes(&self) -> usize;
 
     /// Returns the bytes of host memory that hold shards, mapped files not counted.
@@ -173,15 +174,17 @@ pub trait Queue<D: Device> {
         out: Buffer<D, u8>,
     ) -> Result<Self::Pending<Buffer<D, u8>>>;
 
-    /// Gathers a unit's trainable shards to the beginning of `full`, which may be longer; waiting returns both buffers.
+    /// Gathers a unit's trainable shards to the beginning of `full`, which may be longer; waiting returns both
+    /// buffers.
     fn gather_trainable(
         &mut self,
         name: String,
         buffers: TrainableBuffers<D>,
     ) -> Result<Self::Pending<TrainableBuffers<D>>>;
 
-    /// Sums `full` over all ranks into each rank's `shard`: over the ranks of its group in their order, then over the groups in
-    /// theirs. `full` begins with num_shards parts of the shard's length, each of num_replicas equal ones; it may be longer.
+    /// Sums `full` over all ranks into each rank's `shard`: over the ranks of its group in their order, then over the
+    /// groups in theirs. `full` begins with num_shards parts of the shard's length, each of num_replicas equal ones;
+    /// it may be longer.
     fn reduce(&mut self, name: String, buffers: TrainableBuffers<D>) -> Result<Self::Pending<TrainableBuffers<D>>>;
 
     /// Copies the first `len` elements to the host.
@@ -190,8 +193,8 @@ pub trait Queue<D: Device> {
     /// Copies the first `len` elements from the host.
     fn fetch<T: Element>(&mut self, name: String, copy: HostCopy<D, T>) -> Result<Self::Pending<HostCopy<D, T>>>;
 
-    /// Orders whatever the compute queue is given from here on after the action, and returns the action's buffers. On a GPU the
-    /// host does not wait: it reaches memory of its own only through [`Guarded::wait_on_host`].
+    /// Orders whatever the compute queue is given from here on after the action, and returns the action's buffers. On
+    /// a GPU the host does not wait: it reaches memory of its own only through [`Guarded::wait_on_host`].
     fn wait<T: Send + 'static>(&mut self, pending: Self::Pending<T>) -> Result<T>;
 
     /// Returns how long waits have taken since the last call. The compute queue must be done.

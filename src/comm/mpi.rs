@@ -52,8 +52,8 @@ pub struct World {
 const NODE_SIZE_VARIABLE: &str = "FSDP_QLORA_RANKS_PER_NODE";
 
 impl World {
-    /// Starts the watchdog and initializes MPI. Fails if the launcher names more ranks than this MPI sees: with an MPI that does not
-    /// belong to the launcher, every rank is a world of its own.
+    /// Starts the watchdog and initializes MPI. Fails if the launcher names more ranks than this MPI sees: with an
+    /// MPI that does not belong to the launcher, every rank is a world of its own.
     pub fn init() -> Result<World> {
         watch::start(launcher_rank(), launcher_sizes().map(|(_, size)| size).max().unwrap_or(1))?;
         watch::phase(Phase::Start)?;
@@ -120,14 +120,15 @@ impl Drop for World {
     }
 }
 
-/// Returns the rank that the launcher's variables give this process, which is known before MPI_Init; 0 if none is set.
+/// Returns the rank that the launcher's variables give this process, which is known before MPI_Init; 0 if none is
+/// set.
 pub fn launcher_rank() -> usize {
     let numbers = LAUNCHER_RANKS.iter().filter_map(|name| std::env::var(name).ok()?.parse().ok());
     numbers.into_iter().next().unwrap_or(0)
 }
 
-/// Gives the watchdog a board that all ranks of a node write on. If their processes cannot map each other's memory, each keeps its
-/// own board. Collective.
+/// Gives the watchdog a board that all ranks of a node write on. If their processes cannot map each other's memory,
+/// each keeps its own board. Collective.
 fn share_board(node: &SimpleCommunicator, rank: usize, world_size: usize) -> Result<()> {
     let (own, num_ranks) = (node.rank() as usize, node.size() as usize);
     let bytes = Board::bytes(num_ranks);
@@ -202,11 +203,13 @@ pub struct MpiComm {
     world_size: usize,
 }
 
-// SAFETY: the handle of a communicator is valid on every thread, MPI stays initialized while it exists, and calls take turns.
+// SAFETY: the handle of a communicator is valid on every thread, MPI stays initialized while it exists, and calls
+// take turns.
 unsafe impl Send for MpiComm {}
 
 impl MpiComm {
-    /// Makes a communicator of all ranks. One thread at a time may use it, with the same order of calls on every rank.
+    /// Makes a communicator of all ranks. One thread at a time may use it, with the same order of calls on every
+    /// rank.
     pub fn new(world: &World) -> Result<MpiComm> {
         Ok(Self::over(SimpleCommunicator::world(), &world.universe))
     }
@@ -216,8 +219,8 @@ impl MpiComm {
         MpiComm { communicator: ManuallyDrop::new(comm), universe: universe.clone(), rank, world_size }
     }
 
-    /// Returns this communicator and those of the shards and of the replicas, for groups of `num_shards` ranks that hold a base.
-    /// Collective.
+    /// Returns this communicator and those of the shards and of the replicas, for groups of `num_shards` ranks that
+    /// hold a base. Collective.
     pub fn into_groups(self, num_shards: usize) -> Result<Groups> {
         ensure!(
             num_shards > 0 && self.world_size.is_multiple_of(num_shards),
@@ -240,8 +243,8 @@ fn is_countable(bytes: usize) -> bool {
     i32::try_from(bytes).is_ok()
 }
 
-/// Returns when a request of MPI is done. If that takes too long the watchdog ends all ranks. There is no error to return: MPI still
-/// owns the buffers of the request.
+/// Returns when a request of MPI is done. If that takes too long the watchdog ends all ranks. There is no error to
+/// return: MPI still owns the buffers of the request.
 fn complete<'a, T: ?Sized>(mut request: mpi::request::Request<'a, T, &mpi::request::LocalScope<'a>>) {
     let _wait = watch::wait_here();
     loop {

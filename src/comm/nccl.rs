@@ -1,7 +1,9 @@
-//! NCCL, loaded at run time: a communicator with the functions that the schedule uses. Sizes are checked before each call.
+//! NCCL, loaded at run time: a communicator with the functions that the schedule uses. Sizes are checked before each
+//! call.
 //!
 //! `libnccl.so.2` is looked for where CUDA's libraries are ([`crate::device::cuda::libraries`]). The communicator is
-//! non-blocking: a call that waits for other ranks returns at once and is polled until it is done or the watchdog ends all ranks.
+//! non-blocking: a call that waits for other ranks returns at once and is polled until it is done or the watchdog
+//! ends all ranks.
 #![expect(unsafe_code, reason = "calls NCCL")]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -78,15 +80,15 @@ pub struct Nccl {
     _library: Library,
 }
 
-// SAFETY: collectives are issued by the one thread that owns the queue; the watchdog only asks for errors, and `turn` keeps the
-// two apart.
+// SAFETY: collectives are issued by the one thread that owns the queue; the watchdog only asks for errors, and `turn`
+// keeps the two apart.
 unsafe impl std::marker::Send for Nccl {}
 // SAFETY: as above.
 unsafe impl Sync for Nccl {}
 
 impl Nccl {
-    /// Makes this rank look to NCCL like a separate host that talks to others through sockets, because NCCL refuses two ranks of
-    /// one host on one GPU.
+    /// Makes this rank look to NCCL like a separate host that talks to others through sockets, because NCCL refuses
+    /// two ranks of one host on one GPU.
     pub fn hide_host(rank: usize) {
         // SAFETY: the threads that run now (rayon's and MPI's) do not touch the environment.
         unsafe { std::env::set_var("NCCL_HOSTID", format!("fsdp-qlora-{rank}")) };
@@ -181,8 +183,8 @@ impl Nccl {
         stream: &cudarc::driver::CudaStream,
     ) -> Result<()> {
         let _turn = self.turn();
-        // SAFETY: the callers checked that `send` is `bytes` long and `recv` world_size times that; both stay where they are
-        // until the stream has passed the collective.
+        // SAFETY: the callers checked that `send` is `bytes` long and `recv` world_size times that; both stay where
+        // they are until the stream has passed the collective.
         let status = unsafe {
             (self.all_gather)(
                 send as *const c_void,
@@ -283,8 +285,8 @@ impl Drop for Nccl {
     }
 }
 
-/// NCCL's communicators between the ranks that hold a base together and between those that hold the same shard; `None` for a group
-/// of one rank.
+/// NCCL's communicators between the ranks that hold a base together and between those that hold the same shard;
+/// `None` for a group of one rank.
 pub(super) struct Communicators {
     pub shards: Option<Arc<Nccl>>,
     pub replicas: Option<Arc<Nccl>>,

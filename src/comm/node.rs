@@ -1,7 +1,7 @@
 //! Memory that the ranks of a node share. Each rank makes one mapping of exact size, which the others map too.
 //!
-//! A rank writes its own part of a [`Draft`], which the others cannot read yet. Publishing waits for all ranks; from then on all
-//! parts can be read and none can be written. So no rank ever reads memory that another rank is writing.
+//! A rank writes its own part of a [`Draft`], which the others cannot read yet. Publishing waits for all ranks; from
+//! then on all parts can be read and none can be written. So no rank ever reads memory that another rank is writing.
 #![expect(unsafe_code, reason = "maps memory that the ranks of a node share")]
 
 use anyhow::{Context, Result, bail};
@@ -34,8 +34,8 @@ impl<T: Element> Published<T> {
 }
 
 impl Draft {
-    /// Maps memory for copies to and from `device`; each rank of `comm` has the same plan. Collective; if it fails on one rank, it
-    /// fails on all.
+    /// Maps memory for copies to and from `device`; each rank of `comm` has the same plan. Collective; if it fails on
+    /// one rank, it fails on all.
     pub fn new<D: Device>(device: &D, comm: &mut dyn Comm, plan: &MemoryPlan) -> Result<Draft> {
         let regions = share(comm, plan.total_bytes())?.into_iter();
         let arenas: Result<Vec<_>> =
@@ -72,8 +72,8 @@ fn share(comm: &mut dyn Comm, bytes: usize) -> Result<Vec<HostRegion>> {
         let regions =
             processes.iter().zip(&files).enumerate().map(|(r, (process, number))| match own.take_if(|_| r == rank) {
                 Some(own) => Ok(own),
-                // SAFETY: a `Draft` gives out this rank's memory alone, to write, until all ranks have come to `publish`, and after
-                // that all memory, to read.
+                // SAFETY: a `Draft` gives out this rank's memory alone, to write, until all ranks have come to
+                // `publish`, and after that all memory, to read.
                 None => unsafe { HostRegion::shared_by(*process, *number, bytes) }
                     .with_context(|| format!("memory of rank {r} of this node cannot be shared")),
             });

@@ -7,8 +7,8 @@ use super::Comm;
 /// Bytes of the largest message between two ranks; longer ones go in pieces.
 pub const PIECE_BYTES: usize = 64 << 20;
 
-/// For each turn, the rank to send to and the rank to receive from, this rank itself first. All ranks take the same turn at the same
-/// time, so that each message finds its receiver.
+/// For each turn, the rank to send to and the rank to receive from, this rank itself first. All ranks take the same
+/// turn at the same time, so that each message finds its receiver.
 pub fn turns(rank: usize, world_size: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..world_size).map(move |turn| ((rank + turn) % world_size, (rank + world_size - turn) % world_size))
 }

@@ -1,13 +1,15 @@
 //! Chat templates, rendered as transformers 5.24 renders them: Jinja through minijinja, values as Python has them
 //! ([`python`]).
 //!
-//! A template comes with a model, so it is not trusted. It renders on a thread of its own with a large stack, because syntax trees
-//! and values are walked recursively; with fuel, which counts instructions, and bytes and items that they produce; and for a
-//! limited time and in limited memory, for work that fuel does not count: comparing strings, and adding up lists, which minijinja
-//! does when their items are asked for. What passes a limit is refused; it neither hangs nor takes all memory.
+//! A template comes with a model, so it is not trusted. It renders on a thread of its own with a large stack, because
+//! syntax trees and values are walked recursively; with fuel, which counts instructions, and bytes and items that
+//! they produce; and for a limited time and in limited memory, for work that fuel does not count: comparing strings,
+//! and adding up lists, which minijinja does when their items are asked for. What passes a limit is refused; it
+//! neither hangs nor takes all memory.
 //!
-//! Differences from Jinja2 that are known: `~` prints a float that the template itself computed as Rust does (`0.00000001`, where
-//! Python has `1e-08`), and a list or dict prints characters that Python escapes as not printable (U+00A0) as they are.
+//! Differences from Jinja2 that are known: `~` prints a float that the template itself computed as Rust does
+//! (`0.00000001`, where Python has `1e-08`), and a list or dict prints characters that Python escapes as not
+//! printable (U+00A0) as they are.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -37,11 +39,12 @@ const MAX_OPERATORS: usize = 10_000;
 const FUEL: u64 = 5_000_000;
 /// Room for the deepest value that the fuel can build (0.7 million levels). Only what is used of it takes memory.
 const STACK_BYTES: usize = 512 << 20;
-/// A rendering takes milliseconds.
+/// Longest time of a rendering, which usually takes milliseconds.
 const MAX_TIME: Duration = Duration::from_secs(30);
-/// Memory that the process may gain during a rendering. Fuel pays for 320 MB of text, which may be there twice while it grows.
+/// Memory that the process may gain during a rendering. Fuel pays for 320 MB of text, which may be there twice while
+/// it grows.
 const MAX_GROWTH_BYTES: u64 = 1 << 30;
-/// How often time and memory are looked at.
+/// Time between two looks at the clock and at memory.
 const LOOK: Duration = Duration::from_millis(20);
 
 /// Names under which a message's reasoning goes, by precedence.
@@ -63,7 +66,8 @@ pub struct Rendered {
 }
 
 impl ChatTemplate {
-    /// `special_tokens` are variables of the template: `bos_token`, `eos_token`, …; `now` is what `strftime_now` formats.
+    /// `special_tokens` are variables of the template: `bos_token`, `eos_token`, …; `now` is what `strftime_now`
+    /// formats.
     pub fn new(source: &str, special_tokens: Vec<(String, String)>, now: &Zoned) -> Result<ChatTemplate> {
         check_size(source)?;
         let (source, marks_generation) = rewrite_generation(&source.replace("\r\n", "\n"));
@@ -78,12 +82,13 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment: Arc::new(environment), special_tokens, marks_generation, source })
     }
 
-    /// Whether it says which text the assistant generates.
+    /// Returns true if the template says which text the assistant generates.
     pub fn marks_generation(&self) -> bool {
         self.marks_generation
     }
 
-    /// Whether this word stands anywhere in the template. A message's key that does not is never read.
+    /// Returns true if this word stands anywhere in the template. A message's key that does not stand there is never
+    /// read.
     pub fn mentions(&self, word: &str) -> bool {
         let is_there = |word: &str| self.source.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == word);
         // Reasoning goes under two more names.
@@ -97,8 +102,8 @@ impl ChatTemplate {
         self.render_with(messages, &Map::new(), add_generation_prompt)
     }
 
-    /// Renders a conversation with further variables: `tools`, `documents`, and any others that the template reads. They
-    /// replace special tokens of the same name.
+    /// Renders a conversation with further variables: `tools`, `documents`, and any others that the template reads.
+    /// They replace special tokens of the same name.
     pub fn render_with(
         &self,
         messages: &[Json],
@@ -184,8 +189,8 @@ fn check_size(source: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs what a template can make deep or long on a thread with a large stack. A thread past a limit is left behind: the program
-/// ends with the error.
+/// Runs what a template can make deep or long on a thread with a large stack. A thread past a limit is left behind:
+/// the program ends with the error.
 fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     let (sender, receiver) = sync_channel(1);
     let thread = std::thread::Builder::new().name("chat template".into()).stack_size(STACK_BYTES);
@@ -260,8 +265,8 @@ fn prepared(message: &Json) -> Json {
     Json::Object(keys)
 }
 
-/// `{% generation %}` is transformers' own tag. It becomes a filter block, a block tag too, so that whitespace control
-/// (`-`, trim_blocks, lstrip_blocks) acts on it as on the original.
+/// `{% generation %}` is transformers' own tag. It becomes a filter block, a block tag too, so that whitespace
+/// control (`-`, trim_blocks, lstrip_blocks) acts on it as on the original.
 fn rewrite_generation(source: &str) -> (String, bool) {
     let mut out = String::new();
     let mut rest = source;
@@ -346,7 +351,7 @@ mod tests {
         }
     }
 
-    /// What the template makes of one message whose `x` is this JSON.
+    /// Renders one message whose `x` is this JSON.
     fn render_x(source: &str, x: &str) -> Result<String> {
         let row = format!("{{\"role\": \"user\", \"x\": {x}}}");
         let message = serde_json::from_slice(&python::keep_long_integers(row.as_bytes())?)?;
@@ -354,7 +359,8 @@ mod tests {
         Ok(template(&source).render(&[message], false)?.text)
     }
 
-    /// The expected texts were printed by transformers 5.24.0 (`render_jinja_template`) with Jinja2 3.1.6 on Python 3.11.
+    /// The expected texts were printed by transformers 5.24.0 (`render_jinja_template`) with Jinja2 3.1.6 on Python
+    /// 3.11.
     #[test]
     fn to_json_is_json_dumps() {
         for (arguments, x, expected) in [
@@ -387,7 +393,8 @@ mod tests {
         }
     }
 
-    /// The expected texts were printed by transformers 5.24.0 (`render_jinja_template`) with Jinja2 3.1.6 on Python 3.11.
+    /// The expected texts were printed by transformers 5.24.0 (`render_jinja_template`) with Jinja2 3.1.6 on Python
+    /// 3.11.
     #[test]
     fn values_print_as_in_python() {
         for (source, x, expected) in [

@@ -82,8 +82,8 @@ impl Dataset {
         Ok(dataset)
     }
 
-    /// Reads files and folders into two parts, training and held out. Rows are told apart by a hash of their answer, so that
-    /// no answer is in both. Held-out rows are never cut by packing: `wrapped` packs them as `true` does.
+    /// Reads files and folders into two parts, training and held out. Rows are told apart by a hash of their answer,
+    /// so that no answer is in both. Held-out rows are never cut by packing: `wrapped` packs them as `true` does.
     pub fn load_with_held_out(
         paths: &[PathBuf],
         tokenizer: Option<&TextTokenizer>,
@@ -124,8 +124,8 @@ impl Dataset {
         self.sequences.iter().map(|s| s.iter().map(|&d| self.documents[d].input_ids.len()).sum())
     }
 
-    /// Returns an xxh3 hash of all that training reads: the sequences in order, and the sample index, token ids and targets of each
-    /// of their documents. Two ranks with equal digests see the same data.
+    /// Returns an xxh3 hash of all that training reads: the sequences in order, and the sample index, token ids and
+    /// targets of each of their documents. Two ranks with equal digests see the same data.
     pub fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
         for sequence in &self.sequences {

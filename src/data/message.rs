@@ -5,15 +5,15 @@ use serde_json::{Map, Value};
 
 use crate::files::shown;
 
-/// Keys that say whether a message counts in the loss: OpenAI's `weight`, axolotl's `train`, `training` and `train_detail`,
-/// ms-swift's `loss`.
+/// Keys that say whether a message counts in the loss: OpenAI's `weight`, axolotl's `train`, `training` and
+/// `train_detail`, ms-swift's `loss`.
 const REFUSED: [&str; 5] = ["loss", "train", "train_detail", "training", "weight"];
 
 /// Roles of what a tool returned; their content may be any JSON value, which the template writes.
 const TOOL_ROLES: [&str; 4] = ["function", "ipython", "observation", "tool"];
 
-/// Checks a list of messages, which are objects with a role. As in transformers, keys whose value is null are dropped, and a message
-/// without content is one. Content that is a list of text parts becomes their text.
+/// Checks a list of messages, which are objects with a role. As in transformers, keys whose value is null are
+/// dropped, and a message without content is one. Content that is a list of text parts becomes their text.
 pub fn list(column: &str, value: Value) -> Result<Vec<Value>> {
     let Value::Array(messages) = value else {
         bail!("{column}: found {}; allowed: a list of messages", shown(&value.to_string()))

@@ -1,6 +1,6 @@
-//! From rows of files to micro-batches: [`source`] reads rows, [`row`] says which of their columns are read, [`tokenize`]
-//! makes documents of them, [`pack`] puts documents into sequences, [`dataset`] holds both, [`sampler`] deals sequences to
-//! steps and ranks.
+//! Turns rows of files into micro-batches: [`source`] reads rows, [`row`] says which of their columns are read,
+//! [`tokenize`] makes documents of them, [`pack`] puts documents into sequences, [`dataset`] holds both, [`sampler`]
+//! deals sequences to steps and ranks.
 
 pub mod chat_template;
 pub mod dataset;
@@ -49,8 +49,8 @@ choices! {
 }
 
 choices! {
-    /// Ways to treat rows over max_length. Wrapped packing cuts rows where a sequence is full: there `split`, which is then
-    /// the default, leaves rows as long as they are, and a recipe with `truncate` is refused.
+    /// Ways to treat rows over max_length. Wrapped packing cuts rows where a sequence is full: there `split`, which
+    /// is then the default, leaves rows as long as they are, and a recipe with `truncate` is refused.
     Overlong {
         Truncate = "truncate",
         Split = "split",
@@ -82,7 +82,8 @@ pub struct DataOptions {
 }
 
 impl DataOptions {
-    /// Returns the options for evaluation: documents that would be cut to fill sequences are packed by best fit instead.
+    /// Returns the options for evaluation: documents that would be cut to fill sequences are packed by best fit
+    /// instead.
     pub fn for_evaluation(self) -> DataOptions {
         match self.packing {
             Packing::Wrapped => DataOptions { packing: Packing::BestFit, ..self },
@@ -111,7 +112,7 @@ impl Document {
 /// Shows a document as text with its target tokens between 【 and 】, or as ids where there is no tokenizer.
 pub fn describe_sample(tokenizer: Option<&TextTokenizer>, document: &Document, max_chars: usize) -> String {
     let mut text = String::new();
-    // What is predicted is marked, so not the first token.
+    // Tokens that are predicted are marked, so the first one never is.
     let marked = |i: usize| i > 0 && document.is_target[i];
     let mut begin = 0;
     while begin < document.input_ids.len() {

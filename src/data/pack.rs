@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use super::{Document, Packing};
 
-/// Returns the indices of each sequence's documents. `wrapped` cuts documents at the ends of sequences: the pieces replace
-/// them.
+/// Returns the indices of each sequence's documents. `wrapped` cuts documents at the ends of sequences: the pieces
+/// replace them.
 pub fn pack(documents: &mut Vec<Document>, packing: Packing, max_length: usize) -> Vec<Vec<usize>> {
     match packing {
         Packing::None => (0..documents.len()).map(|i| vec![i]).collect(),
@@ -18,8 +18,8 @@ pub fn pack(documents: &mut Vec<Document>, packing: Packing, max_length: usize) 
     }
 }
 
-/// Packs by best fit, decreasing: the longest document comes first, and each goes into the fullest sequence that still has
-/// room. Sequences are in the order of their first documents.
+/// Packs by best fit, decreasing: the longest document comes first, and each goes into the fullest sequence that
+/// still has room. Sequences are in the order of their first documents.
 fn best_fit(documents: &[Document], max_length: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..documents.len()).collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(documents[i].input_ids.len()), i));
@@ -44,8 +44,8 @@ fn best_fit(documents: &[Document], max_length: usize) -> Vec<Vec<usize>> {
     sequences
 }
 
-/// Puts documents end to end and cuts them where a sequence is full. Sequences in which no token counts are left out: a
-/// step of them would have no loss.
+/// Puts documents end to end and cuts them where a sequence is full. Sequences in which no token counts are left out:
+/// a step of them would have no loss.
 fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<usize>>) {
     let (mut sequences, mut room): (Vec<Vec<Document>>, usize) = (Vec::new(), 0);
     for document in documents {
@@ -120,7 +120,8 @@ mod tests {
     #[test]
     fn wrapped_leaves_out_sequences_without_a_target() {
         let mut docs = documents(&[9, 4]);
-        // Tokens 5 to 8 are the second sequence's own; its fifth is a document's first token, which is never predicted.
+        // Tokens 5 to 8 are the second sequence's own; its fifth is a document's first token, which is never
+        // predicted.
         docs[0].is_target[5..].fill(false);
         let sequences = pack(&mut docs, Packing::Wrapped, 5);
         assert_eq!(sequences, vec![vec![0], vec![1]]);

@@ -9,15 +9,15 @@ use jiff::Zoned;
 use minijinja::value::{Kwargs, Object, ObjectRepr, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
-/// Begins a string that stands for an integer of more than 64 bits: serde_json would make a float of it. It is a noncharacter of
-/// Unicode, which messages must not hold.
+/// Begins a string that stands for an integer of more than 64 bits: serde_json would make a float of it. It is a
+/// noncharacter of Unicode, which messages must not hold.
 pub const LONG_INTEGER: char = '\u{FDD2}';
 
 /// Levels of lists and objects that `tojson` writes; Python's limit is close to it.
 const MAX_DEPTH: usize = 900;
 
-/// The line of a JSON file with each integer that no 64 bits hold as a string behind [`LONG_INTEGER`], for [`from_json`].
-/// Python reads `-0` as the integer 0. Errors: the line holds that character already.
+/// The line of a JSON file with each integer that no 64 bits hold as a string behind [`LONG_INTEGER`], for
+/// [`from_json`]. Python reads `-0` as the integer 0. Errors: the line holds that character already.
 pub fn keep_long_integers(line: &[u8]) -> anyhow::Result<Cow<'_, [u8]>> {
     let is_mark = |rest: &[u8]| {
         rest.starts_with("\u{FDD2}".as_bytes()) || rest.get(..6).is_some_and(|r| r.eq_ignore_ascii_case(br"\ufdd2"))
@@ -57,7 +57,7 @@ pub fn keep_long_integers(line: &[u8]) -> anyhow::Result<Cow<'_, [u8]>> {
     })
 }
 
-/// Whether these bytes are an integer, by JSON's rules, that neither `i64` nor `u64` holds.
+/// Returns true if these bytes are an integer, by JSON's rules, that neither `i64` nor `u64` holds.
 fn is_long(number: &[u8]) -> bool {
     let digits = number.strip_prefix(b"-").unwrap_or(number);
     let is_integer =
@@ -66,7 +66,8 @@ fn is_long(number: &[u8]) -> bool {
     is_integer && (number == b"-0" || (text.parse::<i64>().is_err() && text.parse::<u64>().is_err()))
 }
 
-/// A number that minijinja cannot hold, or that it would not print as Python does: `1e-07`, `1e+20`, an integer of 200 bits.
+/// A number that minijinja cannot hold, or that it would not print as Python does: `1e-07`, `1e+20`, an integer of
+/// 200 bits.
 #[derive(Debug)]
 struct Number {
     text: String,
@@ -164,7 +165,8 @@ struct Dumps {
     max_bytes: usize,
 }
 
-/// The filter `tojson` of transformers: `json.dumps(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`.
+/// The filter `tojson` of transformers: `json.dumps(value, ensure_ascii=False, indent=None, separators=None,
+/// sort_keys=False)`.
 pub fn to_json(state: &State, value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent = match kwargs.get::<Option<Value>>("indent")?.filter(|v| !v.is_none()) {
         None => None,

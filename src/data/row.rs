@@ -1,9 +1,10 @@
 //! Decides which columns of a row are read and which are refused.
 //!
-//! Where a row has the columns of several formats, `format: auto` reads those that TRL's SFTTrainer (1.16) reads: `input_ids`
-//! before `prompt` and `completion`, before `messages`, before `text`. TRL does not know `instruction` and `output`: they come
-//! last. A null is as good as no column. [`Columns::content`] takes the columns that it reads; of the rest, those that have a
-//! meaning in TRL, LLaMA-Factory or axolotl are refused by name, and the others are counted and told ([`super::unread`]).
+//! Where a row has the columns of several formats, `format: auto` reads those that TRL's SFTTrainer (1.16) reads:
+//! `input_ids` before `prompt` and `completion`, before `messages`, before `text`. TRL does not know `instruction`
+//! and `output`: they come last. A null is as good as no column. [`Columns::content`] takes the columns that it
+//! reads; of the rest, those that have a meaning in TRL, LLaMA-Factory or axolotl are refused by name, and the others
+//! are counted and told ([`super::unread`]).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -204,8 +205,8 @@ impl Columns {
         })
     }
 
-    /// Refuses the columns that have a meaning but have not been read. Those of another format are let be where the recipe
-    /// names the format, and so are empty ones.
+    /// Refuses the columns that have a meaning but have not been read. Those of another format are let be where the
+    /// recipe names the format, and so are empty ones.
     pub fn refuse_rest(&self, format: Format, is_auto: bool) -> Result<()> {
         let is_other_form = |why: &str| why == PREFERENCE || why == SHAREGPT;
         for (name, value) in self.0.iter().filter(|(_, value)| !is_empty(value)) {

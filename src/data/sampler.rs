@@ -49,8 +49,8 @@ fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
 }
 
 /// Returns a rank's micro-batches of the step that begins at `cursor`. Micro-batch m of rank r holds places
-/// (m · world_size + r) · per_device … of the global batch; what lies past its end is left out, so that a micro-batch may
-/// be empty.
+/// (m · world_size + r) · per_device … of the global batch; what lies past its end is left out, so that a micro-batch
+/// may be empty.
 pub fn step_micro_batches(
     dataset: &Dataset,
     sampler: &mut Sampler,
@@ -71,8 +71,8 @@ pub fn step_micro_batches(
         .collect()
 }
 
-/// Counts the tokens that count in the loss in the whole global batch that begins at `cursor`. Every rank gets the same
-/// number without asking the others.
+/// Counts the tokens that count in the loss in the whole global batch that begins at `cursor`. Every rank gets the
+/// same number without asking the others.
 pub fn num_step_target_tokens(dataset: &Dataset, sampler: &mut Sampler, cursor: u64, global_batch: usize) -> usize {
     (cursor..cursor + global_batch as u64)
         .flat_map(|place| &dataset.sequences[sampler.sequence_at(place)])
@@ -80,8 +80,9 @@ pub fn num_step_target_tokens(dataset: &Dataset, sampler: &mut Sampler, cursor: 
         .sum()
 }
 
-/// Returns a rank's micro-batches of a whole data set. Each takes as many of the next sequences as fit into `max_tokens`, and
-/// ranks take turns. Every rank gets the same number of micro-batches; the last ones may be empty. A sequence over `max_tokens` is a micro-batch of its own.
+/// Returns a rank's micro-batches of a whole data set. Each takes as many of the next sequences as fit into
+/// `max_tokens`, and ranks take turns. Every rank gets the same number of micro-batches; the last ones may be empty.
+/// A sequence over `max_tokens` is a micro-batch of its own.
 pub fn eval_micro_batches(dataset: &Dataset, max_tokens: usize, world_size: usize, rank: usize) -> Vec<MicroBatch> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;

@@ -80,7 +80,7 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
 struct RowFile {
     reader: BufReader<File>,
     path: Arc<PathBuf>,
-    /// How many lines have been read.
+    /// Number of lines that have been read.
     line: usize,
     bytes: Vec<u8>,
     /// `None` before the first row.

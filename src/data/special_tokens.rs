@@ -2,9 +2,9 @@
 //!
 //! Its rules (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend.__init__`):
 //!
-//! - Where tokenizer_config.json has `added_tokens_decoder`, its tokens are added in the order of their ids, with its flags, and
-//!   special_tokens_map.json and added_tokens.json are not read. Elsewhere the map overrides tokenizer_config.json, and
-//!   added_tokens.json gives tokens.
+//! - Where tokenizer_config.json has `added_tokens_decoder`, its tokens are added in the order of their ids, with its
+//!   flags, and special_tokens_map.json and added_tokens.json are not read. Elsewhere the map overrides
+//!   tokenizer_config.json, and added_tokens.json gives tokens.
 //! - Then every named token (`eos_token`, … and any other `…_token`) and every one of `extra_special_tokens` or
 //!   `additional_special_tokens` is added that is not there yet. New tokens get the next free ids.
 //!

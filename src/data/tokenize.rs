@@ -32,7 +32,8 @@ impl Tokenized {
     }
 }
 
-/// Returns the documents of a row: one, or several where a tokenized row tells them apart. Errors name the row's place.
+/// Returns the documents of a row: one, or several where a tokenized row tells them apart. Errors name the row's
+/// place.
 pub fn tokenize(
     row: &Row,
     tokenizer: Option<&TextTokenizer>,
@@ -67,8 +68,8 @@ fn text(content: &Content, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result
         Content::Conversation { prompt, completion, variables } => {
             after_prompt(prompt, completion, variables, tokenizer, loss_on)
         }
-        // TRL 1.16 adds the end of sequence to `text`, if the row has that column too, in the place of the completion:
-        // an oversight that is not followed.
+        // TRL 1.16 adds the end of sequence to `text`, if the row has that column too, in the place of the
+        // completion: an oversight that is not followed.
         Content::PromptCompletion { prompt, completion } => {
             strings(prompt, &format!("{prompt}{}", with_eos(completion, tokenizer)), true, tokenizer, loss_on)
         }
@@ -86,8 +87,9 @@ fn text(content: &Content, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result
     }
 }
 
-/// Returns the prompt as LLaMA-Factory makes it (system, earlier turns, and the instruction with its input on the next line)
-/// and the answer. LLaMA-Factory counts the answers of earlier turns in the loss too; here they are part of the prompt.
+/// Returns the prompt as LLaMA-Factory makes it (system, earlier turns, and the instruction with its input on the
+/// next line) and the answer. LLaMA-Factory counts the answers of earlier turns in the loss too; here they are part
+/// of the prompt.
 fn alpaca_messages(alpaca: &Alpaca) -> (Vec<Value>, Value) {
     let Alpaca { system, history, instruction, input, output } = alpaca;
     let message = |role: &str, content: &str| json!({"role": role, "content": content});
@@ -127,7 +129,8 @@ fn with_eos(text: &str, tokenizer: &TextTokenizer) -> String {
     }
 }
 
-/// Tokenizes a prompt alone and with its completion. TRL masks the tokens that both begin with (`common_prefix_length`).
+/// Tokenizes a prompt alone and with its completion. TRL masks the tokens that both begin with
+/// (`common_prefix_length`).
 fn strings(prompt: &str, whole: &str, special: bool, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result<Tokenized> {
     ensure!(
         loss_on != LossOn::Assistant,
@@ -182,8 +185,8 @@ fn conversation(
 }
 
 /// Tells if a token is in a span, as transformers 5.24 does for `return_assistant_tokens_mask`: it begins before the
-/// span's end and ends after its beginning. Whitespace, to which a tokenizer with `trim_offsets` gives an empty range at its
-/// end, is therefore not in a span that it ends.
+/// span's end and ends after its beginning. Whitespace, to which a tokenizer with `trim_offsets` gives an empty range
+/// at its end, is therefore not in a span that it ends.
 fn is_in(token: &Range<usize>, span: &Range<usize>) -> bool {
     token.start < span.end && span.start < token.end
 }

@@ -23,8 +23,8 @@ pub struct TokenizedRow {
 }
 
 impl TokenizedRow {
-    /// Takes `input_ids`, `labels` or `assistant_masks` and `completion_mask` (TRL), `attention_mask`, which tells padding,
-    /// and `position_ids` or `seq_lengths` (TRL), which tell where documents begin.
+    /// Takes `input_ids`, `labels` or `assistant_masks` and `completion_mask` (TRL), `attention_mask`, which tells
+    /// padding, and `position_ids` or `seq_lengths` (TRL), which tell where documents begin.
     pub fn take(columns: &mut Columns) -> Result<TokenizedRow> {
         let found = columns.need("input_ids")?;
         let input_ids = integers("input_ids", found)?;
@@ -62,8 +62,8 @@ impl TokenizedRow {
         Ok(TokenizedRow { input_ids, labels, assistant_masks, completion_mask, lengths })
     }
 
-    /// Returns the documents of the row. As in TRL, `assistant_masks` always apply; `completion_mask` applies where a completion may
-    /// be asked for, which in TRL is `completion_only_loss`.
+    /// Returns the documents of the row. As in TRL, `assistant_masks` always apply; `completion_mask` applies where a
+    /// completion may be asked for, which in TRL is `completion_only_loss`.
     pub fn documents(&self, loss_on: LossOn) -> Result<Vec<Tokenized>> {
         let (labels, assistant, completion) = (&self.labels, &self.assistant_masks, &self.completion_mask);
         let counting = labels.as_ref().map(|_| "labels").or(assistant.as_ref().map(|_| "assistant_masks"));

@@ -3,14 +3,15 @@
 //! transformers 5.24 is followed, for a folder with a tokenizer.json:
 //!
 //! - Tokens that other files name are added: `special_tokens`.
-//! - `add_bos_token`, `add_eos_token` and `model_max_length` of tokenizer_config.json have no effect: tokenizer.json's
-//!   post-processor says what is added to a text, and nothing is cut.
-//! - `tokenizer_class: LlamaTokenizer` (or LlamaTokenizerFast), where tokenizer.json is not byte-level, takes vocabulary and merges
-//!   from there and puts its own normalizer, pre-tokenizer and decoder in the place of those: `legacy` (false where it is missing) and
-//!   `add_prefix_space` decide where a text gets a space in front. Its default tokens are `<s>`, `</s>` and `<unk>`.
+//! - `add_bos_token`, `add_eos_token` and `model_max_length` of tokenizer_config.json have no effect:
+//!   tokenizer.json's post-processor says what is added to a text, and nothing is cut.
+//! - `tokenizer_class: LlamaTokenizer` (or LlamaTokenizerFast), where tokenizer.json is not byte-level, takes
+//!   vocabulary and merges from there and puts its own normalizer, pre-tokenizer and decoder in the place of those:
+//!   `legacy` (false where it is missing) and `add_prefix_space` decide where a text gets a space in front. Its
+//!   default tokens are `<s>`, `</s>` and `<unk>`.
 //! - With any other class tokenizer.json is taken as it is. transformers 5 does so for PreTrainedTokenizerFast and
-//!   TokenizersBackend; GPT2Tokenizer and other classes of its own it rebuilds from vocabulary and merges, which is the same for what
-//!   these classes saved. `add_prefix_space` then has to be what tokenizer.json says.
+//!   TokenizersBackend; GPT2Tokenizer and other classes of its own it rebuilds from vocabulary and merges, which is
+//!   the same for what these classes saved. `add_prefix_space` then has to be what tokenizer.json says.
 //! - `clean_up_tokenization_spaces` is about decoding. It is not done, as by default.
 
 use std::ops::Range;
@@ -57,7 +58,7 @@ impl TextTokenizer {
         ensure!(path.exists(), "{}: tokenizer.json is missing; other tokenizer files are not read", dir.display());
         let bytes = files::read(&path, files::MAX_TOKENIZER_BYTES)?;
         let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
-        // What a data set or a prompt needs of either is decided here, not by whoever saved the file.
+        // Truncation and padding are decided by the data set or the prompt, not by whoever saved the file.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         let mut named_by = Files {
@@ -117,12 +118,12 @@ impl TextTokenizer {
         self.tokenizer.decode(ids, skip_special_tokens).map_err(|e| anyhow!("decoding: {e}"))
     }
 
-    /// Whether [`TextTokenizer::render`] can do anything.
+    /// Returns true if there is a template, without which [`TextTokenizer::render`] fails.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()
     }
 
-    /// Whether the chat template says which text the assistant generates.
+    /// Returns true if the chat template says which text the assistant generates.
     pub fn marks_generation(&self) -> bool {
         self.template.as_ref().is_some_and(|(_, template)| template.marks_generation())
     }
@@ -145,7 +146,7 @@ impl TextTokenizer {
         template.render_with(messages, variables, add_generation_prompt).with_context(|| file.display().to_string())
     }
 
-    /// Whether the chat template mentions a word; see [`ChatTemplate::mentions`].
+    /// Returns true if the chat template mentions a word; see [`ChatTemplate::mentions`].
     pub fn template_mentions(&self, word: &str) -> bool {
         self.template.as_ref().is_some_and(|(_, template)| template.mentions(word))
     }
@@ -250,7 +251,8 @@ fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Resul
 }
 
 /// The default chat template and its file: chat_template.jinja before tokenizer_config.json. Other templates
-/// (`additional_chat_templates/`, other names of a list) have to be asked for in transformers; nothing asks for them here.
+/// (`additional_chat_templates/`, other names of a list) have to be asked for in transformers; nothing asks for them
+/// here.
 fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>> {
     let path = dir.join(TEMPLATE_FILE);
     if files::is_there(&path) {
@@ -294,8 +296,8 @@ pub mod tests {
         TextTokenizer::load(dir.path(), &Zoned::now())
     }
 
-    /// The golden tokenizer with another chat template: `generation` marks what the assistant says, `variables` writes tools,
-    /// tool calls and a date.
+    /// The golden tokenizer with another chat template: `generation` marks what the assistant says, `variables`
+    /// writes tools, tool calls and a date.
     pub fn with_template(name: &str) -> TextTokenizer {
         let template = std::fs::read_to_string(Path::new(GOLDEN).join(format!("{name}_template.jinja"))).unwrap();
         let config = std::fs::read(Path::new(GOLDEN).join("tokenizer_config.json")).unwrap();

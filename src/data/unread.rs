@@ -11,7 +11,7 @@ const MAX_NAMES: usize = 20;
 /// Under these three names transformers hands reasoning to a template that reads any of the first two.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
-/// How many rows or messages have each name.
+/// Number of rows or messages that have each name.
 type Counts = BTreeMap<String, usize>;
 
 /// Names in the rows that have been read so far.
@@ -24,7 +24,7 @@ pub struct Unread {
     variables: Counts,
     /// Rows that could be read in several formats.
     several_forms: usize,
-    /// Says of the first of them which columns were read and which were not.
+    /// A sentence about the first of these rows: the columns that were read and those that were not.
     first_forms: String,
 }
 

@@ -10,7 +10,8 @@ use crate::files::shown;
 /// Variables of the chat template: `tools`, and what `chat_template_kwargs` holds.
 pub type Variables = Map<String, Value>;
 
-/// Arguments of transformers' `apply_chat_template` that are no variables of the template, and those that are decided here.
+/// Arguments of transformers' `apply_chat_template` that are no variables of the template, and those that are decided
+/// here.
 const NO_VARIABLES: [&str; 13] = [
     "add_generation_prompt",
     "chat_template",
@@ -27,8 +28,8 @@ const NO_VARIABLES: [&str; 13] = [
     "truncation",
 ];
 
-/// Takes `chat_template_kwargs` and `tools`. An empty list of tools is as good as none, though TRL hands it to the template,
-/// and where tools are in both TRL takes the former; here that is refused.
+/// Takes `chat_template_kwargs` and `tools`. An empty list of tools is as good as none, though TRL hands it to the
+/// template, and where tools are in both TRL takes the former; here that is refused.
 pub fn take(columns: &mut Columns) -> Result<Variables> {
     let mut variables = match columns.take("chat_template_kwargs") {
         None => Map::new(),

@@ -6,23 +6,24 @@ use crate::quant::record::{BLOCK, Encoding, SUPERBLOCK};
 
 use super::{Device, Element, View, ViewMut};
 
-/// Records of one tensor, back to back, to dense weights (`quant::record` has the byte layout). The number of weights is
-/// that of `weights`; every record but the last holds `RECORD_WEIGHTS` of them.
+/// Records of one tensor, back to back, to dense weights (`quant::record` has the byte layout). The number of weights
+/// is that of `weights`; every record but the last holds `RECORD_WEIGHTS` of them.
 pub struct Dequantize<'a, D, T> {
     pub weights: ViewMut<'a, D, T>,
     pub records: View<'a, D, u8>,
     pub encoding: Encoding,
 }
 
-/// Codes and absmax of a tensor of n weights ([`crate::quant::nf4`]): codes u8 `[ceil(n / 2)]`, the first weight in the high
-/// nibble; absmax f32 `[ceil(n / 64)]`.
+/// Codes and absmax of a tensor of n weights ([`crate::quant::nf4`]): codes u8 `[ceil(n / 2)]`, the first weight in
+/// the high nibble; absmax f32 `[ceil(n / 64)]`.
 pub struct QuantizeNf4<'a, D> {
     pub codes: ViewMut<'a, D, u8>,
     pub absmax: ViewMut<'a, D, f32>,
     pub weights: View<'a, D, f32>,
 }
 
-/// absmax − offset in 8 bits ([`crate::quant::double`]): codes u8 and absmax f32 `[n]`, nested_absmax f32 `[ceil(n / 256)]`.
+/// absmax − offset in 8 bits ([`crate::quant::double`]): codes u8 and absmax f32 `[n]`, nested_absmax f32 `[ceil(n /
+/// 256)]`.
 pub struct QuantizeAbsmax<'a, D> {
     pub codes: ViewMut<'a, D, u8>,
     pub nested_absmax: ViewMut<'a, D, f32>,

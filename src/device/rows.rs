@@ -4,13 +4,13 @@ use anyhow::{Result, bail, ensure};
 
 use super::{Arena, Buffer, Device, View, ViewMut};
 
-/// Indices of rows in a device's memory. The host has checked each of them against a bound, and a matrix of fewer rows than that is
-/// refused: no kernel that follows an index reads or writes elsewhere.
+/// Indices of rows in a device's memory. The host has checked each of them against a bound, and a matrix of fewer
+/// rows than that is refused: no kernel that follows an index reads or writes elsewhere.
 pub struct RowIndices<D: Device> {
     indices: Buffer<D, u32>,
-    /// How many are there.
+    /// Number of indices.
     len: usize,
-    /// Each is smaller.
+    /// Every index is smaller than this.
     bound: usize,
 }
 
@@ -20,8 +20,8 @@ impl<D: Device> RowIndices<D> {
         Ok(Self { indices: arena.carve(name, capacity)?, len: 0, bound: 0 })
     }
 
-    /// Replaces all indices. Fails when one is not smaller than `bound`, the number of rows to choose from, or when there are more
-    /// than there is room for; then there are none.
+    /// Replaces all indices. Fails when one is not smaller than `bound`, the number of rows to choose from, or when
+    /// there are more than there is room for; then there are none.
     pub fn put(&mut self, device: &D, indices: &[u32], bound: usize) -> Result<()> {
         (self.len, self.bound) = (0, 0);
         if let Some((i, row)) = indices.iter().enumerate().find(|&(_, &row)| row as usize >= bound) {
@@ -39,8 +39,8 @@ impl<D: Device> RowIndices<D> {
         self.indices.first(self.len)
     }
 
-    /// Checks that `picked` elements are one row of `width` for each index, and that `all` elements are as many rows as the indices
-    /// may reach; returns the number of indices.
+    /// Checks that `picked` elements are one row of `width` for each index, and that `all` elements are as many rows
+    /// as the indices may reach; returns the number of indices.
     pub(super) fn check(&self, op: &str, picked: usize, all: usize, width: usize) -> Result<usize> {
         let RowIndices { len, bound, .. } = *self;
         ensure!(picked == len * width, "{op}: {picked} elements for {len} rows of {width}");

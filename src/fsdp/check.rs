@@ -26,7 +26,7 @@ enum Boundary {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Grad {
     Free,
-    /// Layer and number of micro-batches added.
+    /// The layer, and the number of micro-batches whose gradients have been added.
     Accumulating(usize, usize),
     Reducing(usize),
 }
@@ -40,10 +40,11 @@ struct State<'a> {
     forward: Vec<Option<usize>>,
     /// Head pieces that each micro-batch has seen.
     pieces: Vec<Option<usize>>,
-    /// The layer whose output gradient each micro-batch has, counted as the layers that are left.
+    /// Number of layers whose backward is left for each micro-batch: it holds the output gradient of the last of
+    /// them.
     backward: Vec<Option<usize>>,
     recomputed: Vec<Option<usize>>,
-    /// By layer whose input it is, and live micro-batch.
+    /// All boundaries, by the layer whose input they are and by live micro-batch.
     boundaries: Vec<Boundary>,
     free_boundary_buffers: usize,
     grads: Vec<Grad>,
@@ -244,7 +245,7 @@ fn advance(at: &mut Option<usize>, from: Option<usize>, to: usize) -> Result<()>
     Ok(())
 }
 
-/// All-gathers of a schedule.
+/// Returns the number of all-gathers of a schedule.
 pub fn num_gathers(actions: &[Action]) -> usize {
     actions.iter().filter(|a| matches!(a, Action::Gather { .. })).count()
 }

@@ -61,7 +61,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         if let Some(out) = out {
             self.boundaries.insert(layer_idx + 1, m, out);
         }
-        // Only backward needs it again.
+        // Only backward needs the boundary again.
         match args.mode {
             Mode::Train => self.boundaries.insert(layer_idx, m, x),
             Mode::Score | Mode::Generate => self.boundaries.release(x),
@@ -151,7 +151,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         head::backward(&self.device, &self.base.spec, &mut heads[m], d, final_norm, tokens, coefficients)
     }
 
-    /// Logits of the last token after a run in [`Mode::Generate`], `[vocab_size]`.
+    /// Returns the logits of the last token after a run in [`Mode::Generate`], `[vocab_size]`.
     pub fn last_logits(&self) -> Result<Vec<f32>> {
         let mut logits = vec![0.0; self.base.spec.vocab_size];
         self.device.download(&mut logits, self.memory.logits.first(self.base.spec.vocab_size))?;

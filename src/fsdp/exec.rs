@@ -41,8 +41,8 @@ pub type Embed = dyn Fn(&[u32], &mut [f32]) -> Result<()> + Sync;
 
 /// Stands between the scores of target tokens and their gradients.
 pub trait Objective: Debug + Sync {
-    /// Returns the factor of −log p of each target token of a micro-batch in the gradient. `log_probabilities` has those of each
-    /// micro-batch that has been scored.
+    /// Returns the factor of −log p of each target token of a micro-batch in the gradient. `log_probabilities` has
+    /// those of each micro-batch that has been scored.
     fn coefficients(&self, micro: usize, log_probabilities: &[Vec<f64>]) -> Vec<f32>;
 }
 
@@ -54,7 +54,7 @@ pub struct RunArgs<'a> {
     pub num_micro_batches: usize,
     /// The objective of training; `None` in other modes.
     pub objective: Option<&'a dyn Objective>,
-    /// False computes with the base alone.
+    /// False if the base alone computes.
     pub adapter: bool,
     /// Seed and step of the dropout masks; `None` switches dropout off.
     pub dropout: Option<(u64, u32)>,
@@ -71,7 +71,7 @@ pub struct RunOutput {
     pub log_probabilities: Vec<Vec<f64>>,
     /// Global norm before clipping (training).
     pub grad_norm: f64,
-    /// Whether the trainable values were updated: not where a loss or a gradient of any rank is not finite.
+    /// True if the trainable values were updated. They are not if a loss or a gradient of any rank is not finite.
     pub updated: bool,
     /// Time for which the computation stood still.
     pub waits: Waits,
@@ -90,7 +90,7 @@ pub(super) enum Grad<D: Ops, Q: Queue<D>> {
 /// A rank: device, queue, base, adapter and all memory.
 pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) device: D,
-    /// Computes on values that are offloaded.
+    /// The CPU device, which computes on values that are offloaded.
     pub(super) host: Cpu,
     pub queue: Q,
     pub(super) base: Base,
@@ -102,7 +102,7 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) slots: Vec<Slot<D, Q>>,
     pub(super) grads: Vec<Grad<D, Q>>,
     pub(super) boundaries: Boundaries<D, Q>,
-    /// The unit whose dense weights are there.
+    /// The unit whose dense weights are in memory.
     pub(super) dense: Option<Unit>,
     /// Embedded rows of a micro-batch, on their way to the device.
     pub(super) embedding: Vec<D::Act>,
@@ -233,7 +233,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         for action in actions {
             let batch = |micro: usize| batches.get(micro).unwrap_or(&empty);
             watch::at(format!("{action:?}"));
-            // On a GPU, what takes long is waiting for the device.
+            // On a GPU the long part is waiting for the device.
             let _wait = (!D::IS_HOST).then(watch::wait_here);
             let before = if self.spans.is_some() { Some(self.device.mark()?) } else { None };
             self.act(action, args, batch, &mut output).with_context(|| format!("{action:?}"))?;

@@ -1,4 +1,5 @@
-//! Trainable values of an engine: reduce-scatter of gradients, global norm, update, and moving them to and from the host.
+//! The trainable values of an engine: their gradients' reduce-scatter and global norm, their update, and their way to
+//! and from the host.
 
 use anyhow::{Context, Result, bail, ensure};
 use xxhash_rust::xxh3::Xxh3;
@@ -41,13 +42,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok(())
     }
 
-    /// Clips by the global norm and updates; returns the norm before clipping, and whether there was an update. Where the norm or
-    /// any rank's sum of log-probabilities is not finite, no rank updates: all see the same numbers.
+    /// Clips by the global norm and updates. Returns the norm before clipping, and whether there was an update. No
+    /// rank updates if the norm or any rank's sum of log-probabilities is not finite; all ranks see the same numbers.
     pub(super) fn update(&mut self, update: &Update, log_probability: f64) -> Result<(f64, bool)> {
         let mut sum_of_squares = 0.0;
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
-            // Where several ranks hold the same values, each sums a part of its own.
+            // If several ranks hold the same values, each sums a part of its own.
             let own = self.trainable_layout(layer)?.replica_range(self.queue.position().replica);
             sum_of_squares += match grad.wait_on_host()? {
                 Place::Device(grad) => self.device.sum_of_squares(grad.view().range(own))?,

@@ -66,7 +66,8 @@ impl Residency {
 }
 
 impl Limits {
-    /// Layer-major with two slots, everything on the device, and everything recomputed that can be.
+    /// Makes limits for layer-major order with two slots, everything on the device, and everything recomputed that
+    /// can be.
     pub fn new(mode: Mode, max_tokens: usize, max_micro_batches: usize) -> Limits {
         Limits {
             mode,
@@ -146,12 +147,12 @@ impl ShardedTrainables<'_> {
         TrainableLayout { len, num_shards: self.num_shards, num_replicas: self.num_replicas }
     }
 
-    /// By layer.
+    /// The layout of each layer's values.
     pub fn layouts(&self) -> impl Iterator<Item = TrainableLayout> {
         (0..self.trainables.layers.len()).map(|layer| self.layout(layer))
     }
 
-    /// Values of the layer that has most, padding included.
+    /// Number of values of the layer that has most, padding included.
     pub fn padded_len(&self) -> usize {
         self.layouts().map(|layout| layout.padded_len()).max().unwrap_or(0)
     }
@@ -161,7 +162,7 @@ impl ShardedTrainables<'_> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plans {
     pub device: MemoryPlan,
-    /// Host memory that the device copies from and to.
+    /// Pinned host memory that the device copies from and to.
     pub host: MemoryPlan,
 }
 

@@ -1,5 +1,5 @@
-//! Fully sharded data parallelism: where bytes lie ([`layout`], [`mod@unit`]), what happens in which order ([`schedule`],
-//! proved by [`check`]), and the loop that performs it ([`exec`]).
+//! Fully sharded data parallelism: where bytes lie ([`layout`], [`mod@unit`]), what happens in which order
+//! ([`schedule`], proved by [`check`]), and the loop that performs it ([`exec`]).
 
 pub mod check;
 mod compute;

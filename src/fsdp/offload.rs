@@ -52,7 +52,7 @@ fn to_fetch(actions: &[Action], inputs: &Inputs) -> VecDeque<(usize, usize, usiz
 
 struct Weaver<'a> {
     inputs: &'a Inputs,
-    /// Device buffers that are free.
+    /// Number of device buffers that are free.
     free: usize,
     putting: VecDeque<(usize, usize)>,
     to_fetch: VecDeque<(usize, usize, usize)>,
@@ -152,7 +152,7 @@ impl<D: Ops, Q: Queue<D>> Boundaries<D, Q> {
         Self { free, free_on_host: free_on_host.into_iter().map(Guarded::new).collect(), held: HashMap::new() }
     }
 
-    /// A buffer for a new boundary.
+    /// Takes a free buffer for a new boundary.
     pub fn take_free(&mut self) -> Result<Buffer<D, D::Act>> {
         self.free.pop().context("no boundary buffer is free: a put was not waited for")
     }
@@ -166,7 +166,7 @@ impl<D: Ops, Q: Queue<D>> Boundaries<D, Q> {
         self.held.insert((layer, live), Held::Here(buffer));
     }
 
-    /// The boundary, which must be on the device.
+    /// Borrows a boundary, which must be on the device.
     pub fn get_mut(&mut self, layer: usize, live: usize) -> Result<&mut Buffer<D, D::Act>> {
         match self.held.get_mut(&(layer, live)) {
             Some(Held::Here(buffer)) => Ok(buffer),
@@ -174,7 +174,7 @@ impl<D: Ops, Q: Queue<D>> Boundaries<D, Q> {
         }
     }
 
-    /// Takes the boundary, which must be on the device.
+    /// Takes a boundary, which must be on the device.
     pub fn take(&mut self, layer: usize, live: usize) -> Result<Buffer<D, D::Act>> {
         self.get_mut(layer, live)?;
         match self.held.remove(&(layer, live)) {

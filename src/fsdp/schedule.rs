@@ -1,4 +1,4 @@
-//! The schedule: a pure function turns what is to be done into the list of actions that does it.
+//! The schedule of a run: a pure function makes the list of actions from the inputs.
 //!
 //! Layer-major order gathers each unit once a pass and sends all micro-batches through it, so the boundaries of all
 //! micro-batches travel between layers. Micro-batch-major order sends one micro-batch after the other through the
@@ -33,8 +33,8 @@ choices! {
     }
 }
 
-/// The groups of saved values ([`Saved`]) that forward keeps for backward, besides boundaries: for each group the number of
-/// layers that keep it, counted from the last layer. The other layers compute it again.
+/// The groups of saved values ([`Saved`]) that forward keeps for backward, besides boundaries: for each group the
+/// number of layers that keep it, counted from the last layer. The other layers compute it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
     pub attention: usize,
@@ -43,26 +43,26 @@ pub struct Keep {
 }
 
 impl Keep {
-    /// All layers are recomputed.
+    /// Keeps no group, so that all layers are recomputed.
     pub const NOTHING: Keep = Keep { attention: 0, mlp: 0, rest: 0 };
     /// Keeps the groups that cost most to compute again.
     pub const DEAREST: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: 0 };
-    /// Nothing is recomputed.
+    /// Keeps every group, so that no layer is recomputed.
     pub const EVERYTHING: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: usize::MAX };
 
-    /// The same choice, limited to a model of `layers` layers.
+    /// Returns this choice, limited to a model of `layers` layers.
     pub fn clamped(self, layers: usize) -> Keep {
         Keep { attention: self.attention.min(layers), mlp: self.mlp.min(layers), rest: self.rest.min(layers) }
     }
 
-    /// The groups that a layer of `layers` keeps.
+    /// Returns the groups that layer `layer` of `layers` keeps.
     pub fn of(&self, layer: usize, layers: usize) -> Saved {
         let kept = |num: usize| layers - layer <= num;
         Saved { attention: kept(self.attention), mlp: kept(self.mlp), rest: kept(self.rest) }
     }
 }
 
-/// The inputs of a schedule. Every rank has the same.
+/// The inputs of a schedule, which are the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Inputs {
     pub units: NumUnits,
@@ -88,17 +88,17 @@ pub enum Action {
         unit: Unit,
         slot: usize,
     },
-    /// The slot holds the unit from here on.
+    /// Waits for a gather; the slot holds the unit from here on.
     Wait {
         unit: Unit,
         slot: usize,
     },
-    /// The unit's dense weights, from its slot.
+    /// Makes the unit's dense weights from its slot.
     Dequantize {
         unit: Unit,
         slot: usize,
     },
-    /// The unit is gone; the slot is free.
+    /// Gives up the gathered unit; the slot is free from here on.
     Reshard {
         unit: Unit,
         slot: usize,
@@ -142,7 +142,7 @@ pub enum Action {
         layer: usize,
         grad_slot: usize,
     },
-    /// The layer's gradient shard is there; the gradient buffer is free.
+    /// Waits for a reduce-scatter; the layer's gradient shard is there and the gradient buffer is free from here on.
     WaitReduce {
         layer: usize,
         grad_slot: usize,
@@ -152,7 +152,7 @@ pub enum Action {
         layer: usize,
         micro: usize,
     },
-    /// The boundary is on the host; its device buffer is free.
+    /// Waits for a put; the boundary is on the host and its device buffer is free from here on.
     WaitPut {
         layer: usize,
         micro: usize,
@@ -162,12 +162,12 @@ pub enum Action {
         layer: usize,
         micro: usize,
     },
-    /// The boundary is on the device.
+    /// Waits for a fetch; the boundary is on the device from here on.
     WaitFetch {
         layer: usize,
         micro: usize,
     },
-    /// Global norm, clipping, AdamW.
+    /// Computes the global norm, clips, and updates with AdamW.
     Optimizer,
 }
 
@@ -180,7 +180,7 @@ impl Action {
 }
 
 impl Inputs {
-    /// Gradient buffers that the schedule uses.
+    /// Number of gradient buffers that the schedule uses.
     pub fn num_grad_slots(&self) -> usize {
         match (self.mode, self.accumulation) {
             (Mode::Train, Accumulation::Layer) => NUM_GRAD_SLOTS.min(self.units.layers),
@@ -189,7 +189,7 @@ impl Inputs {
         }
     }
 
-    /// Micro-batches whose boundaries and kept activations live at the same time.
+    /// Number of micro-batches whose boundaries and kept activations live at the same time.
     pub fn num_live_micro_batches(&self) -> usize {
         match self.accumulation {
             Accumulation::Layer => self.num_micro_batches,
@@ -197,19 +197,20 @@ impl Inputs {
         }
     }
 
-    /// Number of device buffers that hold all boundaries of a step. Without backward a micro-batch needs one, and one
-    /// more is written.
+    /// Number of device buffers that hold all boundaries of a step. Without backward each micro-batch needs one
+    /// buffer, and one more is being written.
     pub fn max_boundary_buffers(&self) -> usize {
         let live = self.num_live_micro_batches();
         if self.mode == Mode::Train { live * (self.units.layers + 1) } else { live + 1 }
     }
 
-    /// The fewest device buffers: those of one layer, and two that are on their way to or from the host.
+    /// Fewest device buffers that a step can run with: those of one layer, and two that are on their way to or from
+    /// the host.
     pub fn min_boundary_buffers(&self) -> usize {
         (self.num_live_micro_batches() + 2).min(self.max_boundary_buffers())
     }
 
-    /// Boundaries that wait for backward on the host.
+    /// Number of boundaries that wait for backward on the host.
     pub fn num_offloaded_boundaries(&self) -> usize {
         match self.mode == Mode::Train && self.num_boundary_buffers < self.max_boundary_buffers() {
             true => {
@@ -246,7 +247,7 @@ struct Visit {
     after: Vec<Action>,
 }
 
-/// The list of actions.
+/// Builds the list of actions.
 pub fn build(inputs: &Inputs) -> Vec<Action> {
     let all: Vec<usize> = (0..inputs.num_micro_batches).collect();
     let mut visits = Vec::new();
@@ -264,7 +265,7 @@ pub fn build(inputs: &Inputs) -> Vec<Action> {
     offload::with_copies(&actions, inputs)
 }
 
-/// Forward (and backward) of some micro-batches through the whole model.
+/// Adds the visits of forward (and backward) of some micro-batches through the whole model.
 fn pass(inputs: &Inputs, micros: &[usize], visits: &mut Vec<Visit>) {
     let NumUnits { layers, head_pieces } = inputs.units;
     let visit = |unit| Visit { unit, before: Vec::new(), compute: Vec::new(), after: Vec::new() };

@@ -1,4 +1,4 @@
-//! Slots: a unit's way from its shards to dense weights, and out again.
+//! Slots, in which a unit is gathered from its shards, turned into dense weights, and given up again.
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -15,7 +15,7 @@ pub(super) enum Slot<D: Ops, Q: Queue<D>> {
     Free(Buffer<D, u8>, Buffer<D, f32>),
     Gathering(Unit, Q::Pending<Buffer<D, u8>>, LoraPart<D, Q>),
     Unsharded(Unit, Buffer<D, u8>, Buffer<D, f32>),
-    /// Between two states; seen only after an error.
+    /// The slot is between two states, which shows only after an error.
     Moving,
 }
 
@@ -111,7 +111,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 }
 
-/// Records of runs of one tensor: where their weights go, the bytes, and what they are.
+/// A run of records of one tensor: the place of its weights, its bytes, and their encoding.
 type Part<'a, D> = (std::ops::Range<usize>, View<'a, D, u8>, Encoding);
 
 fn to_act<'a, D: Ops>(

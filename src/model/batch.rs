@@ -49,7 +49,7 @@ impl MicroBatch {
         self.sample_idx.push(sample_idx);
     }
 
-    /// T.
+    /// Number of tokens, T.
     pub fn num_tokens(&self) -> usize {
         self.input_ids.len()
     }
@@ -64,14 +64,15 @@ impl MicroBatch {
 pub struct BatchBuffers<D: Device> {
     /// Cosines and sines of each of the model's rotations.
     rotations: Vec<Rotation<D>>,
-    /// Past tokens are those whose keys and values are there from earlier calls (generation).
+    /// The documents of the micro-batch. Past tokens are those whose keys and values are kept from earlier calls
+    /// (generation).
     pub documents: Documents<D>,
-    /// `[T]`
+    /// Global sample index of each token's document, `[T]`.
     pub sample_idx: Buffer<D, u64>,
     pub num_tokens: usize,
 }
 
-/// Cosines and sines, `[T, half]`, for rotated dimensions that are twice as many.
+/// Cosines and sines, `[T, half]`; twice as many dimensions are rotated.
 struct Rotation<D: Device> {
     cos: Buffer<D, f32>,
     sin: Buffer<D, f32>,

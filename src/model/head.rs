@@ -84,8 +84,8 @@ pub fn begin<D: Ops>(
     ops.fill_bytes(state.target_logit.first_mut(n), 0xFF)
 }
 
-/// Takes one piece of the vocabulary into account; `weight` `[rows, hidden]` begins at id `first_id`. Without `backward`
-/// only what log-probabilities need is computed.
+/// Takes one piece of the vocabulary into account; `weight` `[rows, hidden]` begins at id `first_id`. Without
+/// `backward` only what log-probabilities need is computed.
 pub fn piece<D: Ops>(
     ops: &D,
     spec: &ModelSpec,
@@ -115,7 +115,7 @@ pub fn piece<D: Ops>(
     ops.gather_target_rows(GatherTargetRows { target_rows, weight, target_ids, first_id })
 }
 
-/// log p(target) of each target token, `[N]`.
+/// Returns log p(target) of each target token, `[N]`.
 pub fn log_probabilities<D: Ops>(ops: &D, state: &HeadState<D>) -> Result<Vec<f64>> {
     let n = state.num_targets;
     let download = |buffer: &Buffer<D, f32>| -> Result<Vec<f32>> {
@@ -127,7 +127,8 @@ pub fn log_probabilities<D: Ops>(ops: &D, state: &HeadState<D>) -> Result<Vec<f6
     Ok((0..n).map(|i| f64::from(logit[i]) - f64::from(max[i]) - f64::from(sum[i]).ln()).collect())
 }
 
-/// Writes the gradient of Σ −coefficient · log p into the last boundary's place: d `[T, hidden]`; `coefficients` `[N]`.
+/// Writes the gradient of Σ −coefficient · log p into the last boundary's place: d `[T, hidden]`; `coefficients`
+/// `[N]`.
 pub fn backward<D: Ops>(
     ops: &D,
     spec: &ModelSpec,

@@ -1,5 +1,5 @@
-//! Models as values ([`spec`]), and their mathematics on device ops. Nothing here knows that anything is sharded: it takes weights and
-//! activations and gives activations and gradients.
+//! Models as values ([`spec`]), and their mathematics on device ops. Nothing here knows that anything is sharded: it
+//! takes weights and activations and gives activations and gradients.
 
 pub mod batch;
 pub mod family;

@@ -73,7 +73,7 @@ impl RopeConfig {
         }
     }
 
-    /// Whether all that documents are rotated with are finite numbers.
+    /// Returns true if all frequencies that documents can be rotated with are finite.
     pub(super) fn is_finite(&self) -> bool {
         let documents = [1, self.max_position_embeddings.saturating_mul(2)];
         documents.into_iter().flat_map(|n| self.inv_freq(n)).all(f32::is_finite) && self.attention_scaling().is_finite()

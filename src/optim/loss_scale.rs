@@ -1,5 +1,5 @@
-//! Dynamic loss scaling, as `torch.amp.GradScaler` does it: where activations are fp16, small gradients vanish unless the loss
-//! is scaled up, and a scale that is too large makes some of them infinite.
+//! Dynamic loss scaling, as `torch.amp.GradScaler` does it: where activations are fp16, small gradients vanish unless
+//! the loss is scaled up, and a scale that is too large makes some of them infinite.
 
 /// The scale and what has happened since it changed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,7 +25,8 @@ impl LossScaler {
         self.scale.unwrap_or(1.0)
     }
 
-    /// Takes note of a step that has `updated`, or whose gradients overflowed. Returns false if they did and no smaller scale can help.
+    /// Takes note of a step that has `updated`, or whose gradients overflowed. Returns false if they did and no
+    /// smaller scale can help.
     pub fn note(&mut self, updated: bool) -> bool {
         if updated {
             self.good_steps += 1;

@@ -3,7 +3,7 @@
 use crate::choices::choices;
 
 choices! {
-    /// How the learning rate goes over the steps.
+    /// The shape of the learning rate over the steps.
     LrScheduler {
         Constant = "constant",
         ConstantWithWarmup = "constant_with_warmup",

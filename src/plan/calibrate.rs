@@ -162,8 +162,9 @@ const TRUST: f64 = 100.0;
 /// Largest share of its rates that a card is assumed to reach.
 const MOST: f64 = 1.2;
 
-/// Returns the hardware with the shares of its rates that explain the times of the runs best, by least squares of logarithms. Changes
-/// of the shares count as well, because a few runs do not determine them all. The search takes smaller and smaller steps.
+/// Returns the hardware with the shares of its rates that explain the times of the runs best, by least squares of
+/// logarithms. Changes of the shares count as well, because a few runs do not determine them all. The search takes
+/// smaller and smaller steps.
 pub fn fit(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<Hardware> {
     let before = hardware.reached;
     let error = |hardware: &Hardware| -> Result<f64> {

@@ -1,4 +1,4 @@
-//! The decision: of all choices of what is kept where, the fastest one that fits.
+//! Decides what is kept where: takes the fastest choice that fits.
 
 use anyhow::Result;
 
@@ -11,14 +11,14 @@ use crate::model::stage::Widths;
 use super::memory::{Cost, text};
 use super::throughput::Workload;
 
-/// What a rank may take, in bytes.
+/// The memory that a rank may take, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     pub device: usize,
     pub host: usize,
 }
 
-/// What is wanted; `None` leaves the choice to what is fastest.
+/// The parts of the decision that the user has fixed; for the others, `None`, the fastest choice is taken.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wishes {
     pub keep: Option<Keep>,
@@ -26,26 +26,26 @@ pub struct Wishes {
     pub units: Option<usize>,
     pub trainables: Option<bool>,
     pub offload_boundaries: Option<bool>,
-    /// `None` where both are possible.
+    /// The only way to gather, or `None` if both are possible.
     pub gather: Option<Gather>,
     pub levers: Levers,
 }
 
-/// What the user can turn where a run does not fit, under the names that the user's command knows.
+/// The keys and options that can make a run fit, under the names that the user's command has for them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Levers {
     /// The key that chooses between layer- and micro-batch-major accumulation.
     pub accumulation: Option<&'static str>,
-    /// What gives the micro-batches of a step, and its value for one of them.
+    /// The key that sets the micro-batches of a step, and the value that makes it one micro-batch.
     pub micro_batches: Option<(&'static str, usize)>,
-    /// What gives the sequences of a micro-batch, and the tokens of a sequence.
+    /// The key that sets the sequences of a micro-batch. `max_length` is the key that sets the tokens of a sequence.
     pub batch_size: Option<&'static str>,
     pub max_length: Option<&'static str>,
     /// Keys that say what is kept where.
     pub placement: Vec<&'static str>,
 }
 
-/// No choice fits. The text has what is needed, what is there, and what would help.
+/// No choice fits. The text says how much is needed, how much is there, and which keys would help.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct DoesNotFit(String);
@@ -81,7 +81,7 @@ impl Workload<'_> {
                         best = Some((seconds, choice));
                     }
                 }
-                // Nothing is faster than what moves nothing and computes nothing again.
+                // No choice is faster than one that moves nothing and recomputes nothing.
                 if residency == Residency::ALL
                     && last.is_some_and(|l| l.keep == Keep::EVERYTHING || wishes.keep.is_some())
                 {
@@ -95,7 +95,8 @@ impl Workload<'_> {
         }
     }
 
-    /// Refuses what no machine holds before it is planned: sizes of buffers, and lists of them, that are beyond all bounds.
+    /// Refuses what no machine holds before it is planned: sizes of buffers, and lists of them, that are beyond all
+    /// bounds.
     fn check_magnitude(&self, limits: &Limits, wishes: &Wishes) -> Result<(), DoesNotFit> {
         const MOST_BYTES: f64 = (1u64 << 50) as f64;
         /// A schedule has some actions for each of them, and is gone through for each choice.
@@ -132,7 +133,8 @@ impl Workload<'_> {
         Ok(cost.device_bytes() <= budget.device && cost.host_bytes() <= budget.host)
     }
 
-    /// The least of these limits that is wished: nothing kept, and as few units on the device as host memory has room for.
+    /// Returns the choice that takes least of the device within the wishes: no activation is kept, and as few units
+    /// are on the device as host memory has room for the others.
     fn least<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
         let least = Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), ..limits };
         if wishes.units.is_some() || limits.residency.units > 0 {
@@ -144,8 +146,8 @@ impl Workload<'_> {
         with_units(least, if fits(units) { units } else { 0 })
     }
 
-    /// Uses the room that `least`, which fits, leaves: `share` of it first for activations, the rest for units, what is then left
-    /// again for activations.
+    /// Uses the room that `least`, which fits, leaves: `share` of it first for activations, the rest for units, what
+    /// is then left again for activations.
     fn fill<D: Ops>(&self, least: Limits, wishes: &Wishes, budget: Budget, share: usize) -> Result<Limits> {
         let (mut choice, num_units) = (least, self.sizes.layouts.len());
         let device = self.sizes.cost::<D>(&choice)?.device_bytes();
@@ -163,7 +165,8 @@ impl Workload<'_> {
         Ok(choice)
     }
 
-    /// The most that can be kept: the dearest part of as many layers as fit, then the next.
+    /// Returns the choice that keeps most: the group that is dearest to recompute in as many layers as fit, then the
+    /// next group.
     fn most_kept<D: Ops>(&self, limits: Limits, budget: Budget) -> Limits {
         let layers = self.sizes.spec.num_layers();
         let attention_first = self.attention_is_dearer(&limits);
@@ -177,7 +180,8 @@ impl Workload<'_> {
         with(first(0, 3 * layers, |stage| !fits(stage + 1)))
     }
 
-    /// What is needed, what is there, and which keys make it fit, those first that cost least.
+    /// Returns the text of a refusal: how much is needed, how much is there, and which keys make the run fit, the
+    /// cheapest first.
     fn refusal<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<String> {
         let smallest = |wishes: &Wishes, limits: Limits| -> Result<Cost> {
             let residency = residencies(wishes).pop().unwrap_or(Residency::ALL);
@@ -188,7 +192,7 @@ impl Workload<'_> {
         let needs = |cost: &Cost| (cost.device_bytes(), cost.host_bytes());
         let fits = |cost: &Cost| needs(cost).0 <= budget.device && needs(cost).1 <= budget.host;
         let mut keys = Vec::new();
-        // Keeps a change that makes it fit; says whether it does.
+        // Keeps a change that makes the run fit, and says whether it does.
         let mut offer = |key: String, wishes: &Wishes, limits: Limits| -> Result<bool> {
             let cost = smallest(wishes, limits)?;
             if fits(&cost) {
@@ -267,12 +271,13 @@ fn first(from: usize, to: usize, has: impl Fn(usize) -> bool) -> usize {
     low
 }
 
-/// Those that are possible.
+/// Ways to gather that are possible.
 fn gathers(wishes: &Wishes) -> Vec<Gather> {
     wishes.gather.map_or(vec![Gather::Collective, Gather::Host], |gather| vec![gather])
 }
 
-/// What streams, the least first: shards; boundaries; the adapter and its optimizer state.
+/// Returns the choices of what streams: nothing, then shards, then boundaries too, then also the adapter and its
+/// optimizer state.
 fn residencies(wishes: &Wishes) -> Vec<Residency> {
     let all = Residency::ALL;
     let streamed = Residency { units: 0, ..all };
@@ -307,7 +312,7 @@ mod tests {
     type Gpu = Cuda<half::bf16>;
     const GIB: usize = 1 << 30;
 
-    /// What `train` would wish, gathers by collectives.
+    /// The wishes of `train` with gathers by collectives.
     fn collective() -> Wishes {
         let levers = Levers {
             accumulation: Some("fsdp.accumulation"),
@@ -344,7 +349,7 @@ mod tests {
                 let choice = work.decide::<Gpu>(limits(), &collective(), budget).unwrap();
                 let cost = work.sizes.cost::<Gpu>(&choice).unwrap();
                 assert!(cost.device_bytes() <= budget.device && cost.host_bytes() <= budget.host);
-                // What is left would not hold one more unit, or one more layer's part.
+                // The room that is left would hold neither one more unit nor one more layer's group.
                 assert!(device - cost.device_bytes() < GIB || choice.keep == Keep::EVERYTHING, "{choice:?}");
                 let seconds = work.predict(&choice).seconds;
                 assert!(seconds <= 1.001 * last, "{device}: {seconds} after {last}");

@@ -30,25 +30,28 @@ pub struct Reached {
     pub kernel_seconds: f64,
 }
 
-/// Attention measured with `bench kernels` on an H100; the rest fitted to benches/results/h100-calibration.jsonl (2026-11-25).
+/// Attention measured with `bench kernels` on an H100; the rest fitted to benches/results/h100-calibration.jsonl
+/// (2026-11-25).
 const REACHED: Reached =
     Reached { products: 0.97, memory: 0.72, attention_forward: 0.24, attention_backward: 0.17, kernel_seconds: 6.0e-6 };
 
-/// Share of its speed that a GPU keeps when processes take turns on it, from two runs of two ranks on an H100, benches/results.md
-/// (2026-11-25).
+/// Share of its speed that a GPU keeps when processes take turns on it, from two runs of two ranks on an H100,
+/// benches/results.md (2026-11-25).
 const TURNS: f64 = 0.8;
 
-/// Rate of NCCL between two processes of a machine through its network stack, as a step of two ranks on an H100 reaches it.
+/// Rate of NCCL between two processes of a machine through its network stack, as a step of two ranks on an H100
+/// reaches it.
 const SOCKET_BYTES_PER_S: f64 = 1.6e9;
 
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// Name, GiB, TFLOP/s, GB/s of memory, GB/s over PCIe, GB/s between GPUs.
 ///
-/// Memory and bandwidths are those of NVIDIA's data sheets; matrix rates of data-centre cards are those that large products reach
-/// (H100 and H200: 80 % of the data sheet's 989, as measured with `bench kernels`; A100: 85 % of 312), of GeForce cards it is
-/// assumed that they reach nine tenths of the data sheets' dense rates with f32 accumulation. PCIe 4 x16 moves 25, PCIe 5 x16 50
-/// (measured in steps that it bounds). GeForce cards have no peer access: NCCL goes through the host.
+/// Memory and bandwidths are those of NVIDIA's data sheets; matrix rates of data-centre cards are those that large
+/// products reach (H100 and H200: 80 % of the data sheet's 989, as measured with `bench kernels`; A100: 85 % of 312),
+/// of GeForce cards it is assumed that they reach nine tenths of the data sheets' dense rates with f32 accumulation.
+/// PCIe 4 x16 moves 25, PCIe 5 x16 50 (measured in steps that it bounds). GeForce cards have no peer access: NCCL
+/// goes through the host.
 const GPUS: [(&str, [f64; 5]); 7] = [
     ("rtx3060", [12.0, 23.0, 360.0, 25.0, 8.0]),
     ("rtx3090", [24.0, 64.0, 936.0, 25.0, 10.0]),
@@ -104,8 +107,8 @@ impl Hardware {
         (self.vram_bytes * 0.98) as usize
     }
 
-    /// Returns the card of a GPU's name, e.g. `NVIDIA GeForce RTX 4090`, and whether the name is known: an unknown GPU counts as an
-    /// RTX 3090. The result serves only to rank choices.
+    /// Returns the card of a GPU's name, e.g. `NVIDIA GeForce RTX 4090`, and whether the name is known: an unknown
+    /// GPU counts as an RTX 3090. The result serves only to rank choices.
     pub fn of_device(device: &str) -> Result<(Hardware, bool)> {
         let device = device.to_lowercase();
         let number = |name: &&str| device.contains(name.trim_start_matches("rtx"));

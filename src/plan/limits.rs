@@ -28,8 +28,8 @@ pub fn check_fp16(spec: &ModelSpec, is_fp16: bool) -> Result<()> {
     Ok(())
 }
 
-/// Number of 16-bit values that kernels read at once. A micro-batch may have any number of tokens, so the length of a row must be a
-/// multiple of it.
+/// Number of 16-bit values that kernels read at once. A micro-batch may have any number of tokens, so the length of a
+/// row must be a multiple of it.
 const VALUES_AT_ONCE: usize = 8;
 
 /// Checks that each kernel can run this model with any number of tokens.

@@ -1,4 +1,5 @@
-//! Memory: what a choice of [`Limits`] costs. What a run allocates is known to the byte; what the driver adds, to some MiB.
+//! The memory that a choice of [`Limits`] costs. The allocations of a run are known to the byte, the driver's
+//! additions to some MiB.
 
 use anyhow::Result;
 
@@ -10,8 +11,8 @@ use crate::fsdp::memory::{Limits, Memory, ShardedTrainables};
 use crate::model::spec::ModelSpec;
 use crate::model::trainable::{Kind, Trainables};
 
-/// Of a process with CUDA's libraries, what MPI and NCCL add, and NCCL's sockets; without page cache. Seen with `bench step` on
-/// H100s (2026-11-25).
+/// Host bytes of a process with CUDA's libraries, those that MPI and NCCL add, and those of NCCL's sockets, all
+/// without page cache. They were measured with `bench step` on H100s (2026-11-25).
 const LIBRARIES_HOST_BYTES: usize = 318_000_000;
 const COMMUNICATION_HOST_BYTES: usize = 341_000_000;
 const SOCKETS_HOST_BYTES: usize = 85_000_000;
@@ -28,10 +29,10 @@ pub struct Sizes<'a> {
 /// All memory of a rank.
 #[derive(Debug)]
 pub struct Cost {
-    /// What is allocated, by name.
+    /// The ranges that are allocated on the device, by name.
     pub device: MemoryPlan,
     pub host: MemoryPlan,
-    /// What the driver takes of the device for pinned memory.
+    /// Bytes of the device that the driver takes for its table of pinned pages.
     pub table_bytes: usize,
 }
 
@@ -54,7 +55,8 @@ impl Sizes<'_> {
         self.world_size / self.num_shards()
     }
 
-    /// Groups of ranks that talk: those that hold a base, and those that hold the same shard, where they are more than one.
+    /// Number of this rank's groups that need a communicator: the ranks that hold a base together and the ranks that
+    /// hold the same shard. A group of one rank needs none.
     pub fn num_communicators(&self) -> usize {
         usize::from(self.num_shards() > 1) + usize::from(self.num_replicas() > 1)
     }
@@ -70,9 +72,9 @@ impl Sizes<'_> {
         self.sharded().map_or(0, |sharded| sharded.padded_len())
     }
 
-    /// Host memory of a rank's process on a GPU besides what is pinned, without page cache: libraries, the values that a new adapter
-    /// starts from (A; B is zero, and no page of it has been written), the embedded rows of a micro-batch, and an embedding table
-    /// that is not in a file.
+    /// Host memory of a rank's process on a GPU besides what is pinned, without page cache: libraries, the values
+    /// that a new adapter starts from (A; B is zero, and no page of it has been written), the embedded rows of a
+    /// micro-batch, and an embedding table that is not in a file.
     pub fn process_bytes(&self, max_tokens: usize, ranks_per_gpu: usize, embedding_bytes: usize) -> usize {
         let communication = if self.world_size > 1 { COMMUNICATION_HOST_BYTES } else { 0 };
         let sockets = if ranks_per_gpu > 1 { SOCKETS_HOST_BYTES } else { 0 };
@@ -83,8 +85,8 @@ impl Sizes<'_> {
         LIBRARIES_HOST_BYTES + communication + sockets + adapter + rows + embedding_bytes
     }
 
-    /// All memory of a run with these limits, in the activation type of `D`. On the host shards are mapped files, unless a node
-    /// shares them.
+    /// All memory of a run with these limits, in the activation type of `D`. On the host shards are mapped files,
+    /// unless a node shares them.
     pub fn cost<D: Ops>(&self, limits: &Limits) -> Result<Cost> {
         let plans = Memory::<D>::plan(self.spec, self.sharded(), self.layouts, limits)?;
         let mut cost = Cost { device: plans.device, host: plans.host, table_bytes: 0 };
@@ -94,7 +96,7 @@ impl Sizes<'_> {
             }
             return Ok(cost);
         }
-        // Of other ranks, mapped by this one too.
+        // Bytes of other ranks' shards that this rank maps too.
         let mut shared = 0;
         for (layout, resident) in self.layouts.iter().zip(limits.residency.of_units(self.layouts.len())) {
             let (shard, all) = (layout.shard_bytes(), layout.gathered_bytes());

@@ -1,5 +1,6 @@
-//! What a run will use, decided before it takes anything: [`memory`] and [`throughput`] price the very buffers and actions that
-//! the executor will use, for this machine or for another ([`hardware`]); [`decide`] takes the fastest choice that fits.
+//! Decides and predicts, before a run takes anything, which memory and time it will use. [`memory`] and
+//! [`throughput`] price the buffers and actions that the executor will use, on this machine or on another
+//! ([`hardware`]). [`decide`] takes the fastest choice that fits.
 
 pub mod calibrate;
 pub mod decide;

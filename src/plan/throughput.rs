@@ -1,4 +1,4 @@
-//! Time: the schedule that the executor will run, with a duration for each action, on the queues that it will run on.
+//! The time of a step: the schedule that the executor will run gets a duration for each action, on the same queues.
 
 use std::collections::HashMap;
 
@@ -13,14 +13,14 @@ use crate::model::stage::cost::{Circumstances, Cost};
 use super::hardware::Hardware;
 use super::memory::Sizes;
 
-/// AdamW on the host: bytes of values, gradient and moments a second.
+/// Rate of AdamW on the host, in bytes of values, gradients and moments.
 const HOST_UPDATE_BYTES_PER_S: f64 = 20e9;
-/// From pageable memory, rows of the embedding.
+/// Rate at which rows of the embedding are copied from pageable memory to the device.
 const PAGEABLE_BYTES_PER_S: f64 = 6e9;
 /// Bytes of an activation.
 const ACT: f64 = 2.0;
 
-/// What is predicted: training of a model on some GPUs.
+/// The work that is predicted: training of a model on some GPUs.
 #[derive(Clone, Copy)]
 pub struct Workload<'a> {
     pub sizes: Sizes<'a>,
@@ -28,7 +28,8 @@ pub struct Workload<'a> {
     pub links: Links,
 }
 
-/// Bytes a second that a rank receives: between the ranks that hold a base together, and between those that hold the same shard.
+/// Bytes a second that a rank receives: between the ranks that hold a base together, and between those that hold the
+/// same shard.
 #[derive(Clone, Copy, Debug)]
 pub struct Links {
     pub shards_bytes_per_s: f64,
@@ -36,7 +37,8 @@ pub struct Links {
 }
 
 impl Links {
-    /// Of ranks of which those that hold a base are in one node, or not; and all of them, or not.
+    /// Returns the links of ranks. `base_in_a_node` says whether the ranks that hold a base together share a node,
+    /// and `one_node` whether all ranks do.
     pub fn new(hardware: &Hardware, base_in_a_node: bool, one_node: bool, network_bytes_per_s: f64) -> Links {
         let link = |in_a_node| if in_a_node { hardware.peer_bytes_per_s } else { network_bytes_per_s };
         Links { shards_bytes_per_s: link(base_in_a_node), replicas_bytes_per_s: link(one_node) }
@@ -48,17 +50,17 @@ impl Links {
 pub struct Timeline {
     pub spans: Vec<Span>,
     pub seconds: f64,
-    /// Time that the computation waits for gathers and reduces, and for copies.
+    /// Time that the computation waits for gathers and reduces. `copy_wait` is the time that it waits for copies.
     pub gather_wait: f64,
     pub copy_wait: f64,
-    /// Over PCIe, each way, and from other ranks.
+    /// Bytes that a rank copies from the host, copies to the host, and receives from other ranks.
     pub fetched_bytes: f64,
     pub put_bytes: f64,
     pub received_bytes: f64,
 }
 
 impl Timeline {
-    /// What the step spends most of its time on.
+    /// Names the queue that the step spends most of its time on.
     pub fn bound_by(&self) -> &'static str {
         let busy = |lane| -> f64 { self.spans.iter().filter(|s| s.lane == lane).map(|s| s.end - s.begin).sum() };
         if self.gather_wait + self.copy_wait < 0.1 * self.seconds {
@@ -73,7 +75,7 @@ impl Timeline {
 }
 
 impl Workload<'_> {
-    /// Runs the schedule of a training step in thought.
+    /// Goes through the schedule of a training step and adds up durations; nothing is computed.
     pub fn predict(&self, limits: &Limits) -> Timeline {
         let inputs = limits.inputs(NumUnits::new(self.sizes.spec), limits.mode, limits.max_micro_batches);
         let (at, done, timeline) = (HashMap::new(), HashMap::new(), Timeline::default());
@@ -84,14 +86,15 @@ impl Workload<'_> {
         run.timeline
     }
 
-    /// Whether attention takes longer for a byte that it leaves behind than the projections after it do.
+    /// Returns true if attention takes longer for each byte that it saves for backward than the projections after it
+    /// do.
     pub fn attention_is_dearer(&self, limits: &Limits) -> bool {
         let reached = self.hardware.reached;
         let attention = limits.max_length as f64 / reached.attention_forward;
         attention >= self.sizes.spec.hidden_size as f64 / reached.products
     }
 
-    /// Features of the residual stream.
+    /// Number of features of the residual stream.
     fn hidden(&self) -> f64 {
         self.sizes.spec.hidden_size as f64
     }
@@ -167,7 +170,7 @@ impl Workload<'_> {
 struct Run<'a> {
     work: &'a Workload<'a>,
     limits: &'a Limits,
-    /// By unit.
+    /// For each unit, true if its shard is on the device.
     resident: Vec<bool>,
     at: HashMap<Lane, f64>,
     done: HashMap<String, f64>,
@@ -190,7 +193,7 @@ impl Run<'_> {
         end
     }
 
-    /// The computation waits for what was started under this name.
+    /// Makes the computation wait for the action that was started under this name; returns how long it waits.
     fn wait(&mut self, key: &str) -> f64 {
         let (now, done) = (self.now(Lane::Compute), self.done.get(key).copied().unwrap_or(0.0));
         self.at.insert(Lane::Compute, now.max(done));
@@ -277,7 +280,7 @@ impl Run<'_> {
             end = self.receive(&name, end, shard_bytes * (shards - 1.0), work.links.shards_bytes_per_s);
         }
         if replicas > 1.0 {
-            // The parts that this rank sums, and then the sums of the others.
+            // This rank receives the parts that it sums, and then the sums of the other ranks.
             let bytes = 2.0 * shard_bytes * (replicas - 1.0) / replicas;
             end = self.receive(&name, end, bytes, work.links.replicas_bytes_per_s);
         }

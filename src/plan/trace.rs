@@ -7,7 +7,8 @@ use serde_json::json;
 
 use crate::comm::spans::{Lane, Span};
 
-/// Writes spans in the JSON format of Chrome's trace viewer ("Trace Event Format", Google 2016); times in microseconds.
+/// Writes spans in the JSON format of Chrome's trace viewer ("Trace Event Format", Google 2016); times in
+/// microseconds.
 pub fn write(path: &Path, spans: &[Span]) -> Result<()> {
     let lanes = [Lane::Compute, Lane::Communication, Lane::Fetch, Lane::Put];
     let mut events: Vec<serde_json::Value> = lanes

@@ -71,8 +71,8 @@ pub enum Absmax {
 
 /// Quantizes a tensor of `num_weights`, on all threads of the current pool.
 ///
-/// `read(first, out)` fills `out` with the weights from index `first` on, in row-major order: the tensor never exists in
-/// f32 as a whole. `read` refuses weights that are not finite.
+/// `read(first, out)` fills `out` with the weights from index `first` on, in row-major order: the tensor never exists
+/// in f32 as a whole. `read` refuses weights that are not finite.
 pub fn quantize(
     num_weights: usize,
     double_quant: bool,

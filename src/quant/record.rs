@@ -1,8 +1,8 @@
 //! The record: the smallest part of a tensor that a shard may hold.
 //!
-//! A tensor is stored as records of [`RECORD_WEIGHTS`] weights (one superblock of NF4), the last one possibly shorter.
-//! A record carries all that is needed to dequantize it, so any run of records is a tensor range of its own. Its parts
-//! each begin at a multiple of [`RECORD_ALIGN_BYTES`]:
+//! A tensor is stored as records of [`RECORD_WEIGHTS`] weights (one superblock of NF4), the last one possibly
+//! shorter. A record carries all that is needed to dequantize it, so any run of records is a tensor range of its own.
+//! Its parts each begin at a multiple of [`RECORD_ALIGN_BYTES`]:
 //!
 //! | encoding | parts |
 //! |---|---|

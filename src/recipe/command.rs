@@ -70,8 +70,8 @@ impl Command {
         }
     }
 
-    /// Returns what a user of this command writes to set a key: its option if the command line has one, else the key's path, as in
-    /// `--set key=…` and in a recipe. Returns `None` if the command does not read the key.
+    /// Returns what a user of this command writes to set a key: its option if the command line has one, else the
+    /// key's path, as in `--set key=…` and in a recipe. Returns `None` if the command does not read the key.
     pub fn name_of(self, path: &'static str) -> Option<&'static str> {
         let option = self.options().iter().find(|(key, _)| *key == path).map(|(_, option)| *option);
         let is_read = || keys::ALL.iter().any(|key| key.path == path && key.readers.contains(&self));

@@ -28,7 +28,7 @@ choices! {
 }
 
 choices! {
-    /// Whether layers are recomputed in backward.
+    /// The choice of activations that backward recomputes.
     ActivationCheckpointing {
         /// Keep as much as fits.
         Auto = "auto",
@@ -70,9 +70,9 @@ pub struct Job {
 }
 
 impl Job {
-    /// The decided value of every key that the command reads, by its path (`"training.seed"`), in one spelling: equal jobs have equal
-    /// values. `null` where another key decides in its place; `"auto"`, and `null` for warm-up, where the run decides once it knows
-    /// more.
+    /// The decided value of every key that the command reads, by its path (`"training.seed"`), in one spelling: equal
+    /// jobs have equal values. `null` where another key decides in its place; `"auto"`, and `null` for warm-up, where
+    /// the run decides once it knows more.
     pub fn values(&self) -> Map<String, Value> {
         self.values.clone()
     }
@@ -114,7 +114,8 @@ pub struct LoraJob {
     pub dropout: f32,
     pub target_modules: Targets,
     pub use_rslora: bool,
-    /// PEFT adapter that training continues. If it is set, r, alpha, target_modules and use_rslora are its own and the recipe must not give them.
+    /// PEFT adapter that training continues. If it is set, r, alpha, target_modules and use_rslora are its own and
+    /// the recipe must not give them.
     pub adapter: Option<PathBuf>,
 }
 

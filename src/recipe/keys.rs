@@ -55,7 +55,8 @@ macro_rules! keys {
 
 use Command::{BenchKernels, BenchStep, Eval, Generate, Plan, PlanShape, Quantize, Train};
 
-/// Lists of commands that read a key. Other keys in the recipe of `plan` are for `train` and are checked as `train` checks them.
+/// Lists of commands that read a key. Other keys in the recipe of `plan` are for `train` and are checked as `train`
+/// checks them.
 const TRAINING: &[Command] = &[Train];
 const TRAIN_PLAN: &[Command] = &[Train, Plan];
 const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep];
@@ -243,7 +244,8 @@ fn auto_or_bool(value: &Value) -> Option<Option<bool>> {
     auto_or(value, Value::as_bool)
 }
 
-/// Reads a number of bytes: a number with a unit of 1024 (KiB, MiB, GiB, TiB) or of 1000 (KB, MB, GB, TB), or a plain number of bytes.
+/// Reads a number of bytes: a number with a unit of 1024 (KiB, MiB, GiB, TiB) or of 1000 (KB, MB, GB, TB), or a plain
+/// number of bytes.
 fn size(value: &Value) -> Option<usize> {
     const UNITS: [(&str, f64); 9] = [
         ("KiB", 1024.0),

@@ -40,8 +40,8 @@ impl RecipeError {
     }
 }
 
-/// Returns the job of a recipe file, for `train` or `plan`. `overrides` are the `key=value` of `--set`, with the value in YAML.
-/// Relative paths in it are relative to the current directory.
+/// Returns the job of a recipe file, for `train` or `plan`. `overrides` are the `key=value` of `--set`, with the
+/// value in YAML. Relative paths in it are relative to the current directory.
 pub fn load(path: &Path, command: Command, overrides: &[String]) -> Result<Job, RecipeError> {
     let fail = |errors| RecipeError { source_name: files::shown_path(path), errors };
     if !path.exists() {

@@ -1,4 +1,5 @@
-//! Gathers what was written into one flat map of dotted keys to values, from the YAML text and then from `--set key=value`.
+//! Gathers what was written into one flat map of dotted keys to values, from the YAML text and then from `--set
+//! key=value`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,7 +23,8 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// Reads `yaml`, the text of a recipe, and `overrides`, `key=value` with YAML values, of which the last one for a key wins.
+    /// Reads `yaml`, the text of a recipe, and `overrides`, `key=value` with YAML values, of which the last one for a
+    /// key wins.
     pub fn new(yaml: &str, overrides: &[String]) -> Self {
         let mut written = Self { is_read: true, ..Self::default() };
         match serde_saphyr::from_str::<Value>(yaml) {
@@ -89,7 +91,8 @@ impl Written {
         self.values.contains_key(path)
     }
 
-    /// Returns the value of a key, or its default; `None` if the written value is not allowed, which [`Self::check`] reports.
+    /// Returns the value of a key, or its default; `None` if the written value is not allowed, which [`Self::check`]
+    /// reports.
     pub fn get<T>(&self, key: &Key<T>) -> Option<T> {
         match self.values.get(key.path) {
             Some(value) => (key.read)(value),
@@ -97,7 +100,8 @@ impl Written {
         }
     }
 
-    /// Checks each key that was written: keys of a recipe as `train` reads them, keys of the command line as this command does.
+    /// Checks each key that was written: keys of a recipe as `train` reads them, keys of the command line as this
+    /// command does.
     pub fn check(&mut self, command: Command) {
         let problem = |(path, value): (&String, &Value)| match keys::ALL.iter().find(|key| key.path == path) {
             Some(key) if self.given.contains(path) => {

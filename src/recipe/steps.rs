@@ -23,7 +23,8 @@ impl TrainingJob {
     /// Decides the length of a run over `num_sequences` sequences of training data.
     ///
     /// # Errors
-    /// The ranks cannot share a step, there are too many steps, or the learning rate that was written would never be reached.
+    /// The ranks cannot share a step, there are too many steps, or the learning rate that was written would never be
+    /// reached.
     pub fn steps(&self, num_sequences: usize, world_size: usize) -> Result<Steps, RecipeError> {
         self.check_batch(world_size)?;
         let global = self.global_batch_size(world_size);

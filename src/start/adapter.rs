@@ -21,7 +21,8 @@ impl Start<'_> {
         Ok(Some(adapter))
     }
 
-    /// Returns the adapter that training starts from: the one that the job names, with the job's dropout, or a new one.
+    /// Returns the adapter that training starts from: the one that the job names, with the job's dropout, or a new
+    /// one.
     pub fn adapter_to_train(&self, job: &Job, config: &ModelSpec) -> Result<Adapter> {
         if let Some(mut adapter) = self.named_adapter(job, config)? {
             adapter.settings.dropout = job.lora.dropout;
@@ -31,8 +32,8 @@ impl Start<'_> {
     }
 }
 
-/// Returns the settings of the adapter that a job trains, without its values: of the one that it names, with the job's dropout, or of a
-/// new one, whatever memory that takes.
+/// Returns the settings of the adapter that a job trains, without its values: of the one that it names, with the
+/// job's dropout, or of a new one, whatever memory that takes.
 pub fn planned_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
     match &lora.adapter {
         Some(dir) => {
@@ -43,8 +44,8 @@ pub fn planned_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSet
     }
 }
 
-/// Returns the settings of a new adapter. Fails where it is larger than the memory that is available, since it is made before the plan
-/// knows of it.
+/// Returns the settings of a new adapter. Fails where it is larger than the memory that is available, since it is
+/// made before the plan knows of it.
 pub fn new_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
     let settings = settings(lora, config)?;
     let targets = config.modules().filter(|module| settings.targets.contains(&module.id));

@@ -7,12 +7,12 @@
 //! | when the model is opened | identity of the base |
 //! | when the inputs are read, before shards are made | tokenizer and template, rows, adapter, limits |
 //!
-//! Each comparison is one call with a list of [`Facts`]. An [`Agreed`] value has been compared: functions that open a model or make
-//! an engine take no other job, so that no subcommand can leave the comparison out.
+//! Each comparison is one call with a list of [`Facts`]. An [`Agreed`] value has been compared: functions that open a
+//! model or make an engine take no other job, so that no subcommand can leave the comparison out.
 //!
-//! Ranks may have their files in different places, since each node may keep its inputs in a folder of its own; the contents must be
-//! equal. So paths are not compared, and digests of the contents are. Only rank 0 writes results, and only its clock is read
-//! ([`clock_of_rank_0`]).
+//! Ranks may have their files in different places, since each node may keep its inputs in a folder of its own; the
+//! contents must be equal. So paths are not compared, and digests of the contents are. Only rank 0 writes results,
+//! and only its clock is read ([`clock_of_rank_0`]).
 
 use std::fmt::{self, Display};
 use std::ops::Deref;
@@ -85,8 +85,8 @@ impl Display for Disagreement {
 
 impl std::error::Error for Disagreement {}
 
-/// Returns a line for each key whose values differ, with all its values and the ranks that have them, in the order in which ranks have
-/// the keys.
+/// Returns a line for each key whose values differ, with all its values and the ranks that have them, in the order in
+/// which ranks have the keys.
 fn differences(of_ranks: &[Vec<(String, String)>]) -> Vec<String> {
     let mut keys: Vec<&String> = Vec::new();
     for (key, _) in of_ranks.iter().flatten() {
@@ -144,8 +144,8 @@ fn list(ranks: &[usize]) -> String {
     format!("rank{} {}", if ranks.len() == 1 { "" } else { "s" }, runs.join(", "))
 }
 
-/// Returns the time on rank 0 with rank 0's distance from UTC, so that templates which ask for the date see the same one on every
-/// rank. Collective.
+/// Returns the time on rank 0 with rank 0's distance from UTC, so that templates which ask for the date see the same
+/// one on every rank. Collective.
 pub fn clock_of_rank_0(comm: &mut dyn Comm) -> Result<Zoned> {
     let own = Zoned::now();
     // Another machine may not know the time zone by its name.

@@ -1,5 +1,5 @@
-//! The memory that a rank may take, and with it the decision what of a run is kept where. All ranks decide alike, since the least of
-//! what they have counts.
+//! The memory that a rank may take, and with it the decision what of a run is kept where. All ranks decide alike,
+//! since the least of what they have counts.
 
 use anyhow::Result;
 
@@ -33,8 +33,8 @@ pub struct Undecided<'a> {
 }
 
 impl Undecided<'_> {
-    /// Decides for ranks on the host's cores, where what is kept must leave room for everything else that the machine does.
-    /// Collective.
+    /// Decides for ranks on the host's cores, where what is kept must leave room for everything else that the machine
+    /// does. Collective.
     pub fn decide_on_cpu(&self, start: &Start, comm: &mut dyn Comm) -> Result<Limits> {
         let Undecided { sizes, limits, job, .. } = *self;
         let hardware = Hardware::of_a_core();
@@ -92,8 +92,8 @@ impl Undecided<'_> {
         Ok(limits)
     }
 
-    /// Returns the only possible way to gather, or `None` where both are possible: then both have been measured, and their rates are in
-    /// `hardware`. Collective.
+    /// Returns the only possible way to gather, or `None` where both are possible: then both have been measured, and
+    /// their rates are in `hardware`. Collective.
     fn gathers<A: HalfType>(
         &self,
         start: &Start,
@@ -126,8 +126,8 @@ impl Undecided<'_> {
         Ok(None)
     }
 
-    /// Returns the host memory of a rank: its share of what is available, less what saving takes, or what the recipe allows where that is
-    /// less.
+    /// Returns the host memory of a rank: its share of what is available, less what saving takes, or what the recipe
+    /// allows where that is less.
     fn host_budget(&self, start: &Start) -> usize {
         // Saving brings the trained values of all ranks together on each of them.
         let saving_bytes = self.adapter.map_or(0, Adapter::bytes);

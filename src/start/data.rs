@@ -16,7 +16,8 @@ use super::{Facts, Start};
 pub struct TrainingData {
     pub train: Dataset,
     pub eval: Option<Dataset>,
-    /// Digest of the tokenizer and its chat template; `None` where rows are tokenized already and the model has no tokenizer.
+    /// Digest of the tokenizer and its chat template; `None` where rows are tokenized already and the model has no
+    /// tokenizer.
     pub tokenizer: Option<String>,
 }
 
@@ -65,8 +66,8 @@ impl TrainingData {
     }
 }
 
-/// Reads the rows of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must have in common of
-/// them.
+/// Reads the rows of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must
+/// have in common of them.
 pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<Dataset> {
     let options = data_options(job).for_evaluation();
     let tokenizer = tokenizer(start, job, &options)?;

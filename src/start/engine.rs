@@ -1,5 +1,5 @@
-//! The engine of a run: what is kept where is decided, memory is carved, the adapter's values are loaded, and a subcommand's [`Work`]
-//! is done with it, on whichever device.
+//! The engine of a run: what is kept where is decided, memory is carved, the adapter's values are loaded, and a
+//! subcommand's [`Work`] is done with it, on whichever device.
 
 use anyhow::Result;
 
@@ -72,8 +72,8 @@ impl Start<'_> {
             share_gpu: self.ranks_per_gpu > 1,
             delays: Delays::default(),
         };
-        // NCCL takes memory when its communicator is made, and the difference tells how much. Ranks that share a GPU look before any of
-        // them takes more.
+        // NCCL takes memory when its communicator is made, and the difference tells how much. Ranks that share a GPU
+        // look before any of them takes more.
         barrier(&mut comm)?;
         let free_before = cuda.free_bytes()?;
         barrier(&mut comm)?;

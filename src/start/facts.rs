@@ -1,4 +1,5 @@
-//! The facts that ranks compare: how this process was started, the job that it has decided, the inputs that it has read.
+//! The facts that ranks compare: how this process was started, the job that it has decided, the inputs that it has
+//! read.
 
 use std::fmt::Display;
 use std::fs::File;

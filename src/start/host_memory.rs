@@ -1,4 +1,5 @@
-//! Host memory that a rank may plan with: what the machine and the control groups around the process leave, less a reserve.
+//! Host memory that a rank may plan with: what the machine and the control groups around the process leave, less a
+//! reserve.
 
 use std::path::{Path, PathBuf};
 
@@ -6,14 +7,16 @@ use std::path::{Path, PathBuf};
 const SYSTEM_BYTES: usize = 256 << 20;
 const SYSTEM_SHARE: usize = 64;
 
-/// Returns a rank's share of `available` bytes of a machine with `local_size` ranks. The system's reserve goes off first, and then what
-/// saving takes on each rank. Memory that a rank already holds, for its tokenized rows above all, is not available any more.
+/// Returns a rank's share of `available` bytes of a machine with `local_size` ranks. The system's reserve goes off
+/// first, and then what saving takes on each rank. Memory that a rank already holds, for its tokenized rows above
+/// all, is not available any more.
 pub fn share(available: usize, local_size: usize, saving_bytes: usize) -> usize {
     let reserve = (SYSTEM_BYTES + available / SYSTEM_SHARE).min(available / 2);
     ((available - reserve) / local_size.max(1)).saturating_sub(saving_bytes)
 }
 
-/// Returns MemAvailable, or what the control groups leave where that is less. Without /proc there is no limit to look for.
+/// Returns MemAvailable, or what the control groups leave where that is less. Without /proc there is no limit to look
+/// for.
 pub fn available_bytes() -> usize {
     let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let meminfo = text("/proc/meminfo");
@@ -39,8 +42,8 @@ enum Version {
     V2,
 }
 
-/// Returns the groups that limit memory, from /proc/self/cgroup (`0::/path`, or `4:memory:/path` in version 1; cgroups(7)) and
-/// /proc/self/mountinfo (proc_pid_mountinfo(5)).
+/// Returns the groups that limit memory, from /proc/self/cgroup (`0::/path`, or `4:memory:/path` in version 1;
+/// cgroups(7)) and /proc/self/mountinfo (proc_pid_mountinfo(5)).
 fn groups(cgroup: &str, mountinfo: &str) -> Vec<Group> {
     let of_line = |line: &str| -> Option<Group> {
         let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
@@ -71,7 +74,8 @@ fn mounted(line: &str, version: Version) -> Option<(&str, PathBuf)> {
 }
 
 impl Group {
-    /// Returns what the limits of this group and of those around it leave, or `None` without a limit. Page cache can be given back.
+    /// Returns what the limits of this group and of those around it leave, or `None` without a limit. Page cache can
+    /// be given back.
     fn bytes_left(&self) -> Option<usize> {
         let Group { version, mount, path } = self;
         path.ancestors().take_while(|p| p.starts_with(mount)).filter_map(|p| bytes_left(*version, p)).min()

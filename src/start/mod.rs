@@ -1,9 +1,10 @@
-//! Everything between a job and the first step: ranks agree, the model is opened, a device is taken, memory is budgeted, and the
-//! engine is made.
+//! Does everything between a job and the first step: ranks agree, the model is opened, a device is taken, memory is
+//! budgeted, and the engine is made.
 //!
-//! A subcommand goes through these steps in this order: [`agree::agree_on`] for the job, [`Start::open`], [`agree::agree_on_inputs`] for
-//! what was read, [`Start::base`], [`Start::with_engine`]. All of them are collective, over one communicator, which the engine's queue
-//! keeps in the end. [`planned`] answers for a machine that is not there.
+//! A subcommand goes through these steps in this order: [`agree::agree_on`] for the job, [`Start::open`],
+//! [`agree::agree_on_inputs`] for what was read, [`Start::base`], [`Start::with_engine`]. All of them are collective,
+//! over one communicator, which the engine's queue keeps in the end. [`planned`] answers for a machine that is not
+//! there.
 
 pub mod adapter;
 pub mod agree;
@@ -53,7 +54,8 @@ impl Start<'_> {
         self.open_in_shards(comm, job, self.num_shards(&job.fsdp)?)
     }
 
-    /// Opens and checks a job's model like [`Start::open`], but for another number of shards than the ranks of this run need. Collective.
+    /// Opens and checks a job's model like [`Start::open`], but for another number of shards than the ranks of this
+    /// run need. Collective.
     pub fn open_in_shards(&self, comm: &mut dyn Comm, job: &Agreed<Job>, num_shards: usize) -> Result<OpenedBase> {
         let options = load_options(job, num_shards);
         let opened = load::open(&job.model, &options, comm, &mut |line| self.log.line(line))?;
@@ -63,8 +65,8 @@ impl Start<'_> {
         Ok(opened)
     }
 
-    /// Returns the device and the base with this rank's shard mapped, which is made if it is not there. All ranks have agreed on the
-    /// inputs before. Collective.
+    /// Returns the device and the base with this rank's shard mapped, which is made if it is not there. All ranks
+    /// have agreed on the inputs before. Collective.
     pub fn base(
         &self,
         comm: &mut dyn Comm,

@@ -10,8 +10,8 @@ use crate::fsdp::schedule::{Keep, Mode};
 use crate::plan::decide::{Levers, Wishes};
 use crate::recipe::{ActivationCheckpointing, BatchSize, FsdpJob, Job, ShardingStrategy};
 
-/// Returns how many of `world_size` ranks hold a base together. `node_size` is the number of ranks of each node, or `None` where nodes
-/// differ or ranks do not follow each other.
+/// Returns how many of `world_size` ranks hold a base together. `node_size` is the number of ranks of each node, or
+/// `None` where nodes differ or ranks do not follow each other.
 pub fn num_shards(job: &FsdpJob, world_size: usize, node_size: Option<usize>) -> Result<usize> {
     match job.sharding_strategy {
         ShardingStrategy::FullShard => Ok(world_size),
@@ -50,7 +50,8 @@ pub fn data_options(job: &Job) -> DataOptions {
     }
 }
 
-/// Returns the sizes of a job's step whose sequences all have the longest length that it allows. It is decided later what is kept where.
+/// Returns the sizes of a job's step whose sequences all have the longest length that it allows. It is decided later
+/// what is kept where.
 pub fn step_limits(job: &Job, world_size: usize) -> Limits {
     let (max_length, sequences) = (job.data.max_length, job.training.per_device_train_batch_size);
     let micro_batches = job.training.accumulation_steps(world_size);
@@ -100,8 +101,8 @@ fn levers(job: &Job, world_size: usize) -> Levers {
     }
 }
 
-/// Returns the gather method that a job forces, or `None` if both are possible. `in_a_node` says whether the ranks that hold a base
-/// together share a node.
+/// Returns the gather method that a job forces, or `None` if both are possible. `in_a_node` says whether the ranks
+/// that hold a base together share a node.
 pub fn possible_gather(job: &FsdpJob, num_shards: usize, in_a_node: bool) -> Result<Option<Gather>> {
     ensure!(
         in_a_node || job.gather != Some(Gather::Host),

@@ -58,7 +58,8 @@ impl Start<'_> {
         Ok(threads)
     }
 
-    /// Starts the threads, takes the CPU or this rank's GPU, the same kind of device on every rank, and says so. Collective.
+    /// Starts the threads, takes the CPU or this rank's GPU, the same kind of device on every rank, and says so.
+    /// Collective.
     pub fn place(&self, comm: &mut dyn Comm, dtype: ComputeDtype) -> Result<Placement> {
         watch::phase(Phase::Device)?;
         let threads = self.threads(comm)?;
@@ -95,7 +96,8 @@ impl Start<'_> {
         }
     }
 
-    /// Takes a device like [`Start::place`], and checks that the job's model and its way to gather are possible there. Collective.
+    /// Takes a device like [`Start::place`], and checks that the job's model and its way to gather are possible
+    /// there. Collective.
     pub fn place_for(&self, comm: &mut dyn Comm, job: &Agreed<Job>, config: &ModelSpec) -> Result<Placement> {
         let placement = self.place(comm, job.quantization.compute_dtype)?;
         match &placement {

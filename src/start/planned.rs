@@ -1,4 +1,4 @@
-//! A run on a machine that is not there: decided and predicted as it would be decided on it.
+//! Decides and predicts a run for a machine that is not there, as it would be decided on that machine.
 
 use anyhow::Result;
 use half::bf16;
@@ -41,8 +41,8 @@ impl Machine<'_> {
         options::num_shards(&job.fsdp, self.world_size, Some(self.node_size()))
     }
 
-    /// Returns the memory that a rank may plan with: on the device without that of driver and libraries, on the host without that of its
-    /// process.
+    /// Returns the memory that a rank may plan with: on the device without that of driver and libraries, on the host
+    /// without that of its process.
     fn budget(&self, job: &Job, library_bytes: usize, process_bytes: usize) -> Budget {
         let vram = job.fsdp.vram_budget.unwrap_or(usize::MAX).min(self.hardware.usable_bytes() / self.ranks_per_gpu);
         let share =

@@ -1,11 +1,12 @@
-//! Proof that the adapter learns: at the first backward every lora_B has a gradient, every lora_A once B is not zero, and at the end the
-//! values are other than at the start.
+//! Checks that the adapter learns: every lora_B has a gradient at the first backward, every lora_A has one once B is
+//! not zero, and at the end the values differ from those at the start.
 //!
-//! A gradient may rightly be zero where the base is: LLaMA Pro adds layers whose `o_proj` and `down_proj` are zero, so no
-//! gradient reaches the projections before them. Each projection's gradient has the other weights of its branch as factors (attention: q, k,
-//! v, o; MLP: gate, up, down). So a matrix without a gradient is accepted and reported if another weight of its branch is all zeros.
-//! Queries and keys have none either where every target is predicted from the first token of its document, which can attend only to
-//! itself. Anywhere else a matrix without a gradient is an error of the program, and so is an adapter without any.
+//! A gradient may rightly be zero where the base is: LLaMA Pro adds layers whose `o_proj` and `down_proj` are zero,
+//! so no gradient reaches the projections before them. Each projection's gradient has the other weights of its branch
+//! as factors (attention: q, k, v, o; MLP: gate, up, down). So a matrix without a gradient is accepted and reported
+//! if another weight of its branch is all zeros. Queries and keys have none either where every target is predicted
+//! from the first token of its document, which can attend only to itself. Anywhere else a matrix without a gradient
+//! is an error of the program, and so is an adapter without any.
 
 use anyhow::{Result, bail, ensure};
 
@@ -24,8 +25,8 @@ const MAX_NAMES: usize = 8;
 /// Tells whether the base's weight of this name is all zeros.
 pub type IsZero<'a> = &'a dyn Fn(&str) -> Result<bool>;
 
-/// Fails naming the modules whose A or B should have a gradient and has none. Returns a line about those that rightly have
-/// none. `batches` are this rank's of the step. Collective.
+/// Fails naming the modules whose A or B should have a gradient and has none. Returns a line about those that rightly
+/// have none. `batches` are this rank's of the step. Collective.
 pub fn every_matrix_has_a_gradient<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
     kind: Kind,
@@ -99,7 +100,8 @@ fn list(names: &[String]) -> String {
     }
 }
 
-/// Fails if an adapter must not be saved: it holds a number that is not finite, or nothing was learned since the start.
+/// Fails if an adapter must not be saved: it holds a number that is not finite, or nothing was learned since the
+/// start.
 pub fn result_is_sound(start: &Adapter, end: &Adapter) -> Result<()> {
     for (layer, values) in end.layers.iter().enumerate() {
         if let Some(value) = values.iter().find(|v| !v.is_finite()) {

@@ -8,7 +8,7 @@ use crate::fsdp::exec::{Engine, RunArgs};
 use crate::fsdp::schedule::Mode;
 use crate::model::batch::{MicroBatch, NO_TARGET};
 
-/// How to choose the next token.
+/// The rule by which the next token is chosen.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
     /// 0 chooses the most likely token.
@@ -68,7 +68,8 @@ fn last_token_batch(input: &[u32], past: usize) -> MicroBatch {
     }
 }
 
-/// Returns the most likely token if the temperature is 0, else the one at which the cumulative probability passes `uniform`.
+/// Returns the most likely token if the temperature is 0, else the one at which the cumulative probability passes
+/// `uniform`.
 fn choose(logits: &[f32], temperature: f64, uniform: f64) -> u32 {
     let best = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]).then(b.cmp(&a))).unwrap_or(0);
     if temperature == 0.0 {

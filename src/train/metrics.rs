@@ -42,8 +42,8 @@ pub struct EvalMetrics {
     pub num_target_tokens: u64,
 }
 
-/// The metrics file of a run. All lines, some hundred bytes per step, stay in memory: if the file is removed or cannot be written,
-/// training goes on, and the lines are written with the result.
+/// The metrics file of a run. All lines, some hundred bytes per step, stay in memory: if the file is removed or
+/// cannot be written, training goes on, and the lines are written with the result.
 pub struct MetricsFile {
     path: PathBuf,
     file: Option<File>,
@@ -108,8 +108,8 @@ pub fn peak_host_bytes() -> usize {
     kib_of("/proc/self/status", "VmHWM:") * 1024
 }
 
-/// Returns the resident memory of this process now, with its part of shared pages (Pss), and how much of it is page cache (mapped
-/// files, the program's own among them), in bytes; 0 if /proc does not show it.
+/// Returns the resident memory of this process now, with its part of shared pages (Pss), and how much of it is page
+/// cache (mapped files, the program's own among them), in bytes; 0 if /proc does not show it.
 pub fn pss_bytes() -> (usize, usize) {
     let of = |name| kib_of("/proc/self/smaps_rollup", name) * 1024;
     (of("Pss:"), of("Pss_File:"))

@@ -1,4 +1,4 @@
-//! The run: steps, evaluation, generation, what is logged and what is checked on the way.
+//! Runs training, evaluation and generation, with logs and with checks on the way.
 
 pub mod check;
 pub mod eval;

@@ -5,7 +5,7 @@ use crate::fsdp::exec::Objective;
 /// Supervised fine-tuning: the mean of −log p over the target tokens of the step.
 #[derive(Clone, Copy, Debug)]
 pub struct Sft {
-    /// Of the step, on all ranks.
+    /// Number of target tokens of the step on all ranks.
     pub num_target_tokens: f64,
     /// Factor of the loss, for gradients in fp16.
     pub loss_scale: f32,

@@ -1,4 +1,5 @@
-//! The end of a run: the base is compared with what it was, and the adapter comes to rest with all that belongs to it.
+//! The end of a run: the base is compared with what it was, and the adapter comes to rest with all that belongs to
+//! it.
 
 use std::path::{Path, PathBuf};
 
@@ -17,7 +18,8 @@ const METRICS_LINE_BYTES: usize = 1000;
 /// Most room that is looked for before training for metrics.jsonl: `max_steps` may be a number that nobody waits for.
 const MAX_METRICS_BYTES: usize = 1 << 28;
 
-/// Parts of the model's folder that belong to the result. They are read at the start, since the folder may be gone at the end.
+/// Parts of the model's folder that belong to the result. They are read at the start, since the folder may be gone at
+/// the end.
 pub struct Kept {
     /// Absolute path of the base, for `adapter_config.json`.
     base: PathBuf,
@@ -33,7 +35,8 @@ impl Kept {
         Ok(Kept { base, tokenizer_files: present.map(read).collect::<Result<_>>()? })
     }
 
-    /// Returns the bytes that a result takes, with an adapter of this size and a line of metrics for each step, where their number is set.
+    /// Returns the bytes that a result takes, with an adapter of this size and a line of metrics for each step, where
+    /// their number is set.
     pub fn room(&self, adapter: &Adapter, max_steps: Option<usize>) -> usize {
         let lines = max_steps.unwrap_or_default().saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
         let tokenizer: usize = self.tokenizer_files.iter().map(|(_, content)| content.len()).sum();
@@ -41,8 +44,8 @@ impl Kept {
     }
 }
 
-/// Returns a sentence that says where the base has changed during the run, or `None` where it has not. Collective; the first rank of each
-/// node looks.
+/// Returns a sentence that says where the base has changed during the run, or `None` where it has not. Collective;
+/// the first rank of each node looks.
 pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, stamps: &BaseStamps) -> Result<Option<String>> {
     watch::at("comparing the base with what it was at the start");
     let looks = local_rank == 0;
@@ -52,8 +55,8 @@ pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, stamps: &
     Ok(own.or(other.map(|rank| format!("the base on the machine of rank {rank} has changed during the run"))))
 }
 
-/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir or if there is a
-/// doubt about the result.
+/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir
+/// or if there is a doubt about the result.
 pub fn save(
     output: &mut Output,
     adapter: &Adapter,

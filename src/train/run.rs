@@ -27,7 +27,7 @@ use super::{check, eval};
 /// Steps between two looks at whether ranks that hold the same values hold the same bytes.
 const REPLICA_CHECK_STEPS: usize = 100;
 
-/// What a run works on.
+/// A run and all that it works on.
 pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub engine: &'a mut Engine<D, Q>,
     pub job: &'a TrainingJob,
@@ -42,7 +42,7 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub is_zero: check::IsZero<'a>,
 }
 
-/// What has been updated and checked so far.
+/// The updates and checks that have been made so far.
 #[derive(Default)]
 struct Progress {
     num_updates: u32,
@@ -53,7 +53,8 @@ struct Progress {
 }
 
 impl Progress {
-    /// Fails at the end of a run that updated nothing: in fp16, gradients may overflow in each of a few steps while the loss scale falls.
+    /// Fails at the end of a run that updated nothing: in fp16, gradients may overflow in each of a few steps while
+    /// the loss scale falls.
     fn has_updated(&self, num_steps: usize) -> Result<()> {
         ensure!(
             self.num_updates > 0,
@@ -69,8 +70,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         self.job.global_batch_size(self.engine.queue.world_size())
     }
 
-    /// Trains from the first step to the last, with an evaluation before and after. Fails at the first loss or gradient that is not
-    /// finite, before it is applied.
+    /// Trains from the first step to the last, with an evaluation before and after. Fails at the first loss or
+    /// gradient that is not finite, before it is applied.
     pub fn run(mut self) -> Result<()> {
         let (num_steps, rank) = (self.steps.num_steps, self.engine.queue.rank());
         let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
@@ -113,7 +114,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         progress.has_updated(num_steps)
     }
 
-    /// Looks once at the gradients of each kind of matrix.
+    /// Checks the gradients of each kind of matrix at the first step in which they must not be zero.
     fn check_gradients(&mut self, progress: &mut Progress, batches: &[MicroBatch]) -> Result<()> {
         let (checks_a, checks_b) = (progress.has_learned && !progress.a_is_checked, !progress.b_is_checked);
         for kind in [checks_b.then_some(Kind::B), checks_a.then_some(Kind::A)].into_iter().flatten() {
@@ -211,7 +212,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     }
 }
 
-/// The adapter as it is now, whole, on every rank. Collective.
+/// Returns the whole adapter, as it is now, on every rank. Collective.
 pub fn adapter<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, settings: &AdapterSettings) -> Result<Adapter> {
     let num_layers = engine.spec().num_layers();
     let layers =
@@ -219,8 +220,8 @@ pub fn adapter<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, settings: &Adapte
     Ok(Adapter { settings: settings.clone(), layers })
 }
 
-/// Says that training cannot go on from here, and what can be done about it. `has_learned`: an update was made before, so that the learning
-/// rate may be the cause.
+/// Says that training cannot go on from here, and what can be done about it. `has_learned`: an update was made
+/// before, so that the learning rate may be the cause.
 fn divergence(step: usize, record: &StepRecord, update: &Update, has_learned: bool) -> String {
     let StepRecord { loss, grad_norm, .. } = record;
     let rate = update.learning_rate;

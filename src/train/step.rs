@@ -13,19 +13,19 @@ use crate::optim::adamw::Update;
 
 use super::objective::Sft;
 
-/// What one step was, over all ranks.
+/// The numbers of one step, over all ranks if not stated otherwise.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepRecord {
-    /// Mean over target tokens.
+    /// Mean of −log p over target tokens.
     pub loss: f64,
-    /// Before clipping.
+    /// Global norm before clipping.
     pub grad_norm: f64,
     /// False if the loss or the gradient is not finite: then no rank has updated anything.
     pub updated: bool,
     pub num_target_tokens: u64,
     pub num_tokens: u64,
     pub step_ms: f64,
-    /// Of this rank: the step less its waits.
+    /// Time of this rank's step less its waits.
     pub compute_ms: f64,
     pub gather_wait_ms: f64,
     pub copy_wait_ms: f64,
@@ -33,16 +33,16 @@ pub struct StepRecord {
     pub gathered_bytes: usize,
 }
 
-/// What a step is, besides its micro-batches.
+/// The arguments of a step, besides its micro-batches.
 #[derive(Clone, Copy, Debug)]
 pub struct StepArgs<'a> {
-    /// From 1 on.
+    /// Number of the step, counted from 1.
     pub step: u32,
-    /// Of the rank that has most.
+    /// Number of micro-batches on the rank that has most.
     pub num_micro_batches: usize,
-    /// How many steps have updated so far goes in, and the scale of the loss.
+    /// The update that the step ends with. It holds its own number, counted from 1, and the scale of the loss.
     pub update: &'a Update,
-    /// Of dropout.
+    /// Seed of dropout.
     pub seed: u64,
 }
 
@@ -71,7 +71,8 @@ pub fn step<D: Ops, Q: Queue<D>>(
         },
         batches,
     )?;
-    // One sum per micro-batch, and these added in the order of the global batch: the same bits on any number of ranks.
+    // Each micro-batch has its own sum, and these are added in the order of the global batch, so that any number of
+    // ranks gives the same bits.
     let own: Vec<f64> = output.log_probabilities.iter().map(|micro| -micro.iter().sum::<f64>()).collect();
     let sums = engine.queue.all_gather_f64("losses", &own)?;
     let in_order = (0..num_micro_batches).flat_map(|m| sums.iter().map(move |of_rank| of_rank[m]));

@@ -12,8 +12,8 @@ use crate::checkpoint::atomic;
 use crate::model::spec::ModelSpec;
 use crate::model::trainable::{LayerTrainables, Trainable};
 
-/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result is the matter of
-/// [`crate::checkpoint::output`]. `base` is the model's path.
+/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result
+/// is the matter of [`crate::checkpoint::output`]. `base` is the model's path.
 pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Result<()> {
     let (lora, mut views) = (adapter.settings.lora_config(), Vec::new());
     for (layer, values) in spec.layers.iter().zip(&adapter.layers) {

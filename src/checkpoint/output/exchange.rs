@@ -1,10 +1,11 @@
 //! Replaces an old result by a complete new one, which lies in a folder inside the output folder.
 //!
-//! Two folders could be exchanged in one call (renameat2), but an output folder may be a mount point, a link or somebody's working
-//! directory, and NFS has no such call. So the files are moved one after the other: the old `adapter_config.json` leaves first and the
-//! new one comes after all other files. A reader finds the old adapter, none (PEFT and this program refuse a folder without a config),
-//! or the new one, but never tensors with the numbers of another config. The list of moves follows from what lies where, so after a kill
-//! the next start makes the list again and performs the rest.
+//! Two folders could be exchanged in one call (renameat2), but an output folder may be a mount point, a link or
+//! somebody's working directory, and NFS has no such call. So the files are moved one after the other: the old
+//! `adapter_config.json` leaves first and the new one comes after all other files. A reader finds the old adapter,
+//! none (PEFT and this program refuse a folder without a config), or the new one, but never tensors with the numbers
+//! of another config. The list of moves follows from what lies where, so after a kill the next start makes the list
+//! again and performs the rest.
 
 use std::path::{Path, PathBuf};
 
@@ -68,8 +69,8 @@ pub fn perform(moves: &[Move]) -> Result<()> {
     Ok(())
 }
 
-/// Undoes a failed exchange, so that the old result is whole again. Once the new tensors are in place there is no way back: the next start
-/// performs the rest.
+/// Undoes a failed exchange, so that the old result is whole again. Once the new tensors are in place there is no way
+/// back: the next start performs the rest.
 pub fn take_back(dir: &Path) {
     let staging = dir.join(STAGING);
     if staging.join(TENSORS_FILE).exists() {
@@ -80,8 +81,8 @@ pub fn take_back(dir: &Path) {
     let _ = std::fs::remove_dir_all(staging);
 }
 
-/// Returns the record of a complete result; `None` if it is incomplete. The record is the last file to be written. A record that names
-/// other files is not this program's.
+/// Returns the record of a complete result; `None` if it is incomplete. The record is the last file to be written. A
+/// record that names other files is not this program's.
 fn complete(staging: &Path) -> Option<RunRecord> {
     let is_ours = |files: &[String]| !files.is_empty() && files.iter().all(|name| RESULT_FILES.contains(&&name[..]));
     RunRecord::read(staging).ok().flatten().filter(|record| is_ours(&record.files))
@@ -98,7 +99,8 @@ pub enum Left {
     Removed,
 }
 
-/// Finishes the exchange of a run that was killed: moves a complete result to its place, and removes an incomplete one.
+/// Finishes the exchange of a run that was killed: moves a complete result to its place, and removes an incomplete
+/// one.
 pub fn recover(dir: &Path) -> Result<Left> {
     let staging = dir.join(STAGING);
     if !staging.exists() {

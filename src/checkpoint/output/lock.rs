@@ -10,8 +10,8 @@ use anyhow::{Context, Result, bail};
 /// Name of the file that is locked.
 pub const LOCK_FILE: &str = ".fsdp-qlora.lock";
 
-/// A lock on a folder. Dropping it removes the file, and the folder too if the lock made it and it is empty. The kernel frees the lock
-/// of a process that was killed.
+/// A lock on a folder. Dropping it removes the file, and the folder too if the lock made it and it is empty. The
+/// kernel frees the lock of a process that was killed.
 pub struct Lock {
     file: File,
     path: PathBuf,
@@ -27,7 +27,8 @@ pub fn host() -> String {
 }
 
 impl Lock {
-    /// Makes the folder if it is not there, and locks it. Fails, naming host and process, if another run holds the lock.
+    /// Makes the folder if it is not there, and locks it. Fails, naming host and process, if another run holds the
+    /// lock.
     pub fn take(dir: &Path) -> Result<Lock> {
         let made_folder = !dir.exists();
         std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", dir.display()))?;

@@ -1,9 +1,10 @@
 //! The life of an output folder: which run may write there, what it holds, and how a result is saved.
 //!
-//! A run locks the folder (`lock`), tries what its end needs, and writes `run.json` (`record`). An existing result stays as
-//! it is until the new one is complete: until then the files of the run are in [`STAGING`] inside the folder. At the end the whole result is
-//! written there, `run.json` last, and moved to its place (`exchange`). If that cannot be done, it is written to a folder beside the
-//! output folder, in the cache folder, or in the folder of temporary files.
+//! A run locks the folder (`lock`), tries what its end needs, and writes `run.json` (`record`). An existing result
+//! stays as it is until the new one is complete: until then the files of the run are in [`STAGING`] inside the
+//! folder. At the end the whole result is written there, `run.json` last, and moved to its place (`exchange`). If
+//! that cannot be done, it is written to a folder beside the output folder, in the cache folder, or in the folder of
+//! temporary files.
 
 mod exchange;
 mod lock;
@@ -83,8 +84,9 @@ pub enum Place {
 }
 
 impl Output {
-    /// Makes and locks a folder, repairs what a killed run has left, and refuses a folder whose content would be lost. Then it tries what
-    /// the end needs: permissions, room for `bytes`, a rename, and no folder in the place of a file. `say` gets lines for people.
+    /// Makes and locks a folder, repairs what a killed run has left, and refuses a folder whose content would be
+    /// lost. Then it tries what the end needs: permissions, room for `bytes`, a rename, and no folder in the place of
+    /// a file. `say` gets lines for people.
     pub fn open(dir: &Path, overwrite: bool, bytes: usize, say: &mut dyn FnMut(String)) -> Result<Output> {
         let lock = Lock::take(dir)?;
         let place = dir.display();
@@ -124,7 +126,8 @@ impl Output {
         Ok(true)
     }
 
-    /// Returns the folder that the run writes to before its end: the output folder, or one inside it while that holds another result.
+    /// Returns the folder that the run writes to before its end: the output folder, or one inside it while that holds
+    /// another result.
     pub fn live(&self) -> PathBuf {
         if self.keeps_a_result() { self.dir.join(STAGING) } else { self.dir.clone() }
     }
@@ -134,8 +137,8 @@ impl Output {
         !matches!(self.found, Found::Nothing)
     }
 
-    /// Saves a result and ends the run. The result goes to the output folder in one step, or else to the first other place that can
-    /// take it.
+    /// Saves a result and ends the run. The result goes to the output folder in one step, or else to the first other
+    /// place that can take it.
     pub fn finish(&mut self, result: &RunResult<'_>) -> Result<Place> {
         let begun = self.record.take().context("the run has not begun")?;
         let state = if result.doubt.is_some() { State::Failed } else { State::Finished };
@@ -168,7 +171,8 @@ impl Output {
     pub fn fail(&self, reason: &str) {
         let Some(record) = &self.record else { return };
         let live = self.live();
-        // The run's error is reported already. If something cannot be written or removed here, the next start sees it.
+        // The run's error is reported already. If something cannot be written or removed here, the next start sees
+        // it.
         if has_content(&live.join(METRICS_FILE)) {
             let _ = record.ended(State::Failed, Some(reason.into()), Vec::new()).write(&live);
         } else {
@@ -232,7 +236,8 @@ impl Output {
         result
     }
 
-    /// Fails if a file of the result cannot take its place, because a folder or, in a sticky folder, another user's file is there.
+    /// Fails if a file of the result cannot take its place, because a folder or, in a sticky folder, another user's
+    /// file is there.
     fn check_places(&self) -> Result<()> {
         // The owner of the lock file is the user that this process writes as, even if a file server maps users.
         let me = std::fs::metadata(self.dir.join(lock::LOCK_FILE)).map(|m| m.uid()).ok();
@@ -252,7 +257,8 @@ impl Output {
     }
 }
 
-/// Returns whether user `me` may replace a file. If the folder's sticky bit is set, only the owners of file and folder and root may.
+/// Returns whether user `me` may replace a file. If the folder's sticky bit is set, only the owners of file and
+/// folder and root may.
 fn may_replace(me: u32, folder: u32, folder_mode: u32, file: u32) -> bool {
     folder_mode & 0o1000 == 0 || me == 0 || me == folder || me == file
 }

@@ -16,7 +16,8 @@ pub const RUN_FILE: &str = "run.json";
 /// Largest number of differences that a message names.
 const MAX_DIFFERENCES: usize = 5;
 
-/// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about movement and logging.
+/// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about movement and
+/// logging.
 const FREE_KEYS: [&str; 7] =
     ["model", "output_dir", "shards", "data.train", "data.eval", "lora.adapter", "training.logging_steps"];
 

@@ -1,5 +1,5 @@
-//! `bench collectives`: bus bandwidth of what the schedule uses, as nccl-tests defines it: the bytes that cross the busiest link
-//! over the time, in which the slot is cleared first, as in a step.
+//! `bench collectives`: bus bandwidth of what the schedule uses, as nccl-tests defines it: the bytes that cross the
+//! busiest link over the time, in which the slot is cleared first, as in a step.
 
 use std::sync::Arc;
 use std::time::Instant;

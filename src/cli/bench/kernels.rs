@@ -75,7 +75,7 @@ pub fn matrix_rate<D: Ops>(device: &D) -> Result<f64> {
 #[derive(Clone, Copy)]
 enum Amount {
     Flops(f64),
-    /// Read and written.
+    /// Bytes that are read and written.
     Bytes(f64),
 }
 

@@ -18,11 +18,11 @@ use crate::start::Start;
 
 #[derive(Subcommand)]
 pub enum Bench {
-    /// Training steps on made-up weights of a shape; prints one JSON object
+    /// Time training steps on made-up weights of a shape, and print one JSON object
     Step(step::StepBench),
-    /// Each op at the sizes of a layer; prints one JSON object a line
+    /// Time each op at the sizes of a layer, and print one JSON object a line
     Kernels(kernels::KernelBench),
-    /// Bus bandwidth between the ranks; prints one JSON object a line
+    /// Measure the bus bandwidth between the ranks, and print one JSON object a line
     Collectives(collectives::CollectiveBench),
 }
 
@@ -51,7 +51,8 @@ pub fn shape(name: &str, layers: Option<u32>) -> Result<ModelSpec> {
     }
 }
 
-/// Keys that sizes on the command line stand for: tokens of a sequence, sequences of a micro-batch, micro-batches of a step.
+/// Keys that sizes on the command line stand for: tokens of a sequence, sequences of a micro-batch, micro-batches of
+/// a step.
 pub fn given([seq, micro_batch, accum]: [u32; 3]) -> Vec<(&'static str, Value)> {
     vec![
         ("data.max_length", seq.into()),

@@ -41,7 +41,7 @@ pub struct StepBench {
     /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
     #[arg(long)]
     shape: String,
-    /// Fewer layers than the shape has
+    /// Number of layers, if fewer than the shape has
     #[arg(long)]
     layers: Option<u32>,
     /// Sequences of a micro-batch
@@ -222,9 +222,9 @@ fn batch(args: &StepBench, config: &ModelSpec, micro: u64, rank: u64) -> MicroBa
     batch
 }
 
-/// (model, hardware) FLOPs of a token: two for each weight forward and two backward (the frozen base has no gradient), the head
-/// likewise; causal attention 2·T·q_width forward and 5·T·q_width backward (its scores are computed again). The hardware does the
-/// parts of forward that are not kept once more. LoRA is left out.
+/// (model, hardware) FLOPs of a token: two for each weight forward and two backward (the frozen base has no
+/// gradient), the head likewise; causal attention 2·T·q_width forward and 5·T·q_width backward (its scores are
+/// computed again). The hardware does the parts of forward that are not kept once more. LoRA is left out.
 fn flops_per_token(spec: &ModelSpec, seq: usize, keep: Keep) -> (f64, f64) {
     let at = Circumstances { hidden_size: spec.hidden_size, max_length: seq, has_dropout: false };
     let flops = |cost: Cost| 2.0 * cost.weights + cost.forward_scores + cost.backward_scores;

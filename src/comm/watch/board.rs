@@ -1,6 +1,7 @@
 //! The board of a node: memory that all its ranks share, where each of them writes what it is doing.
 //!
-//! A rank that has waited too long reads there which ranks are missing. Reading and writing the board is never collective.
+//! A rank that has waited too long reads there which ranks are missing. Reading and writing the board is never
+//! collective.
 
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst, fence};
 
@@ -30,7 +31,7 @@ const SPEAKER: usize = 0;
 /// Number of times that a reader tries to get a record that is not being changed.
 const READS: usize = 1000;
 
-/// How far a rank has come.
+/// State of a rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Unknown, because the rank's process cannot map the board.
@@ -40,7 +41,7 @@ pub enum State {
     Done,
 }
 
-/// What a rank has written.
+/// The entries that a rank has written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     pub state: State,

@@ -1,7 +1,7 @@
 //! Deliberate faults, `FSDP_QLORA_FAULT=KIND:RANK:PHASE`, for tests of how a job ends.
 //!
-//! KIND is `panic`, `error`, `abort` (dies without a message), `hang` or `slow` (takes some seconds and reports progress).
-//! PHASE is the number of a step or a word of [`Phase::word`].
+//! KIND is `panic`, `error`, `abort` (dies without a message), `hang` or `slow` (takes some seconds and reports
+//! progress). PHASE is the number of a step or a word of [`Phase::word`].
 
 use std::time::Duration;
 

@@ -43,7 +43,8 @@ fn judge(stat: &str, started: u64) -> Process {
     }
 }
 
-/// State and start time, fields 3 and 22 of /proc/PID/stat (proc_pid_stat(5)). The name before them may hold anything.
+/// State and start time, fields 3 and 22 of /proc/PID/stat (proc_pid_stat(5)). The name before them may hold
+/// anything.
 fn parse(stat: &str) -> Option<(char, u64)> {
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
     let state = fields.next()?.chars().next()?;

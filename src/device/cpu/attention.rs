@@ -1,5 +1,5 @@
-//! Causal grouped-query attention over packed documents, one strip of [`QUERY_ROWS`] queries at a time: the scores of a
-//! strip exist, those of a head never do.
+//! Causal grouped-query attention over packed documents, one strip of [`QUERY_ROWS`] queries at a time: the scores of
+//! a strip exist, those of a head never do.
 
 use std::ops::Range;
 

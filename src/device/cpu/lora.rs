@@ -1,8 +1,9 @@
 //! LoRA dropout from a counter-based generator.
 //!
-//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Key: the seed. Counter: word 0
-//! feature / 8 with the module above it (20 and 12 bits), word 1 position, word 2 sample, word 3 step. One call gives
-//! eight 16-bit numbers, for eight neighbouring features; a feature is dropped when its number is below round(p·2¹⁶).
+//! Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Key: the seed. Counter:
+//! word 0 feature / 8 with the module above it (20 and 12 bits), word 1 position, word 2 sample, word 3 step. One
+//! call gives eight 16-bit numbers, for eight neighbouring features; a feature is dropped when its number is below
+//! round(p·2¹⁶).
 
 use anyhow::Result;
 

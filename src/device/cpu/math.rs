@@ -18,7 +18,8 @@ pub fn exp(x: f32) -> f32 {
         p = p * r + coefficient;
     }
     let y = p * r * r + r + 1.0;
-    // Two factors, because 2¹²⁸ is not an f32. The integer is taken from the low bits: a cast would saturate, one by one.
+    // Two factors, because 2¹²⁸ is not an f32. The integer is taken from the low bits: a cast would saturate, one by
+    // one.
     let half = (n * 0.5 + ROUND) - ROUND;
     let power = |e: f32| f32::from_bits(((e + ROUND).to_bits() << 23).wrapping_add(127 << 23));
     let result = y * power(half) * power(n - half);
@@ -31,7 +32,8 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// tanh(x) to about 3 ulp: an odd polynomial near 0, where 1 − 2 / (e^2|x| + 1) would lose digits. Coefficients: Cephes' `tanhf`.
+/// tanh(x) to about 3 ulp: an odd polynomial near 0, where 1 − 2 / (e^2|x| + 1) would lose digits. Coefficients:
+/// Cephes' `tanhf`.
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
     let (size, square) = (x.abs(), x * x);

@@ -14,15 +14,16 @@ use crate::device::{Element, View, ViewMut};
 
 use super::Cpu;
 
-/// One mapping of exact size, anonymous or shared with other processes, zeroed, unmapped on drop. Pages that are never touched are
-/// never resident.
+/// One mapping of exact size, anonymous or shared with other processes, zeroed, unmapped on drop. Pages that are
+/// never touched are never resident.
 pub struct HostRegion {
     memory: MmapMut,
     /// Keeps the pages pinned for a GPU; it is let go before they are unmapped.
     pin: Option<Box<dyn Any + Send + Sync>>,
 }
 
-/// The file, in memory only, behind a region that other processes can map; they find it by its number for as long as this lives.
+/// The file, in memory only, behind a region that other processes can map; they find it by its number for as long as
+/// this lives.
 pub struct SharedFile(File);
 
 impl SharedFile {
@@ -49,11 +50,12 @@ impl HostRegion {
         Ok((Self::of_file(&file)?, SharedFile(file)))
     }
 
-    /// Maps the memory that process `process` has made with [`HostRegion::shareable`], whose [`SharedFile`] must still live.
+    /// Maps the memory that process `process` has made with [`HostRegion::shareable`], whose [`SharedFile`] must
+    /// still live.
     ///
     /// # Safety
-    /// No byte is written through any mapping of this memory while a reference to it exists in another one: the processes agree on who
-    /// writes which part when.
+    /// No byte is written through any mapping of this memory while a reference to it exists in another one: the
+    /// processes agree on who writes which part when.
     pub unsafe fn shared_by(process: u64, number: u64, bytes: usize) -> Result<Self> {
         let path = format!("/proc/{process}/fd/{number}");
         let file = File::options().read(true).write(true).open(&path).with_context(|| path.clone())?;
@@ -63,8 +65,8 @@ impl HostRegion {
     }
 
     fn of_file(file: &File) -> Result<Self> {
-        // SAFETY: the file is in memory and sealed, so that it is never shortened; who writes which part when is the business of those
-        // who call `shared_by`, without which nobody else maps it.
+        // SAFETY: the file is in memory and sealed, so that it is never shortened; who writes which part when is the
+        // business of those who call `shared_by`, without which nobody else maps it.
         let memory =
             unsafe { MmapMut::map_mut(file) }.with_context(|| format!("mapping of shared host memory{}", limits()))?;
         Ok(Self { memory, pin: None })
@@ -114,7 +116,8 @@ impl SharedWords {
         Ok((Self(region), file))
     }
 
-    /// Maps the words that process `process` has made with [`SharedWords::shareable`], whose [`SharedFile`] must still live.
+    /// Maps the words that process `process` has made with [`SharedWords::shareable`], whose [`SharedFile`] must
+    /// still live.
     ///
     /// # Safety
     /// The file of this number is that of such words, not of memory that is read or written in another way.
@@ -135,7 +138,8 @@ impl SharedWords {
     /// The words.
     pub fn words(&self) -> &[AtomicU64] {
         let HostRegion { memory, .. } = &self.0;
-        // SAFETY: the mapping begins at a page, is that long, lives as long as `self`, and is reached as atomic words alone.
+        // SAFETY: the mapping begins at a page, is that long, lives as long as `self`, and is reached as atomic words
+        // alone.
         unsafe { std::slice::from_raw_parts(memory.as_ptr().cast(), memory.len() / size_of::<AtomicU64>()) }
     }
 }
@@ -149,9 +153,9 @@ impl Drop for HostRegion {
 impl<'a, T: Element> View<'a, Cpu, T> {
     /// The elements.
     pub fn host(self) -> &'a [T] {
-        // SAFETY: a view of a `Buffer<Cpu, T>` lies in its live region, aligned to 256 bytes plus whole elements, zeroed at allocation;
-        // its lifetime borrows the buffer, which alone owns the range, in this process and (`HostRegion::shared_by`) in others. `T` is
-        // plain old data.
+        // SAFETY: a view of a `Buffer<Cpu, T>` lies in its live region, aligned to 256 bytes plus whole elements,
+        // zeroed at allocation; its lifetime borrows the buffer, which alone owns the range, in this process and
+        // (`HostRegion::shared_by`) in others. `T` is plain old data.
         unsafe { std::slice::from_raw_parts(self.addr() as *const T, self.len()) }
     }
 }

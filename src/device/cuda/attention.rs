@@ -20,7 +20,7 @@ fn shared_bytes(head_dim: usize) -> u32 {
     if is_wide(head_dim) { 96 << 10 } else { (2 * 2 * 64 * head_dim * size_of::<u16>()) as u32 }
 }
 
-/// Whether the gradients of keys and of values are the work of different blocks.
+/// Returns true if different blocks make the gradients of keys and of values.
 fn is_wide(head_dim: usize) -> bool {
     head_dim > 128
 }
@@ -29,7 +29,7 @@ fn grid(tokens: usize, heads: usize, head_dim: usize) -> Grid {
     Grid { blocks: (tokens.div_ceil(ROWS), heads), threads: THREADS, shared_bytes: shared_bytes(head_dim) }
 }
 
-/// How many keys before itself a token sees at most, as the kernels take it.
+/// Number of keys before itself that a token sees at most, as the kernels take it.
 pub(super) fn max_reach(window: Option<usize>) -> i32 {
     window.map_or(i32::MAX, |window| i32::try_from(window - 1).unwrap_or(i32::MAX))
 }

@@ -37,7 +37,8 @@ impl Blas {
             sys::cublasSetWorkspace_v2(handle, tables.workspace().0 as *mut c_void, WORKSPACE_BYTES)
                 .result()
                 .map_err(|e| anyhow!("cuBLAS: {e:?}"))?;
-            // Partial sums of a product split over k stay f32: rounded to 16 bits they would cost three times its error.
+            // Partial sums of a product split over k stay f32: rounded to 16 bits they would cost three times its
+            // error.
             sys::cublasSetMathMode(handle, sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)
                 .result()
                 .map_err(|e| anyhow!("cuBLAS: {e:?}"))?;
@@ -120,8 +121,8 @@ impl<A: HalfType> Cuda<A> {
             b.len(),
             c.len()
         );
-        // SAFETY: cuBLAS counts in columns, so that it sees Cᵀ = op(B)ᵀ · op(A)ᵀ of the same memory; sizes and strides were
-        // checked against the views; alpha and beta are read before the call returns.
+        // SAFETY: cuBLAS counts in columns, so that it sees Cᵀ = op(B)ᵀ · op(A)ᵀ of the same memory; sizes and
+        // strides were checked against the views; alpha and beta are read before the call returns.
         unsafe {
             result::gemm_ex(
                 self.blas.handle,

@@ -61,8 +61,8 @@ impl From<TableAddr> for Arg {
     }
 }
 
-/// The tensor map that a Hopper's copies need, of a matrix whose rows are `width` elements of 16 bits: boxes of 64 rows and as many
-/// columns as `hopper.cuh` has in a row of a tile `[.., head_dim]`.
+/// The tensor map that a Hopper's copies need, of a matrix whose rows are `width` elements of 16 bits: boxes of 64
+/// rows and as many columns as `hopper.cuh` has in a row of a tile `[.., head_dim]`.
 pub(super) fn tile_map<A: HalfType>(matrix: View<'_, Cuda<A>, A>, width: usize, head_dim: usize) -> Result<Arg> {
     let (columns, swizzle) = if head_dim.is_multiple_of(64) {
         (64, sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B)
@@ -75,7 +75,8 @@ pub(super) fn tile_map<A: HalfType>(matrix: View<'_, Cuda<A>, A>, width: usize, 
         matrix.addr()
     );
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: the arrays have the lengths that two dimensions take (one stride); the map is written, the matrix is not read.
+    // SAFETY: the arrays have the lengths that two dimensions take (one stride); the map is written, the matrix is
+    // not read.
     let encoded = unsafe {
         sys::cuTensorMapEncodeTiled(
             &mut map,
@@ -126,8 +127,9 @@ impl<A: HalfType> Cuda<A> {
     /// Starts a kernel on the compute stream; a grid without blocks starts none.
     ///
     /// # Safety
-    /// The arguments are those that the kernel declares, in its order, and what it reaches through them, in a grid of this size, lies in
-    /// the views that they were made of. Memory is freed when the GPU is idle, so that views need not outlive the call.
+    /// The arguments are those that the kernel declares, in its order, and what it reaches through them, in a grid of
+    /// this size, lies in the views that they were made of. Memory is freed when the GPU is idle, so that views need
+    /// not outlive the call.
     pub(super) unsafe fn launch<const N: usize>(&self, name: &str, grid: Grid, args: [Arg; N]) -> Result<()> {
         // SAFETY: the caller's duty.
         unsafe { self.launch_on(&self.compute, name, grid, args) }

@@ -2,8 +2,8 @@
 //!
 //! The driver (`libcuda.so.1`) is the system's. NVRTC and cuBLAS are searched in this order: the folder that
 //! `FSDP_QLORA_CUDA_PATH` names (or its `lib64`, `lib`), which then is the only one; the dynamic linker's own paths;
-//! `$CUDA_HOME`, `$CUDA_PATH`, `/usr/local/cuda`, `/usr/local/cuda-*`, `/opt/cuda`; `$CONDA_PREFIX/lib`; the `nvidia-*`
-//! packages of `$VIRTUAL_ENV`, or else of `python3`.
+//! `$CUDA_HOME`, `$CUDA_PATH`, `/usr/local/cuda`, `/usr/local/cuda-*`, `/opt/cuda`; `$CONDA_PREFIX/lib`; the
+//! `nvidia-*` packages of `$VIRTUAL_ENV`, or else of `python3`.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -71,8 +71,8 @@ fn has_all(folder: &Path, libraries: &[&str]) -> bool {
     libraries.iter().all(|library| !files(folder, library).is_empty())
 }
 
-/// Fails when cuBLAS and cuBLASLt, as /proc/self/maps shows them, come from several folders: they may be of two versions, which crash or
-/// compute wrongly.
+/// Fails when cuBLAS and cuBLASLt, as /proc/self/maps shows them, come from several folders: they may be of two
+/// versions, which crash or compute wrongly.
 fn check_one_folder(maps: &str) -> Result<()> {
     let paths = maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..])));
     let is_cublas = |path: &&Path| {

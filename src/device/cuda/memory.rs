@@ -82,7 +82,8 @@ pub struct Tables {
     region: DeviceRegion,
 }
 
-/// Offsets of the tables: the NF4 code book, its thresholds, the 8-bit dynamic map, partial sums, the workspace of cuBLAS.
+/// Offsets of the tables: the NF4 code book, its thresholds, the 8-bit dynamic map, partial sums, the workspace of
+/// cuBLAS.
 const CODEBOOK_AT: u64 = 0;
 const THRESHOLDS_AT: u64 = 64;
 const MAP_AT: u64 = 256;
@@ -133,8 +134,8 @@ impl Tables {
 }
 
 impl<A: HalfType> Cuda<A> {
-    /// Copies on the device, on a stream; the lengths must be equal. Values depend on the order of streams, which is the caller's
-    /// business; memory does not: it is freed when the GPU is idle.
+    /// Copies on the device, on a stream; the lengths must be equal. Values depend on the order of streams, which is
+    /// the caller's business; memory does not: it is freed when the GPU is idle.
     pub fn copy_on<T: Element>(
         &self,
         stream: &CudaStream,
@@ -165,7 +166,8 @@ impl<A: HalfType> Cuda<A> {
         if src.is_empty() {
             return Ok(());
         }
-        // SAFETY: the lengths are equal; the caller keeps the source as it is, and memory of either kind is freed when the GPU is idle.
+        // SAFETY: the lengths are equal; the caller keeps the source as it is, and memory of either kind is freed
+        // when the GPU is idle.
         unsafe { result::memcpy_htod_async(dst.addr() as u64, src.host(), stream.cu_stream()) }
             .map_err(|e| anyhow!("copy to the GPU: {e}"))
     }
@@ -257,8 +259,8 @@ impl<A: HalfType> Device for Cuda<A> {
         if src.is_empty() {
             return Ok(());
         }
-        // SAFETY: the lengths are equal; from memory that is not pinned the call returns when the source has been read, and otherwise
-        // the copy is waited for below.
+        // SAFETY: the lengths are equal; from memory that is not pinned the call returns when the source has been
+        // read, and otherwise the copy is waited for below.
         unsafe { result::memcpy_htod_async(dst.addr() as u64, src, self.compute.cu_stream()) }
             .map_err(|e| anyhow!("copy to the GPU: {e}"))?;
         if is_pinned(src) { self.synchronize() } else { Ok(()) }

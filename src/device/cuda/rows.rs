@@ -17,7 +17,8 @@ impl<A: HalfType> RowsOps for Cuda<A> {
     ) -> Result<()> {
         let num_rows = rows.check("gather_rows", y.len(), x.len(), width)?;
         ensure!(width.is_multiple_of(8), "gather_rows: rows of {width}, allowed: a multiple of 8");
-        // SAFETY: the lengths were checked above and every index is below the bound, and the kernel declares these arguments in this order.
+        // SAFETY: the lengths were checked above and every index is below the bound, and the kernel declares these
+        // arguments in this order.
         unsafe { self.launch("gather_rows", Grid::rows(num_rows), args![y, x, rows.view(), (width / 8) as u32]) }
     }
 
@@ -32,7 +33,8 @@ impl<A: HalfType> RowsOps for Cuda<A> {
         let num_rows = rows.check("scatter_rows", x.len(), all, width)?;
         ensure!(width.is_multiple_of(8), "scatter_rows: rows of {width}, allowed: a multiple of 8");
         self.fill_bytes(y.range_mut(0..all), 0)?;
-        // SAFETY: the lengths were checked above and every index is below the bound, and the kernel declares these arguments in this order.
+        // SAFETY: the lengths were checked above and every index is below the bound, and the kernel declares these
+        // arguments in this order.
         unsafe { self.launch("scatter_rows", Grid::rows(num_rows), args![y, x, rows.view(), (width / 8) as u32]) }
     }
 }

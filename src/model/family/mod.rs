@@ -1,5 +1,5 @@
 //! From a config.json of Hugging Face to a [`ModelSpec`]. A family is one architecture: a file that says which keys it has, what each
-//! means, and how its layers differ from [`decoder`]'s. A key that is not understood is refused.
+//! means, and how its layers differ from those of `decoder`. A key that is not understood is refused.
 
 mod decoder;
 mod json_fields;
