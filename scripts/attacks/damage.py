@@ -28,7 +28,7 @@ def write(name, content):
 
 
 def replace(name, make):
-    """Something else in the place of a file."""
+    """Put something else in the place of a file."""
 
     def prepare(place):
         path = place.path(name)
@@ -39,7 +39,7 @@ def replace(name, make):
 
 
 def not_a_file(_):
-    """A folder, a FIFO, a device, a link to itself, nothing."""
+    """A folder, a FIFO, a device, a link to itself or no file at all in the place of a file."""
     for name, args in INPUTS.items():
         # A tokenizer_config.json may be missing.
         gone = ANY if name.endswith("tokenizer_config.json") else REFUSED
@@ -51,7 +51,7 @@ def not_a_file(_):
 
 
 def other_content(_):
-    """What downloads leave, and what is no text."""
+    """Leftovers of failed downloads, and files that are no text."""
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4976698672\n"
     page = b"<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not Found</body></html>\n"
     contents = {
@@ -89,7 +89,7 @@ def truncated(random):
 
 
 def changed_bytes(random):
-    """Text files with a byte changed: whatever comes of it, it ends."""
+    """Text files with one byte changed: the run ends, whatever comes of the change."""
     for name, args in INPUTS.items():
         if name.endswith(".safetensors"):
             continue

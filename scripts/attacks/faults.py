@@ -1,4 +1,4 @@
-"""Faults of the file system and kills while a run replaces the result of another: what was there stays whole, or the new one is."""
+"""Faults of the file system and kills while a run replaces an old result: afterwards the old or the new result is whole."""
 
 import collections
 import contextlib
@@ -33,7 +33,7 @@ STRACE = ["strace", "-f", "-b", "execve", "-qq"]
 
 
 def why_not_traced() -> str | None:
-    """Why faults cannot be injected on this machine."""
+    """The reason why faults cannot be injected on this machine, or `None`."""
     try:
         tried = subprocess.run(["strace", "-qq", "-o", "/dev/null", "true"], capture_output=True, text=True)
     except FileNotFoundError:
@@ -212,7 +212,7 @@ def places(_):
         place.path("out/run.json").unlink(missing_ok=True)
 
     class Kept(Attack):
-        """Whatever was there is there afterwards."""
+        """Everything that was in the folder is there afterwards."""
 
         def run(self, place, reference):
             place.reset()

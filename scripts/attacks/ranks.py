@@ -1,4 +1,4 @@
-"""Ranks that were started with different things: refused before anything is written."""
+"""Ranks that were started with different things, which must be refused before anything is written."""
 
 import json
 import shutil

@@ -28,8 +28,8 @@ use crate::train::log::Log;
 
 const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
 
-Exit status: 0 done, or finished before; 2 the command line or the recipe is wrong; 1 anything else, and also an adapter that had to be \
-saved elsewhere than in output_dir (the last line names the place)";
+Exit status: 0 the command is done, or was finished before; 2 the command line or the recipe is wrong, or the ranks were not started \
+alike; 1 anything else, and also an adapter that had to be saved elsewhere than in output_dir (the last line names the place)";
 
 /// Most ranks, or shards, that the command line takes: a larger number is a slip of the pen, and the work of planning
 /// grows with it.
