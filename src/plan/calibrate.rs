@@ -260,15 +260,19 @@ mod tests {
         };
         let calibrated = fit(&Hardware::named("h100").unwrap(), &read("h100-calibration.jsonl")).unwrap();
         let (alone, two) = (read("h100.jsonl"), read("h100-x2.jsonl"));
-        assert!(alone.len() >= 8 && two.len() >= 8);
+        assert!(alone.len() >= 8 && two.len() >= 6);
+        let mut wrong = Vec::new();
         for run in alone.iter().chain(&two) {
             let Ratios { time, device, host } = run.compare(&calibrated).unwrap();
-            println!("{time:.3} {device:?} {host:?} {}", run.name());
             let within = |ratio: f64, error: f64| (ratio - 1.0).abs() < error;
-            assert!(within(time, 0.1), "{time}: {}", run.name());
-            assert!(device.is_some_and(|device| within(device, 0.01)), "{device:?}: {}", run.name());
-            assert!(host.is_some_and(|host| within(host, 0.02)), "{host:?}: {}", run.name());
+            let line = format!("time {time:.3}, device {device:.3?}, host {host:.3?}: {}", run.name());
+            println!("{line}");
+            let memory = device.is_some_and(|d| within(d, 0.01)) && host.is_some_and(|h| within(h, 0.02));
+            if !within(time, 0.1) || !memory {
+                wrong.push(line);
+            }
         }
+        assert!(wrong.is_empty(), "{wrong:#?}");
     }
 
     #[test]
@@ -279,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_line_tells_what_the_adapter_was() {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results/h100-calibration.jsonl");
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results/h100-2026-11-25.jsonl");
         let line = std::fs::read_to_string(path).unwrap().lines().next().unwrap().to_string();
         let job = r#"{"job": {"lora.r": 256, "lora.target_modules": ["q_proj"], "quantization.load_in_4bit": false}, "#;
         let runs = MeasuredRun::read(&format!("{line}\n{}", line.replacen('{', job, 1))).unwrap();

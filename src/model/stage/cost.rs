@@ -7,12 +7,20 @@ use super::attention::Attention;
 use super::mlp::Mlp;
 use crate::model::spec::{LayerSpec, Module, ModuleId};
 
-/// Kernels of a linear module with LoRA.
-const FORWARD_LAUNCHES: f64 = 4.0;
-const BACKWARD_LAUNCHES: f64 = 7.0;
-/// Passes over a module's input that dropout adds.
-const FORWARD_DROPOUT: f64 = 2.0;
-const BACKWARD_DROPOUT: f64 = 6.0;
+/// What a linear module with LoRA does besides its product with the base: kernels, and passes over its input and its output.
+struct Passes {
+    launches: f64,
+    input: f64,
+    output: f64,
+    /// More passes over the input where its dropout mask is drawn, which takes about as long as one of them.
+    dropout: f64,
+}
+
+/// u = dropout(x) · Aᵀ reads the input; u · Bᵀ writes the output, and the base's product reads it again.
+const FORWARD: Passes = Passes { launches: 3.0, input: 1.0, output: 2.0, dropout: 1.0 };
+
+/// d_u and the gradient of B each read d_y; the gradient of A reads the input, and d_u · A is added to d_x.
+const BACKWARD: Passes = Passes { launches: 5.0, input: 3.0, output: 2.0, dropout: 2.0 };
 
 /// The cost of a computation, for each token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -50,11 +58,11 @@ pub struct Circumstances {
 impl Circumstances {
     /// Modules and other work of a forward: inputs are read, outputs written and added to.
     fn forward<'m>(&self, modules: impl Iterator<Item = &'m Module>, elements: usize, launches: usize) -> Cost {
-        self.linear(modules, elements, launches, (FORWARD_LAUNCHES, FORWARD_DROPOUT))
+        self.linear(modules, elements, launches, &FORWARD)
     }
 
     fn backward<'m>(&self, modules: impl Iterator<Item = &'m Module>, elements: usize, launches: usize) -> Cost {
-        self.linear(modules, elements, launches, (BACKWARD_LAUNCHES, BACKWARD_DROPOUT))
+        self.linear(modules, elements, launches, &BACKWARD)
     }
 
     fn linear<'m>(
@@ -62,15 +70,16 @@ impl Circumstances {
         modules: impl Iterator<Item = &'m Module>,
         elements: usize,
         launches: usize,
-        (launches_of_module, dropout): (f64, f64),
+        passes: &Passes,
     ) -> Cost {
         let mut cost = Cost { elements: elements as f64, launches: launches as f64, ..Cost::default() };
+        let dropout = if self.has_dropout { passes.dropout } else { 0.0 };
         for module in modules {
             let (input, output) = (module.in_features as f64, module.out_features as f64);
             cost += Cost {
                 weights: input * output,
-                elements: input + 2.0 * output + if self.has_dropout { dropout * input } else { 0.0 },
-                launches: launches_of_module,
+                elements: (passes.input + dropout) * input + passes.output * output,
+                launches: passes.launches,
                 ..Cost::default()
             };
         }
@@ -88,8 +97,7 @@ impl Attention {
             cost += at.forward(inputs, 2 * h + 2 * q + 2 * kv, 3);
         }
         if computed.attention {
-            // Causal: half of T² scores for each head, and two products.
-            let forward_scores = 2.0 * at.max_length as f64 * q as f64;
+            let forward_scores = 4.0 * self.visible_keys(at) * q as f64;
             cost += Cost { forward_scores, elements: 2.0 * q as f64, launches: 1.0, ..Cost::default() };
         }
         if computed.mlp {
@@ -101,8 +109,16 @@ impl Attention {
     fn backward_cost(&self, at: &Circumstances) -> Cost {
         let (h, q, kv) = (at.hidden_size, self.q_width(), self.kv_width());
         let mut cost = at.backward(self.modules.iter(), 4 * h + 8 * q + 6 * kv, 6);
-        cost.backward_scores = 5.0 * at.max_length as f64 * q as f64;
+        cost.backward_scores = 10.0 * self.visible_keys(at) * q as f64;
         cost
+    }
+
+    /// Keys that a query sees on average, in the longest document. Forward has two products of each, backward five.
+    fn visible_keys(&self, at: &Circumstances) -> f64 {
+        let length = at.max_length as f64;
+        let window = self.window.map_or(length, |window| (window as f64).min(length));
+        // Pairs of query and key: those of a triangle, less those of the triangle beyond the window.
+        (length.powi(2) - (length - window).powi(2)) / 2.0 / length.max(1.0)
     }
 }
 
