@@ -47,6 +47,21 @@ pub struct RopeConfig {
     pub head_dim: usize,
     pub max_position_embeddings: usize,
     pub scaling: RopeScaling,
+    pub growth: Option<Growth>,
+}
+
+/// A factor of cosines and sines that grows with the position in a document: 1 + beta · ln(1 + ⌊position / length⌋), which is 1 for the
+/// first `length` positions. Because rotation is linear, it is a factor of what is rotated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Growth {
+    pub beta: f64,
+    pub length: usize,
+}
+
+impl Growth {
+    fn factor(&self, position: u32) -> f32 {
+        1.0 + self.beta as f32 * (1.0 + (position as f32 / self.length as f32).floor()).ln()
+    }
 }
 
 impl RopeConfig {
@@ -87,7 +102,7 @@ impl RopeConfig {
         }
     }
 
-    /// Cosines and sines, each `[T, head_dim / 2]`, attention scaling included.
+    /// Cosines and sines, each `[T, head_dim / 2]`, attention scaling and growth included.
     ///
     /// `positions` `[T]` are positions of tokens in their own documents; `documents` `[D + 1]` holds the first token
     /// of each document and, last, T. Dynamic NTK scales each document by its own length, as transformers does for a
@@ -103,6 +118,7 @@ impl RopeConfig {
             let inv_freq = self.inv_freq(num_tokens);
             let rows = cos[elements.clone()].par_chunks_exact_mut(half).zip(sin[elements].par_chunks_exact_mut(half));
             rows.zip(positions).for_each(|((cos, sin), &position)| {
+                let scaling = self.growth.as_ref().map_or(scaling, |growth| scaling * growth.factor(position));
                 for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&inv_freq) {
                     let angle = position as f32 * frequency;
                     (*cos, *sin) = (angle.cos() * scaling, angle.sin() * scaling);
@@ -169,7 +185,7 @@ mod tests {
     use super::*;
 
     fn rope(rope_theta: f64, max_position_embeddings: usize, scaling: RopeScaling) -> RopeConfig {
-        RopeConfig { rope_theta, head_dim: 16, max_position_embeddings, scaling }
+        RopeConfig { rope_theta, head_dim: 16, max_position_embeddings, scaling, growth: None }
     }
 
     fn yarn() -> RopeConfig {
@@ -274,6 +290,18 @@ mod tests {
             1.289_173_2e-6,
         ];
         assert_close(&rope(500_000.0, 512, RopeScaling::Llama3(scaling)).inv_freq(1), &expected);
+    }
+
+    /// Expected: `get_llama_4_attn_scale` of Ministral 3 in transformers 5.24.0, with beta 0.1 and length 16.
+    #[test]
+    fn growth_begins_after_its_length() {
+        let growing = RopeConfig { growth: Some(Growth { beta: 0.1, length: 16 }), ..yarn() };
+        let positions = [0, 15, 16, 31, 32, 47];
+        let (plain, (cos, sin)) = (yarn().cos_sin(&positions, &[0, 6]), growing.cos_sin(&positions, &[0, 6]));
+        let factors = [1.0, 1.0, 1.069_314_7, 1.069_314_7, 1.109_861_2, 1.109_861_2];
+        let times = |x: &[f32]| -> Vec<f32> { x.iter().enumerate().map(|(i, x)| x * factors[i / 8]).collect() };
+        assert_close(&cos, &times(&plain.0));
+        assert_close(&sin, &times(&plain.1));
     }
 
     #[test]

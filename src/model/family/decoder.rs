@@ -1,6 +1,8 @@
 //! The decoder that families are variants of: Llama's. A family reads its sizes with [`Decoder::read`], sets what differs, and makes the
 //! model with [`Decoder::spec`], whose layers it may change.
 
+use serde_json::Value;
+
 use super::json_fields::Fields;
 use super::{eos_token_ids, quantization};
 use crate::device::Activation;
@@ -19,6 +21,7 @@ pub(super) struct Defaults {
     /// `None`: hidden_size / heads.
     pub head_dim: Option<usize>,
     pub max_position_embeddings: usize,
+    pub rms_norm_eps: f64,
     pub tie_word_embeddings: bool,
 }
 
@@ -76,13 +79,30 @@ impl Decoder {
             num_key_value_heads,
             head_dim,
             vocab_size: fields.size("vocab_size", None),
-            rms_norm_eps: fields.float("rms_norm_eps", Some(1e-6)) as f32,
+            rms_norm_eps: fields.float("rms_norm_eps", Some(defaults.rms_norm_eps)) as f32,
             tie_word_embeddings: fields.flag("tie_word_embeddings", defaults.tie_word_embeddings),
             max_position_embeddings: fields.size("max_position_embeddings", Some(defaults.max_position_embeddings)),
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
         }
+    }
+
+    /// Takes `layer_types`: for each layer, true where attention has a window.
+    pub fn layer_types(&self, fields: &mut Fields) -> Option<Vec<bool>> {
+        let allowed = format!(
+            "a list with \"full_attention\" or \"sliding_attention\" for each of {} layers",
+            self.num_hidden_layers
+        );
+        let is_sliding = |value: &Value| match value.as_str()? {
+            "full_attention" => Some(false),
+            "sliding_attention" => Some(true),
+            _ => None,
+        };
+        fields.parse("layer_types", Some(None), None, &allowed, |value| {
+            let list: Vec<bool> = value.as_array()?.iter().map(is_sliding).collect::<Option<_>>()?;
+            (list.len() == self.num_hidden_layers).then_some(Some(list))
+        })
     }
 
     /// Makes the model, in which every layer rotates by the first of `ropes`. With problems it has no layers.
@@ -155,6 +175,7 @@ impl Decoder {
                 softcap: None,
                 window: None,
                 rope: Some(0),
+                q_rope: None,
             },
             mlp: Mlp {
                 norm: Some(self.norm(NormId::Mlp, &format!("{prefix}.post_attention_layernorm"))),

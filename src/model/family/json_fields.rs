@@ -8,7 +8,7 @@ use crate::files::shown;
 pub(super) struct Fields {
     pub map: Map<String, Value>,
     /// Stands before the object's keys in messages.
-    pub prefix: &'static str,
+    pub prefix: String,
     pub problems: Vec<String>,
 }
 
@@ -28,7 +28,7 @@ impl Fields {
     }
 
     pub fn refuse(&mut self, key: &str, found: impl Into<Value>, allowed: impl AsRef<str>) {
-        let (prefix, found, allowed) = (self.prefix, shown(&found.into().to_string()), allowed.as_ref());
+        let (prefix, found, allowed) = (&self.prefix, shown(&found.into().to_string()), allowed.as_ref());
         self.problems.push(format!("{prefix}{key}: found {found}, allowed: {allowed}"));
     }
 
@@ -65,18 +65,29 @@ impl Fields {
         self.parse(key, default, 1.0, "a number above 0 (from 1e-30 to 1e30)", read)
     }
 
+    /// Like [`Self::float`], but 0 is allowed.
+    pub fn float_or_zero(&mut self, key: &str, default: f64) -> f64 {
+        let read = |value: &Value| value.as_f64().filter(|x| *x == 0.0 || (1e-30..=1e30).contains(x));
+        self.parse(key, Some(default), default, "0 or a number above it (from 1e-30 to 1e30)", read)
+    }
+
+    /// Takes a size that is switched off by null, which differs from an absent key.
+    pub fn size_or_null(&mut self, key: &str, absent: Option<usize>) -> Option<usize> {
+        match (self.is_null(key), absent) {
+            (true, _) => None,
+            (false, None) if !self.has(key) => None,
+            (false, absent) => Some(self.size(key, absent)),
+        }
+    }
+
     pub fn flag(&mut self, key: &str, default: bool) -> bool {
         self.parse(key, Some(default), default, "true or false", Value::as_bool)
     }
 
-    pub fn object(&mut self, key: &'static str) -> Fields {
+    /// Takes an object, which is empty where the key is absent. Its problems have to be moved to those of `self`.
+    pub fn object(&mut self, key: &str) -> Fields {
         let map = self.parse(key, Some(Map::new()), Map::new(), "an object", |value| value.as_object().cloned());
-        let prefix = match key {
-            "rope_scaling" => "rope_scaling.",
-            "rope_parameters" => "rope_parameters.",
-            _ => "quantization_config.",
-        };
-        Fields { map, prefix, problems: Vec::new() }
+        Fields { map, prefix: format!("{}{key}.", self.prefix), problems: Vec::new() }
     }
 
     pub fn check_neutral<const N: usize>(&mut self, neutral: [(&str, Value); N]) {

@@ -14,13 +14,14 @@ fn read(fields: &mut Fields) -> ModelSpec {
         num_key_value_heads: None,
         head_dim: None,
         max_position_embeddings: 2048,
+        rms_norm_eps: 1e-6,
         tie_word_embeddings: false,
     };
     let mut decoder = Decoder::read(fields, &defaults);
     let attention_bias = fields.flag("attention_bias", false);
     (decoder.qkv_bias, decoder.o_bias) = (attention_bias, attention_bias);
     decoder.mlp_bias = fields.flag("mlp_bias", false);
-    let rope = rope::read(fields, decoder.head_dim, decoder.max_position_embeddings);
+    let rope = rope::read(fields, &decoder, 10_000.0);
     fields.check_neutral([
         ("hidden_act", json!("silu")),
         ("sliding_window", json!(null)),

@@ -4,6 +4,9 @@
 mod decoder;
 mod json_fields;
 mod llama;
+mod ministral3;
+mod mistral;
+mod olmo;
 mod quantization;
 mod rope;
 
@@ -27,7 +30,14 @@ struct Family {
     read: fn(&mut Fields) -> ModelSpec,
 }
 
-const FAMILIES: &[Family] = &[llama::FAMILY];
+const FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    mistral::FAMILY,
+    mistral::MINISTRAL,
+    ministral3::FAMILY,
+    olmo::OLMO2,
+    olmo::OLMO3,
+];
 
 /// Keys that do not change what the model computes: generation defaults, tokens, file keeping.
 #[rustfmt::skip]
@@ -67,27 +77,34 @@ pub(super) fn load(dir: &Path) -> Result<ModelSpec> {
 
 /// Reads a config.json that came from `source`.
 pub(super) fn from_map(map: Map<String, Value>, source: &str) -> Result<ModelSpec> {
-    let mut fields = Fields { map, prefix: "", problems: Vec::new() };
-    let family = family(&mut fields);
-    let spec = (family.read)(&mut fields);
-    fields.check_neutral(neutral_values());
-    fields.map.retain(|key, _| !HARMLESS.contains(&key.as_str()));
-    fields.check_rest();
+    let mut fields = Fields { map, prefix: String::new(), problems: Vec::new() };
+    let spec = read_as_one_of(FAMILIES, &mut fields);
     match fields.problems.is_empty() {
         true => Ok(spec),
         false => bail!("{source}: this model cannot be used:{}", listed(&fields.problems)),
     }
 }
 
-/// Takes the keys that name the family. The keys of an unknown one are read as Llama's, so that one error names all that is wrong.
-fn family(fields: &mut Fields) -> &'static Family {
+/// Takes all keys.
+fn read_as_one_of(families: &'static [Family], fields: &mut Fields) -> ModelSpec {
+    let spec = (family(families, fields).read)(fields);
+    fields.check_neutral(neutral_values());
+    fields.map.retain(|key, _| !HARMLESS.contains(&key.as_str()));
+    fields.check_rest();
+    spec
+}
+
+/// Takes the keys that name the family. The keys of an unknown one are read as those of the first, so that one error names all that is
+/// wrong.
+fn family(families: &'static [Family], fields: &mut Fields) -> &'static Family {
     let (architectures, model_type) = (fields.take("architectures"), fields.take("model_type"));
-    let by_type = FAMILIES.iter().find(|family| model_type.as_ref().is_some_and(|found| found == family.model_type));
-    let words = |word: fn(&Family) -> &'static str| FAMILIES.iter().map(word).collect::<Vec<_>>().join(", ");
+    let by_type = families.iter().find(|family| model_type.as_ref().is_some_and(|found| found == family.model_type));
+    let words = |word: fn(&Family) -> &'static str| families.iter().map(word).collect::<Vec<_>>().join(", ");
     match (model_type, by_type) {
         (None, _) => {
             let allowed = words(|family| family.model_type);
-            fields.problems.push(format!("model_type: missing, allowed: {allowed}"));
+            let problem = format!("{}model_type: missing, allowed: {allowed}", fields.prefix);
+            fields.problems.push(problem);
         }
         (Some(found), None) => fields.refuse("model_type", found, words(|family| family.model_type)),
         (Some(_), Some(_)) => {}
@@ -98,7 +115,7 @@ fn family(fields: &mut Fields) -> &'static Family {
     {
         fields.refuse("architectures", found, allowed);
     }
-    by_type.unwrap_or(&FAMILIES[0])
+    by_type.unwrap_or(&families[0])
 }
 
 fn eos_token_ids(fields: &mut Fields) -> Vec<u32> {
@@ -131,6 +148,16 @@ mod tests {
         let mut config = smollm();
         config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
         config
+    }
+
+    /// The model of a config.json that must be right.
+    pub fn spec_of(config: Value) -> ModelSpec {
+        load(&config).unwrap()
+    }
+
+    /// The error of a config.json that must be refused.
+    pub fn error_of(config: Value) -> String {
+        load(&config).unwrap_err().to_string()
     }
 
     fn load(config: &Value) -> Result<ModelSpec> {

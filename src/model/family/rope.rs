@@ -2,17 +2,52 @@
 
 use serde_json::json;
 
+use super::decoder::Decoder;
 use super::json_fields::Fields;
 use crate::model::rope::{Llama3, RopeConfig, RopeScaling, Yarn};
 
-/// Takes the keys of a rotation of all of `head_dim`.
-pub(super) fn read(fields: &mut Fields, head_dim: usize, max_position_embeddings: usize) -> RopeConfig {
+/// Takes the keys of a rotation of all of `head_dim`. `theta` is the base where config.json gives none.
+pub(super) fn read(fields: &mut Fields, decoder: &Decoder, theta: f64) -> RopeConfig {
+    let theta = fields.float("rope_theta", Some(theta));
+    let mut rope = parameters(fields);
+    let config = config(&mut rope, decoder, theta);
+    fields.problems.append(&mut rope.problems);
+    config
+}
+
+/// Takes the keys of two rotations: of layers with full attention, and of layers with a window. `thetas` are their bases where config.json
+/// gives none. `rope_theta` and `rope_scaling` mean the first alone; `rope_parameters` names both.
+pub(super) fn read_two(fields: &mut Fields, decoder: &Decoder, thetas: [f64; 2]) -> [RopeConfig; 2] {
+    let thetas = [fields.float("rope_theta", Some(thetas[0])), thetas[1]];
+    let mut both = parameters(fields);
+    let full = match both.prefix.ends_with("rope_scaling.") {
+        true => Fields { map: std::mem::take(&mut both.map), prefix: both.prefix.clone(), problems: Vec::new() },
+        false => both.object("full_attention"),
+    };
+    let mut ropes = [full, both.object("sliding_attention")];
+    both.check_rest();
+    fields.problems.append(&mut both.problems);
+    let configs = std::array::from_fn(|i| {
+        // transformers reads `truncate` beside the two, so that one inside does nothing.
+        ropes[i].check_neutral([("truncate", json!(true))]);
+        config(&mut ropes[i], decoder, thetas[i])
+    });
+    ropes.iter_mut().for_each(|rope| fields.problems.append(&mut rope.problems));
+    configs
+}
+
+/// Takes the object of parameters, in whichever of the two forms. It is empty where there is none.
+pub(super) fn parameters(fields: &mut Fields) -> Fields {
     if fields.has("rope_scaling") && fields.has("rope_parameters") {
         fields.problems.push("rope_scaling and rope_parameters: both are there, keep the one that is meant".into());
     }
-    let outer_theta = fields.float("rope_theta", Some(10_000.0));
-    let mut rope = fields.object(if fields.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" });
-    let rope_theta = rope.float("rope_theta", Some(outer_theta));
+    fields.object(if fields.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" })
+}
+
+/// Takes the parameters of one rotation. `theta` is the base where they have none.
+pub(super) fn config(rope: &mut Fields, decoder: &Decoder, theta: f64) -> RopeConfig {
+    let max_position_embeddings = decoder.max_position_embeddings;
+    let rope_theta = rope.float("rope_theta", Some(theta));
     let kinds = [rope.take("rope_type"), rope.take("type")];
     let kind = kinds.into_iter().flatten().next().unwrap_or(json!("default"));
     let length = Some(max_position_embeddings);
@@ -20,7 +55,7 @@ pub(super) fn read(fields: &mut Fields, head_dim: usize, max_position_embeddings
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: rope.float("factor", None) },
         "dynamic" => RopeScaling::Dynamic { factor: rope.float("factor", None) },
-        "yarn" => RopeScaling::Yarn(read_yarn(&mut rope, max_position_embeddings)),
+        "yarn" => RopeScaling::Yarn(read_yarn(rope, max_position_embeddings)),
         "llama3" => RopeScaling::Llama3(Llama3 {
             factor: rope.float("factor", None),
             low_freq_factor: rope.float("low_freq_factor", None),
@@ -35,21 +70,22 @@ pub(super) fn read(fields: &mut Fields, head_dim: usize, max_position_embeddings
     };
     rope.check_neutral([("partial_rotary_factor", json!(1.0))]);
     rope.check_rest();
-    fields.problems.append(&mut rope.problems);
-    RopeConfig { rope_theta, head_dim, max_position_embeddings, scaling }
+    RopeConfig { rope_theta, head_dim: decoder.head_dim, max_position_embeddings, scaling, growth: None }
 }
 
 fn read_yarn(rope: &mut Fields, max_position_embeddings: usize) -> Yarn {
     let original = rope.size("original_max_position_embeddings", Some(max_position_embeddings));
     let factor = rope.float("factor", Some(max_position_embeddings as f64 / original as f64));
-    let (mscale, mscale_all_dim) = (rope.float("mscale", Some(0.0)), rope.float("mscale_all_dim", Some(0.0)));
+    let (mscale, mscale_all_dim) = (rope.float_or_zero("mscale", 0.0), rope.float_or_zero("mscale_all_dim", 0.0));
     let attention_factor = Yarn::default_attention_factor(factor, mscale, mscale_all_dim);
+    // 0 is as good as absent.
+    let mut beta = |key, default| Some(rope.float_or_zero(key, default)).filter(|x| *x > 0.0).unwrap_or(default);
     Yarn {
         factor,
         original_max_position_embeddings: original,
+        beta_fast: beta("beta_fast", 32.0),
+        beta_slow: beta("beta_slow", 1.0),
         attention_factor: rope.float("attention_factor", Some(attention_factor)),
-        beta_fast: rope.float("beta_fast", Some(32.0)),
-        beta_slow: rope.float("beta_slow", Some(1.0)),
         truncate: rope.flag("truncate", true),
     }
 }

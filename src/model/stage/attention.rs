@@ -37,6 +37,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Index of the rotation in [`crate::model::spec::ModelSpec::ropes`]; `None` rotates nothing.
     pub rope: Option<usize>,
+    /// Index of a rotation that queries have for themselves; `None`: they share that of the keys.
+    pub q_rope: Option<usize>,
 }
 
 impl Attention {
@@ -72,15 +74,25 @@ impl Attention {
         }
     }
 
-    /// Rotates heads to their positions, or back, which is the backward.
+    /// Rotates queries to their positions. The inverse takes gradients back through the rotation.
+    fn rotate_q<D: Ops>(&self, ctx: &StageContext<'_, D>, x: ViewMut<'_, D, D::Act>, inverse: bool) -> Result<()> {
+        self.rotate(ctx, self.q_rope.or(self.rope), x, self.num_heads, inverse)
+    }
+
+    /// Rotates keys to their positions, or takes gradients back.
+    fn rotate_k<D: Ops>(&self, ctx: &StageContext<'_, D>, x: ViewMut<'_, D, D::Act>, inverse: bool) -> Result<()> {
+        self.rotate(ctx, self.rope, x, self.num_key_value_heads, inverse)
+    }
+
     fn rotate<D: Ops>(
         &self,
         ctx: &StageContext<'_, D>,
+        rope: Option<usize>,
         x: ViewMut<'_, D, D::Act>,
         num_heads: usize,
         inverse: bool,
     ) -> Result<()> {
-        let (Some(rope), head_dim) = (self.rope, self.head_dim) else { return Ok(()) };
+        let (Some(rope), head_dim) = (rope, self.head_dim) else { return Ok(()) };
         let (cos, sin) = ctx.batch.rotation(rope);
         ctx.ops.rope(Rope { x, cos, sin, num_heads, head_dim, inverse })
     }
@@ -260,8 +272,8 @@ fn project<D: Ops>(
         ctx.norm_forward(norm, y, rstd, Normed::Plain(k_before.first(kv_len)))?;
     }
     // 4. Positions.
-    stage.rotate(ctx, q.first_mut(q_len), stage.num_heads, false)?;
-    stage.rotate(ctx, k.view_mut().into_range(new), stage.num_key_value_heads, false)
+    stage.rotate_q(ctx, q.first_mut(q_len), false)?;
+    stage.rotate_k(ctx, k.view_mut().into_range(new), false)
 }
 
 /// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it, x. Gradients of trainable values
@@ -327,8 +339,8 @@ fn scores_backward<D: Ops>(
         shape: stage.shape(ctx),
     })?;
     // 3. Positions, and norms of queries and keys.
-    stage.rotate(ctx, d_q.first_mut(q_len), stage.num_heads, true)?;
-    stage.rotate(ctx, d_k.first_mut(kv_len), stage.num_key_value_heads, true)?;
+    stage.rotate_q(ctx, d_q.first_mut(q_len), true)?;
+    stage.rotate_k(ctx, d_k.first_mut(kv_len), true)?;
     if let Some(norm) = &stage.q_norm {
         ops.fill_bytes(d_gate.first_mut(q_len), 0)?;
         let (x, rstd) = (inputs.q_before.first(q_len), inputs.q_rstd.first(q_len / norm.width));
