@@ -61,7 +61,7 @@ struct Item<'a> {
 /// Returns whether a tensor belongs to a layer. Its bytes are then in the shards, and the base's are not read once
 /// these are made.
 fn is_of_a_layer(name: &str) -> bool {
-    name.starts_with("model.layers.")
+    name.contains(".layers.")
 }
 
 fn items(model: &BaseModel) -> Vec<Item<'_>> {

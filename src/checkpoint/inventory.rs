@@ -12,7 +12,7 @@ use crate::model::spec::{ModelSpec, TensorSpec};
 impl BaseModel {
     /// Checks that every tensor of the architecture is there in the right shape, as bf16, f16 or f32 — or, for a
     /// projection, in bitsandbytes' NF4 layout — and that there is no other. Only `*.rotary_emb.inv_freq` and, with
-    /// tied embeddings, an `lm_head.weight` equal to the embedding may be there besides.
+    /// tied embeddings, an `lm_head.weight` equal to the embedding may be there besides, and with a text tower the other towers.
     ///
     /// One error names what is missing, wrong or unknown.
     pub fn check(&self, model: &ModelSpec) -> Result<()> {
@@ -37,7 +37,8 @@ impl BaseModel {
                 known.extend(Self::bnb_parts(&spec.name));
             }
         }
-        let unknown = self.names().filter(|name| !known.contains(*name) && !name.ends_with(".rotary_emb.inv_freq"));
+        let is_ignored = |name: &str| name.ends_with(".rotary_emb.inv_freq") || model.is_beside_text(name);
+        let unknown = self.names().filter(|name| !known.contains(*name) && !is_ignored(name));
         for name in unknown {
             let embedding = &model.embedding.name;
             if *name != model.head.untied_name {
@@ -139,6 +140,27 @@ mod tests {
         check(&tensors, &tied).unwrap();
         let other = config_with(&json!({"tie_word_embeddings": false, "attention_bias": true, "mlp_bias": true}));
         check(&plain(&other), &other).unwrap();
+    }
+
+    #[test]
+    fn other_towers_may_stand_beside_a_text_tower() {
+        let config = config();
+        let text = json!({"model_type": "mistral", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 10});
+        let whole = json!({"model_type": "mistral3", "text_config": text}).to_string();
+        let tower = ModelSpec::parse(whole.as_bytes(), "config.json").unwrap();
+        let vision =
+            ["vision_tower.a.weight", "multi_modal_projector.b.weight"].map(|name| f32s(name, &[2], &[0.5; 2]));
+        let new_names = [plain(&tower), vision.to_vec()].concat();
+        check(&new_names, &tower).unwrap();
+        let mut old_names = new_names;
+        for (name, ..) in &mut old_names {
+            *name = name.replace("model.language_model.", "language_model.model.");
+        }
+        check(&old_names, &tower).unwrap();
+        let error = check(&[plain(&config), vision.to_vec()].concat(), &config).unwrap_err().to_string();
+        assert!(error.contains("model.vision_tower.a.weight is no tensor of this architecture"), "{error}");
+        assert_eq!(error.lines().count(), 3, "{error}");
     }
 
     #[test]

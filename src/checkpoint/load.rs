@@ -115,6 +115,16 @@ impl Checked {
         names.join(",")
     }
 
+    /// Says how many tensors a text tower leaves alone.
+    fn tell_text_tower(&self, tell: &mut dyn FnMut(String)) {
+        let others = self.model.names().filter(|name| self.spec.is_beside_text(name)).count();
+        if self.spec.is_text_tower {
+            tell(format!(
+                "this model also sees: its text tower alone is used, and {others} tensors beside it are left alone"
+            ));
+        }
+    }
+
     /// Says which modules are not in 4 bit although others are.
     fn tell_plain(&self, tell: &mut dyn FnMut(String)) {
         let is_plain = |(_, encoding): &&(String, Encoding)| matches!(encoding, Encoding::Plain(_));
@@ -138,6 +148,7 @@ pub fn open(
     tell: &mut dyn FnMut(String),
 ) -> Result<OpenedBase> {
     let checked = check(dir, options)?;
+    checked.tell_text_tower(tell);
     checked.tell_plain(tell);
     let encoding = checked.encoding();
     let Checked { model, spec, layouts, .. } = checked;

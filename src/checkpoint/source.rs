@@ -51,6 +51,20 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
+/// Beginnings of names in files of models that also see, each with its place in memory, by which transformers 5 and PEFT know the tensor.
+const RENAMED: [(&str, &str); 4] = [
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+];
+
+/// The name in memory of a tensor with this name in a file.
+fn name_in_memory(name: &str) -> String {
+    let renamed = RENAMED.iter().find_map(|(old, new)| Some(format!("{new}{}", name.strip_prefix(old)?)));
+    renamed.unwrap_or_else(|| name.into())
+}
+
 /// Maps a whole file read-only.
 pub(super) fn map(path: &Path) -> Result<Mmap> {
     map_opened(&files::open(path)?).with_context(|| shown_path(path))
@@ -90,7 +104,7 @@ impl BaseModel {
         names.iter().try_for_each(|name| folder::check_named(dir, name)).with_context(place)?;
         let model = Self::map(dir, names)?;
         for (tensor, file) in &weight_map {
-            let found = model.tensors.get(tensor).map(|&(file_idx, _)| &model.files[file_idx].path);
+            let found = model.tensors.get(&name_in_memory(tensor)).map(|&(file_idx, _)| &model.files[file_idx].path);
             ensure!(
                 found == Some(&dir.join(file)),
                 "{}: says that tensor {} is in {file}, which lacks it",
@@ -113,6 +127,7 @@ impl BaseModel {
             files::check_html(&path, beginning)?;
             let tensors = header::parse(&map).with_context(|| shown_path(&path))?;
             for (tensor, entry) in tensors {
+                let tensor = name_in_memory(&tensor);
                 if let Some((other, _)) = model.tensors.get(&tensor) {
                     let other = shown_path(&model.files[*other].path);
                     bail!("{}: tensor {} is also in {other}", shown_path(&path), shown(&tensor));
@@ -129,7 +144,7 @@ impl BaseModel {
         &self.dir
     }
 
-    /// Returns the names of all tensors, sorted.
+    /// Returns the names of all tensors, those in memory, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }

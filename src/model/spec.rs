@@ -16,6 +16,12 @@ use super::family::{self, BnbConfig};
 use super::rope::RopeConfig;
 use super::stage::{Attention, Mlp};
 
+/// Path of the text tower in a model that also sees, as transformers 5 has it in memory.
+pub const TEXT_TOWER: &str = "model.language_model";
+
+/// Beginnings of the names of tensors beside the text tower.
+const BESIDE_TEXT: [&str; 2] = ["model.vision_tower.", "model.multi_modal_projector."];
+
 /// A model: sizes under the names of Hugging Face, tensors, and what is computed with them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelSpec {
@@ -37,6 +43,8 @@ pub struct ModelSpec {
     pub eos_token_ids: Vec<u32>,
     /// Set: the checkpoint is quantized already, by bitsandbytes in NF4.
     pub quantization: Option<BnbConfig>,
+    /// True for the text tower of a model that also sees: the names of its tensors are those of the whole model.
+    pub is_text_tower: bool,
 }
 
 /// The table of token embeddings, `[vocab_size, hidden_size]`.
@@ -274,6 +282,30 @@ impl ModelSpec {
     /// Reads the text of a config.json that came from `source`, see [`Self::load`].
     pub fn parse(text: &[u8], source: &str) -> Result<Self> {
         family::from_map(files::parse_json(Path::new(source), text)?, source)
+    }
+
+    /// Makes the model the text tower of one that also sees.
+    pub(super) fn into_text_tower(mut self) -> Self {
+        let rename = |name: &mut String| {
+            if let Some(rest) = name.strip_prefix("model.") {
+                *name = format!("{TEXT_TOWER}.{rest}");
+            }
+        };
+        [&mut self.embedding.name, &mut self.head.name, &mut self.head.norm.name].into_iter().for_each(rename);
+        for LayerSpec { attention, mlp } in &mut self.layers {
+            attention.modules.iter_mut().chain(&mut mlp.modules).for_each(|module| rename(&mut module.name));
+            let of_attention =
+                [&mut attention.norm, &mut attention.q_norm, &mut attention.k_norm, &mut attention.output_norm];
+            let norms = of_attention.into_iter().chain([&mut mlp.norm, &mut mlp.output_norm]).flatten();
+            norms.for_each(|norm| rename(&mut norm.name));
+        }
+        self.is_text_tower = true;
+        self
+    }
+
+    /// True for a tensor of the whole model that its text tower leaves alone.
+    pub fn is_beside_text(&self, tensor: &str) -> bool {
+        self.is_text_tower && BESIDE_TEXT.iter().any(|tower| tensor.starts_with(tower))
     }
 
     pub fn num_layers(&self) -> usize {

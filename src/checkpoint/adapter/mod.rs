@@ -139,6 +139,19 @@ mod tests {
     }
 
     #[test]
+    fn an_adapter_of_a_text_tower_leaves_other_towers_alone() {
+        let file = "tests/golden/families/mistral3/default/config.v5.json";
+        let text = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join(file)).unwrap();
+        let spec = ModelSpec::parse(&text, file).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let adapter = fresh(settings(), &spec, 42);
+        save(&adapter, &spec, Path::new("base"), dir.path()).unwrap();
+        assert_eq!(load(dir.path(), &spec).unwrap(), adapter);
+        let json: Value = serde_json::from_slice(&std::fs::read(dir.path().join(CONFIG_FILE)).unwrap()).unwrap();
+        assert_eq!(json["target_modules"], json!(r"model\.language_model\..*\.(q_proj|down_proj)"));
+    }
+
+    #[test]
     fn a_fresh_adapter_is_kaiming_uniform_and_zero() {
         let adapter = fresh(settings(), &config(), 42);
         let trainables = LayerTrainables::new(&config().layers[1], &settings().lora_config());

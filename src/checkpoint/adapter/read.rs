@@ -54,7 +54,7 @@ pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Adapter> {
 /// The modules that have an adapter, the same in all layers that have the module. The file of tensors and `target_modules` must agree on
 /// every module.
 fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, spec: &ModelSpec) -> Result<Vec<ModuleId>> {
-    for module in ["lm_head", "model.embed_tokens"] {
+    for module in ["lm_head", spec.embedding.name.trim_end_matches(".weight")] {
         ensure!(
             !peft.targets(module)?,
             "{CONFIG_FILE}: target_modules: {module} is one; allowed: projections of layers"

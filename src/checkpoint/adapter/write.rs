@@ -5,12 +5,21 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use safetensors::tensor::{Dtype, TensorView};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{Adapter, CONFIG_FILE, TENSORS_FILE, tensor_name};
+use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, tensor_name};
 use crate::checkpoint::atomic;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{ModelSpec, TEXT_TOWER};
 use crate::model::trainable::{LayerTrainables, Trainable};
+
+/// Names of modules, or a pattern of their paths where other towers of the model have modules of these names too.
+fn target_modules(settings: &AdapterSettings, spec: &ModelSpec) -> Value {
+    let names: Vec<_> = settings.targets.iter().map(|module| module.name()).collect();
+    match spec.is_text_tower {
+        false => json!(names),
+        true => json!(format!(r"{}\..*\.({})", TEXT_TOWER.replace('.', r"\."), names.join("|"))),
+    }
+}
 
 /// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result
 /// is the matter of [`crate::checkpoint::output`]. `base` is the model's path.
@@ -47,7 +56,7 @@ pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Res
         "inference_mode": true,
         "init_lora_weights": settings.init_lora_weights,
         "modules_to_save": null,
-        "target_modules": settings.targets.iter().map(|p| p.name()).collect::<Vec<_>>(),
+        "target_modules": target_modules(settings, spec),
     });
     atomic::write_synced(&dir.join(CONFIG_FILE), format!("{peft:#}\n").as_bytes()).map(drop)
 }

@@ -130,6 +130,7 @@ impl Decoder {
             },
             eos_token_ids: eos_token_ids(fields),
             quantization: quantization::read(fields),
+            is_text_tower: false,
         }
     }
 

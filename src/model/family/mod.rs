@@ -6,6 +6,7 @@ mod json_fields;
 mod llama;
 mod ministral3;
 mod mistral;
+mod mistral3;
 mod olmo;
 mod quantization;
 mod rope;
@@ -35,8 +36,23 @@ const FAMILIES: &[Family] = &[
     mistral::FAMILY,
     mistral::MINISTRAL,
     ministral3::FAMILY,
+    mistral3::FAMILY,
     olmo::OLMO2,
     olmo::OLMO3,
+];
+
+/// Keys of a model that also sees which do not concern its text tower.
+const SIGHT: &[&str] = &[
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_id",
+    "image_token_index",
+    "mm_tokens_per_image",
+    "multimodal_projector_bias",
+    "projector_hidden_act",
+    "spatial_merge_size",
+    "vision_config",
+    "vision_feature_layer",
 ];
 
 /// Keys that do not change what the model computes: generation defaults, tokens, file keeping.
@@ -91,6 +107,24 @@ fn read_as_one_of(families: &'static [Family], fields: &mut Fields) -> ModelSpec
     fields.check_neutral(neutral_values());
     fields.map.retain(|key, _| !HARMLESS.contains(&key.as_str()));
     fields.check_rest();
+    spec
+}
+
+/// Reads the text tower of a model that also sees: `text_config`, which is one of `families`. The head is tied where the outer
+/// `tie_word_embeddings` is true or absent, whatever the inner one says.
+fn text_tower(fields: &mut Fields, family: &'static str, families: &'static [Family]) -> ModelSpec {
+    SIGHT.iter().for_each(|key| drop(fields.take(key)));
+    let is_tied = fields.flag("tie_word_embeddings", true);
+    let mut text = fields.object("text_config");
+    text.map.insert("tie_word_embeddings".into(), is_tied.into());
+    text.map.remove("architectures");
+    let mut spec = read_as_one_of(families, &mut text).into_text_tower();
+    fields.problems.append(&mut text.problems);
+    spec.family = family;
+    spec.quantization = quantization::read(fields).or(spec.quantization);
+    if fields.has("eos_token_id") {
+        spec.eos_token_ids = eos_token_ids(fields);
+    }
     spec
 }
 
