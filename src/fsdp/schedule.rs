@@ -3,6 +3,7 @@
 //! Layer-major order gathers each unit once a pass and sends all micro-batches through it, so the boundaries of all
 //! micro-batches travel between layers. Micro-batch-major order sends one micro-batch after the other through the
 //! whole model, which gathers everything 2·M times. Both sum gradients in the same order, so they give the same bits.
+#![doc = include_str!("schedule.md")]
 
 use serde::{Deserialize, Serialize};
 
@@ -353,4 +354,25 @@ fn weave(visits: &[Visit], num_slots: usize) -> Vec<Action> {
         actions.extend(&visit.after);
     }
     actions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_documented_schedule_is_what_is_built() {
+        let inputs = Inputs {
+            units: NumUnits { layers: 2, head_pieces: 1 },
+            mode: Mode::Train,
+            num_micro_batches: 2,
+            accumulation: Accumulation::Layer,
+            keep: Keep::NOTHING,
+            num_slots: 2,
+            num_boundary_buffers: 6,
+        };
+        let built: Vec<String> = build(&inputs).iter().map(|action| format!("{action:?}")).collect();
+        let documented = include_str!("schedule.md").split("```text\n").nth(1).and_then(|text| text.split("```").next());
+        assert_eq!(documented.unwrap().lines().collect::<Vec<_>>(), built, "{}", built.join("\n"));
+    }
 }
