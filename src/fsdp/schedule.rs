@@ -372,7 +372,8 @@ mod tests {
             num_boundary_buffers: 6,
         };
         let built: Vec<String> = build(&inputs).iter().map(|action| format!("{action:?}")).collect();
-        let documented = include_str!("schedule.md").split("```text\n").nth(1).and_then(|text| text.split("```").next());
+        let documented =
+            include_str!("schedule.md").split("```text\n").nth(1).and_then(|text| text.split("```").next());
         assert_eq!(documented.unwrap().lines().collect::<Vec<_>>(), built, "{}", built.join("\n"));
     }
 }
