@@ -10,7 +10,7 @@ use common::{CpuEngine, EngineOptions, golden, on_all_ranks, relative_error};
 use fsdp_qlora::checkpoint::adapter::{self, Adapter};
 use fsdp_qlora::fsdp::exec::RunArgs;
 use fsdp_qlora::fsdp::grads::Values;
-use fsdp_qlora::fsdp::schedule::Mode;
+use fsdp_qlora::fsdp::schedule::{Keep, Mode};
 use fsdp_qlora::model::batch::{MicroBatch, NO_TARGET};
 use fsdp_qlora::model::spec::ModelSpec;
 use fsdp_qlora::model::trainable::{Trainable, Trainables};
@@ -21,7 +21,8 @@ use serde::Deserialize;
 use tempfile::TempDir;
 
 /// Values of `model_type` that the program reads. All others must be refused, so a family that is added has to be added here.
-const SUPPORTED: &[&str] = &["llama", "mistral", "ministral3", "mistral3", "olmo2", "olmo3"];
+const SUPPORTED: &[&str] =
+    &["llama", "mistral", "ministral3", "mistral3", "olmo2", "olmo3", "gemma2", "gemma3_text", "gemma3"];
 
 /// Largest difference of a logit.
 const LOGITS: f32 = 1e-4;
@@ -165,7 +166,12 @@ fn check_case(what: &str, folder: &Path, case_name: &str, config: &Path, case: &
     let grads = golden_grads(folder, &folder.join(case_name), &spec);
     let apart: Vec<MicroBatch> =
         golden.rows.iter().enumerate().map(|(i, row)| micro_batch(std::slice::from_ref(row), i)).collect();
-    check_step(what, &options, &apart, case, &grads);
+    // Whatever is kept for backward and whatever is computed again.
+    let only = |[attention, mlp, rest]: [usize; 3]| Keep { attention, mlp, rest };
+    for keep in [Keep::NOTHING, Keep::DEAREST, Keep::EVERYTHING, only([0, 9, 0]), only([9, 0, 0]), only([0, 0, 9])] {
+        let options = EngineOptions { keep, ..options.clone() };
+        check_step(&format!("{what}, {keep:?}"), &options, &apart, case, &grads);
+    }
     if case.packed {
         check_step(&format!("{what}, packed"), &options, &[micro_batch(&golden.rows, 0)], case, &grads);
     }

@@ -2,6 +2,8 @@
 //! means, and how its layers differ from those of `decoder`. A key that is not understood is refused.
 
 mod decoder;
+mod gemma2;
+mod gemma3;
 mod json_fields;
 mod llama;
 mod ministral3;
@@ -39,6 +41,9 @@ const FAMILIES: &[Family] = &[
     mistral3::FAMILY,
     olmo::OLMO2,
     olmo::OLMO3,
+    gemma2::FAMILY,
+    gemma3::FAMILY,
+    gemma3::MULTIMODAL,
 ];
 
 /// Keys of a model that also sees which do not concern its text tower.
