@@ -16,7 +16,7 @@ impl BaseModel {
     ///
     /// One error names what is missing, wrong or unknown.
     pub fn check(&self, model: &ModelSpec) -> Result<()> {
-        // Before a list is made of as many layers.
+        // The list of tensors has as many layers.
         ensure!(
             model.num_layers() <= self.num_tensors(),
             "{}: config.json: num_hidden_layers is {}, but there are only {} tensors",

@@ -61,7 +61,7 @@ impl Groups {
     }
 }
 
-/// Where a rank stands among the others: rank = replica · num_shards + shard.
+/// The place of a rank among the others: rank = replica · num_shards + shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Position {
     pub rank: usize,

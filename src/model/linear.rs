@@ -28,7 +28,7 @@ pub struct Linear<'a, D: Ops> {
 struct Lora<'a, D: Ops> {
     config: &'a LoraConfig,
     matrices: LoraMatrices<'a, D>,
-    /// Where the gradients of A and B lie in the layer's.
+    /// Places of the gradients of A and B among the layer's.
     a_range: Range<usize>,
     b_range: Range<usize>,
     /// `None` without dropout: evaluation, or probability 0.
@@ -150,7 +150,7 @@ pub struct Backward<'a, D: Ops> {
     pub d_u: &'a mut Buffer<D, D::Act>,
 }
 
-/// What backward needs of each module of a stage: u = dropout(x) · Aᵀ, `[T, r]`.
+/// The values that backward needs of each module of a stage: u = dropout(x) · Aᵀ, `[T, r]`.
 pub struct LoraInputs<D: Ops>(Vec<(ModuleId, Buffer<D, D::Act>)>);
 
 impl<D: Ops> LoraInputs<D> {

@@ -41,7 +41,7 @@ pub struct ModelSpec {
     pub head: Head,
     /// Tokens that end a text; generation_config.json may say otherwise.
     pub eos_token_ids: Vec<u32>,
-    /// Set: the checkpoint is quantized already, by bitsandbytes in NF4.
+    /// `Some` for a checkpoint that bitsandbytes has quantized to NF4 already.
     pub quantization: Option<BnbConfig>,
     /// True for the text tower of a model that also sees: the names of its tensors are those of the whole model.
     pub is_text_tower: bool,
@@ -169,7 +169,7 @@ pub enum NormId {
     Attention,
     /// Of attention's output, before it is added to the residual stream.
     AttentionOutput,
-    /// Of queries, of keys.
+    /// Norms of queries and of keys.
     Q,
     K,
     /// Before the MLP.

@@ -1,4 +1,4 @@
-//! What has a gradient: for each layer a list of matrices. Today they are LoRA's, as PEFT defines it: y = W·x + scale · B · A · dropout(x).
+//! The values that have a gradient: each layer has a list of matrices. Today they are LoRA's, as PEFT defines it: y = W·x + scale · B · A · dropout(x).
 
 use std::ops::Range;
 
@@ -13,7 +13,7 @@ use super::spec::{LayerSpec, ModelSpec, ModuleId};
 pub enum Targets {
     /// Every linear module of the layers.
     AllLinear,
-    /// In the order of use, each once.
+    /// Some modules, each once, in the order of use.
     Named(Vec<ModuleId>),
 }
 
@@ -68,7 +68,7 @@ pub struct LoraConfig {
     /// alpha / r, or alpha / √r with rsLoRA.
     pub scale: f32,
     pub dropout: f32,
-    /// In the order of use.
+    /// Modules with LoRA, in the order of use.
     pub targets: Vec<ModuleId>,
 }
 
@@ -148,7 +148,7 @@ impl LayerTrainables {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trainables {
     pub lora: LoraConfig,
-    /// By layer; layers may have different matrices.
+    /// Matrices of each layer; layers may have different ones.
     pub layers: Vec<LayerTrainables>,
 }
 

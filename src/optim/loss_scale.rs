@@ -16,7 +16,7 @@ const GROWTH_INTERVAL: u32 = 2_000;
 const MIN_SCALE: f32 = 1.0;
 
 impl LossScaler {
-    /// For activations that need it; for others the scale is 1 and stays.
+    /// Makes the scaler of activations that need one; for others the scale is 1 and stays.
     pub fn new(needed: bool) -> LossScaler {
         LossScaler { scale: needed.then_some(INITIAL_SCALE), good_steps: 0 }
     }

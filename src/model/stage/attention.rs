@@ -20,7 +20,7 @@ pub struct Attention {
     /// Norms of queries and keys before their rotation: of each head, or of all heads together.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
-    /// In the order of use: what gives queries, keys and values, and last [`ModuleId::O`].
+    /// The modules that give queries, keys and values, and last [`ModuleId::O`], in the order of use.
     pub modules: Vec<Module>,
     pub q: Rows,
     pub k: Rows,

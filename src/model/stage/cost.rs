@@ -1,4 +1,4 @@
-//! What stages cost for each token of a micro-batch, group by group of saved values: the planner's view of forward and backward.
+//! The cost of stages for each token of a micro-batch, by group of saved values: the planner's view of forward and backward.
 
 use std::ops::AddAssign;
 

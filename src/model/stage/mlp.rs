@@ -15,7 +15,7 @@ pub struct Mlp {
     pub norm: Option<Norm>,
     /// Norm of the output, before it is added to the residual stream.
     pub output_norm: Option<Norm>,
-    /// In the order of use: what gives gate and up, and last [`ModuleId::Down`].
+    /// The modules that give gate and up, and last [`ModuleId::Down`], in the order of use.
     pub modules: Vec<Module>,
     pub gate: Rows,
     pub up: Rows,
