@@ -10,9 +10,9 @@ extern "C" __global__ void add(Act8 *y, const Act8 *x, u64 num_eights) {
     }
 }
 
-// Each row of x [T, features] += bias [features]
-extern "C" __global__ void add_bias(Act *x, const float *bias, u64 len, u32 features) {
-    for (u64 i = thread_idx(); i < len; i += num_threads()) x[i] = to_act(to_f32(x[i]) + bias[i % features]);
+// Each row of x [T, features] += scale · bias [features]
+extern "C" __global__ void add_bias(Act *x, const float *bias, float scale, u64 len, u32 features) {
+    for (u64 i = thread_idx(); i < len; i += num_threads()) x[i] = to_act(to_f32(x[i]) + scale * bias[i % features]);
 }
 
 // x += value

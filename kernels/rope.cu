@@ -1,15 +1,15 @@
-// Rotates pairs (i, i + head_dim/2) of each head in place. x [T, heads · head_dim]; cos, sin [T, head_dim/2] f32; sign −1
-// rotates back. One block a token, a thread eight pairs at a time: every access is 16 bytes wide, and the angles, which all heads of
-// a token share, come from the L1 cache. half_eights is head_dim / 16.
+// Rotates pairs (i, i + rotary_dim/2) of the first rotary_dim elements of each head in place. x [T, heads · head_dim]; cos, sin
+// [T, rotary_dim/2] f32; sign −1 rotates back. One block a token, a thread eight pairs at a time: every access is 16 bytes wide, and the
+// angles, which all heads of a token share, come from the L1 cache. half_eights is rotary_dim / 16, head_eights is head_dim / 8.
 #include "common.cuh"
 
-extern "C" __global__ void rope(Act8 *x, const Float8 *cos, const Float8 *sin, u32 num_heads, u32 half_eights, float sign) {
+extern "C" __global__ void rope(Act8 *x, const Float8 *cos, const Float8 *sin, u32 num_heads, u32 half_eights, u32 head_eights, float sign) {
     u64 token = blockIdx.x;
-    Act8 *heads = x + token * num_heads * 2 * half_eights;
+    Act8 *heads = x + token * num_heads * head_eights;
     const Float8 *cos_row = cos + token * half_eights, *sin_row = sin + token * half_eights;
     for (u32 eight = threadIdx.x; eight < num_heads * half_eights; eight += blockDim.x) {
         u32 i = eight % half_eights;
-        Act8 *low = heads + eight / half_eights * 2 * half_eights + i, *high = low + half_eights;
+        Act8 *low = heads + eight / half_eights * head_eights + i, *high = low + half_eights;
         Act8 a8 = *low, b8 = *high;
         Float8 c8 = cos_row[i], s8 = sin_row[i];
         for (int j = 0; j < 8; j++) {

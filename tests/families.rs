@@ -21,8 +21,19 @@ use serde::Deserialize;
 use tempfile::TempDir;
 
 /// Values of `model_type` that the program reads. All others must be refused, so a family that is added has to be added here.
-const SUPPORTED: &[&str] =
-    &["llama", "mistral", "ministral3", "mistral3", "olmo2", "olmo3", "gemma2", "gemma3_text", "gemma3"];
+const SUPPORTED: &[&str] = &[
+    "llama",
+    "mistral",
+    "ministral3",
+    "mistral3",
+    "olmo2",
+    "olmo3",
+    "gemma2",
+    "gemma3_text",
+    "gemma3",
+    "phi3",
+    "granite",
+];
 
 /// Largest difference of a logit.
 const LOGITS: f32 = 1e-4;

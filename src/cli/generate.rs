@@ -15,7 +15,7 @@ use crate::recipe::{self, Command};
 use crate::start::agree::{agree_on, agree_on_inputs};
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
-use crate::train::generate::{Sampling, generate};
+use crate::train::generate::{Sampling, check_length, generate};
 
 use super::usage;
 
@@ -78,6 +78,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &GenerateArgs, overrides: &[S
         false => tokenizer.encode(&args.prompt, true),
     }?;
     let max_new_tokens = args.max_new_tokens as usize;
+    check_length(&config, prompt.len(), max_new_tokens)?;
     let max_context = prompt.len() + max_new_tokens;
     let limits = Limits { max_context, ..Limits::new(Mode::Generate, prompt.len(), 1) };
     let mut inputs = Facts::default();

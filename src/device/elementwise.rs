@@ -13,8 +13,8 @@ pub const SUM_LANES: usize = 1024;
 pub trait ElementwiseOps: Device {
     /// y += x.
     fn add(&self, y: ViewMut<'_, Self, Self::Act>, x: View<'_, Self, Self::Act>) -> Result<()>;
-    /// Each row of x `[T, features]` += bias `[features]`.
-    fn add_bias(&self, x: ViewMut<'_, Self, Self::Act>, bias: View<'_, Self, f32>) -> Result<()>;
+    /// Each row of x `[T, features]` += scale · bias `[features]`.
+    fn add_bias(&self, x: ViewMut<'_, Self, Self::Act>, bias: View<'_, Self, f32>, scale: f32) -> Result<()>;
     /// x += value.
     fn add_scalar(&self, x: ViewMut<'_, Self, f32>, value: f32) -> Result<()>;
     /// y = x in the activation type.

@@ -42,7 +42,7 @@ pub struct LoraDropout<'a, D: Device> {
     pub accumulate: bool,
 }
 
-/// y = x · Wᵀ + bias + scale · u · Bᵀ. x `[T, in]`, W `[out, in]`, bias `[out]`, u `[T, r]`, B `[out, r]`, y `[T, out]`. The order of
+/// y = output_scale · (x · Wᵀ + bias + scale · u · Bᵀ). x `[T, in]`, W `[out, in]`, bias `[out]`, u `[T, r]`, B `[out, r]`, y `[T, out]`. The order of
 /// these sums is the device's own.
 pub struct LoraLinear<'a, D: Device> {
     pub y: ViewMut<'a, D, D::Act>,
@@ -53,6 +53,7 @@ pub struct LoraLinear<'a, D: Device> {
     pub b: View<'a, D, D::Act>,
     pub lora_rank: usize,
     pub scale: f32,
+    pub output_scale: f32,
 }
 
 /// u = dropout(x) · Aᵀ, without dropout where there is no mask. x `[T, in]`, A `[r, in]`, u `[T, r]`; with a mask,
@@ -94,12 +95,12 @@ pub trait LoraOps: GemmOps + ElementwiseOps {
     /// See [`LoraLinear`]: the base first, then the bias, then LoRA.
     fn lora_linear(&self, args: LoraLinear<'_, Self>) -> Result<()> {
         let [m, n, k] = args.sizes()?;
-        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale } = args;
-        product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], 1.0, 0.0)?;
+        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale } = args;
+        product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
         if let Some(bias) = bias {
-            self.add_bias(y.range_mut(0..m * n), bias)?;
+            self.add_bias(y.range_mut(0..m * n), bias, output_scale)?;
         }
-        product(self, y, u, (b, Yes), [m, n, r], scale, 1.0)
+        product(self, y, u, (b, Yes), [m, n, r], output_scale * scale, 1.0)
     }
 
     /// See [`LoraDown`].
@@ -282,6 +283,7 @@ mod tests {
             b: b.view(),
             lora_rank: r,
             scale: 1.0,
+            output_scale: 1.0,
         };
         let linear = cpu.lora_linear(linear);
         let (mask, lora_rank) = (Some(mask), r);

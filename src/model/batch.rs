@@ -82,7 +82,7 @@ struct Rotation<D: Device> {
 impl<D: Device> BatchBuffers<D> {
     pub fn carve(arena: &mut Arena<D>, name: &str, spec: &ModelSpec, tokens: usize) -> Result<Self> {
         let rotation = |(i, rope): (usize, &RopeConfig)| {
-            let half = rope.head_dim / 2;
+            let half = rope.rotary_dim / 2;
             Ok(Rotation {
                 cos: arena.carve(&format!("{name}/cos{i}"), tokens * half)?,
                 sin: arena.carve(&format!("{name}/sin{i}"), tokens * half)?,

@@ -60,8 +60,8 @@ impl<'a, D: Ops> Linear<'a, D> {
     }
 
     /// For each of `outputs`, rows of the module and their y `[T, rows]`:
-    /// y = x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ, with u `[T, r]` = dropout(x) · Aᵀ for all of them. Without outputs only u is computed,
-    /// which is all that backward needs of a layer's last module. `dropped` is scratch.
+    /// y = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ), with u `[T, r]` = dropout(x) · Aᵀ for all of them. Without outputs only
+    /// u is computed, which is all that backward needs of a layer's last module. `dropped` is scratch.
     pub fn forward<'y>(
         &self,
         ops: &D,
@@ -73,7 +73,7 @@ impl<'a, D: Ops> Linear<'a, D> {
     where
         D: 'y,
     {
-        let k = self.module.in_features;
+        let Module { in_features: k, output_scale, .. } = *self.module;
         let m = x.len() / k;
         if let Some(Lora { config, matrices, mask, .. }) = &self.lora {
             let (lora_rank, scratch) = (config.lora_rank, dropped.view_mut());
@@ -85,21 +85,22 @@ impl<'a, D: Ops> Linear<'a, D> {
             let bias = self.bias.map(|bias| bias.range(rows.clone()));
             match &self.lora {
                 None => {
-                    product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], 1.0, 0.0)?;
-                    bias.map_or(Ok(()), |bias| ops.add_bias(y, bias))?;
+                    product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
+                    bias.map_or(Ok(()), |bias| ops.add_bias(y, bias, output_scale))?;
                 }
                 Some(Lora { config, matrices, .. }) => {
                     let (lora_rank, scale) = (config.lora_rank, config.scale);
                     let (u, b) =
                         (u.first(m * lora_rank), matrices.b.range(rows.start * lora_rank..rows.end * lora_rank));
-                    ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale })?;
+                    ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale })?;
                 }
             }
         }
         Ok(())
     }
 
-    /// With the d_y of each output: d_x = d_y · W + mask ∘ (d_u · A); dB += scale · d_yᵀ · u; dA += d_uᵀ · dropout(x); d_u = scale · d_y · B.
+    /// With the d_y of each output, times output_scale: d_x = d_y · W + mask ∘ (d_u · A); dB += scale · d_yᵀ · u; dA += d_uᵀ · dropout(x);
+    /// d_u = scale · d_y · B.
     pub fn backward<const N: usize>(
         &self,
         ops: &D,
@@ -107,15 +108,15 @@ impl<'a, D: Ops> Linear<'a, D> {
         args: Backward<'_, D>,
     ) -> Result<()> {
         let Backward { mut d_x, accumulate, grads, x, u, dropped, d_u } = args;
-        let input = self.module.in_features;
+        let Module { in_features: input, output_scale, .. } = *self.module;
         let m = x.len() / input;
         let outputs = || d_outputs.iter().flatten();
         for (i, (rows, d_y)) in outputs().enumerate() {
             let (beta, weight) = (if accumulate || i > 0 { 1.0 } else { 0.0 }, self.weight(rows));
-            product(ops, d_x.range_mut(0..m * input), *d_y, (weight, No), [m, input, rows.len()], 1.0, beta)?;
+            product(ops, d_x.range_mut(0..m * input), *d_y, (weight, No), [m, input, rows.len()], output_scale, beta)?;
         }
         let Some(Lora { config, matrices, a_range, b_range, mask }) = &self.lora else { return Ok(()) };
-        let (r, scale) = (config.lora_rank, config.scale);
+        let (r, scale) = (config.lora_rank, output_scale * config.scale);
         for (i, (rows, d_y)) in outputs().enumerate() {
             let (beta, b) = (if i > 0 { 1.0 } else { 0.0 }, matrices.b.range(rows.start * r..rows.end * r));
             product(ops, d_u.first_mut(m * r), *d_y, (b, No), [m, r, rows.len()], scale, beta)?;

@@ -17,6 +17,7 @@ pub enum RopeScaling {
     },
     Yarn(Yarn),
     Llama3(Llama3),
+    LongRope(LongRope),
 }
 
 /// YaRN (<https://arxiv.org/abs/2309.00071>).
@@ -40,11 +41,24 @@ pub struct Llama3 {
     pub original_max_position_embeddings: usize,
 }
 
+/// LongRoPE (<https://arxiv.org/abs/2402.13753>): wavelengths are stretched by one list of factors or by another.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LongRope {
+    /// `[rotary_dim / 2]` each.
+    pub short_factor: Vec<f64>,
+    pub long_factor: Vec<f64>,
+    /// A micro-batch that has a longer document takes the long factors, for all its documents.
+    pub original_max_position_embeddings: usize,
+    /// Factor of cosines and sines, with either list.
+    pub attention_factor: f64,
+}
+
 /// Everything that the rotation depends on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeConfig {
     pub rope_theta: f64,
-    pub head_dim: usize,
+    /// Elements of a head that turn, the first ones. Even.
+    pub rotary_dim: usize,
     pub max_position_embeddings: usize,
     pub scaling: RopeScaling,
     pub growth: Option<Growth>,
@@ -65,26 +79,28 @@ impl Growth {
 }
 
 impl RopeConfig {
-    /// Inverse frequencies `[head_dim / 2]` for a document of `num_tokens` tokens. Only dynamic NTK reads the length.
+    /// Inverse frequencies `[rotary_dim / 2]` for a document of `num_tokens` tokens. Only dynamic NTK and LongRoPE read the length.
     pub fn inv_freq(&self, num_tokens: usize) -> Vec<f32> {
         let theta = match self.scaling {
             RopeScaling::Dynamic { factor } => self.dynamic_theta(factor, num_tokens),
             _ => self.rope_theta,
         };
         // The power in f64, rounded once: nearer to torch's f32 power than Rust's own.
-        let plain = (0..self.head_dim / 2).map(|i| {
-            let exponent = (2 * i) as f32 / self.head_dim as f32;
-            1.0 / theta.powf(exponent.into()) as f32
-        });
+        let power = |i: usize| theta.powf(((2 * i) as f32 / self.rotary_dim as f32).into()) as f32;
+        let plain = (0..self.rotary_dim / 2).map(|i| 1.0 / power(i));
         match &self.scaling {
             RopeScaling::Default | RopeScaling::Dynamic { .. } => plain.collect(),
             RopeScaling::Linear { factor } => plain.map(|x| x / *factor as f32).collect(),
             RopeScaling::Yarn(yarn) => {
-                let (low, high) = yarn.range(self.rope_theta, self.head_dim);
+                let (low, high) = yarn.range(self.rope_theta, self.rotary_dim);
                 let ramp = |i: usize| ((i as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
                 plain.enumerate().map(|(i, x)| x / yarn.factor as f32 * ramp(i) + x * (1.0 - ramp(i))).collect()
             }
             RopeScaling::Llama3(llama3) => plain.map(|x| llama3.scale(x)).collect(),
+            RopeScaling::LongRope(longrope) => {
+                let factors = longrope.factors(num_tokens).iter().enumerate();
+                factors.map(|(i, &factor)| 1.0 / (factor as f32 * power(i))).collect()
+            }
         }
     }
 
@@ -94,28 +110,41 @@ impl RopeConfig {
         documents.into_iter().flat_map(|n| self.inv_freq(n)).all(f32::is_finite) && self.attention_scaling().is_finite()
     }
 
-    /// Factor of cosines and sines; 1 except for YaRN.
+    /// Longest text whose tokens are rotated by the short factors of LongRoPE; all tokens of a longer one turn otherwise.
+    pub fn short_length(&self) -> Option<usize> {
+        match &self.scaling {
+            RopeScaling::LongRope(longrope) => Some(longrope.original_max_position_embeddings),
+            _ => None,
+        }
+    }
+
+    /// Factor of cosines and sines; 1 except for YaRN and LongRoPE.
     pub fn attention_scaling(&self) -> f32 {
         match &self.scaling {
             RopeScaling::Yarn(yarn) => yarn.attention_factor as f32,
+            RopeScaling::LongRope(longrope) => longrope.attention_factor as f32,
             _ => 1.0,
         }
     }
 
-    /// Cosines and sines, each `[T, head_dim / 2]`, attention scaling and growth included.
+    /// Cosines and sines, each `[T, rotary_dim / 2]`, attention scaling and growth included.
     ///
     /// `positions` `[T]` are positions of tokens in their own documents; `documents` `[D + 1]` holds the first token
     /// of each document and, last, T. Dynamic NTK scales each document by its own length, as transformers does for a
-    /// batch of that document alone.
+    /// batch of that document alone; LongRoPE goes by the longest of them.
     pub fn cos_sin(&self, positions: &[u32], documents: &[u32]) -> (Vec<f32>, Vec<f32>) {
-        let (scaling, half) = (self.attention_scaling(), self.head_dim / 2);
+        let (scaling, half) = (self.attention_scaling(), self.rotary_dim / 2);
+        let num_tokens = |positions: &[u32]| positions.iter().max().map_or(0, |&last| last as usize + 1);
+        let longest = num_tokens(positions);
         let (mut cos, mut sin) = (vec![0f32; positions.len() * half], vec![0f32; positions.len() * half]);
         for document in documents.windows(2) {
             let tokens = document[0] as usize..document[1] as usize;
             let elements = tokens.start * half..tokens.end * half;
             let positions = &positions[tokens];
-            let num_tokens = positions.iter().max().map_or(0, |&last| last as usize + 1);
-            let inv_freq = self.inv_freq(num_tokens);
+            let inv_freq = self.inv_freq(match self.scaling {
+                RopeScaling::LongRope(_) => longest,
+                _ => num_tokens(positions),
+            });
             let rows = cos[elements.clone()].par_chunks_exact_mut(half).zip(sin[elements].par_chunks_exact_mut(half));
             rows.zip(positions).for_each(|((cos, sin), &position)| {
                 let scaling = self.growth.as_ref().map_or(scaling, |growth| scaling * growth.factor(position));
@@ -134,7 +163,7 @@ impl RopeConfig {
             return self.rope_theta;
         }
         let stretch = factor as f32 * num_tokens as f32 / self.max_position_embeddings as f32 - (factor - 1.0) as f32;
-        let exponent = self.head_dim as f64 / (self.head_dim as f64 - 2.0);
+        let exponent = self.rotary_dim as f64 / (self.rotary_dim as f64 - 2.0);
         (self.rope_theta as f32 * stretch.powf(exponent as f32)).into()
     }
 }
@@ -163,6 +192,17 @@ impl Yarn {
     }
 }
 
+impl LongRope {
+    /// √(1 + ln factor / ln length), for a model that was stretched by `factor` from `length` positions.
+    pub fn default_attention_factor(factor: f64, length: usize) -> f64 {
+        if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (length as f64).ln()).sqrt() }
+    }
+
+    fn factors(&self, num_tokens: usize) -> &[f64] {
+        if num_tokens > self.original_max_position_embeddings { &self.long_factor } else { &self.short_factor }
+    }
+}
+
 impl Llama3 {
     /// Slows long wavelengths by `factor`, keeps short ones, and interpolates between.
     fn scale(&self, inv_freq: f32) -> f32 {
@@ -185,7 +225,7 @@ mod tests {
     use super::*;
 
     fn rope(rope_theta: f64, max_position_embeddings: usize, scaling: RopeScaling) -> RopeConfig {
-        RopeConfig { rope_theta, head_dim: 16, max_position_embeddings, scaling, growth: None }
+        RopeConfig { rope_theta, rotary_dim: 16, max_position_embeddings, scaling, growth: None }
     }
 
     fn yarn() -> RopeConfig {
@@ -302,6 +342,31 @@ mod tests {
         let times = |x: &[f32]| -> Vec<f32> { x.iter().enumerate().map(|(i, x)| x * factors[i / 8]).collect() };
         assert_close(&cos, &times(&plain.0));
         assert_close(&sin, &times(&plain.1));
+    }
+
+    /// The factors divide the plain frequencies (`_compute_longrope_parameters` of transformers 5.24.0).
+    #[test]
+    fn longrope_goes_by_the_longest_document() {
+        let longrope = LongRope {
+            short_factor: vec![1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0],
+            long_factor: vec![1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0],
+            original_max_position_embeddings: 24,
+            attention_factor: LongRope::default_attention_factor(32.0, 4096),
+        };
+        let plain = rope(1e4, 128, RopeScaling::Default).inv_freq(1);
+        let by = |factors: &[f64]| plain.iter().zip(factors).map(|(x, f)| x / *f as f32).collect::<Vec<_>>();
+        let (short, long) = (by(&longrope.short_factor), by(&longrope.long_factor));
+        let rope = rope(1e4, 128, RopeScaling::LongRope(longrope));
+        assert_close(&rope.inv_freq(24), &short);
+        assert_close(&rope.inv_freq(25), &long);
+        assert_close(&[rope.attention_scaling()], &[1.190_238_1]);
+        // The first document has two tokens in both micro-batches.
+        for (length, frequencies) in [(24, short), (25, long)] {
+            let positions: Vec<u32> = (0..2).chain(0..length).collect();
+            let (_, sin) = rope.cos_sin(&positions, &[0, 2, 2 + length]);
+            let expected: Vec<f32> = frequencies.iter().map(|x| x.sin() * rope.attention_scaling()).collect();
+            assert_close(&sin[8..16], &expected);
+        }
     }
 
     #[test]

@@ -146,6 +146,8 @@ pub struct Module {
     pub out_features: usize,
     pub in_features: usize,
     pub has_bias: bool,
+    /// Factor of the output, bias and LoRA included.
+    pub output_scale: f32,
 }
 
 /// Rows of a module that give one quantity: all of `q_proj`, or the first rows of `qkv_proj`.

@@ -38,6 +38,13 @@ const VALUES_AT_ONCE: usize = 8;
 /// Every key of config.json that has a value which some kernel refuses, and what is allowed.
 pub fn check_gpu(spec: &ModelSpec) -> std::result::Result<(), NotOnGpu> {
     let mut problems = BTreeSet::new();
+    for rotary_dim in spec.ropes.iter().map(|rope| rope.rotary_dim) {
+        if !rotary_dim.is_multiple_of(2 * VALUES_AT_ONCE) {
+            problems.insert(format!(
+                "partial_rotary_factor: {rotary_dim} elements of a head turn, allowed: a multiple of 16"
+            ));
+        }
+    }
     for layer in &spec.layers {
         let head_dim = layer.attention.head_dim;
         if !HEAD_DIMS.contains(&head_dim) {
@@ -72,10 +79,12 @@ mod tests {
         let good = shapes::named("llama-3.1-8b", None).unwrap();
         check_gpu(&good).unwrap();
         let mut bad = ModelSpec { hidden_size: 2564, ..good };
+        bad.ropes[0].rotary_dim = 72;
         (bad.layers[3].attention.head_dim, bad.layers[3].mlp.intermediate_size) = (80, 6911);
         let error = check_gpu(&bad).unwrap_err().to_string();
         for expected in [
             "head_dim: found 80, allowed: [64, 96, 128, 256]",
+            "partial_rotary_factor: 72 elements of a head turn, allowed: a multiple of 16",
             "hidden_size: found 2564, allowed: a multiple of 8",
             "intermediate_size: found 6911, allowed: a multiple of 8",
         ] {

@@ -7,6 +7,8 @@ use crate::device::Ops;
 use crate::fsdp::exec::{Engine, RunArgs};
 use crate::fsdp::schedule::Mode;
 use crate::model::batch::{MicroBatch, NO_TARGET};
+use crate::model::rope::RopeConfig;
+use crate::model::spec::ModelSpec;
 
 /// The rule by which the next token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +17,23 @@ pub struct Sampling {
     pub temperature: f64,
     pub seed: u64,
     pub max_new_tokens: usize,
+}
+
+/// Checks that a text does not grow from a length of short factors of LongRoPE to one of long factors: its keys would be of both.
+///
+/// # Errors
+/// It may grow so; the error says how many new tokens are allowed.
+pub fn check_length(spec: &ModelSpec, prompt: usize, max_new_tokens: usize) -> Result<()> {
+    for length in spec.ropes.iter().filter_map(RopeConfig::short_length) {
+        // The last new token is not computed with.
+        ensure!(
+            prompt > length || prompt + max_new_tokens <= length + 1,
+            "--max-new-tokens: found {max_new_tokens}; allowed: at most {}, because a text that grows beyond {length} tokens has to \
+             be rotated anew, which is not implemented",
+            length + 1 - prompt
+        );
+    }
+    Ok(())
 }
 
 /// Continues `prompt` until a token of `stop` or the limit; returns the new tokens without the stop token.
@@ -90,6 +109,19 @@ fn choose(logits: &[f32], temperature: f64, uniform: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_text_stays_on_one_side_of_a_change_of_rotation() {
+        let config = r#"{"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 4, "intermediate_size": 8,
+            "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9, "original_max_position_embeddings": 24,
+            "rope_scaling": {"type": "longrope", "short_factor": [1, 1], "long_factor": [2, 2]}}"#;
+        let spec = ModelSpec::parse(config.as_bytes(), "config.json").unwrap();
+        for (prompt, max_new_tokens) in [(20, 5), (24, 1), (25, 100)] {
+            check_length(&spec, prompt, max_new_tokens).unwrap();
+        }
+        let error = check_length(&spec, 20, 6).unwrap_err().to_string();
+        assert!(error.contains("found 6; allowed: at most 5") && error.contains("beyond 24 tokens"), "{error}");
+    }
 
     #[test]
     fn choosing() {

@@ -132,9 +132,14 @@ pub fn lora_products<A: Tested>() {
 
 pub fn lora_linear<A: Tested>() {
     let Some((_guard, cuda)) = gpu::<A>() else { return };
-    /// Scales of x, u and the bias; one of 0 leaves its part out.
-    type Scales = [f32; 3];
-    fn run<D: Ops>(d: &D, [tokens, out, features]: [usize; 3], lora_rank: usize, [x, u, bias]: Scales) -> Vec<f32>
+    /// Scales of x, u and the bias, of which one of 0 leaves its part out, and of the output.
+    type Scales = [f32; 4];
+    fn run<D: Ops>(
+        d: &D,
+        [tokens, out, features]: [usize; 3],
+        lora_rank: usize,
+        [x, u, bias, output_scale]: Scales,
+    ) -> Vec<f32>
     where
         D::Act: Into<f32>,
     {
@@ -143,23 +148,28 @@ pub fn lora_linear<A: Tested>() {
         let (bias_values, mut y) = (put(d, &random(out, bias, 5)), buffer(d, tokens * out));
         let bias = (bias > 0.0).then_some(bias_values.view());
         let (x, weight, u, b) = (x.view(), weight.view(), u.view(), b.view());
-        d.lora_linear(LoraLinear { y: y.view_mut(), x, weight, bias, u, b, lora_rank, scale: 0.5 }).unwrap();
+        let y_out = y.view_mut();
+        d.lora_linear(LoraLinear { y: y_out, x, weight, bias, u, b, lora_rank, scale: 0.5, output_scale }).unwrap();
         get_act(d, &y)
     }
     let cpu = Cpu::new(1);
     // Few numbers would say little about an error: one row has many columns.
     for (sizes, lora_rank) in [([1, 4096, 64], 8), ([7, 264, 64], 16), ([131, 576, 1536], 24)] {
-        for bias in [0.0, 1.0] {
-            let reference = run(&cpu, sizes, lora_rank, [1.0, 1.0, bias]);
+        for (bias, scale) in [(0.0, 1.0), (1.0, 1.0), (1.0, 0.22)] {
+            let reference = run(&cpu, sizes, lora_rank, [1.0, 1.0, bias, scale]);
             // The plain formula rounds each of its sums.
-            let (lora, base) =
-                (run(&cpu, sizes, lora_rank, [0.0, 1.0, 0.0]), run(&cpu, sizes, lora_rank, [1.0, 0.0, 0.0]));
+            let (lora, base) = (
+                run(&cpu, sizes, lora_rank, [0.0, 1.0, 0.0, scale]),
+                run(&cpu, sizes, lora_rank, [1.0, 0.0, 0.0, scale]),
+            );
             let bias_values = random(sizes[1], bias, 5);
             let plain: Vec<f32> = (0..reference.len())
-                .map(|i| rounded::<A>(rounded::<A>(rounded::<A>(lora[i]) + base[i]) + bias_values[i % sizes[1]]))
+                .map(|i| {
+                    rounded::<A>(rounded::<A>(rounded::<A>(lora[i]) + base[i]) + scale * bias_values[i % sizes[1]])
+                })
                 .collect();
-            let what = format!("lora_linear {sizes:?} r {lora_rank} bias {bias}");
-            close_as(&what, &run(&cuda, sizes, lora_rank, [1.0, 1.0, bias]), &plain, &reference, 2.0);
+            let what = format!("lora_linear {sizes:?} r {lora_rank} bias {bias} output scale {scale}");
+            close_as(&what, &run(&cuda, sizes, lora_rank, [1.0, 1.0, bias, scale]), &plain, &reference, 2.0);
         }
     }
 }

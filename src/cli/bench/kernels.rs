@@ -224,7 +224,17 @@ impl<'a, D: Ops> Timer<'a, D> {
             Amount::Flops(2.0 * (tokens * (k + r) * n) as f64),
             || {
                 let (y, x, weight, u, b) = (y.view_mut(), x.view(), weight.view(), u.view(), b.view());
-                d.lora_linear(LoraLinear { y, x, weight, bias: None, u, b, lora_rank: r, scale: 1.0 })
+                d.lora_linear(LoraLinear {
+                    y,
+                    x,
+                    weight,
+                    bias: None,
+                    u,
+                    b,
+                    lora_rank: r,
+                    scale: 1.0,
+                    output_scale: 1.0,
+                })
             },
         )?;
         self.time(&format!("{name} d_u = d_y·B, r {r}"), moved(tokens * n), || {
@@ -276,7 +286,7 @@ impl<'a, D: Ops> Timer<'a, D> {
         let mut q = self.act(tokens * num_heads * head_dim)?;
         self.time("rope", Amount::Bytes((2 * q.len() * size_of::<D::Act>()) as f64), || {
             let (cos, sin) = (cos.view(), sin.view());
-            d.rope(Rope { x: q.view_mut(), cos, sin, num_heads, head_dim, inverse: false })
+            d.rope(Rope { x: q.view_mut(), cos, sin, num_heads, head_dim, rotary_dim: head_dim, inverse: false })
         })?;
         let (positions, sample_idx) = (self.buffer::<u32>(tokens)?, self.buffer::<u64>(tokens)?);
         self.time("lora_dropout", moved(2.0), || {

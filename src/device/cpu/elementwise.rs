@@ -21,11 +21,11 @@ impl ElementwiseOps for Cpu {
         Ok(())
     }
 
-    fn add_bias(&self, x: ViewMut<'_, Cpu, f32>, bias: View<'_, Cpu, f32>) -> Result<()> {
+    fn add_bias(&self, x: ViewMut<'_, Cpu, f32>, bias: View<'_, Cpu, f32>, scale: f32) -> Result<()> {
         let [_, features] = bias_lens(x.len(), bias.len())?;
         for row in x.host_mut().chunks_exact_mut(features) {
             for (x, b) in row.iter_mut().zip(bias.host()) {
-                *x += b;
+                *x += scale * b;
             }
         }
         Ok(())

@@ -17,10 +17,10 @@ impl<A: HalfType> ElementwiseOps for Cuda<A> {
         unsafe { self.launch("add", Grid::elements(len / 8), args![y, x, (len / 8) as u64]) }
     }
 
-    fn add_bias(&self, x: ViewMut<'_, Cuda<A>, A>, bias: View<'_, Cuda<A>, f32>) -> Result<()> {
+    fn add_bias(&self, x: ViewMut<'_, Cuda<A>, A>, bias: View<'_, Cuda<A>, f32>, scale: f32) -> Result<()> {
         let [len, features] = bias_lens(x.len(), bias.len())?;
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch("add_bias", Grid::elements(len), args![x, bias, len as u64, features as u32]) }
+        unsafe { self.launch("add_bias", Grid::elements(len), args![x, bias, scale, len as u64, features as u32]) }
     }
 
     fn add_scalar(&self, x: ViewMut<'_, Cuda<A>, f32>, value: f32) -> Result<()> {

@@ -72,10 +72,10 @@ impl<A: HalfType> LoraOps for Cuda<A> {
     /// LoRA's part is written first, and the base product adds to it: one pass over y less than a second sum would take.
     fn lora_linear(&self, args: LoraLinear<'_, Cuda<A>>) -> Result<()> {
         let [m, n, k] = args.sizes()?;
-        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale } = args;
-        product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], scale, 0.0)?;
-        product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], 1.0, 1.0)?;
-        bias.map_or(Ok(()), |bias| self.add_bias(y, bias))
+        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale } = args;
+        product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], output_scale * scale, 0.0)?;
+        product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 1.0)?;
+        bias.map_or(Ok(()), |bias| self.add_bias(y, bias, output_scale))
     }
 
     fn lora_down(&self, args: LoraDown<'_, Cuda<A>>) -> Result<()> {

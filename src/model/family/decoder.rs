@@ -45,10 +45,12 @@ pub(super) struct Decoder {
     pub o_bias: bool,
     /// Biases on the gate, up and down projections.
     pub mlp_bias: bool,
+    /// One module gives queries, keys and values, and one gives gate and up.
+    pub is_fused: bool,
 }
 
 impl Decoder {
-    /// Takes the keys of sizes; biases are off.
+    /// Takes the keys of sizes; biases are off, and each quantity has a module of its own.
     pub fn read(fields: &mut Fields, defaults: &Defaults) -> Decoder {
         let hidden_size = fields.size("hidden_size", None);
         let num_attention_heads = fields.size("num_attention_heads", None);
@@ -85,6 +87,7 @@ impl Decoder {
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
+            is_fused: false,
         }
     }
 
@@ -146,28 +149,25 @@ impl Decoder {
         let mut module = |id: ModuleId, part: &str, out_features: usize, in_features: usize, has_bias: bool| {
             let name = format!("{prefix}.{part}.{id}");
             *number += 1;
-            Module { id, name, number: *number - 1, out_features, in_features, has_bias }
+            Module { id, name, number: *number - 1, out_features, in_features, has_bias, output_scale: 1.0 }
         };
-        let attention = vec![
-            module(ModuleId::Q, "self_attn", q, hidden, self.qkv_bias),
-            module(ModuleId::K, "self_attn", kv, hidden, self.qkv_bias),
-            module(ModuleId::V, "self_attn", kv, hidden, self.qkv_bias),
-            module(ModuleId::O, "self_attn", hidden, q, self.o_bias),
-        ];
-        let mlp = vec![
-            module(ModuleId::Gate, "mlp", inner, hidden, self.mlp_bias),
-            module(ModuleId::Up, "mlp", inner, hidden, self.mlp_bias),
-            module(ModuleId::Down, "mlp", hidden, inner, self.mlp_bias),
-        ];
+        let [qkv, gate_up] = [ModuleId::Qkv, ModuleId::GateUp].map(|id| self.is_fused.then_some(id));
+        let parts = [(ModuleId::Q, q), (ModuleId::K, kv), (ModuleId::V, kv)];
+        let (mut attention, [q_rows, k_rows, v_rows]) =
+            inputs(qkv, parts, |id, width| module(id, "self_attn", width, hidden, self.qkv_bias));
+        attention.push(module(ModuleId::O, "self_attn", hidden, q, self.o_bias));
+        let parts = [(ModuleId::Gate, inner), (ModuleId::Up, inner)];
+        let (mut mlp, [gate, up]) = inputs(gate_up, parts, |id, width| module(id, "mlp", width, hidden, self.mlp_bias));
+        mlp.push(module(ModuleId::Down, "mlp", hidden, inner, self.mlp_bias));
         LayerSpec {
             attention: Attention {
                 norm: Some(self.norm(NormId::Attention, &format!("{prefix}.input_layernorm"))),
                 output_norm: None,
                 q_norm: None,
                 k_norm: None,
-                q: Rows::all(&attention[0]),
-                k: Rows::all(&attention[1]),
-                v: Rows::all(&attention[2]),
+                q: q_rows,
+                k: k_rows,
+                v: v_rows,
                 modules: attention,
                 num_heads: self.num_attention_heads,
                 num_key_value_heads: self.num_key_value_heads,
@@ -181,8 +181,8 @@ impl Decoder {
             mlp: Mlp {
                 norm: Some(self.norm(NormId::Mlp, &format!("{prefix}.post_attention_layernorm"))),
                 output_norm: None,
-                gate: Rows::all(&mlp[0]),
-                up: Rows::all(&mlp[1]),
+                gate,
+                up,
                 modules: mlp,
                 activation: Activation::Silu,
                 intermediate_size: inner,
@@ -224,4 +224,24 @@ impl Decoder {
             }
         }
     }
+}
+
+/// The modules that read a stage's input, and the rows that give each of `parts`, an id and a width: of a module of its own, or of the
+/// one that all share.
+fn inputs<const N: usize>(
+    shared: Option<ModuleId>,
+    parts: [(ModuleId, usize); N],
+    mut module: impl FnMut(ModuleId, usize) -> Module,
+) -> (Vec<Module>, [Rows; N]) {
+    let Some(shared) = shared else {
+        let modules = parts.map(|(id, width)| module(id, width));
+        let rows = modules.each_ref().map(Rows::all);
+        return (modules.into(), rows);
+    };
+    let mut end = 0;
+    let rows = parts.map(|(_, width)| {
+        end += width;
+        Rows { module: shared, rows: end - width..end }
+    });
+    (vec![module(shared, end)], rows)
 }

@@ -4,12 +4,14 @@
 mod decoder;
 mod gemma2;
 mod gemma3;
+mod granite;
 mod json_fields;
 mod llama;
 mod ministral3;
 mod mistral;
 mod mistral3;
 mod olmo;
+mod phi3;
 mod quantization;
 mod rope;
 
@@ -44,6 +46,8 @@ const FAMILIES: &[Family] = &[
     gemma2::FAMILY,
     gemma3::FAMILY,
     gemma3::MULTIMODAL,
+    phi3::FAMILY,
+    granite::FAMILY,
 ];
 
 /// Keys of a model that also sees which do not concern its text tower.

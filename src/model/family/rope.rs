@@ -1,6 +1,6 @@
 //! RoPE's keys, in both forms: `rope_theta` beside `rope_scaling` (transformers 4), or all in `rope_parameters` (5).
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::decoder::Decoder;
 use super::json_fields::Fields;
@@ -44,12 +44,17 @@ pub(super) fn parameters(fields: &mut Fields) -> Fields {
     fields.object(if fields.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" })
 }
 
+/// Takes the type. `type` counts where `rope_type` is absent.
+pub(super) fn kind(rope: &mut Fields) -> Value {
+    let kinds = [rope.take("rope_type"), rope.take("type")];
+    kinds.into_iter().flatten().next().unwrap_or(json!("default"))
+}
+
 /// Takes the parameters of one rotation. `theta` is the base where they have none.
 pub(super) fn config(rope: &mut Fields, decoder: &Decoder, theta: f64) -> RopeConfig {
     let max_position_embeddings = decoder.max_position_embeddings;
     let rope_theta = rope.float("rope_theta", Some(theta));
-    let kinds = [rope.take("rope_type"), rope.take("type")];
-    let kind = kinds.into_iter().flatten().next().unwrap_or(json!("default"));
+    let kind = kind(rope);
     let length = Some(max_position_embeddings);
     let scaling = match kind.as_str().unwrap_or_default() {
         "default" => RopeScaling::Default,
@@ -70,7 +75,7 @@ pub(super) fn config(rope: &mut Fields, decoder: &Decoder, theta: f64) -> RopeCo
     };
     rope.check_neutral([("partial_rotary_factor", json!(1.0))]);
     rope.check_rest();
-    RopeConfig { rope_theta, head_dim: decoder.head_dim, max_position_embeddings, scaling, growth: None }
+    RopeConfig { rope_theta, rotary_dim: decoder.head_dim, max_position_embeddings, scaling, growth: None }
 }
 
 fn read_yarn(rope: &mut Fields, max_position_embeddings: usize) -> Yarn {

@@ -93,8 +93,8 @@ impl Attention {
         inverse: bool,
     ) -> Result<()> {
         let (Some(rope), head_dim) = (rope, self.head_dim) else { return Ok(()) };
-        let (cos, sin) = ctx.batch.rotation(rope);
-        ctx.ops.rope(Rope { x, cos, sin, num_heads, head_dim, inverse })
+        let (rotary_dim, (cos, sin)) = (ctx.spec.ropes[rope].rotary_dim, ctx.batch.rotation(rope));
+        ctx.ops.rope(Rope { x, cos, sin, num_heads, head_dim, rotary_dim, inverse })
     }
 }
 
