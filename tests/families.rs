@@ -124,9 +124,15 @@ fn check_logits(what: &str, options: &EngineOptions, expected: &Path, golden: &G
                 assert_eq!(ours.len(), theirs.len(), "{what}");
                 let error = ours.iter().zip(theirs).map(|(o, t)| (o - t).abs()).fold(0.0, f32::max);
                 assert!(error <= LOGITS, "{what}: {name}: logits after {length} tokens differ by {error:e}");
+                report(what, "logits", f64::from(error));
             }
         }
     });
+}
+
+/// Prints an error for scripts/families, which makes a table of the largest of each model.
+fn report(what: &str, quantity: &str, error: f64) {
+    println!("parity {} {quantity} {error:e}", what.split('/').next().unwrap_or_default());
 }
 
 /// Compares loss and gradients of a step over all rows, divided into micro-batches.
@@ -157,6 +163,7 @@ fn check_step(what: &str, options: &EngineOptions, batches: &[MicroBatch], case:
                 let error = relative_error(&ours[range.clone()], &theirs[range.clone()]);
                 let name = format!("lora_{} of {module} in layer {layer}", kind.letter());
                 assert!(error <= GRADIENTS, "{what}: the gradient of {name} is off by {error:e}");
+                report(what, "gradients", error);
             }
         }
     });
