@@ -23,6 +23,10 @@ use tempfile::TempDir;
 /// Values of `model_type` that the program reads. All others must be refused, so a family that is added has to be added here.
 const SUPPORTED: &[&str] = &[
     "llama",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "seed_oss",
     "mistral",
     "ministral3",
     "mistral3",

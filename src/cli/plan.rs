@@ -22,8 +22,7 @@ pub struct PlanArgs {
     /// The recipe; --shape may stand in its place
     #[arg(short, long, conflicts_with = "shape", value_parser = recipe::read_path)]
     config: Option<PathBuf>,
-    /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
-    #[arg(long, required_unless_present_any = ["config", "compare"])]
+    #[arg(long, help = super::bench::shape_help(), required_unless_present_any = ["config", "compare"])]
     shape: Option<String>,
     /// With --shape: number of layers, if fewer than the shape has
     #[arg(long, conflicts_with = "config")]

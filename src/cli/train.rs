@@ -92,7 +92,7 @@ fn train(
     inputs.add_limits(&limits);
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
-    steps.remarks.iter().for_each(|remark| start.log.line(remark.clone()));
+    config.remarks.iter().chain(&steps.remarks).for_each(|remark| start.log.line(remark.clone()));
     let hex = |digest: u64| format!("{digest:016x}");
     let identity = RunIdentity {
         world_size,

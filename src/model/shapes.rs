@@ -1,29 +1,103 @@
-//! Shapes of well-known models, for benchmarks on made-up weights.
+//! Shapes of well-known models, for plans and for benchmarks on made-up weights.
 
 use anyhow::{Context, Result};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::spec::ModelSpec;
 
-/// Each shape: name, layers, hidden size, intermediate size, heads, key-value heads, from the model's own
-/// config.json.
-const SHAPES: [(&str, [usize; 5]); 3] = [
-    ("llama-3.1-8b", [32, 4096, 14_336, 32, 8]),
-    ("llama-3.1-70b", [80, 8192, 28_672, 64, 8]),
-    ("llama-3.1-405b", [126, 16_384, 53_248, 128, 8]),
+/// Layers, hidden size, intermediate size, heads, key-value heads, width of a head.
+type Sizes = [usize; 6];
+
+const TIED: bool = true;
+const UNTIED: bool = false;
+
+/// Each shape, from the model's own config.json: name, family, sizes, vocabulary, whether the head is tied to the embedding, RoPE's base,
+/// positions, and the other keys that the family's defaults do not give.
+#[rustfmt::skip]
+const SHAPES: &[(&str, &str, Sizes, usize, bool, f64, usize, &str)] = &[
+    ("llama-3.1-8b", "llama", [32, 4096, 14_336, 32, 8, 128], 128_256, UNTIED, 5e5, 131_072, r#"{"rms_norm_eps": 1e-5}"#),
+    ("llama-3.1-70b", "llama", [80, 8192, 28_672, 64, 8, 128], 128_256, UNTIED, 5e5, 131_072, r#"{"rms_norm_eps": 1e-5}"#),
+    ("llama-3.1-405b", "llama", [126, 16_384, 53_248, 128, 8, 128], 128_256, UNTIED, 5e5, 131_072, r#"{"rms_norm_eps": 1e-5}"#),
+    ("qwen2.5-0.5b", "qwen2", [24, 896, 4864, 14, 2, 64], 151_936, TIED, 1e6, 32_768, "{}"),
+    ("qwen2.5-1.5b", "qwen2", [28, 1536, 8960, 12, 2, 128], 151_936, TIED, 1e6, 32_768, "{}"),
+    ("qwen2.5-3b", "qwen2", [36, 2048, 11_008, 16, 2, 128], 151_936, TIED, 1e6, 32_768, "{}"),
+    ("qwen2.5-7b", "qwen2", [28, 3584, 18_944, 28, 4, 128], 152_064, UNTIED, 1e6, 32_768, "{}"),
+    ("qwen2.5-14b", "qwen2", [48, 5120, 13_824, 40, 8, 128], 152_064, UNTIED, 1e6, 32_768, "{}"),
+    ("qwen2.5-32b", "qwen2", [64, 5120, 27_648, 40, 8, 128], 152_064, UNTIED, 1e6, 32_768, "{}"),
+    ("qwen2.5-72b", "qwen2", [80, 8192, 29_568, 64, 8, 128], 152_064, UNTIED, 1e6, 32_768, "{}"),
+    ("qwen3-0.6b", "qwen3", [28, 1024, 3072, 16, 8, 128], 151_936, TIED, 1e6, 40_960, "{}"),
+    ("qwen3-1.7b", "qwen3", [28, 2048, 6144, 16, 8, 128], 151_936, TIED, 1e6, 40_960, "{}"),
+    ("qwen3-4b", "qwen3", [36, 2560, 9728, 32, 8, 128], 151_936, TIED, 1e6, 40_960, "{}"),
+    ("qwen3-8b", "qwen3", [36, 4096, 12_288, 32, 8, 128], 151_936, UNTIED, 1e6, 40_960, "{}"),
+    ("qwen3-14b", "qwen3", [40, 5120, 17_408, 40, 8, 128], 151_936, UNTIED, 1e6, 40_960, "{}"),
+    ("qwen3-32b", "qwen3", [64, 5120, 25_600, 64, 8, 128], 151_936, UNTIED, 1e6, 40_960, "{}"),
+    ("smollm3-3b", "smollm3", [36, 2048, 11_008, 16, 4, 128], 128_256, TIED, 5e6, 65_536, "{}"),
+    ("seed-oss-36b", "seed_oss", [64, 5120, 27_648, 80, 8, 128], 155_136, UNTIED, 1e7, 524_288, "{}"),
 ];
+
+/// Returns the names of all shapes, in the order of the table.
+pub fn names() -> String {
+    SHAPES.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(", ")
+}
 
 /// Returns the configuration of a named shape, with `layers` layers if that is set.
 pub fn named(name: &str, layers: Option<usize>) -> Result<ModelSpec> {
-    let names: Vec<&str> = SHAPES.iter().map(|(name, _)| *name).collect();
-    let found = SHAPES.iter().find(|(n, _)| *n == name);
-    let (_, [num_layers, hidden, intermediate, heads, kv_heads]) =
-        found.with_context(|| format!("--shape: found {name}; allowed: {}", names.join(", ")))?;
-    let text = json!({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128_256, "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers.unwrap_or(*num_layers),
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 131_072, "rope_theta": 500_000.0, "tie_word_embeddings": false,
+    let found = SHAPES.iter().find(|(n, ..)| *n == name);
+    let (_, family, sizes, vocab_size, is_tied, rope_theta, positions, more) =
+        *found.with_context(|| format!("--shape: found {name}; allowed: {}", names()))?;
+    let [num_layers, hidden, intermediate, heads, kv_heads, head_dim] = sizes;
+    let mut config = json!({
+        "model_type": family, "num_hidden_layers": layers.unwrap_or(num_layers), "hidden_size": hidden,
+        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head_dim,
+        "vocab_size": vocab_size, "tie_word_embeddings": is_tied, "rope_theta": rope_theta, "max_position_embeddings": positions,
     });
-    ModelSpec::parse(text.to_string().as_bytes(), name)
+    let more: Value = serde_json::from_str(more).with_context(|| format!("keys of {name}"))?;
+    for (key, value) in more.as_object().into_iter().flatten() {
+        config[key] = value.clone();
+    }
+    ModelSpec::parse(config.to_string().as_bytes(), name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::spec::TensorSpec;
+
+    /// Billions of weights that a model's card gives, with the embedding once where the head is tied.
+    #[test]
+    fn every_shape_has_the_weights_of_its_model() {
+        let known = [
+            ("llama-3.1-8b", 8.03),
+            ("llama-3.1-70b", 70.55),
+            ("llama-3.1-405b", 405.85),
+            ("qwen2.5-0.5b", 0.49),
+            ("qwen2.5-1.5b", 1.54),
+            ("qwen2.5-3b", 3.09),
+            ("qwen2.5-7b", 7.62),
+            ("qwen2.5-14b", 14.77),
+            ("qwen2.5-32b", 32.76),
+            ("qwen2.5-72b", 72.71),
+            ("qwen3-0.6b", 0.60),
+            ("qwen3-1.7b", 1.72),
+            ("qwen3-4b", 4.02),
+            ("qwen3-8b", 8.19),
+            ("qwen3-14b", 14.77),
+            ("qwen3-32b", 32.76),
+            ("smollm3-3b", 3.08),
+            ("seed-oss-36b", 36.15),
+        ];
+        for (name, billions) in known {
+            let spec = named(name, None).unwrap();
+            let weights: usize = spec.tensors().iter().map(TensorSpec::num_elements).sum();
+            assert!(
+                (weights as f64 / 1e9 - billions).abs() < 0.006,
+                "{name} has {weights} weights for {billions} billion"
+            );
+        }
+        for (name, family, ..) in SHAPES {
+            let spec = named(name, Some(1)).unwrap();
+            assert_eq!((spec.family, spec.num_layers()), (*family, 1), "{name}");
+            assert!(known.iter().any(|(known, _)| known == name), "no number of weights is known of {name}");
+        }
+    }
 }

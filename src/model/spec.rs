@@ -45,6 +45,8 @@ pub struct ModelSpec {
     pub quantization: Option<BnbConfig>,
     /// True for the text tower of a model that also sees: the names of its tensors are those of the whole model.
     pub is_text_tower: bool,
+    /// Differences from training with transformers that the user should know of.
+    pub remarks: Vec<String>,
 }
 
 /// The table of token embeddings, `[vocab_size, hidden_size]`.
@@ -308,6 +310,11 @@ impl ModelSpec {
     /// True for a tensor of the whole model that its text tower leaves alone.
     pub fn is_beside_text(&self, tensor: &str) -> bool {
         self.is_text_tower && BESIDE_TEXT.iter().any(|tower| tensor.starts_with(tower))
+    }
+
+    /// Modules that PEFT puts LoRA on where `target_modules` is absent. The list is empty where PEFT has no default for the family.
+    pub fn default_targets(&self) -> &'static [ModuleId] {
+        family::default_targets(self.family)
     }
 
     pub fn num_layers(&self) -> usize {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{AdapterSettings, CONFIG_FILE};
 use crate::files::{self, MAX_SETTINGS_BYTES, listed, shown, shown_path};
-use crate::model::spec::ModuleId;
+use crate::model::spec::{ModelSpec, ModuleId};
 
 /// Keys that do not change what is computed: bookkeeping, and settings of features that other keys would switch on.
 const HARMLESS: [&str; 16] = [
@@ -167,11 +167,11 @@ impl Keys {
 }
 
 impl PeftConfig {
-    /// Reads the file of a folder. The error names every key that cannot be honoured.
-    pub fn load(dir: &Path) -> Result<PeftConfig> {
+    /// Reads the file of a folder, an adapter of this model. The error names every key that cannot be honoured.
+    pub fn load(dir: &Path, spec: &ModelSpec) -> Result<PeftConfig> {
         let path = dir.join(CONFIG_FILE);
         let mut keys = Keys { map: read_map(&path)?, problems: Vec::new() };
-        let config = Self::read(&mut keys);
+        let config = Self::read(&mut keys, spec);
         keys.check_rest();
         match config {
             Some(config) if keys.problems.is_empty() => Ok(config),
@@ -179,7 +179,7 @@ impl PeftConfig {
         }
     }
 
-    fn read(keys: &mut Keys) -> Option<PeftConfig> {
+    fn read(keys: &mut Keys, spec: &ModelSpec) -> Option<PeftConfig> {
         // All keys are read before an error is returned, so that it can name all that are wrong.
         let number = |value: &Value| value.as_f64().filter(|&x| (x as f32).is_finite());
         let peft_type = keys.read("peft_type", None, "LORA", |v| (v == "LORA").then_some(()));
@@ -198,9 +198,13 @@ impl PeftConfig {
             (v.is_boolean() || v.as_str().is_some_and(|word| INITS.contains(&word))).then(|| v.clone())
         });
         let allowed = "a list of names, a regular expression, or all-linear";
-        // PEFT's own targets of a Llama model.
-        let default = Modules::Names(vec!["q_proj".into(), "v_proj".into()]);
-        let targets = keys.read("target_modules", Some(default), allowed, Modules::read);
+        let default: Vec<String> = spec.default_targets().iter().map(ToString::to_string).collect();
+        let default = (!default.is_empty()).then_some(Modules::Names(default));
+        let of_targets = match default {
+            Some(_) => allowed.into(),
+            None => format!("{allowed}; PEFT has no default for {}", spec.family),
+        };
+        let targets = keys.read("target_modules", default, &of_targets, Modules::read);
         let excluded = keys.read("exclude_modules", Some(None), allowed, |v| Modules::read(v).map(Some));
         peft_type?;
         let settings = AdapterSettings {
@@ -263,14 +267,19 @@ fn model_name(path: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::shapes;
 
-    fn load(change: Value) -> Result<PeftConfig> {
+    fn load_for(model: &str, change: Value) -> Result<PeftConfig> {
         let mut config =
             json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]});
         config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(CONFIG_FILE), config.to_string()).unwrap();
-        PeftConfig::load(dir.path())
+        PeftConfig::load(dir.path(), &shapes::named(model, Some(1)).unwrap())
+    }
+
+    fn load(change: Value) -> Result<PeftConfig> {
+        load_for("llama-3.1-8b", change)
     }
 
     fn error(change: Value) -> String {
@@ -363,6 +372,22 @@ mod tests {
         );
         let slow = load(json!({"target_modules": r"(?=(a+)+b)(a|m|o|d|e|l)*\1x"})).unwrap();
         assert!(slow.targets(&"a".repeat(64)).is_err(), "the work is bounded");
+    }
+
+    #[test]
+    fn absent_targets_are_those_of_the_family() {
+        let absent = json!({"target_modules": null});
+        for model in ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-8b"] {
+            let peft = load_for(model, absent.clone()).unwrap();
+            let is_target = |name: &str| peft.targets(&format!("model.layers.0.self_attn.{name}")).unwrap();
+            assert_eq!(["q_proj", "k_proj", "v_proj", "o_proj"].map(is_target), [true, false, true, false], "{model}");
+        }
+        for (model, family) in [("smollm3-3b", "smollm3"), ("seed-oss-36b", "seed_oss")] {
+            let error = load_for(model, absent.clone()).map(|_| ()).unwrap_err().to_string();
+            let expected = format!("all-linear; PEFT has no default for {family}");
+            assert!(error.contains("target_modules: missing") && error.contains(&expected), "{error}");
+            load_for(model, json!({"target_modules": "all-linear"})).unwrap();
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Adapter> {
         "{}: a new adapter is being put in place, or was when its run was killed; help: the same `train` again finishes it",
         dir.display()
     );
-    let peft = PeftConfig::load(dir)?;
+    let peft = PeftConfig::load(dir, spec)?;
     let path = dir.join(TENSORS_FILE);
     let file = map(&path)?;
     let tensors = SafeTensors::deserialize(&file).with_context(|| path.display().to_string())?;

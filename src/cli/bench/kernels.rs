@@ -18,8 +18,7 @@ use crate::start::placement::Placement;
 
 #[derive(Args)]
 pub struct KernelBench {
-    /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
-    #[arg(long)]
+    #[arg(long, help = super::shape_help())]
     shape: String,
     /// Tokens of one sequence
     #[arg(long, default_value_t = 4096)]

@@ -34,6 +34,11 @@ pub fn run(start: &Start, comm: MpiComm, bench: &Bench, overrides: &[String]) ->
     }
 }
 
+/// The help of `--shape`.
+pub fn shape_help() -> String {
+    format!("A folder with a config.json, or one of {}", shapes::names())
+}
+
 /// The configuration that `--shape` names, with fewer layers when `layers` says so.
 pub fn shape(name: &str, layers: Option<u32>) -> Result<ModelSpec> {
     let folder = recipe::read_path(name).map_err(|error| usage(&format!("--shape: found {name}: {error}")))?;

@@ -38,8 +38,7 @@ use super::kernels;
 
 #[derive(Args)]
 pub struct StepBench {
-    /// llama-3.1-8b, llama-3.1-70b, llama-3.1-405b, or a folder with a config.json
-    #[arg(long)]
+    #[arg(long, help = super::shape_help())]
     shape: String,
     /// Number of layers, if fewer than the shape has
     #[arg(long)]

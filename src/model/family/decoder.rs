@@ -47,6 +47,23 @@ pub(super) struct Decoder {
     pub mlp_bias: bool,
     /// One module gives queries, keys and values, and one gives gate and up.
     pub is_fused: bool,
+    /// Norms of each head's queries and keys.
+    pub head_norms: bool,
+}
+
+/// The windows of attention, as the keys of a config.json give them.
+pub(super) struct Windows {
+    /// `None`: no layer has a window.
+    size: Option<usize>,
+    /// `layer_types`: for each layer, true where it has a window.
+    is_sliding: Option<Vec<bool>>,
+}
+
+impl Windows {
+    /// The window of a layer. `by_rule` says whether it has one where `layer_types` is absent.
+    pub fn of(&self, layer: usize, by_rule: bool) -> Option<usize> {
+        self.size.filter(|_| self.is_sliding.as_ref().map_or(by_rule, |list| list[layer]))
+    }
 }
 
 impl Decoder {
@@ -63,12 +80,16 @@ impl Decoder {
             let allowed = format!("a multiple of num_key_value_heads {num_key_value_heads}");
             fields.refuse("num_attention_heads", num_attention_heads, allowed);
         }
-        let derived = defaults.head_dim.is_none() && !fields.has("head_dim");
+        let derived = !fields.has("head_dim") && (defaults.head_dim.is_none() || fields.is_null("head_dim"));
         if derived && !hidden_size.is_multiple_of(num_attention_heads) {
             let allowed = format!("a multiple of num_attention_heads {num_attention_heads}");
             fields.refuse("hidden_size", hidden_size, allowed);
         }
-        let default = defaults.head_dim.unwrap_or((hidden_size / num_attention_heads).max(1));
+        // Null asks for the derived width even where the class has a default.
+        let default = defaults
+            .head_dim
+            .filter(|_| !fields.is_null("head_dim"))
+            .unwrap_or((hidden_size / num_attention_heads).max(1));
         let head_dim = fields.size("head_dim", Some(default));
         if !head_dim.is_multiple_of(2) {
             fields.refuse("head_dim", head_dim, "an even number, half of it is rotated against the other");
@@ -88,6 +109,7 @@ impl Decoder {
             o_bias: false,
             mlp_bias: false,
             is_fused: false,
+            head_norms: false,
         }
     }
 
@@ -106,6 +128,18 @@ impl Decoder {
             let list: Vec<bool> = value.as_array()?.iter().map(is_sliding).collect::<Option<_>>()?;
             (list.len() == self.num_hidden_layers).then_some(Some(list))
         })
+    }
+
+    /// Takes `use_sliding_window`, which is off where it is absent, `sliding_window`, in whose place `absent` stands, and `layer_types`.
+    pub fn windows(&self, fields: &mut Fields, absent: Option<usize>) -> Windows {
+        let is_used = fields.flag("use_sliding_window", false);
+        let size = fields.size_or_null("sliding_window", absent).filter(|_| is_used);
+        let is_sliding = self.layer_types(fields);
+        if size.is_none() && is_sliding.iter().flatten().any(|is_sliding| *is_sliding) {
+            let allowed = "\"full_attention\" alone, unless use_sliding_window is true and sliding_window a number";
+            fields.refuse("layer_types", "sliding_attention", allowed);
+        }
+        Windows { size, is_sliding }
     }
 
     /// Makes the model, in which every layer rotates by the first of `ropes`. With problems it has no layers.
@@ -134,6 +168,7 @@ impl Decoder {
             eos_token_ids: eos_token_ids(fields),
             quantization: quantization::read(fields),
             is_text_tower: false,
+            remarks: Vec::new(),
         }
     }
 
@@ -146,6 +181,10 @@ impl Decoder {
         let prefix = format!("model.layers.{layer}");
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
+        let head_norm = |id: NormId, name: &str| {
+            let name = format!("{prefix}.self_attn.{name}.weight");
+            self.head_norms.then_some(Norm { id, name, width: self.head_dim, offset: 0.0 })
+        };
         let mut module = |id: ModuleId, part: &str, out_features: usize, in_features: usize, has_bias: bool| {
             let name = format!("{prefix}.{part}.{id}");
             *number += 1;
@@ -163,8 +202,8 @@ impl Decoder {
             attention: Attention {
                 norm: Some(self.norm(NormId::Attention, &format!("{prefix}.input_layernorm"))),
                 output_norm: None,
-                q_norm: None,
-                k_norm: None,
+                q_norm: head_norm(NormId::Q, "q_norm"),
+                k_norm: head_norm(NormId::K, "k_norm"),
                 q: q_rows,
                 k: k_rows,
                 v: v_rows,

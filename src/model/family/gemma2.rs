@@ -5,12 +5,13 @@ use serde_json::json;
 
 use super::decoder::{Decoder, Defaults};
 use super::json_fields::Fields;
-use super::{Family, rope};
+use super::{Family, QV, rope};
 use crate::device::Activation;
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{ModelSpec, Norm, NormId};
 
-pub(super) const FAMILY: Family = Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", read };
+pub(super) const FAMILY: Family =
+    Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", default_targets: QV, read };
 
 fn read(fields: &mut Fields) -> ModelSpec {
     let gemma = Gemma::read(fields, 256_000, 8192);

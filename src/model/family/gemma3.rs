@@ -3,15 +3,17 @@
 
 use super::gemma2::{Gemma, norm, softcap};
 use super::json_fields::Fields;
-use super::{Family, rope, text_tower};
+use super::{Family, QV, rope, text_tower};
 use crate::model::spec::{ModelSpec, NormId};
 
-pub(super) const FAMILY: Family = Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", read };
+pub(super) const FAMILY: Family =
+    Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", default_targets: QV, read };
 
 /// A model that also sees, of which the text tower is read.
 pub(super) const MULTIMODAL: Family = Family {
     model_type: "gemma3",
     architecture: "Gemma3ForConditionalGeneration",
+    default_targets: &[],
     read: |fields| text_tower(fields, "gemma3", &[TOWER]),
 };
 

@@ -7,7 +7,8 @@ use super::json_fields::Fields;
 use super::{Family, rope};
 use crate::model::spec::{ModelSpec, ModuleId};
 
-pub(super) const FAMILY: Family = Family { model_type: "granite", architecture: "GraniteForCausalLM", read };
+pub(super) const FAMILY: Family =
+    Family { model_type: "granite", architecture: "GraniteForCausalLM", default_targets: &[], read };
 
 const DEFAULTS: Defaults = Defaults {
     num_key_value_heads: None,

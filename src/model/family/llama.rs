@@ -4,10 +4,11 @@ use serde_json::json;
 
 use super::decoder::{Decoder, Defaults};
 use super::json_fields::Fields;
-use super::{Family, rope};
+use super::{Family, QV, rope};
 use crate::model::spec::ModelSpec;
 
-pub(super) const FAMILY: Family = Family { model_type: "llama", architecture: "LlamaForCausalLM", read };
+pub(super) const FAMILY: Family =
+    Family { model_type: "llama", architecture: "LlamaForCausalLM", default_targets: QV, read };
 
 fn read(fields: &mut Fields) -> ModelSpec {
     let defaults = Defaults {

@@ -8,7 +8,8 @@ use super::{Family, rope};
 use crate::model::rope::{Growth, RopeConfig, RopeScaling};
 use crate::model::spec::ModelSpec;
 
-pub(super) const FAMILY: Family = Family { model_type: "ministral3", architecture: "Ministral3ForCausalLM", read };
+pub(super) const FAMILY: Family =
+    Family { model_type: "ministral3", architecture: "Ministral3ForCausalLM", default_targets: &[], read };
 
 const DEFAULTS: Defaults = Defaults {
     num_key_value_heads: Some(8),

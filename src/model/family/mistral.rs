@@ -4,13 +4,14 @@ use serde_json::json;
 
 use super::decoder::{Decoder, Defaults};
 use super::json_fields::Fields;
-use super::{Family, rope};
+use super::{Family, QV, rope};
 use crate::model::spec::ModelSpec;
 
-pub(super) const FAMILY: Family = Family { model_type: "mistral", architecture: "MistralForCausalLM", read: mistral };
+pub(super) const FAMILY: Family =
+    Family { model_type: "mistral", architecture: "MistralForCausalLM", default_targets: QV, read: mistral };
 
 pub(super) const MINISTRAL: Family =
-    Family { model_type: "ministral", architecture: "MinistralForCausalLM", read: ministral };
+    Family { model_type: "ministral", architecture: "MinistralForCausalLM", default_targets: &[], read: ministral };
 
 const DEFAULTS: Defaults = Defaults {
     num_key_value_heads: Some(8),

@@ -5,7 +5,7 @@ use super::{Family, ministral3, mistral, text_tower};
 use crate::model::spec::ModelSpec;
 
 pub(super) const FAMILY: Family =
-    Family { model_type: "mistral3", architecture: "Mistral3ForConditionalGeneration", read };
+    Family { model_type: "mistral3", architecture: "Mistral3ForConditionalGeneration", default_targets: &[], read };
 
 fn read(fields: &mut Fields) -> ModelSpec {
     text_tower(fields, "mistral3", &[mistral::FAMILY, ministral3::FAMILY])

@@ -13,7 +13,11 @@ mod mistral3;
 mod olmo;
 mod phi3;
 mod quantization;
+mod qwen2;
+mod qwen3;
 mod rope;
+mod seed_oss;
+mod smollm3;
 
 pub use quantization::BnbConfig;
 
@@ -24,23 +28,32 @@ use serde_json::{Map, Value, json};
 
 use crate::files::{self, MAX_SETTINGS_BYTES, listed};
 
-use super::spec::ModelSpec;
+use super::spec::{ModelSpec, ModuleId};
 use json_fields::Fields;
 
 /// One architecture.
 struct Family {
     model_type: &'static str,
     architecture: &'static str,
+    /// Modules that PEFT puts LoRA on where `target_modules` is absent; empty: PEFT has no default for this family.
+    default_targets: &'static [ModuleId],
     /// Takes the keys that mean something. With problems in `Fields`, the value means nothing.
     read: fn(&mut Fields) -> ModelSpec,
 }
 
+/// PEFT's `default_targets` of the families for which it has some.
+const QV: &[ModuleId] = &[ModuleId::Q, ModuleId::V];
+
 const FAMILIES: &[Family] = &[
     llama::FAMILY,
+    qwen2::FAMILY,
+    qwen3::FAMILY,
     mistral::FAMILY,
     mistral::MINISTRAL,
     ministral3::FAMILY,
     mistral3::FAMILY,
+    smollm3::FAMILY,
+    seed_oss::FAMILY,
     olmo::OLMO2,
     olmo::OLMO3,
     gemma2::FAMILY,
@@ -135,6 +148,11 @@ fn text_tower(fields: &mut Fields, family: &'static str, families: &'static [Fam
         spec.eos_token_ids = eos_token_ids(fields);
     }
     spec
+}
+
+/// Returns the `default_targets` of a family, by its `model_type`.
+pub(super) fn default_targets(model_type: &str) -> &'static [ModuleId] {
+    FAMILIES.iter().find(|family| family.model_type == model_type).map_or(&[], |family| family.default_targets)
 }
 
 /// Takes the keys that name the family. The keys of an unknown one are read as those of the first, so that one error names all that is
@@ -258,7 +276,7 @@ mod tests {
     #[test]
     fn what_is_not_implemented_is_refused_by_name() {
         let cases = [
-            (json!({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}), "model_type: found \"qwen2\""),
+            (json!({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}), "model_type: found \"gpt2\""),
             (json!({"architectures": ["LlamaForSequenceClassification"]}), "allowed: LlamaForCausalLM"),
             (
                 json!({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}),

@@ -9,9 +9,11 @@ use super::{Family, rope};
 use crate::model::rope::RopeConfig;
 use crate::model::spec::{ModelSpec, Norm, NormId};
 
-pub(super) const OLMO2: Family = Family { model_type: "olmo2", architecture: "Olmo2ForCausalLM", read: olmo2 };
+pub(super) const OLMO2: Family =
+    Family { model_type: "olmo2", architecture: "Olmo2ForCausalLM", default_targets: &[], read: olmo2 };
 
-pub(super) const OLMO3: Family = Family { model_type: "olmo3", architecture: "Olmo3ForCausalLM", read: olmo3 };
+pub(super) const OLMO3: Family =
+    Family { model_type: "olmo3", architecture: "Olmo3ForCausalLM", default_targets: &[], read: olmo3 };
 
 const DEFAULTS: Defaults = Defaults {
     num_key_value_heads: None,

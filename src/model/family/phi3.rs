@@ -8,7 +8,8 @@ use super::{Family, rope};
 use crate::model::rope::{LongRope, RopeConfig, RopeScaling};
 use crate::model::spec::ModelSpec;
 
-pub(super) const FAMILY: Family = Family { model_type: "phi3", architecture: "Phi3ForCausalLM", read };
+pub(super) const FAMILY: Family =
+    Family { model_type: "phi3", architecture: "Phi3ForCausalLM", default_targets: &[], read };
 
 const DEFAULTS: Defaults = Defaults {
     num_key_value_heads: None,

@@ -6,6 +6,11 @@ use super::decoder::Decoder;
 use super::json_fields::Fields;
 use crate::model::rope::{Llama3, RopeConfig, RopeScaling, Yarn};
 
+const ORIGINAL_LENGTH: &str = "original_max_position_embeddings";
+
+/// Keys that other projects read and transformers ignores, with a warning: `attn_factor` is not `attention_factor`.
+const IGNORED: [&str; 2] = ["attn_factor", "finetuned"];
+
 /// Takes the keys of a rotation of all of `head_dim`. `theta` is the base where config.json gives none.
 pub(super) fn read(fields: &mut Fields, decoder: &Decoder, theta: f64) -> RopeConfig {
     let theta = fields.float("rope_theta", Some(theta));
@@ -41,7 +46,11 @@ pub(super) fn parameters(fields: &mut Fields) -> Fields {
     if fields.has("rope_scaling") && fields.has("rope_parameters") {
         fields.problems.push("rope_scaling and rope_parameters: both are there, keep the one that is meant".into());
     }
-    fields.object(if fields.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" })
+    let outer_length = fields.take(ORIGINAL_LENGTH);
+    let mut rope = fields.object(if fields.has("rope_scaling") { "rope_scaling" } else { "rope_parameters" });
+    // The length beside the object wins over that in it.
+    rope.map.extend(outer_length.map(|length| (ORIGINAL_LENGTH.to_string(), length)));
+    rope
 }
 
 /// Takes the type. `type` counts where `rope_type` is absent.
@@ -55,17 +64,17 @@ pub(super) fn config(rope: &mut Fields, decoder: &Decoder, theta: f64) -> RopeCo
     let max_position_embeddings = decoder.max_position_embeddings;
     let rope_theta = rope.float("rope_theta", Some(theta));
     let kind = kind(rope);
-    let length = Some(max_position_embeddings);
+    let length = rope.size(ORIGINAL_LENGTH, Some(max_position_embeddings));
     let scaling = match kind.as_str().unwrap_or_default() {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: rope.float("factor", None) },
         "dynamic" => RopeScaling::Dynamic { factor: rope.float("factor", None) },
-        "yarn" => RopeScaling::Yarn(read_yarn(rope, max_position_embeddings)),
+        "yarn" => RopeScaling::Yarn(read_yarn(rope, max_position_embeddings, length)),
         "llama3" => RopeScaling::Llama3(Llama3 {
             factor: rope.float("factor", None),
             low_freq_factor: rope.float("low_freq_factor", None),
             high_freq_factor: rope.float("high_freq_factor", None),
-            original_max_position_embeddings: rope.size("original_max_position_embeddings", length),
+            original_max_position_embeddings: length,
         }),
         _ => {
             rope.refuse("rope_type", kind, "default, linear, dynamic, yarn or llama3");
@@ -73,13 +82,13 @@ pub(super) fn config(rope: &mut Fields, decoder: &Decoder, theta: f64) -> RopeCo
             RopeScaling::Default
         }
     };
+    rope.map.retain(|key, _| !IGNORED.contains(&key.as_str()));
     rope.check_neutral([("partial_rotary_factor", json!(1.0))]);
     rope.check_rest();
     RopeConfig { rope_theta, rotary_dim: decoder.head_dim, max_position_embeddings, scaling, growth: None }
 }
 
-fn read_yarn(rope: &mut Fields, max_position_embeddings: usize) -> Yarn {
-    let original = rope.size("original_max_position_embeddings", Some(max_position_embeddings));
+fn read_yarn(rope: &mut Fields, max_position_embeddings: usize, original: usize) -> Yarn {
     let factor = rope.float("factor", Some(max_position_embeddings as f64 / original as f64));
     let (mscale, mscale_all_dim) = (rope.float_or_zero("mscale", 0.0), rope.float_or_zero("mscale_all_dim", 0.0));
     let attention_factor = Yarn::default_attention_factor(factor, mscale, mscale_all_dim);
