@@ -33,6 +33,16 @@ const SHAPES: &[(&str, &str, Sizes, usize, bool, f64, usize, &str)] = &[
     ("qwen3-32b", "qwen3", [64, 5120, 25_600, 64, 8, 128], 151_936, UNTIED, 1e6, 40_960, "{}"),
     ("smollm3-3b", "smollm3", [36, 2048, 11_008, 16, 4, 128], 128_256, TIED, 5e6, 65_536, "{}"),
     ("seed-oss-36b", "seed_oss", [64, 5120, 27_648, 80, 8, 128], 155_136, UNTIED, 1e7, 524_288, "{}"),
+    ("gemma-2-2b", "gemma2", [26, 2304, 9216, 8, 4, 256], 256_000, TIED, 1e4, 8192, "{}"),
+    ("gemma-2-9b", "gemma2", [42, 3584, 14_336, 16, 8, 256], 256_000, TIED, 1e4, 8192, "{}"),
+    ("gemma-2-27b", "gemma2", [46, 4608, 36_864, 32, 16, 128], 256_000, TIED, 1e4, 8192, r#"{"query_pre_attn_scalar": 144}"#),
+    ("gemma-3-1b", "gemma3_text", [26, 1152, 6912, 4, 1, 256], 262_144, TIED, 1e6, 32_768, r#"{"sliding_window": 512}"#),
+    ("gemma-3-4b", "gemma3_text", [34, 2560, 10_240, 8, 4, 256], 262_208, TIED, 1e6, 131_072,
+        r#"{"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}"#),
+    ("gemma-3-12b", "gemma3_text", [48, 3840, 15_360, 16, 8, 256], 262_208, TIED, 1e6, 131_072,
+        r#"{"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}"#),
+    ("gemma-3-27b", "gemma3_text", [62, 5376, 21_504, 32, 16, 128], 262_208, TIED, 1e6, 131_072,
+        r#"{"sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "query_pre_attn_scalar": 168}"#),
 ];
 
 /// Returns the names of all shapes, in the order of the table.
@@ -85,6 +95,13 @@ mod tests {
             ("qwen3-32b", 32.76),
             ("smollm3-3b", 3.08),
             ("seed-oss-36b", 36.15),
+            ("gemma-2-2b", 2.61),
+            ("gemma-2-9b", 9.24),
+            ("gemma-2-27b", 27.23),
+            ("gemma-3-1b", 1.00),
+            ("gemma-3-4b", 3.88),
+            ("gemma-3-12b", 11.77),
+            ("gemma-3-27b", 27.01),
         ];
         for (name, billions) in known {
             let spec = named(name, None).unwrap();
