@@ -1,4 +1,4 @@
-//! QLoRA fine-tuning of Llama-family models, sharded over ranks that `mpirun` or `srun` starts.
+//! QLoRA fine-tuning of language models, sharded over ranks that `mpirun` or `srun` starts.
 //!
 //! Every rank memory-maps its own shard of the frozen base, kept as NF4 in bytes, and takes part in a hand-written
 //! FSDP schedule: one all-gather per layer and pass, one reduce-scatter of each layer's LoRA gradients per step.

@@ -35,7 +35,7 @@ alike; 1 anything else, and also an adapter that had to be saved elsewhere than 
 /// grows with it.
 const MAX_RANKS: i64 = 1 << 14;
 
-/// QLoRA fine-tuning of Llama-family models, sharded over ranks: `mpirun -np 2 fsdp-qlora`.
+/// QLoRA fine-tuning of language models, sharded over ranks: `mpirun -np 2 fsdp-qlora`.
 #[derive(Parser)]
 #[command(name = "fsdp-qlora", version, about, after_help = AFTER_HELP)]
 pub struct Cli {

@@ -11,10 +11,12 @@ type Sizes = [usize; 6];
 const TIED: bool = true;
 const UNTIED: bool = false;
 
-/// Each shape, from the model's own config.json: name, family, sizes, vocabulary, whether the head is tied to the embedding, RoPE's base,
+/// A shape, from the model's own config.json: name, family, sizes, vocabulary, whether the head is tied to the embedding, RoPE's base,
 /// positions, and the other keys that the family's defaults do not give.
+type Shape = (&'static str, &'static str, Sizes, usize, bool, f64, usize, &'static str);
+
 #[rustfmt::skip]
-const SHAPES: &[(&str, &str, Sizes, usize, bool, f64, usize, &str)] = &[
+const SHAPES: &[Shape] = &[
     ("llama-3.1-8b", "llama", [32, 4096, 14_336, 32, 8, 128], 128_256, UNTIED, 5e5, 131_072, r#"{"rms_norm_eps": 1e-5}"#),
     ("llama-3.1-70b", "llama", [80, 8192, 28_672, 64, 8, 128], 128_256, UNTIED, 5e5, 131_072, r#"{"rms_norm_eps": 1e-5}"#),
     ("llama-3.1-405b", "llama", [126, 16_384, 53_248, 128, 8, 128], 128_256, UNTIED, 5e5, 131_072, r#"{"rms_norm_eps": 1e-5}"#),
@@ -33,6 +35,18 @@ const SHAPES: &[(&str, &str, Sizes, usize, bool, f64, usize, &str)] = &[
     ("qwen3-32b", "qwen3", [64, 5120, 25_600, 64, 8, 128], 151_936, UNTIED, 1e6, 40_960, "{}"),
     ("smollm3-3b", "smollm3", [36, 2048, 11_008, 16, 4, 128], 128_256, TIED, 5e6, 65_536, "{}"),
     ("seed-oss-36b", "seed_oss", [64, 5120, 27_648, 80, 8, 128], 155_136, UNTIED, 1e7, 524_288, "{}"),
+    ("mistral-7b-v0.3", "mistral", [32, 4096, 14_336, 32, 8, 128], 32_768, UNTIED, 1e6, 32_768,
+        r#"{"rms_norm_eps": 1e-5, "sliding_window": null}"#),
+    ("mistral-nemo-12b", "mistral", [40, 5120, 14_336, 32, 8, 128], 131_072, UNTIED, 1e6, 1_024_000,
+        r#"{"rms_norm_eps": 1e-5, "sliding_window": null}"#),
+    ("mistral-small-24b", "mistral", [40, 5120, 32_768, 32, 8, 128], 131_072, UNTIED, 1e8, 32_768,
+        r#"{"rms_norm_eps": 1e-5, "sliding_window": null}"#),
+    ("phi-4", "phi3", [40, 5120, 17_920, 40, 10, 128], 100_352, UNTIED, 2.5e5, 16_384,
+        r#"{"rms_norm_eps": 1e-5, "sliding_window": null, "original_max_position_embeddings": 16384}"#),
+    ("granite-3.3-8b", "granite", [40, 4096, 12_800, 32, 8, 128], 49_159, TIED, 1e7, 131_072,
+        r#"{"rms_norm_eps": 1e-5, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125,
+        "logits_scaling": 16.0}"#),
+    ("olmo-2-7b", "olmo2", [32, 4096, 11_008, 32, 32, 128], 100_352, UNTIED, 5e5, 4096, r#"{"rms_norm_eps": 1e-6}"#),
     ("gemma-2-2b", "gemma2", [26, 2304, 9216, 8, 4, 256], 256_000, TIED, 1e4, 8192, "{}"),
     ("gemma-2-9b", "gemma2", [42, 3584, 14_336, 16, 8, 256], 256_000, TIED, 1e4, 8192, "{}"),
     ("gemma-2-27b", "gemma2", [46, 4608, 36_864, 32, 16, 128], 256_000, TIED, 1e4, 8192, r#"{"query_pre_attn_scalar": 144}"#),
@@ -95,6 +109,12 @@ mod tests {
             ("qwen3-32b", 32.76),
             ("smollm3-3b", 3.08),
             ("seed-oss-36b", 36.15),
+            ("mistral-7b-v0.3", 7.25),
+            ("mistral-nemo-12b", 12.25),
+            ("mistral-small-24b", 23.57),
+            ("phi-4", 14.66),
+            ("granite-3.3-8b", 8.17),
+            ("olmo-2-7b", 7.30),
             ("gemma-2-2b", 2.61),
             ("gemma-2-9b", 9.24),
             ("gemma-2-27b", 27.23),
