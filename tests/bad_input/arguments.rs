@@ -78,7 +78,7 @@ fn what_a_gpu_cannot_run_is_refused_by_plan() {
     place.config("head_dim", json!(80));
     place.config("intermediate_size", json!(129));
     let plan = ["plan", "--shape", "model", "--gpu", "h100"];
-    refused(&place, &plan, 1, &["head_dim: found 80, allowed: [64, 96, 128]", "intermediate_size: found 129"]);
+    refused(&place, &plan, 1, &["head_dim: found 80, allowed: [64, 96, 128, 256]", "intermediate_size: found 129"]);
 }
 
 #[test]
