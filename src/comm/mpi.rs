@@ -111,7 +111,7 @@ impl Drop for World {
         // If a communicator still exists, perhaps on another thread, MPI is not finalized before the process ends.
         let Some(universe) = Arc::get_mut(&mut self.universe) else { return };
         let wait = watch::wait("MPI_Finalize");
-        // From here on a rank that fails just exits: MPI_Abort during MPI_Finalize makes Open MPI's launcher crash.
+        // A rank that fails after this line just exits, because MPI_Abort during MPI_Finalize makes Open MPI's launcher crash.
         ANY_THREAD_MAY_ABORT.store(false, Ordering::Relaxed);
         // SAFETY: no communicator is left, and `self` is used no more.
         unsafe { ManuallyDrop::drop(universe) };

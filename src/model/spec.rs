@@ -171,14 +171,14 @@ impl Rows {
 pub enum NormId {
     /// Before attention.
     Attention,
-    /// Of attention's output, before it is added to the residual stream.
+    /// Norm of attention's output, before it is added to the residual stream.
     AttentionOutput,
     /// Norms of queries and of keys.
     Q,
     K,
     /// Before the MLP.
     Mlp,
-    /// Of the MLP's output, before it is added to the residual stream.
+    /// Norm of the MLP's output, before it is added to the residual stream.
     MlpOutput,
     /// After the last layer.
     Final,

@@ -97,7 +97,7 @@ impl AttentionVariant {
         HEAD_DIMS.into_iter().flat_map(|head_dim| [false, true].map(|capped| AttentionVariant { head_dim, capped }))
     }
 
-    /// Whether Hopper's own kernels do it. The others run there too, at the speed of an older GPU.
+    /// Returns true if Hopper's own kernels do it. The others run there too, at the speed of an older GPU.
     pub fn has_hopper_kernels(self) -> bool {
         self.head_dim <= 128 && !self.capped
     }

@@ -238,7 +238,7 @@ struct Kernels {
     cache: PathBuf,
     /// Option that says what type activations have.
     act_option: Option<&'static str>,
-    /// Those that every model needs.
+    /// Kernels that every model needs.
     common: Loaded,
     attention: Mutex<HashMap<AttentionVariant, Arc<Loaded>>>,
 }

@@ -118,16 +118,17 @@ pub(super) fn norm(layer: usize, id: NormId, name: &str, width: usize) -> Norm {
 pub(super) mod tests {
     use serde_json::Value;
 
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use super::*;
     use crate::model::spec::LayerSpec;
 
     fn gemma2(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 64,
+        changed(
+            json!({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "hidden_size": 64,
             "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 100,
-            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid"});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+            "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid"}),
+            &changes,
+        )
     }
 
     /// The window and the rotation of each layer.

@@ -56,15 +56,16 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::super::gemma2::tests::windows;
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use crate::model::rope::RopeScaling;
     use crate::model::spec::NormId;
 
     fn gemma3(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 64,
-            "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 8, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 7, "num_attention_heads": 8, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     #[test]

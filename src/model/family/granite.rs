@@ -43,15 +43,16 @@ fn read(fields: &mut Fields) -> ModelSpec {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use super::*;
     use serde_json::Value;
 
     fn granite(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_size": 64,
-            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     #[test]

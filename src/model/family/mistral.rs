@@ -46,15 +46,16 @@ fn read(family: &'static str, fields: &mut Fields) -> ModelSpec {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use super::*;
     use serde_json::Value;
 
     fn mistral(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 64,
-            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 16, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 16, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     fn windows(config: Value) -> Vec<Option<usize>> {

@@ -15,15 +15,17 @@ fn read(fields: &mut Fields) -> ModelSpec {
 mod tests {
     use serde_json::{Value, json};
 
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
 
     fn mistral3(changes: Value, text: Value) -> Value {
-        let mut config = json!({"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+        let mut config = changed(
+            json!({"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
             "image_token_index": 10, "spatial_merge_size": 2, "vision_feature_layer": -1, "projector_hidden_act": "gelu",
             "multimodal_projector_bias": false, "vision_config": {"model_type": "pixtral"}, "torch_dtype": "bfloat16",
             "text_config": {"model_type": "mistral", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
-                "num_attention_heads": 16, "vocab_size": 100, "tie_word_embeddings": false, "eos_token_id": 7}});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+                "num_attention_heads": 16, "vocab_size": 100, "tie_word_embeddings": false, "eos_token_id": 7}}),
+            &changes,
+        );
         config["text_config"].as_object_mut().unwrap().extend(text.as_object().unwrap().clone());
         config
     }

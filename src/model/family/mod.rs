@@ -1,4 +1,4 @@
-//! From a config.json of Hugging Face to a [`ModelSpec`]. A family is one architecture: a file that says which keys it has, what each
+//! Makes a [`ModelSpec`] of a config.json of Hugging Face. A family is one architecture: a file that says which keys it has, what each
 //! means, and how its layers differ from those of `decoder`. A key that is not understood is refused.
 
 mod decoder;
@@ -206,14 +206,18 @@ mod tests {
     }
 
     fn with(changes: Value) -> Value {
-        let mut config = smollm();
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(smollm(), &changes)
     }
 
     /// The model of a config.json that must be right.
     pub fn spec_of(config: Value) -> ModelSpec {
         load(&config).unwrap()
+    }
+
+    /// A config.json with keys that are added or have other values.
+    pub fn changed(mut config: Value, changes: &Value) -> Value {
+        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        config
     }
 
     /// The error of a config.json that must be refused.

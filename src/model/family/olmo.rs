@@ -65,16 +65,17 @@ fn spec(family: &'static str, mut decoder: Decoder, ropes: Vec<RopeConfig>, fiel
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use super::*;
     use crate::model::rope::RopeScaling;
     use serde_json::Value;
 
     fn olmo(model_type: &str, changes: Value) -> Value {
-        let mut config = json!({"model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
-            "num_attention_heads": 4, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"model_type": model_type, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
+            "num_attention_heads": 4, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     /// Window and base of the rotation of each layer.

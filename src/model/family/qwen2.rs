@@ -46,15 +46,16 @@ pub(super) fn qwen(family: &'static str, decoder: Decoder, fields: &mut Fields) 
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use super::*;
 
     /// A small model whose config.json has only the keys that must be there, with changes.
     fn qwen2(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128,
-            "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 32, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 128,
+            "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 32, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     pub fn windows(config: Value) -> Vec<Option<usize>> {

@@ -29,15 +29,16 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::super::qwen2::tests::{biases, windows};
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use crate::model::rope::RopeScaling;
     use crate::model::spec::NormId;
 
     fn qwen3(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64,
-            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 32, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     #[test]

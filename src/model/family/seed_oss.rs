@@ -48,15 +48,16 @@ fn dropout(fields: &mut Fields, key: &str) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::super::qwen2::tests::biases;
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use super::*;
     use serde_json::Value;
 
     fn seed_oss(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "hidden_size": 64,
-            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 16, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 16, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     #[test]

@@ -55,14 +55,15 @@ fn rotated_layers(fields: &mut Fields, num_layers: usize) -> impl Fn(usize) -> b
 #[cfg(test)]
 mod tests {
     use super::super::qwen2::tests::{biases, windows};
-    use super::super::tests::{error_of, spec_of};
+    use super::super::tests::{changed, error_of, spec_of};
     use super::*;
 
     fn smollm3(changes: Value) -> Value {
-        let mut config = json!({"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "hidden_size": 64,
-            "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 16, "vocab_size": 100});
-        config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-        config
+        changed(
+            json!({"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "hidden_size": 64,
+            "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 16, "vocab_size": 100}),
+            &changes,
+        )
     }
 
     fn rotates(config: Value) -> Vec<bool> {

@@ -309,7 +309,7 @@ pub fn backward<D: Ops>(
     project_backward(ctx, stage, d, grads, saves, x, scratch)
 }
 
-/// From the gradient of attention's output to those of queries and keys before their rotation and norms, and of values. They are in
+/// Makes the gradients of queries and keys before their rotation and norms, and of values, from that of attention's output. They are in
 /// `d_q`, or `d_gate` where queries are normed; in `d_k`, or `d_up`; in `d_v`.
 fn scores_backward<D: Ops>(
     ctx: &StageContext<'_, D>,
@@ -354,7 +354,7 @@ fn scores_backward<D: Ops>(
     Ok(())
 }
 
-/// From the gradients that [`scores_backward`] leaves to that of the stage's input, which is added to `d`.
+/// Makes the gradient of the stage's input from those that [`scores_backward`] leaves, and adds it to `d`.
 fn project_backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Attention,

@@ -7,7 +7,7 @@ use super::attention::Attention;
 use super::mlp::Mlp;
 use crate::model::spec::{LayerSpec, Module, ModuleId};
 
-/// What a linear module with LoRA does besides its product with the base: kernels, and passes over its input and its output.
+/// The work of a linear module with LoRA besides its product with the base: kernels, and passes over its input and its output.
 struct Passes {
     launches: f64,
     input: f64,

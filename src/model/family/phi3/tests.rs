@@ -1,12 +1,13 @@
-use super::super::tests::{error_of, spec_of};
+use super::super::tests::{changed, error_of, spec_of};
 use super::*;
 use crate::model::spec::{ModuleId, Rows};
 
 fn phi(changes: Value) -> Value {
-    let mut config = json!({"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 64,
-        "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100});
-    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    config
+    changed(
+        json!({"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 64,
+        "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}),
+        &changes,
+    )
 }
 
 fn longrope(len: usize) -> Value {
