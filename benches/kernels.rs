@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use fsdp_qlora::device::{Arena, Gemm, GemmOps, Transpose, cpu::Cpu};
+use fsdp_qlora::testing::{Arena, Cpu, Gemm, GemmOps, Transpose};
 
 const TOKENS: usize = 512;
 

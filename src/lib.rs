@@ -23,8 +23,8 @@
 //! | [`files`] | opening and reading input files, bounded; names of files as messages show them | everything else |
 //! | [`stderr`] | lines on standard error, each written whole | everything else |
 //!
-//! Two private modules serve others: `choices` declares enums of a recipe's words, and `simd` compiles loops for wide
-//! vectors.
+//! Two more serve others: `choices` declares enums of a recipe's words, and `simd` compiles loops for wide vectors.
+//! The modules are private; the program takes what this file re-exports, and tests take what [`testing`] lists.
 //!
 //! # A model
 //!
@@ -87,20 +87,27 @@
 //! there), a short last block is multiplied by the reciprocal of its absmax like all others, and the thresholds
 //! between codes are the kernel's constants, not the midpoints that f32 gives.
 
-pub mod checkpoint;
+mod checkpoint;
 mod choices;
-pub mod cli;
-pub mod comm;
-pub mod data;
-pub mod device;
-pub mod files;
-pub mod fsdp;
-pub mod model;
-pub mod optim;
-pub mod plan;
-pub mod quant;
-pub mod recipe;
+mod cli;
+mod comm;
+mod data;
+mod device;
+mod files;
+mod fsdp;
+mod model;
+mod optim;
+mod plan;
+mod quant;
+mod recipe;
 mod simd;
-pub mod start;
+mod start;
 pub mod stderr;
-pub mod train;
+pub mod testing;
+mod train;
+
+pub use cli::Cli;
+pub use comm::mpi::{World, abort, launcher_rank};
+pub use comm::watch;
+pub use recipe::RecipeError;
+pub use start::agree::Disagreement;

@@ -5,12 +5,7 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::IsTerminal;
 
 use clap::Parser;
-use fsdp_qlora::cli::Cli;
-use fsdp_qlora::comm::mpi::{World, abort, launcher_rank};
-use fsdp_qlora::comm::watch;
-use fsdp_qlora::recipe::RecipeError;
-use fsdp_qlora::start::agree::Disagreement;
-use fsdp_qlora::stderr;
+use fsdp_qlora::{Cli, Disagreement, RecipeError, World, abort, launcher_rank, stderr, watch};
 
 fn main() {
     let cli = match Cli::try_parse() {

@@ -1,8 +1,7 @@
 //! Every kernel for every architecture, without a GPU: what it takes, that it spills no registers, and that
 //! the assembler expects no loss of speed. Without NVRTC the test says so and passes, unless REQUIRE_NVRTC=1.
 
-use fsdp_qlora::device::cuda::compile::{self, AttentionVariant, Source};
-use fsdp_qlora::device::cuda::{HalfType, libraries};
+use fsdp_qlora::testing::{AttentionVariant, HalfType, Source, compile, libraries};
 use half::f16;
 use rayon::prelude::*;
 

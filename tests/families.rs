@@ -8,15 +8,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{CpuEngine, EngineOptions, golden, on_all_ranks, relative_error};
-use fsdp_qlora::checkpoint::adapter::{self, Adapter};
-use fsdp_qlora::fsdp::exec::RunArgs;
-use fsdp_qlora::fsdp::grads::Values;
-use fsdp_qlora::fsdp::schedule::{Keep, Mode};
-use fsdp_qlora::model::batch::{MicroBatch, NO_TARGET};
-use fsdp_qlora::model::spec::ModelSpec;
-use fsdp_qlora::model::trainable::{Trainable, Trainables};
-use fsdp_qlora::optim::adamw::Update;
-use fsdp_qlora::train::step::{StepArgs, step};
+use fsdp_qlora::testing::{
+    Adapter, Keep, MicroBatch, Mode, ModelSpec, NO_TARGET, RunArgs, StepArgs, Trainable, Trainables, Update, Values,
+    adapter, step,
+};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use tempfile::TempDir;

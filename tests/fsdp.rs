@@ -5,20 +5,11 @@ mod common;
 use std::time::Duration;
 
 use common::{CpuEngine, EngineOptions, golden, on_all_ranks, on_groups, relative_error};
-use fsdp_qlora::checkpoint::adapter;
-use fsdp_qlora::comm::{Gather, Queue};
-use fsdp_qlora::data::{self, DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler};
-use fsdp_qlora::fsdp::check::check;
-use fsdp_qlora::fsdp::exec::{Objective, RunArgs};
-use fsdp_qlora::fsdp::grads::Values;
-use fsdp_qlora::fsdp::memory::Residency;
-use fsdp_qlora::fsdp::schedule::{Accumulation, Action, Keep, Mode, build};
-use fsdp_qlora::fsdp::unit::NumUnits;
-use fsdp_qlora::model::batch::MicroBatch;
-use fsdp_qlora::model::trainable::{Trainable, Trainables};
-use fsdp_qlora::optim::adamw::Update;
-use fsdp_qlora::train::eval;
-use fsdp_qlora::train::step::{StepArgs, StepRecord, step};
+use fsdp_qlora::testing::{
+    Accumulation, Action, DataOptions, Dataset, Format, Gather, Keep, LossOn, MicroBatch, Mode, NumUnits, Objective,
+    Overlong, Packing, Queue, Residency, RunArgs, Sampler, StepArgs, StepRecord, Trainable, Trainables, Update, Values,
+    adapter, build, check, data, eval, step,
+};
 
 const LAYERS: usize = 2;
 
@@ -139,7 +130,7 @@ fn six_steps_are_those_of_peft() {
     let data = rows(Packing::None);
     let mut options = trainer();
     options.max_micro_batches = 2;
-    let config = fsdp_qlora::model::spec::ModelSpec::load(&options.model).unwrap();
+    let config = fsdp_qlora::testing::ModelSpec::load(&options.model).unwrap();
     let final_adapter = adapter::load(&golden("qlora_steps/final"), &config).unwrap();
     let grads_dir = tempfile::tempdir().unwrap();
     std::fs::copy(golden("qlora_steps/final/adapter_config.json"), grads_dir.path().join("adapter_config.json"))
@@ -411,7 +402,7 @@ fn run_without(
     (options.max_micro_batches, options.delay) = (3, Duration::from_millis(2));
     options.residency = residency;
     let data = rows(Packing::None);
-    let config = fsdp_qlora::model::spec::ModelSpec::load(&options.model).unwrap();
+    let config = fsdp_qlora::testing::ModelSpec::load(&options.model).unwrap();
     let mut results = on_all_ranks(world_size, |groups| {
         let mut engine = options.engine(groups, shards.path());
         let inputs = engine.limits().inputs(NumUnits::new(&config), Mode::Train, 3);

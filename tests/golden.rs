@@ -5,12 +5,10 @@ mod common;
 use std::collections::{HashMap, HashSet};
 
 use common::{EngineOptions, golden, on_all_ranks, relative_error};
-use fsdp_qlora::device::{Arena, Dequantize, Nf4Ops, cpu::Cpu};
-use fsdp_qlora::fsdp::exec::RunArgs;
-use fsdp_qlora::fsdp::schedule::Mode;
-use fsdp_qlora::model::batch::{MicroBatch, NO_TARGET};
-use fsdp_qlora::quant::double::{DYNAMIC_MAP, quantize_absmax_around};
-use fsdp_qlora::quant::nf4::{Absmax, CODEBOOK, Nf4Tensor, THRESHOLDS, quantize};
+use fsdp_qlora::testing::{
+    Absmax, Arena, CODEBOOK, Cpu, DYNAMIC_MAP, Dequantize, MicroBatch, Mode, NO_TARGET, Nf4Ops, Nf4Tensor, RunArgs,
+    THRESHOLDS, quantize, quantize_absmax_around,
+};
 use safetensors::{Dtype, SafeTensors};
 
 /// All tensors of a file, as numbers.
@@ -85,7 +83,7 @@ fn nf4_is_that_of_bitsandbytes() {
                 off.insert((case, absmax.to_bits()));
             }
         }
-        let theirs = fsdp_qlora::quant::double::NestedAbsmax { codes: bytes_of(get("dq.absmax")), ..nested };
+        let theirs = fsdp_qlora::testing::NestedAbsmax { codes: bytes_of(get("dq.absmax")), ..nested };
         // A block of zeros, whose absmax is not quite zero after double quantization, shows its code; so codes are
         // compared too.
         let codes = bytes_of(get("codes"));

@@ -9,25 +9,11 @@ use std::time::{Duration, Instant};
 
 use common::cli::{MPI_ENVIRONMENT, program};
 use common::relative_error;
-use fsdp_qlora::checkpoint::adapter::{self, Adapter, AdapterSettings};
-use fsdp_qlora::checkpoint::synthetic;
-use fsdp_qlora::comm::cuda_queue::{CudaQueue, QueueOptions};
-use fsdp_qlora::comm::local;
-use fsdp_qlora::comm::mpi::{MpiComm, World};
-use fsdp_qlora::comm::{Delays, Gather, Groups, Position, barrier};
-use fsdp_qlora::device::Device;
-use fsdp_qlora::device::cpu::{Cpu, HostRegion};
-use fsdp_qlora::device::cuda::{Cuda, libraries};
-use fsdp_qlora::fsdp::exec::Engine;
-use fsdp_qlora::fsdp::grads::Values;
-use fsdp_qlora::fsdp::memory::{Limits, Residency};
-use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
-use fsdp_qlora::model::batch::MicroBatch;
-use fsdp_qlora::model::spec::ModelSpec;
-use fsdp_qlora::model::trainable::Trainables;
-use fsdp_qlora::optim::adamw::Update;
-use fsdp_qlora::plan::memory::Sizes;
-use fsdp_qlora::train::step::{StepArgs, step};
+use fsdp_qlora::testing::{
+    Accumulation, Adapter, AdapterSettings, Cpu, Cuda, CudaQueue, Delays, Device, Engine, Gather, Groups, HostRegion,
+    Keep, Limits, MicroBatch, Mode, ModelSpec, MpiComm, Position, QueueOptions, Residency, Sizes, StepArgs, Trainables,
+    Update, Values, World, adapter, barrier, libraries, local, step, synthetic,
+};
 use half::bf16;
 
 const LAYERS: usize = 5;
@@ -65,7 +51,7 @@ fn config() -> ModelSpec {
 
 /// An adapter whose B is not zero, so that every matrix has a gradient.
 fn start_adapter(config: &ModelSpec) -> Adapter {
-    let targets = fsdp_qlora::model::trainable::Targets::AllLinear.of(config).unwrap();
+    let targets = fsdp_qlora::testing::Targets::AllLinear.of(config).unwrap();
     let settings = AdapterSettings {
         lora_rank: 8,
         alpha: 16.0,
@@ -183,7 +169,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
 
 /// Returns whether the ranks share a GPU, as they do where there is only one.
 fn shares_gpu() -> bool {
-    fsdp_qlora::device::cuda::num_devices().unwrap() < 2
+    fsdp_qlora::testing::num_devices().unwrap() < 2
 }
 
 /// Makes the ranks of a run, in groups of `num_shards`; `None` makes one group.

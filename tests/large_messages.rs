@@ -5,8 +5,7 @@ mod common;
 use std::process::Command;
 
 use common::cli::MPI_ENVIRONMENT;
-use fsdp_qlora::comm::Comm;
-use fsdp_qlora::comm::mpi::{MpiComm, World};
+use fsdp_qlora::testing::{Comm, MpiComm, World};
 
 /// Says that this process is a rank which the test has started.
 const IS_RANK: &str = "LARGE_MESSAGES_IS_RANK";

@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use fsdp_qlora::data::chat_template::ChatTemplate;
+use fsdp_qlora::testing::ChatTemplate;
 use jiff::Zoned;
 use serde_json::json;
 

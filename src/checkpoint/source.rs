@@ -198,7 +198,7 @@ impl TensorView<'_> {
     /// Converts the elements from `start` on, in row-major order, into the whole of `out`.
     ///
     /// Errors: a dtype other than bf16, f16, f32; a range beyond the end; a NaN or an infinity.
-    pub fn to_f32(&self, start: usize, out: &mut [f32]) -> Result<()> {
+    pub fn to_f32(self, start: usize, out: &mut [f32]) -> Result<()> {
         let size = match self.dtype {
             Dtype::F32 => 4,
             Dtype::BF16 | Dtype::F16 => 2,

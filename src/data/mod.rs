@@ -19,8 +19,8 @@ pub mod variables;
 
 use crate::choices::choices;
 
-pub use dataset::{Counts, Dataset};
-pub use sampler::{Sampler, eval_micro_batches, num_step_target_tokens, step_micro_batches};
+pub use dataset::Dataset;
+pub use sampler::{Sampler, eval_micro_batches, step_micro_batches};
 pub use tokenizer::TextTokenizer;
 
 choices! {

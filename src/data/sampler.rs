@@ -71,15 +71,6 @@ pub fn step_micro_batches(
         .collect()
 }
 
-/// Counts the tokens that count in the loss in the whole global batch that begins at `cursor`. Every rank gets the
-/// same number without asking the others.
-pub fn num_step_target_tokens(dataset: &Dataset, sampler: &mut Sampler, cursor: u64, global_batch: usize) -> usize {
-    (cursor..cursor + global_batch as u64)
-        .flat_map(|place| &dataset.sequences[sampler.sequence_at(place)])
-        .map(|&document| dataset.documents[document].num_target_tokens())
-        .sum()
-}
-
 /// Returns a rank's micro-batches of a whole data set. Each takes as many of the next sequences as fit into
 /// `max_tokens`, and ranks take turns. Every rank gets the same number of micro-batches; the last ones may be empty.
 /// A sequence over `max_tokens` is a micro-batch of its own.
@@ -109,7 +100,8 @@ fn micro_batch(dataset: &Dataset, sequences: &[usize]) -> MicroBatch {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Counts, Document};
+    use super::super::Document;
+    use super::super::dataset::Counts;
     use super::*;
 
     fn dataset(n: usize) -> Dataset {
@@ -157,19 +149,6 @@ mod tests {
             for per_device in 1..=3 {
                 assert_eq!(samples(world_size, per_device), samples(1, 1));
             }
-        }
-    }
-
-    #[test]
-    fn target_tokens_of_a_step_are_those_of_all_ranks() {
-        let mut data = dataset(10);
-        data.documents[3].is_target = vec![true, false];
-        for cursor in [0, 7, 18] {
-            let expected: usize = (0..3)
-                .flat_map(|rank| step_micro_batches(&data, &mut Sampler::new(10, 1), cursor, 7, 2, 3, rank))
-                .map(|batch| batch.num_target_tokens())
-                .sum();
-            assert_eq!(num_step_target_tokens(&data, &mut Sampler::new(10, 1), cursor, 7), expected);
         }
     }
 

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::schedule::{Accumulation, Action, Inputs, Keep, Mode};
+use super::schedule::{Action, Inputs, Mode};
 use super::unit::{NumUnits, Unit};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,48 +245,50 @@ fn advance(at: &mut Option<usize>, from: Option<usize>, to: usize) -> Result<()>
     Ok(())
 }
 
-/// Returns the number of all-gathers of a schedule.
-pub fn num_gathers(actions: &[Action]) -> usize {
-    actions.iter().filter(|a| matches!(a, Action::Gather { .. })).count()
-}
+#[cfg(test)]
+mod tests {
+    use super::super::schedule::{Accumulation, Keep, build};
+    use super::super::unit::NumUnits;
+    use super::*;
 
-/// Every kind of schedule of small models, for tests of the schedule and of the executor.
-pub fn all_small_inputs() -> Vec<Inputs> {
-    let mut all = Vec::new();
-    for (layers, head_pieces, num_micro_batches, num_slots) in
-        [(1, 1, 1, 2), (2, 1, 1, 2), (3, 2, 2, 2), (5, 3, 3, 2), (2, 1, 8, 3)]
-    {
-        for mode in [Mode::Train, Mode::Score, Mode::Generate] {
-            for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
-                for keep in [Keep::NOTHING, Keep::DEAREST, Keep { attention: 0, mlp: 1, rest: 1 }, Keep::EVERYTHING] {
-                    let units = super::unit::NumUnits { layers, head_pieces };
-                    let mut inputs = Inputs {
-                        units,
-                        mode,
-                        num_micro_batches,
-                        accumulation,
-                        keep,
-                        num_slots,
-                        num_boundary_buffers: 0,
-                    };
-                    let (min, max) = (inputs.min_boundary_buffers(), inputs.max_boundary_buffers());
-                    let mut numbers = vec![min, (min + max) / 2, max.saturating_sub(1).max(min), max];
-                    numbers.dedup();
-                    for num_boundary_buffers in numbers {
-                        inputs.num_boundary_buffers = num_boundary_buffers;
-                        all.push(inputs);
+    /// Returns the number of all-gathers of a schedule.
+    fn num_gathers(actions: &[Action]) -> usize {
+        actions.iter().filter(|a| matches!(a, Action::Gather { .. })).count()
+    }
+
+    /// Every kind of schedule of small models.
+    fn all_small_inputs() -> Vec<Inputs> {
+        let mut all = Vec::new();
+        for (layers, head_pieces, num_micro_batches, num_slots) in
+            [(1, 1, 1, 2), (2, 1, 1, 2), (3, 2, 2, 2), (5, 3, 3, 2), (2, 1, 8, 3)]
+        {
+            for mode in [Mode::Train, Mode::Score, Mode::Generate] {
+                for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
+                    for keep in [Keep::NOTHING, Keep::DEAREST, Keep { attention: 0, mlp: 1, rest: 1 }, Keep::EVERYTHING]
+                    {
+                        let units = NumUnits { layers, head_pieces };
+                        let mut inputs = Inputs {
+                            units,
+                            mode,
+                            num_micro_batches,
+                            accumulation,
+                            keep,
+                            num_slots,
+                            num_boundary_buffers: 0,
+                        };
+                        let (min, max) = (inputs.min_boundary_buffers(), inputs.max_boundary_buffers());
+                        let mut numbers = vec![min, (min + max) / 2, max.saturating_sub(1).max(min), max];
+                        numbers.dedup();
+                        for num_boundary_buffers in numbers {
+                            inputs.num_boundary_buffers = num_boundary_buffers;
+                            all.push(inputs);
+                        }
                     }
                 }
             }
         }
+        all
     }
-    all
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::schedule::build;
-    use super::*;
 
     #[test]
     fn every_schedule_keeps_the_rules() {

@@ -19,6 +19,7 @@ pub enum Command {
 }
 
 impl Command {
+    #[cfg(test)]
     pub const ALL: [Command; 9] = [
         Self::Train,
         Self::Plan,

@@ -17,6 +17,7 @@ pub use crate::optim::lr::LrScheduler;
 
 choices! {
     /// Part of the base that each rank keeps.
+    #[expect(clippy::enum_variant_names, reason = "these are the words of PyTorch")]
     ShardingStrategy {
         /// Each rank keeps a shard of it.
         FullShard = "full_shard",

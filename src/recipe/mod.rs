@@ -15,8 +15,7 @@ use std::path::Path;
 use crate::files::{self, listed};
 pub use command::Command;
 pub use job::{
-    Accumulation, ActivationCheckpointing, BatchSize, ComputeDtype, DataJob, EvalData, FsdpJob, Gather, Job, LoraJob,
-    LrScheduler, QuantizationJob, ShardingStrategy, TrainingJob,
+    ActivationCheckpointing, BatchSize, ComputeDtype, EvalData, FsdpJob, Job, LoraJob, ShardingStrategy, TrainingJob,
 };
 use overrides::Written;
 pub use paths::read as read_path;
@@ -98,6 +97,7 @@ pub fn help() -> String {
 mod tests {
     use std::fs;
 
+    use super::job::{Accumulation, LrScheduler, QuantizationJob};
     use super::*;
     use crate::data::Overlong;
     use crate::model::spec::ModuleId;

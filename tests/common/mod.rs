@@ -6,16 +6,10 @@ pub mod cli;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use fsdp_qlora::checkpoint::adapter::{self, Adapter};
-use fsdp_qlora::checkpoint::load::{self, LoadOptions};
-use fsdp_qlora::comm::host_queue::HostQueue;
-use fsdp_qlora::comm::local;
-use fsdp_qlora::comm::{Delays, Gather, Groups};
-use fsdp_qlora::device::cpu::Cpu;
-use fsdp_qlora::fsdp::exec::Engine;
-use fsdp_qlora::fsdp::memory::{Limits, Residency};
-use fsdp_qlora::fsdp::schedule::{Accumulation, Keep, Mode};
-use fsdp_qlora::model::trainable::Trainables;
+use fsdp_qlora::testing::{
+    Accumulation, Adapter, Cpu, Delays, Engine, Gather, Groups, HostQueue, Keep, Limits, LoadOptions, Mode, Residency,
+    Trainables, adapter, load, local,
+};
 
 pub type CpuEngine = Engine<Cpu, HostQueue>;
 
@@ -76,7 +70,7 @@ impl EngineOptions {
     }
 
     pub fn with_adapter(mut self, dir: &str) -> EngineOptions {
-        let config = fsdp_qlora::model::spec::ModelSpec::load(&self.model).unwrap();
+        let config = fsdp_qlora::testing::ModelSpec::load(&self.model).unwrap();
         self.adapter = Some(adapter::load(&golden(dir), &config).unwrap());
         self
     }

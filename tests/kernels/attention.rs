@@ -3,9 +3,7 @@
 use std::ops::Range;
 
 use anyhow::Result;
-use fsdp_qlora::device::cpu::Cpu;
-use fsdp_qlora::device::cuda::Cuda;
-use fsdp_qlora::device::*;
+use fsdp_qlora::testing::*;
 
 use super::{Tested, buffer, close, close_as, get, get_act, gpu, put_act, put_documents, random, rounded, within};
 

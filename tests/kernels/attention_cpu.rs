@@ -1,7 +1,7 @@
 //! The CPU's attention, the reference of all others: against the plain formula in f64, and its gradients against differences of that
 //! formula.
 
-use fsdp_qlora::device::cpu::Cpu;
+use fsdp_qlora::testing::Cpu;
 
 use super::attention::{Case, Inputs, formula, llama, run, try_run};
 use super::{error, random};

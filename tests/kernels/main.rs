@@ -27,9 +27,7 @@ use attention::{
 use bytemuck::Zeroable;
 use cross_entropy::{a_target_of_no_piece_is_not_followed, cross_entropy_over_pieces};
 use elementwise::elementwise;
-use fsdp_qlora::device::cpu::Cpu;
-use fsdp_qlora::device::cuda::{Cuda, HalfType, libraries};
-use fsdp_qlora::device::*;
+use fsdp_qlora::testing::*;
 use gated::gated_activations;
 use gemm::gemm_of_all_transpositions;
 use half::{bf16, f16};

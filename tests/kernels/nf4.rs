@@ -1,7 +1,6 @@
 //! Records to weights and weights to codes, to the bit.
 
-use fsdp_qlora::quant::record::{Dtype, Encoding};
-use fsdp_qlora::quant::{double, nf4};
+use fsdp_qlora::testing::{Dtype, Encoding, double, nf4};
 
 use super::*;
 

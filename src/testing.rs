@@ -1,0 +1,75 @@
+//! What tests and benchmarks outside of the crate may use. All modules are private to the crate, so the compiler finds
+//! what nobody uses any more; an item that only a test needs is listed here.
+
+pub use crate::checkpoint::adapter::{Adapter, AdapterSettings};
+pub use crate::checkpoint::load::LoadOptions;
+pub use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
+pub use crate::comm::host_queue::HostQueue;
+pub use crate::comm::mpi::{MpiComm, World};
+pub use crate::comm::{Comm, Delays, Gather, Groups, Position, Queue, barrier};
+pub use crate::data::chat_template::ChatTemplate;
+pub use crate::data::{DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler};
+pub use crate::device::cpu::{Cpu, HostRegion};
+pub use crate::device::cuda::compile::{AttentionVariant, Source};
+pub use crate::device::cuda::{Cuda, HalfType, libraries, num_devices};
+pub use crate::device::*;
+pub use crate::fsdp::check::check;
+pub use crate::fsdp::exec::{Engine, Objective, RunArgs};
+pub use crate::fsdp::grads::Values;
+pub use crate::fsdp::memory::{Limits, Residency};
+pub use crate::fsdp::schedule::{Accumulation, Action, Keep, Mode, build};
+pub use crate::fsdp::unit::NumUnits;
+pub use crate::model::batch::{MicroBatch, NO_TARGET};
+pub use crate::model::spec::ModelSpec;
+pub use crate::model::trainable::{Targets, Trainable, Trainables};
+pub use crate::optim::adamw::Update;
+pub use crate::plan::memory::Sizes;
+pub use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax, quantize_absmax_around};
+pub use crate::quant::nf4::{Absmax, CODEBOOK, Nf4Tensor, THRESHOLDS, quantize};
+pub use crate::quant::record::{Dtype, Encoding};
+pub use crate::train::step::{StepArgs, StepRecord, step};
+
+/// Adapters, made and read.
+pub mod adapter {
+    pub use crate::checkpoint::adapter::{fresh, load};
+}
+
+/// Kernels, compiled without a GPU.
+pub mod compile {
+    pub use crate::device::cuda::compile::{SOURCES, compile, nvrtc_version, target};
+}
+
+/// Rows as micro-batches.
+pub mod data {
+    pub use crate::data::{eval_micro_batches, step_micro_batches};
+}
+
+/// Double quantization.
+pub mod double {
+    pub use crate::quant::double::mean;
+}
+
+/// Held-out scores.
+pub mod eval {
+    pub use crate::train::eval::score;
+}
+
+/// Bases and their shards.
+pub mod load {
+    pub use crate::checkpoint::load::open;
+}
+
+/// Ranks as threads.
+pub mod local {
+    pub use crate::comm::local::groups;
+}
+
+/// NF4.
+pub mod nf4 {
+    pub use crate::quant::nf4::quantize;
+}
+
+/// Bases of made-up weights.
+pub mod synthetic {
+    pub use crate::checkpoint::synthetic::base;
+}
