@@ -17,7 +17,7 @@ pub use crate::fsdp::check::check;
 pub use crate::fsdp::exec::{Engine, Objective, RunArgs};
 pub use crate::fsdp::grads::Values;
 pub use crate::fsdp::memory::{Limits, Residency};
-pub use crate::fsdp::schedule::{Accumulation, Action, Keep, Mode, build};
+pub use crate::fsdp::schedule::{Accumulation, Action, Descriptor, Keep, Mode, build};
 pub use crate::fsdp::unit::NumUnits;
 pub use crate::model::batch::{MicroBatch, NO_TARGET};
 pub use crate::model::spec::ModelSpec;

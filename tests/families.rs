@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use common::{CpuEngine, EngineOptions, golden, on_all_ranks, relative_error};
 use fsdp_qlora::testing::{
-    Adapter, Keep, MicroBatch, Mode, ModelSpec, NO_TARGET, RunArgs, StepArgs, Trainable, Trainables, Update, Values,
-    adapter, step,
+    Adapter, Descriptor, Keep, MicroBatch, Mode, ModelSpec, NO_TARGET, RunArgs, StepArgs, Trainable, Trainables,
+    Update, Values, adapter, step,
 };
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -108,9 +108,8 @@ fn check_logits(what: &str, options: &EngineOptions, expected: &Path, golden: &G
             for (&length, theirs) in golden.lengths.iter().zip(of_prefix) {
                 let args = RunArgs {
                     mode: Mode::Generate,
-                    num_micro_batches: 1,
+                    micro_batches: &[Descriptor::scored(adapter)],
                     objective: None,
-                    adapter,
                     dropout: None,
                     update: None,
                     num_past_tokens: 0,

@@ -4,43 +4,18 @@ mod common;
 
 use std::time::Duration;
 
+use common::steps::{LAYERS, NOTHING_RESIDENT, Quadratic, layers, rows, trainer, update};
 use common::{CpuEngine, EngineOptions, golden, on_all_ranks, on_groups, relative_error};
 use fsdp_qlora::testing::{
-    Accumulation, Action, DataOptions, Dataset, Format, Gather, Keep, LossOn, MicroBatch, Mode, NumUnits, Objective,
-    Overlong, Packing, Queue, Residency, RunArgs, Sampler, StepArgs, StepRecord, Trainable, Trainables, Update, Values,
-    adapter, build, check, data, eval, step,
+    Accumulation, Action, Dataset, Descriptor, Gather, Keep, MicroBatch, Mode, NumUnits, Packing, Queue, Residency,
+    RunArgs, Sampler, StepArgs, StepRecord, Trainable, Trainables, Update, Values, adapter, build, check, data, eval,
+    step,
 };
-
-const LAYERS: usize = 2;
-
-/// Streams everything from the host that can be streamed.
-const NOTHING_RESIDENT: Residency = Residency { units: 0, trainables: false, boundary_buffers: 0 };
-
-fn update(step: u32, learning_rate: f64) -> Update {
-    let (beta1, beta2, epsilon, weight_decay) = (0.9, 0.999, 1e-8, 0.1);
-    Update { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm: Some(4.5), loss_scale: 1.0, step }
-}
 
 /// Takes one step with the seed of all tests.
 fn take_step(engine: &mut CpuEngine, batches: &[MicroBatch], num_micro_batches: usize, update: &Update) -> StepRecord {
     let args = StepArgs { step: update.step, num_micro_batches, update, seed: 42 };
     step(engine, batches, &args).unwrap()
-}
-
-/// The 24 rows of the golden steps.
-fn rows(packing: Packing) -> Dataset {
-    let options = DataOptions {
-        format: Format::Tokenized,
-        max_length: 128,
-        packing,
-        overlong: Overlong::Truncate,
-        loss_on: LossOn::Auto,
-    };
-    Dataset::load(&[golden("qlora_steps/rows.jsonl")], None, 320, &options).unwrap()
-}
-
-fn trainer() -> EngineOptions {
-    EngineOptions::new("tiny-bnb4-nested", Mode::Train).with_adapter("qlora_steps/start")
 }
 
 /// Losses, the gradients of step 1 by layer, and the final values by layer.
@@ -49,10 +24,6 @@ struct Curve {
     losses: Vec<f64>,
     grads: Vec<Vec<f32>>,
     values: Vec<Vec<f32>>,
-}
-
-fn layers(engine: &mut CpuEngine, values: Values) -> Vec<Vec<f32>> {
-    (0..LAYERS).map(|layer| engine.gather_trainable_to_host(layer, values).unwrap()).collect()
 }
 
 /// Sequences of a step.
@@ -332,65 +303,6 @@ fn a_rank_receives_only_the_others_shards() {
     }
 }
 
-/// The loss Σ linear · (−log p) + square/2 · (log p)²: a coefficient for each token, made of two, of which one depends on its score.
-#[derive(Debug)]
-struct Quadratic {
-    linear: f64,
-    square: f64,
-}
-
-impl Quadratic {
-    fn loss(&self, log_probabilities: &[Vec<f64>]) -> f64 {
-        log_probabilities.iter().flatten().map(|l| self.square / 2.0 * l * l - self.linear * l).sum()
-    }
-}
-
-impl Objective for Quadratic {
-    fn coefficients(&self, micro: usize, log_probabilities: &[Vec<f64>]) -> Vec<f32> {
-        log_probabilities[micro].iter().map(|l| (self.linear - self.square * l) as f32).collect()
-    }
-}
-
-#[test]
-fn an_objective_decides_about_each_token() {
-    let shards = tempfile::tempdir().unwrap();
-    let mut options = trainer();
-    options.max_micro_batches = 3;
-    let (data, objective) = (rows(Packing::None), Quadratic { linear: 0.02, square: 0.01 });
-    on_all_ranks(1, |groups| {
-        let mut engine = options.engine(groups, shards.path());
-        let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 3, 1, 1, 0);
-        let start = layers(&mut engine, Values::Master);
-        let update = update(1, 0.0);
-        let run = |engine: &mut CpuEngine, values: &[Vec<f32>]| {
-            values.iter().enumerate().for_each(|(layer, values)| engine.load_trainable(layer, values).unwrap());
-            let args = RunArgs {
-                mode: Mode::Train,
-                num_micro_batches: 3,
-                objective: Some(&objective),
-                adapter: true,
-                dropout: None,
-                update: Some(&update),
-                num_past_tokens: 0,
-            };
-            objective.loss(&engine.run(&args, &batches).unwrap().log_probabilities)
-        };
-        run(&mut engine, &start);
-        let grads = layers(&mut engine, Values::Grad);
-        let square: f64 = grads.iter().flatten().map(|g| f64::from(*g).powi(2)).sum();
-        // Along the gradient the loss changes by its square.
-        let step = 1e-3 / square.sqrt();
-        let moved = |by: f64| -> Vec<Vec<f32>> {
-            let layer = |(x, g): (&Vec<f32>, &Vec<f32>)| {
-                x.iter().zip(g).map(|(x, g)| x + (by * f64::from(*g)) as f32).collect()
-            };
-            start.iter().zip(&grads).map(layer).collect()
-        };
-        let slope = (run(&mut engine, &moved(step)) - run(&mut engine, &moved(-step))) / (2.0 * step);
-        assert!((slope / square - 1.0).abs() < 1e-2, "slope {slope}, square of the gradient {square}");
-    });
-}
-
 /// Runs one training step with a schedule that lacks an action. `Err` is the message of the executor or the checker.
 fn run_without(
     removed: Option<usize>,
@@ -405,7 +317,7 @@ fn run_without(
     let config = fsdp_qlora::testing::ModelSpec::load(&options.model).unwrap();
     let mut results = on_all_ranks(world_size, |groups| {
         let mut engine = options.engine(groups, shards.path());
-        let inputs = engine.limits().inputs(NumUnits::new(&config), Mode::Train, 3);
+        let inputs = engine.limits().largest(NumUnits::new(&config));
         let mut actions = build(&inputs);
         if let Some(i) = removed {
             actions.remove(i);
@@ -414,9 +326,8 @@ fn run_without(
         let update = update(1, 1e-2);
         let args = RunArgs {
             mode: Mode::Train,
-            num_micro_batches: 3,
+            micro_batches: &[Descriptor::TRAINED; 3],
             objective: Some(&Quadratic { linear: 0.01, square: 0.0 }),
-            adapter: true,
             dropout: None,
             update: Some(&update),
             num_past_tokens: 0,

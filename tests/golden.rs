@@ -6,8 +6,8 @@ use std::collections::{HashMap, HashSet};
 
 use common::{EngineOptions, golden, on_all_ranks, relative_error};
 use fsdp_qlora::testing::{
-    Absmax, Arena, CODEBOOK, Cpu, DYNAMIC_MAP, Dequantize, MicroBatch, Mode, NO_TARGET, Nf4Ops, Nf4Tensor, RunArgs,
-    THRESHOLDS, quantize, quantize_absmax_around,
+    Absmax, Arena, CODEBOOK, Cpu, DYNAMIC_MAP, Dequantize, Descriptor, MicroBatch, Mode, NO_TARGET, Nf4Ops, Nf4Tensor,
+    RunArgs, THRESHOLDS, quantize, quantize_absmax_around,
 };
 use safetensors::{Dtype, SafeTensors};
 
@@ -153,9 +153,8 @@ fn batch_for(input_ids: &[u32]) -> MicroBatch {
 fn generate_args() -> RunArgs<'static> {
     RunArgs {
         mode: Mode::Generate,
-        num_micro_batches: 1,
+        micro_batches: &[Descriptor { adapter: false, gradient: false }],
         objective: None,
-        adapter: false,
         dropout: None,
         update: None,
         num_past_tokens: 0,

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::schedule::{Action, Inputs, Mode};
+use super::schedule::{Action, Descriptor, Inputs, Mode};
 use super::unit::{NumUnits, Unit};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,10 @@ struct State<'a> {
 
 /// Fails at the first action that breaks a rule, or when something is left undone.
 pub fn check(actions: &[Action], inputs: &Inputs) -> Result<()> {
-    let m = inputs.num_micro_batches;
+    let m = inputs.num_micro_batches();
+    let (trains, trained) = (inputs.mode == Mode::Train, inputs.trained().count());
+    ensure!(trains == (trained > 0), "{trained} micro-batches have a backward pass in {:?}", inputs.mode);
+    ensure!(inputs.trained().all(|m| inputs.micro_batches[m].adapter), "a backward pass without the adapter");
     let mut state = State {
         inputs,
         slots: vec![Slot::Free; inputs.num_slots],
@@ -97,7 +100,7 @@ impl State<'_> {
                 self.needs(Unit::Layer(layer))?;
                 self.boundary(layer, micro, Boundary::Here, Boundary::Here)?;
                 self.new_boundary(layer + 1, micro)?;
-                if self.inputs.mode != Mode::Train {
+                if !self.inputs.micro_batches[micro].gradient {
                     self.free_boundary(layer, micro)?;
                 }
                 advance(&mut self.forward[micro], Some(layer), layer + 1)
@@ -124,7 +127,7 @@ impl State<'_> {
             Action::WaitFetch { layer, micro } => self.boundary(layer, micro, Boundary::Fetching, Boundary::Here),
             Action::Backward { layer, micro, grad_slot, first } => self.backward(layer, micro, grad_slot, first),
             Action::Reduce { layer, grad_slot } => {
-                let all = Grad::Accumulating(layer, self.inputs.num_micro_batches);
+                let all = Grad::Accumulating(layer, self.inputs.trained().count());
                 ensure!(self.grads[grad_slot] == all, "the buffer is {:?}", self.grads[grad_slot]);
                 self.grads[grad_slot] = Grad::Reducing(layer);
                 Ok(())
@@ -183,7 +186,7 @@ impl State<'_> {
         let NumUnits { layers, head_pieces } = self.inputs.units;
         ensure!(self.pieces[micro] == Some(head_pieces), "a head piece is missing");
         self.pieces[micro] = Some(head_pieces + 1);
-        if self.inputs.mode == Mode::Train {
+        if self.inputs.micro_batches[micro].gradient {
             return Ok(());
         }
         self.free_boundary(layers, micro)?;
@@ -219,10 +222,11 @@ impl State<'_> {
         if layer == 0 {
             self.free_boundary(0, micro)?;
         }
+        let nth = self.inputs.trained().position(|trained| trained == micro);
         let grad = &mut self.grads[grad_slot];
         *grad = match (*grad, first) {
             (Grad::Free, true) => Grad::Accumulating(layer, 1),
-            (Grad::Accumulating(l, n), false) if l == layer && n == micro => Grad::Accumulating(layer, n + 1),
+            (Grad::Accumulating(l, n), false) if l == layer && Some(n) == nth => Grad::Accumulating(layer, n + 1),
             (other, _) => bail!("the gradient buffer is {other:?} before micro-batch {micro} (first: {first})"),
         };
         Ok(())
@@ -232,8 +236,9 @@ impl State<'_> {
         ensure!(self.slots.iter().all(|s| *s == Slot::Free), "slots are left: {:?}", self.slots);
         ensure!(self.grads.iter().all(|g| *g == Grad::Free), "gradients are left: {:?}", self.grads);
         ensure!(self.boundaries.iter().all(|b| *b == Boundary::Nowhere), "boundaries are left: {:?}", self.boundaries);
-        let left = if self.inputs.mode == Mode::Train { 0 } else { self.inputs.units.layers };
-        ensure!(self.backward.iter().all(|b| *b == Some(left)), "micro-batches are not done: {:?}", self.backward);
+        let left = |descriptor: &Descriptor| if descriptor.gradient { 0 } else { self.inputs.units.layers };
+        let done = self.backward.iter().zip(&self.inputs.micro_batches).all(|(b, of)| *b == Some(left(of)));
+        ensure!(done, "micro-batches are not done: {:?}", self.backward);
         ensure!(self.updated == (self.inputs.mode == Mode::Train), "the update is missing");
         Ok(())
     }
@@ -259,35 +264,45 @@ mod tests {
     /// Every kind of schedule of small models.
     fn all_small_inputs() -> Vec<Inputs> {
         let mut all = Vec::new();
-        for (layers, head_pieces, num_micro_batches, num_slots) in
+        let keeps = [Keep::NOTHING, Keep::DEAREST, Keep { attention: 0, mlp: 1, rest: 1 }, Keep::EVERYTHING];
+        for (layers, head_pieces, m, num_slots) in
             [(1, 1, 1, 2), (2, 1, 1, 2), (3, 2, 2, 2), (5, 3, 3, 2), (2, 1, 8, 3)]
         {
-            for mode in [Mode::Train, Mode::Score, Mode::Generate] {
+            for (mode, micro_batches) in micro_batches(m) {
                 for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
-                    for keep in [Keep::NOTHING, Keep::DEAREST, Keep { attention: 0, mlp: 1, rest: 1 }, Keep::EVERYTHING]
-                    {
+                    for keep in keeps {
                         let units = NumUnits { layers, head_pieces };
-                        let mut inputs = Inputs {
-                            units,
-                            mode,
-                            num_micro_batches,
-                            accumulation,
-                            keep,
-                            num_slots,
-                            num_boundary_buffers: 0,
-                        };
+                        let micro_batches = micro_batches.clone();
+                        let num_boundary_buffers = 0;
+                        let mut inputs =
+                            Inputs { units, mode, micro_batches, accumulation, keep, num_slots, num_boundary_buffers };
                         let (min, max) = (inputs.min_boundary_buffers(), inputs.max_boundary_buffers());
                         let mut numbers = vec![min, (min + max) / 2, max.saturating_sub(1).max(min), max];
                         numbers.dedup();
                         for num_boundary_buffers in numbers {
                             inputs.num_boundary_buffers = num_boundary_buffers;
-                            all.push(inputs);
+                            all.push(inputs.clone());
                         }
                     }
                 }
             }
         }
         all
+    }
+
+    /// Lists of M micro-batches: all alike, and in training some that are only scored, before, between and after the
+    /// others.
+    fn micro_batches(m: usize) -> Vec<(Mode, Vec<Descriptor>)> {
+        let mut lists: Vec<_> =
+            [Mode::Train, Mode::Score, Mode::Generate].map(|mode| (mode, vec![Descriptor::of(mode); m])).into();
+        for scored in [0, m / 2, m - 1] {
+            let mut list = vec![Descriptor::TRAINED; m];
+            list[scored] = Descriptor::scored(scored > 0);
+            if m > 1 {
+                lists.push((Mode::Train, list));
+            }
+        }
+        lists
     }
 
     #[test]
@@ -312,13 +327,15 @@ mod tests {
     #[test]
     fn layer_major_gathers_twice_whatever_the_number_of_micro_batches() {
         for inputs in all_small_inputs().into_iter().filter(|i| i.mode == Mode::Train) {
-            let passes = match inputs.accumulation {
-                Accumulation::Layer => 1,
-                Accumulation::MicroBatch => inputs.num_micro_batches,
+            let NumUnits { layers, head_pieces } = inputs.units;
+            let (all, trained) = match inputs.accumulation {
+                Accumulation::Layer => (1, 1),
+                Accumulation::MicroBatch => (inputs.num_micro_batches(), inputs.trained().count()),
             };
-            let once = 2 * inputs.units.layers + inputs.units.head_pieces;
             // Layer 0 stays between one micro-batch's backward and the next one's forward.
-            assert_eq!(num_gathers(&build(&inputs)), passes * once - (passes - 1));
+            let last_is_trained = inputs.micro_batches.last().is_some_and(|last| last.gradient);
+            let stays = if all == 1 { 0 } else { trained - usize::from(last_is_trained) };
+            assert_eq!(num_gathers(&build(&inputs)), all * (layers + head_pieces) + trained * layers - stays);
         }
     }
 }

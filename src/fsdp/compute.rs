@@ -47,14 +47,16 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let (len, x) = (self.boundary_len(micro), self.boundaries.take(layer_idx, m)?);
         let kept = self.limits.keep.of(layer_idx, self.units.layers);
         let mut out = if whole { Some(self.boundaries.take_free()?) } else { None };
+        let descriptor = args.micro_batches[micro];
+        let trainables = self.trainables.as_ref().filter(|_| descriptor.adapter);
         let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
         let ctx = StageContext {
             ops: &self.device,
             spec: &self.base.spec,
             weights: layer,
             batch: &batches[m],
-            trainables: self.trainables.as_ref().filter(|_| args.adapter).map(|trainables| trainables.of(layer_idx)),
-            dropout: args.dropout,
+            trainables: trainables.map(|trainables| trainables.of(layer_idx)),
+            dropout: args.dropout.filter(|_| descriptor.gradient),
         };
         let (saved, saves) = (if whole { Saved::NOTHING } else { kept }, activations.of(layer_idx, m));
         layer::forward(&ctx, &self.base.spec.layers[layer_idx], out.as_mut(), saves, saved, x.first(len), scratch)?;
@@ -62,9 +64,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             self.boundaries.insert(layer_idx + 1, m, out);
         }
         // Only backward needs the boundary again.
-        match args.mode {
-            Mode::Train => self.boundaries.insert(layer_idx, m, x),
-            Mode::Score | Mode::Generate => self.boundaries.release(x),
+        match descriptor.gradient {
+            true => self.boundaries.insert(layer_idx, m, x),
+            false => self.boundaries.release(x),
         }
         Ok(())
     }
@@ -93,7 +95,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             spec: &self.base.spec,
             weights: layer,
             batch: &batches[m],
-            trainables: self.trainables.as_ref().filter(|_| args.adapter).map(|trainables| trainables.of(layer_idx)),
+            trainables: self.trainables.as_ref().map(|trainables| trainables.of(layer_idx)),
             dropout: args.dropout,
         };
         let (spec, saves) = (&self.base.spec.layers[layer_idx], activations.of(layer_idx, m));
@@ -127,13 +129,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             let logits = logits.view_mut().into_range(first_id..first_id + rows);
             return self.device.logits(logits, heads[m].normed.first(hidden), weight, hidden);
         }
-        let backward = args.mode == Mode::Train;
+        let backward = args.micro_batches[micro].gradient;
         head::piece(&self.device, &self.base.spec, &mut heads[m], logits, weight, first_id, backward)
     }
 
     pub(super) fn head_score(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Vec<f64>> {
         let (m, last) = (self.live(micro), self.units.layers);
-        if args.mode != Mode::Train {
+        if !args.micro_batches[micro].gradient {
             let boundary = self.boundaries.take(last, m)?;
             self.boundaries.release(boundary);
         }

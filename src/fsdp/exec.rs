@@ -20,7 +20,7 @@ use super::check;
 use super::layout::UnitLayout;
 use super::memory::{Limits, Memory, Plans, ShardedTrainables};
 use super::offload::Boundaries;
-use super::schedule::{Action, Mode, build};
+use super::schedule::{Action, Descriptor, Mode, build};
 use super::slots::Slot;
 use super::unit::{NumUnits, Unit};
 
@@ -50,18 +50,23 @@ pub trait Objective: Debug + Sync {
 #[derive(Clone, Copy, Debug)]
 pub struct RunArgs<'a> {
     pub mode: Mode,
-    /// M, the largest of any rank: ranks that have fewer micro-batches run empty ones.
-    pub num_micro_batches: usize,
+    /// One for each of M micro-batches. M is the largest of any rank: a rank that has fewer runs empty ones.
+    pub micro_batches: &'a [Descriptor],
     /// The objective of training; `None` in other modes.
     pub objective: Option<&'a dyn Objective>,
-    /// False if the base alone computes.
-    pub adapter: bool,
     /// Seed and step of the dropout masks; `None` switches dropout off.
     pub dropout: Option<(u64, u32)>,
     /// The update that [`Action::Optimizer`] makes.
     pub update: Option<&'a Update>,
     /// Tokens whose keys and values are there from earlier calls (generation).
     pub num_past_tokens: usize,
+}
+
+impl RunArgs<'_> {
+    /// Returns whether the adapter takes part in any micro-batch.
+    fn needs_adapter(&self) -> bool {
+        self.micro_batches.iter().any(|micro| micro.adapter)
+    }
 }
 
 /// The results of a run.
@@ -205,7 +210,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
 
     /// Builds the schedule, checks it, and performs it.
     pub fn run(&mut self, args: &RunArgs<'_>, batches: &[MicroBatch]) -> Result<RunOutput> {
-        let inputs = self.limits.inputs(self.units, args.mode, args.num_micro_batches);
+        let inputs = self.limits.inputs(self.units, args.mode, args.micro_batches);
         let actions = build(&inputs);
         check::check(&actions, &inputs)?;
         self.perform(&actions, args, batches)
@@ -227,7 +232,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let start = Instant::now();
         let empty = MicroBatch::new();
         let mut output =
-            RunOutput { log_probabilities: vec![Vec::new(); args.num_micro_batches], ..Default::default() };
+            RunOutput { log_probabilities: vec![Vec::new(); args.micro_batches.len()], ..Default::default() };
         let begin = self.device.mark()?;
         let mut marks = Vec::new();
         for action in actions {
@@ -272,10 +277,10 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
                 if self.limits.gather == Gather::Collective {
                     output.gathered_bytes += layout.shard_bytes() * (layout.num_shards() - 1);
                 }
-                self.gather(unit, slot, args.adapter)
+                self.gather(unit, slot, args.needs_adapter())
             }
             Action::Wait { unit, slot } => self.wait_gather(unit, slot),
-            Action::Dequantize { unit, slot } => self.dequantize(unit, slot, args.adapter),
+            Action::Dequantize { unit, slot } => self.dequantize(unit, slot, args.needs_adapter()),
             Action::Reshard { unit, slot } => self.reshard(unit, slot),
             Action::Embed { micro } => self.embed(micro, args, batch(micro)),
             Action::Forward { layer, micro } => self.forward(layer, micro, args, true),

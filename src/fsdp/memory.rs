@@ -18,7 +18,7 @@ use crate::model::trainable::Trainables;
 use crate::model::weights::LayerWeights;
 
 use super::layout::{TrainableLayout, UnitLayout};
-use super::schedule::{self, Accumulation, Keep, Mode};
+use super::schedule::{self, Accumulation, Descriptor, Keep, Mode};
 use super::unit::{HEAD_PIECE_ROWS, NumUnits};
 
 /// The sizes that the memory must hold, decided once, before the first step.
@@ -83,23 +83,29 @@ impl Limits {
         }
     }
 
-    /// The schedule's inputs for a step of M micro-batches.
-    pub fn inputs(&self, units: NumUnits, mode: Mode, num_micro_batches: usize) -> schedule::Inputs {
+    /// Makes the schedule's inputs for a step of M micro-batches.
+    pub fn inputs(&self, units: NumUnits, mode: Mode, micro_batches: &[Descriptor]) -> schedule::Inputs {
         let Limits { accumulation, keep, num_slots, residency, .. } = *self;
         let mut inputs = schedule::Inputs {
             units,
             mode,
-            num_micro_batches,
+            micro_batches: micro_batches.to_vec(),
             accumulation,
             keep,
             num_slots,
             num_boundary_buffers: residency.boundary_buffers,
         };
         // Buffers are sized for the largest training step; a smaller step keeps more of its boundaries on the device.
-        let planned = schedule::Inputs { mode: self.mode, num_micro_batches: self.max_micro_batches, ..inputs };
+        let micro_batches = vec![Descriptor::of(self.mode); self.max_micro_batches];
+        let planned = schedule::Inputs { mode: self.mode, micro_batches, ..inputs.clone() };
         let (least, most) = (planned.min_boundary_buffers(), planned.max_boundary_buffers());
         inputs.num_boundary_buffers = residency.boundary_buffers.clamp(least, most);
         inputs
+    }
+
+    /// Makes the schedule's inputs for the largest step.
+    pub fn largest(&self, units: NumUnits) -> schedule::Inputs {
+        self.inputs(units, self.mode, &vec![Descriptor::of(self.mode); self.max_micro_batches])
     }
 }
 
@@ -190,7 +196,7 @@ impl<D: Ops> Memory<D> {
     ) -> Result<Memory<D>> {
         let train = limits.mode == Mode::Train;
         let units = NumUnits::new(spec);
-        let inputs = limits.inputs(units, limits.mode, limits.max_micro_batches);
+        let inputs = limits.largest(units);
         let live = inputs.num_live_micro_batches();
         let (tokens, hidden) = (limits.max_tokens, spec.hidden_size);
         let widths = Widths::new(spec, sharded.map(|sharded| sharded.trainables));

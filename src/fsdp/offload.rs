@@ -68,6 +68,9 @@ impl Weaver<'_> {
             Action::Forward { layer, micro } => {
                 self.needs_a_buffer();
                 self.woven.push(action);
+                if !self.inputs.micro_batches[micro].gradient {
+                    self.free += 1;
+                }
                 if self.inputs.is_offloaded(layer, micro) {
                     self.woven.push(Action::Put { layer, micro });
                     self.putting.push_back((layer, micro));
@@ -83,6 +86,7 @@ impl Weaver<'_> {
                 self.free += if layer == 0 { 2 } else { 1 };
                 return self.fetch_ahead(i);
             }
+            Action::HeadScore { micro } if !self.inputs.micro_batches[micro].gradient => self.free += 1,
             Action::HeadBackward { .. } => {
                 self.woven.push(action);
                 return self.fetch_ahead(i);

@@ -63,13 +63,38 @@ impl Keep {
     }
 }
 
-/// The inputs of a schedule, which are the same on every rank.
+/// A micro-batch as the schedule sees it, alike on every rank. Its tokens and documents differ from rank to rank and
+/// decide nothing here, so they are in the batch itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Descriptor {
+    /// True if the adapter takes part, false if the base alone computes.
+    pub adapter: bool,
+    /// True if the micro-batch has a backward pass. Dropout is drawn for these alone.
+    pub gradient: bool,
+}
+
+impl Descriptor {
+    /// A micro-batch to learn from.
+    pub const TRAINED: Descriptor = Descriptor { adapter: true, gradient: true };
+
+    /// Describes a micro-batch of which only the scores are wanted, with the adapter or without it.
+    pub fn scored(adapter: bool) -> Descriptor {
+        Descriptor { adapter, gradient: false }
+    }
+
+    /// Describes what a run in a mode is planned for.
+    pub fn of(mode: Mode) -> Descriptor {
+        if mode == Mode::Train { Self::TRAINED } else { Self::scored(true) }
+    }
+}
+
+/// The inputs of a schedule, which are the same on every rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Inputs {
     pub units: NumUnits,
     pub mode: Mode,
-    /// M, the largest of any rank: a rank that has fewer runs empty ones.
-    pub num_micro_batches: usize,
+    /// One for each of M micro-batches. M is the largest of any rank: a rank that has fewer runs empty ones.
+    pub micro_batches: Vec<Descriptor>,
     pub accumulation: Accumulation,
     pub keep: Keep,
     /// Buffers for gathered units.
@@ -190,19 +215,35 @@ impl Inputs {
         }
     }
 
+    /// M.
+    pub fn num_micro_batches(&self) -> usize {
+        self.micro_batches.len()
+    }
+
+    /// The micro-batches that have a backward pass, in their order.
+    pub fn trained(&self) -> impl DoubleEndedIterator<Item = usize> {
+        (0..self.num_micro_batches()).filter(|&micro| self.micro_batches[micro].gradient)
+    }
+
     /// Number of micro-batches whose boundaries and kept activations live at the same time.
     pub fn num_live_micro_batches(&self) -> usize {
         match self.accumulation {
-            Accumulation::Layer => self.num_micro_batches,
+            Accumulation::Layer => self.num_micro_batches(),
             Accumulation::MicroBatch => 1,
         }
     }
 
-    /// Number of device buffers that hold all boundaries of a step. Without backward each micro-batch needs one
-    /// buffer, and one more is being written.
+    /// Number of live micro-batches that have a backward pass.
+    fn num_live_trained(&self) -> usize {
+        self.trained().count().min(self.num_live_micro_batches())
+    }
+
+    /// Number of device buffers that hold all boundaries of a step. A micro-batch without backward needs one buffer,
+    /// and one more is being written.
     pub fn max_boundary_buffers(&self) -> usize {
-        let live = self.num_live_micro_batches();
-        if self.mode == Mode::Train { live * (self.units.layers + 1) } else { live + 1 }
+        let trained = self.num_live_trained();
+        let scored = self.num_live_micro_batches() - trained;
+        trained * (self.units.layers + 1) + if scored > 0 { scored + 1 } else { 0 }
     }
 
     /// Fewest device buffers that a step can run with: those of one layer, and two that are on their way to or from
@@ -213,10 +254,9 @@ impl Inputs {
 
     /// Number of boundaries that wait for backward on the host.
     pub fn num_offloaded_boundaries(&self) -> usize {
-        match self.mode == Mode::Train && self.num_boundary_buffers < self.max_boundary_buffers() {
+        match self.num_boundary_buffers < self.max_boundary_buffers() {
             true => {
-                self.max_boundary_buffers() - self.num_live_micro_batches() + self.min_boundary_buffers()
-                    - self.num_boundary_buffers
+                self.num_live_trained() * self.units.layers + self.min_boundary_buffers() - self.num_boundary_buffers
             }
             false => 0,
         }
@@ -225,8 +265,9 @@ impl Inputs {
     /// Returns whether a micro-batch's input of a layer waits on the host. The boundaries that backward needs first
     /// stay on the device.
     pub fn is_offloaded(&self, layer: usize, micro: usize) -> bool {
-        let live = self.num_live_micro_batches();
-        layer * live + micro % live < self.num_offloaded_boundaries()
+        let live = self.num_live_trained();
+        let nth = |micro| self.trained().take_while(|&other| other < micro).count();
+        self.micro_batches[micro].gradient && layer * live + nth(micro) % live < self.num_offloaded_boundaries()
     }
 
     /// Returns whether some activations of a layer are computed again.
@@ -250,7 +291,7 @@ struct Visit {
 
 /// Builds the list of actions.
 pub fn build(inputs: &Inputs) -> Vec<Action> {
-    let all: Vec<usize> = (0..inputs.num_micro_batches).collect();
+    let all: Vec<usize> = (0..inputs.num_micro_batches()).collect();
     let mut visits = Vec::new();
     match inputs.accumulation {
         Accumulation::Layer => pass(inputs, &all, &mut visits),
@@ -269,6 +310,7 @@ pub fn build(inputs: &Inputs) -> Vec<Action> {
 /// Adds the visits of forward (and backward) of some micro-batches through the whole model.
 fn pass(inputs: &Inputs, micros: &[usize], visits: &mut Vec<Visit>) {
     let NumUnits { layers, head_pieces } = inputs.units;
+    let trained: Vec<usize> = micros.iter().copied().filter(|&micro| inputs.micro_batches[micro].gradient).collect();
     let visit = |unit| Visit { unit, before: Vec::new(), compute: Vec::new(), after: Vec::new() };
     for layer in 0..layers {
         let mut v = visit(Unit::Layer(layer));
@@ -292,31 +334,31 @@ fn pass(inputs: &Inputs, micros: &[usize], visits: &mut Vec<Visit>) {
         if piece + 1 == head_pieces {
             // An objective may need the scores of several micro-batches before it has the coefficients of one.
             v.after.extend(micros.iter().map(|&micro| Action::HeadScore { micro }));
-            if inputs.mode == Mode::Train {
-                v.after.extend(micros.iter().map(|&micro| Action::HeadBackward { micro }));
-            }
+            v.after.extend(trained.iter().map(|&micro| Action::HeadBackward { micro }));
         }
         visits.push(v);
     }
-    if inputs.mode == Mode::Train {
-        visits.extend((0..layers).rev().map(|layer| backward_visit(inputs, micros, layer)));
+    if !trained.is_empty() {
+        visits.extend((0..layers).rev().map(|layer| backward_visit(inputs, &trained, layer)));
     }
 }
 
-fn backward_visit(inputs: &Inputs, micros: &[usize], layer: usize) -> Visit {
+/// Makes the visit of backward of the micro-batches that have one.
+fn backward_visit(inputs: &Inputs, trained: &[usize], layer: usize) -> Visit {
+    let (first, last) = (inputs.trained().next(), inputs.trained().next_back());
     let grad_slot = inputs.grad_slot(layer);
     let (mut before, mut compute, mut after) = (Vec::new(), Vec::new(), Vec::new());
     let reused = layer + inputs.num_grad_slots();
-    if micros[0] == 0 && reused < inputs.units.layers {
+    if trained.first().copied() == first && reused < inputs.units.layers {
         before.push(Action::WaitReduce { layer: reused, grad_slot });
     }
-    for &micro in micros {
+    for &micro in trained {
         if inputs.recomputes(layer) {
             compute.push(Action::Recompute { layer, micro });
         }
-        compute.push(Action::Backward { layer, micro, grad_slot, first: micro == 0 });
+        compute.push(Action::Backward { layer, micro, grad_slot, first: Some(micro) == first });
     }
-    if micros.contains(&(inputs.num_micro_batches - 1)) {
+    if trained.last().copied() == last {
         after.push(Action::Reduce { layer, grad_slot });
     }
     Visit { unit: Unit::Layer(layer), before, compute, after }
@@ -365,7 +407,7 @@ mod tests {
         let inputs = Inputs {
             units: NumUnits { layers: 2, head_pieces: 1 },
             mode: Mode::Train,
-            num_micro_batches: 2,
+            micro_batches: vec![Descriptor::TRAINED; 2],
             accumulation: Accumulation::Layer,
             keep: Keep::NOTHING,
             num_slots: 2,

@@ -77,7 +77,7 @@ impl Timeline {
 impl Workload<'_> {
     /// Goes through the schedule of a training step and adds up durations; nothing is computed.
     pub fn predict(&self, limits: &Limits) -> Timeline {
-        let inputs = limits.inputs(NumUnits::new(self.sizes.spec), limits.mode, limits.max_micro_batches);
+        let inputs = limits.largest(NumUnits::new(self.sizes.spec));
         let (at, done, timeline) = (HashMap::new(), HashMap::new(), Timeline::default());
         let resident = limits.residency.of_units(self.sizes.layouts.len());
         let mut run = Run { work: self, limits, resident, at, done, timeline };

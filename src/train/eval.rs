@@ -5,7 +5,8 @@ use anyhow::{Result, ensure};
 use crate::comm::Queue;
 use crate::device::Ops;
 use crate::fsdp::exec::{Engine, RunArgs};
-use crate::fsdp::schedule::Mode;
+use crate::fsdp::schedule::{Descriptor, Mode};
+use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
 
 /// A score over all ranks.
@@ -19,14 +20,13 @@ pub struct Score {
 /// Scores this rank's micro-batches; every rank has the same number of them.
 pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBatch], adapter: bool) -> Result<Score> {
     let (mut sum, mut num) = (0.0, 0.0);
-    let limits = engine.limits();
-    let at_once = limits.inputs(crate::fsdp::unit::NumUnits::new(engine.spec()), Mode::Score, limits.max_micro_batches);
+    let (limits, descriptor) = (engine.limits(), Descriptor::scored(adapter));
+    let at_once = limits.inputs(NumUnits::new(engine.spec()), Mode::Score, &vec![descriptor; limits.max_micro_batches]);
     for group in batches.chunks(at_once.num_live_micro_batches()) {
         let args = RunArgs {
             mode: Mode::Score,
-            num_micro_batches: group.len(),
+            micro_batches: &vec![descriptor; group.len()],
             objective: None,
-            adapter,
             dropout: None,
             update: None,
             num_past_tokens: 0,

@@ -5,7 +5,7 @@ use anyhow::{Result, ensure};
 use crate::comm::Queue;
 use crate::device::Ops;
 use crate::fsdp::exec::{Engine, RunArgs};
-use crate::fsdp::schedule::Mode;
+use crate::fsdp::schedule::{Descriptor, Mode};
 use crate::model::batch::{MicroBatch, NO_TARGET};
 use crate::model::rope::RopeConfig;
 use crate::model::spec::ModelSpec;
@@ -50,9 +50,8 @@ pub fn generate<D: Ops, Q: Queue<D>>(
     while new.len() < sampling.max_new_tokens {
         let args = RunArgs {
             mode: Mode::Generate,
-            num_micro_batches: 1,
+            micro_batches: &[Descriptor::scored(adapter)],
             objective: None,
-            adapter,
             dropout: None,
             update: None,
             num_past_tokens: past,

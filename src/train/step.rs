@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use crate::comm::Queue;
 use crate::device::Ops;
 use crate::fsdp::exec::{Engine, RunArgs};
-use crate::fsdp::schedule::Mode;
+use crate::fsdp::schedule::{Descriptor, Mode};
 use crate::model::batch::MicroBatch;
 use crate::optim::adamw::Update;
 
@@ -62,9 +62,8 @@ pub fn step<D: Ops, Q: Queue<D>>(
     let output = engine.run(
         &RunArgs {
             mode: Mode::Train,
-            num_micro_batches,
+            micro_batches: &vec![Descriptor::TRAINED; num_micro_batches],
             objective: Some(&objective),
-            adapter: true,
             dropout: Some((seed, step)),
             update: Some(update),
             num_past_tokens: 0,

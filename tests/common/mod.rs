@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod cli;
+pub mod steps;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

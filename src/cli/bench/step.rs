@@ -14,7 +14,7 @@ use crate::comm::watch::{self, Phase};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Residency;
-use crate::fsdp::schedule::{Keep, Mode};
+use crate::fsdp::schedule::Keep;
 use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
 use crate::model::spec::ModelSpec;
@@ -179,7 +179,7 @@ impl Steps<'_> {
         let seconds = step_ms * 1e-3 * world_size as f64;
         let (limits, num_layers) = (*engine.limits(), config.num_layers());
         let (model, hardware) = flops_per_token(config, args.seq as usize, limits.keep);
-        let inputs = limits.inputs(NumUnits::new(config), Mode::Train, args.accum as usize);
+        let inputs = limits.largest(NumUnits::new(config));
         let residency = Residency {
             units: limits.residency.units.min(engine.num_units()),
             boundary_buffers: inputs.num_boundary_buffers,
