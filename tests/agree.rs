@@ -188,9 +188,10 @@ fn every_subcommand_compares_its_options_and_inputs() {
     let generate = ["generate", "--model", "model", "--prompt", "ab"];
     let quantize = ["quantize", "--model", "model", "--world-size", "2", "--output", "shards"];
     let bench = ["bench", "step", "--shape", "model", "--seq", "8", "--steps", "1"];
-    let cases: [(&[&str], &[&str], &str); 9] = [
+    let cases: [(&[&str], &[&str], &str); 10] = [
         (&eval, &["--max-length", "20"], "--max-length: 1024 on rank 0; 20 on rank 1"),
         (&eval, &["--dataset", "rows1.jsonl"], "rows of --dataset: "),
+        (&eval, &["--per-token", "losses.jsonl"], "--per-token: false on rank 0; true on rank 1"),
         (&eval, &["--model", "model1"], "model: "),
         (&generate, &["--prompt", "ba"], "--prompt: ab on rank 0; ba on rank 1"),
         (&generate, &["--model", "model1"], "model: "),

@@ -193,6 +193,105 @@ fn evaluation_and_generation_on_two_ranks() {
     assert_eq!(stdout(place.command(&generate)), stdout(place.mpirun(2, &generate)));
 }
 
+/// A line of the file that `eval --per-token` writes.
+#[derive(Debug, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct TokenLoss {
+    row: usize,
+    position: usize,
+    token: u64,
+    loss: f32,
+}
+
+/// Evaluates with `--per-token FILE` and returns the lines of the file. Their mean is the loss that is printed.
+fn token_losses(place: &Place, ranks: usize, file: &str, options: &[&str]) -> Vec<TokenLoss> {
+    let eval =
+        ["eval", "--model", "model", "--adapter", "out", "--dataset", "rows.jsonl", "--json", "--per-token", file];
+    let output = place.mpirun(ranks, &[&eval[..], options].concat()).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let score: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let text = String::from_utf8(place.read(file)).unwrap();
+    let lines: Vec<TokenLoss> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(score["num_target_tokens"], lines.len());
+    let mean = lines.iter().map(|line| f64::from(line.loss)).sum::<f64>() / lines.len() as f64;
+    let loss = score["loss"].as_f64().unwrap();
+    assert!((mean - loss).abs() <= 1e-7 * loss, "{mean} for {loss}");
+    lines
+}
+
+#[test]
+fn losses_of_tokens_do_not_depend_on_ranks_and_packing() {
+    let place = Place::new();
+    succeeds(place.command(&TRAIN));
+    let targets = |longest: usize| -> Vec<(usize, usize, u64)> {
+        let rows = metrics(&place.read("rows.jsonl")).into_iter().enumerate();
+        let of_row = |(row, values): (usize, Value)| {
+            let list = |name: &str| values[name].as_array().unwrap().clone();
+            let tokens = list("input_ids").into_iter().zip(list("labels")).zip(list("attention_mask")).enumerate();
+            let counts = |position: usize, label: &Value, mask: &Value| {
+                !position.is_multiple_of(longest) && *label != -100 && *mask == 1
+            };
+            let targets = tokens.filter(|(position, ((_, label), mask))| counts(*position, label, mask));
+            targets.map(|(position, ((id, _), _))| (row, position, id.as_u64().unwrap())).collect::<Vec<_>>()
+        };
+        rows.flat_map(of_row).collect()
+    };
+    let places = |lines: &[TokenLoss]| lines.iter().map(|l| (l.row, l.position, l.token)).collect::<Vec<_>>();
+    let one = token_losses(&place, 1, "one.jsonl", &[]);
+    assert_eq!(places(&one), targets(usize::MAX));
+    for ranks in [2, 3] {
+        // A micro-batch is the same on every rank, and so are its bits.
+        assert_eq!(token_losses(&place, ranks, "ranks.jsonl", &["--overwrite"]), one, "{ranks} ranks");
+    }
+    let apart = token_losses(&place, 2, "apart.jsonl", &["--set", "data.packing=false"]);
+    assert_eq!(places(&apart), places(&one));
+    for (a, b) in apart.iter().zip(&one) {
+        // Longer micro-batches are other matrix products, which may round otherwise.
+        assert!((a.loss - b.loss).abs() <= 1e-5 * b.loss.max(1.0), "{a:?} for {b:?}");
+    }
+    let split = ["--max-length", "10", "--set", "data.overlong=split"];
+    assert_eq!(places(&token_losses(&place, 2, "split.jsonl", &split)), targets(10));
+}
+
+#[test]
+fn a_file_of_losses_replaces_nothing_unasked() {
+    let place = Place::new();
+    std::fs::create_dir(place.path("folder")).unwrap();
+    std::os::unix::fs::symlink("rows.jsonl", place.path("link")).unwrap();
+    place.write("losses.jsonl", "mine");
+    let eval = |file: &str, more: &[&str]| {
+        let eval = ["eval", "--model", "model", "--dataset", "rows.jsonl", "--per-token", file];
+        place.mpirun(2, &[&eval[..], more].concat())
+    };
+    for (file, more, status, words) in [
+        (
+            "losses.jsonl",
+            &[][..],
+            1,
+            "rank 0: error: --per-token: losses.jsonl: is there already\nhelp: name another file",
+        ),
+        ("folder", &["--overwrite"], 1, "--per-token: folder: is there and is not a regular file"),
+        ("link", &["--overwrite"], 1, "--per-token: link: is there and is not a regular file"),
+        ("losses.jsonl/more", &[], 1, "--per-token: losses.jsonl: cannot be created"),
+        ("$HOME/losses.jsonl", &[], 2, "write the path out"),
+        ("new.jsonl", &["--set", "data.loss_on=completion"], 1, "data.loss_on"),
+    ] {
+        let text = fails(eval(file, more), status);
+        assert!(text.contains(words), "{words} in {text}");
+    }
+    assert_eq!(place.read("losses.jsonl"), b"mine");
+    assert!(!place.path("new.jsonl").exists(), "a run that fails leaves no file");
+    let mut alone = place.command(&["eval", "--model", "model", "--dataset", "rows.jsonl"]);
+    alone.arg("--overwrite");
+    assert!(fails(alone, 2).contains("--per-token <FILE>"));
+    succeeds(eval("losses.jsonl", &["--overwrite"]));
+    assert!(place.read("losses.jsonl").starts_with(b"{\"row\":0,\"position\":"));
+    let left =
+        std::fs::read_dir(place.path("")).unwrap().flatten().map(|entry| entry.file_name().into_string().unwrap());
+    let left: Vec<String> = left.filter(|name| name.starts_with(".fsdp-qlora-tmp-")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 /// Ranks of a machine that hold the same shard map one file where their folders are one, and have a file each where they are not.
 #[test]
 fn ranks_of_a_machine_may_have_folders_of_their_own_for_shards() {

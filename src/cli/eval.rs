@@ -1,6 +1,8 @@
 //! `eval`: prints the mean loss of a model, with or without an adapter, over a data set.
 
-use anyhow::{Result, ensure};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -18,6 +20,7 @@ use crate::start::data::to_score;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
 use crate::train::eval::{self, Score};
+use crate::train::per_token::{self, LossFile};
 
 /// Number of micro-batches that go through each layer together.
 const MICRO_BATCHES: usize = 4;
@@ -36,6 +39,12 @@ pub struct EvalArgs {
     /// Longer rows are handled as data.overlong says (--set)
     #[arg(long, default_value_t = 1024)]
     max_length: u64,
+    /// Write the loss of each target token as JSON lines: row, position, token, loss
+    #[arg(long, value_name = "FILE", value_parser = recipe::read_path)]
+    per_token: Option<PathBuf>,
+    /// Replace the file of --per-token
+    #[arg(long, requires = "per_token")]
+    overwrite: bool,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -44,12 +53,23 @@ pub struct EvalArgs {
 struct Scoring {
     batches: Vec<MicroBatch>,
     adapter: bool,
+    per_token: bool,
 }
 
 impl Work for Scoring {
-    type Output = Score;
-    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Score> {
-        eval::score(engine, &self.batches, self.adapter)
+    /// The score and, with `per_token`, the losses that each rank has computed.
+    type Output = (Score, Option<Vec<Vec<f32>>>);
+
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Self::Output> {
+        if !self.per_token {
+            return Ok((eval::score(engine, &self.batches, self.adapter)?, None));
+        }
+        let mut losses = Vec::new();
+        let score = eval::score_each(engine, &self.batches, self.adapter, |log_probabilities| {
+            // From 0, so that a loss of 0 is not written as -0.
+            losses.extend(log_probabilities.iter().map(|&log_p| (0.0 - log_p) as f32));
+        })?;
+        Ok((score, Some(per_token::gather(&mut engine.queue, &losses)?)))
     }
 }
 
@@ -64,6 +84,8 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
     let job = agree_on(&mut comm, recipe::from_options(Command::Eval, given, overrides)?)?;
     let path = &job.data.train[0];
     ensure!(path.exists(), "--dataset: {} is not there", path.display());
+    let writes = args.per_token.as_deref().filter(|_| start.world.rank == 0);
+    let file = writes.map(|path| LossFile::create(path, args.overwrite)).transpose().context("--per-token")?;
     let opened = start.open(&mut comm, &job)?;
     let config = opened.spec.clone();
     let adapter = start.named_adapter(&job, &config)?;
@@ -73,12 +95,17 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
     let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
     let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
     inputs.add_limits(&limits);
+    inputs.add("--per-token", args.per_token.is_some());
+    file.as_ref().map_or(Ok(()), |file| file.check_room(&dataset)).context("--per-token")?;
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let (placement, base) = start.base(&mut comm, opened, &job, &inputs)?;
     let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
-    let work = Scoring { batches, adapter: adapter.is_some() };
+    let work = Scoring { batches, adapter: adapter.is_some(), per_token: args.per_token.is_some() };
     let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job };
-    let score = start.with_engine(placement, setup, work)?;
+    let (score, losses) = start.with_engine(placement, setup, work)?;
+    if let (Some(file), Some(losses)) = (file, losses) {
+        file.write(&dataset, max_tokens, &losses).context("--per-token")?;
+    }
     if start.log.enabled {
         let (loss, perplexity, n) = (score.loss, score.loss.exp(), score.num_target_tokens);
         match args.json {

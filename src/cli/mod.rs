@@ -121,8 +121,8 @@ impl Cli {
 
 /// Options that ranks need not have in common: those that say where something lies, whose content is compared where
 /// it matters, and `--set`, of which the decided job is compared.
-const NOT_COMPARED: [&str; 9] =
-    ["config", "trace", "model", "output", "adapter", "dataset", "calibrate", "compare", "overrides"];
+const NOT_COMPARED: [&str; 10] =
+    ["config", "trace", "model", "output", "adapter", "dataset", "per_token", "calibrate", "compare", "overrides"];
 
 /// Returns what this rank was started with: program, environment, subcommand and its options, as given or by default.
 fn invocation() -> Result<Facts> {

@@ -73,9 +73,9 @@ impl Dataset {
     ) -> Result<Dataset> {
         let mut rows = Rows::open(paths, options.format)?;
         let mut builder = Builder::new(tokenizer, vocab_size, *options);
-        for row in &mut rows {
+        for (row_idx, row) in rows.by_ref().enumerate() {
             watch::beat();
-            builder.add(&row?)?;
+            builder.add(row_idx, &row?)?;
         }
         let mut dataset = builder.finish()?;
         dataset.notes.extend(rows.notes(tokenizer));
@@ -95,12 +95,12 @@ impl Dataset {
         let mut rows = Rows::open(paths, options.format)?;
         let mut train = Builder::new(tokenizer, vocab_size, *options);
         let mut held_out = Builder::new(tokenizer, vocab_size, options.for_evaluation());
-        for row in &mut rows {
+        for (row_idx, row) in rows.by_ref().enumerate() {
             watch::beat();
             let row = row?;
             match (xxh3_64(row.answer().as_bytes()) as f64 / u64::MAX as f64) < fraction {
-                true => held_out.add(&row).context(HELD_OUT)?,
-                false => train.add(&row)?,
+                true => held_out.add(row_idx, &row).context(HELD_OUT)?,
+                false => train.add(row_idx, &row)?,
             }
         }
         let (num_train, num_held_out) = (train.counts.rows, held_out.counts.rows);
@@ -130,7 +130,9 @@ impl Dataset {
         let mut hash = Xxh3::new();
         for sequence in &self.sequences {
             hash.update(&(sequence.len() as u64).to_le_bytes());
-            for &Document { sample_idx, ref input_ids, ref is_target } in sequence.iter().map(|&d| &self.documents[d]) {
+            for &Document { sample_idx, ref input_ids, ref is_target, .. } in
+                sequence.iter().map(|&d| &self.documents[d])
+            {
                 hash.update(&sample_idx.to_le_bytes());
                 hash.update(&(input_ids.len() as u64).to_le_bytes());
                 input_ids.iter().for_each(|id| hash.update(&id.to_le_bytes()));
@@ -200,8 +202,9 @@ impl Builder<'_> {
         }
     }
 
-    fn add(&mut self, row: &Row) -> Result<()> {
+    fn add(&mut self, row_idx: usize, row: &Row) -> Result<()> {
         self.counts.rows += 1;
+        let mut end = 0;
         for document in tokenize::tokenize(row, self.tokenizer, self.vocab_size, self.options.loss_on)? {
             if document.input_ids.len() > self.options.max_length {
                 self.overlong.add(row);
@@ -209,8 +212,12 @@ impl Builder<'_> {
             if !document.prompt_is_prefix {
                 self.other_prompt.add(row);
             }
+            let mut first_position = end;
+            end += document.input_ids.len();
             for (input_ids, is_target) in self.cut(document) {
-                let document = Document { sample_idx: self.documents.len() as u64, input_ids, is_target };
+                let (sample_idx, len) = (self.documents.len() as u64, input_ids.len());
+                let document = Document { sample_idx, row_idx, first_position, input_ids, is_target };
+                first_position += len;
                 match document.num_target_tokens() {
                     0 => self.counts.without_target += 1,
                     _ => self.documents.push(document),
@@ -326,7 +333,8 @@ mod tests {
         // The last piece, [9], predicts nothing.
         assert_eq!(ids(&split), [&[1, 2, 3, 4][..], &[5, 6, 7, 8], &[10, 11]]);
         assert_eq!((split.counts.split, split.counts.without_target), (1, 2));
-        assert_eq!(split.documents.iter().map(|d| d.sample_idx).collect::<Vec<_>>(), [0, 1, 2]);
+        let places: Vec<_> = split.documents.iter().map(|d| (d.sample_idx, d.row_idx, d.first_position)).collect();
+        assert_eq!(places, [(0, 0, 0), (1, 0, 4), (2, 1, 0)]);
         let dropped = of(Overlong::Drop).unwrap();
         assert_eq!((ids(&dropped), dropped.counts.dropped), (vec![&[10, 11][..]], 1));
         let refused = format!("{:#}", of(Overlong::Error).unwrap_err());
@@ -422,6 +430,7 @@ mod tests {
         let row = r#"{"input_ids": [5, 6, 7, 8, 9, 10], "position_ids": [0, 1, 2, 0, 1, 2]}"#;
         let data = load(row, DataOptions { packing: Packing::BestFit, ..OPTIONS }).unwrap();
         assert_eq!((ids(&data), data.counts.target_tokens), (vec![&[5, 6, 7][..], &[8, 9, 10]], 4));
+        assert_eq!(data.documents.iter().map(|d| (d.row_idx, d.first_position)).collect::<Vec<_>>(), [(0, 0), (0, 3)]);
         // Neither is longer than max_length, though the row is.
         assert_eq!((data.counts.rows, data.counts.truncated), (1, 0));
     }

@@ -59,6 +59,8 @@ fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<
             let last = sequences.len() - 1;
             sequences[last].push(Document {
                 sample_idx: 0,
+                row_idx: document.row_idx,
+                first_position: document.first_position + at,
                 input_ids: document.input_ids[at..end].to_vec(),
                 is_target: document.is_target[at..end].to_vec(),
             });
@@ -80,10 +82,8 @@ mod tests {
     use super::*;
 
     fn documents(lengths: &[usize]) -> Vec<Document> {
-        let document = |(i, &n): (usize, &usize)| Document {
-            sample_idx: i as u64,
-            input_ids: (0..n as u32).map(|t| t + 100 * i as u32).collect(),
-            is_target: vec![true; n],
+        let document = |(i, &n): (usize, &usize)| {
+            Document::of_row(i, (0..n as u32).map(|t| t + 100 * i as u32).collect(), vec![true; n])
         };
         lengths.iter().enumerate().map(document).collect()
     }
@@ -115,6 +115,8 @@ mod tests {
         assert_eq!(sequences, vec![vec![0, 1], vec![2], vec![3]]);
         assert_eq!(docs.iter().map(|d| d.input_ids.len()).collect::<Vec<_>>(), [3, 2, 5, 2]);
         assert_eq!(docs[2].input_ids[0], 102);
+        let places: Vec<_> = docs.iter().map(|d| (d.row_idx, d.first_position)).collect();
+        assert_eq!(places, [(0, 0), (1, 0), (1, 2), (1, 7)]);
     }
 
     #[test]

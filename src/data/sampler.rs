@@ -71,10 +71,31 @@ pub fn step_micro_batches(
         .collect()
 }
 
-/// Returns a rank's micro-batches of a whole data set. Each takes as many of the next sequences as fit into
-/// `max_tokens`, and ranks take turns. Every rank gets the same number of micro-batches; the last ones may be empty.
-/// A sequence over `max_tokens` is a micro-batch of its own.
+/// Returns a rank's micro-batches of a whole data set. Every rank gets the same number of micro-batches; the last ones
+/// may be empty.
 pub fn eval_micro_batches(dataset: &Dataset, max_tokens: usize, world_size: usize, rank: usize) -> Vec<MicroBatch> {
+    eval_sequences(dataset, max_tokens, world_size, rank).map(|group| micro_batch(dataset, &group)).collect()
+}
+
+/// Returns the indices of the documents of a rank's [`eval_micro_batches`], in their order there.
+pub fn eval_documents(
+    dataset: &Dataset,
+    max_tokens: usize,
+    world_size: usize,
+    rank: usize,
+) -> impl Iterator<Item = usize> {
+    let sequences = eval_sequences(dataset, max_tokens, world_size, rank).flatten();
+    sequences.flat_map(|sequence| dataset.sequences[sequence].iter().copied())
+}
+
+/// Returns the sequences of each of a rank's micro-batches. A micro-batch takes as many of the next sequences as fit
+/// into `max_tokens`, and ranks take turns. A sequence over `max_tokens` is a micro-batch of its own.
+fn eval_sequences(
+    dataset: &Dataset,
+    max_tokens: usize,
+    world_size: usize,
+    rank: usize,
+) -> impl Iterator<Item = Vec<usize>> + use<> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;
     for (sequence, len) in dataset.sequence_lengths().enumerate() {
@@ -87,7 +108,7 @@ pub fn eval_micro_batches(dataset: &Dataset, max_tokens: usize, world_size: usiz
         groups[last].push(sequence);
     }
     groups.resize(groups.len().next_multiple_of(world_size), Vec::new());
-    groups.iter().skip(rank).step_by(world_size).map(|group| micro_batch(dataset, group)).collect()
+    groups.into_iter().skip(rank).step_by(world_size)
 }
 
 fn micro_batch(dataset: &Dataset, sequences: &[usize]) -> MicroBatch {
@@ -105,11 +126,7 @@ mod tests {
     use super::*;
 
     fn dataset(n: usize) -> Dataset {
-        let document = |i: usize| Document {
-            sample_idx: i as u64,
-            input_ids: vec![i as u32; 2 + i % 3],
-            is_target: vec![true; 2 + i % 3],
-        };
+        let document = |i: usize| Document::of_row(i, vec![i as u32; 2 + i % 3], vec![true; 2 + i % 3]);
         Dataset {
             documents: (0..n).map(document).collect(),
             sequences: (0..n).map(|i| vec![i]).collect(),

@@ -17,8 +17,19 @@ pub struct Score {
     pub num_target_tokens: u64,
 }
 
-/// Scores this rank's micro-batches; every rank has the same number of them.
+/// Scores this rank's micro-batches; every rank has the same number of them. Collective.
 pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBatch], adapter: bool) -> Result<Score> {
+    score_each(engine, batches, adapter, |_| ())
+}
+
+/// Scores like [`score`], and calls `each` with the log-probabilities of the target tokens of each micro-batch, in
+/// order.
+pub fn score_each<D: Ops, Q: Queue<D>>(
+    engine: &mut Engine<D, Q>,
+    batches: &[MicroBatch],
+    adapter: bool,
+    mut each: impl FnMut(&[f64]),
+) -> Result<Score> {
     let (mut sum, mut num) = (0.0, 0.0);
     let (limits, descriptor) = (engine.limits(), Descriptor::scored(adapter));
     let at_once = limits.inputs(NumUnits::new(engine.spec()), Mode::Score, &vec![descriptor; limits.max_micro_batches]);
@@ -34,6 +45,7 @@ pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBat
         for micro in engine.run(&args, group)?.log_probabilities {
             sum -= micro.iter().sum::<f64>();
             num += micro.len() as f64;
+            each(&micro);
         }
     }
     let total = engine.queue.all_reduce_f64("sum of losses", &[sum, num])?;

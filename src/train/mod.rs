@@ -6,6 +6,7 @@ pub mod generate;
 pub mod log;
 pub mod metrics;
 pub mod objective;
+pub mod per_token;
 pub mod result;
 pub mod run;
 pub mod step;
