@@ -5,7 +5,7 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::IsTerminal;
 
 use clap::Parser;
-use fsdp_qlora::{Cli, Disagreement, RecipeError, World, abort, launcher_rank, stderr, watch};
+use fsdp_qlora::{Cli, Disagreement, RecipeError, World, abort, is_guarded, launcher_rank, stderr, watch};
 
 fn main() {
     let cli = match Cli::try_parse() {
@@ -49,9 +49,13 @@ fn prefix(rank: usize, world_size: usize) -> String {
     if world_size > 1 || rank > 0 { format!("rank {rank}: ") } else { String::new() }
 }
 
-/// Makes a panic on any thread of any rank end the job. Unwinding would wait for the other ranks in MPI_Finalize.
+/// Makes a panic on any thread of any rank end the job, except where it becomes an error. Unwinding would wait for the other
+/// ranks in MPI_Finalize.
 fn end_all_ranks_on_panic(prefix: String) {
     std::panic::set_hook(Box::new(move |info| {
+        if is_guarded() {
+            return;
+        }
         // The reader of standard output is gone, so there is nobody to report to.
         if info.payload().downcast_ref::<String>().is_some_and(|text| text.starts_with("failed printing to stdout")) {
             abort(1);

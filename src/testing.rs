@@ -3,12 +3,14 @@
 
 pub use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 pub use crate::checkpoint::load::LoadOptions;
+pub use crate::checkpoint::shards::{Found, ShardSpec, ShardWriter};
+pub use crate::checkpoint::source::BaseModel;
 pub use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
 pub use crate::comm::host_queue::HostQueue;
 pub use crate::comm::mpi::{MpiComm, World};
 pub use crate::comm::{Comm, Delays, Gather, Groups, Position, Queue, barrier};
 pub use crate::data::chat_template::ChatTemplate;
-pub use crate::data::{DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler};
+pub use crate::data::{DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler, TextTokenizer};
 pub use crate::device::cpu::{Cpu, HostRegion};
 pub use crate::device::cuda::compile::{AttentionVariant, Source};
 pub use crate::device::cuda::{Cuda, HalfType, libraries, num_devices};
@@ -31,7 +33,7 @@ pub use crate::train::step::{StepArgs, StepRecord, step};
 
 /// Adapters, made and read.
 pub mod adapter {
-    pub use crate::checkpoint::adapter::{fresh, load};
+    pub use crate::checkpoint::adapter::{fresh, load, remarks};
 }
 
 /// Kernels, compiled without a GPU.
@@ -56,7 +58,7 @@ pub mod eval {
 
 /// Bases and their shards.
 pub mod load {
-    pub use crate::checkpoint::load::open;
+    pub use crate::checkpoint::load::{open, planned};
 }
 
 /// Ranks as threads.
@@ -67,6 +69,11 @@ pub mod local {
 /// NF4.
 pub mod nf4 {
     pub use crate::quant::nf4::quantize;
+}
+
+/// Recipes, read.
+pub mod recipe {
+    pub use crate::recipe::{Command, load};
 }
 
 /// Bases of made-up weights.

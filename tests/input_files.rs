@@ -107,6 +107,16 @@ fn what_is_not_the_file_itself() {
     }
 }
 
+/// The error of a library that panics ends the run as any other error does.
+#[test]
+fn what_a_library_panics_on() {
+    let place = Place::new();
+    let text = String::from_utf8(place.read("model/tokenizer.json")).unwrap();
+    assert!(text.contains("\"decoder\": {"));
+    place.write("model/tokenizer.json", text.replace("\"decoder\": {", "\"decoder\": {\"x\": \"\\ud800\","));
+    refused(&place, &["error: ", "tokenizer.json: the library that reads tokenizer.json fails on it"]);
+}
+
 #[test]
 fn other_formats_and_the_root_of_a_hub_cache() {
     let place = Place::new();

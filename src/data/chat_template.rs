@@ -26,6 +26,7 @@ use serde_json::{Map, Value as Json};
 
 use super::python;
 use crate::files::shown;
+use crate::guarded::guarded;
 
 /// Mark the assistant's spans in rendered text: noncharacters of Unicode, refused in messages.
 const SPAN_BEGIN: char = '\u{FDD0}';
@@ -198,13 +199,13 @@ fn on_own_thread<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 's
     thread
         .spawn(move || {
             // Nobody listens after a limit.
-            let _ = sender.send(work());
+            let _ = sender.send(guarded("the chat template", work));
         })
         .context("the thread that renders the chat template")?;
     loop {
         match receiver.recv_timeout(LOOK) {
             Ok(result) => return result,
-            Err(RecvTimeoutError::Disconnected) => bail!("the chat template makes the renderer panic"),
+            Err(RecvTimeoutError::Disconnected) => bail!("the thread that renders the chat template is gone"),
             Err(RecvTimeoutError::Timeout) => {}
         }
         ensure!(
@@ -272,9 +273,10 @@ fn rewrite_generation(source: &str) -> (String, bool) {
     let mut rest = source;
     let mut found = false;
     while let Some(begin) = rest.find("{%") {
-        let Some(len) = rest[begin..].find("%}") else { break };
-        let tag = &rest[begin..begin + len + 2];
-        let word = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();
+        let Some(len) = rest[begin + 2..].find("%}") else { break };
+        let end = begin + 2 + len + 2;
+        let tag = &rest[begin..end];
+        let word = tag[2..2 + len].trim_matches(['-', '+']).trim();
         out += &rest[..begin];
         match word {
             "generation" => {
@@ -284,7 +286,7 @@ fn rewrite_generation(source: &str) -> (String, bool) {
             "endgeneration" => out += &tag.replacen(word, "endfilter", 1),
             _ => out += tag,
         }
-        rest = &rest[begin + len + 2..];
+        rest = &rest[end..];
     }
     (out + rest, found)
 }
@@ -309,6 +311,13 @@ mod tests {
 
     fn template(source: &str) -> ChatTemplate {
         ChatTemplate::new(source, vec![("bos_token".into(), "<s>".into())], &Zoned::now()).unwrap()
+    }
+
+    #[test]
+    fn tags_that_are_cut_short_are_left_alone() {
+        for text in ["{%}", "a{%", "{%}%}", "{%%}", "{% generation", "{%-%}{%+", "%}{%}"] {
+            assert_eq!(rewrite_generation(text), (text.to_string(), false));
+        }
     }
 
     fn golden() -> Vec<serde_json::Value> {

@@ -12,9 +12,11 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
+
+use super::tokenizer::call;
 
 /// The order in which transformers adds and names special tokens.
 const NAMES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
@@ -57,7 +59,7 @@ pub fn add(tokenizer: &mut Tokenizer, files: &Files) -> Result<Vec<(String, Stri
     let in_order = tokens.into_values().chain(named.iter().map(|n| n.1.clone())).chain(extra);
     for token in in_order {
         let content = token.content.clone();
-        tokenizer.add_tokens([token]).map_err(|e| anyhow!("the token {content:?}: {e}"))?;
+        call(|| tokenizer.add_tokens([token])).with_context(|| format!("the token {content:?}"))?;
     }
     let file = if has_decoder { "tokenizer_config.json: added_tokens_decoder" } else { "added_tokens.json" };
     for (id, token) in &listed {

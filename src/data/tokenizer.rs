@@ -33,6 +33,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 use super::chat_template::{ChatTemplate, Rendered};
 use super::special_tokens::{self, Files};
 use crate::files;
+use crate::guarded::guarded;
 
 /// Files that decide how text becomes tokens, in the order in which the identity covers them.
 const FILES: [&str; 5] =
@@ -57,7 +58,7 @@ impl TextTokenizer {
         let path = dir.join("tokenizer.json");
         ensure!(path.exists(), "{}: tokenizer.json is missing; other tokenizer files are not read", dir.display());
         let bytes = files::read(&path, files::MAX_TOKENIZER_BYTES)?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let mut tokenizer = call(|| Tokenizer::from_bytes(&bytes)).with_context(|| path.display().to_string())?;
         // Truncation and padding are decided by the data set or the prompt, not by whoever saved the file.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
@@ -102,20 +103,20 @@ impl TextTokenizer {
     /// Token ids; `add_special_tokens` as the tokenizer's post-processor does it.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
         // Without offsets it takes half the memory.
-        let encoding = self.tokenizer.encode_fast(text, add_special_tokens).map_err(|e| anyhow!("tokenizing: {e}"))?;
+        let encoding = call(|| self.tokenizer.encode_fast(text, add_special_tokens)).context("tokenizing")?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Token ids, and the bytes of the text that each stands for.
     pub fn encode_with_offsets(&self, text: &str, add_special_tokens: bool) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
-        let encoding = self.tokenizer.encode(text, add_special_tokens).map_err(|e| anyhow!("tokenizing: {e}"))?;
+        let encoding = call(|| self.tokenizer.encode(text, add_special_tokens)).context("tokenizing")?;
         let offsets = encoding.get_offsets().iter().map(|&(begin, end)| begin..end).collect();
         Ok((encoding.get_ids().to_vec(), offsets))
     }
 
     /// Text of token ids.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.tokenizer.decode(ids, skip_special_tokens).map_err(|e| anyhow!("decoding: {e}"))
+        call(|| self.tokenizer.decode(ids, skip_special_tokens)).context("decoding")
     }
 
     /// Returns true if there is a template, without which [`TextTokenizer::render`] fails.
@@ -160,6 +161,11 @@ impl TextTokenizer {
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
     }
+}
+
+/// Calls the tokenizers library, which panics on some files.
+pub(super) fn call<T>(f: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    guarded("tokenizer.json", || f().map_err(|error| anyhow!("{error}")))
 }
 
 /// An object; empty when the file is not there.
@@ -221,7 +227,7 @@ fn find_type<'a>(parts: &'a Value, kind: &str) -> Option<&'a Value> {
 
 /// A token that begins or ends texts has to be one token, of an id that the model has.
 fn check_token(tokenizer: &Tokenizer, name: &str, token: &str, config: &Map<String, Value>) -> Result<()> {
-    let encoding = tokenizer.encode_fast(token, false).map_err(|e| anyhow!("tokenizing: {e}"))?;
+    let encoding = call(|| tokenizer.encode_fast(token, false)).context("tokenizing")?;
     let ids = encoding.get_ids();
     let &[id] = ids else {
         bail!("{name}: found {token:?}, of which the tokenizer makes {} tokens; allowed: one", ids.len())
@@ -339,6 +345,18 @@ pub mod tests {
         let refused = with_files(config.clone(), &[("chat_template.jinja", "{{ raise_exception('no') }}")]).unwrap();
         let error = format!("{:#}", refused.render(&[], false).unwrap_err());
         assert!(error.contains("chat_template.jinja: the chat template refuses: invalid operation: no"), "{error}");
+    }
+
+    /// The library reads a decoder twice, and the second time unwraps.
+    #[test]
+    fn a_file_that_the_library_panics_on_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let text = std::fs::read_to_string(Path::new(GOLDEN).join("tokenizer.json")).unwrap();
+        let decoder = text.find("\"decoder\": {").unwrap() + "\"decoder\": {".len();
+        std::fs::write(&path, format!("{}\"x\": \"\\ud800\", {}", &text[..decoder], &text[decoder..])).unwrap();
+        let error = format!("{:#}", TextTokenizer::load(dir.path(), &Zoned::now()).map(drop).unwrap_err());
+        assert!(error.contains("tokenizer.json: the library that reads tokenizer.json fails on it"), "{error}");
     }
 
     /// A tokenizer.json like Llama 2's: bytes, `▁`, a, b, c and the merges `▁a` (263) and `ab` (264).

@@ -195,4 +195,17 @@ mod tests {
             assert!(words.iter().all(|word| error.contains(word)), "{words:?} in {error}");
         }
     }
+
+    #[test]
+    fn a_header_too_long_to_parse_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        save(&fresh(settings(), &config(), 1), &config(), Path::new("base"), dir.path()).unwrap();
+        let path = dir.path().join(TENSORS_FILE);
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes.resize(32 << 20, b' ');
+        bytes[..8].copy_from_slice(&(20u64 << 20).to_le_bytes());
+        std::fs::write(&path, bytes).unwrap();
+        let error = format!("{:#}", load(dir.path(), &config()).unwrap_err());
+        assert!(error.contains("header of 20971520 bytes, at most"), "{error}");
+    }
 }

@@ -1,0 +1,51 @@
+//! Files of this program that a later run reads: shard files. Training checkpoints will have their targets here.
+
+use std::fs;
+
+use fsdp_qlora::testing::{Found, ShardSpec, ShardWriter};
+
+use super::driver::Target;
+use super::folder::Folder;
+use super::form::Form;
+
+/// Bytes of each unit without padding.
+const PART_BYTES: [usize; 2] = [60, 128];
+const UNIT_BYTES: [usize; 2] = [64, 128];
+
+/// A shard file: its metadata and checksums.
+pub fn shard() -> Target {
+    let folder = Folder::new(&[]);
+    let spec = ShardSpec {
+        dir: folder.path(),
+        base: "0123456789abcdef0123456789abcdef".into(),
+        encoding: "nf4+dq".into(),
+        num_shards: 2,
+        unit_bytes: UNIT_BYTES.into(),
+    };
+    let makers = ["rank 0 on a".to_string(), "rank 1 on b".to_string()];
+    let mut writer = ShardWriter::create(&spec, 0, PART_BYTES.into(), &makers).unwrap();
+    PART_BYTES.iter().enumerate().for_each(|(idx, &bytes)| writer.append(idx, &vec![7; bytes]).unwrap());
+    writer.finish().unwrap();
+    let whole = fs::read(spec.path(0)).unwrap();
+    let data = whole[whole.len() - UNIT_BYTES.iter().sum::<usize>()..].to_vec();
+    let read = move |input: &[u8]| {
+        // The folder goes with the last reader.
+        folder.write(spec.path(0).file_name().unwrap().to_str().unwrap(), input);
+        // A writer reads the header of a file that is in its way.
+        let writer = ShardWriter::create(&spec, 0, PART_BYTES.into(), &makers).map(drop);
+        match spec.open(0)? {
+            Found::Valid(units) => {
+                let units: Vec<&[u8]> = units.iter().map(|unit| (**unit).as_ref()).collect();
+                assert_eq!(units.concat(), data, "other bytes were taken for whole");
+            }
+            Found::Missing => panic!("a file that is there is missing"),
+            Found::Foreign(reason) => {
+                assert!(writer.is_err(), "a foreign file would have been overwritten: {reason}");
+            }
+            Found::Damaged(_) => {}
+        }
+        Ok(())
+    };
+    let words = &["format", "layout_version", "base", "encoding", "shard", "checksums", "program", "makers", "U8"];
+    Target::new(Form::Safetensors, words, vec![whole], read)
+}
