@@ -1,8 +1,9 @@
 //! Gives a target its kept inputs and new ones made from them, and judges every run.
 #![expect(clippy::print_stdout, reason = "tells scripts/fuzz how a campaign ended")]
 
-use std::fs;
+use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -130,16 +131,18 @@ struct Fuzzer {
     pool: Vec<Vec<u8>>,
     seen: Seen,
     num_inputs: usize,
-    /// Path of the input that is being read, for the case that it ends the process.
-    current: PathBuf,
+    /// The input that is being read, for the case that it ends the process.
+    current: File,
+    path: PathBuf,
 }
 
 impl Fuzzer {
     fn new(name: &'static str, target: Target) -> Fuzzer {
         let words = target.words.iter().map(|word| word.as_bytes().to_vec()).collect();
-        let current = folder("current").join(name);
-        watch(target.max_seconds, &current);
-        Fuzzer { name, target, words, pool: Vec::new(), seen: Seen::new(), num_inputs: 0, current }
+        let path = folder("current").join(name);
+        let current = File::options().create(true).truncate(false).write(true).open(&path).unwrap();
+        watch(target.max_seconds, &path);
+        Fuzzer { name, target, words, pool: Vec::new(), seen: Seen::new(), num_inputs: 0, current, path }
     }
 
     /// Runs an input and keeps it, to make others from it.
@@ -179,7 +182,8 @@ impl Fuzzer {
 
     /// Reads an input and judges the run. Returns true if it reached something new.
     fn run(&mut self, input: &[u8]) -> bool {
-        fs::write(&self.current, input).unwrap();
+        // Some file systems write a file to the disk at once where it was cut to nothing before.
+        self.current.write_all_at(input, 0).and_then(|()| self.current.set_len(input.len() as u64)).unwrap();
         self.num_inputs += 1;
         let panics = PANICS.load(Ordering::SeqCst);
         INPUT.fetch_add(1, Ordering::SeqCst);
@@ -197,7 +201,7 @@ impl Fuzzer {
     }
 
     fn fail(&self, what: &str) -> ! {
-        panic!("{}: {what}\n{}", self.name, how_to_keep(self.name, &self.current));
+        panic!("{}: {what}\n{}", self.name, how_to_keep(self.name, &self.path));
     }
 }
 
@@ -210,9 +214,9 @@ static WATCHED: Mutex<Option<(f64, PathBuf)>> = Mutex::new(None);
 
 /// Ends the process from now on when the reading of one input takes more than so many seconds of the processor, or twenty
 /// times as long by the clock.
-fn watch(max_seconds: f64, current: &Path) {
+fn watch(max_seconds: f64, input: &Path) {
     static ONCE: Once = Once::new();
-    *WATCHED.lock().unwrap() = Some((max_seconds, current.to_path_buf()));
+    *WATCHED.lock().unwrap() = Some((max_seconds, input.to_path_buf()));
     ONCE.call_once(|| drop(std::thread::spawn(end_when_slow)));
 }
 
@@ -224,10 +228,10 @@ fn end_when_slow() {
         if input != seen.0 || input % 2 == 0 {
             seen = (input, cpu, Instant::now());
         }
-        let Some((max_seconds, current)) = WATCHED.lock().unwrap().clone() else { continue };
+        let Some((max_seconds, path)) = WATCHED.lock().unwrap().clone() else { continue };
         if cpu - seen.1 > max_seconds || seen.2.elapsed().as_secs_f64() > 20.0 * max_seconds {
-            let name = current.file_name().unwrap().to_string_lossy();
-            stderr::line(&format!("{name}: more than {max_seconds} s\n{}", how_to_keep(&name, &current)));
+            let name = path.file_name().unwrap().to_string_lossy();
+            stderr::line(&format!("{name}: more than {max_seconds} s\n{}", how_to_keep(&name, &path)));
             std::process::abort();
         }
     }
@@ -258,14 +262,21 @@ mod tests {
     #[test]
     #[should_panic(expected = "a_panic_elsewhere: a panic")]
     fn a_panic_on_another_thread() {
-        let read = |_: &[u8]| Ok(drop(std::thread::spawn(|| panic!("elsewhere")).join()));
+        let read = |_: &[u8]| {
+            let _ = std::thread::spawn(|| panic!("elsewhere")).join();
+            Ok(())
+        };
         fuzz("a_panic_elsewhere", target(read));
     }
 
     #[test]
     #[should_panic(expected = "bytes of memory, at most 268435456 are allowed")]
     fn too_much_memory() {
-        fuzz("too_much_memory", target(|_| Ok(drop(vec![1u8; 300 << 20]))));
+        let read = |_: &[u8]| {
+            drop(vec![1u8; 300 << 20]);
+            Ok(())
+        };
+        fuzz("too_much_memory", target(read));
     }
 
     #[test]

@@ -17,7 +17,9 @@ pub struct Folder {
 impl Folder {
     /// Makes both folders with these files.
     pub fn new(files: &[(&str, Vec<u8>)]) -> Folder {
-        let root = TempDir::new().unwrap();
+        // In memory where that is possible, because files are written again for each input.
+        let memory = Path::new("/dev/shm");
+        let root = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.unwrap();
         let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
         for folder in ["model", "outside"] {
             fs::create_dir(root.path().join(folder)).unwrap();
