@@ -3,6 +3,7 @@
 
 pub use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 pub use crate::checkpoint::load::LoadOptions;
+pub use crate::checkpoint::output::record::RunRecord;
 pub use crate::checkpoint::shards::{Found, ShardSpec, ShardWriter};
 pub use crate::checkpoint::source::BaseModel;
 pub use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
@@ -25,10 +26,12 @@ pub use crate::model::batch::{MicroBatch, NO_TARGET};
 pub use crate::model::spec::ModelSpec;
 pub use crate::model::trainable::{Targets, Trainable, Trainables};
 pub use crate::optim::adamw::Update;
+pub use crate::plan::hardware::Hardware;
 pub use crate::plan::memory::Sizes;
 pub use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax, quantize_absmax_around};
 pub use crate::quant::nf4::{Absmax, CODEBOOK, Nf4Tensor, THRESHOLDS, quantize};
 pub use crate::quant::record::{Dtype, Encoding};
+pub use crate::start::planned::{Machine, Planned};
 pub use crate::train::step::{StepArgs, StepRecord, step};
 
 /// Adapters, made and read.

@@ -5,7 +5,9 @@ use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::Result;
-use fsdp_qlora::testing::{BaseModel, CODEBOOK, DYNAMIC_MAP, LoadOptions, ModelSpec, load};
+use fsdp_qlora::testing::{
+    BaseModel, CODEBOOK, DYNAMIC_MAP, Hardware, LoadOptions, Machine, ModelSpec, Planned, load, recipe,
+};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 
@@ -116,13 +118,21 @@ pub fn quant_state() -> Target {
     Target::new(Form::Json, words, vec![state], read)
 }
 
-/// `config.json`, of a model without weights, as `plan` reads it.
+/// `config.json`, of a model without weights, for which a run is planned.
 pub fn config() -> Target {
     let folder = Folder::new(&[]);
+    let recipe = folder.root().join("recipe.yaml");
+    fs::write(&recipe, format!("model: {}\ndata.train: rows.jsonl\n", folder.path().display())).unwrap();
+    let job = recipe::load(&recipe, recipe::Command::Plan, &[]).unwrap();
+    let hardware = Hardware::named("h100").unwrap();
     let read = move |input: &[u8]| {
         folder.write("config.json", input);
-        let (spec, _) = load::planned(&folder.path(), &OPTIONS)?;
-        spec.tensors();
+        let (network_bytes_per_s, host_gib) = (1e9, Some(256.0));
+        let machine =
+            Machine { hardware: &hardware, nodes: 1, world_size: 2, ranks_per_gpu: 1, network_bytes_per_s, host_gib };
+        let report = Planned::of_model(&job, &machine)?.report(&job, &machine)?;
+        assert!(!report.to_string().is_empty() && report.json().is_object());
+        let spec = ModelSpec::load(&folder.path())?;
         for rope in &spec.ropes {
             let (cos, sin) = rope.cos_sin(&[0, 1, 2, 1 << 20], &[0, 4]);
             assert!(cos.iter().chain(&sin).all(|x| x.is_finite()), "{rope:?} rotates by numbers that are not finite");

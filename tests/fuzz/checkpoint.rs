@@ -1,8 +1,9 @@
-//! Files of this program that a later run reads: shard files. Training checkpoints will have their targets here.
+//! Files of this program that a later run reads: shard files and run.json. Training checkpoints will have their targets
+//! here.
 
 use std::fs;
 
-use fsdp_qlora::testing::{Found, ShardSpec, ShardWriter};
+use fsdp_qlora::testing::{Found, RunRecord, ShardSpec, ShardWriter};
 
 use super::driver::Target;
 use super::folder::Folder;
@@ -48,4 +49,26 @@ pub fn shard() -> Target {
     };
     let words = &["format", "layout_version", "base", "encoding", "shard", "checksums", "program", "makers", "U8"];
     Target::new(Form::Safetensors, words, vec![whole], read)
+}
+
+/// `run.json` of an output folder.
+pub fn run_record() -> Target {
+    let folder = Folder::new(&[]);
+    let record = r#"{"program": "fsdp-qlora 0.1.0", "state": "finished", "started": "2026-03-07T08:09:10Z", "ended": null, "host": "a",
+        "pid": 1, "world_size": 2, "base": "0123", "tokenizer": "4567", "adapter": "89ab", "data": "cdef", "eval_data": null,
+        "recipe": {"lora.r": 16, "data.train": ["rows.jsonl"], "training.learning_rate": 1e-4}, "files": ["metrics.jsonl"]}"#;
+    let read = {
+        let whole: RunRecord = serde_json::from_str(record).unwrap();
+        move |input: &[u8]| {
+            folder.write("run.json", input);
+            let found = RunRecord::read(&folder.path())?.expect("a record that is there");
+            assert_eq!(
+                whole.identity.differences(&found.identity).is_empty(),
+                found.identity.differences(&whole.identity).is_empty()
+            );
+            Ok(())
+        }
+    };
+    let words = &["running", "stopped", "finished", "failed", "reason", "ended", "eval_data", "\u{1b}[2J"];
+    Target::new(Form::Json, words, vec![record.into()], read)
 }

@@ -46,6 +46,7 @@ targets! {
     quant_state: base::quant_state();
     recipe: recipe::recipe();
     rows: text_files::rows();
+    run_record: checkpoint::run_record();
     shard: checkpoint::shard();
     template: text_files::template();
     tokenizer: text_files::tokenizer();

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use fancy_regex::Regex;
+use fancy_regex::{Regex, RegexBuilder};
 use serde_json::{Map, Value, json};
 
 use super::{AdapterSettings, CONFIG_FILE};
@@ -66,6 +66,9 @@ const MAX_RANK: u64 = 1 << 16;
 /// Longest regular expression, in bytes.
 const MAX_PATTERN: usize = 1 << 14;
 
+/// Most steps back of a regular expression in one name. A pattern is tried on the names of all modules.
+const MAX_BACKTRACKS: usize = 10_000;
+
 /// The content of `adapter_config.json`.
 pub(super) struct PeftConfig {
     /// All settings except the targets, which follow from the tensors.
@@ -88,7 +91,9 @@ impl Modules {
         match self {
             Self::AllLinear => Ok(module.rsplit('.').next().and_then(ModuleId::from_name).is_some()),
             Self::Pattern(pattern) => {
-                pattern.is_match(module).with_context(|| format!("{pattern}: too much work for {module}"))
+                let too_much =
+                    || format!("found {:?}, which takes too much work for {module}", shown(pattern.as_str()));
+                pattern.is_match(module).with_context(too_much)
             }
             Self::Names(names) => Ok(names.iter().any(|name| {
                 module.strip_suffix(name.as_str()).is_some_and(|before| before.is_empty() || before.ends_with('.'))
@@ -100,7 +105,8 @@ impl Modules {
         match value {
             Value::String(word) if word.eq_ignore_ascii_case("all-linear") => Some(Self::AllLinear),
             Value::String(pattern) if pattern.len() <= MAX_PATTERN => {
-                Regex::new(&format!("^(?:{pattern})$")).ok().map(Self::Pattern)
+                let pattern = RegexBuilder::new(&format!("^(?:{pattern})$")).backtrack_limit(MAX_BACKTRACKS).build();
+                pattern.ok().map(Self::Pattern)
             }
             Value::Array(names) => {
                 names.iter().map(|name| name.as_str().map(String::from)).collect::<Option<_>>().map(Self::Names)
@@ -399,5 +405,14 @@ mod tests {
         assert_eq!(count("/models/tiny-1b"), 2);
         assert_eq!(count("/hub/models--org--Tiny-1B/snapshots/abc"), 2);
         assert_eq!(count("/models/tiny-7b"), 3);
+    }
+
+    #[test]
+    fn a_pattern_that_tries_too_much_is_refused() {
+        // It tries to cut a name into four pieces in each of 30,000 ways.
+        let config = load(json!({"target_modules": "(.*)(.*)(.*)(.*)(?=!)"})).unwrap();
+        let error = format!("{:#}", config.targets("model.layers.0.mlp.down_proj").unwrap_err());
+        assert!(error.contains("target_modules: found \"^(?:(.*)") && error.contains("too much work"), "{error}");
+        assert!(load(json!({"target_modules": r".*\.(q|down)_proj(?!x)"})).unwrap().targets("a.down_proj").unwrap());
     }
 }
