@@ -193,6 +193,15 @@ fn evaluation_and_generation_on_two_ranks() {
     assert_eq!(stdout(place.command(&generate)), stdout(place.mpirun(2, &generate)));
 }
 
+#[test]
+fn a_base_in_16_bits_is_copied_and_not_quantized() {
+    let place = Place::new();
+    let eval = ["eval", "--model", "model", "--dataset", "rows.jsonl", "--set", "quantization.load_in_4bit=false"];
+    let (plain, nf4) = (succeeds(place.command(&eval)), succeeds(place.command(&eval[..5])));
+    assert!(plain.contains("copying unit 1 of ") && !plain.contains("quantiz"), "{plain}");
+    assert!(nf4.contains("quantizing unit 1 of ") && !nf4.contains("copying"), "{nf4}");
+}
+
 /// A line of the file that `eval --per-token` writes.
 #[derive(Debug, PartialEq, serde::Deserialize)]
 #[serde(deny_unknown_fields)]

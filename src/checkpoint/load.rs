@@ -260,17 +260,14 @@ impl OpenedBase {
         let create = |&shard: &usize| ShardWriter::create(&self.shard_spec, shard, part_bytes(shard), &makers);
         let mut writers = writes.iter().map(create).collect::<Result<Vec<_>>>()?;
         let (mut buffer, mut last_tenth) = (Vec::new(), 0);
+        let doing = if self.shard_spec.is_nf4() { "quantizing" } else { "copying" };
         for first in (0..num_units).step_by(world_size) {
             // Progress is told at the start, and then after about every tenth.
             if first == 0 || last_tenth != first * 10 / num_units {
                 last_tenth = first * 10 / num_units;
-                tell(format!("quantizing unit {} of {num_units} to {}", first + 1, self.shard_spec.dir.display()));
+                tell(format!("{doing} unit {} of {num_units} to {}", first + 1, self.shard_spec.dir.display()));
             }
-            watch::at(format!(
-                "quantizing units {} to {} of {num_units}",
-                first + 1,
-                num_units.min(first + world_size)
-            ));
+            watch::at(format!("{doing} units {} to {} of {num_units}", first + 1, num_units.min(first + world_size)));
             let own = self.layouts.get(first + rank);
             let flat = own.map_or(Ok(Vec::new()), |layout| self.flat(layout))?;
             for (to, from) in pairs::turns(rank, world_size) {

@@ -80,9 +80,14 @@ impl ShardSpec {
         ShardSpec { dir, base, encoding, num_shards, unit_bytes: layouts.iter().map(UnitLayout::shard_bytes).collect() }
     }
 
+    /// Returns whether linear modules are in NF4, all of them or some.
+    pub fn is_nf4(&self) -> bool {
+        self.encoding.starts_with("nf4")
+    }
+
     /// Returns the path of one shard's file.
     pub fn path(&self, shard: usize) -> PathBuf {
-        let kind = if self.encoding.starts_with("nf4") { "nf4" } else { "plain" };
+        let kind = if self.is_nf4() { "nf4" } else { "plain" };
         self.dir.join(format!("{kind}-{shard:05}-of-{:05}.safetensors", self.num_shards))
     }
 
