@@ -7,9 +7,13 @@ pub use crate::checkpoint::output::record::RunRecord;
 pub use crate::checkpoint::shards::{Found, ShardSpec, ShardWriter};
 pub use crate::checkpoint::source::BaseModel;
 pub use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
+pub use crate::comm::guarded::Guarded;
 pub use crate::comm::host_queue::HostQueue;
 pub use crate::comm::mpi::{MpiComm, World};
-pub use crate::comm::{Comm, Delays, Gather, Groups, Position, Queue, barrier};
+pub use crate::comm::spans::Span;
+pub use crate::comm::{
+    Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits, barrier,
+};
 pub use crate::data::chat_template::ChatTemplate;
 pub use crate::data::{DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler, TextTokenizer};
 pub use crate::device::cpu::{Cpu, HostRegion};

@@ -1,5 +1,5 @@
 //! Every kernel for every architecture, without a GPU: what it takes, that it spills no registers, and that
-//! the assembler expects no loss of speed. Without NVRTC the test says so and passes, unless REQUIRE_NVRTC=1.
+//! the assembler expects no loss of speed. The test is ignored unless the caller asks for it, as scripts/test does.
 
 use fsdp_qlora::testing::{AttentionVariant, HalfType, Source, compile, libraries};
 use half::f16;
@@ -44,13 +44,9 @@ fn calls() -> Vec<Call> {
 }
 
 #[test]
+#[ignore = "needs NVRTC"]
 fn every_kernel_compiles_without_spills() {
-    let required = std::env::var("REQUIRE_NVRTC").is_ok_and(|v| v == "1");
-    if let Err(error) = libraries::load_nvrtc() {
-        assert!(!required, "REQUIRE_NVRTC=1: {error:#}");
-        eprintln!("skipped: no NVRTC: {error:#}");
-        return;
-    }
+    libraries::load_nvrtc().unwrap();
     println!("NVRTC {}", compile::nvrtc_version().unwrap());
     let calls = calls();
     let logs: Vec<String> = calls.par_iter().map(log).collect();
@@ -65,10 +61,7 @@ fn every_kernel_compiles_without_spills() {
         // E.g. products of a warpgroup that wait for each other, because registers are short or used too early.
         assert!(!log.contains("Potential Performance Loss"), "kernels/{}.cu for {target}: {log}", source.stem);
         let mut resources = resources(&log);
-        if resources.is_empty() && !required {
-            // NVRTC 13.0 keeps the assembler's report to itself; later ones hand it out.
-            continue;
-        }
+        // NVRTC 13.0 keeps the assembler's report to itself; scripts/test fetches a later one, which hands it out.
         resources.sort_by(|a, b| a.name.cmp(&b.name));
         let mut expected: Vec<&str> = source.kernels.to_vec();
         expected.sort_unstable();

@@ -1,6 +1,5 @@
-//! Training on GPUs: streaming against resident, several ranks against one, and how a job ends there. Without a GPU
-//! the tests say so and pass, unless REQUIRE_GPU=1. A test of several ranks runs this program again, under mpirun.
-#![allow(unsafe_code, clippy::print_stderr, reason = "sets variables before threads start, and says what it skips")]
+//! Training on GPUs: streaming against resident, several ranks against one, and how a job ends there. These tests are
+//! ignored unless the caller asks for them. A test of several ranks runs itself again, under mpirun.
 
 mod common;
 
@@ -10,9 +9,9 @@ use std::time::{Duration, Instant};
 use common::cli::{MPI_ENVIRONMENT, program};
 use common::relative_error;
 use fsdp_qlora::testing::{
-    Accumulation, Adapter, AdapterSettings, Cpu, Cuda, CudaQueue, Delays, Device, Engine, Gather, Groups, HostRegion,
-    Keep, Limits, MicroBatch, Mode, ModelSpec, MpiComm, Position, QueueOptions, Residency, Sizes, StepArgs, Trainables,
-    Update, Values, World, adapter, barrier, libraries, local, step, synthetic,
+    Accumulation, Adapter, AdapterSettings, Arena, Cpu, Cuda, CudaQueue, Delays, Device, Engine, Gather, Groups,
+    Guarded, HostCopy, HostRegion, Keep, Limits, MicroBatch, Mode, ModelSpec, MpiComm, Position, Queue, QueueOptions,
+    Residency, Sizes, StepArgs, Trainables, Update, Values, World, adapter, barrier, local, step, synthetic,
 };
 use half::bf16;
 
@@ -24,20 +23,11 @@ const TOKENS: usize = 192;
 /// Streams everything from the host that can be streamed.
 const NOTHING_RESIDENT: Residency = Residency { units: 0, trainables: false, boundary_buffers: 0 };
 
-fn gpu() -> Option<Cuda<bf16>> {
-    let required = std::env::var("REQUIRE_GPU").is_ok_and(|v| v == "1");
-    if !required && !libraries::driver_is_there() {
-        eprintln!("skipped: no GPU");
-        return None;
-    }
-    match Cuda::new(0, &std::env::temp_dir().join("fsdp-qlora-test-kernels")) {
-        Ok(cuda) => Some(cuda),
-        Err(error) if required => panic!("REQUIRE_GPU=1: {error:#}"),
-        Err(error) => {
-            eprintln!("skipped: no GPU: {error:#}");
-            None
-        }
-    }
+/// Variable that says that this process is a rank which a test has started.
+const IS_RANK: &str = "GPU_TEST_IS_RANK";
+
+fn gpu(ordinal: usize) -> Cuda<bf16> {
+    Cuda::new(ordinal, &std::env::temp_dir().join("fsdp-qlora-test-kernels")).unwrap()
 }
 
 fn config() -> ModelSpec {
@@ -204,8 +194,9 @@ fn variants() -> Vec<Options> {
 }
 
 #[test]
+#[ignore = "needs a GPU"]
 fn streaming_and_lifetime_do_not_change_a_bit() {
-    let Some(cuda) = gpu() else { return };
+    let cuda = gpu(0);
     let reference = train(&cuda, &alone, &PLAIN, 3);
     assert!(reference.grads.iter().flatten().all(|g| g.is_finite()));
     assert!(reference.losses[2] < reference.losses[0], "it learns: {:?}", reference.losses);
@@ -214,32 +205,36 @@ fn streaming_and_lifetime_do_not_change_a_bit() {
     }
 }
 
-/// Runs a test of this program on two ranks.
-fn on_two_ranks(test: &str) -> std::process::Output {
+fn is_rank() -> bool {
+    std::env::var_os(IS_RANK).is_some()
+}
+
+/// Runs a test of this program on two ranks; [`is_rank`] is true there.
+fn on_two_ranks(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
     let mut command = Command::new(std::env::var("MPIEXEC").unwrap_or("mpirun".into()));
     command.args(["-np", "2"]).arg(std::env::current_exe().unwrap());
     command.args([test, "--exact", "--ignored", "--nocapture", "--test-threads=1"]);
-    command.envs(MPI_ENVIRONMENT).output().expect("mpirun (scripts/setup installs it)")
+    command.envs(MPI_ENVIRONMENT).envs(variables.iter().copied()).env(IS_RANK, "1");
+    command.output().expect("mpirun (scripts/setup installs it)")
+}
+
+/// The GPU of a rank that a test has started.
+fn gpu_of_rank(world: &World) -> Cuda<bf16> {
+    gpu(if shares_gpu() { 0 } else { world.local_rank })
 }
 
 #[test]
+#[ignore = "needs a GPU"]
 fn two_ranks_are_as_one() {
-    if gpu().is_none() {
-        return;
-    }
-    let output = on_two_ranks("as_one_of_two_ranks");
-    let text = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{}\n{text}", String::from_utf8_lossy(&output.stdout));
-    println!("{}", String::from_utf8_lossy(&output.stdout));
-}
-
-#[test]
-#[ignore = "runs under mpirun, started by two_ranks_are_as_one"]
-fn as_one_of_two_ranks() {
     const STEPS: usize = 50;
+    if !is_rank() {
+        let output = on_two_ranks("two_ranks_are_as_one", &[]);
+        let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "{stdout}\n{stderr}");
+        return println!("{stdout}");
+    }
     let world = World::init().unwrap();
-    let gpu = if shares_gpu() { 0 } else { world.local_rank };
-    let cuda = Cuda::new(gpu, &std::env::temp_dir().join("fsdp-qlora-test-kernels")).unwrap();
+    let cuda = gpu_of_rank(&world);
     let comm = |num_shards: Option<usize>| {
         MpiComm::new(&world).unwrap().into_groups(num_shards.unwrap_or(world.world_size)).unwrap()
     };
@@ -270,12 +265,18 @@ fn as_one_of_two_ranks() {
 }
 
 #[test]
+#[ignore = "needs a GPU"]
 fn a_stuck_gather_ends_all_ranks_with_its_name() {
-    if gpu().is_none() {
+    if is_rank() {
+        let world = World::init().unwrap();
+        let cuda = gpu_of_rank(&world);
+        let delay = if world.rank == 1 { Duration::from_secs(30) } else { Duration::ZERO };
+        let groups = |_| MpiComm::new(&world).unwrap().into_groups(2).unwrap();
+        train(&cuda, &groups, &Options { delay, ..PLAIN }, 1);
         return;
     }
     let start = Instant::now();
-    let output = on_two_ranks("as_a_stuck_rank");
+    let output = on_two_ranks("a_stuck_gather_ends_all_ranks_with_its_name", &[("FSDP_QLORA_TIMEOUT_S", "3")]);
     let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(!output.status.success(), "{stdout}{stderr}");
     assert!(stderr.contains("gather of") && stderr.contains("did not end within 3 s"), "{stdout}{stderr}");
@@ -284,15 +285,36 @@ fn a_stuck_gather_ends_all_ranks_with_its_name() {
 }
 
 #[test]
-#[ignore = "runs under mpirun, started by a_stuck_gather_ends_all_ranks_with_its_name"]
-fn as_a_stuck_rank() {
-    // SAFETY: no other thread reads the environment yet.
-    unsafe { std::env::set_var("FSDP_QLORA_TIMEOUT_S", "3") };
-    let world = World::init().unwrap();
-    let gpu = if shares_gpu() { 0 } else { world.local_rank };
-    let cuda = Cuda::new(gpu, &std::env::temp_dir().join("fsdp-qlora-test-kernels")).unwrap();
-    let delay = if world.rank == 1 { Duration::from_secs(30) } else { Duration::ZERO };
-    train(&cuda, &|_| MpiComm::new(&world).unwrap().into_groups(2).unwrap(), &Options { delay, ..PLAIN }, 1);
+#[ignore = "needs a GPU"]
+fn the_host_reads_what_a_slow_put_brings_once_it_has_waited() {
+    const LEN: usize = 4096;
+    let cuda = gpu(0);
+    let delay = Duration::from_millis(200);
+    let delays = Delays { before_put: delay, ..Delays::default() };
+    let mut queue = CudaQueue::new(cuda.clone(), alone(None), QueueOptions { delays, ..Default::default() }).unwrap();
+    let mut on_host = Arena::<Cpu>::measure();
+    on_host.carve::<f32>("values", LEN).unwrap();
+    let mut on_host = Arena::allocate_host(&cuda, on_host.into_plan()).unwrap();
+    let host = Guarded::new(on_host.carve::<f32>("values", LEN).unwrap());
+    let mut device = Arena::carved(&cuda, |arena| arena.carve::<f32>("values", LEN)).unwrap();
+    let values: Vec<f32> = (0..LEN).map(|i| i as f32 - 0.5).collect();
+    cuda.upload(device.view_mut(), &values).unwrap();
+
+    let start = Instant::now();
+    let put = queue.put("put".into(), HostCopy { device, host, len: LEN }).unwrap();
+    let mut copy = queue.wait(put).unwrap();
+    // The computation that follows is ordered after the put: it does not change what comes to the host.
+    cuda.fill_bytes(copy.device.view_mut(), 0xFF).unwrap();
+    assert!(copy.host.wait_on_host().unwrap().view().host() == values, "the host has read before the put has ended");
+    assert!(start.elapsed() > delay / 2, "the put was not delayed: {:?}", start.elapsed());
+
+    // The host writes where the put has ended, and a fetch brings that back.
+    copy.host.wait_on_host_mut().unwrap().view_mut().host_mut().fill(7.0);
+    let fetch = queue.fetch("fetch".into(), copy).unwrap();
+    let copy = queue.wait(fetch).unwrap();
+    let mut fetched = vec![0.0; LEN];
+    cuda.download(&mut fetched, copy.device.view()).unwrap();
+    assert!(fetched == [7.0; LEN]);
 }
 
 /// A folder with a small model's config.json.
@@ -307,10 +329,8 @@ fn shape() -> tempfile::TempDir {
 }
 
 #[test]
+#[ignore = "needs a GPU"]
 fn a_rank_that_dies_ends_all() {
-    if gpu().is_none() {
-        return;
-    }
     let shape = shape();
     for fault in ["abort:1:3", "panic:1:3"] {
         let mut command = Command::new(std::env::var("MPIEXEC").unwrap_or("mpirun".into()));
@@ -327,8 +347,9 @@ fn a_rank_that_dies_ends_all() {
 }
 
 #[test]
+#[ignore = "needs a GPU"]
 fn memory_that_is_not_there_is_refused_with_numbers() {
-    let Some(cuda) = gpu() else { return };
+    let cuda = gpu(0);
     // The driver refuses to pin what is pinned already.
     let pinned = cuda.pin(HostRegion::new(1 << 20).unwrap()).unwrap();
     let error = cuda.pin(pinned).err().expect("pinned twice").to_string();

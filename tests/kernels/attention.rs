@@ -185,7 +185,7 @@ fn check<A: Tested>(cuda: &Cuda<A>, case: &Case<'_>) {
 }
 
 pub fn attention<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     for case in [
         // Many heads, so that the error is not that of one number.
         llama(32, 32, 64, &[2]),
@@ -217,7 +217,7 @@ pub fn attention<A: Tested>() {
 
 /// Windows smaller and larger than a tile of 64 or 128 keys, and just above and below a document's length.
 pub fn attention_in_a_window<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     for head_dim in [64, 96, 128, 256] {
         for window in [3, 64, 65, 128, 200] {
             check(&cuda, &Case { window: Some(window), ..llama(4, 2, head_dim, &[500, 1, 90]) });
@@ -238,7 +238,7 @@ pub fn attention_in_a_window<A: Tested>() {
 
 /// Scores that the cap bends much, and hardly.
 pub fn attention_with_capped_scores<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     for head_dim in [64, 96, 128, 256] {
         for (scale, softcap, window) in
             [(1.0, 2.0, None), (1.0, 50.0, Some(100)), (0.0625, 50.0, None), (3.0, 5.0, Some(64))]
@@ -253,7 +253,7 @@ pub fn attention_with_capped_scores<A: Tested>() {
 
 /// The probability of a single key is 1: the value passes through, and the scores have no gradient.
 pub fn attention_of_one_key<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     for case in [
         llama(2, 1, 64, &[1]),
         llama(2, 1, 256, &[1]),
@@ -273,7 +273,7 @@ pub fn attention_of_one_key<A: Tested>() {
 }
 
 pub fn attention_of_new_tokens_over_past_ones<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     for (num_past_tokens, lengths) in [(0, [5]), (1, [1]), (200, [1]), (63, [70]), (500, [300])] {
         for head_dim in [64, 256] {
             let case = Case { num_past_tokens, ..llama(9, 3, head_dim, &lengths) };

@@ -69,7 +69,7 @@ where
 }
 
 pub fn cross_entropy_over_pieces<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     for (n, hidden, vocab) in [(1, 8, 13), (7, 64, 4097), (131, 576, 49_152)] {
         let sizes = Sizes { n, hidden, vocab, piece: 4096 };
         for softcap in [None, Some(30.0), Some(2.0)] {
@@ -120,7 +120,7 @@ fn cross_entropy_of_the_cpu_is_that_of_the_formula() {
 
 /// Ids are not checked on the host: the kernels compare each with the piece's rows before they follow it.
 pub fn a_target_of_no_piece_is_not_followed<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     fn run<D: Ops>(d: &D, ids: &[u32], first_id: usize) -> [Vec<f32>; 2]
     where
         D::Act: Into<f32>,

@@ -3,7 +3,7 @@
 use super::*;
 
 pub fn gemm_of_all_transpositions<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     use Transpose::{No, Yes};
     fn run<D: Ops>(d: &D, [m, n, k]: [usize; 3], transpose: [Transpose; 2], beta: f32) -> [Vec<f32>; 2]
     where

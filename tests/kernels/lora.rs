@@ -15,7 +15,7 @@ const SHAPES: [(usize, usize, usize); 8] = [
 ];
 
 pub fn lora_dropout_has_the_masks_of_the_cpu<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     fn run<D: Ops>(d: &D, tokens: usize, features: usize, probability: f32, accumulate: bool) -> Vec<f32>
     where
         D::Act: Into<f32>,
@@ -107,7 +107,7 @@ fn indices<D: Ops>(d: &D, tokens: usize) -> (Buffer<D, u32>, Buffer<D, u64>) {
 }
 
 pub fn lora_products<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     let cpu = Cpu::new(1);
     for (tokens, features, lora_rank) in SHAPES.into_iter().filter(|(t, f, _)| is_run(t * f)) {
         let x = random(tokens * features, 1.0, 1);
@@ -131,7 +131,7 @@ pub fn lora_products<A: Tested>() {
 }
 
 pub fn lora_linear<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     /// Scales of x, u and the bias, of which one of 0 leaves its part out, and of the output.
     type Scales = [f32; 4];
     fn run<D: Ops>(

@@ -5,7 +5,7 @@ use fsdp_qlora::testing::{Dtype, Encoding, double, nf4};
 use super::*;
 
 pub fn dequantize_is_exact<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     fn run<D: Ops>(d: &D, records: &[u8], len: usize, encoding: Encoding) -> [Vec<f32>; 2]
     where
         D::Act: Into<f32>,
@@ -51,7 +51,7 @@ pub fn dequantize_is_exact<A: Tested>() {
 }
 
 pub fn quantize_is_exact<A: Tested>() {
-    let Some((_guard, cuda)) = gpu::<A>() else { return };
+    let (_guard, cuda) = gpu::<A>();
     fn run<D: Ops>(d: &D, weights: &[f32]) -> (Vec<u8>, Vec<f32>, Vec<u8>, Vec<f32>) {
         let (n, blocks) = (weights.len(), weights.len().div_ceil(64));
         let weights = put(d, weights);
