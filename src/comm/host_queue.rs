@@ -15,7 +15,14 @@ use super::{
     Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits, watch,
 };
 
-type Job = Box<dyn FnOnce(&mut Groups) + Send>;
+type Job = Box<dyn FnOnce(&mut Thread) + Send>;
+
+/// State of the queue's thread.
+struct Thread {
+    groups: Groups,
+    /// Gradients that other ranks send, as many as the largest layer has. The first step makes it.
+    received: Vec<f32>,
+}
 
 /// The queue and its thread, which ends when the queue is dropped.
 pub struct HostQueue {
@@ -32,8 +39,10 @@ pub struct HostQueue {
 /// A unit of the base, as a rank has it.
 #[derive(Clone)]
 pub enum Stored {
-    /// This rank's shard; MPI brings the others.
-    Shard(SharedBytes),
+    /// This rank's shard, sent to the others from where it is.
+    Resident(SharedBytes),
+    /// This rank's shard, fetched into its place in the slot before it is sent to the others.
+    Streamed(SharedBytes),
     /// All shards, in memory that the ranks of the node share.
     Node(Arc<Vec<Published<u8>>>),
 }
@@ -50,12 +59,13 @@ pub struct Pending<T> {
 
 impl HostQueue {
     /// Hands the communicators to a new thread.
-    pub fn new(mut groups: Groups, delays: Delays) -> Result<HostQueue> {
+    pub fn new(groups: Groups, delays: Delays) -> Result<HostQueue> {
         let position = groups.position();
+        let mut state = Thread { groups, received: Vec::new() };
         let (jobs, queue) = channel::<Job>();
         let thread = std::thread::Builder::new()
             .name("communication".into())
-            .spawn(move || queue.into_iter().for_each(|job| job(&mut groups)))
+            .spawn(move || queue.into_iter().for_each(|job| job(&mut state)))
             .context("starting the communication thread")?;
         Ok(HostQueue {
             jobs: Some(jobs),
@@ -74,7 +84,7 @@ impl HostQueue {
         name: &str,
         f: impl FnOnce(&mut Groups) -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        let pending = self.start(name.to_string(), Lane::Communication, f)?;
+        let pending = self.start(name.to_string(), Lane::Communication, |thread| f(&mut thread.groups))?;
         Queue::wait(self, pending)
     }
 
@@ -98,14 +108,14 @@ impl HostQueue {
         &mut self,
         name: String,
         lane: Lane,
-        f: impl FnOnce(&mut Groups) -> Result<T> + Send + 'static,
+        f: impl FnOnce(&mut Thread) -> Result<T> + Send + 'static,
     ) -> Result<Pending<T>> {
         let (done, result) = channel();
         let (spans, span_name) = (self.spans.clone(), name.clone());
-        let job: Job = Box::new(move |groups| {
+        let job: Job = Box::new(move |thread| {
             let begin = Instant::now();
             let wait = watch::wait(span_name.as_str());
-            let value = f(groups);
+            let value = f(thread);
             drop(wait);
             if let Some(spans) = spans {
                 spans.lock().unwrap_or_else(PoisonError::into_inner).push((lane, span_name, begin, Instant::now()));
@@ -133,11 +143,15 @@ impl Queue<Cpu> for HostQueue {
     type Pending<T: Send + 'static> = Pending<T>;
     type Shard = Stored;
 
-    /// Leaves shards in their mapped files, except if ranks read each other's: these are copied to memory that they
-    /// share.
-    fn store(&mut self, shards: Vec<ShardSource>, _resident: &[bool], gather: Gather) -> Result<Vec<Stored>> {
+    /// Leaves shards in their mapped files, from which each gather takes them, except if ranks read each other's: these
+    /// are copied to memory that they share.
+    fn store(&mut self, shards: Vec<ShardSource>, resident: &[bool], gather: Gather) -> Result<Vec<Stored>> {
         if gather == Gather::Collective {
-            return shards.into_iter().enumerate().map(|(i, shard)| Ok(Stored::Shard(shard.take(i)?))).collect();
+            let stored = |(i, shard): (usize, ShardSource)| {
+                let shard = shard.take(i)?;
+                Ok(if resident[i] { Stored::Resident(shard) } else { Stored::Streamed(shard) })
+            };
+            return shards.into_iter().enumerate().map(stored).collect();
         }
         let mut plan = MemoryPlan::default();
         let name = |i: usize| format!("shards/{i}");
@@ -175,16 +189,22 @@ impl Queue<Cpu> for HostQueue {
         shard: &Stored,
         mut out: Buffer<Cpu, u8>,
     ) -> Result<Pending<Buffer<Cpu, u8>>> {
-        let (shard, delay, num_shards) = (shard.clone(), self.delays.before_gather, self.position.num_shards);
-        self.start(name, Lane::Communication, move |groups| {
+        let (shard, delays, num_shards) = (shard.clone(), self.delays, self.position.num_shards);
+        self.start(name, Lane::Communication, move |Thread { groups, .. }| {
             poison(out.view_mut().host_mut());
-            std::thread::sleep(delay);
             match shard {
-                Stored::Shard(shard) => {
+                Stored::Resident(shard) => {
+                    std::thread::sleep(delays.before_gather);
                     let shard = (*shard).as_ref();
                     gather(shard, out.first_mut(shard.len() * num_shards).host_mut(), &mut *groups.shards)?;
                 }
+                Stored::Streamed(shard) => {
+                    let shard = (*shard).as_ref();
+                    let whole = out.first_mut(shard.len() * num_shards).host_mut();
+                    fetch_and_gather(shard, whole, &mut *groups.shards, &delays)?;
+                }
                 Stored::Node(shards) => {
+                    std::thread::sleep(delays.before_fetch);
                     let parts = out.view_mut().host_mut().chunks_exact_mut(shards[0].len());
                     parts.zip(&*shards).for_each(|(to, from)| to.copy_from_slice(from.view().host()));
                 }
@@ -198,29 +218,47 @@ impl Queue<Cpu> for HostQueue {
         name: String,
         mut buffers: TrainableBuffers<Cpu>,
     ) -> Result<Pending<TrainableBuffers<Cpu>>> {
-        let delay = self.delays.before_gather;
-        self.start(name, Lane::Communication, move |groups| {
+        let (delays, num_shards) = (self.delays, self.position.num_shards);
+        self.start(name, Lane::Communication, move |Thread { groups, .. }| {
             poison(buffers.full.view_mut().host_mut());
-            std::thread::sleep(delay);
-            let shard = match buffers.shard.wait_on_host()? {
-                Place::Device(shard) | Place::Host(shard) => bytemuck::cast_slice(shard.view().host()),
-            };
-            let full = buffers.full.first_mut(shard.len() / size_of::<f32>() * groups.shards.world_size());
-            gather(shard, bytemuck::cast_slice_mut(full.host_mut()), &mut *groups.shards)?;
+            let shard = buffers.shard.wait_on_host()?;
+            let whole = bytemuck::cast_slice_mut(buffers.full.first_mut(shard.len() * num_shards).host_mut());
+            match shard {
+                Place::Device(shard) => {
+                    std::thread::sleep(delays.before_gather);
+                    gather(bytemuck::cast_slice(shard.view().host()), whole, &mut *groups.shards)?;
+                }
+                Place::Host(shard) => {
+                    let shard = bytemuck::cast_slice(shard.view().host());
+                    fetch_and_gather(shard, whole, &mut *groups.shards, &delays)?;
+                }
+            }
             Ok(buffers)
         })
     }
 
     fn reduce(&mut self, name: String, mut buffers: TrainableBuffers<Cpu>) -> Result<Pending<TrainableBuffers<Cpu>>> {
-        let delay = self.delays.before_reduce;
-        self.start(name, Lane::Communication, move |groups| {
-            std::thread::sleep(delay);
-            let shard = match buffers.shard.wait_on_host_mut()? {
-                Place::Device(shard) | Place::Host(shard) => shard.view_mut().host_mut(),
-            };
-            let full = buffers.full.first(shard.len() * groups.shards.world_size()).host();
-            reduce_scatter(full, shard, &mut *groups.shards)?;
-            all_reduce(shard, &mut *groups.replicas)?;
+        let (delays, Position { shard: own, num_shards, .. }) = (self.delays, self.position);
+        self.start(name, Lane::Communication, move |Thread { groups, received }| {
+            std::thread::sleep(delays.before_reduce);
+            let TrainableBuffers { shard, full } = &mut buffers;
+            let (shard, full) = (shard.wait_on_host_mut()?, full.view_mut().host_mut());
+            let parts = &mut full[..shard.len() * num_shards];
+            match shard {
+                Place::Device(shard) => {
+                    let shard = shard.view_mut().host_mut();
+                    exchange(parts, received, &mut *groups.shards)?.sum(shard);
+                    all_reduce(shard, received, &mut *groups.replicas)?;
+                }
+                Place::Host(shard) => {
+                    let shard = shard.view_mut().host_mut();
+                    let own = own * shard.len()..(own + 1) * shard.len();
+                    exchange(parts, received, &mut *groups.shards)?.sum(&mut parts[own.clone()]);
+                    all_reduce(&mut parts[own.clone()], received, &mut *groups.replicas)?;
+                    std::thread::sleep(delays.before_put);
+                    shard.copy_from_slice(&parts[own]);
+                }
+            }
             Ok(buffers)
         })
     }
@@ -238,6 +276,7 @@ impl Queue<Cpu> for HostQueue {
     fn fetch<T: Element>(&mut self, name: String, mut copy: HostCopy<Cpu, T>) -> Result<Pending<HostCopy<Cpu, T>>> {
         let delay = self.delays.before_fetch;
         self.start(name, Lane::Fetch, move |_| {
+            poison(copy.device.first_mut(copy.len).host_mut());
             std::thread::sleep(delay);
             let host = copy.host.wait_on_host()?;
             copy.device.first_mut(copy.len).host_mut().copy_from_slice(host.first(copy.len).host());
@@ -299,27 +338,44 @@ fn gather(shard: &[u8], out: &mut [u8], comm: &mut dyn Comm) -> Result<()> {
     comm.all_gather(shard, out)
 }
 
-/// Sums part r of `full` over ranks, in rank order, into rank r's `shard`.
-fn reduce_scatter(full: &[f32], shard: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
-    let ranks = comm.world_size();
-    ensure!(shard.len() * ranks == full.len(), "{} gradients into {} of {ranks} ranks", full.len(), shard.len());
-    let mut received = vec![0f32; full.len()];
-    comm.all_to_all(bytemuck::cast_slice(full), bytemuck::cast_slice_mut(&mut received))?;
-    shard.copy_from_slice(&received[..shard.len()]);
-    for from in received.chunks_exact(shard.len().max(1)).skip(1) {
-        shard.iter_mut().zip(from).for_each(|(s, v)| *s += v);
+/// Fetches this rank's shard into its place in `whole`, and gathers those of the others around it.
+fn fetch_and_gather(shard: &[u8], whole: &mut [u8], comm: &mut dyn Comm, delays: &Delays) -> Result<()> {
+    std::thread::sleep(delays.before_fetch);
+    whole[comm.rank() * shard.len()..][..shard.len()].copy_from_slice(shard);
+    std::thread::sleep(delays.before_gather);
+    comm.all_gather_in_place(whole)
+}
+
+/// A part of `full` of every rank: those that this rank has to sum.
+struct Parts<'a>(std::slice::ChunksExact<'a, f32>);
+
+/// Sends part r of `full` to rank r. `received` grows where it is too short.
+fn exchange<'a>(full: &[f32], received: &'a mut Vec<f32>, comm: &mut dyn Comm) -> Result<Parts<'a>> {
+    if received.len() < full.len() {
+        received.resize(full.len(), 0.0);
     }
-    Ok(())
+    let received = &mut received[..full.len()];
+    comm.all_to_all(bytemuck::cast_slice(full), bytemuck::cast_slice_mut(received))?;
+    Ok(Parts(received.chunks_exact((full.len() / comm.world_size()).max(1))))
+}
+
+impl Parts<'_> {
+    /// Adds the parts in rank order.
+    fn sum(mut self, sum: &mut [f32]) {
+        self.0.next().into_iter().for_each(|first| sum.copy_from_slice(first));
+        self.0.for_each(|part| sum.iter_mut().zip(part).for_each(|(sum, value)| *sum += value));
+    }
 }
 
 /// Replaces `values` by their sum over ranks, added in rank order.
-fn all_reduce(values: &mut [f32], comm: &mut dyn Comm) -> Result<()> {
+fn all_reduce(values: &mut [f32], received: &mut Vec<f32>, comm: &mut dyn Comm) -> Result<()> {
     if comm.world_size() == 1 {
         return Ok(());
     }
-    let mut part = vec![0f32; values.len() / comm.world_size()];
-    reduce_scatter(values, &mut part, comm)?;
-    comm.all_gather(bytemuck::cast_slice(&part), bytemuck::cast_slice_mut(values))
+    let len = values.len() / comm.world_size();
+    let own = comm.rank() * len..(comm.rank() + 1) * len;
+    exchange(values, received, comm)?.sum(&mut values[own]);
+    comm.all_gather_in_place(bytemuck::cast_slice_mut(values))
 }
 
 #[cfg(test)]
@@ -343,10 +399,10 @@ mod tests {
         // In f32, (1e8 + 1) - 1e8 is 0 and (1e8 - 1e8) + 1 is 1: only one order gives each.
         let shards = on_all_ranks(3, |mut comm| {
             let value = [1e8f32, 1.0, -1e8][comm.rank()];
-            let mut shard = [f32::NAN; 2];
-            reduce_scatter(&[value; 6], &mut shard, &mut comm).unwrap();
+            let (mut shard, mut received) = ([f32::NAN; 2], Vec::new());
+            exchange(&[value; 6], &mut received, &mut comm).unwrap().sum(&mut shard);
             let mut whole = [value; 6];
-            all_reduce(&mut whole, &mut comm).unwrap();
+            all_reduce(&mut whole, &mut received, &mut comm).unwrap();
             (shard, whole)
         });
         assert!(shards.iter().all(|(shard, whole)| shard == &[0.0; 2] && whole == &[0.0; 6]));
@@ -374,6 +430,62 @@ mod tests {
         let copy = queue.wait(fetch).unwrap();
         assert_eq!(copy.device.view().host(), [5.0, 2.0, 3.0]);
         assert_eq!(copy.host.wait_on_host().unwrap().view().host(), [5.0, 2.0, 0.0]);
+    }
+
+    /// Refuses gathers from any other place than the slot itself.
+    struct InPlace(LocalComm);
+
+    impl Comm for InPlace {
+        fn rank(&self) -> usize {
+            self.0.rank()
+        }
+
+        fn world_size(&self) -> usize {
+            self.0.world_size()
+        }
+
+        fn all_gather(&mut self, _: &[u8], _: &mut [u8]) -> Result<()> {
+            anyhow::bail!("the gather is not in place")
+        }
+
+        fn all_gather_in_place(&mut self, whole: &mut [u8]) -> Result<()> {
+            let own = self.rank() as u8;
+            let expected = [0, 0, 1, 1, 2, 2].map(|of| if of == own { own } else { 0xFF });
+            ensure!(whole == expected, "the slot holds {whole:?} before the gather");
+            self.0.all_gather_in_place(whole)
+        }
+
+        fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()> {
+            self.0.all_to_all(send, recv)
+        }
+
+        fn send_receive(&mut self, to: usize, send: &[u8], from: usize, recv: &mut [u8]) -> Result<()> {
+            self.0.send_receive(to, send, from, recv)
+        }
+    }
+
+    #[test]
+    fn a_streamed_shard_is_fetched_to_its_place_in_the_slot_and_a_resident_one_is_not() {
+        let results = on_all_ranks(3, |comm| {
+            let rank = comm.rank() as u8;
+            let Groups { world, replicas, .. } = local::groups(1, 1).remove(0);
+            let groups = Groups { world, shards: Box::new(InPlace(comm)), replicas };
+            let mut queue = HostQueue::new(groups, Delays::default()).unwrap();
+            let shard = || ShardSource::ready(Arc::new(vec![rank; 2]));
+            let stored = queue.store(vec![shard(), shard()], &[false, true], Gather::Collective).unwrap();
+            stored
+                .iter()
+                .map(|shard| {
+                    let slot = Arena::carved(&Cpu::new(1), |arena| arena.carve("slot", 7)).unwrap();
+                    let pending = queue.gather_frozen("gather".into(), shard, slot).unwrap();
+                    let gathered = queue.wait(pending).map(|slot| slot.view().host().to_vec());
+                    gathered.map_err(|error| error.root_cause().to_string())
+                })
+                .collect::<Vec<_>>()
+        });
+        for of_rank in results {
+            assert_eq!(of_rank, [Ok(vec![0, 0, 1, 1, 2, 2, 0xFF]), Err("the gather is not in place".to_string())]);
+        }
     }
 
     #[test]

@@ -30,6 +30,11 @@ pub trait Comm: Send {
     fn world_size(&self) -> usize;
     /// Fills `recv` with the `send` of every rank in rank order; `recv.len() == world_size · send.len()`.
     fn all_gather(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
+    /// Fills `whole` with the parts of every rank in rank order, of which this rank's own is there already.
+    /// `whole.len()` is a multiple of the world size.
+    fn all_gather_in_place(&mut self, whole: &mut [u8]) -> Result<()> {
+        pairs::all_gather_in_place(self, whole)
+    }
     /// Sends part r of `send` to rank r and receives part r of `recv` from it. Both have world_size equal parts.
     fn all_to_all(&mut self, send: &[u8], recv: &mut [u8]) -> Result<()>;
     /// Sends `send` to rank `to` while `recv` is filled by rank `from`, each of which makes the matching call with as

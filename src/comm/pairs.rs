@@ -1,6 +1,6 @@
 //! Collectives made of messages between pairs of ranks, for more bytes than one MPI call can count.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::Comm;
 
@@ -17,6 +17,19 @@ pub fn turns(rank: usize, world_size: usize) -> impl Iterator<Item = (usize, usi
 pub fn all_gather(comm: &mut impl Comm, send: &[u8], recv: &mut [u8]) -> Result<()> {
     for (to, from) in turns(comm.rank(), comm.world_size()) {
         comm.send_receive(to, send, from, &mut recv[from * send.len()..][..send.len()])?;
+    }
+    Ok(())
+}
+
+/// Does [`Comm::all_gather_in_place`].
+pub fn all_gather_in_place(comm: &mut (impl Comm + ?Sized), whole: &mut [u8]) -> Result<()> {
+    let (rank, world_size) = (comm.rank(), comm.world_size());
+    ensure!(whole.len().is_multiple_of(world_size), "all_gather_in_place: {} bytes of {world_size} ranks", whole.len());
+    let part = whole.len() / world_size;
+    let range = |rank: usize| rank * part..(rank + 1) * part;
+    for (to, from) in turns(rank, world_size).skip(1) {
+        let [own, theirs] = whole.get_disjoint_mut([range(rank), range(from)])?;
+        comm.send_receive(to, own, from, theirs)?;
     }
     Ok(())
 }
@@ -49,6 +62,10 @@ mod tests {
                         assert_eq!(in_pairs, one_call);
                         comm.all_gather(&send[..part], &mut one_call).unwrap();
                         all_gather(&mut comm, &send[..part], &mut in_pairs).unwrap();
+                        assert_eq!(in_pairs, one_call);
+                        in_pairs.fill(0xFF);
+                        in_pairs[comm.rank() * part..][..part].copy_from_slice(&send[..part]);
+                        comm.all_gather_in_place(&mut in_pairs).unwrap();
                         assert_eq!(in_pairs, one_call);
                     });
                 }
