@@ -2,6 +2,11 @@
 
 mod common;
 
+#[path = "fsdp/dropout.rs"]
+mod dropout;
+#[path = "fsdp/left_out.rs"]
+mod left_out;
+
 use std::time::Duration;
 
 use common::steps::{LAYERS, NOTHING_RESIDENT, Quadratic, layers, rows, trainer, update};
@@ -340,16 +345,23 @@ fn run_without(
     (actions, results.into_iter().map(|(_, performed, _)| performed).collect(), checked)
 }
 
+fn is_movement(action: &Action) -> bool {
+    let starts = |action: &Action| {
+        matches!(action, Action::Gather { .. } | Action::Reduce { .. } | Action::Put { .. } | Action::Fetch { .. })
+    };
+    action.is_wait() || starts(action)
+}
+
 #[test]
-fn without_any_one_wait_the_checker_and_the_executor_fail() {
+fn without_any_one_movement_or_wait_the_checker_and_the_executor_fail() {
     // There are gathers of two passes and of the head, and reduces; where boundaries of three micro-batches are
-    // offloaded, there is a put and a fetch of each.
+    // offloaded, there is a put and a fetch of each. All of them are started and waited for.
     for (residency, copies) in [(Residency::ALL, 0), (NOTHING_RESIDENT, 2 * 3 * LAYERS)] {
         let (actions, performed, checked) = run_without(None, 2, residency);
         assert!(performed.iter().all(Result::is_ok) && checked.is_ok());
-        let waits: Vec<usize> = (0..actions.len()).filter(|&i| actions[i].is_wait()).collect();
-        assert_eq!(waits.len(), 2 * LAYERS + 1 + LAYERS + copies);
-        for i in waits {
+        let movements: Vec<usize> = (0..actions.len()).filter(|&i| is_movement(&actions[i])).collect();
+        assert_eq!(movements.len(), 2 * (2 * LAYERS + 1 + LAYERS + copies));
+        for i in movements {
             let (_, performed, checked) = run_without(Some(i), 2, residency);
             assert!(checked.is_err(), "the checker passes without {:?}", actions[i]);
             assert!(performed.iter().all(Result::is_err), "the executor runs without {:?}", actions[i]);

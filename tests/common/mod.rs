@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fsdp_qlora::testing::{
-    Accumulation, Adapter, Cpu, Delays, Engine, Gather, Groups, HostQueue, Keep, Limits, LoadOptions, Mode, Residency,
-    Trainables, adapter, load, local,
+    Accumulation, Adapter, Cpu, Delays, Engine, Gather, Groups, HostQueue, Keep, Limits, LoadOptions, Mode, Queue,
+    Residency, Trainables, adapter, load, local,
 };
 
 pub type CpuEngine = Engine<Cpu, HostQueue>;
@@ -50,6 +50,7 @@ pub struct EngineOptions {
     pub gather: Gather,
     pub residency: Residency,
     pub delay: Duration,
+    pub num_threads: usize,
 }
 
 impl EngineOptions {
@@ -67,6 +68,7 @@ impl EngineOptions {
             gather: Gather::Collective,
             residency: Residency::ALL,
             delay: Duration::ZERO,
+            num_threads: 1,
         }
     }
 
@@ -77,7 +79,17 @@ impl EngineOptions {
     }
 
     /// The engine of one rank; shard files go to `shards`.
-    pub fn engine(&self, mut groups: Groups, shards: &Path) -> CpuEngine {
+    pub fn engine(&self, groups: Groups, shards: &Path) -> CpuEngine {
+        self.engine_with(groups, shards, |queue| queue)
+    }
+
+    /// The engine of one rank with a queue that `wrap` makes.
+    pub fn engine_with<Q: Queue<Cpu>>(
+        &self,
+        mut groups: Groups,
+        shards: &Path,
+        wrap: impl FnOnce(HostQueue) -> Q,
+    ) -> Engine<Cpu, Q> {
         let position = groups.position();
         let options = LoadOptions {
             load_in_4bit: self.load_in_4bit,
@@ -96,8 +108,9 @@ impl EngineOptions {
             ..Limits::new(self.mode, self.max_tokens, self.max_micro_batches)
         };
         let lora = self.adapter.as_ref().map(|a| Trainables::new(&base.spec, a.settings.lora_config()));
-        let queue = HostQueue::new(groups, Delays::all(self.delay)).unwrap();
-        let mut engine = Engine::new(Cpu::new(1), Cpu::new(1), queue, base, lora, limits).unwrap();
+        let queue = wrap(HostQueue::new(groups, Delays::all(self.delay)).unwrap());
+        let cpu = Cpu::new(self.num_threads);
+        let mut engine = Engine::new(cpu.clone(), cpu, queue, base, lora, limits).unwrap();
         for (layer, values) in self.adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
             engine.load_trainable(layer, values).unwrap();
         }

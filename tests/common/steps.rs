@@ -1,10 +1,11 @@
 //! The tiny model, the rows and the objective that tests of training steps share.
 
 use fsdp_qlora::testing::{
-    DataOptions, Dataset, Format, LossOn, Mode, Objective, Overlong, Packing, Residency, Update, Values,
+    Cpu, DataOptions, Dataset, Engine, Format, LossOn, Mode, Objective, Overlong, Packing, Queue, Residency, Update,
+    Values,
 };
 
-use super::{CpuEngine, EngineOptions, golden};
+use super::{EngineOptions, golden};
 
 pub const LAYERS: usize = 2;
 
@@ -32,7 +33,7 @@ pub fn trainer() -> EngineOptions {
     EngineOptions::new("tiny-bnb4-nested", Mode::Train).with_adapter("qlora_steps/start")
 }
 
-pub fn layers(engine: &mut CpuEngine, values: Values) -> Vec<Vec<f32>> {
+pub fn layers<Q: Queue<Cpu>>(engine: &mut Engine<Cpu, Q>, values: Values) -> Vec<Vec<f32>> {
     (0..LAYERS).map(|layer| engine.gather_trainable_to_host(layer, values).unwrap()).collect()
 }
 
