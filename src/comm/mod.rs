@@ -11,6 +11,7 @@ pub mod nccl;
 mod node;
 pub mod pairs;
 pub mod spans;
+mod sums;
 pub mod watch;
 
 use std::sync::Arc;
