@@ -4,6 +4,7 @@
 
 pub mod chat_template;
 pub mod dataset;
+mod growth;
 pub mod message;
 pub mod pack;
 pub mod python;

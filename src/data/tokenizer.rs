@@ -31,6 +31,7 @@ use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use xxhash_rust::xxh3::Xxh3Default;
 
 use super::chat_template::{ChatTemplate, Rendered};
+use super::growth;
 use super::special_tokens::{self, Files};
 use crate::files;
 use crate::guarded::guarded;
@@ -69,6 +70,7 @@ impl TextTokenizer {
         };
         follow_class(&mut tokenizer, &mut named_by.config)
             .with_context(|| dir.join("tokenizer_config.json").display().to_string())?;
+        growth::check(&tokenizer).with_context(|| dir.display().to_string())?;
         let special_tokens =
             special_tokens::add(&mut tokenizer, &named_by).with_context(|| dir.display().to_string())?;
         let config = json_file(&dir.join("config.json"))?;
