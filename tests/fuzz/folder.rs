@@ -18,8 +18,7 @@ impl Folder {
     /// Makes both folders with these files.
     pub fn new(files: &[(&str, Vec<u8>)]) -> Folder {
         // In memory where that is possible, because files are written again for each input.
-        let memory = Path::new("/dev/shm");
-        let root = if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.unwrap();
+        let root = TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap();
         let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
         for folder in ["model", "outside"] {
             fs::create_dir(root.path().join(folder)).unwrap();
