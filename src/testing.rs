@@ -4,7 +4,7 @@
 pub use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 pub use crate::checkpoint::load::LoadOptions;
 pub use crate::checkpoint::output::record::RunRecord;
-pub use crate::checkpoint::shards::{Found, ShardSpec, ShardWriter};
+pub use crate::checkpoint::shards::{Found, Made, ShardSpec, ShardWriter};
 pub use crate::checkpoint::source::BaseModel;
 pub use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
 pub use crate::comm::guarded::Guarded;

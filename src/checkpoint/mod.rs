@@ -3,12 +3,15 @@
 pub mod adapter;
 pub mod atomic;
 pub mod bnb;
+pub mod cache;
+mod donor;
 mod encodings;
 mod folder;
 mod header;
 pub mod identity;
 mod inventory;
 pub mod load;
+mod make;
 pub mod output;
 mod record;
 pub mod room;

@@ -2,9 +2,9 @@
 //!
 //! Each unit is one U8 tensor, `unit.00000` and so on, of equal length in every shard (`fsdp::layout`). The metadata
 //! says what the file was made from and holds a checksum (xxh3, 64 bit) of each unit's bytes. It also names the
-//! program, and the rank and machine that made each unit; older files without these names are valid. A file is
-//! written beside its place and renamed. A file with other metadata than expected is foreign; one whose checksums
-//! fail is damaged.
+//! program, the rank and machine that made each unit, the model's folder, and the shards that were written beside it;
+//! older files without these names are valid. A file is written beside its place and renamed. A file with other
+//! metadata than expected is foreign; one whose checksums fail is damaged.
 #![expect(unsafe_code, reason = "gives advice on mapped pages")]
 
 use std::collections::HashMap;
@@ -13,8 +13,9 @@ use std::io::{Seek, SeekFrom, Write};
 use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::{Mmap, UncheckedAdvice};
@@ -24,7 +25,7 @@ use serde_json::{Map, Value, json};
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::comm::{Comm, ShardBytes, SharedBytes, all_gather_bytes};
+use crate::comm::{Comm, ShardBytes, SharedBytes, all_gather_bytes, all_gather_u64};
 use crate::files::{self, shown, shown_path};
 use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
 
@@ -38,10 +39,16 @@ const PROGRAM: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSI
 /// Key of a JSON list of the ranks that made the units: unit u was made by entry u modulo the length of the list.
 const MAKERS_KEY: &str = "makers";
 
+/// Key of the folder of the model that the units were made from, as the ranks saw it.
+pub(super) const MODEL_KEY: &str = "model";
+
+/// Key of the shards that were written to the same folder: all of them, or those of one node's ranks.
+pub(super) const BESIDE_KEY: &str = "beside";
+
 /// Data begins at a multiple of this.
 const DATA_ALIGN_BYTES: usize = 64;
 /// Format name in the metadata of every shard file.
-const FORMAT: &str = "fsdp-qlora shard";
+pub(super) const FORMAT: &str = "fsdp-qlora shard";
 
 /// Describes the shard files of one base, quantization and number of shards.
 #[derive(Clone, Debug)]
@@ -55,6 +62,17 @@ pub struct ShardSpec {
     pub num_shards: usize,
     /// Bytes of a shard of each unit.
     pub unit_bytes: Vec<usize>,
+    /// Folder of the model, for people.
+    pub model: String,
+}
+
+/// Notes in a new file about how it was made. No run depends on them; `cache` shows them.
+#[derive(Clone, Debug, Default)]
+pub struct Made {
+    /// Ranks that made the units, as for [`MAKERS_KEY`].
+    pub makers: Vec<String>,
+    /// Shards that are written to the same folder.
+    pub beside: Vec<usize>,
 }
 
 /// Finding at the path of a shard file.
@@ -75,9 +93,9 @@ pub fn foreign(reason: &str) -> String {
 }
 
 impl ShardSpec {
-    pub fn new(dir: PathBuf, base: String, encoding: String, layouts: &[UnitLayout]) -> ShardSpec {
-        let num_shards = layouts[0].num_shards();
-        ShardSpec { dir, base, encoding, num_shards, unit_bytes: layouts.iter().map(UnitLayout::shard_bytes).collect() }
+    pub fn new(dir: PathBuf, base: String, encoding: String, layouts: &[UnitLayout], model: String) -> ShardSpec {
+        let (num_shards, unit_bytes) = (layouts[0].num_shards(), layouts.iter().map(UnitLayout::shard_bytes).collect());
+        ShardSpec { dir, base, encoding, num_shards, unit_bytes, model }
     }
 
     /// Returns whether linear modules are in NF4, all of them or some.
@@ -92,16 +110,11 @@ impl ShardSpec {
     }
 
     /// Tells whether this rank writes the file of its shard if the files have to be made: it is the first of the
-    /// ranks that see this folder on this machine and hold this shard, and the others map its file. Makes the folder.
-    /// Collective.
+    /// ranks that see this folder and hold this shard, and the others map its file. Collective.
     pub fn is_written_here(&self, comm: &mut dyn Comm) -> Result<bool> {
-        let (dir, shard) = (&self.dir, comm.rank() % self.num_shards);
-        std::fs::create_dir_all(dir).with_context(|| format!("{}: cannot be created", shown_path(dir)))?;
-        let folder = std::fs::metadata(dir).with_context(|| shown_path(dir))?;
-        let machine = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        let file = format!("{machine} {} {} {shard}", folder.dev(), folder.ino());
-        let first = all_gather_bytes(comm, file.as_bytes())?.iter().position(|other| other == file.as_bytes());
-        Ok(first == Some(comm.rank()))
+        let folders = ranks_with_this_folder(comm, &self.dir)?;
+        let file = |rank: usize| (folders[rank], rank % self.num_shards);
+        Ok((0..comm.world_size()).find(|&rank| file(rank) == file(comm.rank())) == Some(comm.rank()))
     }
 
     /// Returns the bytes of one shard's file without its header.
@@ -124,11 +137,13 @@ impl ShardSpec {
     }
 
     /// Returns the bytes before the data. Their number does not depend on the checksums.
-    fn header(&self, shard: usize, checksums: &[u64], makers: &[String]) -> Vec<u8> {
+    fn header(&self, shard: usize, checksums: &[u64], made: &Made) -> Vec<u8> {
         let mut header = Map::new();
         let mut metadata = self.metadata(shard, checksums);
         metadata.insert(PROGRAM_KEY.into(), PROGRAM.into());
-        metadata.insert(MAKERS_KEY.into(), json!(makers).to_string().into());
+        metadata.insert(MAKERS_KEY.into(), json!(made.makers).to_string().into());
+        metadata.insert(MODEL_KEY.into(), self.model.clone().into());
+        metadata.insert(BESIDE_KEY.into(), json!(made.beside).to_string().into());
         header.insert("__metadata__".into(), Value::Object(metadata));
         let mut begin = 0;
         for (idx, bytes) in self.unit_bytes.iter().enumerate() {
@@ -146,10 +161,7 @@ impl ShardSpec {
     /// Maps a shard's file and checks all of it.
     pub fn open(&self, shard: usize) -> Result<Found> {
         let path = self.path(shard);
-        if !path.exists() {
-            return Ok(Found::Missing);
-        }
-        let file = files::open(&path)?;
+        let Some(file) = open_in_use(&path)? else { return Ok(Found::Missing) };
         let mapped = Arc::new(MappedFile { map: map_opened(&file).with_context(|| shown_path(&path))?, file });
         if let Some(reason) = self.foreign(&mapped.map, shard) {
             return Ok(Found::Foreign(format!("{}: {reason}", shown_path(&path))));
@@ -161,7 +173,7 @@ impl ShardSpec {
     }
 
     /// Says why the file is not this shard's; `None` if it is, or if its header cannot be read.
-    fn foreign(&self, file: &[u8], shard: usize) -> Option<String> {
+    pub(super) fn foreign(&self, file: &[u8], shard: usize) -> Option<String> {
         let metadata = read_header(file).ok()?.1;
         let foreign = metadata.get("format").map(String::as_str) != Some(FORMAT);
         if foreign {
@@ -175,21 +187,23 @@ impl ShardSpec {
         self.metadata(shard, &[]).into_iter().find_map(differs)
     }
 
-    fn check(&self, mapped: &Arc<MappedFile>) -> Result<Vec<SharedBytes>> {
-        let file = &mapped.map;
+    /// Returns where the data of a file begins, the checksum of each unit, and the metadata. Checks the file's length.
+    pub(super) fn data(&self, file: &[u8]) -> Result<(usize, Vec<u64>, HashMap<String, String>)> {
         let (header_bytes, metadata) = read_header(file)?;
         let checksums: Vec<u64> = metadata
             .get("checksums")
             .map(|text| text.split(' ').filter_map(|c| u64::from_str_radix(c, 16).ok()).collect())
             .unwrap_or_default();
         ensure!(checksums.len() == self.unit_bytes.len(), "it has {} checksums", checksums.len());
-        let mut begin = 8 + header_bytes;
-        ensure!(
-            file.len() == begin + self.data_bytes(),
-            "{} bytes, should be {}",
-            file.len(),
-            begin + self.data_bytes()
-        );
+        let begin = 8 + header_bytes;
+        let expected = begin + self.data_bytes();
+        ensure!(file.len() == expected, "{} bytes, should be {expected}", file.len());
+        Ok((begin, checksums, metadata))
+    }
+
+    fn check(&self, mapped: &Arc<MappedFile>) -> Result<Vec<SharedBytes>> {
+        let file = &mapped.map;
+        let (mut begin, checksums, metadata) = self.data(file)?;
         let mut units = Vec::new();
         for (idx, (&bytes, &checksum)) in self.unit_bytes.iter().zip(&checksums).enumerate() {
             let range = begin..begin + bytes;
@@ -206,8 +220,39 @@ impl ShardSpec {
     }
 }
 
+/// Opens a shard file and says, for as long as it is open, that it is in use: `cache prune` leaves it where it is. The
+/// time of the file's last change is that of its last use. Returns `None` if the file is not there.
+pub(super) fn open_in_use(path: &Path) -> Result<Option<File>> {
+    loop {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let file = files::open(path)?;
+        // Without locks, or on a disk that is not to be written to, the file serves as well.
+        let _ = file.lock_shared();
+        let _ = file.set_modified(SystemTime::now());
+        // Before the lock, the file may have been removed or replaced.
+        if file.metadata().with_context(|| shown_path(path))?.nlink() > 0 {
+            return Ok(Some(file));
+        }
+    }
+}
+
+/// Returns, for each rank, the first rank that sees the same folder. A rank that cannot write to its folder, and sees
+/// no file of another rank there, counts as alone: it may still map files that are there. Collective.
+pub fn ranks_with_this_folder(comm: &mut dyn Comm, dir: &Path) -> Result<Vec<usize>> {
+    let probe = atomic::beside(&dir.join("probe")).ok();
+    let name =
+        probe.as_ref().and_then(|probe| probe.path().file_name()).map(|name| name.to_string_lossy().into_owned());
+    let names = all_gather_bytes(comm, name.unwrap_or_default().as_bytes())?;
+    let is_here = |name: &Vec<u8>| !name.is_empty() && dir.join(&*String::from_utf8_lossy(name)).exists();
+    let first = names.iter().position(is_here).unwrap_or(comm.rank());
+    // The probe stays until all ranks have looked, for which this waits.
+    Ok(all_gather_u64(comm, first as u64)?.into_iter().map(|rank| rank as usize).collect())
+}
+
 /// Returns length and metadata of a file's header.
-fn read_header(file: &[u8]) -> Result<(usize, HashMap<String, String>)> {
+pub(super) fn read_header(file: &[u8]) -> Result<(usize, HashMap<String, String>)> {
     header::data_start(file)?;
     let (header_bytes, header) = SafeTensors::read_metadata(file)?;
     Ok((header_bytes, header.metadata().clone().unwrap_or_default()))
@@ -258,7 +303,7 @@ pub struct ShardWriter<'a> {
     spec: &'a ShardSpec,
     shard: usize,
     file: NamedTempFile,
-    makers: &'a [String],
+    made: &'a Made,
     header_bytes: usize,
     units: Vec<WrittenUnit>,
 }
@@ -274,7 +319,7 @@ struct WrittenUnit {
 impl<'a> ShardWriter<'a> {
     /// Begins a file. `part_bytes` gives the bytes of each unit's shard without padding. Fails before anything is
     /// written if the disk has no room or another base's shard is in the way.
-    pub fn create(spec: &'a ShardSpec, shard: usize, part_bytes: Vec<usize>, makers: &'a [String]) -> Result<Self> {
+    pub fn create(spec: &'a ShardSpec, shard: usize, part_bytes: Vec<usize>, made: &'a Made) -> Result<Self> {
         let path = spec.path(shard);
         if path.exists()
             && let Some(reason) = spec.foreign(&map(&path)?, shard)
@@ -283,9 +328,9 @@ impl<'a> ShardWriter<'a> {
         }
         let file = atomic::beside_with_room(&path, spec.data_bytes())
             .context("a shard; another folder can be given with `shards`")?;
-        let header_bytes = spec.header(shard, &vec![0; part_bytes.len()], makers).len();
+        let header_bytes = spec.header(shard, &vec![0; part_bytes.len()], made).len();
         let unit = |bytes| WrittenUnit { bytes, written: 0, checksum: Xxh3::new() };
-        Ok(Self { spec, shard, file, makers, header_bytes, units: part_bytes.into_iter().map(unit).collect() })
+        Ok(Self { spec, shard, file, made, header_bytes, units: part_bytes.into_iter().map(unit).collect() })
     }
 
     /// Returns the bytes of a unit that have not been written yet, without padding.
@@ -314,7 +359,7 @@ impl<'a> ShardWriter<'a> {
             self.pad(idx, &vec![0; self.spec.unit_bytes[idx] - self.units[idx].written])?;
         }
         let checksums: Vec<u64> = self.units.iter().map(|unit| unit.checksum.digest()).collect();
-        let header = self.spec.header(self.shard, &checksums, self.makers);
+        let header = self.spec.header(self.shard, &checksums, self.made);
         self.write_at(0, &header)?;
         atomic::rename(self.file, &self.spec.path(self.shard))
     }

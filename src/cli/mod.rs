@@ -6,6 +6,7 @@
 )]
 
 mod bench;
+mod cache;
 mod eval;
 mod generate;
 mod plan;
@@ -71,6 +72,9 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Decide where memory goes and predict how long steps take, for GPUs that need not be there
     Plan(plan::PlanArgs),
+    /// List or remove shard files in the user's cache folder
+    #[command(subcommand)]
+    Cache(cache::Cache),
     /// Measure this machine
     #[command(subcommand)]
     Bench(bench::Bench),
@@ -113,6 +117,12 @@ impl Cli {
                     plan::run(&args, ranks_per_gpu as usize, &overrides)?;
                 }
                 Ok(())
+            }
+            Command::Cache(command) => {
+                if device != DeviceKind::Auto || ranks_per_gpu != 1 || !overrides.is_empty() {
+                    return Err(usage("cache loads no model: --device, --ranks-per-gpu and --set are not for it"));
+                }
+                if world.rank == 0 { cache::run(&command) } else { Ok(()) }
             }
             Command::Bench(bench) => bench::run(&start, comm, &bench, &overrides),
         }

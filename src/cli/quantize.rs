@@ -7,7 +7,7 @@ use crate::comm::mpi::MpiComm;
 use crate::recipe::{self, Command};
 use crate::start::Start;
 use crate::start::agree::agree_on;
-use crate::train::log::bytes;
+use crate::train::log::{Log, bytes};
 
 #[derive(Args)]
 pub struct QuantizeArgs {
@@ -32,7 +32,8 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &QuantizeArgs, overrides: &[S
     let mut opened = start.open_in_shards(&mut comm, &job, num_shards)?;
     start.threads(&mut comm)?;
     let own: Vec<usize> = (0..num_shards).filter(|s| s % start.world.world_size == start.world.rank).collect();
-    opened.write(&mut comm, &own, &mut tell)?;
+    let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", start.world.rank));
+    opened.write(&mut comm, &own, &mut tell, &mut warn)?;
     opened.keep_digests(&mut tell);
     let size = bytes(opened.shard_spec.data_bytes());
     start.log.line(format!(

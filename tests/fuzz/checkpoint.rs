@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use fsdp_qlora::testing::{Found, RunRecord, ShardSpec, ShardWriter};
+use fsdp_qlora::testing::{Found, Made, RunRecord, ShardSpec, ShardWriter};
 
 use super::driver::Target;
 use super::folder::Folder;
@@ -22,9 +22,11 @@ pub fn shard() -> Target {
         encoding: "nf4+dq".into(),
         num_shards: 2,
         unit_bytes: UNIT_BYTES.into(),
+        model: "/model".into(),
     };
-    let makers = ["rank 0 on a".to_string(), "rank 1 on b".to_string()];
-    let mut writer = ShardWriter::create(&spec, 0, PART_BYTES.into(), &makers).unwrap();
+    let makers = vec!["rank 0 on a".to_string(), "rank 1 on b".to_string()];
+    let made = Made { makers, beside: vec![0, 1] };
+    let mut writer = ShardWriter::create(&spec, 0, PART_BYTES.into(), &made).unwrap();
     PART_BYTES.iter().enumerate().for_each(|(idx, &bytes)| writer.append(idx, &vec![7; bytes]).unwrap());
     writer.finish().unwrap();
     let whole = fs::read(spec.path(0)).unwrap();
@@ -33,7 +35,7 @@ pub fn shard() -> Target {
         // The folder goes with the last reader.
         folder.write(spec.path(0).file_name().unwrap().to_str().unwrap(), input);
         // A writer reads the header of a file that is in its way.
-        let writer = ShardWriter::create(&spec, 0, PART_BYTES.into(), &makers).map(drop);
+        let writer = ShardWriter::create(&spec, 0, PART_BYTES.into(), &made).map(drop);
         match spec.open(0)? {
             Found::Valid(units) => {
                 let units: Vec<&[u8]> = units.iter().map(|unit| (**unit).as_ref()).collect();
