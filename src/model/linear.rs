@@ -1,24 +1,25 @@
-//! A linear module with LoRA, forward and backward. A module may give several quantities, each from rows of its own (`qkv_proj`); they
-//! share the module's A.
+//! Linear modules with LoRA that share an input, forward and backward. A module may give several quantities, each from rows of its own
+//! (`qkv_proj`); they share the module's A.
 
 use std::ops::Range;
 
 use anyhow::{Context, Result};
 
 use crate::device::{
-    Arena, Buffer, Device, DropoutMask, Gemm, LoraDown, LoraGradA, LoraGradX, LoraLinear, Ops, Transpose, View,
-    ViewMut, product,
+    Arena, Buffer, DownModule, DropoutMask, InputLora, InputModule, LoraDown, LoraInput, LoraLinear, LoraOutput, Ops,
+    Transpose::Yes, View, ViewMut, product,
 };
 
-use super::spec::{Module, ModuleId, TensorId};
+use super::spec::{Module, ModuleId, Rows, TensorId};
 use super::stage::StageContext;
 use super::trainable::{Kind, LoraConfig};
 use super::weights::LoraMatrices;
 
-use Transpose::{No, Yes};
+/// The modules that read one input.
+pub struct Linears<'a, D: Ops>(Vec<Linear<'a, D>>);
 
-/// A module as the math sees it: dense weights, LoRA, and the dropout mask of this call.
-pub struct Linear<'a, D: Ops> {
+/// A module as the math sees it: dense weights and LoRA.
+struct Linear<'a, D: Ops> {
     module: &'a Module,
     weight: View<'a, D, D::Act>,
     bias: Option<View<'a, D, f32>>,
@@ -31,12 +32,10 @@ struct Lora<'a, D: Ops> {
     /// Places of the gradients of A and B among the layer's.
     a_range: Range<usize>,
     b_range: Range<usize>,
-    /// `None` without dropout: evaluation, or probability 0.
-    mask: Option<DropoutMask<'a, D>>,
 }
 
 impl<'a, D: Ops> Linear<'a, D> {
-    pub fn new(ctx: &StageContext<'a, D>, module: &'a Module) -> Result<Linear<'a, D>> {
+    fn new(ctx: &StageContext<'a, D>, module: &'a Module) -> Result<Linear<'a, D>> {
         let weight = ctx.weights.linear(module.id, module.out_features * module.in_features)?;
         let bias = match module.has_bias {
             true => Some(ctx.weights.vector(TensorId::Bias(module.id), module.out_features)?),
@@ -48,7 +47,6 @@ impl<'a, D: Ops> Linear<'a, D> {
                 matrices: ctx.weights.lora(module.id, layout)?,
                 a_range: layout.get(module.id, Kind::A)?.range.clone(),
                 b_range: layout.get(module.id, Kind::B)?.range.clone(),
-                mask: ctx.dropout_mask(config, module.number),
             })
         });
         Ok(Linear { module, weight, bias, lora })
@@ -59,86 +57,124 @@ impl<'a, D: Ops> Linear<'a, D> {
         self.weight.range(rows.start * self.module.in_features..rows.end * self.module.in_features)
     }
 
-    /// For each of `outputs`, rows of the module and their y `[T, rows]`:
-    /// y = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ), with u `[T, r]` = dropout(x) · Aᵀ for all of them. Without outputs only
-    /// u is computed, which is all that backward needs of a layer's last module. `dropped` is scratch.
-    pub fn forward<'y>(
+    /// y `[T, rows]` = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ) for some rows of the module, with u `[T, r]`.
+    fn forward(
         &self,
         ops: &D,
-        outputs: impl IntoIterator<Item = (Range<usize>, ViewMut<'y, D, D::Act>)>,
-        u: &mut Buffer<D, D::Act>,
+        rows: &Range<usize>,
+        mut y: ViewMut<'_, D, D::Act>,
         x: View<'_, D, D::Act>,
+        u: &LoraInputs<D>,
+    ) -> Result<()> {
+        let Module { in_features: k, output_scale, id, .. } = *self.module;
+        let (m, n, weight) = (x.len() / k, rows.len(), self.weight(rows));
+        let bias = self.bias.map(|bias| bias.range(rows.clone()));
+        let Some(Lora { config, matrices, .. }) = &self.lora else {
+            product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
+            return bias.map_or(Ok(()), |bias| ops.add_bias(y, bias, output_scale));
+        };
+        let (lora_rank, scale) = (config.lora_rank, config.scale);
+        let (u, b) = (u.get(id)?.first(m * lora_rank), matrices.b.range(rows.start * lora_rank..rows.end * lora_rank));
+        ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale })
+    }
+}
+
+impl<'a, D: Ops> Linears<'a, D> {
+    /// The modules, in the order in which their parts of d_x are added.
+    pub fn new(ctx: &StageContext<'a, D>, modules: impl Iterator<Item = &'a Module>) -> Result<Linears<'a, D>> {
+        Ok(Linears(modules.map(|module| Linear::new(ctx, module)).collect::<Result<_>>()?))
+    }
+
+    /// For each of `outputs`, rows of a module and their y `[T, rows]`: y = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ), with
+    /// the module's u `[T, r]` = dropout(x) · Aᵀ. Without outputs only u is computed, which is all that backward needs of a layer's last
+    /// module. `dropped` is scratch.
+    pub fn forward<'y, const N: usize>(
+        &self,
+        ops: &D,
+        outputs: [(&Rows, ViewMut<'y, D, D::Act>); N],
+        u: &mut LoraInputs<D>,
+        x: View<'_, D, D::Act>,
+        mask: Option<DropoutMask<'_, D>>,
         dropped: &mut Buffer<D, D::Act>,
-    ) -> Result<()>
-    where
-        D: 'y,
-    {
-        let Module { in_features: k, output_scale, .. } = *self.module;
-        let m = x.len() / k;
-        if let Some(Lora { config, matrices, mask, .. }) = &self.lora {
-            let (lora_rank, scratch) = (config.lora_rank, dropped.view_mut());
-            let u = u.first_mut(m * lora_rank);
-            ops.lora_down(LoraDown { u, x, a: matrices.a, mask: *mask, lora_rank, scratch })?;
+    ) -> Result<()> {
+        let (mut modules, mut rank) = (Vec::with_capacity(self.0.len()), 0);
+        for (id, u) in &mut u.0 {
+            let found = self.0.iter().find(|linear| linear.module.id == *id);
+            let Some((module, lora)) = found.and_then(|linear| Some((linear.module, linear.lora.as_ref()?))) else {
+                continue;
+            };
+            rank = lora.config.lora_rank;
+            let u = u.first_mut(x.len() / module.in_features * rank);
+            modules.push(DownModule { u, a: lora.matrices.a, number: module.number });
         }
-        for (rows, mut y) in outputs {
-            let (n, weight) = (rows.len(), self.weight(&rows));
-            let bias = self.bias.map(|bias| bias.range(rows.clone()));
-            match &self.lora {
-                None => {
-                    product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
-                    bias.map_or(Ok(()), |bias| ops.add_bias(y, bias, output_scale))?;
-                }
-                Some(Lora { config, matrices, .. }) => {
-                    let (lora_rank, scale) = (config.lora_rank, config.scale);
-                    let (u, b) =
-                        (u.first(m * lora_rank), matrices.b.range(rows.start * lora_rank..rows.end * lora_rank));
-                    ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale })?;
-                }
-            }
+        if !modules.is_empty() {
+            let (modules, scratch) = (&mut modules[..], dropped.view_mut());
+            ops.lora_down(LoraDown { modules, x, mask, lora_rank: rank, scratch })?;
+        }
+        for (rows, y) in outputs {
+            self.of(rows)?.forward(ops, &rows.rows, y, x, u)?;
         }
         Ok(())
     }
 
     /// With the d_y of each output, times output_scale: d_x = d_y · W + mask ∘ (d_u · A); dB += scale · d_yᵀ · u; dA += d_uᵀ · dropout(x);
-    /// d_u = scale · d_y · B.
+    /// d_u = scale · d_y · B. d_x and dA are sums over the modules and their outputs.
     pub fn backward<const N: usize>(
         &self,
         ops: &D,
-        d_outputs: [Option<RowsGrad<'_, D>>; N],
+        d_outputs: [(&Rows, View<'_, D, D::Act>); N],
         args: Backward<'_, D>,
     ) -> Result<()> {
-        let Backward { mut d_x, accumulate, grads, x, u, dropped, d_u } = args;
-        let Module { in_features: input, output_scale, .. } = *self.module;
-        let m = x.len() / input;
-        let outputs = || d_outputs.iter().flatten();
-        for (i, (rows, d_y)) in outputs().enumerate() {
-            let (beta, weight) = (if accumulate || i > 0 { 1.0 } else { 0.0 }, self.weight(rows));
-            product(ops, d_x.range_mut(0..m * input), *d_y, (weight, No), [m, input, rows.len()], output_scale, beta)?;
+        let Backward { d_x, accumulate, grads, x, mask, u, dropped, d_u } = args;
+        let Some(first) = self.0.first() else { return Ok(()) };
+        let in_features = first.module.in_features;
+        let m = x.len() / in_features;
+        let lora_rank = self.0.iter().find_map(|linear| Some(linear.lora.as_ref()?.config.lora_rank)).unwrap_or(0);
+        for (i, linear) in self.0.iter().enumerate() {
+            let Some(Lora { config, matrices, b_range, .. }) = &linear.lora else { continue };
+            let (r, scale) = (lora_rank, linear.module.output_scale * config.scale);
+            let mine = d_outputs.iter().filter(|(rows, _)| rows.module == linear.module.id);
+            for (nth, (Rows { rows, .. }, d_y)) in mine.enumerate() {
+                ops.lora_output(LoraOutput {
+                    d_u: d_u.view_mut().into_range(i * m * r..(i + 1) * m * r),
+                    d_b: grads.view_mut().into_range(b_range.start + rows.start * r..b_range.start + rows.end * r),
+                    d_y: *d_y,
+                    u: u.get(linear.module.id)?.first(m * r),
+                    b: matrices.b.range(rows.start * r..rows.end * r),
+                    lora_rank: r,
+                    scale,
+                    accumulate: nth > 0,
+                    scratch: dropped.view_mut(),
+                })?;
+            }
         }
-        let Some(Lora { config, matrices, a_range, b_range, mask }) = &self.lora else { return Ok(()) };
-        let (r, scale) = (config.lora_rank, output_scale * config.scale);
-        for (i, (rows, d_y)) in outputs().enumerate() {
-            let (beta, b) = (if i > 0 { 1.0 } else { 0.0 }, matrices.b.range(rows.start * r..rows.end * r));
-            product(ops, d_u.first_mut(m * r), *d_y, (b, No), [m, r, rows.len()], scale, beta)?;
-        }
-        for (rows, d_y) in outputs() {
-            // A sum over tokens: [rows, T] · [T, r].
-            let c = grads.view_mut().into_range(b_range.start + rows.start * r..b_range.start + rows.end * r);
-            let (transpose_a, transpose_b, beta, alpha) = (Yes, No, 1.0, scale);
-            let (b, n) = (u.first(m * r), r);
-            ops.gemm_grad(Gemm { c, a: *d_y, b, transpose_a, transpose_b, m: rows.len(), n, k: m, alpha, beta })?;
-        }
-        let (mask, lora_rank, d_u) = (*mask, r, d_u.first(m * r));
-        let d_a = grads.view_mut().into_range(a_range.clone());
-        ops.lora_grad_a(LoraGradA { d_a, d_u, x, mask, lora_rank, scratch: dropped.view_mut() })?;
-        ops.lora_grad_x(LoraGradX { d_x, d_u, a: matrices.a, mask, lora_rank, scratch: dropped.view_mut() })
+        let module = |(i, linear): (usize, &Linear<'a, D>)| {
+            let mine = d_outputs.iter().filter(|(rows, _)| rows.module == linear.module.id);
+            let lora = linear.lora.as_ref().map(|lora| InputLora {
+                d_u: d_u.view().range(i * m * lora_rank..(i + 1) * m * lora_rank),
+                a: lora.matrices.a,
+                a_range: lora.a_range.clone(),
+                number: linear.module.number,
+            });
+            InputModule {
+                outputs: mine.map(|(rows, d_y)| [linear.weight(&rows.rows), *d_y]).collect(),
+                output_scale: linear.module.output_scale,
+                lora,
+            }
+        };
+        let modules: Vec<_> = self.0.iter().enumerate().map(module).collect();
+        let (modules, grads, scratch) = (&modules[..], grads.view_mut(), dropped.view_mut());
+        ops.lora_input(LoraInput { d_x, accumulate, grads, modules, x, in_features, mask, lora_rank, scratch })
+    }
+
+    /// The module of these rows.
+    fn of(&self, rows: &Rows) -> Result<&Linear<'a, D>> {
+        let found = self.0.iter().find(|linear| linear.module.id == rows.module);
+        found.with_context(|| format!("{} does not read this input", rows.module))
     }
 }
 
-/// Rows of a module, and the gradient of what they give, `[T, rows]`.
-type RowsGrad<'a, D> = (Range<usize>, View<'a, D, <D as Device>::Act>);
-
-/// The outputs and inputs of a module's backward, besides d_y.
+/// The outputs and inputs of a backward, besides d_y.
 pub struct Backward<'a, D: Ops> {
     /// `[T, in]`, overwritten, or added to with `accumulate`.
     pub d_x: ViewMut<'a, D, D::Act>,
@@ -146,8 +182,11 @@ pub struct Backward<'a, D: Ops> {
     /// The layer's gradients, which are added to.
     pub grads: &'a mut Buffer<D, f32>,
     pub x: View<'a, D, D::Act>,
-    pub u: &'a Buffer<D, D::Act>,
+    /// `None` without dropout.
+    pub mask: Option<DropoutMask<'a, D>>,
+    pub u: &'a LoraInputs<D>,
     pub dropped: &'a mut Buffer<D, D::Act>,
+    /// `[modules, T, r]`
     pub d_u: &'a mut Buffer<D, D::Act>,
 }
 
@@ -160,13 +199,8 @@ impl<D: Ops> LoraInputs<D> {
         Ok(Self(modules.iter().map(carve).collect::<Result<_>>()?))
     }
 
-    pub fn get(&self, id: ModuleId) -> Result<&Buffer<D, D::Act>> {
+    fn get(&self, id: ModuleId) -> Result<&Buffer<D, D::Act>> {
         let found = self.0.iter().find(|(of, _)| *of == id);
-        found.map(|(_, u)| u).with_context(|| format!("the layer has no {id}"))
-    }
-
-    pub fn get_mut(&mut self, id: ModuleId) -> Result<&mut Buffer<D, D::Act>> {
-        let found = self.0.iter_mut().find(|(of, _)| *of == id);
         found.map(|(_, u)| u).with_context(|| format!("the layer has no {id}"))
     }
 }

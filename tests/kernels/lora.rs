@@ -2,16 +2,21 @@
 
 use super::*;
 
-/// Tokens, features and ranks of LoRA's products: sizes that fill no tile, a rank without a kernel of its own, real ones.
-const SHAPES: [(usize, usize, usize); 8] = [
-    (1, 8, 8),
-    (7, 264, 16),
-    (33, 576, 8),
-    (131, 1000, 64),
-    (40, 320, 24),
-    (257, 4096, 32),
-    (1024, 1536, 16),
-    (1500, 14_336, 16),
+/// Tokens, features and rank of LoRA's products, and the number of modules that share an input: sizes that fill no tile, ranks and groups
+/// without a kernel of their own, real ones.
+const SHAPES: [(usize, usize, usize, usize); 12] = [
+    (1, 8, 8, 1),
+    (7, 264, 16, 2),
+    (33, 576, 1, 1),
+    (40, 320, 24, 3),
+    (131, 1000, 8, 3),
+    (131, 1000, 64, 2),
+    (300, 520, 16, 3),
+    (257, 1032, 32, 3),
+    (600, 264, 512, 1),
+    (700, 1536, 8, 2),
+    (1024, 1536, 16, 1),
+    (1500, 4096, 16, 2),
 ];
 
 pub fn lora_dropout_has_the_masks_of_the_cpu<A: Tested>() {
@@ -26,8 +31,8 @@ pub fn lora_dropout_has_the_masks_of_the_cpu<A: Tested>() {
         let sample_idx: Vec<u64> = (0..tokens as u64).map(|t| t / 3).collect();
         let (positions, sample_idx) = (put(d, &positions), put(d, &sample_idx));
         let (sample_idx, positions) = (sample_idx.view(), positions.view());
-        let mask = DropoutMask { probability, seed: 42 << 33, step: 7, module: 205, sample_idx, positions };
-        d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate }).unwrap();
+        let mask = DropoutMask { probability, seed: 42 << 33, step: 7, sample_idx, positions };
+        d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, module: 205, accumulate }).unwrap();
         get_act(d, &y)
     }
     for (tokens, features) in ROWS {
@@ -40,62 +45,123 @@ pub fn lora_dropout_has_the_masks_of_the_cpu<A: Tested>() {
     }
 }
 
-/// Products with a mask, and without one where the probability is 0.
+/// Products of some modules that share an input, with a mask, and without one where the probability is 0. An output is as wide as the
+/// input, or [`ROWS_OF_W`] where it is multiplied with the base's weight.
+#[derive(Clone, Copy)]
 struct Products {
     tokens: usize,
     features: usize,
     lora_rank: usize,
+    num_modules: usize,
     probability: f32,
 }
 
+const ROWS_OF_W: usize = 8;
+
+/// Number of the first module.
+const FIRST: u32 = 205;
+
+/// The buffers of one module.
+struct Buffers<D: Ops> {
+    a: Buffer<D, D::Act>,
+    b: Buffer<D, D::Act>,
+    d_y: Buffer<D, D::Act>,
+    u: Buffer<D, D::Act>,
+    d_u: Buffer<D, D::Act>,
+}
+
+/// Results by module but for d_x.
+#[derive(PartialEq)]
+struct Results {
+    u: Vec<f32>,
+    d_u: Vec<f32>,
+    d_b: Vec<f32>,
+    d_a: Vec<f32>,
+    d_x: Vec<f32>,
+}
+
 impl Products {
-    /// u, dA and d_x; `x` is given so that dropout(x) can be given in its place.
-    fn run<D: Ops>(&self, d: &D, x: &[f32]) -> [Vec<f32>; 3]
+    fn buffers<D: Ops>(&self, d: &D) -> Vec<Buffers<D>> {
+        let Products { tokens: t, features: k, lora_rank: r, num_modules, .. } = *self;
+        let module = |i| Buffers {
+            a: put_act(d, &random(r * k, 0.1, 10 + i)),
+            b: put_act(d, &random(r * k, 0.1, 20 + i)),
+            d_y: put_act(d, &random(t * k, 0.1, 30 + i)),
+            u: buffer(d, t * r),
+            d_u: put_act(d, &random(t * r, 0.1, 40 + i)),
+        };
+        (0..num_modules as u64).map(module).collect()
+    }
+
+    /// Runs the ops one after the other. Each takes inputs of its own and not results of another. With `accumulate` d_x is added to.
+    fn run<D: Ops>(&self, d: &D, x: &[f32], accumulate: bool) -> Results
     where
         D::Act: Into<f32>,
     {
-        let Products { tokens, features, lora_rank, probability } = *self;
+        let Products { tokens: t, features: k, lora_rank: r, num_modules, probability } = *self;
         let x = put_act(d, x);
-        let (a, d_u) =
-            (put_act(d, &random(lora_rank * features, 0.1, 2)), put_act(d, &random(tokens * lora_rank, 0.1, 3)));
-        let (mut u, mut d_a) = (buffer(d, tokens * lora_rank), put(d, &random(lora_rank * features, 1.0, 4)));
-        let mut d_x = put_act(d, &random(tokens * features, 0.1, 5));
-        let mut scratch = buffer(d, tokens * features);
-        let (positions, sample_idx) = indices(d, tokens);
+        let mut modules = self.buffers(d);
+        let weight = put_act(d, &random(ROWS_OF_W * k, 0.1, 6));
+        let (mut d_x, mut scratch) = (put_act(d, &random(t * k, 0.1, 5)), buffer(d, t * k));
+        let (mut d_a, mut d_b) =
+            (put(d, &random(num_modules * r * k, 1.0, 4)), put(d, &random(num_modules * r * k, 1.0, 3)));
+        let (positions, sample_idx) = indices(d, t);
         let (sample_idx, positions) = (sample_idx.view(), positions.view());
-        let mask = DropoutMask { probability, seed: 42 << 33, step: 7, module: 205, sample_idx, positions };
+        let mask = DropoutMask { probability, seed: 42 << 33, step: 7, sample_idx, positions };
         let mask = (probability > 0.0).then_some(mask);
-        let scratch = &mut scratch;
-        d.lora_down(LoraDown {
-            u: u.view_mut(),
+        let mut downs: Vec<_> = modules
+            .iter_mut()
+            .zip(FIRST..)
+            .map(|(Buffers { u, a, .. }, number)| DownModule { u: u.view_mut(), a: a.view(), number })
+            .collect();
+        let scratch_view = scratch.view_mut();
+        d.lora_down(LoraDown { modules: &mut downs, x: x.view(), mask, lora_rank: r, scratch: scratch_view }).unwrap();
+        let u: Vec<f32> = modules.iter().flat_map(|module| get_act(d, &module.u)).collect();
+        let mut d_u = Vec::new();
+        for (i, Buffers { b, d_y, d_u: given, .. }) in modules.iter().enumerate() {
+            // An output of the same width, whose u is the d_u that is given; the second module adds to it.
+            let mut out = put_act(d, &random(t * r, 0.1, 50));
+            d.lora_output(LoraOutput {
+                d_u: out.view_mut(),
+                d_b: d_b.view_mut().into_range(i * r * k..(i + 1) * r * k),
+                d_y: d_y.view(),
+                u: given.view(),
+                b: b.view(),
+                lora_rank: r,
+                scale: 0.5,
+                accumulate: i == 1,
+                scratch: scratch.view_mut(),
+            })
+            .unwrap();
+            d_u.extend(get_act(d, &out));
+        }
+        let inputs: Vec<_> = modules
+            .iter()
+            .enumerate()
+            .map(|(i, Buffers { a, d_y, d_u, .. })| InputModule {
+                outputs: vec![[weight.view(), d_y.first(t * ROWS_OF_W)]],
+                output_scale: 0.5,
+                lora: Some(InputLora {
+                    d_u: d_u.view(),
+                    a: a.view(),
+                    a_range: i * r * k..(i + 1) * r * k,
+                    number: FIRST + i as u32,
+                }),
+            })
+            .collect();
+        d.lora_input(LoraInput {
+            d_x: d_x.view_mut(),
+            accumulate,
+            grads: d_a.view_mut(),
+            modules: &inputs,
             x: x.view(),
-            a: a.view(),
+            in_features: k,
             mask,
-            lora_rank,
+            lora_rank: r,
             scratch: scratch.view_mut(),
         })
         .unwrap();
-        let (d_u, scratch_view) = (d_u.view(), scratch.view_mut());
-        d.lora_grad_a(LoraGradA { d_a: d_a.view_mut(), d_u, x: x.view(), mask, lora_rank, scratch: scratch_view })
-            .unwrap();
-        let scratch_view = scratch.view_mut();
-        d.lora_grad_x(LoraGradX { d_x: d_x.view_mut(), d_u, a: a.view(), mask, lora_rank, scratch: scratch_view })
-            .unwrap();
-        [get_act(d, &u), get(d, &d_a), get_act(d, &d_x)]
-    }
-
-    /// dropout(x), as the device rounds it.
-    fn dropped<D: Ops>(&self, d: &D, x: &[f32]) -> Vec<f32>
-    where
-        D::Act: Into<f32>,
-    {
-        let (mut y, x) = (buffer(d, x.len()), put_act(d, x));
-        let (positions, sample_idx) = indices(d, self.tokens);
-        let (sample_idx, positions) = (sample_idx.view(), positions.view());
-        let mask =
-            DropoutMask { probability: self.probability, seed: 42 << 33, step: 7, module: 205, sample_idx, positions };
-        d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate: false }).unwrap();
-        get_act(d, &y)
+        Results { u, d_u, d_b: get(d, &d_b), d_a: get(d, &d_a), d_x: get_act(d, &d_x) }
     }
 }
 
@@ -109,23 +175,20 @@ fn indices<D: Ops>(d: &D, tokens: usize) -> (Buffer<D, u32>, Buffer<D, u64>) {
 pub fn lora_products<A: Tested>() {
     let (_guard, cuda) = gpu::<A>();
     let cpu = Cpu::new(1);
-    for (tokens, features, lora_rank) in SHAPES.into_iter().filter(|(t, f, _)| is_run(t * f)) {
+    for (tokens, features, lora_rank, num_modules) in SHAPES.into_iter().filter(|(t, f, ..)| is_run(t * f)) {
         let x = random(tokens * features, 1.0, 1);
-        for probability in [0.0, 0.05, 0.5] {
-            let products = Products { tokens, features, lora_rank, probability };
-            let what = format!("lora products [{tokens}, {features}] r {lora_rank} p {probability}");
-            let (result, reference) = (products.run(&cuda, &x), products.run(&cpu, &x));
-            // The plain formula rounds dropout(x) and then its products.
-            let plain = match probability > 0.0 {
-                true => Products { probability: 0.0, ..products }.run(&cpu, &products.dropped(&cuda, &x)),
-                false => products.run(&cpu, &x),
-            };
-            let rounded_u: Vec<f32> = plain[0].iter().map(|&v| rounded::<A>(v)).collect();
-            close_as(&format!("{what}: u"), &result[0], &rounded_u, &reference[0], 2.0);
-            let allowed = (3.0 * error(&plain[1], &reference[1])).max(1e-5);
-            within(&format!("{what}: d_a"), &result[1], &reference[1], allowed);
-            close::<A>(&format!("{what}: d_x"), &result[2], &reference[2], 2.0);
-            assert_eq!(products.run(&cuda, &x), result, "{what}: the same bits again");
+        for (probability, accumulate) in [(0.0, false), (0.05, true), (0.5, false)] {
+            let products = Products { tokens, features, lora_rank, num_modules, probability };
+            let what = format!("lora products [{tokens}, {features}] r {lora_rank} of {num_modules} p {probability}");
+            let (result, reference) = (products.run(&cuda, &x, accumulate), products.run(&cpu, &x, accumulate));
+            // Ops that a rank or a size has no kernel for round dropout(x), or each sum.
+            close::<A>(&format!("{what}: u"), &result.u, &reference.u, 3.0);
+            close::<A>(&format!("{what}: d_u"), &result.d_u, &reference.d_u, 3.0);
+            close::<A>(&format!("{what}: d_x"), &result.d_x, &reference.d_x, 4.0);
+            within(&format!("{what}: d_b"), &result.d_b, &reference.d_b, 1e-5);
+            let plain = error(&reference.u.iter().map(|&u| rounded::<A>(u)).collect::<Vec<_>>(), &reference.u);
+            within(&format!("{what}: d_a"), &result.d_a, &reference.d_a, plain.max(1e-5));
+            assert!(products.run(&cuda, &x, accumulate) == result, "{what}: the same bits again");
         }
     }
 }

@@ -181,9 +181,10 @@ impl<'a, D: Ops> Timer<'a, D> {
 
     fn products(&self, config: &ModelSpec, tokens: usize, r: usize) -> Result<()> {
         use Transpose::{No, Yes};
-        for module in [ModuleId::Q, ModuleId::Gate, ModuleId::Down] {
-            let Module { out_features: n, in_features: k, .. } =
-                *config.layers[0].module(module).context("no such module")?;
+        let layer = &config.layers[0];
+        let [inputs, gate_inputs] = [layer.attention.inputs().count(), layer.mlp.inputs().count()];
+        for (module, sharing) in [(ModuleId::Q, inputs), (ModuleId::Gate, gate_inputs), (ModuleId::Down, 1)] {
+            let Module { out_features: n, in_features: k, .. } = *layer.module(module).context("no such module")?;
             let (x, mut y, w) = (self.act(tokens * k)?, self.act(tokens * n)?, self.act(n * k)?);
             let flops = Amount::Flops(2.0 * (tokens * k * n) as f64);
             self.time(&format!("{module} x·Wᵀ"), flops, || {
@@ -193,15 +194,17 @@ impl<'a, D: Ops> Timer<'a, D> {
             self.time(&format!("{module} d_y·W"), flops, || {
                 self.product(d_x.view_mut(), y.view(), w.view(), No, [tokens, k, n], 0.0)
             })?;
-            self.lora(module.name(), [tokens, n, k, r], &x, &w)?;
+            self.lora(module.name(), sharing, [tokens, n, k, r], &x, &w)?;
         }
         Ok(())
     }
 
-    /// LoRA's products of a projection, with dropout. Amounts are what must be read and written at least.
+    /// LoRA's products of a projection, with dropout; those of an input are of all modules that share it. Amounts are what must be read
+    /// and written at least.
     fn lora(
         &self,
         name: &str,
+        sharing: usize,
         [tokens, n, k, r]: [usize; 4],
         x: &Buffer<D, D::Act>,
         weight: &Buffer<D, D::Act>,
@@ -209,14 +212,18 @@ impl<'a, D: Ops> Timer<'a, D> {
         let d = self.device;
         let (positions, sample_idx) = (self.buffer::<u32>(tokens)?, self.buffer::<u64>(tokens)?);
         let (sample_idx, positions) = (sample_idx.view(), positions.view());
-        let mask = Some(DropoutMask { probability: 0.05, seed: 1, step: 1, module: 1, sample_idx, positions });
-        let (a, b, mut u, d_u) = (self.act(r * k)?, self.act(n * r)?, self.act(tokens * r)?, self.act(tokens * r)?);
-        let (mut y, mut d_x, mut scratch) = (self.act(tokens * n)?, self.act(tokens * k)?, self.act(tokens * k)?);
-        let (mut d_a, mut d_b) = (self.f32s(r * k)?, self.f32s(n * r)?);
+        let mask = Some(DropoutMask { probability: 0.05, seed: 1, step: 1, sample_idx, positions });
+        let (a, b, u, mut d_u) = (self.act(r * k)?, self.act(n * r)?, self.act(tokens * r)?, self.act(tokens * r)?);
+        let (mut y, mut d_x, mut scratch) =
+            (self.act(tokens * n)?, self.act(tokens * k)?, self.act(tokens * n.max(k))?);
+        let (mut d_a, mut d_b) = (self.f32s(sharing * r * k)?, self.f32s(n * r)?);
         let moved = |elements: usize| Amount::Bytes((elements * size_of::<D::Act>()) as f64);
-        self.time(&format!("{name} u = dropout(x)·Aᵀ, r {r}"), moved(tokens * k), || {
-            let (u, x, a, scratch) = (u.view_mut(), x.view(), a.view(), scratch.view_mut());
-            d.lora_down(LoraDown { u, x, a, mask, lora_rank: r, scratch })
+        let mut all_u: Vec<_> = (0..sharing).map(|_| self.act(tokens * r)).collect::<Result<_>>()?;
+        self.time(&format!("{name} u = dropout(x)·Aᵀ of {sharing}, r {r}"), moved(tokens * k), || {
+            let modules = all_u.iter_mut().zip(0..);
+            let modules = modules.map(|(u, number)| DownModule { u: u.view_mut(), a: a.view(), number });
+            let (modules, x, scratch) = (&mut modules.collect::<Vec<_>>()[..], x.view(), scratch.view_mut());
+            d.lora_down(LoraDown { modules, x, mask, lora_rank: r, scratch })
         })?;
         self.time(
             &format!("{name} x·Wᵀ + u·Bᵀ, r {r}"),
@@ -236,21 +243,28 @@ impl<'a, D: Ops> Timer<'a, D> {
                 })
             },
         )?;
-        self.time(&format!("{name} d_u = d_y·B, r {r}"), moved(tokens * n), || {
-            self.product(u.view_mut(), y.view(), b.view(), Transpose::No, [tokens, r, n], 0.0)
+        self.time(&format!("{name} d_u = d_y·B, dB += d_yᵀ·u, r {r}"), moved(tokens * n), || {
+            let (d_u, d_b, d_y, u, b) = (d_u.view_mut(), d_b.view_mut(), y.view(), u.view(), b.view());
+            let (scale, accumulate, scratch) = (1.0, false, scratch.view_mut());
+            d.lora_output(LoraOutput { d_u, d_b, d_y, u, b, lora_rank: r, scale, accumulate, scratch })
         })?;
-        self.time(&format!("{name} dA += d_uᵀ·dropout(x), r {r}"), moved(tokens * k), || {
-            let (d_a, d_u, x, scratch) = (d_a.view_mut(), d_u.view(), x.view(), scratch.view_mut());
-            d.lora_grad_a(LoraGradA { d_a, d_u, x, mask, lora_rank: r, scratch })
-        })?;
-        self.time(&format!("{name} d_x += mask ∘ (d_u·A), r {r}"), moved(2 * tokens * k), || {
-            let (d_x, d_u, a, scratch) = (d_x.view_mut(), d_u.view(), a.view(), scratch.view_mut());
-            d.lora_grad_x(LoraGradX { d_x, d_u, a, mask, lora_rank: r, scratch })
-        })?;
-        self.time(&format!("{name} dB += d_yᵀ·u, r {r}"), moved(tokens * n), || {
-            let (c, a, b, m, n, k) = (d_b.view_mut(), y.view(), u.view(), n, r, tokens);
-            let (transpose_a, transpose_b) = (Transpose::Yes, Transpose::No);
-            d.gemm_grad(Gemm { c, a, b, transpose_a, transpose_b, m, n, k, alpha: 1.0, beta: 1.0 })
+        // Without the base's products.
+        let module = |i: usize| InputModule {
+            outputs: Vec::new(),
+            output_scale: 1.0,
+            lora: Some(InputLora {
+                d_u: d_u.view(),
+                a: a.view(),
+                a_range: i * r * k..(i + 1) * r * k,
+                number: i as u32,
+            }),
+        };
+        let modules: Vec<_> = (0..sharing).map(module).collect();
+        let what = format!("{name} dA += d_uᵀ·dropout(x), d_x = mask ∘ (d_u·A) of {sharing}, r {r}");
+        self.time(&what, moved(2 * tokens * k), || {
+            let (d_x, grads, modules, x) = (d_x.view_mut(), d_a.view_mut(), &modules[..], x.view());
+            let (accumulate, in_features, scratch) = (false, k, scratch.view_mut());
+            d.lora_input(LoraInput { d_x, accumulate, grads, modules, x, in_features, mask, lora_rank: r, scratch })
         })
     }
 
@@ -290,8 +304,8 @@ impl<'a, D: Ops> Timer<'a, D> {
         let (positions, sample_idx) = (self.buffer::<u32>(tokens)?, self.buffer::<u64>(tokens)?);
         self.time("lora_dropout", moved(2.0), || {
             let (sample_idx, positions) = (sample_idx.view(), positions.view());
-            let mask = DropoutMask { probability: 0.05, seed: 1, step: 1, module: 1, sample_idx, positions };
-            d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate: false })
+            let mask = DropoutMask { probability: 0.05, seed: 1, step: 1, sample_idx, positions };
+            d.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, module: 1, accumulate: false })
         })
     }
 

@@ -20,7 +20,7 @@ impl LoraOps for Cpu {
         if tokens == 0 {
             return Ok(());
         }
-        let LoraDropout { y, x, mask, accumulate } = args;
+        let LoraDropout { y, x, mask, module, accumulate } = args;
         let (y, x) = (y.host_mut(), x.host());
         let (sample_idx, positions) = (mask.sample_idx.host(), mask.positions.host());
         let (threshold, scale) = mask.threshold_and_scale();
@@ -31,7 +31,7 @@ impl LoraOps for Cpu {
                     for (i, y) in rows.chunks_exact_mut(features).enumerate() {
                         let t = first + i;
                         let x = &x[t * features..][..features];
-                        let counter = [mask.module << 20, positions[t], sample_idx[t] as u32, mask.step];
+                        let counter = [module << 20, positions[t], sample_idx[t] as u32, mask.step];
                         for (group, (y, x)) in y.chunks_mut(8 * LANES).zip(x.chunks(8 * LANES)).enumerate() {
                             let numbers = philox(counter, (group * LANES) as u32, mask.seed);
                             for (j, (y, x)) in y.iter_mut().zip(x).enumerate() {
@@ -90,9 +90,8 @@ mod tests {
     }
 
     /// True where an element is kept, one element at a time.
-    fn is_kept(mask: &DropoutMask<'_, Cpu>, token: usize, feature: usize) -> bool {
-        let counter =
-            [mask.module << 20, mask.positions.host()[token], mask.sample_idx.host()[token] as u32, mask.step];
+    fn is_kept(mask: &DropoutMask<'_, Cpu>, module: u32, token: usize, feature: usize) -> bool {
+        let counter = [module << 20, mask.positions.host()[token], mask.sample_idx.host()[token] as u32, mask.step];
         let words = philox(counter, (feature / 8) as u32, mask.seed);
         let word = words[(feature % 8) / 2][0];
         (if feature.is_multiple_of(2) { word & 0xFFFF } else { word >> 16 }) >= mask.threshold_and_scale().0
@@ -118,17 +117,16 @@ mod tests {
             probability: 0.25,
             seed: 42,
             step: 3,
-            module: 5,
             sample_idx: samples.view(),
             positions: positions.view(),
         };
-        cpu.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, accumulate: false }).unwrap();
+        cpu.lora_dropout(LoraDropout { y: y.view_mut(), x: x.view(), mask, module: 5, accumulate: false }).unwrap();
         let y = y.view().host();
         let kept = y.iter().filter(|&&v| v > 0.0).count() as f64 / y.len() as f64;
         assert!((kept - 0.75).abs() < 0.02, "kept {kept}");
         for t in 0..tokens {
             for f in 0..features {
-                assert_eq!(y[t * features + f] > 0.0, is_kept(&mask, t, f), "token {t} feature {f}");
+                assert_eq!(y[t * features + f] > 0.0, is_kept(&mask, 5, t, f), "token {t} feature {f}");
             }
         }
     }

@@ -28,7 +28,7 @@ macro_rules! source {
 }
 
 /// The files that every GPU runs, compiled once.
-pub static SOURCES: [Source; 10] = [
+pub static SOURCES: [Source; 11] = [
     source!("adamw", ["adamw"]),
     source!("cross_entropy", ["cross_entropy_piece", "gather_target_rows", "cross_entropy_finish"]),
     source!("elementwise", ["add", "add_bias", "add_scalar", "cast", "sum_parts", "sum_of_squares", "spin"]),
@@ -37,18 +37,32 @@ pub static SOURCES: [Source; 10] = [
         "lora",
         [
             "lora_dropout",
-            "lora_down_8",
-            "lora_down_16",
-            "lora_down_32",
-            "lora_down_64",
-            "lora_grad_a_8",
-            "lora_grad_a_16",
-            "lora_grad_a_32",
-            "lora_grad_a_64",
-            "lora_grad_x_8",
-            "lora_grad_x_16",
-            "lora_grad_x_32",
-            "lora_grad_x_64",
+            "lora_down_8_1",
+            "lora_down_8_2",
+            "lora_down_8_3",
+            "lora_down_16_1",
+            "lora_down_16_2",
+            "lora_down_16_3",
+            "lora_down_32_1",
+            "lora_down_64_1",
+        ]
+    ),
+    source!(
+        "lora_backward",
+        [
+            "lora_input_8_1",
+            "lora_input_8_2",
+            "lora_input_8_3",
+            "lora_input_16_1",
+            "lora_input_16_2",
+            "lora_input_16_3",
+            "lora_input_32_1",
+            "lora_input_64_1",
+            "lora_add_input",
+            "lora_output_8",
+            "lora_output_16",
+            "lora_output_32",
+            "lora_add_output",
         ]
     ),
     source!(
@@ -115,12 +129,13 @@ impl AttentionVariant {
 }
 
 /// The headers that the files include, by name.
-const HEADERS: [(&CStr, &str); 5] = [
+const HEADERS: [(&CStr, &str); 6] = [
     (c"common.cuh", include_str!("../../../kernels/common.cuh")),
     (c"attention.cuh", include_str!("../../../kernels/attention.cuh")),
     (c"attention_sum.cuh", include_str!("../../../kernels/attention_sum.cuh")),
     (c"attention_hopper.cuh", include_str!("../../../kernels/attention_hopper.cuh")),
     (c"hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
+    (c"lora.cuh", include_str!("../../../kernels/lora.cuh")),
 ];
 
 /// Target that machine code of an architecture is made for.

@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::device::{
     Arena, AttentionBackward, AttentionForward, AttentionShape, Buffer, Normed, Ops, Rope, View, ViewMut,
 };
-use crate::model::linear::{Backward, LoraInputs};
+use crate::model::linear::{Backward, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
 
 use super::{Saved, Scratch, StageContext, Widths};
@@ -58,8 +58,19 @@ impl Attention {
     }
 
     /// The modules that read the normed input.
-    fn inputs(&self) -> impl Iterator<Item = &Module> {
+    pub fn inputs(&self) -> impl Iterator<Item = &Module> {
         self.modules.iter().filter(|module| module.id != ModuleId::O)
+    }
+
+    /// The module that reads the output of attention.
+    pub fn outputs(&self) -> impl Iterator<Item = &Module> {
+        self.modules.iter().filter(|module| module.id == ModuleId::O)
+    }
+
+    /// That module as a group of its own, and all of its rows.
+    fn output<'a, D: Ops>(&'a self, ctx: &StageContext<'a, D>) -> Result<(Linears<'a, D>, Rows)> {
+        let output = Linears::new(ctx, self.outputs())?;
+        Ok((output, Rows { module: ModuleId::O, rows: 0..ctx.spec.hidden_size }))
     }
 
     fn shape<'a, D: Ops>(&self, ctx: &StageContext<'a, D>) -> AttentionShape<'a, D> {
@@ -216,10 +227,10 @@ pub fn forward<D: Ops>(
         return Ok(());
     }
     // 5. Output projection, and its norm.
-    let o = ctx.linear(&stage.modules, ModuleId::O)?;
+    let (o, rows) = stage.output(ctx)?;
     let y = if stage.output_norm.is_some() { &mut output.before } else { &mut *branch };
-    let outputs = [(0..ctx.spec.hidden_size, y.first_mut(hidden))];
-    o.forward(ops, outputs, output.u.get_mut(ModuleId::O)?, scores.out.first(q_len), &mut scratch.dropped)?;
+    let (outputs, x) = ([(&rows, y.first_mut(hidden))], scores.out.first(q_len));
+    o.forward(ops, outputs, &mut output.u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
     let Some(norm) = &stage.output_norm else { return Ok(()) };
     let x = Normed::Plain(output.before.first(hidden));
     ctx.norm_forward(norm, branch.first_mut(hidden), output.rstd.first_mut(t), x)
@@ -255,13 +266,9 @@ fn project<D: Ops>(
         None => k.view_mut().into_range(new.clone()),
     };
     let v_out = v.view_mut().into_range(new.clone());
-    let mut outputs = [(&stage.q, q_out), (&stage.k, k_out), (&stage.v, v_out)].map(Some);
-    for module in stage.inputs() {
-        let mine =
-            outputs.iter_mut().filter(|output| output.as_ref().is_some_and(|(rows, _)| rows.module == module.id));
-        let mine = mine.filter_map(Option::take).map(|(rows, y)| (rows.rows.clone(), y));
-        ctx.linear(&stage.modules, module.id)?.forward(ops, mine, u.get_mut(module.id)?, x, &mut scratch.dropped)?;
-    }
+    let outputs = [(&stage.q, q_out), (&stage.k, k_out), (&stage.v, v_out)];
+    let linears = Linears::new(ctx, stage.inputs())?;
+    linears.forward(ops, outputs, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
     // 3. Norms of queries and keys.
     if let Some(norm) = &stage.q_norm {
         let rstd = q_rstd.first_mut(q_len / norm.width);
@@ -301,10 +308,10 @@ pub fn backward<D: Ops>(
             d_norm.first(hidden)
         }
     };
-    let (o, d_x) = (ctx.linear(&stage.modules, ModuleId::O)?, d_attention.first_mut(q_len));
-    let (x_o, u) = (scores.out.first(q_len), output.u.get(ModuleId::O)?);
-    let args = Backward { d_x, accumulate: false, grads: &mut *grads, x: x_o, u, dropped, d_u };
-    o.backward(ops, [Some((0..ctx.spec.hidden_size, d_y))], args)?;
+    let ((o, rows), d_x, mask) = (stage.output(ctx)?, d_attention.first_mut(q_len), ctx.dropout_mask());
+    let (x_o, grads_o, u) = (scores.out.first(q_len), &mut *grads, &output.u);
+    let args = Backward { d_x, accumulate: false, grads: grads_o, x: x_o, mask, u, dropped, d_u };
+    o.backward(ops, [(&rows, d_y)], args)?;
     scores_backward(ctx, stage, saves, scratch)?;
     project_backward(ctx, stage, d, grads, saves, x, scratch)
 }
@@ -372,16 +379,13 @@ fn project_backward<D: Ops>(
     let d_q = if stage.q_norm.is_some() { d_gate.first(q_len) } else { d_q.first(q_len) };
     let d_k = if stage.k_norm.is_some() { d_up.first(kv_len) } else { d_k.first(kv_len) };
     let d_outputs = [(&stage.q, d_q), (&stage.k, d_k), (&stage.v, d_v.first(kv_len))];
-    for (i, module) in stage.inputs().enumerate() {
-        let mine = d_outputs.map(|(rows, d_y)| (rows.module == module.id).then(|| (rows.rows.clone(), d_y)));
-        let (d_x, accumulate, x) = match normed {
-            true => (d_norm.first_mut(hidden), i > 0, inputs.normed.first(hidden)),
-            false => (d.first_mut(hidden), true, x),
-        };
-        let u = inputs.u.get(module.id)?;
-        let args = Backward { d_x, accumulate, grads: &mut *grads, x, u, dropped: &mut *dropped, d_u: &mut *d_u };
-        ctx.linear(&stage.modules, module.id)?.backward(ops, mine, args)?;
-    }
+    let (d_x, x_in) = match normed {
+        true => (d_norm.first_mut(hidden), inputs.normed.first(hidden)),
+        false => (d.first_mut(hidden), x),
+    };
+    let (accumulate, mask, u) = (!normed, ctx.dropout_mask(), &inputs.u);
+    let args = Backward { d_x, accumulate, grads, x: x_in, mask, u, dropped, d_u };
+    Linears::new(ctx, stage.inputs())?.backward(ops, d_outputs, args)?;
     // 1. Norm.
     let Some(norm) = &stage.norm else { return Ok(()) };
     ctx.norm_backward(norm, d.first_mut(hidden), d_norm.first(hidden), x, inputs.rstd.first(t))

@@ -5,22 +5,25 @@ use std::ops::AddAssign;
 use super::Saved;
 use super::attention::Attention;
 use super::mlp::Mlp;
-use crate::model::spec::{LayerSpec, Module, ModuleId};
+use crate::model::spec::{LayerSpec, Module};
 
-/// The work of a linear module with LoRA besides its product with the base: kernels, and passes over its input and its output.
+/// The work of linear modules with LoRA that share an input, besides their products with the base: kernels, and passes over their input and
+/// their outputs. Those over the input are times of kernels on an H100 (`benches/results.md`) over that of a copy.
 struct Passes {
-    launches: f64,
-    input: f64,
+    /// Kernels for all modules together, and for each.
+    launches: [f64; 2],
+    /// Passes over the input for all modules together, and for each.
+    input: [f64; 2],
     output: f64,
-    /// More passes over the input where its dropout mask is drawn, which takes about as long as one of them.
+    /// More passes over the input for each module whose dropout mask is drawn.
     dropout: f64,
 }
 
-/// u = dropout(x) · Aᵀ reads the input; u · Bᵀ writes the output, and the base's product reads it again.
-const FORWARD: Passes = Passes { launches: 3.0, input: 1.0, output: 2.0, dropout: 1.0 };
+/// u = dropout(x) · Aᵀ of all modules reads the input; u · Bᵀ writes an output, and the base's product reads it again.
+const FORWARD: Passes = Passes { launches: [1.0, 2.0], input: [0.35, 0.65], output: 2.0, dropout: 0.45 };
 
-/// d_u and the gradient of B each read d_y; the gradient of A reads the input, and d_u · A is added to d_x.
-const BACKWARD: Passes = Passes { launches: 5.0, input: 3.0, output: 2.0, dropout: 2.0 };
+/// d_u and the gradient of B read d_y once and add sums; the gradient of A and d_u · A of all modules read the input and write d_x.
+const BACKWARD: Passes = Passes { launches: [2.0, 3.0], input: [1.15, 0.85], output: 1.3, dropout: 0.45 };
 
 /// The cost of a computation, for each token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -56,30 +59,17 @@ pub struct Circumstances {
 }
 
 impl Circumstances {
-    /// Modules and other work of a forward: inputs are read, outputs written and added to.
-    fn forward<'m>(&self, modules: impl Iterator<Item = &'m Module>, elements: usize, launches: usize) -> Cost {
-        self.linear(modules, elements, launches, &FORWARD)
-    }
-
-    fn backward<'m>(&self, modules: impl Iterator<Item = &'m Module>, elements: usize, launches: usize) -> Cost {
-        self.linear(modules, elements, launches, &BACKWARD)
-    }
-
-    fn linear<'m>(
-        &self,
-        modules: impl Iterator<Item = &'m Module>,
-        elements: usize,
-        launches: usize,
-        passes: &Passes,
-    ) -> Cost {
-        let mut cost = Cost { elements: elements as f64, launches: launches as f64, ..Cost::default() };
+    /// Modules that share an input, if there are any.
+    fn linears<'m>(&self, modules: impl Iterator<Item = &'m Module>, passes: &Passes) -> Cost {
+        let mut cost = Cost::default();
         let dropout = if self.has_dropout { passes.dropout } else { 0.0 };
-        for module in modules {
+        for (i, module) in modules.enumerate() {
             let (input, output) = (module.in_features as f64, module.out_features as f64);
+            let shared = |[all, each]: [f64; 2]| if i == 0 { all + each } else { each };
             cost += Cost {
                 weights: input * output,
-                elements: (passes.input + dropout) * input + passes.output * output,
-                launches: passes.launches,
+                elements: (shared(passes.input) + dropout) * input + passes.output * output,
+                launches: shared(passes.launches),
                 ..Cost::default()
             };
         }
@@ -87,28 +77,35 @@ impl Circumstances {
     }
 }
 
+/// The cost of kernels besides linear modules.
+fn kernels(elements: usize, launches: usize) -> Cost {
+    Cost { elements: elements as f64, launches: launches as f64, ..Cost::default() }
+}
+
 impl Attention {
     fn forward_cost(&self, at: &Circumstances, computed: Saved) -> Cost {
         let (h, q, kv) = (at.hidden_size, self.q_width(), self.kv_width());
-        let (is_output, mut cost) = (|module: &&Module| module.id == ModuleId::O, Cost::default());
+        let mut cost = Cost::default();
         if computed.rest {
-            let inputs = self.modules.iter().filter(|module| !is_output(module));
             // The norm, and the rotation of queries and keys.
-            cost += at.forward(inputs, 2 * h + 2 * q + 2 * kv, 3);
+            cost += kernels(2 * h + 2 * q + 2 * kv, 3);
+            cost += at.linears(self.inputs(), &FORWARD);
         }
         if computed.attention {
             let forward_scores = 4.0 * self.visible_keys(at) * q as f64;
             cost += Cost { forward_scores, elements: 2.0 * q as f64, launches: 1.0, ..Cost::default() };
         }
         if computed.mlp {
-            cost += at.forward(self.modules.iter().filter(is_output), 0, 0);
+            cost += at.linears(self.outputs(), &FORWARD);
         }
         cost
     }
 
     fn backward_cost(&self, at: &Circumstances) -> Cost {
         let (h, q, kv) = (at.hidden_size, self.q_width(), self.kv_width());
-        let mut cost = at.backward(self.modules.iter(), 4 * h + 8 * q + 6 * kv, 6);
+        let mut cost = kernels(4 * h + 8 * q + 6 * kv, 6);
+        cost += at.linears(self.inputs(), &BACKWARD);
+        cost += at.linears(self.outputs(), &BACKWARD);
         cost.backward_scores = 10.0 * self.visible_keys(at) * q as f64;
         cost
     }
@@ -126,23 +123,28 @@ impl Mlp {
     /// Without `output` the last module is left out.
     fn forward_cost(&self, at: &Circumstances, computed: Saved, output: bool) -> Cost {
         let (h, i) = (at.hidden_size, self.intermediate_size);
-        let (is_output, mut cost) = (|module: &&Module| module.id == ModuleId::Down, Cost::default());
+        let mut cost = Cost::default();
         if computed.rest {
             // The norm, and the activation.
-            cost += at.forward([].into_iter(), 2 * h + 3 * i, 2);
+            cost += kernels(2 * h + 3 * i, 2);
         }
         if computed.mlp {
             // The sum of branch and residual stream, besides the modules.
-            cost += at.forward(self.modules.iter().filter(|module| !is_output(module)), 3 * h, 0);
+            cost += kernels(3 * h, 0);
+            cost += at.linears(self.inputs(), &FORWARD);
         }
         if output {
-            cost += at.forward(self.modules.iter().filter(is_output), 2 * h, 1);
+            cost += kernels(2 * h, 1);
+            cost += at.linears(self.outputs(), &FORWARD);
         }
         cost
     }
 
     fn backward_cost(&self, at: &Circumstances) -> Cost {
-        at.backward(self.modules.iter(), 4 * at.hidden_size + 5 * self.intermediate_size, 2)
+        let mut cost = kernels(4 * at.hidden_size + 5 * self.intermediate_size, 2);
+        cost += at.linears(self.inputs(), &BACKWARD);
+        cost += at.linears(self.outputs(), &BACKWARD);
+        cost
     }
 }
 

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use crate::device::{Activation, Arena, Buffer, GatedBackward, GatedForward, Normed, Ops, View, ViewMut};
-use crate::model::linear::{Backward, LoraInputs};
+use crate::model::linear::{Backward, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
 
 use super::{Saved, Scratch, StageContext, Widths};
@@ -30,8 +30,19 @@ impl Mlp {
     }
 
     /// The modules that read the normed input.
-    fn inputs(&self) -> impl DoubleEndedIterator<Item = &Module> {
+    pub fn inputs(&self) -> impl DoubleEndedIterator<Item = &Module> {
         self.modules.iter().filter(|module| module.id != ModuleId::Down)
+    }
+
+    /// The module that reads the activation.
+    pub fn outputs(&self) -> impl Iterator<Item = &Module> {
+        self.modules.iter().filter(|module| module.id == ModuleId::Down)
+    }
+
+    /// That module as a group of its own, and all of its rows.
+    fn output<'a, D: Ops>(&'a self, ctx: &StageContext<'a, D>) -> Result<(Linears<'a, D>, Rows)> {
+        let output = Linears::new(ctx, self.outputs())?;
+        Ok((output, Rows { module: ModuleId::Down, rows: 0..ctx.spec.hidden_size }))
     }
 }
 
@@ -118,18 +129,9 @@ pub fn forward<D: Ops>(
     // 2. Gate and up.
     if !saved.mlp {
         let x = if stage.norm.is_some() { rest.normed.first(hidden) } else { input.first(hidden) };
-        let mut outputs = [(&stage.gate, gate.first_mut(inner)), (&stage.up, up.first_mut(inner))].map(Some);
-        for module in stage.inputs() {
-            let mine = outputs.iter_mut().filter(|y| y.as_ref().is_some_and(|(rows, _)| rows.module == module.id));
-            let mine = mine.filter_map(Option::take).map(|(rows, y)| (rows.rows.clone(), y));
-            ctx.linear(&stage.modules, module.id)?.forward(
-                ops,
-                mine,
-                u.get_mut(module.id)?,
-                x,
-                &mut scratch.dropped,
-            )?;
-        }
+        let outputs = [(&stage.gate, gate.first_mut(inner)), (&stage.up, up.first_mut(inner))];
+        let linears = Linears::new(ctx, stage.inputs())?;
+        linears.forward(ops, outputs, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
     }
     // 3. Activation.
     if !saved.rest {
@@ -140,10 +142,10 @@ pub fn forward<D: Ops>(
     if out.is_none() && saved.mlp {
         return Ok(());
     }
-    let (down, u, act) =
-        (ctx.linear(&stage.modules, ModuleId::Down)?, u.get_mut(ModuleId::Down)?, rest.act.first(inner));
-    let mut project = |y: Option<ViewMut<'_, D, D::Act>>| {
-        down.forward(ops, y.map(|y| (0..ctx.spec.hidden_size, y)), u, act, &mut scratch.dropped)
+    let ((down, rows), act, mask) = (stage.output(ctx)?, rest.act.first(inner), ctx.dropout_mask());
+    let mut project = |y: Option<ViewMut<'_, D, D::Act>>| match y {
+        None => down.forward(ops, [], u, act, mask, &mut scratch.dropped),
+        Some(y) => down.forward(ops, [(&rows, y)], u, act, mask, &mut scratch.dropped),
     };
     match (&stage.output_norm, out) {
         (None, None) => project(None),
@@ -190,11 +192,10 @@ pub fn backward<D: Ops>(
             d_norm.first(hidden)
         }
     };
-    let (down, d_x, x) = (ctx.linear(&stage.modules, ModuleId::Down)?, d_act.first_mut(inner), rest.act.first(inner));
-    let u_down = u.get(ModuleId::Down)?;
-    let args =
-        Backward { d_x, accumulate: false, grads: &mut *grads, x, u: u_down, dropped: &mut *dropped, d_u: &mut *d_u };
-    down.backward(ops, [Some((0..ctx.spec.hidden_size, d_y))], args)?;
+    let ((down, rows), d_x, mask) = (stage.output(ctx)?, d_act.first_mut(inner), ctx.dropout_mask());
+    let (x, grads_down) = (rest.act.first(inner), &mut *grads);
+    let args = Backward { d_x, accumulate: false, grads: grads_down, x, mask, u, dropped, d_u };
+    down.backward(ops, [(&rows, d_y)], args)?;
     // 3. Activation.
     ops.gated_backward(GatedBackward {
         d_gate: d_gate.first_mut(inner),
@@ -206,16 +207,12 @@ pub fn backward<D: Ops>(
     })?;
     // 2. Gate and up.
     let d_outputs = [(&stage.gate, d_gate.first(inner)), (&stage.up, d_up.first(inner))];
-    for (i, module) in stage.inputs().rev().enumerate() {
-        let mine = d_outputs.map(|(rows, d_y)| (rows.module == module.id).then(|| (rows.rows.clone(), d_y)));
-        let (d_x, accumulate, x) = match stage.norm {
-            Some(_) => (d_norm.first_mut(hidden), i > 0, rest.normed.first(hidden)),
-            None => (d.first_mut(hidden), true, input.first(hidden)),
-        };
-        let u = u.get(module.id)?;
-        let args = Backward { d_x, accumulate, grads: &mut *grads, x, u, dropped: &mut *dropped, d_u: &mut *d_u };
-        ctx.linear(&stage.modules, module.id)?.backward(ops, mine, args)?;
-    }
+    let (d_x, accumulate, x) = match stage.norm {
+        Some(_) => (d_norm.first_mut(hidden), false, rest.normed.first(hidden)),
+        None => (d.first_mut(hidden), true, input.first(hidden)),
+    };
+    let args = Backward { d_x, accumulate, grads, x, mask, u, dropped, d_u };
+    Linears::new(ctx, stage.inputs().rev())?.backward(ops, d_outputs, args)?;
     // 1. Norm.
     let Some(norm) = &stage.norm else { return Ok(()) };
     ctx.norm_backward(norm, d.first_mut(hidden), d_norm.first(hidden), input.first(hidden), rest.rstd.first(t))

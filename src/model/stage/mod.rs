@@ -15,7 +15,6 @@ use anyhow::Result;
 use crate::device::{Arena, Buffer, Device, DropoutMask, Normed, Ops, RmsNormBackward, RmsNormForward, View, ViewMut};
 
 use super::batch::BatchBuffers;
-use super::linear::Linear;
 use super::spec::{LayerSpec, ModelSpec, Module, ModuleId, Norm, TensorId};
 use super::trainable::{LayerTrainables, LoraConfig, Trainables};
 use super::weights::LayerWeights;
@@ -57,16 +56,12 @@ impl<'a, D: Ops> StageContext<'a, D> {
         self.batch.num_tokens
     }
 
-    /// The module of `modules` with this id, ready for computing.
-    fn linear(&self, modules: &'a [Module], id: ModuleId) -> Result<Linear<'a, D>> {
-        Linear::new(self, find(modules, id))
-    }
-
-    /// The dropout mask of a module, where there is dropout.
-    pub(super) fn dropout_mask(&self, config: &LoraConfig, module: u32) -> Option<DropoutMask<'a, D>> {
-        let (seed, step) = self.dropout.filter(|_| config.dropout > 0.0)?;
+    /// The dropout masks of this call: `None` without dropout, in an evaluation or with a probability of 0.
+    fn dropout_mask(&self) -> Option<DropoutMask<'a, D>> {
+        let (seed, step) = self.dropout?;
+        let (config, _) = self.trainables.filter(|(config, _)| config.dropout > 0.0)?;
         let (sample_idx, positions) = (self.batch.sample_idx.first(self.tokens()), self.batch.documents.positions());
-        Some(DropoutMask { probability: config.dropout, seed, step, module, sample_idx, positions })
+        Some(DropoutMask { probability: config.dropout, seed, step, sample_idx, positions })
     }
 
     fn norm_forward(
@@ -94,11 +89,6 @@ impl<'a, D: Ops> StageContext<'a, D> {
     }
 }
 
-/// The module with this id, which a stage's rows name.
-fn find(modules: &[Module], id: ModuleId) -> &Module {
-    modules.iter().find(|module| module.id == id).expect("rows of a stage are those of its modules")
-}
-
 /// Widths of buffers, each the largest of all layers, and the modules that layers have.
 #[derive(Clone, Debug)]
 pub struct Widths {
@@ -117,6 +107,8 @@ pub struct Widths {
     pub attention_output: usize,
     pub mlp_output: usize,
     pub lora_rank: usize,
+    /// Most modules that read one input.
+    pub sharing: usize,
     /// The modules that read attention's input, and those of the MLP.
     pub attention_inputs: Vec<ModuleId>,
     pub mlp_modules: Vec<ModuleId>,
@@ -145,6 +137,7 @@ impl Widths {
             attention_output: spec.widest(|layer| normed(&layer.attention.output_norm, hidden)),
             mlp_output: spec.widest(|layer| normed(&layer.mlp.output_norm, hidden)),
             lora_rank: trainables.map_or(0, |trainables| trainables.lora.lora_rank),
+            sharing: spec.widest(|layer| layer.attention.inputs().count().max(layer.mlp.inputs().count())),
             attention_inputs: attention.into_iter().filter(|&id| id != ModuleId::O).collect(),
             mlp_modules: ids(|layer| &layer.mlp.modules),
         }
@@ -158,9 +151,9 @@ impl Widths {
 
 /// Scratch memory, which stages share because they run one after the other.
 pub struct Scratch<D: Device> {
-    /// dropout(x), or d_u · A before its mask: `[T, widest]`.
+    /// dropout(x), d_u · A before its mask, or partial sums of LoRA's gradients: `[T, widest]`.
     pub dropped: Buffer<D, D::Act>,
-    /// `[T, r]`
+    /// `[modules that share an input, T, r]`
     pub d_u: Buffer<D, D::Act>,
     /// Gradients: `[T, hidden]`, `[T, q]`, `[T, kv]`, `[T, intermediate]`.
     pub d_norm: Buffer<D, D::Act>,
@@ -183,7 +176,7 @@ impl<D: Device> Scratch<D> {
         let lora = if widths.lora_rank > 0 { tokens } else { 0 };
         Ok(Self {
             dropped: arena.carve("scratch/dropped", lora * widths.widest())?,
-            d_u: arena.carve("scratch/d_u", back * widths.lora_rank)?,
+            d_u: arena.carve("scratch/d_u", back * widths.sharing * widths.lora_rank)?,
             d_norm: arena.carve("scratch/d_norm", back * widths.hidden)?,
             d_attention: arena.carve("scratch/d_attention", back * widths.q)?,
             d_q: arena.carve("scratch/d_q", back * widths.q)?,

@@ -1,0 +1,292 @@
+// LoRA's backward: of up to three modules that share an input x, dA += d_uᵀ · dropout(x) and d_x = Σ mask ∘ (d_u · A), or d_x += that; of
+// one output, d_u = d_y · B and dB += d_yᵀ · u.
+#include "lora.cuh"
+
+// A chunk of 16 tokens, as a warp of `input` loads it. Matrix i of a d_u: tokens i / 2, ranks i % 2.
+template <int N, int M> struct Chunk {
+    Pairs x[2];
+    u32 sample[2], position[2];
+    u32 d_u[N][M][4];
+};
+
+template <int R8, int N, int M>
+__device__ __forceinline__ Chunk<N, M> load_chunk(const Module *modules, const Act *x, const Mask &mask, u32 first, u32 eight, u32 end,
+                                                  u32 eights) {
+    u32 lane = threadIdx.x % 32, row = lane / 4;
+    Chunk<N, M> chunk = {};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        u32 token = first + 8 * half + row;
+        chunk.x[half] = load(x, token, eight, end, eights);
+        if (token < end && mask.is_there()) {
+            chunk.sample[half] = (u32)mask.sample_idx[token];
+            chunk.position[half] = mask.positions[token];
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 token = first + i / 2 * 8 + row, pair = (16 * m + i % 2 * 8) / 2 + lane % 4;
+                if (2 * m + i % 2 < R8 && token < end) chunk.d_u[n][m][i] = ((const u32 *)modules[n].u)[(u64)token * (4 * R8) + pair];
+            }
+    return chunk;
+}
+
+// d_A [r, features] = d_uᵀ · dropout(x) of N modules, and d_x = Σ mask ∘ (d_u · A) [T, features], or d_x += that: d_u [T, r],
+// x [T, features]; r is 8 · R8. A block has 32 features of the tokens of one part; its warps take turns at the chunks of 16 tokens, and
+// load the next chunk while they work on one. x is read once, and each mask drawn once. The sums of a part go to `parts`
+// [part, module, r, features].
+template <int R8, int N, int WARPS>
+__device__ __forceinline__ void input(Act *d_x, float *parts, const Module *modules, const Act *x, const Mask &mask, u32 tokens,
+                                       u32 eights, u32 part_tokens, bool accumulate) {
+    const int M = (R8 + 1) / 2;
+    // A as an operand, for each lane.
+    __shared__ Pairs a[N][M][2][32];
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, eight = blockIdx.x * 4 + lane % 4;
+    Half features[N];
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        features[n] = of_features(mask, modules[n].number, eight);
+        for (int i = warp; i < 2 * M; i += WARPS) {
+            Pairs rows = load(modules[n].a, 8 * i + row, eight, 8 * R8, eights);
+#pragma unroll
+            for (int j = 0; j < 4; j++) rows.at[j] = transpose(rows.at[j]);
+            a[n][i / 2][i % 2][lane] = rows;
+        }
+    }
+    __syncthreads();
+    float sums[N * 4 * M][4] = {};
+    u32 end = min((blockIdx.y + 1) * part_tokens, tokens), first = blockIdx.y * part_tokens + 16 * warp;
+    Chunk<N, M> next = load_chunk<R8, N, M>(modules, x, mask, first, eight, end, eights);
+    for (; first < end; first += WARPS * 16) {
+        Chunk<N, M> chunk = next;
+        next = load_chunk<R8, N, M>(modules, x, mask, first + WARPS * 16, eight, end, eights);
+        Half halves[2];
+        if (mask.is_there())
+#pragma unroll
+            for (int half = 0; half < 2; half++) halves[half] = of_token(mask, chunk.sample[half], chunk.position[half]);
+        float d[2][8];
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            float products[4][4] = {};
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                const Pairs top = a[n][m][0][lane], bottom = a[n][m][1][lane];
+                const u32 *rows = chunk.d_u[n][m];
+#pragma unroll
+                for (int j = 0; j < 4; j++) mma(products[j], rows[0], rows[2], rows[1], rows[3], top.at[j], bottom.at[j]);
+            }
+            u32 words[2][4] = {}, columns[4][2];
+            if (mask.is_there())
+#pragma unroll
+                for (int half = 0; half < 2; half++) draw(words[half], mask, features[n], halves[half]);
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    columns[j][half] = transpose(keep(chunk.x[half].at[j], words[half][j], mask.threshold));
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float kept = is_kept(words[half], 2 * j + i, mask.threshold) ? products[j][2 * half + i] : 0.0f;
+                        d[half][2 * j + i] = n == 0 ? kept : d[half][2 * j + i] + kept;
+                    }
+                }
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                u32 rows[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) rows[i] = transpose(chunk.d_u[n][m][i]);
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    mma(sums[(n * M + m) * 4 + j], rows[0], rows[1], rows[2], rows[3], columns[j][0], columns[j][1]);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            u32 token = first + 8 * half + row;
+            if (token >= end || eight >= eights) continue;
+            Pairs *to = (Pairs *)d_x + (u64)token * eights + eight;
+            Pairs before = {}, after;
+            if (accumulate) before = *to;
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                after.at[j] = pack_act(low(before.at[j]) + d[half][2 * j] * mask.scale,
+                                       high(before.at[j]) + d[half][2 * j + 1] * mask.scale);
+            *to = after;
+        }
+    }
+    add_warps<WARPS, 16 * N * M>(&sums[0][0]);
+    if (threadIdx.x >= 32 || eight >= eights) return;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (2 * m + half >= R8) continue;
+                u64 rank = (u64)(blockIdx.y * N + n) * (8 * R8) + 16 * m + 8 * half + row;
+                Float8 values;
+#pragma unroll
+                for (int j = 0; j < 8; j++) values.at[j] = sums[(n * M + m) * 4 + j / 2][2 * half + j % 2] * mask.scale;
+                ((Float8 *)parts)[rank * eights + eight] = values;
+            }
+}
+
+// d_u [T, r] = d_y [T, features] · B and d_B [features, r] = d_yᵀ · u of the features and tokens of a block: B [features, r], u [T, r];
+// r is 8 · R8. A warp has 64 features, two sets of 32; the block's warps go through the chunks of 16 tokens of its part side by side, and
+// load the next chunk while they work on one. d_y is read once. The sums go to `parts_u` [block of features, T, r] and `parts_b`
+// [part, features, r].
+template <int R8, int WARPS>
+__device__ __forceinline__ void output(float *parts_u, float *parts_b, const Act *d_y, const Act *b, const Act *u, u32 tokens, u32 eights,
+                                        u32 part_tokens) {
+    const int SETS = 2, M = (R8 + 1) / 2, R = 8 * R8;
+    __shared__ float shared[2][WARPS][16 * R];
+    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
+    u32 first_eight = (blockIdx.x * WARPS + warp) * 4 * SETS + quad;
+    u32 columns[SETS][R8][4];
+#pragma unroll
+    for (int set = 0; set < SETS; set++)
+#pragma unroll
+        for (int n = 0; n < R8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                u32 eight = first_eight + 4 * set;
+                const u16 *pair = (const u16 *)b + (u64)(8 * eight + 2 * j) * R + 8 * n + row;
+                columns[set][n][j] = eight < eights ? pair[0] | (u32)pair[R] << 16 : 0u;
+            }
+    u32 end = min((blockIdx.y + 1) * part_tokens, tokens), first = blockIdx.y * part_tokens;
+    Pairs next[SETS][2];
+    u32 next_u[M][4];
+    auto load_next = [&](u32 first) {
+#pragma unroll
+        for (int set = 0; set < SETS; set++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) next[set][half] = load(d_y, first + 8 * half + row, first_eight + 4 * set, end, eights);
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 token = first + i / 2 * 8 + row, pair = (16 * m + i % 2 * 8) / 2 + quad;
+                next_u[m][i] = 2 * m + i % 2 < R8 && token < end ? ((const u32 *)u)[(u64)token * (4 * R8) + pair] : 0u;
+            }
+    };
+    load_next(first);
+    float sums[SETS * M * 4][4] = {};
+    for (int buffer = 0; first < end; first += 16, buffer ^= 1) {
+        Pairs these[SETS][2];
+        u32 rows[M][4];
+#pragma unroll
+        for (int set = 0; set < SETS; set++) these[set][0] = next[set][0], these[set][1] = next[set][1];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) rows[m][i] = next_u[m][i];
+        load_next(first + 16);
+        float products[R8][4] = {};
+#pragma unroll
+        for (int set = 0; set < SETS; set++)
+#pragma unroll
+            for (int n = 0; n < R8; n++) {
+                const Pairs &top = these[set][0], &bottom = these[set][1];
+                const u32 *column = columns[set][n];
+                mma(products[n], top.at[0], bottom.at[0], top.at[1], bottom.at[1], column[0], column[1]);
+                mma(products[n], top.at[2], bottom.at[2], top.at[3], bottom.at[3], column[2], column[3]);
+            }
+#pragma unroll
+        for (int n = 0; n < R8; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                *(float2 *)&shared[buffer][warp][(8 * half + row) * R + 8 * n + 2 * quad] =
+                    float2{products[n][2 * half], products[n][2 * half + 1]};
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) rows[m][i] = transpose(rows[m][i]);
+#pragma unroll
+        for (int set = 0; set < SETS; set++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                u32 top = transpose(these[set][0].at[j]), bottom = transpose(these[set][1].at[j]);
+#pragma unroll
+                for (int m = 0; m < M; m++) mma(sums[(set * M + m) * 4 + j], rows[m][0], rows[m][1], rows[m][2], rows[m][3], top, bottom);
+            }
+        // One barrier a chunk: a warp writes into this buffer again only after the barrier of the next chunk.
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < 16 * R; i += WARPS * 32) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int of = 0; of < WARPS; of++) sum += shared[buffer][of][i];
+            if (first + i / R < end) parts_u[((u64)blockIdx.x * tokens + first) * R + i] = sum;
+        }
+    }
+#pragma unroll
+    for (int set = 0; set < SETS; set++)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 eight = first_eight + 4 * set, rank = 16 * m + 8 * half + row;
+                if (2 * m + half >= R8 || eight >= eights) continue;
+                float *to = parts_b + ((u64)blockIdx.y * eights + eight) * 8 * R + rank;
+#pragma unroll
+                for (int j = 0; j < 8; j++) to[j * R] = sums[(set * M + m) * 4 + j / 2][2 * half + j % 2];
+            }
+}
+
+// d_u = scale · the sums of all blocks of features, added to d_u where `accumulate` says so, and d_B += scale · the sums of all parts.
+extern "C" __global__ void lora_add_output(Act *d_u, float *d_b, const float *parts_u, const float *parts_b, u32 len_u,
+                                           u32 len_b, u32 num_u, u32 num_b, float scale, u32 accumulate) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < len_u) {
+        float sum = 0.0f;
+        for (u32 part = 0; part < num_u; part++) sum += parts_u[(u64)part * len_u + i];
+        d_u[i] = to_act((accumulate ? to_f32(d_u[i]) : 0.0f) + scale * sum);
+    } else if (i - len_u < len_b) {
+        i -= len_u;
+        float sum = 0.0f;
+        for (u32 part = 0; part < num_b; part++) sum += parts_b[(u64)part * len_b + i];
+        d_b[i] += scale * sum;
+    }
+}
+
+// d_A += the sums of all parts, for each module.
+extern "C" __global__ void lora_add_input(float *d_a0, float *d_a1, float *d_a2, const float *parts, u32 num_modules,
+                                          u32 num_parts, u32 len) {
+    u32 i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= len) return;
+    float *d_a = (blockIdx.y == 0 ? d_a0 : blockIdx.y == 1 ? d_a1 : d_a2) + i;
+    float sum = *d_a;
+    for (u32 part = 0; part < num_parts; part++) sum += parts[(u64)(part * num_modules + blockIdx.y) * len + i];
+    *d_a = sum;
+}
+
+// Kernels of N modules, in blocks of 4 warps. BLOCKS: at a time on a multiprocessor.
+#define LORA_INPUT(R, N, BLOCKS)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(128, BLOCKS)                                                               \
+        lora_input_##R##_##N(Act *d_x, float *parts, MODULE_PARAMETERS, const Act *x, MASK_PARAMETERS, u32 tokens,          \
+                             u32 eights, u32 part_tokens, u32 accumulate) {                                                 \
+        const Module modules[] = MODULES;                                                                                   \
+        input<R / 8, N, 4>(d_x, parts, modules, x, MASK, tokens, eights, part_tokens, accumulate);                          \
+    }
+LORA_INPUT(8, 1, 5)
+LORA_INPUT(8, 2, 3)
+LORA_INPUT(8, 3, 3)
+LORA_INPUT(16, 1, 5)
+LORA_INPUT(16, 2, 3)
+LORA_INPUT(16, 3, 3)
+LORA_INPUT(32, 1, 3)
+LORA_INPUT(64, 1, 2)
+
+// WARPS: in a block, of 64 features each. The host has the same numbers.
+#define LORA_OUTPUT(R, WARPS)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)                                                             \
+        lora_output_##R(float *parts_u, float *parts_b, const Act *d_y, const Act *b, const Act *u, u32 tokens, u32 eights, \
+                        u32 part_tokens) {                                                                                  \
+        output<R / 8, WARPS>(parts_u, parts_b, d_y, b, u, tokens, eights, part_tokens);                                     \
+    }
+LORA_OUTPUT(8, 16)
+LORA_OUTPUT(16, 16)
+LORA_OUTPUT(32, 8)
