@@ -86,7 +86,7 @@ impl ShardFile {
 
 impl fmt::Display for Donor {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "the shards of {} ranks in {} are there", self.spec.num_shards, shown_path(&self.spec.dir))
+        write!(f, "the shards of {} ranks are there", self.spec.num_shards)
     }
 }
 
