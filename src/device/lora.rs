@@ -181,15 +181,7 @@ pub(super) fn input<D: LoraOps>(ops: &D, args: LoraInput<'_, '_, D>) -> Result<(
     let mut beta = if accumulate { 1.0 } else { 0.0 };
     for InputModule { outputs, output_scale, lora } in modules {
         for &[weight, d_y] in outputs {
-            product(
-                ops,
-                d_x.range_mut(0..m * k),
-                d_y,
-                (weight, No),
-                [m, k, d_y.len() / m.max(1)],
-                *output_scale,
-                beta,
-            )?;
+            product(ops, d_x.range_mut(0..m * k), d_y, (weight, No), [m, k, weight.len() / k], *output_scale, beta)?;
             beta = 1.0;
         }
         let Some(InputLora { d_u, a, a_range, number }) = lora else { continue };
