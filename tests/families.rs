@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 
 use common::{CpuEngine, EngineOptions, golden, on_all_ranks, relative_error};
 use fsdp_qlora::testing::{
-    Adapter, Descriptor, Keep, MicroBatch, Mode, ModelSpec, NO_TARGET, RunArgs, StepArgs, Trainable, Trainables,
-    Update, Values, adapter, step,
+    Adapter, Cuda, Descriptor, Engine, Keep, MicroBatch, Mode, ModelSpec, NO_TARGET, Ops, Queue, RunArgs, StepArgs,
+    Trainable, Trainables, Update, Values, adapter, local, step,
 };
 use safetensors::SafeTensors;
 use serde::Deserialize;
@@ -24,6 +24,7 @@ const SUPPORTED: &[&str] = &[
     "smollm3",
     "seed_oss",
     "mistral",
+    "ministral",
     "ministral3",
     "mistral3",
     "olmo2",
@@ -62,6 +63,16 @@ struct Case {
     num_target_tokens: u64,
     /// Whether rows may share a micro-batch: not where the longest row of one decides about all.
     packed: bool,
+    /// Only of models whose heads GPUs take.
+    bfloat16: Option<Bfloat16>,
+}
+
+/// Relative errors of transformers' bf16.
+#[derive(Deserialize)]
+struct Bfloat16 {
+    logits: f64,
+    /// By the name of the matrix in the adapter.
+    gradients: BTreeMap<String, f64>,
 }
 
 fn families() -> Golden {
@@ -92,39 +103,48 @@ fn micro_batch(rows: &[Vec<u32>], first: usize) -> MicroBatch {
     batch
 }
 
+/// The last logits of each prefix of the last row, one after the other.
+fn last_logits<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, golden: &Golden, adapter: bool) -> Vec<f32> {
+    let mut logits = Vec::new();
+    for &length in &golden.lengths {
+        let args = RunArgs {
+            mode: Mode::Generate,
+            micro_batches: &[Descriptor::scored(adapter)],
+            objective: None,
+            dropout: None,
+            update: None,
+            num_past_tokens: 0,
+        };
+        // Logits are computed at targets alone: the last token gets one.
+        let mut batch = micro_batch(&[golden.rows.last().unwrap()[..length].to_vec()], 0);
+        batch.targets.fill(NO_TARGET);
+        batch.targets[length - 1] = 0;
+        engine.run(&args, &[batch]).unwrap();
+        logits.extend(engine.last_logits().unwrap());
+    }
+    logits
+}
+
+/// The golden logits of all prefixes, with ("adapter") or without ("base") the adapter.
+fn golden_logits(path: &Path, name: &str) -> Vec<f32> {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    file.tensor(name).unwrap().data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
+}
+
 /// Compares the last logits of each prefix of the last row, with and without the adapter.
 fn check_logits(what: &str, options: &EngineOptions, expected: &Path, golden: &Golden) {
-    let bytes = fs::read(expected).unwrap();
-    let file = SafeTensors::deserialize(&bytes).unwrap();
     let options = EngineOptions { mode: Mode::Generate, ..options.clone() };
     let shards = tempfile::tempdir().unwrap();
     on_all_ranks(1, |groups| {
         let mut engine = options.engine(groups, shards.path());
         for (name, adapter) in [("base", false), ("adapter", true)] {
-            let view = file.tensor(name).unwrap();
-            let theirs = view.data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect::<Vec<_>>();
-            let of_prefix = theirs.chunks_exact(view.shape()[1]);
-            assert_eq!(of_prefix.len(), golden.lengths.len());
-            for (&length, theirs) in golden.lengths.iter().zip(of_prefix) {
-                let args = RunArgs {
-                    mode: Mode::Generate,
-                    micro_batches: &[Descriptor::scored(adapter)],
-                    objective: None,
-                    dropout: None,
-                    update: None,
-                    num_past_tokens: 0,
-                };
-                // Logits are computed at targets alone: the last token gets one.
-                let mut batch = micro_batch(&[golden.rows.last().unwrap()[..length].to_vec()], 0);
-                batch.targets.fill(NO_TARGET);
-                batch.targets[length - 1] = 0;
-                engine.run(&args, &[batch]).unwrap();
-                let ours = engine.last_logits().unwrap();
-                assert_eq!(ours.len(), theirs.len(), "{what}");
-                let error = ours.iter().zip(theirs).map(|(o, t)| (o - t).abs()).fold(0.0, f32::max);
-                assert!(error <= LOGITS, "{what}: {name}: logits after {length} tokens differ by {error:e}");
-                report(what, "logits", f64::from(error));
-            }
+            let theirs = golden_logits(expected, name);
+            let ours = last_logits(&mut engine, golden, adapter);
+            assert_eq!(ours.len(), theirs.len(), "{what}");
+            let error = ours.iter().zip(theirs).map(|(o, t)| (o - t).abs()).fold(0.0, f32::max);
+            assert!(error <= LOGITS, "{what}: {name}: logits differ by {error:e}");
+            report(what, "logits", f64::from(error));
         }
     });
 }
@@ -134,38 +154,122 @@ fn report(what: &str, quantity: &str, error: f64) {
     println!("parity {} {quantity} {error:e}", what.split('/').next().unwrap_or_default());
 }
 
+/// The relative error of a matrix's gradient.
+struct GradientError {
+    layer: usize,
+    /// Its end in names of an adapter: `q_proj.lora_A.weight`.
+    name: String,
+    error: f64,
+}
+
+/// Makes a step over all rows, divided into micro-batches; returns the relative errors of the loss and of each gradient.
+fn step_errors<D: Ops, Q: Queue<D>>(
+    engine: &mut Engine<D, Q>,
+    batches: &[MicroBatch],
+    case: &Case,
+    grads: &Adapter,
+) -> (f64, Vec<GradientError>) {
+    let update = Update {
+        learning_rate: 1e-3,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.0,
+        max_grad_norm: None,
+        loss_scale: 1.0,
+        step: 1,
+    };
+    let args = StepArgs { step: 1, num_micro_batches: batches.len(), update: &update, seed: 42 };
+    let record = step(engine, batches, &args).unwrap();
+    assert_eq!(record.num_target_tokens, case.num_target_tokens);
+    let trainables = Trainables::new(engine.spec(), grads.settings.lora_config());
+    let mut errors = Vec::new();
+    for (layer, theirs) in grads.layers.iter().enumerate() {
+        let ours = engine.gather_trainable_to_host(layer, Values::Grad).unwrap();
+        for Trainable { module, kind, range, .. } in trainables.layers[layer].list() {
+            let error = relative_error(&ours[range.clone()], &theirs[range.clone()]);
+            errors.push(GradientError { layer, name: format!("{module}.lora_{}.weight", kind.letter()), error });
+        }
+    }
+    ((record.loss - case.loss).abs() / case.loss, errors)
+}
+
 /// Compares loss and gradients of a step over all rows, divided into micro-batches.
 fn check_step(what: &str, options: &EngineOptions, batches: &[MicroBatch], case: &Case, grads: &Adapter) {
     let options = EngineOptions { max_micro_batches: batches.len(), ..options.clone() };
     let shards = tempfile::tempdir().unwrap();
     on_all_ranks(1, |groups| {
         let mut engine: CpuEngine = options.engine(groups, shards.path());
-        let update = Update {
-            learning_rate: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            epsilon: 1e-8,
-            weight_decay: 0.0,
-            max_grad_norm: None,
-            loss_scale: 1.0,
-            step: 1,
-        };
-        let args = StepArgs { step: 1, num_micro_batches: batches.len(), update: &update, seed: 42 };
-        let record = step(&mut engine, batches, &args).unwrap();
-        assert_eq!(record.num_target_tokens, case.num_target_tokens, "{what}");
-        let error = (record.loss - case.loss).abs() / case.loss;
-        assert!(error <= GRADIENTS, "{what}: the loss is {} for {}", record.loss, case.loss);
-        let trainables = Trainables::new(engine.spec(), grads.settings.lora_config());
-        for (layer, theirs) in grads.layers.iter().enumerate() {
-            let ours = engine.gather_trainable_to_host(layer, Values::Grad).unwrap();
-            for Trainable { module, kind, range, .. } in trainables.layers[layer].list() {
-                let error = relative_error(&ours[range.clone()], &theirs[range.clone()]);
-                let name = format!("lora_{} of {module} in layer {layer}", kind.letter());
-                assert!(error <= GRADIENTS, "{what}: the gradient of {name} is off by {error:e}");
-                report(what, "gradients", error);
-            }
+        let (loss, gradients) = step_errors(&mut engine, batches, case, grads);
+        assert!(loss <= GRADIENTS, "{what}: the loss is off by {loss:e}");
+        for GradientError { layer, name, error } in gradients {
+            assert!(error <= GRADIENTS, "{what}: the gradient of {name} in layer {layer} is off by {error:e}");
+            report(what, "gradients", error);
         }
     });
+}
+
+/// Compares a case on a GPU in bf16; returns what is further from f32 than transformers' bf16 allows.
+fn failures_on_gpu(what: &str, folder: &Path, case: &Case, theirs: &Bfloat16, golden: &Golden) -> Vec<String> {
+    let files = folder.join("default");
+    let place = model_with(&files.join("config.v5.json"), &folder.join("model.safetensors"));
+    let spec = ModelSpec::load(place.path()).unwrap();
+    let apart: Vec<MicroBatch> =
+        golden.rows.iter().enumerate().map(|(i, row)| micro_batch(std::slice::from_ref(row), i)).collect();
+    let options = EngineOptions {
+        model: place.path().into(),
+        adapter: Some(adapter::load(&folder.join("adapter"), &spec).unwrap()),
+        load_in_4bit: false,
+        max_tokens: 80,
+        max_micro_batches: apart.len(),
+        ..EngineOptions::new("", Mode::Train)
+    };
+    let cuda = || Cuda::new(0, &std::env::temp_dir().join("fsdp-qlora-test-kernels")).unwrap();
+    let shards = tempfile::tempdir().unwrap();
+    let (logits, (_, gradients)) = on_all_ranks(1, |groups| {
+        let mut engine = options.engine_on_gpu(cuda(), groups, shards.path());
+        let errors = step_errors(&mut engine, &apart, case, &golden_grads(folder, &files, &spec));
+        drop(engine);
+        let scoring = EngineOptions { mode: Mode::Generate, max_micro_batches: 1, ..options.clone() };
+        let mut engine = scoring.engine_on_gpu(cuda(), local::groups(1, 1).remove(0), shards.path());
+        let ours = last_logits(&mut engine, golden, true);
+        (relative_error(&ours, &golden_logits(&files.join("logits.safetensors"), "adapter")), errors)
+    })
+    .remove(0);
+    let mut failures = Vec::new();
+    let mut compare = |quantity: &str, name: &str, ours: f64, theirs: f64, allowed: f64| {
+        report(what, quantity, ours / theirs);
+        let is_near = ours <= allowed * theirs;
+        if !is_near {
+            failures.push(format!("{what}: {name}: the error is {ours:.2e}, that of transformers {theirs:.2e}"));
+        }
+    };
+    compare("bf16-logits", "logits", logits, theirs.logits, 2.0);
+    assert_eq!(gradients.len(), theirs.gradients.len(), "{what}");
+    for GradientError { layer, name, error } in gradients {
+        let is_same = |key: &str| key.contains(&format!(".layers.{layer}.")) && key.ends_with(&format!(".{name}"));
+        let (key, &expected) = theirs.gradients.iter().find(|(key, _)| is_same(key)).expect(&name);
+        compare("bf16-gradients", key, error, expected, 3.0);
+    }
+    failures
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn bf16_on_a_gpu_is_as_near_to_f32_as_transformers_bf16() {
+    let golden_files = families();
+    let mut tested = BTreeSet::new();
+    let mut failures = Vec::new();
+    for (name, model) in &golden_files.models {
+        for case in model.cases.values() {
+            let Some(theirs) = &case.bfloat16 else { continue };
+            let folder = golden(&format!("families/{name}"));
+            failures.extend(failures_on_gpu(name, &folder, case, theirs, &golden_files));
+            tested.insert(model.family.as_str());
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    assert_eq!(tested, SUPPORTED.iter().copied().collect(), "a family has no case for GPUs");
 }
 
 /// Compares one spelling of a case's config.json.
@@ -248,5 +352,5 @@ macro_rules! families {
 }
 
 families! {
-    llama, qwen2, qwen3, mistral, ministral3, mistral3, smollm3, granite, seed_oss, olmo2, olmo3, phi3, gemma2, gemma3_text, gemma3,
+    llama, qwen2, qwen3, mistral, ministral, ministral3, mistral3, smollm3, granite, seed_oss, olmo2, olmo3, phi3, gemma2, gemma3_text, gemma3,
 }

@@ -11,6 +11,7 @@ usage: families.py [MODEL...]
   MODEL/CASE/config.v4.json     the config as transformers 4 spelled it, config.v5.json the same as transformers 5 writes it
   MODEL/CASE/logits.safetensors base and adapter, f32 [lengths, vocab_size]: logits of the last token of each prefix of one row
   MODEL/CASE/grads.safetensors  f32, names as in the adapter: d loss / d of every LoRA matrix
+  bfloat16 of a case            relative errors of transformers' bf16 against that: logits (all of the adapter's), and of each gradient
 
 The arithmetic is f32 on the CPU, attention is eager, nothing is dropped out. A row is a forward pass of its own; loss is the mean
 over the targets of all rows, which are all tokens but the first of a row. Every feature of a case is taken away once: a logit
@@ -145,13 +146,29 @@ def loss_and_grads(peft, rows):
     loss = 0.0
     peft.zero_grad()
     for row in rows:
-        logits = peft(row, use_cache=False).logits[0, :-1]
+        logits = peft(row, use_cache=False).logits[0, :-1].float()
         part = torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum") / num_targets
         part.backward()
         loss += part.double().item()
     grads = {name: parameter.grad for name, parameter in trainable(peft).items()}
     assert all(grad.abs().max() > 0 for grad in grads.values())
     return loss, num_targets, get_peft_model_state_dict(peft, state_dict=grads)
+
+
+def relative_error(found, expected):
+    return float(f"{((found.double() - expected.double()).norm() / expected.double().norm()).item():.3g}")
+
+
+def bfloat16_errors(peft, rows, logits, grads):
+    """Errors of a model in bf16 under autocast with LoRA in f32, which is how Trainer and PEFT run with bf16=True."""
+    peft.bfloat16()
+    for parameter in trainable(peft).values():
+        parameter.data = parameter.data.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prefix_logits(peft, rows[-1]).float()
+        found_grads = loss_and_grads(peft, rows)[2]
+    return {"logits": relative_error(found, logits),
+            "gradients": {name: relative_error(found_grads[name], grad) for name, grad in sorted(grads.items())}}
 
 
 def new_spelling(config):
@@ -213,7 +230,10 @@ def write_case(name, model, case_name, out, weights, rows):
     loss, num_targets, grads = loss_and_grads(peft, rows)
     write_tensors(case_out / "logits.safetensors", logits)
     write_tensors(case_out / "grads.safetensors", grads)
-    return {"loss": loss, "num_target_tokens": num_targets, "packed": case.packed, "features": features}
+    written = {"loss": loss, "num_target_tokens": num_targets, "packed": case.packed, "features": features}
+    if model.bfloat16:
+        written["bfloat16"] = bfloat16_errors(peft, rows, logits["adapter"], {k: g.clone() for k, g in grads.items()})
+    return written
 
 
 def write_model(name, rows):

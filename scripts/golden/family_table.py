@@ -39,6 +39,7 @@ class Model:
     outer: dict = field(default_factory=dict)  # keys beside text_config
     language_model: bool = False  # the text model of a model that also sees
     new_names: bool = False  # tensors of the file have the names that transformers 5 gives them in memory
+    bfloat16: bool = False  # heads as wide as GPUs take them, and the errors of transformers' own bf16 are kept
 
 
 def decoder(architecture, model_type, config, **cases):
@@ -238,4 +239,45 @@ MODELS = {
     "gemma3-multimodal": Model(
         "Gemma3ForConditionalGeneration", "gemma3", SIZES | GEMMA3 | {"model_type": "gemma3_text", "head_dim": 16},
         {"default": Case(features=GEMMA3_FEATURES)}, language_model=True),
+}
+
+
+def wide(architecture, model_type, head_dim, config, **arguments):
+    """A model for GPUs: heads of 64, 96, 128 or 256, and a config that leaves layer patterns to the class where it can."""
+    features = arguments.pop("features", {})
+    sizes = SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim, "rms_norm_eps": 1e-5}
+    return Model(architecture, model_type, sizes | config, {"default": Case(features=features)}, bfloat16=True, **arguments)
+
+
+LOCAL = {**SHORT_WINDOW, "rope_theta": 1e4}
+WINDOW = {"window": {"sliding_window": 4096}}
+MODELS |= {
+    "llama-64": wide("LlamaForCausalLM", "llama", 64, {"rope_theta": 1e4}),
+    "qwen2-64": wide("Qwen2ForCausalLM", "qwen2", 64, {"rope_theta": 1e6, **TIED}, features=QKV),
+    "qwen3-128": wide("Qwen3ForCausalLM", "qwen3", 128, {"rope_theta": 1e6, **ONE_LAYER}, features=QK_NORM),
+    "mistral-128": wide("MistralForCausalLM", "mistral", 128, LOCAL | ONE_LAYER, features=WINDOW),
+    "ministral-128": wide("MinistralForCausalLM", "ministral", 128, LOCAL | LAYER_TYPES, features=WINDOW | {
+        "layer_types": {"layer_types": LAYER_TYPES["layer_types"][::-1]}}),
+    "ministral-tied": wide("MinistralForCausalLM", "ministral", 64, LOCAL | TIED | ONE_LAYER, features=WINDOW),
+    "ministral3-128": wide("Ministral3ForCausalLM", "ministral3", 128, ministral_rope() | ONE_LAYER, features={
+        "beta": ministral_rope(llama_4_scaling_beta=0.0)}),
+    "mistral3-64": wide("Mistral3ForConditionalGeneration", "mistral3", 64, {"model_type": "mistral", **LOCAL},
+                        features=WINDOW, language_model=True),
+    # No RoPE on the last of four layers, as the class has it.
+    "smollm3-64": wide("SmolLM3ForCausalLM", "smollm3", 64, {"num_hidden_layers": 4}, features={
+        "NoPE": {"no_rope_layers": [1, 1, 1, 1]}, "layer": {"no_rope_layers": [1, 1, 0, 1]}}),
+    "granite-64": wide("GraniteForCausalLM", "granite", 64, {"hidden_size": 128, **ONE_LAYER, "rope_theta": 1e4, **TIED, **GRANITE}),
+    "seed_oss-128": wide("SeedOssForCausalLM", "seed_oss", 128, {"rope_theta": 1e7, **ONE_LAYER}, features=QKV),
+    "olmo2-64": wide("Olmo2ForCausalLM", "olmo2", 64, {"hidden_size": 128, **ONE_LAYER, "num_key_value_heads": 2, "rope_theta": 5e5},
+                     features=QK_NORM | OLMO_NORMS),
+    # A window on the first three of four layers.
+    "olmo3-64": wide("Olmo3ForCausalLM", "olmo3", 64, {"num_attention_heads": 1, "num_hidden_layers": 4, "rope_theta": 5e5, **SHORT_WINDOW},
+                     features=WINDOW),
+    "phi3-96": wide("Phi3ForCausalLM", "phi3", 96, {"hidden_size": 192, **ONE_LAYER, **LOCAL}, features=WINDOW),
+    "gemma2-256": wide("Gemma2ForCausalLM", "gemma2", 256, GEMMA2 | {"head_dim": 256}, features=WINDOW),
+    # A window on the first five of six layers.
+    "gemma3-64": wide("Gemma3ForCausalLM", "gemma3_text", 64, {"num_hidden_layers": 6, **SHORT_WINDOW}, features=WINDOW | {
+        "pattern": {"sliding_window_pattern": 2}, "local theta": {"rope_local_base_freq": 1e6}}),
+    "gemma3-256": wide("Gemma3ForConditionalGeneration", "gemma3", 256,
+                       GEMMA3 | {"model_type": "gemma3_text", "head_dim": 256}, features=WINDOW, language_model=True),
 }

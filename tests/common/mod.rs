@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fsdp_qlora::testing::{
-    Accumulation, Adapter, Cpu, Delays, Engine, Gather, Groups, HostQueue, Keep, Limits, LoadOptions, Mode, Queue,
-    Residency, Trainables, adapter, load, local,
+    Accumulation, Adapter, Cpu, Cuda, CudaQueue, Delays, Engine, Gather, Groups, HostQueue, Keep, Limits, LoadOptions,
+    Mode, Ops, Queue, QueueOptions, Residency, Sizes, Trainables, adapter, load, local,
 };
+use half::bf16;
 
 pub type CpuEngine = Engine<Cpu, HostQueue>;
 
@@ -86,10 +87,37 @@ impl EngineOptions {
     /// The engine of one rank with a queue that `wrap` makes.
     pub fn engine_with<Q: Queue<Cpu>>(
         &self,
-        mut groups: Groups,
+        groups: Groups,
         shards: &Path,
         wrap: impl FnOnce(HostQueue) -> Q,
     ) -> Engine<Cpu, Q> {
+        let queue = |groups, _: &Sizes| wrap(HostQueue::new(groups, Delays::all(self.delay)).unwrap());
+        self.engine_on(Cpu::new(self.num_threads), groups, shards, queue)
+    }
+
+    /// The engine of a rank that is alone on a GPU.
+    pub fn engine_on_gpu(
+        &self,
+        cuda: Cuda<bf16>,
+        groups: Groups,
+        shards: &Path,
+    ) -> Engine<Cuda<bf16>, CudaQueue<bf16>> {
+        let device = cuda.clone();
+        let queue = |groups, sizes: &Sizes| {
+            let max_gradients = sizes.max_gradients();
+            let options = QueueOptions { max_gradients, share_gpu: false, delays: Delays::all(self.delay) };
+            CudaQueue::new(cuda, groups, options).unwrap()
+        };
+        self.engine_on(device, groups, shards, queue)
+    }
+
+    fn engine_on<D: Ops, Q: Queue<D>>(
+        &self,
+        device: D,
+        mut groups: Groups,
+        shards: &Path,
+        queue: impl FnOnce(Groups, &Sizes) -> Q,
+    ) -> Engine<D, Q> {
         let position = groups.position();
         let options = LoadOptions {
             load_in_4bit: self.load_in_4bit,
@@ -108,9 +136,10 @@ impl EngineOptions {
             ..Limits::new(self.mode, self.max_tokens, self.max_micro_batches)
         };
         let lora = self.adapter.as_ref().map(|a| Trainables::new(&base.spec, a.settings.lora_config()));
-        let queue = wrap(HostQueue::new(groups, Delays::all(self.delay)).unwrap());
-        let cpu = Cpu::new(self.num_threads);
-        let mut engine = Engine::new(cpu.clone(), cpu, queue, base, lora, limits).unwrap();
+        let world_size = position.world_size;
+        let sizes = Sizes { spec: &base.spec, layouts: &base.layouts, trainables: lora.as_ref(), world_size };
+        let queue = queue(groups, &sizes);
+        let mut engine = Engine::new(device, Cpu::new(self.num_threads), queue, base, lora, limits).unwrap();
         for (layer, values) in self.adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
             engine.load_trainable(layer, values).unwrap();
         }

@@ -35,6 +35,13 @@ fn read(family: &'static str, fields: &mut Fields) -> ModelSpec {
     let decoder = Decoder::read(fields, &DEFAULTS);
     let window = fields.size_or_null("sliding_window", Some(4096));
     let is_sliding = decoder.layer_types(fields);
+    if window.is_none() && is_sliding.as_ref().is_some_and(|list| list.contains(&true)) {
+        fields.refuse(
+            "sliding_window",
+            json!(null),
+            "an integer above 0, because layer_types has \"sliding_attention\"",
+        );
+    }
     let rope = rope::read(fields, &decoder, 10_000.0);
     fields.check_neutral([("hidden_act", json!("silu"))]);
     let mut spec = decoder.spec(family, vec![rope], fields);
@@ -83,6 +90,12 @@ mod tests {
         ministral["model_type"] = json!("ministral");
         ministral["architectures"] = json!(["MinistralForCausalLM"]);
         assert_eq!(windows(ministral.clone()), [Some(9), None]);
+        let mut no_size = ministral.clone();
+        no_size["sliding_window"] = json!(null);
+        let error = error_of(no_size.clone());
+        assert!(error.contains("sliding_window: found null, allowed: an integer above 0"), "{error}");
+        no_size["layer_types"] = json!(["full_attention", "full_attention"]);
+        assert_eq!(windows(no_size), [None, None]);
         ministral["layer_types"] = json!(null);
         assert_eq!(windows(ministral.clone()), [Some(9), Some(9)]);
         for wrong in
