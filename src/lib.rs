@@ -114,3 +114,4 @@ pub use comm::watch;
 pub use guarded::is_guarded;
 pub use recipe::RecipeError;
 pub use start::agree::Disagreement;
+pub use train::run::Outcome;

@@ -5,7 +5,10 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::IsTerminal;
 
 use clap::Parser;
-use fsdp_qlora::{Cli, Disagreement, RecipeError, World, abort, is_guarded, launcher_rank, stderr, watch};
+use fsdp_qlora::{Cli, Disagreement, Outcome, RecipeError, World, abort, is_guarded, launcher_rank, stderr, watch};
+
+/// Exit status of a run that has saved a checkpoint and can go on (EX_TEMPFAIL of sysexits.h).
+const STOPPED: i32 = 75;
 
 fn main() {
     let cli = match Cli::try_parse() {
@@ -21,11 +24,15 @@ fn main() {
     let prefix = prefix(world.rank, world.world_size);
     end_all_ranks_on_panic(prefix.clone());
     // After an error the world is not dropped, because dropping it waits for the other ranks.
-    if let Err(error) = cli.map_err(anyhow::Error::from).and_then(|cli| cli.run(&world)) {
-        fail(&error, &prefix);
-    }
+    let outcome = match cli.map_err(anyhow::Error::from).and_then(|cli| cli.run(&world)) {
+        Ok(outcome) => outcome,
+        Err(error) => fail(&error, &prefix),
+    };
     if let Err(error) = world.end() {
         fail(&error, &prefix);
+    }
+    if let Outcome::Stopped { .. } = outcome {
+        std::process::exit(STOPPED);
     }
 }
 

@@ -215,7 +215,7 @@ fn recipes() {
     assert!(text.contains("no.yaml"), "{text}");
     train_fails(
         &place,
-        &["training.learning_rat=1", "lora.r=-1", "training.save_steps=5", "data.packing=maybe"],
+        &["training.learning_rat=1", "lora.r=-1", "training.max_time=5", "data.packing=maybe"],
         2,
         &["learning_rate", "lora.r", "not supported yet", "data.packing"],
     );

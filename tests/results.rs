@@ -154,10 +154,11 @@ fn a_run_that_failed_is_kept_and_one_that_made_no_step_leaves_nothing() {
     let run = record(&place);
     assert!(run["state"] == "failed" && run["reason"].as_str().unwrap().contains("FSDP_QLORA_FAULT"), "{run}");
     let before = files(&place.path("out"));
-    let text = fails(place.command(&TRAIN), 1);
-    assert!(text.contains("has a run that failed") && text.contains("--overwrite"), "{text}");
+    let text = fails(place.command(&train_with(&["training.seed=7"])), 1);
+    assert!(text.contains("has another run, which failed") && text.contains("--overwrite"), "{text}");
     assert!(before == files(&place.path("out")) && metrics(&place.read("out/metrics.jsonl")).len() == 2);
-    succeeds(place.command(&overwrite(&[])));
+    let text = succeeds(place.command(&TRAIN));
+    assert!(text.contains("the same run failed") && text.contains("it begins with the first step"), "{text}");
     assert_eq!((record(&place)["state"].clone(), num_steps(&place, "out/metrics.jsonl")), ("finished".into(), 3));
 }
 
@@ -199,7 +200,7 @@ fn a_kill_while_training_is_told_and_the_lock_is_free() {
     assert!(!place.path(ADAPTER).exists());
     let before = files(&place.path("out"));
     let text = fails(place.mpirun(2, &TRAIN), 1);
-    assert!(text.contains("has a run that was killed") && text.contains("--overwrite"), "{text}");
+    assert!(text.contains("has another run, which was killed") && text.contains("--overwrite"), "{text}");
     assert!(before == files(&place.path("out")));
     succeeds(place.mpirun(2, &overwrite(&[])));
     eval(&place, "out");

@@ -17,5 +17,6 @@ mod record;
 pub mod room;
 pub mod shards;
 pub mod source;
+pub mod state;
 pub mod synthetic;
 mod zeros;

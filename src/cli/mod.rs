@@ -26,11 +26,12 @@ use crate::start::agree::{agree, clock_of_rank_0};
 use crate::start::placement::DeviceKind;
 use crate::start::{Facts, Start};
 use crate::train::log::Log;
+use crate::train::run::Outcome;
 
 const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
 
 Exit status: 0 the command is done, or was finished before; 2 the command line or the recipe is wrong, or the ranks were not started \
-alike; 1 anything else, and also an adapter that had to be saved elsewhere than in output_dir (the last line names the place)";
+alike; 75 a signal stopped the run after it had saved a checkpoint, and the same command goes on; 1 anything else, and also an adapter that had to be saved elsewhere than in output_dir (the last line names the place)";
 
 /// Most ranks, or shards, that the command line takes: a larger number is a slip of the pen, and the work of planning
 /// grows with it.
@@ -82,7 +83,7 @@ enum Command {
 
 impl Cli {
     /// Runs the subcommand on this rank.
-    pub fn run(self, world: &World) -> Result<()> {
+    pub fn run(self, world: &World) -> Result<Outcome> {
         let Common { device, ranks_per_gpu, overrides } = self.common;
         if device == DeviceKind::Cpu && ranks_per_gpu != 1 {
             return Err(usage("--ranks-per-gpu is not for --device cpu"));
@@ -100,12 +101,11 @@ impl Cli {
                 if world.rank == 0 {
                     print!("{}", recipe::help());
                 }
-                Ok(())
             }
-            Command::Train(args) => train::run(&start, comm, &args, &overrides),
-            Command::Quantize(args) => quantize::run(&start, comm, &args, &overrides),
-            Command::Eval(args) => eval::run(&start, comm, &args, &overrides),
-            Command::Generate(args) => generate::run(&start, comm, &args, &overrides),
+            Command::Train(args) => return train::run(&start, comm, &args, &overrides),
+            Command::Quantize(args) => quantize::run(&start, comm, &args, &overrides)?,
+            Command::Eval(args) => eval::run(&start, comm, &args, &overrides)?,
+            Command::Generate(args) => generate::run(&start, comm, &args, &overrides)?,
             Command::Plan(args) => {
                 if device != DeviceKind::Auto {
                     return Err(usage("plan computes nothing: --device is not for it; --gpu is"));
@@ -116,16 +116,18 @@ impl Cli {
                 if world.rank == 0 {
                     plan::run(&args, ranks_per_gpu as usize, &overrides)?;
                 }
-                Ok(())
             }
             Command::Cache(command) => {
                 if device != DeviceKind::Auto || ranks_per_gpu != 1 || !overrides.is_empty() {
                     return Err(usage("cache loads no model: --device, --ranks-per-gpu and --set are not for it"));
                 }
-                if world.rank == 0 { cache::run(&command) } else { Ok(()) }
+                if world.rank == 0 {
+                    cache::run(&command)?;
+                }
             }
-            Command::Bench(bench) => bench::run(&start, comm, &bench, &overrides),
+            Command::Bench(bench) => bench::run(&start, comm, &bench, &overrides)?,
         }
+        Ok(Outcome::Finished)
     }
 }
 

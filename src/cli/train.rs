@@ -7,17 +7,20 @@ use clap::Args;
 
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::identity::BaseStamps;
+use crate::checkpoint::load::OpenedBase;
 use crate::checkpoint::output::Output;
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::room::Want;
+use crate::checkpoint::state::Found;
+use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
-use crate::comm::{Queue, anywhere};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::model::spec::ModelSpec;
 use crate::recipe::{self, Command, Job, Steps};
 use crate::start::agree::{agree_on, agree_on_inputs};
+use crate::start::begin::{Beginning, begin, with_batch_of_the_run};
 use crate::start::data::TrainingData;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
@@ -25,7 +28,9 @@ use crate::train::check::{self, IsZero};
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::result::{Kept, doubt, save};
-use crate::train::run::{self, Run};
+use crate::train::run::{Outcome, Run};
+use crate::train::saving::{self, Fixed, Writer};
+use crate::train::signals;
 
 use super::check_trace;
 
@@ -53,7 +58,7 @@ impl Default for TrainArgs {
 
 /// Trains. Exit status 0: the adapter is in output_dir. If it had to be saved elsewhere, that is an error, and its message, the last line,
 /// names the place.
-pub fn run(start: &Start, comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<()> {
+pub fn run(start: &Start, comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<Outcome> {
     let mut output = None;
     let result = train(start, comm, args, overrides, &mut output);
     if let (Err(error), Some(output)) = (&result, &output) {
@@ -69,7 +74,7 @@ fn train(
     args: &TrainArgs,
     overrides: &[String],
     output: &mut Option<Output>,
-) -> Result<()> {
+) -> Result<Outcome> {
     let job = agree_on(&mut comm, recipe::load(&args.config, Command::Train, overrides)?)?;
     let trace = args.trace.as_deref();
     check_trace(trace)?;
@@ -80,7 +85,7 @@ fn train(
     let adapter = start.adapter_to_train(&job, &config)?;
     let kept = Kept::read(&job.model)?;
     if start.world.rank == 0 {
-        let room = kept.room(&adapter, job.training.max_steps);
+        let room = kept.room(&adapter, &job.training);
         let held = Output::open(&job.output_dir, args.overwrite, room, &mut |line| start.log.line(line));
         *output = Some(held.context("output_dir")?);
         opened.kept_free.push(Want { dir: job.output_dir.clone(), bytes: room });
@@ -88,26 +93,18 @@ fn train(
     let mut inputs = Facts::default();
     inputs.add_adapter("lora.adapter", Some(&adapter));
     let data = TrainingData::load(start, &job, &config, &mut inputs)?;
+    let identity = |job: &Job| run_identity(job, world_size, &opened, &adapter, &data);
+    let job = with_batch_of_the_run(&mut comm, job, output.as_ref(), start.log, identity)?;
     let limits = data.limits(&job, world_size);
     inputs.add_limits(&limits);
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
     config.remarks.iter().chain(&steps.remarks).for_each(|remark| start.log.line(remark.clone()));
-    let hex = |digest: u64| format!("{digest:016x}");
-    let identity = RunIdentity {
-        world_size,
-        base: opened.identity(),
-        tokenizer: data.tokenizer.clone(),
-        adapter: hex(adapter.digest()),
-        data: hex(data.train.digest()),
-        eval_data: data.eval.as_ref().map(|eval| hex(eval.digest())),
-        recipe: decided_values(&job, &steps),
-    };
-    let begun = output.as_mut().map_or(Ok(true), |output| output.begin(identity)).context("output_dir")?;
-    if anywhere(&mut comm, !begun)? {
+    let run = identity(&job)?;
+    let Some(beginning) = begin(&mut comm, &job, output.as_mut(), run.clone(), start.log)? else {
         start.log.line(format!("already finished: the adapter of this very run is in {}", job.output_dir.display()));
-        return Ok(());
-    }
+        return Ok(Outcome::Finished);
+    };
     let (base, stamps) = (opened.model.clone(), opened.stamps());
     let (placement, loaded) = start.base(&mut comm, opened, &job, &inputs)?;
     let work = Training {
@@ -120,6 +117,8 @@ fn train(
         trace,
         kept: &kept,
         output: output.as_mut(),
+        run,
+        beginning,
         stamps: &stamps,
         is_zero: &|weight| base.is_zero(weight),
     };
@@ -127,11 +126,27 @@ fn train(
     start.with_engine(placement, setup, work)
 }
 
-/// Returns every key with its decided value.
-fn decided_values(job: &Job, steps: &Steps) -> serde_json::Map<String, serde_json::Value> {
-    let mut values = job.values();
-    values.insert("training.warmup_steps".into(), steps.warmup_steps.into());
-    values
+/// Returns everything that decides the result of a job.
+fn run_identity(
+    job: &Job,
+    world_size: usize,
+    opened: &OpenedBase,
+    adapter: &Adapter,
+    data: &TrainingData,
+) -> Result<RunIdentity> {
+    let (hex, mut recipe) = (|digest: u64| format!("{digest:016x}"), job.values());
+    let steps = job.training.steps(data.train.sequences.len(), world_size)?;
+    recipe.insert("training.warmup_steps".into(), steps.warmup_steps.into());
+    Ok(RunIdentity {
+        world_size,
+        global_batch_size: job.training.global_batch_size(world_size),
+        base: opened.identity(),
+        tokenizer: data.tokenizer.clone(),
+        adapter: hex(adapter.digest()),
+        data: hex(data.train.digest()),
+        eval_data: data.eval.as_ref().map(|eval| hex(eval.digest())),
+        recipe,
+    })
 }
 
 /// A run from the first step to the saved adapter.
@@ -146,30 +161,46 @@ struct Training<'a> {
     kept: &'a Kept,
     /// `None` on all ranks but the first.
     output: Option<&'a mut Output>,
+    run: RunIdentity,
+    beginning: Beginning,
     stamps: &'a BaseStamps,
     is_zero: IsZero<'a>,
 }
 
 impl Work for Training<'_> {
-    type Output = ();
+    type Output = Outcome;
 
-    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<()> {
-        let Training { start, job, steps, config, adapter, data, trace, kept, output, stamps, is_zero } = self;
-        let live = output.as_ref().map(|output| (output.live(), output.keeps_a_result()));
-        if let Some((live, true)) = &live {
-            start.log.line(format!(
-                "output_dir: what is there stays until the run is complete, which writes to {}",
-                live.display()
-            ));
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Outcome> {
+        let Training { start, job, steps, config, adapter, data, trace, kept, output, run, beginning, stamps, is_zero } =
+            self;
+        let Beginning { progress, checkpoint } = beginning;
+        if progress.step > 0 {
+            saving::restore(engine, checkpoint.as_ref(), &adapter.settings, config)?;
         }
-        let mut metrics = live.map(|(live, _)| MetricsFile::create(&live, start.log)).transpose()?;
+        let (mut metrics, mut writer) = (None, None);
+        if let Some(output) = &output {
+            let live = output.live();
+            if output.keeps_a_result() {
+                let live = live.display();
+                start
+                    .log
+                    .line(format!("output_dir: what is there stays until the run is complete, which writes to {live}"));
+            }
+            let lines = checkpoint.as_ref().map_or(Ok(Vec::new()), Found::metrics)?;
+            metrics = Some(MetricsFile::create(live, lines, start.log)?);
+            let (output, base, spec, limit) =
+                (live.into(), kept.base.clone(), config.clone(), job.training.save_total_limit);
+            writer = Some(Writer::new(Fixed { output, base, spec, run, limit }, adapter, start.log));
+        }
         let run = Run {
             engine: &mut *engine,
             job: &job.training,
             steps,
             train: &data.train,
             eval: data.eval.as_ref(),
+            progress,
             metrics: metrics.as_mut(),
+            writer: writer.as_mut(),
             log: start.log,
             trace,
             is_zero,
@@ -180,12 +211,23 @@ impl Work for Training<'_> {
             job.training.global_batch_size(start.world.world_size),
             adapter.layers.iter().map(Vec::len).sum::<usize>()
         ));
-        run.run()?;
+        signals::listen()?;
+        let outcome = run.run()?;
         watch::phase(Phase::Save)?;
-        let learned = run::adapter(engine, &adapter.settings)?;
-        check::result_is_sound(adapter, &learned)?;
+        if let Outcome::Stopped { step, reason } = &outcome {
+            if let Some(output) = output {
+                output.stop(format!("{reason}, after step {step}"))?;
+                start.log.line(format!(
+                    "stopped by {reason} after step {step}; help: the same `train` again goes on from there"
+                ));
+            }
+            engine.queue.all_gather_f64("end", &[0.0])?;
+            return Ok(outcome);
+        }
+        let learned = saving::adapter(engine, &adapter.settings, output.is_some())?;
+        learned.as_ref().map_or(Ok(()), |learned| check::result_is_sound(adapter, learned))?;
         let doubt = doubt(&mut engine.queue, start.world.local_rank, stamps)?;
-        if let (Some(output), Some(metrics)) = (output, metrics) {
+        if let (Some(output), Some(metrics), Some(learned)) = (output, metrics, learned) {
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
             let wait = watch::wait("saving the adapter");
             save(output, &learned, config, kept, metrics.lines(), doubt)?;
@@ -194,6 +236,6 @@ impl Work for Training<'_> {
         }
         // The other ranks end when the adapter is there: a launcher that sees them end may end the job.
         engine.queue.all_gather_f64("end", &[0.0])?;
-        Ok(())
+        Ok(outcome)
     }
 }

@@ -13,7 +13,7 @@ use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored, StoredUnit};
 use super::nccl::{self, Communicators, Nccl};
 use super::spans::{Lane, Span};
 use super::watch::{self, Limit, Probe, Probed};
-use super::{Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits};
+use super::{Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits, broadcast};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, Element, Place, ViewMut};
 
@@ -491,5 +491,9 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
 
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
         all_gather_values(&mut *self.groups.shards, name, values)
+    }
+
+    fn broadcast_f32(&mut self, name: &str, values: &mut Vec<f32>) -> Result<()> {
+        broadcast(&mut *self.groups.world, bytemuck::cast_slice_mut(values)).with_context(|| name.to_string())
     }
 }

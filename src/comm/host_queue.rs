@@ -13,7 +13,8 @@ use super::node::{Draft, Published};
 use super::spans::{Lane, Span};
 use super::sums::{all_reduce, exchange};
 use super::{
-    Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits, watch,
+    Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits,
+    broadcast, watch,
 };
 
 type Job = Box<dyn FnOnce(&mut Thread) + Send>;
@@ -320,6 +321,15 @@ impl Queue<Cpu> for HostQueue {
 
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
         self.all_gather_values(name, values, |groups| &mut *groups.shards)
+    }
+
+    fn broadcast_f32(&mut self, name: &str, values: &mut Vec<f32>) -> Result<()> {
+        let mut own = std::mem::take(values);
+        *values = self.run(name, move |groups| {
+            broadcast(&mut *groups.world, bytemuck::cast_slice_mut(&mut own))?;
+            Ok(own)
+        })?;
+        Ok(())
     }
 }
 

@@ -218,6 +218,9 @@ pub trait Queue<D: Device> {
     /// Returns the `values` of each shard's rank, one after the other; all have as many. Blocks.
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>>;
 
+    /// Gives every rank the `values` of rank 0; all have as many. Blocks.
+    fn broadcast_f32(&mut self, name: &str, values: &mut Vec<f32>) -> Result<()>;
+
     /// Returns the element-wise sum over ranks, added in rank order. Blocks.
     fn all_reduce_f64(&mut self, name: &str, values: &[f64]) -> Result<Vec<f64>> {
         let mut sum = vec![0.0; values.len()];
@@ -240,6 +243,26 @@ pub struct HostCopy<D: Device, T> {
     pub host: Guarded<HostBuffer<T>>,
     /// Elements that are copied.
     pub len: usize,
+}
+
+/// Gives every rank the bytes of rank 0, from each rank to the next.
+pub fn broadcast(comm: &mut dyn Comm, bytes: &mut [u8]) -> Result<()> {
+    let (rank, world_size) = (comm.rank(), comm.world_size());
+    if rank > 0 {
+        comm.send_receive(rank, &[], rank - 1, bytes)?;
+    }
+    match rank + 1 < world_size {
+        true => comm.send_receive(rank + 1, bytes, rank, &mut []),
+        false => Ok(()),
+    }
+}
+
+/// Gives every rank the bytes of rank 0; what the other ranks pass is not looked at.
+pub fn broadcast_bytes(comm: &mut dyn Comm, bytes: Vec<u8>) -> Result<Vec<u8>> {
+    let len = all_gather_u64(comm, bytes.len() as u64)?[0] as usize;
+    let mut all = if comm.rank() == 0 { bytes } else { vec![0; len] };
+    broadcast(comm, &mut all)?;
+    Ok(all)
 }
 
 /// Returns every rank's `value` in rank order.

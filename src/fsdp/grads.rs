@@ -1,10 +1,9 @@
 //! The trainable values of an engine: their gradients' reduce-scatter and global norm, their update, and their way to
-//! and from the host.
+//! and from the host. Gradients aside, they are the part of a run's state that the ranks hold together.
 
 use anyhow::{Context, Result, bail, ensure};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::comm::guarded::Guarded;
 use crate::comm::{Queue, TrainableBuffers};
 use crate::device::{AdamWOps, Device, ElementwiseOps, Ops, Place};
 use crate::optim::adamw::Update;
@@ -18,6 +17,9 @@ use super::layout::TrainableLayout;
 pub enum Values {
     Master,
     Grad,
+    /// AdamW's mean of gradients and of their squares.
+    ExpAvg,
+    ExpAvgSq,
 }
 
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
@@ -82,12 +84,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         Ok((norm, true))
     }
 
-    /// Takes this rank's part of `values` as the layer's trainable values. `values` is laid out as the layout says.
+    /// Takes this rank's part of `values`, which are laid out as the layout says, as the layer's trainable values, and
+    /// forgets what AdamW knew about them.
     pub fn load_trainable(&mut self, layer: usize, values: &[f32]) -> Result<()> {
-        let layout = self.trainable_layout(layer)?;
-        ensure!(values.len() == layout.len, "{} values, the layer has {}", values.len(), layout.len);
-        let mut padded = values.to_vec();
-        padded.resize(layout.padded_len(), 0.0);
         let trainable = &mut self.memory.trainables[layer];
         for state in [&mut trainable.exp_avg, &mut trainable.exp_avg_sq] {
             match state {
@@ -95,32 +94,59 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
                 Place::Host(state) => self.host.fill_bytes(state.view_mut(), 0)?,
             }
         }
-        let master = trainable.master.as_mut().context("the LoRA shard is being gathered")?;
-        let own = layout.shard_range(self.queue.position().shard);
-        match master.wait_on_host_mut()? {
-            Place::Device(master) => self.device.upload(master.view_mut(), &padded[own]),
-            Place::Host(master) => self.host.upload(master.view_mut(), &padded[own]),
+        self.load_values(layer, Values::Master, values)
+    }
+
+    /// Takes this rank's part of `values`, which are laid out as the layout says.
+    pub fn load_values(&mut self, layer: usize, kind: Values, values: &[f32]) -> Result<()> {
+        let layout = self.trainable_layout(layer)?;
+        ensure!(values.len() == layout.len, "{} values, the layer has {}", values.len(), layout.len);
+        let mut padded = values.to_vec();
+        padded.resize(layout.padded_len(), 0.0);
+        let own = &padded[layout.shard_range(self.queue.position().shard)];
+        let trainable = &mut self.memory.trainables[layer];
+        let under_way = || under_way(layer, kind);
+        let place = match kind {
+            Values::Master => trainable.master.as_mut().with_context(under_way)?.wait_on_host_mut()?,
+            Values::Grad => trainable.grad.as_mut().with_context(under_way)?.wait_on_host_mut()?,
+            Values::ExpAvg => &mut trainable.exp_avg,
+            Values::ExpAvgSq => &mut trainable.exp_avg_sq,
+        };
+        match place {
+            Place::Device(place) => self.device.upload(place.view_mut(), own),
+            Place::Host(place) => self.host.upload(place.view_mut(), own),
         }
     }
 
-    /// Returns all values of a layer on every rank, as the layout has them.
-    pub fn gather_trainable_to_host(&mut self, layer: usize, values: Values) -> Result<Vec<f32>> {
-        let shard = match values {
-            Values::Master => &self.memory.trainables[layer].master,
-            Values::Grad => &self.memory.trainables[layer].grad,
+    /// Returns all values of a layer on every rank, as the layout has them. Collective.
+    pub fn gather_trainable_to_host(&mut self, layer: usize, kind: Values) -> Result<Vec<f32>> {
+        let trainable = &self.memory.trainables[layer];
+        let under_way = || under_way(layer, kind);
+        let place = match kind {
+            Values::Master => trainable.master.as_ref().with_context(under_way)?.wait_on_host()?,
+            Values::Grad => trainable.grad.as_ref().with_context(under_way)?.wait_on_host()?,
+            Values::ExpAvg => &trainable.exp_avg,
+            Values::ExpAvgSq => &trainable.exp_avg_sq,
         };
-        let own = self.on_host(shard.as_ref().with_context(|| format!("{values:?} of layer {layer} is under way"))?)?;
+        let own = self.on_host(place)?;
         let mut all = self.queue.gather_shards_f32("trainable values", &own)?;
         all.truncate(self.trainable_layout(layer)?.len);
         Ok(all)
+    }
+
+    /// Gives every rank its part of the values that rank 0 has of a layer; those of the other ranks are overwritten.
+    /// Collective.
+    pub fn scatter_trainable(&mut self, layer: usize, kind: Values, values: &mut Vec<f32>) -> Result<()> {
+        values.resize(self.trainable_layout(layer)?.len, 0.0);
+        self.queue.broadcast_f32("trainable values", values)?;
+        self.load_values(layer, kind, values)
     }
 
     fn trainable_layout(&self, layer: usize) -> Result<TrainableLayout> {
         Ok(self.sharded().context("there is no adapter")?.layout(layer))
     }
 
-    fn on_host(&self, values: &Guarded<Place<D, f32>>) -> Result<Vec<f32>> {
-        let values = values.wait_on_host()?;
+    fn on_host(&self, values: &Place<D, f32>) -> Result<Vec<f32>> {
         let mut copy = vec![0f32; values.len()];
         match values {
             Place::Device(values) => self.device.download(&mut copy, values.view())?,
@@ -139,7 +165,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let master =
                 trainable.master.as_ref().with_context(|| format!("the LoRA of layer {layer} is being gathered"))?;
-            hash.update(bytemuck::cast_slice(&self.on_host(master)?));
+            hash.update(bytemuck::cast_slice(&self.on_host(master.wait_on_host()?)?));
         }
         let digest = hash.digest();
         // Each half of the hash is exact in f64.
@@ -154,6 +180,10 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         }
         Ok(())
     }
+}
+
+fn under_way(layer: usize, kind: Values) -> String {
+    format!("{kind:?} of layer {layer} is under way")
 }
 
 fn not_waited_for(layer: usize) -> String {

@@ -1,8 +1,10 @@
 //! Dynamic loss scaling, as `torch.amp.GradScaler` does it: where activations are fp16, small gradients vanish unless
 //! the loss is scaled up, and a scale that is too large makes some of them infinite.
 
+use serde::{Deserialize, Serialize};
+
 /// The scale and what has happened since it changed.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LossScaler {
     /// `None`: nothing is scaled.
     scale: Option<f32>,

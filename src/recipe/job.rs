@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::command::Command;
 use super::keys::{self, Key};
 use super::overrides::Written;
+use crate::checkpoint::output::Resume;
 use crate::choices::choices;
 pub use crate::comm::Gather;
 use crate::data::{Format, LossOn, Overlong, Packing};
@@ -77,6 +78,12 @@ impl Job {
     pub fn values(&self) -> Map<String, Value> {
         self.values.clone()
     }
+
+    /// Returns this job with steps of so many sequences on all ranks, whatever was written.
+    pub fn with_global_batch(&self, sequences: usize) -> Job {
+        let training = TrainingJob { batch: BatchSize::Global(sequences), ..self.training.clone() };
+        Job { training, ..self.clone() }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -140,6 +147,11 @@ pub struct TrainingJob {
     pub weight_decay: f64,
     pub seed: u64,
     pub logging_steps: usize,
+    /// `None` means no checkpoint but when the run is stopped.
+    pub save_steps: Option<usize>,
+    /// `None` keeps all checkpoints.
+    pub save_total_limit: Option<usize>,
+    pub resume: Resume,
     /// `None` means before and after training only.
     pub eval_steps: Option<usize>,
 }
@@ -377,6 +389,9 @@ fn build_training(written: &Written) -> Option<TrainingJob> {
         weight_decay: written.get(&keys::WEIGHT_DECAY)?,
         seed: written.get(&keys::SEED)?,
         logging_steps: written.get(&keys::LOGGING_STEPS)?,
+        save_steps: written.get(&keys::SAVE_STEPS)?,
+        save_total_limit: written.get(&keys::SAVE_TOTAL_LIMIT)?,
+        resume: written.get(&keys::RESUME)?,
         eval_steps: written.get(&keys::EVAL_STEPS)?,
     })
 }

@@ -12,6 +12,7 @@ use super::job::{
 };
 use super::overrides::Written;
 use super::paths;
+use crate::checkpoint::output::Resume;
 use crate::data::{Format, LossOn, Overlong, Packing};
 use crate::model::trainable::Targets;
 
@@ -142,6 +143,14 @@ keys! {
         &["an integer from 0 to 9007199254740992"], "data order, dropout and new adapters follow from it";
     LOGGING_STEPS: usize = "training.logging_steps", "1", TRAINING, |v| integer(v, 1..=MAX_INTEGER),
         &["an integer of at least 1"], "a line every so many steps";
+    SAVE_STEPS: Option<usize> = "training.save_steps", "100", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_INTEGER)),
+        &["null (no checkpoints but when the run is stopped)", "an integer of at least 1"],
+        "a checkpoint every so many steps, in output_dir";
+    SAVE_TOTAL_LIMIT: Option<usize> = "training.save_total_limit", "2", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_INTEGER)),
+        &["null (all are kept)", "an integer of at least 1"], "checkpoints that are kept; older ones are removed";
+    RESUME: Resume = "training.resume", "auto", TRAINING, resume,
+        &["auto", "never", "a checkpoint directory"],
+        "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin with the first step";
     EVAL_STEPS: Option<usize> = "training.eval_steps", "null", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_INTEGER)),
         &["null (before and after training only)", "an integer of at least 1"], "held-out loss every so many steps";
 
@@ -173,8 +182,7 @@ pub(super) const MAX_MICRO_BATCHES: usize = 1 << 14;
 pub(super) const MAX_STEPS_OF_A_RUN: usize = 1 << 30;
 
 /// Keys that are planned but not implemented.
-pub(super) const KEYS_NOT_YET: &[&str] =
-    &["training.save_steps", "training.save_total_limit", "training.resume", "training.max_time"];
+pub(super) const KEYS_NOT_YET: &[&str] = &["training.max_time"];
 
 /// Values that are planned but not implemented.
 pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[("data.format", "sharegpt")];
@@ -280,6 +288,14 @@ pub(super) fn why_no_path(value: &Value) -> Option<String> {
     match value {
         Value::Array(list) => list.iter().find_map(why_no_path),
         value => paths::read(value.as_str()?).err(),
+    }
+}
+
+fn resume(value: &Value) -> Option<Resume> {
+    match value.as_str()? {
+        "auto" => Some(Resume::Auto),
+        "never" => Some(Resume::Never),
+        _ => path(value).map(Resume::From),
     }
 }
 

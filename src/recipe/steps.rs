@@ -105,6 +105,7 @@ impl TrainingJob {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checkpoint::output::Resume;
     use crate::optim::lr::LrScheduler;
 
     fn job() -> TrainingJob {
@@ -123,6 +124,9 @@ mod tests {
             weight_decay: 0.0,
             seed: 42,
             logging_steps: 1,
+            save_steps: None,
+            save_total_limit: None,
+            resume: Resume::Auto,
             eval_steps: None,
         }
     }

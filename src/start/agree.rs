@@ -48,6 +48,12 @@ pub fn agree_on(comm: &mut dyn Comm, job: Job) -> Result<Agreed<Job>> {
     Ok(Agreed(job))
 }
 
+/// Returns the job with steps of as many sequences as rank 0 says, if it says so. Collective.
+pub fn agree_on_batch(comm: &mut dyn Comm, job: Agreed<Job>, sequences: Option<usize>) -> Result<Agreed<Job>> {
+    let sequences = all_gather_u64(comm, sequences.unwrap_or(0) as u64)?[0] as usize;
+    Ok(if sequences > 0 { Agreed(job.with_global_batch(sequences)) } else { job })
+}
+
 /// Returns the inputs of a run if all ranks have read the same ones. Collective.
 pub fn agree_on_inputs(comm: &mut dyn Comm, inputs: Facts) -> Result<Agreed<Facts>> {
     agree(comm, &inputs)?;

@@ -8,6 +8,7 @@
 
 pub mod adapter;
 pub mod agree;
+pub mod begin;
 mod budget;
 pub mod data;
 pub mod engine;

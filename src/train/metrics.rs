@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use crate::checkpoint::atomic;
 use crate::checkpoint::output::{METRICS_FILE, is_at};
 
 use super::log::Log;
@@ -55,11 +56,12 @@ pub struct MetricsFile {
 }
 
 impl MetricsFile {
-    /// Makes an empty file.
-    pub fn create(dir: &Path, log: Log) -> Result<MetricsFile> {
+    /// Makes a file that begins with these lines: those of the run that goes on, or none.
+    pub fn create(dir: &Path, lines: Vec<u8>, log: Log) -> Result<MetricsFile> {
         let path = dir.join(METRICS_FILE);
-        let file = File::create(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
-        Ok(MetricsFile { path, file: Some(file), lines: Vec::new(), written: 0, has_failed: false, log })
+        atomic::write(&path, &lines)?;
+        let file = File::options().write(true).open(&path).with_context(|| path.display().to_string())?;
+        Ok(MetricsFile { path, file: Some(file), written: lines.len(), lines, has_failed: false, log })
     }
 
     /// Appends one line. If the file cannot be written, this is reported once and tried again with the next line.
@@ -134,7 +136,7 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let dir = place.path().join("out");
         std::fs::create_dir(&dir).unwrap();
-        let mut metrics = MetricsFile::create(&dir, Log { enabled: false }).unwrap();
+        let mut metrics = MetricsFile::create(&dir, Vec::new(), Log { enabled: false }).unwrap();
         metrics.write(&1).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
         metrics.write(&2).unwrap();

@@ -9,4 +9,6 @@ pub mod objective;
 pub mod per_token;
 pub mod result;
 pub mod run;
+pub mod saving;
+pub mod signals;
 pub mod step;

@@ -12,17 +12,21 @@ use crate::comm::{Queue, watch};
 use crate::device::Device;
 use crate::files;
 use crate::model::spec::ModelSpec;
+use crate::recipe::TrainingJob;
 
 /// A line of metrics.jsonl takes less.
 const METRICS_LINE_BYTES: usize = 1000;
 /// Most room that is looked for before training for metrics.jsonl: `max_steps` may be a number that nobody waits for.
 const MAX_METRICS_BYTES: usize = 1 << 28;
 
+/// Number of values that a checkpoint has for each of the adapter's: AdamW's two means and itself.
+const VALUES_OF_A_CHECKPOINT: usize = 3;
+
 /// Parts of the model's folder that belong to the result. They are read at the start, since the folder may be gone at
 /// the end.
 pub struct Kept {
     /// Absolute path of the base, for `adapter_config.json`.
-    base: PathBuf,
+    pub base: PathBuf,
     tokenizer_files: Vec<(&'static str, Vec<u8>)>,
 }
 
@@ -35,12 +39,15 @@ impl Kept {
         Ok(Kept { base, tokenizer_files: present.map(read).collect::<Result<_>>()? })
     }
 
-    /// Returns the bytes that a result takes, with an adapter of this size and a line of metrics for each step, where
-    /// their number is set.
-    pub fn room(&self, adapter: &Adapter, max_steps: Option<usize>) -> usize {
-        let lines = max_steps.unwrap_or_default().saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
+    /// Returns the bytes that a run writes, with an adapter of this size: the result, with a line of metrics for each
+    /// step where their number is set, and the checkpoints that are kept, or one, and one that is being written.
+    pub fn room(&self, adapter: &Adapter, job: &TrainingJob) -> usize {
+        let lines = job.max_steps.unwrap_or_default().saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
         let tokenizer: usize = self.tokenizer_files.iter().map(|(_, content)| content.len()).sum();
-        adapter.bytes() + tokenizer + lines
+        let checkpoints =
+            if job.save_steps.is_some() { job.save_total_limit.unwrap_or(1).saturating_add(1) } else { 0 };
+        let of_checkpoints = checkpoints.saturating_mul(VALUES_OF_A_CHECKPOINT * adapter.bytes() + lines);
+        (adapter.bytes() + tokenizer + lines).saturating_add(of_checkpoints)
     }
 }
 

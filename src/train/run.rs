@@ -5,24 +5,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use crate::checkpoint::adapter::{Adapter, AdapterSettings};
+use crate::checkpoint::state::Progress;
 use crate::comm::Queue;
 use crate::comm::watch::{self, Phase};
 use crate::data::{self, Dataset, Sampler};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::grads::Values;
 use crate::model::batch::MicroBatch;
 use crate::model::trainable::Kind;
 use crate::optim::adamw::Update;
-use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
 use crate::recipe::{Steps, TrainingJob};
 
 use super::log::{Log, duration};
 use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
+use super::saving::{self, Writer};
 use super::step::{StepArgs, StepRecord, step};
-use super::{check, eval};
+use super::{check, eval, signals};
 
 /// Steps between two looks at whether ranks that hold the same values hold the same bytes.
 const REPLICA_CHECK_STEPS: usize = 100;
@@ -34,35 +33,43 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub steps: &'a Steps,
     pub train: &'a Dataset,
     pub eval: Option<&'a Dataset>,
-    /// `None` on all ranks but the first.
+    /// Progress so far: of the checkpoint from which the run goes on, or none.
+    pub progress: Progress,
+    /// `None` on all ranks but the first, and so is `writer`.
     pub metrics: Option<&'a mut MetricsFile>,
+    pub writer: Option<&'a mut Writer>,
     pub log: Log,
     /// Where rank 0 writes a trace of the second step, or of the only one.
     pub trace: Option<&'a Path>,
     pub is_zero: check::IsZero<'a>,
 }
 
-/// The updates and checks that have been made so far.
-#[derive(Default)]
-struct Progress {
-    num_updates: u32,
-    /// An update with a learning rate above 0 was made: from the next step on lora_A has a gradient.
-    has_learned: bool,
-    a_is_checked: bool,
-    b_is_checked: bool,
+/// The end of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps were taken.
+    Finished,
+    /// The run was stopped after this step, for this reason, and has saved a checkpoint.
+    Stopped { step: usize, reason: String },
 }
 
-impl Progress {
-    /// Fails at the end of a run that updated nothing: in fp16, gradients may overflow in each of a few steps while
-    /// the loss scale falls.
-    fn has_updated(&self, num_steps: usize) -> Result<()> {
-        ensure!(
-            self.num_updates > 0,
-            "in none of the {num_steps} steps were the gradients finite in fp16, so nothing was learned and nothing was saved; help: \
-             train for more steps, or lower training.learning_rate"
-        );
-        Ok(())
-    }
+/// The kinds of matrices whose gradients have been checked since the program was started.
+#[derive(Default)]
+struct Checked {
+    a: bool,
+    b: bool,
+}
+
+/// Fails at the end of a run that updated nothing: in fp16, gradients may overflow in each of a few steps while the
+/// loss scale falls.
+fn has_updated(progress: &Progress) -> Result<()> {
+    ensure!(
+        progress.num_updates > 0,
+        "in none of the {} steps were the gradients finite in fp16, so nothing was learned and nothing was saved; help: \
+         train for more steps, or lower training.learning_rate",
+        progress.step
+    );
+    Ok(())
 }
 
 impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
@@ -70,59 +77,92 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         self.job.global_batch_size(self.engine.queue.world_size())
     }
 
-    /// Trains from the first step to the last, with an evaluation before and after. Fails at the first loss or
+    /// Trains to the last step, with an evaluation before the first and after the last. Fails at the first loss or
     /// gradient that is not finite, before it is applied.
-    pub fn run(mut self) -> Result<()> {
-        let (num_steps, rank) = (self.steps.num_steps, self.engine.queue.rank());
+    pub fn run(mut self) -> Result<Outcome> {
+        let num_steps = self.steps.num_steps;
         let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
-        self.evaluate(0)?;
-        let start = Instant::now();
-        let (mut scaler, mut progress) = (LossScaler::new(D::NEEDS_LOSS_SCALING), Progress::default());
-        for step_idx in 0..num_steps {
+        if self.progress.step == 0 {
+            self.evaluate()?;
+        }
+        let (start, first, mut checked) = (Instant::now(), self.progress.step, Checked::default());
+        for step_idx in first..num_steps {
             watch::phase(Phase::Step(step_idx + 1))?;
-            let update = self.update(step_idx, num_steps, progress.num_updates, scaler.scale());
             let batches = self.batches(&mut sampler, step_idx);
-            let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
-            let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
-            let is_traced = self.trace.is_some() && step_idx == 1.min(num_steps - 1);
-            self.engine.record_spans(is_traced);
-            let record = step(self.engine, &batches, &args)?;
-            if let Some(path) = self.trace.filter(|_| is_traced && rank == 0) {
-                trace::write(path, self.engine.spans())?;
-                self.log.line(format!("trace of step {}: {}", step_idx + 1, path.display()));
-            }
-            self.record(step_idx + 1, num_steps, &update, &record, start.elapsed())?;
-            let goes_on = record.loss.is_finite() && scaler.note(record.updated);
-            ensure!(goes_on, divergence(step_idx + 1, &record, &update, progress.has_learned));
-            if record.updated {
-                self.check_gradients(&mut progress, &batches)?;
-                progress.num_updates += 1;
-                progress.has_learned |= update.learning_rate > 0.0;
-            } else {
-                let (step, scale) = (step_idx + 1, scaler.scale());
-                self.log
-                    .line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
-            }
-            let last = step_idx + 1 == num_steps;
-            if last || (step_idx + 1).is_multiple_of(REPLICA_CHECK_STEPS) {
+            let (record, update) = self.step(step_idx, &batches)?;
+            let (done, left) = (step_idx + 1 - first, num_steps - step_idx - 1);
+            self.progress.step = step_idx + 1;
+            self.record(&update, &record, start.elapsed().mul_f64(left as f64 / done as f64))?;
+            self.take_note(&record, &update, &batches, &mut checked)?;
+            let step = self.progress.step;
+            if left == 0 || step.is_multiple_of(REPLICA_CHECK_STEPS) {
                 self.engine.check_replicas()?;
             }
-            if last || self.job.eval_steps.is_some_and(|every| (step_idx + 1) % every == 0) {
-                self.evaluate(step_idx + 1)?;
+            if left == 0 || self.job.eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
+                self.evaluate()?;
+            }
+            let stop = if left > 0 { signals::agree(&mut self.engine.queue)? } else { None };
+            if left > 0 && (stop.is_some() || self.job.save_steps.is_some_and(|every| step.is_multiple_of(every))) {
+                let lines = self.metrics.as_ref().map_or(&[][..], |metrics| metrics.lines());
+                saving::save(self.engine, self.writer.as_deref_mut(), self.progress, lines)?;
+            }
+            if let Some(reason) = stop {
+                self.writer.map_or(Ok(()), Writer::settle).context("saving a checkpoint")?;
+                return Ok(Outcome::Stopped { step, reason });
             }
         }
-        progress.has_updated(num_steps)
+        self.writer.map_or(Ok(()), |writer| writer.settle().or_else(|error| writer.tell(&error)))?;
+        has_updated(&self.progress)?;
+        Ok(Outcome::Finished)
+    }
+
+    /// Takes a step, with a trace of it if one is wanted.
+    fn step(&mut self, step_idx: usize, batches: &[MicroBatch]) -> Result<(StepRecord, Update)> {
+        let (num_steps, num_updates) = (self.steps.num_steps, self.progress.num_updates);
+        let update = self.update(step_idx, num_steps, num_updates, self.progress.loss_scaler.scale());
+        let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
+        let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
+        let is_traced = self.trace.is_some() && step_idx == 1.min(num_steps - 1);
+        self.engine.record_spans(is_traced);
+        let record = step(self.engine, batches, &args)?;
+        if let Some(path) = self.trace.filter(|_| is_traced && self.engine.queue.rank() == 0) {
+            trace::write(path, self.engine.spans())?;
+            self.log.line(format!("trace of step {}: {}", step_idx + 1, path.display()));
+        }
+        Ok((record, update))
+    }
+
+    /// Takes note of a step's outcome. Fails if a loss or a gradient is not finite.
+    fn take_note(
+        &mut self,
+        record: &StepRecord,
+        update: &Update,
+        batches: &[MicroBatch],
+        checked: &mut Checked,
+    ) -> Result<()> {
+        let step = self.progress.step;
+        let goes_on = record.loss.is_finite() && self.progress.loss_scaler.note(record.updated);
+        ensure!(goes_on, divergence(step, record, update, self.progress.has_learned));
+        if record.updated {
+            self.check_gradients(checked, batches)?;
+            self.progress.num_updates += 1;
+            self.progress.has_learned |= update.learning_rate > 0.0;
+        } else {
+            let scale = self.progress.loss_scaler.scale();
+            self.log.line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
+        }
+        Ok(())
     }
 
     /// Checks the gradients of each kind of matrix at the first step in which they must not be zero.
-    fn check_gradients(&mut self, progress: &mut Progress, batches: &[MicroBatch]) -> Result<()> {
-        let (checks_a, checks_b) = (progress.has_learned && !progress.a_is_checked, !progress.b_is_checked);
+    fn check_gradients(&mut self, checked: &mut Checked, batches: &[MicroBatch]) -> Result<()> {
+        let (checks_a, checks_b) = (self.progress.has_learned && !checked.a, !checked.b);
         for kind in [checks_b.then_some(Kind::B), checks_a.then_some(Kind::A)].into_iter().flatten() {
             if let Some(line) = check::every_matrix_has_a_gradient(self.engine, kind, batches, self.is_zero)? {
                 self.log.line(line);
             }
         }
-        (progress.a_is_checked, progress.b_is_checked) = (progress.a_is_checked || checks_a, true);
+        *checked = Checked { a: checked.a || checks_a, b: true };
         Ok(())
     }
 
@@ -152,14 +192,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         (step * self.global_batch_size()) as f64 / self.train.sequences.len() as f64
     }
 
-    fn record(
-        &mut self,
-        step: usize,
-        num_steps: usize,
-        update: &Update,
-        record: &StepRecord,
-        elapsed: Duration,
-    ) -> Result<()> {
+    /// Writes the metrics of a step, and a line of the log. `left` is the time that the rest of the run will take.
+    fn record(&mut self, update: &Update, record: &StepRecord, left: Duration) -> Result<()> {
+        let (step, num_steps) = (self.progress.step, self.steps.num_steps);
         let tokens_per_second = record.num_tokens as f64 / (record.step_ms * 1e-3);
         let line = StepMetrics {
             step,
@@ -181,7 +216,6 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             metrics.write(&line)?;
         }
         if step.is_multiple_of(self.job.logging_steps) || step == num_steps {
-            let left = elapsed.mul_f64((num_steps - step) as f64 / step as f64);
             let StepRecord { loss, grad_norm, .. } = record;
             self.log.line(format!(
                 "step {step}/{num_steps}  loss {loss:.4}  grad_norm {grad_norm:.3}  lr {:.2e}  {tokens_per_second:.0} tok/s  {} left",
@@ -192,8 +226,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(())
     }
 
-    fn evaluate(&mut self, step: usize) -> Result<()> {
-        let Some(dataset) = self.eval else { return Ok(()) };
+    fn evaluate(&mut self) -> Result<()> {
+        let (Some(dataset), step) = (self.eval, self.progress.step) else { return Ok(()) };
         let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
         let batches = data::eval_micro_batches(dataset, self.engine.limits().max_tokens, world_size, rank);
         let score =
@@ -210,14 +244,6 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             None => Ok(()),
         }
     }
-}
-
-/// Returns the whole adapter, as it is now, on every rank. Collective.
-pub fn adapter<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, settings: &AdapterSettings) -> Result<Adapter> {
-    let num_layers = engine.spec().num_layers();
-    let layers =
-        (0..num_layers).map(|layer| engine.gather_trainable_to_host(layer, Values::Master)).collect::<Result<_>>()?;
-    Ok(Adapter { settings: settings.clone(), layers })
 }
 
 /// Says that training cannot go on from here, and what can be done about it. `has_learned`: an update was made
@@ -237,14 +263,18 @@ fn divergence(step: usize, record: &StepRecord, update: &Update, has_learned: bo
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::optim::loss_scale::LossScaler;
 
     #[test]
     fn a_run_whose_every_step_overflows_fails_at_its_end() {
-        let (mut scaler, mut progress, num_steps) = (LossScaler::new(true), Progress::default(), 5);
-        assert!((0..num_steps).all(|_| scaler.note(false)), "no step fails, as a smaller scale may help the next");
-        let error = progress.has_updated(num_steps).unwrap_err().to_string();
+        let mut progress = Progress { step: 5, loss_scaler: LossScaler::new(true), ..Progress::default() };
+        assert!(
+            (0..5).all(|_| progress.loss_scaler.note(false)),
+            "no step fails, as a smaller scale may help the next"
+        );
+        let error = has_updated(&progress).unwrap_err().to_string();
         assert!(error.starts_with("in none of the 5 steps") && error.contains("help: train for more steps"), "{error}");
         progress.num_updates += 1;
-        progress.has_updated(num_steps).unwrap();
+        has_updated(&progress).unwrap();
     }
 }

@@ -189,6 +189,9 @@ fn train() {
         by("training.weight_decay=0.5"),
         by("training.seed=7"),
         by("training.logging_steps=2"),
+        by("training.save_steps=1"),
+        by_with("training.save_total_limit=1", &["training.save_steps=1", "training.max_steps=4"]),
+        by("training.resume=nowhere"),
         by_with("training.eval_steps=1", &["data.eval=0.3"]),
     ];
     let args = ["--device", "cpu", "train", "-c", "recipe.yaml", "--set", "lora.lora_dropout=0.1"];

@@ -5,8 +5,8 @@ mod read;
 mod write;
 
 pub use config::remarks;
-pub use read::load;
-pub use write::save;
+pub use read::{layer_values, load};
+pub use write::{save, views, write_tensors};
 
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;
@@ -105,7 +105,7 @@ fn splitmix64(state: &mut u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
 
     use serde_json::json;
@@ -116,7 +116,7 @@ mod tests {
         ModelSpec::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny")).unwrap()
     }
 
-    fn settings() -> AdapterSettings {
+    pub fn settings() -> AdapterSettings {
         let targets = vec![ModuleId::Q, ModuleId::Down];
         AdapterSettings {
             lora_rank: 4,

@@ -13,8 +13,8 @@ use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, tensor_name};
 use crate::checkpoint::header;
 use crate::checkpoint::output::STAGING;
 use crate::checkpoint::source::map;
-use crate::model::spec::{ModelSpec, ModuleId};
-use crate::model::trainable::{Kind, LayerTrainables};
+use crate::model::spec::{LayerSpec, ModelSpec, ModuleId};
+use crate::model::trainable::{Kind, LayerTrainables, LoraConfig};
 
 /// Reads a PEFT adapter for this model. Every tensor must be there, and none may be left over.
 ///
@@ -36,22 +36,35 @@ pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Adapter> {
     let targets = targets(&peft, &left, spec).with_context(|| dir.display().to_string())?;
     let settings = AdapterSettings { targets, ..peft.settings };
     check_rank(&tensors, &settings, spec).with_context(|| dir.display().to_string())?;
-    let (lora, mut layers) = (settings.lora_config(), Vec::new());
-    for layer in &spec.layers {
-        let trainables = LayerTrainables::new(layer, &lora);
-        let mut values = vec![0.0; trainables.len()];
-        for trainable in trainables.list() {
-            let module = layer.module(trainable.module).context("a trainable without a module")?;
-            let name = tensor_name(module, trainable.kind);
-            let view = tensors.tensor(&name).with_context(|| format!("{}: {name}", path.display()))?;
-            read(&view, trainable.shape, &mut values[trainable.range.clone()])
-                .with_context(|| format!("{}: {name}", path.display()))?;
-            left.remove(&name);
-        }
-        layers.push(values);
-    }
+    let lora = settings.lora_config();
+    let read = |layer| {
+        layer_values(&tensors, layer, &lora, "", |name| {
+            left.remove(name);
+        })
+    };
+    let layers = spec.layers.iter().map(read).collect::<Result<_>>().with_context(|| path.display().to_string())?;
     ensure!(left.is_empty(), "{}: tensors that this model has no place for: {}", path.display(), some_of(&left));
     Ok(Adapter { settings, layers })
+}
+
+/// Returns the values of a layer that [`super::views`] has written under this suffix; `seen` is told each name.
+pub fn layer_values(
+    tensors: &SafeTensors<'_>,
+    layer: &LayerSpec,
+    lora: &LoraConfig,
+    suffix: &str,
+    mut seen: impl FnMut(&str),
+) -> Result<Vec<f32>> {
+    let trainables = LayerTrainables::new(layer, lora);
+    let mut values = vec![0.0; trainables.len()];
+    for trainable in trainables.list() {
+        let module = layer.module(trainable.module).context("a trainable without a module")?;
+        let name = tensor_name(module, trainable.kind) + suffix;
+        let view = tensors.tensor(&name).with_context(|| name.clone())?;
+        read(&view, trainable.shape, &mut values[trainable.range.clone()]).with_context(|| name.clone())?;
+        seen(&name);
+    }
+    Ok(values)
 }
 
 /// The modules that have an adapter, the same in all layers that have the module. The file of tensors and `target_modules` must agree on

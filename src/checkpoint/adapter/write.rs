@@ -21,24 +21,39 @@ fn target_modules(settings: &AdapterSettings, spec: &ModelSpec) -> Value {
     }
 }
 
-/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result
-/// is the matter of [`crate::checkpoint::output`]. `base` is the model's path.
-pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Result<()> {
-    let (lora, mut views) = (adapter.settings.lora_config(), Vec::new());
-    for (layer, values) in spec.layers.iter().zip(&adapter.layers) {
+/// Returns one list of values for each layer, in the places of the adapter's matrices, as tensors. `suffix` follows
+/// PEFT's name of the matrix.
+pub fn views<'a>(
+    settings: &AdapterSettings,
+    spec: &ModelSpec,
+    layers: &'a [Vec<f32>],
+    suffix: &str,
+) -> Result<Vec<(String, TensorView<'a>)>> {
+    let (lora, mut views) = (settings.lora_config(), Vec::new());
+    for (layer, values) in spec.layers.iter().zip(layers) {
         for Trainable { module, kind, shape, range } in LayerTrainables::new(layer, &lora).list() {
             let module = layer.module(*module).context("a trainable without a module")?;
             let view = TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(&values[range.clone()]))?;
-            views.push((tensor_name(module, *kind), view));
+            views.push((tensor_name(module, *kind) + suffix, view));
         }
     }
+    Ok(views)
+}
+
+/// Writes a file of tensors durably. The values go straight to the file, because a copy of all of them may not fit
+/// into memory.
+pub fn write_tensors(path: &Path, views: Vec<(String, TensorView<'_>)>) -> Result<()> {
     let metadata = std::collections::HashMap::from([("format".to_string(), "pt".to_string())]);
-    let path = dir.join(TENSORS_FILE);
-    // The values go straight to the file, because a copy of all of them may not fit into memory.
-    safetensors::serialize_to_file(views, Some(metadata), &path)
+    safetensors::serialize_to_file(views, Some(metadata), path)
         .map_err(anyhow::Error::from)
-        .and_then(|()| Ok(File::open(&path)?.sync_all()?))
-        .with_context(|| format!("{}: cannot be written", path.display()))?;
+        .and_then(|()| Ok(File::open(path)?.sync_all()?))
+        .with_context(|| format!("{}: cannot be written", path.display()))
+}
+
+/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result
+/// is the matter of [`crate::checkpoint::output`]. `base` is the model's path.
+pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Result<()> {
+    write_tensors(&dir.join(TENSORS_FILE), views(&adapter.settings, spec, &adapter.layers, "")?)?;
     let settings = &adapter.settings;
     let alpha = if settings.alpha.fract() == 0.0 { json!(settings.alpha as i64) } else { json!(settings.alpha) };
     let peft = json!({

@@ -13,6 +13,7 @@ use anyhow::{Context, Result};
 
 use super::super::adapter::{CONFIG_FILE, TENSORS_FILE};
 use super::super::atomic::sync_folder;
+use super::super::state;
 use super::record::{RUN_FILE, RunRecord};
 use super::{RESULT_FILES, STAGING};
 
@@ -49,6 +50,9 @@ pub fn plan(dir: &Path, record: &RunRecord) -> Vec<Move> {
     moves.push(sync.clone());
     moves.extend(rename(CONFIG_FILE));
     moves.extend([sync.clone(), Move::Rename(staging.join(RUN_FILE), dir.join(RUN_FILE)), sync]);
+    // Checkpoints of another run, and the staging folder.
+    let of_another = state::list(dir).into_iter().filter(|(_, path)| !state::is_of(path, &record.identity));
+    moves.extend(of_another.map(|(_, checkpoint)| Move::RemoveFolder(checkpoint)));
     moves.push(Move::RemoveFolder(staging));
     moves
 }
@@ -89,7 +93,7 @@ fn complete(staging: &Path) -> Option<RunRecord> {
 }
 
 /// State in which the last run left the output folder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Left {
     /// No exchange was under way.
     Clean,
@@ -97,6 +101,8 @@ pub enum Left {
     PutInPlace,
     /// Files of a run that did not finish were removed.
     Removed,
+    /// A run that did not finish has left checkpoints to go on from.
+    Unfinished(Box<RunRecord>),
 }
 
 /// Finishes the exchange of a run that was killed: moves a complete result to its place, and removes an incomplete
@@ -112,6 +118,10 @@ pub fn recover(dir: &Path) -> Result<Left> {
             Ok(Left::PutInPlace)
         }
         None => {
+            state::recover(&staging)?;
+            if let (Ok(Some(record)), [_, ..]) = (RunRecord::read(&staging), &state::list(&staging)[..]) {
+                return Ok(Left::Unfinished(Box::new(record)));
+            }
             std::fs::remove_dir_all(&staging).with_context(|| staging.display().to_string())?;
             Ok(Left::Removed)
         }

@@ -5,6 +5,9 @@
 //! folder. At the end the whole result is written there, `run.json` last, and moved to its place (`exchange`). If
 //! that cannot be done, it is written to a folder beside the output folder, in the cache folder, or in the folder of
 //! temporary files.
+//!
+//! A run that did not finish leaves its checkpoints in that folder or in the output folder, and the same run goes on
+//! from the newest of them that is whole.
 
 mod exchange;
 mod lock;
@@ -14,8 +17,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde::{Serialize, Serializer};
+use serde_json::{Map, Value};
 
 use super::adapter::{CONFIG_FILE, TENSORS_FILE};
+use super::state::{self, Found as FoundCheckpoint};
 use super::{atomic, shards};
 use exchange::Left;
 use lock::Lock;
@@ -24,6 +30,8 @@ use record::{RUN_FILE, RunIdentity, RunRecord, State};
 
 /// Folder inside the output folder for a result that is not complete.
 pub const STAGING: &str = ".fsdp-qlora-new";
+/// Folder inside the output folder in which the writing of a result is tried.
+const PROBE: &str = ".fsdp-qlora-trial";
 /// Name of the file of metrics.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// Files of a tokenizer, copied beside the adapter.
@@ -52,6 +60,10 @@ pub struct Output {
     lock: Lock,
     overwrite: bool,
     found: Found,
+    /// Record of a run that did not finish and has left checkpoints in the staging folder.
+    staged: Option<Box<RunRecord>>,
+    /// Folder that the run writes to before its end.
+    live: PathBuf,
     /// Record of the run that writes here; `None` before it begins.
     record: Option<RunRecord>,
 }
@@ -62,8 +74,34 @@ enum Found {
     Nothing,
     /// Holds the whole result of a run.
     Finished(Box<RunRecord>),
+    /// Holds what a run has left that did not finish: metrics, and perhaps checkpoints.
+    Unfinished(Box<RunRecord>),
     /// Holds something else, described in words.
     Other(String),
+}
+
+/// The place that a run begins from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Resume {
+    /// The newest checkpoint of the same run, if there is one.
+    #[serde(serialize_with = "auto")]
+    Auto,
+    /// The first step.
+    #[serde(serialize_with = "never")]
+    Never,
+    /// This checkpoint.
+    From(PathBuf),
+}
+
+/// The beginning of a run.
+pub enum Begun {
+    /// The same run has finished here.
+    Finished,
+    /// The run begins with its first step.
+    New,
+    /// The run goes on after a checkpoint.
+    Resumed(Box<FoundCheckpoint>),
 }
 
 /// The result of a run, to be written.
@@ -93,48 +131,130 @@ impl Output {
         if let Some(why) = &lock.unlocked {
             say(format!("output_dir: the file system of {place} has no locks ({why}): start no second run there"));
         }
+        let mut staged = None;
         match exchange::recover(dir)? {
             Left::Clean => {}
             Left::PutInPlace => {
                 say(format!("output_dir: the complete result of a run that was killed is in {place} now"))
             }
             Left::Removed => say(format!("output_dir: files of a run that did not finish were removed from {place}")),
+            Left::Unfinished(record) => staged = Some(record),
         }
+        state::recover(dir)?;
         atomic::remove_abandoned(dir);
         let found = look(dir);
         if let (Found::Other(what), false) = (&found, overwrite) {
             bail!("{place} {what}; {HELP}");
         }
         let absolute = std::path::absolute(dir).context("the working directory")?;
-        let output = Output { dir: dir.into(), absolute, lock, overwrite, found, record: None };
+        let live = dir.to_path_buf();
+        let output = Output { dir: dir.into(), absolute, lock, overwrite, found, staged, live, record: None };
         output.try_the_end(bytes)?;
         Ok(output)
     }
 
-    /// Writes `run.json` for a run that begins, and returns true; or returns false if the same run has finished here.
-    pub fn begin(&mut self, identity: RunIdentity) -> Result<bool> {
-        if let (Found::Finished(record), false) = (&self.found, self.overwrite) {
-            let differences = identity.differences(&record.identity);
-            let place = self.dir.display();
-            ensure!(differences.is_empty(), "{place} has the result of another run ({differences}); {HELP}");
-            return Ok(false);
+    /// Returns the records of runs that did not finish, and the folders that hold their checkpoints.
+    fn unfinished(&self) -> impl Iterator<Item = (&RunRecord, PathBuf)> {
+        let here = if let Found::Unfinished(record) = &self.found { Some((&**record, self.dir.clone())) } else { None };
+        let staged = self.staged.as_deref().map(|record| (record, self.dir.join(STAGING)));
+        here.into_iter().chain(staged)
+    }
+
+    /// Returns the number of sequences of a step of the run that would go on here, if its recipe has these values.
+    /// Another number of ranks keeps it.
+    pub fn global_batch_size(&self, recipe: &Map<String, Value>, resume: &Resume) -> Result<Option<usize>> {
+        let of_path = match resume {
+            Resume::Never => return Ok(None),
+            Resume::Auto => None,
+            Resume::From(path) => Some(FoundCheckpoint::open(path).context("training.resume")?.state.run),
+        };
+        let runs = self.unfinished().map(|(record, _)| record.identity.clone()).chain(of_path);
+        let keys = ["training.gradient_accumulation_steps", "training.global_batch_size"];
+        let is_alike = |run: &RunIdentity| keys.iter().all(|key| run.recipe.get(*key) == recipe.get(*key));
+        Ok(runs.filter(is_alike).last().map(|run| run.global_batch_size))
+    }
+
+    /// Returns whether a run goes on here that did not finish, or finished already.
+    pub fn knows(&self, run: &RunIdentity, resume: &Resume) -> bool {
+        let finished = if let Found::Finished(record) = &self.found { Some(&**record) } else { None };
+        let mut records = self.unfinished().map(|(record, _)| record).chain(finished);
+        matches!(resume, Resume::From(_)) || records.any(|record| run.obstacles(&record.identity).is_empty())
+    }
+
+    /// Begins a run: decides where it writes and from where it goes on, and writes `run.json`. `say` gets lines for
+    /// people.
+    pub fn begin(&mut self, run: RunIdentity, resume: &Resume, say: &mut dyn FnMut(String)) -> Result<Begun> {
+        let place = self.dir.display();
+        match &self.found {
+            Found::Finished(record) if !self.overwrite => {
+                let differences = run.differences(&record.identity);
+                ensure!(differences.is_empty(), "{place} has the result of another run ({differences}); {HELP}");
+                return Ok(Begun::Finished);
+            }
+            Found::Unfinished(record) if !self.overwrite => {
+                let obstacles = run.obstacles(&record.identity);
+                let told = told(record);
+                ensure!(obstacles.is_empty(), "{place} has another run, which {told} ({obstacles}); {HELP}");
+            }
+            _ => {}
         }
-        let record = RunRecord::new(identity);
-        std::fs::create_dir_all(self.live()).with_context(|| self.live().display().to_string())?;
-        record.write(&self.live())?;
+        let same = self.unfinished().find(|(record, _)| run.obstacles(&record.identity).is_empty());
+        let same = same.map(|(record, live)| (told(record), live));
+        self.live = match (&same, &self.found) {
+            (Some((_, live)), _) => live.clone(),
+            (None, Found::Nothing) => self.dir.clone(),
+            (None, _) => self.dir.join(STAGING),
+        };
+        if self.staged.is_some() && self.live != self.dir.join(STAGING) || self.keeps_a_result() && same.is_none() {
+            let staging = self.dir.join(STAGING);
+            drop(std::fs::remove_dir_all(&staging));
+        }
+        let checkpoint = match resume {
+            Resume::Never => None,
+            Resume::Auto => same.as_ref().and_then(|_| newest(&self.live, &run, say)),
+            Resume::From(path) => {
+                let found = FoundCheckpoint::open(path).context("training.resume")?;
+                let obstacles = run.obstacles(&found.state.run);
+                ensure!(obstacles.is_empty(), "training.resume: {} is of another run ({obstacles})", path.display());
+                Some(found)
+            }
+        };
+        match (&checkpoint, &same) {
+            (Some(found), _) => {
+                let (path, step) = (found.path.display(), found.state.progress.step);
+                say(format!("going on after step {step}, from {path}, written at {}", found.state.written()));
+                let changes = run.changes(&found.state.run);
+                if !changes.is_empty() {
+                    say(format!("the order of sums is another one from here on: {changes}"));
+                }
+            }
+            (None, Some((told, _))) if *resume == Resume::Auto => {
+                say(format!("the same run {told}, and has left no checkpoint: it begins with the first step"));
+            }
+            _ => {}
+        }
+        let record = RunRecord::new(run);
+        std::fs::create_dir_all(&self.live).with_context(|| self.live.display().to_string())?;
+        record.write(&self.live)?;
         self.record = Some(record);
-        Ok(true)
+        Ok(checkpoint.map_or(Begun::New, |found| Begun::Resumed(found.into())))
     }
 
     /// Returns the folder that the run writes to before its end: the output folder, or one inside it while that holds
     /// another result.
-    pub fn live(&self) -> PathBuf {
-        if self.keeps_a_result() { self.dir.join(STAGING) } else { self.dir.clone() }
+    pub fn live(&self) -> &Path {
+        &self.live
     }
 
     /// Returns whether the folder holds something that only a complete result may replace.
     pub fn keeps_a_result(&self) -> bool {
-        !matches!(self.found, Found::Nothing)
+        self.live != self.dir
+    }
+
+    /// Notes that the run was stopped, and can go on from its newest checkpoint.
+    pub fn stop(&mut self, reason: String) -> Result<()> {
+        let record = self.record.take().context("the run has not begun")?;
+        record.ended(State::Stopped, Some(reason), Vec::new()).write(&self.live)
     }
 
     /// Saves a result and ends the run. The result goes to the output folder in one step, or else to the first other
@@ -170,11 +290,11 @@ impl Output {
     /// Notes why the run failed. A run without a step leaves no files.
     pub fn fail(&self, reason: &str) {
         let Some(record) = &self.record else { return };
-        let live = self.live();
+        let live = &self.live;
         // The run's error is reported already. If something cannot be written or removed here, the next start sees
         // it.
-        if has_content(&live.join(METRICS_FILE)) {
-            let _ = record.ended(State::Failed, Some(reason.into()), Vec::new()).write(&live);
+        if has_content(&live.join(METRICS_FILE)) || !state::list(live).is_empty() {
+            let _ = record.ended(State::Failed, Some(reason.into()), Vec::new()).write(live);
         } else {
             let _ = std::fs::remove_file(live.join(RUN_FILE));
             let _ = std::fs::remove_file(live.join(METRICS_FILE));
@@ -192,7 +312,7 @@ impl Output {
         if !self.lock.is_held() {
             self.lock = Lock::take(&self.dir).context("the folder was removed during the run")?;
             self.found = look(&self.dir);
-            if let (Found::Finished(_) | Found::Other(_), false) = (&self.found, self.overwrite) {
+            if !matches!(self.found, Found::Nothing) && !self.overwrite {
                 ensure!(!has_adapter(&self.dir), "{} has another result by now", self.dir.display());
             }
         } else if !self.keeps_a_result() {
@@ -219,10 +339,10 @@ impl Output {
         [Some(beside), cache, Some(std::env::temp_dir().join(&name))].into_iter().flatten().collect()
     }
 
-    /// Tries what the end of the run does: writes a small file in the staging folder and renames it.
+    /// Tries what the end of the run does: writes a small file in a folder inside the output folder and renames it.
     fn try_the_end(&self, bytes: usize) -> Result<()> {
         self.check_places()?;
-        let (staging, probe) = (self.dir.join(STAGING), ".fsdp-qlora-probe");
+        let (staging, probe) = (self.dir.join(PROBE), ".fsdp-qlora-probe");
         let tried = || -> Result<()> {
             std::fs::create_dir_all(&staging).with_context(|| staging.display().to_string())?;
             let file = atomic::write_synced(&staging.join(probe), b"probe")?;
@@ -255,6 +375,14 @@ impl Output {
         }
         Ok(())
     }
+}
+
+fn auto<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str("auto")
+}
+
+fn never<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str("never")
 }
 
 /// Returns whether user `me` may replace a file. If the folder's sticky bit is set, only the owners of file and
@@ -305,17 +433,38 @@ fn look(dir: &Path) -> Found {
                 None => Found::Finished(Box::new(record)),
             }
         }
-        Some(_) if !has_adapter(dir) && !has_metrics => Found::Nothing,
-        Some(record) => {
-            let how = match record.state {
-                State::Running => "was killed".into(),
-                State::Stopped => "was stopped".into(),
-                _ => format!("failed ({})", record.reason.unwrap_or_default()),
-            };
-            let (started, host) = (record.started, record.host);
-            Found::Other(format!("has a run that {how}; it was started at {started} on {host}, and cannot be resumed"))
+        Some(_) if !has_adapter(dir) && !has_metrics && state::list(dir).is_empty() => Found::Nothing,
+        Some(record) if has_adapter(dir) => {
+            Found::Other(format!("has an adapter and the record of a run that {}", told(&record)))
+        }
+        Some(record) => Found::Unfinished(Box::new(record)),
+    }
+}
+
+/// Says how a run that did not finish has ended, and when and where it was started.
+fn told(record: &RunRecord) -> String {
+    let how = match (record.state, &record.reason) {
+        (State::Running, _) => "was killed".into(),
+        (State::Stopped, _) => "was stopped".into(),
+        (_, reason) => format!("failed ({})", reason.as_deref().unwrap_or_default()),
+    };
+    format!("{how}; it was started at {} on {}", record.started, record.host)
+}
+
+/// Returns the newest checkpoint of a run that is whole; `say` is told of those that are not.
+fn newest(dir: &Path, run: &RunIdentity, say: &mut dyn FnMut(String)) -> Option<FoundCheckpoint> {
+    for (_, path) in state::list(dir) {
+        let found = FoundCheckpoint::open(&path).and_then(|found| {
+            let obstacles = run.obstacles(&found.state.run);
+            ensure!(obstacles.is_empty(), "{} is of another run ({obstacles})", path.display());
+            Ok(found)
+        });
+        match found {
+            Ok(found) => return Some(found),
+            Err(error) => say(format!("a checkpoint that cannot be used is passed over: {error:#}")),
         }
     }
+    None
 }
 
 #[cfg(test)]

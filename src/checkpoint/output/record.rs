@@ -16,10 +16,24 @@ pub const RUN_FILE: &str = "run.json";
 /// Largest number of differences that a message names.
 const MAX_DIFFERENCES: usize = 5;
 
-/// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about movement and
-/// logging.
-const FREE_KEYS: [&str; 7] =
-    ["model", "output_dir", "shards", "data.train", "data.eval", "lora.adapter", "training.logging_steps"];
+/// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about logging and
+/// saving. Keys about movement, `fsdp.*`, are free too.
+const FREE_KEYS: [&str; 10] = [
+    "model",
+    "output_dir",
+    "shards",
+    "data.train",
+    "data.eval",
+    "lora.adapter",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.resume",
+];
+
+/// Names of values that change the order of sums and nothing else: a run may go on with others.
+const NUM_RANKS: &str = "number of ranks";
+const MICRO_BATCH: &str = "training.per_device_train_batch_size";
 
 /// State of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +53,8 @@ pub enum State {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunIdentity {
     pub world_size: usize,
+    /// Number of sequences of a step on all ranks.
+    pub global_batch_size: usize,
     /// Identity of the base model.
     pub base: String,
     /// Identity of the tokenizer, if one is needed.
@@ -74,10 +90,25 @@ pub struct RunRecord {
 impl RunIdentity {
     /// Says in which values `other` differs from this; empty if it does not.
     pub fn differences(&self, other: &RunIdentity) -> String {
-        let (mine, theirs) = (self.values(), other.values());
+        self.differences_in(other, |key| !FREE_KEYS.contains(&key) && !key.starts_with("fsdp."))
+    }
+
+    /// Says which differences keep this run from going on where `other` stopped; empty if it can.
+    pub fn obstacles(&self, other: &RunIdentity) -> String {
         let is_free = |key: &str| FREE_KEYS.contains(&key) || key.starts_with("fsdp.");
+        self.differences_in(other, |key| ![NUM_RANKS, MICRO_BATCH].contains(&key) && !is_free(key))
+    }
+
+    /// Says in which values, that change the order of sums alone, this run goes on otherwise than `other` began; empty
+    /// if it does not.
+    pub fn changes(&self, other: &RunIdentity) -> String {
+        self.differences_in(other, |key| [NUM_RANKS, MICRO_BATCH].contains(&key))
+    }
+
+    fn differences_in(&self, other: &RunIdentity, matters: impl Fn(&str) -> bool) -> String {
+        let (mine, theirs) = (self.values(), other.values());
         let mut keys: Vec<&String> = mine.keys().chain(theirs.keys().filter(|key| !mine.contains_key(*key))).collect();
-        keys.retain(|key| mine.get(*key) != theirs.get(*key) && !is_free(key));
+        keys.retain(|key| mine.get(*key) != theirs.get(*key) && matters(key));
         let text = |value: Option<&Value>| value.map_or("absent".into(), Value::to_string);
         let told = keys.iter().take(MAX_DIFFERENCES);
         let told =
@@ -92,7 +123,8 @@ impl RunIdentity {
     /// Returns all values as one list of keys, the recipe's among them.
     fn values(&self) -> Map<String, Value> {
         let mut values = self.recipe.clone();
-        values.insert("number of ranks".into(), self.world_size.into());
+        values.insert(NUM_RANKS.into(), self.world_size.into());
+        values.insert("sequences of a step".into(), self.global_batch_size.into());
         values.insert("base model".into(), self.base.clone().into());
         values.insert("tokenizer".into(), self.tokenizer.clone().into());
         values.insert("adapter to start from".into(), self.adapter.clone().into());
@@ -139,7 +171,8 @@ impl RunRecord {
     }
 }
 
-fn now() -> String {
+/// Returns the time in UTC, to the second.
+pub fn now() -> String {
     let now = Timestamp::now();
     now.round(Unit::Second).unwrap_or(now).to_string()
 }
@@ -154,6 +187,7 @@ pub mod tests {
         let recipe = json!({"training.learning_rate": learning_rate, "output_dir": "out", "fsdp.gather": "auto"});
         RunIdentity {
             world_size: 2,
+            global_batch_size: 4,
             base: "b".into(),
             tokenizer: None,
             adapter: "a".into(),

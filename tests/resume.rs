@@ -1,0 +1,363 @@
+//! Checkpoints: a run that is killed, or stopped by a signal, goes on as if nothing had happened.
+#![expect(clippy::print_stdout, reason = "scripts/kills keeps what a campaign says")]
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
+use common::relative_error;
+use fsdp_qlora::testing::{ModelSpec, adapter};
+use serde_json::Value;
+
+/// Steps of a run that is to be interrupted, more than two epochs of the 24 rows.
+const NUM_STEPS: usize = 60;
+const ADAPTER: &str = "out/adapter_model.safetensors";
+/// The part of a line of metrics.jsonl that must not depend on interruptions.
+const DECIDED: [&str; 7] = ["step", "epoch", "loss", "grad_norm", "learning_rate", "num_target_tokens", "eval_loss"];
+
+/// A place with a recipe that has dropout, evaluates and saves every third step.
+fn place() -> Place {
+    let place = Place::new();
+    place.write(
+        "recipe.yaml",
+        format!(
+            "model: model\noutput_dir: out\n\
+             data: {{train: rows.jsonl, eval: rows.jsonl, max_length: 128, packing: false}}\n\
+             lora: {{r: 4, lora_dropout: 0.1}}\n\
+             training: {{global_batch_size: 6, max_steps: {NUM_STEPS}, learning_rate: 1.0e-2, eval_steps: 10, save_steps: 3}}\n"
+        ),
+    );
+    place
+}
+
+/// The decided values of each line, in order.
+fn decided(lines: &[u8]) -> Vec<Vec<Value>> {
+    metrics(lines).iter().map(|line| DECIDED.iter().map(|key| line[*key].clone()).collect()).collect()
+}
+
+/// The newest step of which the output folder has a complete checkpoint; 0 if it has none.
+fn newest(place: &Place) -> usize {
+    let entries = std::fs::read_dir(place.path("out")).into_iter().flatten().flatten();
+    let complete = entries.map(|entry| entry.path()).filter(|path| path.join("state.json").exists());
+    let step = |path: PathBuf| path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok();
+    complete.filter_map(step).max().unwrap_or(0)
+}
+
+fn record(place: &Place) -> Value {
+    serde_json::from_slice(&place.read("out/run.json")).unwrap()
+}
+
+fn is_finished(place: &Place) -> bool {
+    place.path("out/run.json").exists() && record(place)["state"] == "finished"
+}
+
+/// A program at work, with its standard error in a file.
+struct Running<'a> {
+    place: &'a Place,
+    child: Child,
+}
+
+impl<'a> Running<'a> {
+    fn start(place: &'a Place, mut command: Command) -> Running<'a> {
+        let log = std::fs::File::create(place.path("log")).unwrap();
+        let child = command.stdout(Stdio::null()).stderr(log).spawn().expect("mpirun (scripts/setup installs it)");
+        Running { place, child }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.place.read("log")).into_owned()
+    }
+
+    /// Waits until something is so; false if the program has ended before.
+    fn until(&mut self, is_so: impl Fn(&str) -> bool) -> bool {
+        let start = Instant::now();
+        while !is_so(&self.text()) {
+            if self.child.try_wait().unwrap().is_some() {
+                return is_so(&self.text());
+            }
+            assert!(start.elapsed() < Duration::from_secs(120), "it never came:\n{}", self.text());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        true
+    }
+
+    /// Waits for the end; its status, and what the program said.
+    fn ends(mut self) -> (Option<i32>, String) {
+        let status = self.child.wait().unwrap().code();
+        (status, self.text())
+    }
+}
+
+fn signal(pid: u32, name: &str) {
+    // A process that has ended meanwhile is none of the test's business.
+    let _ = Command::new("sh").args(["-c", &format!("kill -{name} {pid} 2>/dev/null")]).status();
+}
+
+/// SplitMix64.
+fn random(state: &mut u64, below: usize) -> usize {
+    *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((z ^ (z >> 31)) % below as u64) as usize
+}
+
+/// Kills ranks of a run at a random instant, most of them while it trains and some while a checkpoint is written.
+/// Returns false if the run was faster.
+fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> bool {
+    let (from, whole_job) = (newest(place), random(state, 2) == 0);
+    let writing = place.path("out/.fsdp-qlora-checkpoint-new");
+    match random(state, 4) {
+        // At start-up too, where nothing has been read yet.
+        0 => std::thread::sleep(Duration::from_millis(random(state, 600) as u64)),
+        1 if from + 3 < NUM_STEPS => drop(running.until(|_| writing.exists())),
+        _ => {
+            let step = from + 1 + random(state, NUM_STEPS - from);
+            running.until(|text| text.contains(&format!("step {step}/")));
+            std::thread::sleep(Duration::from_micros(random(state, 20_000) as u64));
+        }
+    }
+    let before = newest(place);
+    let ranks = place.ranks();
+    let was_running = running.child.try_wait().unwrap().is_none();
+    match ranks.get(random(state, ranks.len().max(1))) {
+        Some(rank) if !whole_job => signal(*rank, "KILL"),
+        _ => {
+            ranks.iter().for_each(|rank| signal(*rank, "KILL"));
+            signal(running.child.id(), "KILL");
+        }
+    }
+    let (status, text) = running.ends();
+    assert!(newest(place) >= before, "a checkpoint was lost:\n{text}");
+    was_running && status != Some(0)
+}
+
+/// Runs until the end, with a kill at each of `num_kills` random instants, each time on a number of ranks of which
+/// `ranks` draws one. Returns the number of kills that met a run.
+fn survive(place: &Place, num_kills: usize, state: &mut u64, ranks: impl Fn(&mut u64) -> usize) -> usize {
+    let mut met = 0;
+    for _ in 0..num_kills {
+        if is_finished(place) {
+            break;
+        }
+        let from = newest(place);
+        let mut running = Running::start(place, place.mpirun(ranks(state), &TRAIN));
+        if from > 0 && running.until(|text| text.contains("going on after step")) {
+            // A checkpoint that was complete and lacked its name when the kill came is found as well.
+            let text = running.text();
+            let after = text.split("going on after step ").nth(1).and_then(|rest| rest.split(',').next());
+            assert!(after.unwrap().parse::<usize>().unwrap() >= from, "not after {from}:\n{text}");
+        }
+        met += usize::from(kill(place, running, state));
+    }
+    if !is_finished(place) {
+        succeeds(place.mpirun(ranks(state), &TRAIN));
+    }
+    met
+}
+
+/// All values of the adapter of a place.
+fn values(place: &Place) -> Vec<f32> {
+    let spec = ModelSpec::load(&place.path("model")).unwrap();
+    adapter::load(&place.path("out"), &spec).unwrap().layers.concat()
+}
+
+/// Survives this many kills in all, in runs of `ranks`, and compares each run's end with an uninterrupted one's.
+fn campaign(num_kills: usize, seed: u64, ranks: impl Fn(&mut u64) -> usize, check: impl Fn(&Place, &Place)) {
+    let (whole, mut state, mut met, mut runs) = (place(), seed, 0, 0);
+    succeeds(whole.mpirun(2, &TRAIN));
+    while met < num_kills {
+        let place = place();
+        let of_run = survive(&place, 8.min(num_kills - met), &mut state, &ranks);
+        check(&place, &whole);
+        (met, runs) = (met + of_run, runs + 1);
+        assert!(runs < 3 * num_kills + 3, "hardly any kill meets a run");
+    }
+    println!("{met} kills in {runs} runs: each ended as the uninterrupted run did");
+}
+
+/// Number of kills: twenty are enough for every day, `scripts/kills` asks for two hundred.
+fn num_kills() -> usize {
+    std::env::var("FSDP_QLORA_KILLS").ok().map_or(20, |text| text.parse().unwrap())
+}
+
+#[test]
+fn a_killed_run_ends_as_if_it_had_never_been_killed() {
+    campaign(
+        num_kills() / 2,
+        1,
+        |_| 2,
+        |place, whole| {
+            assert!(place.read(ADAPTER) == whole.read(ADAPTER), "the adapters differ");
+            assert_eq!(decided(&place.read("out/metrics.jsonl")), decided(&whole.read("out/metrics.jsonl")));
+        },
+    );
+}
+
+#[test]
+fn a_killed_run_ends_on_other_ranks() {
+    campaign(
+        num_kills() / 2,
+        2,
+        |state| 1 + random(state, 4),
+        |place, whole| {
+            let error = relative_error(&values(place), &values(whole));
+            assert!(error <= 2e-5, "the adapters differ by {error:e}");
+            let steps = |place: &Place| -> Vec<(Value, bool)> {
+                let lines = metrics(&place.read("out/metrics.jsonl"));
+                lines.iter().map(|line| (line["step"].clone(), line["loss"].is_null())).collect()
+            };
+            assert_eq!(steps(place), steps(whole), "a line is missing or there twice");
+        },
+    );
+}
+
+#[test]
+fn a_signal_to_any_rank_stops_all_with_a_checkpoint() {
+    let whole = place();
+    succeeds(whole.mpirun(3, &TRAIN));
+    for (ranks, name) in [(3, "USR1"), (3, "TERM"), (1, "INT")] {
+        let place = place();
+        let command = if ranks == 1 { place.command(&TRAIN) } else { place.mpirun(ranks, &TRAIN) };
+        let mut running = Running::start(&place, command);
+        assert!(running.until(|text| text.contains("step 5/")));
+        let pid = if ranks == 1 { running.child.id() } else { place.ranks()[1] };
+        signal(pid, name);
+        let (status, text) = running.ends();
+        assert_eq!(status, Some(75), "{name}: {text}");
+        let run = record(&place);
+        let step = newest(&place);
+        assert!((5..NUM_STEPS).contains(&step), "{text}");
+        assert_eq!(run["state"], "stopped", "{run}");
+        assert!(run["reason"].as_str().unwrap().contains(&format!("SIG{name}")), "{run}");
+        assert!(text.contains(&format!("after step {step}")), "{text}");
+        let text = succeeds(place.mpirun(3, &TRAIN));
+        assert!(text.contains(&format!("going on after step {step},")), "{text}");
+        if ranks == 3 {
+            assert!(place.read(ADAPTER) == whole.read(ADAPTER), "{name}: the adapters differ");
+            assert_eq!(decided(&place.read("out/metrics.jsonl")), decided(&whole.read("out/metrics.jsonl")));
+        }
+    }
+}
+
+/// Stops a run of `ranks` after some steps.
+fn stopped(ranks: usize, sets: &[&str]) -> Place {
+    let place = place();
+    let mut running = Running::start(&place, place.mpirun(ranks, &train_with(sets)));
+    assert!(running.until(|text| text.contains("step 7/")), "{}", running.text());
+    signal(place.ranks()[0], "USR1");
+    let (status, text) = running.ends();
+    assert_eq!(status, Some(75), "{text}");
+    place
+}
+
+#[test]
+fn another_number_of_ranks_keeps_the_global_batch() {
+    let steps = ["training.global_batch_size=null", "training.gradient_accumulation_steps=3"];
+    let place = stopped(2, &steps);
+    let text = succeeds(place.mpirun(4, &train_with(&steps)));
+    assert!(text.contains("a step keeps its 6 sequences; 12 would be those of so many ranks"), "{text}");
+    assert!(text.contains("number of ranks is 4 here and 2 there"), "{text}");
+    let lines = metrics(&place.read("out/metrics.jsonl"));
+    let last = lines.iter().rfind(|line| line["loss"].is_f64()).unwrap();
+    assert_eq!(last["epoch"], (NUM_STEPS * 6) as f64 / 24.0);
+}
+
+#[test]
+fn a_run_that_differs_does_not_go_on() {
+    let place = stopped(2, &[]);
+    let step = newest(&place);
+    let text = fails(place.mpirun(2, &train_with(&["training.learning_rate=2e-2", "lora.lora_dropout=0"])), 1);
+    for words in
+        ["was stopped", "training.learning_rate is 0.02 here and 0.01 there", "lora.lora_dropout", "--overwrite"]
+    {
+        assert!(text.contains(words), "{words} in {text}");
+    }
+    let rows = place.read("rows.jsonl");
+    place.write("rows.jsonl", &rows[..rows.len() / 2]);
+    let text = fails(place.mpirun(2, &TRAIN), 1);
+    assert!(text.contains("rows.jsonl") || text.contains("training data is"), "{text}");
+    place.write("rows.jsonl", rows);
+    assert_eq!(newest(&place), step, "a refusal leaves what is there");
+    // How a run is told, moved and saved does not make it another one.
+    let harmless = ["training.logging_steps=7", "training.save_steps=20", "fsdp.activation_checkpointing=full"];
+    let text = succeeds(place.mpirun(2, &train_with(&harmless)));
+    assert!(text.contains(&format!("going on after step {step},")), "{text}");
+}
+
+#[test]
+fn a_recipe_says_where_to_begin() {
+    let place = stopped(2, &["training.save_total_limit=null"]);
+    let newest = newest(&place);
+    let text =
+        succeeds(place.mpirun(2, &train_with(&["training.resume=out/checkpoint-3", "training.save_steps=null"])));
+    assert!(text.contains("going on after step 3,") && newest > 3, "{text}");
+    let whole = place.read(ADAPTER);
+    // A checkpoint is an adapter that evaluation takes, and one that another folder can go on from.
+    let args = ["eval", "--model", "model", "--adapter", "out/checkpoint-3", "--dataset", "rows.jsonl", "--json"];
+    succeeds(place.command(&args));
+    let elsewhere = ["training.resume=out/checkpoint-6", "output_dir=elsewhere"];
+    let text = succeeds(place.mpirun(2, &train_with(&elsewhere)));
+    assert!(text.contains("going on after step 6,"), "{text}");
+    assert!(place.read("elsewhere/adapter_model.safetensors") == whole);
+    let text = succeeds(place.mpirun(2, &train_with(&["training.resume=never", "output_dir=third"])));
+    assert!(text.contains("step 1/") && place.read("third/adapter_model.safetensors") == whole, "{text}");
+    let text = fails(place.mpirun(2, &train_with(&["training.resume=model", "output_dir=fourth"])), 1);
+    assert!(text.contains("training.resume") && text.contains("no complete checkpoint"), "{text}");
+}
+
+#[test]
+fn a_damaged_checkpoint_is_passed_over() {
+    let place = stopped(2, &["training.save_total_limit=null"]);
+    let newest = newest(&place);
+    let file = format!("out/checkpoint-{newest}/optimizer.safetensors");
+    let mut bytes = place.read(&file);
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    place.write(&file, bytes);
+    let text = succeeds(place.mpirun(2, &TRAIN));
+    assert!(text.contains("is passed over") && text.contains(&file), "{text}");
+    let before = (newest - 1) / 3 * 3;
+    assert!(text.contains(&format!("going on after step {before},")), "{text}");
+}
+
+#[test]
+fn checkpoints_are_counted_and_removed() {
+    let place = place();
+    succeeds(place.mpirun(2, &TRAIN));
+    let mut names: Vec<String> = std::fs::read_dir(place.path("out"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.contains("checkpoint"))
+        .collect();
+    names.sort();
+    assert_eq!(names, ["checkpoint-54", "checkpoint-57"]);
+    // A run that replaces another has its checkpoints beside the old result, and goes on from them too.
+    let other = train_with(&["training.seed=7", "training.save_total_limit=1"]);
+    let args = [&other[..], &["--overwrite"]].concat();
+    let mut running = Running::start(&place, place.mpirun(2, &args));
+    assert!(running.until(|text| text.contains("step 10/")));
+    let old = place.read(ADAPTER);
+    place.ranks().iter().for_each(|rank| signal(*rank, "KILL"));
+    running.ends();
+    assert!(place.read(ADAPTER) == old, "the old result is whole until the new one is");
+    let text = succeeds(place.mpirun(2, &args));
+    assert!(text.contains("going on after step"), "{text}");
+    assert!(place.read(ADAPTER) != old && !place.path("out/checkpoint-57").exists());
+    succeeds(place.mpirun(2, &[&other[..], &["--set", "output_dir=new"]].concat()));
+    assert!(place.read(ADAPTER) == place.read("new/adapter_model.safetensors"));
+}
+
+#[test]
+fn a_checkpoint_that_cannot_be_written_does_not_end_the_run() {
+    let place = place();
+    std::fs::create_dir(place.path("out")).unwrap();
+    place.write("out/checkpoint-6", "a file of somebody");
+    let text = succeeds(place.mpirun(2, &TRAIN));
+    assert!(text.contains("training goes on without it") && text.contains("checkpoint-6"), "{text}");
+    assert_eq!(place.read("out/checkpoint-6"), b"a file of somebody");
+    assert!(place.path("out/checkpoint-57/state.json").exists());
+}
