@@ -61,8 +61,6 @@ struct Model {
 struct Case {
     loss: f64,
     num_target_tokens: u64,
-    /// Whether rows may share a micro-batch: not where the longest row of one decides about all.
-    packed: bool,
     /// Only of models whose heads GPUs take.
     bfloat16: Option<Bfloat16>,
 }
@@ -293,9 +291,7 @@ fn check_case(what: &str, folder: &Path, case_name: &str, config: &Path, case: &
         let options = EngineOptions { keep, ..options.clone() };
         check_step(&format!("{what}, {keep:?}"), &options, &apart, case, &grads);
     }
-    if case.packed {
-        check_step(&format!("{what}, packed"), &options, &[micro_batch(&golden.rows, 0)], case, &grads);
-    }
+    check_step(&format!("{what}, packed"), &options, &[micro_batch(&golden.rows, 0)], case, &grads);
 }
 
 fn spellings(folder: &Path) -> Vec<PathBuf> {

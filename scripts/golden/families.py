@@ -5,7 +5,7 @@ usage: families.py [MODEL...]
        families.py --bnb4 FOLDER [MODEL...]   writes the models into FOLDER in NF4 with double quantization, as bitsandbytes saves them
 
   families.json                 rows: token ids; lengths: prefixes of the last row; per case its loss, num_target_tokens,
-                                packed (rows may share a micro-batch) and features: the largest change of a logit without each
+                                features: the largest change of a logit without each
   MODEL/model.safetensors       weights of all cases of a model, bf16; names as in the files of the Hub
   MODEL/adapter/                LoRA on all linear modules (r 4, alpha 8), bf16, as PEFT saves it; A and B are random
   MODEL/CASE/config.v4.json     the config as transformers 4 spelled it, config.v5.json the same as transformers 5 writes it
@@ -230,7 +230,7 @@ def write_case(name, model, case_name, out, weights, rows):
     loss, num_targets, grads = loss_and_grads(peft, rows)
     write_tensors(case_out / "logits.safetensors", logits)
     write_tensors(case_out / "grads.safetensors", grads)
-    written = {"loss": loss, "num_target_tokens": num_targets, "packed": case.packed, "features": features}
+    written = {"loss": loss, "num_target_tokens": num_targets, "features": features}
     if model.bfloat16:
         written["bfloat16"] = bfloat16_errors(peft, rows, logits["adapter"], {k: g.clone() for k, g in grads.items()})
     return written

@@ -25,7 +25,6 @@ class Case:
     changes: dict = field(default_factory=dict)
     features: dict = field(default_factory=dict)
     same: dict = field(default_factory=dict)  # changes that must not matter
-    packed: bool = True  # rows may share a micro-batch: nothing depends on the longest of them
 
 
 @dataclass
@@ -209,9 +208,9 @@ MODELS = {
         default=Case(features=BLOCK_NORMS | {"theta": {"rope_theta": 1e4}}),
         window=Case(SHORT_WINDOW, {"window": {"sliding_window": None}}),
         partial=Case({"partial_rotary_factor": 0.5}, {"partial": {"partial_rotary_factor": 1.0}}),
-        longrope=Case(longrope("type", 16), longrope_features("type", 16), packed=False),
+        longrope=Case(longrope("type", 16), longrope_features("type", 16)),
         longrope_partial=Case({"partial_rotary_factor": 0.75, **longrope("rope_type", 12)},
-                              longrope_features("rope_type", 12), packed=False)),
+                              longrope_features("rope_type", 12))),
     "phi3-tied": decoder(
         "Phi3ForCausalLM", "phi3", {"rope_theta": 1e4, "num_key_value_heads": 4, **TIED, **ONE_LAYER},
         default=Case(features=BLOCK_NORMS)),

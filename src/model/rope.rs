@@ -130,21 +130,17 @@ impl RopeConfig {
     /// Cosines and sines, each `[T, rotary_dim / 2]`, attention scaling and growth included.
     ///
     /// `positions` `[T]` are positions of tokens in their own documents; `documents` `[D + 1]` holds the first token
-    /// of each document and, last, T. Dynamic NTK scales each document by its own length, as transformers does for a
-    /// batch of that document alone; LongRoPE goes by the longest of them.
+    /// of each document and, last, T. Dynamic NTK and LongRoPE go by each document's own length, as transformers does
+    /// for a batch of that document alone, so that nothing depends on what is packed together.
     pub fn cos_sin(&self, positions: &[u32], documents: &[u32]) -> (Vec<f32>, Vec<f32>) {
         let (scaling, half) = (self.attention_scaling(), self.rotary_dim / 2);
         let num_tokens = |positions: &[u32]| positions.iter().max().map_or(0, |&last| last as usize + 1);
-        let longest = num_tokens(positions);
         let (mut cos, mut sin) = (vec![0f32; positions.len() * half], vec![0f32; positions.len() * half]);
         for document in documents.windows(2) {
             let tokens = document[0] as usize..document[1] as usize;
             let elements = tokens.start * half..tokens.end * half;
             let positions = &positions[tokens];
-            let inv_freq = self.inv_freq(match self.scaling {
-                RopeScaling::LongRope(_) => longest,
-                _ => num_tokens(positions),
-            });
+            let inv_freq = self.inv_freq(num_tokens(positions));
             let rows = cos[elements.clone()].par_chunks_exact_mut(half).zip(sin[elements].par_chunks_exact_mut(half));
             rows.zip(positions).for_each(|((cos, sin), &position)| {
                 let scaling = self.growth.as_ref().map_or(scaling, |growth| scaling * growth.factor(position));
@@ -346,7 +342,7 @@ mod tests {
 
     /// The factors divide the plain frequencies (`_compute_longrope_parameters` of transformers 5.24.0).
     #[test]
-    fn longrope_goes_by_the_longest_document() {
+    fn longrope_goes_by_each_document() {
         let longrope = LongRope {
             short_factor: vec![1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0],
             long_factor: vec![1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0],
@@ -360,12 +356,12 @@ mod tests {
         assert_close(&rope.inv_freq(24), &short);
         assert_close(&rope.inv_freq(25), &long);
         assert_close(&[rope.attention_scaling()], &[1.190_238_1]);
-        // The first document has two tokens in both micro-batches.
-        for (length, frequencies) in [(24, short), (25, long)] {
-            let positions: Vec<u32> = (0..2).chain(0..length).collect();
-            let (_, sin) = rope.cos_sin(&positions, &[0, 2, 2 + length]);
+        // Documents of 24 and 25 tokens share a micro-batch.
+        let positions: Vec<u32> = (0..24).chain(0..25).collect();
+        let (_, sin) = rope.cos_sin(&positions, &[0, 24, 49]);
+        for (token, frequencies) in [(1, short), (25, long)] {
             let expected: Vec<f32> = frequencies.iter().map(|x| x.sin() * rope.attention_scaling()).collect();
-            assert_close(&sin[8..16], &expected);
+            assert_close(&sin[8 * token..][..8], &expected);
         }
     }
 
