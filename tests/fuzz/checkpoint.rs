@@ -57,7 +57,7 @@ pub fn shard() -> Target {
 pub fn run_record() -> Target {
     let folder = Folder::new(&[]);
     let record = r#"{"program": "fsdp-qlora 0.1.0", "state": "finished", "started": "2026-03-07T08:09:10Z", "ended": null, "host": "a",
-        "pid": 1, "world_size": 2, "base": "0123", "tokenizer": "4567", "adapter": "89ab", "data": "cdef", "eval_data": null,
+        "pid": 1, "world_size": 2, "global_batch_size": 6, "base": "0123", "tokenizer": "4567", "adapter": "89ab", "data": "cdef", "eval_data": null,
         "recipe": {"lora.r": 16, "data.train": ["rows.jsonl"], "training.learning_rate": 1e-4}, "files": ["metrics.jsonl"]}"#;
     let read = {
         let whole: RunRecord = serde_json::from_str(record).unwrap();
