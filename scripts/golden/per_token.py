@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
-"""Compare the losses of single tokens with those of transformers and PEFT in f32.
+"""Compare the losses of single tokens with those of transformers and PEFT, computed in f32, or in f64 to see rounding errors of one side.
 
-usage: per_token.py LOSSES --model DIR [--adapter DIR] --dataset FILE [--base original|nf4|nf4-double] [--tolerance T]
+usage: per_token.py LOSSES --model DIR [--adapter DIR] --dataset FILE [--base original|nf4|nf4-double] [--f64] [--tolerance T]
 
 LOSSES is what `fsdp-qlora eval --per-token LOSSES` wrote for this model, adapter and dataset. Every row is tokenized by transformers and
 computed by itself, without packing or padding, so that tokens, positions and losses are compared.
 
 --base says which base `eval` had: `original` with `--set quantization.load_in_4bit=false`, `nf4` with `--set
 quantization.bnb_4bit_use_double_quant=false`, `nf4-double` (the default of both programs) without either. The linear weights of the layers
-are then what bitsandbytes dequantizes on the CPU, in f32; 8-bit scales are rounded to nearest, as bitsandbytes does on a GPU.
+are then what bitsandbytes makes of them on the CPU, in f32, but for two things: 8-bit scales are rounded to nearest, as its GPU code does, and
+their mean is summed in f64, since one of the two roundings that the order of a sum can give moves about one scale in 10,000.
 
 Prints one object: the mean loss here and there, the number of target tokens, the largest and the mean difference of a token, and where the
 largest is. The exit status is 1 if a token differs by more than --tolerance (1e-4). Rows must not have been split, nor hold several
@@ -31,17 +32,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def quantized(weight, double):
     """f32 [out, in] -> the same through NF4."""
     codes, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
-    absmax = state.absmax
     if double:
-        _, dq = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4", compress_statistics=True)
-        nearest = nearest_codes(absmax.numpy(), dq.offset.numpy(), dq.state2.code.numpy())
-        scales = dq.state2.absmax.repeat_interleave(SUPERBLOCK)[: absmax.numel()]
-        absmax = dq.state2.code[torch.from_numpy(nearest).int()] * scales + dq.offset
+        # On a GPU a block of zeros gets code 0, which its inexact absmax makes a small number.
+        codes = torch.where((state.absmax == 0).repeat_interleave(BLOCK // 2)[: codes.numel(), None], 0, codes)
+    absmax = doubly_quantized(state.absmax) if double else state.absmax
     return dequantize(codes, absmax, state.code, weight.shape)
 
 
+def doubly_quantized(absmax):
+    """f32 [blocks] -> the same through 8 bits. bitsandbytes sums the mean in f32, whose last bit depends on the order of the sum."""
+    offset = absmax.double().mean().float()
+    dynamic_map = bnb.create_dynamic_map()
+    nearest = torch.from_numpy(nearest_codes(absmax.numpy(), offset.numpy(), dynamic_map.numpy()))
+    scales = torch.stack([(part - offset).abs().max() for part in absmax.split(SUPERBLOCK)])
+    return dynamic_map[nearest.int()] * scales.repeat_interleave(SUPERBLOCK)[: absmax.numel()] + offset
+
+
 @torch.no_grad()
-def load(model_dir, adapter, base):
+def load(model_dir, adapter, base, f64):
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     if base != "original":
         for layer in model.model.layers:
@@ -50,7 +58,7 @@ def load(model_dir, adapter, base):
                     module.weight.copy_(quantized(module.weight, base == "nf4-double"))
     if adapter:
         model = PeftModel.from_pretrained(model, adapter)
-    return model.eval()
+    return (model.double() if f64 else model).eval()
 
 
 def token_ids(row, tokenizer):
@@ -92,11 +100,12 @@ def main():
     parser.add_argument("--adapter")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--base", choices=["original", "nf4", "nf4-double"], default="nf4-double")
+    parser.add_argument("--f64", action="store_true")
     parser.add_argument("--tolerance", type=float, default=1e-4)
     args = parser.parse_args()
     rows, lines = ([json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()] for path in (args.dataset, args.losses))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = load(args.model, args.adapter, args.base)
+    model = load(args.model, args.adapter, args.base, args.f64)
     pairs = list(compare(model, tokenizer, rows, lines))
     differences = [abs(loss - line["loss"]) for loss, line in pairs]
     largest = max(range(len(pairs)), key=differences.__getitem__)
