@@ -34,6 +34,9 @@ enum Grad {
 /// The state that a schedule has reached so far.
 struct State<'a> {
     inputs: &'a Inputs,
+    /// For each micro-batch, its place among those that have a backward pass, and the number of these.
+    places: Vec<Option<usize>>,
+    num_trained: usize,
     slots: Vec<Slot>,
     dense: Option<Unit>,
     /// Layers that each micro-batch has passed forward.
@@ -60,6 +63,8 @@ pub fn check(actions: &[Action], inputs: &Inputs) -> Result<()> {
     ensure!(inputs.trained().all(|m| inputs.micro_batches[m].adapter), "a backward pass without the adapter");
     let mut state = State {
         inputs,
+        places: inputs.places_of_trained(),
+        num_trained: trained,
         slots: vec![Slot::Free; inputs.num_slots],
         dense: None,
         forward: vec![None; m],
@@ -127,7 +132,7 @@ impl State<'_> {
             Action::WaitFetch { layer, micro } => self.boundary(layer, micro, Boundary::Fetching, Boundary::Here),
             Action::Backward { layer, micro, grad_slot, first } => self.backward(layer, micro, grad_slot, first),
             Action::Reduce { layer, grad_slot } => {
-                let all = Grad::Accumulating(layer, self.inputs.trained().count());
+                let all = Grad::Accumulating(layer, self.num_trained);
                 ensure!(self.grads[grad_slot] == all, "the buffer is {:?}", self.grads[grad_slot]);
                 self.grads[grad_slot] = Grad::Reducing(layer);
                 Ok(())
@@ -222,7 +227,7 @@ impl State<'_> {
         if layer == 0 {
             self.free_boundary(0, micro)?;
         }
-        let nth = self.inputs.trained().position(|trained| trained == micro);
+        let nth = self.places[micro];
         let grad = &mut self.grads[grad_slot];
         *grad = match (*grad, first) {
             (Grad::Free, true) => Grad::Accumulating(layer, 1),

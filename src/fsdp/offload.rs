@@ -19,11 +19,13 @@ pub(super) fn with_copies(actions: &[Action], inputs: &Inputs) -> Vec<Action> {
     if inputs.num_offloaded_boundaries() == 0 {
         return actions.to_vec();
     }
+    let offloaded = Offloaded::new(inputs);
+    let to_fetch = to_fetch(actions, &offloaded);
     let mut weaver = Weaver {
-        inputs,
+        offloaded,
         free: inputs.num_boundary_buffers,
         putting: VecDeque::new(),
-        to_fetch: to_fetch(actions, inputs),
+        to_fetch,
         fetched: HashMap::new(),
         woven: Vec::new(),
     };
@@ -33,15 +35,40 @@ pub(super) fn with_copies(actions: &[Action], inputs: &Inputs) -> Vec<Action> {
     weaver.woven
 }
 
+/// The boundaries that wait on the host. Those that backward needs first stay on the device.
+struct Offloaded {
+    /// For each micro-batch, its place among those that have a backward pass.
+    places: Vec<Option<usize>>,
+    /// Number of these that live at the same time.
+    live: usize,
+    num_boundaries: usize,
+}
+
+impl Offloaded {
+    fn new(inputs: &Inputs) -> Offloaded {
+        let (places, live) = (inputs.places_of_trained(), inputs.num_live_trained());
+        Offloaded { places, live, num_boundaries: inputs.num_offloaded_boundaries() }
+    }
+
+    fn has_backward(&self, micro: usize) -> bool {
+        self.places[micro].is_some()
+    }
+
+    /// Returns whether a micro-batch's input of a layer is one of them.
+    fn has(&self, layer: usize, micro: usize) -> bool {
+        self.places[micro].is_some_and(|place| layer * self.live + place % self.live < self.num_boundaries)
+    }
+}
+
 /// Offloaded boundaries in the order in which backward needs them. Each comes with the forward action before which
 /// its fetch may start: the last one before its backward.
-fn to_fetch(actions: &[Action], inputs: &Inputs) -> VecDeque<(usize, usize, usize)> {
+fn to_fetch(actions: &[Action], offloaded: &Offloaded) -> VecDeque<(usize, usize, usize)> {
     let mut last_forward = 0;
     let mut wanted = VecDeque::new();
     for (i, action) in actions.iter().enumerate() {
         match *action {
             Action::Forward { .. } => last_forward = i,
-            Action::Backward { layer, micro, .. } if inputs.is_offloaded(layer, micro) => {
+            Action::Backward { layer, micro, .. } if offloaded.has(layer, micro) => {
                 wanted.push_back((last_forward, layer, micro));
             }
             _ => {}
@@ -50,8 +77,8 @@ fn to_fetch(actions: &[Action], inputs: &Inputs) -> VecDeque<(usize, usize, usiz
     wanted
 }
 
-struct Weaver<'a> {
-    inputs: &'a Inputs,
+struct Weaver {
+    offloaded: Offloaded,
     /// Number of device buffers that are free.
     free: usize,
     putting: VecDeque<(usize, usize)>,
@@ -61,17 +88,17 @@ struct Weaver<'a> {
     woven: Vec<Action>,
 }
 
-impl Weaver<'_> {
+impl Weaver {
     fn weave(&mut self, i: usize, action: Action) {
         match action {
             Action::Embed { .. } => self.needs_a_buffer(),
             Action::Forward { layer, micro } => {
                 self.needs_a_buffer();
                 self.woven.push(action);
-                if !self.inputs.micro_batches[micro].gradient {
+                if !self.offloaded.has_backward(micro) {
                     self.free += 1;
                 }
-                if self.inputs.is_offloaded(layer, micro) {
+                if self.offloaded.has(layer, micro) {
                     self.woven.push(Action::Put { layer, micro });
                     self.putting.push_back((layer, micro));
                 }
@@ -86,7 +113,7 @@ impl Weaver<'_> {
                 self.free += if layer == 0 { 2 } else { 1 };
                 return self.fetch_ahead(i);
             }
-            Action::HeadScore { micro } if !self.inputs.micro_batches[micro].gradient => self.free += 1,
+            Action::HeadScore { micro } if !self.offloaded.has_backward(micro) => self.free += 1,
             Action::HeadBackward { .. } => {
                 self.woven.push(action);
                 return self.fetch_ahead(i);

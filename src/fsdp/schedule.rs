@@ -225,6 +225,16 @@ impl Inputs {
         (0..self.num_micro_batches()).filter(|&micro| self.micro_batches[micro].gradient)
     }
 
+    /// Returns, for each micro-batch, its place among those that have a backward pass; `None` if it has none.
+    pub fn places_of_trained(&self) -> Vec<Option<usize>> {
+        let mut num_trained = 0;
+        let place = |descriptor: &Descriptor| {
+            num_trained += usize::from(descriptor.gradient);
+            descriptor.gradient.then(|| num_trained - 1)
+        };
+        self.micro_batches.iter().map(place).collect()
+    }
+
     /// Number of micro-batches whose boundaries and kept activations live at the same time.
     pub fn num_live_micro_batches(&self) -> usize {
         match self.accumulation {
@@ -234,7 +244,7 @@ impl Inputs {
     }
 
     /// Number of live micro-batches that have a backward pass.
-    fn num_live_trained(&self) -> usize {
+    pub(super) fn num_live_trained(&self) -> usize {
         self.trained().count().min(self.num_live_micro_batches())
     }
 
@@ -260,14 +270,6 @@ impl Inputs {
             }
             false => 0,
         }
-    }
-
-    /// Returns whether a micro-batch's input of a layer waits on the host. The boundaries that backward needs first
-    /// stay on the device.
-    pub fn is_offloaded(&self, layer: usize, micro: usize) -> bool {
-        let live = self.num_live_trained();
-        let nth = |micro| self.trained().take_while(|&other| other < micro).count();
-        self.micro_batches[micro].gradient && layer * live + nth(micro) % live < self.num_offloaded_boundaries()
     }
 
     /// Returns whether some activations of a layer are computed again.
