@@ -105,14 +105,8 @@ fn micro_batch(rows: &[Vec<u32>], first: usize) -> MicroBatch {
 fn last_logits<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, golden: &Golden, adapter: bool) -> Vec<f32> {
     let mut logits = Vec::new();
     for &length in &golden.lengths {
-        let args = RunArgs {
-            mode: Mode::Generate,
-            micro_batches: &[Descriptor::scored(adapter)],
-            objective: None,
-            dropout: None,
-            update: None,
-            num_past_tokens: 0,
-        };
+        let micro_batches = [Descriptor::scored(adapter)];
+        let args = RunArgs::forward(Mode::Generate, &micro_batches);
         // Logits are computed at targets alone: the last token gets one.
         let mut batch = micro_batch(&[golden.rows.last().unwrap()[..length].to_vec()], 0);
         batch.targets.fill(NO_TARGET);

@@ -151,14 +151,7 @@ fn batch_for(input_ids: &[u32]) -> MicroBatch {
 }
 
 fn generate_args() -> RunArgs<'static> {
-    RunArgs {
-        mode: Mode::Generate,
-        micro_batches: &[Descriptor { adapter: false, gradient: false }],
-        objective: None,
-        dropout: None,
-        update: None,
-        num_past_tokens: 0,
-    }
+    RunArgs::forward(Mode::Generate, &[Descriptor { adapter: false, gradient: false }])
 }
 
 /// Largest difference between the logits of some positions, on two ranks, and those of transformers.

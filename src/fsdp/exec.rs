@@ -62,7 +62,12 @@ pub struct RunArgs<'a> {
     pub num_past_tokens: usize,
 }
 
-impl RunArgs<'_> {
+impl<'a> RunArgs<'a> {
+    /// Makes the arguments of a run that does not train.
+    pub fn forward(mode: Mode, micro_batches: &'a [Descriptor]) -> RunArgs<'a> {
+        RunArgs { mode, micro_batches, objective: None, dropout: None, update: None, num_past_tokens: 0 }
+    }
+
     /// Returns whether the adapter takes part in any micro-batch.
     fn needs_adapter(&self) -> bool {
         self.micro_batches.iter().any(|micro| micro.adapter)

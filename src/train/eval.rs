@@ -34,15 +34,8 @@ pub fn score_each<D: Ops, Q: Queue<D>>(
     let (limits, descriptor) = (engine.limits(), Descriptor::scored(adapter));
     let at_once = limits.inputs(NumUnits::new(engine.spec()), Mode::Score, &vec![descriptor; limits.max_micro_batches]);
     for group in batches.chunks(at_once.num_live_micro_batches()) {
-        let args = RunArgs {
-            mode: Mode::Score,
-            micro_batches: &vec![descriptor; group.len()],
-            objective: None,
-            dropout: None,
-            update: None,
-            num_past_tokens: 0,
-        };
-        for micro in engine.run(&args, group)?.log_probabilities {
+        let micro_batches = vec![descriptor; group.len()];
+        for micro in engine.run(&RunArgs::forward(Mode::Score, &micro_batches), group)?.log_probabilities {
             sum -= micro.iter().sum::<f64>();
             num += micro.len() as f64;
             each(&micro);

@@ -48,14 +48,8 @@ pub fn generate<D: Ops, Q: Queue<D>>(
     let (mut new, mut input, mut past) = (Vec::new(), prompt.to_vec(), 0);
     let mut random = sampling.seed;
     while new.len() < sampling.max_new_tokens {
-        let args = RunArgs {
-            mode: Mode::Generate,
-            micro_batches: &[Descriptor::scored(adapter)],
-            objective: None,
-            dropout: None,
-            update: None,
-            num_past_tokens: past,
-        };
+        let micro_batches = [Descriptor::scored(adapter)];
+        let args = RunArgs { num_past_tokens: past, ..RunArgs::forward(Mode::Generate, &micro_batches) };
         engine.run(&args, &[last_token_batch(&input, past)])?;
         past += input.len();
         random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
