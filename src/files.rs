@@ -12,12 +12,16 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{Mode, OFlags};
 use serde::de::DeserializeOwned;
+use xxhash_rust::xxh3::Xxh3;
 
 /// Largest JSON file of settings: config.json, generation_config.json, adapter_config.json, tokenizer_config.json.
 pub const MAX_SETTINGS_BYTES: u64 = 4 << 20;
 
 /// Largest file of a tokenizer; the largest tokenizer.json known has 40 MB.
 pub const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
+
+/// Number of bytes that are read at a time for a digest.
+const DIGEST_BYTES: usize = 1 << 20;
 
 /// First line of a file that Git LFS has left in the place of a large one.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/v1";
@@ -74,6 +78,21 @@ pub fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
     check(bytes.len() as u64)?;
     check_lfs_pointer(path, &bytes)?;
     Ok(bytes)
+}
+
+/// Returns the number of bytes of a file and their XXH3 of 64 bits.
+pub fn digest(path: &Path) -> Result<(u64, u64)> {
+    let (mut file, mut hash, mut bytes) = (open(path)?, Xxh3::new(), 0);
+    let mut buffer = vec![0; DIGEST_BYTES];
+    loop {
+        match file.read(&mut buffer).with_context(|| shown_path(path))? {
+            0 => return Ok((bytes, hash.digest())),
+            n => {
+                hash.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+        }
+    }
 }
 
 /// Reads a whole text file of at most `max_bytes` in UTF-8.

@@ -12,15 +12,12 @@
 //! name, synced, read back and compared, `state.json` last, and renamed: a folder of this name with a `state.json` is
 //! complete, and a file in it that was damaged later is found by its digest.
 
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
 
 use super::adapter::{self, Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE};
 use super::atomic;
@@ -43,8 +40,6 @@ const NEW: &str = ".fsdp-qlora-checkpoint-new";
 const OLD: &str = ".fsdp-qlora-checkpoint-old";
 /// Version of the files' format.
 const FORMAT: u32 = 1;
-/// Number of bytes that are read at a time for a digest.
-const READ_BYTES: usize = 1 << 20;
 
 /// The values that training changes, one list for each layer, as the layout of trainables has them.
 pub struct Values {
@@ -196,7 +191,8 @@ pub fn recover(output: &Path) -> Result<()> {
     Ok(())
 }
 
-fn read_state(checkpoint: &Path) -> Result<State> {
+/// Reads the state of a checkpoint, and none of its other files.
+pub fn read_state(checkpoint: &Path) -> Result<State> {
     let file = checkpoint.join(STATE_FILE);
     ensure!(file.exists(), "{}: no {STATE_FILE}, so this is no complete checkpoint", checkpoint.display());
     let value: serde_json::Value = files::read_json(&file, files::MAX_SETTINGS_BYTES)?;
@@ -295,20 +291,8 @@ impl Digest {
     fn of(dir: &Path, name: &str) -> Result<Digest> {
         ensure!(Path::new(name).file_name().is_some_and(|file| file == name), "{}: a file {name:?}", dir.display());
         let path = dir.join(name);
-        let digest = || -> std::io::Result<Digest> {
-            let (mut file, mut hash, mut bytes) = (File::open(&path)?, Xxh3::new(), 0);
-            let mut buffer = vec![0; READ_BYTES];
-            loop {
-                match file.read(&mut buffer)? {
-                    0 => return Ok(Digest { name: name.into(), bytes, xxh3: format!("{:016x}", hash.digest()) }),
-                    n => {
-                        hash.update(&buffer[..n]);
-                        bytes += n as u64;
-                    }
-                }
-            }
-        };
-        digest().with_context(|| path.display().to_string())
+        let (bytes, digest) = files::digest(&path)?;
+        Ok(Digest { name: name.into(), bytes, xxh3: format!("{digest:016x}") })
     }
 }
 

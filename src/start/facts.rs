@@ -2,14 +2,13 @@
 //! read.
 
 use std::fmt::Display;
-use std::fs::File;
-use std::io::Read;
+use std::path::Path;
 
-use anyhow::{Context, Result};
-use xxhash_rust::xxh3::Xxh3;
+use anyhow::Result;
 
 use crate::checkpoint::adapter::Adapter;
 use crate::data::{Dataset, TextTokenizer};
+use crate::files;
 use crate::fsdp::memory::Limits;
 use crate::recipe::{EvalData, Job};
 
@@ -105,24 +104,13 @@ impl Facts {
 
     /// Adds an adapter; `key` is the key or option that names it.
     pub fn add_adapter(&mut self, key: &str, adapter: Option<&Adapter>) {
-        let value = adapter.map_or("none".into(), |adapter| {
-            let mut digest = Xxh3::new();
-            digest.update(format!("{:?}", adapter.settings).as_bytes());
-            adapter.layers.iter().for_each(|values| digest.update(bytemuck::cast_slice(values)));
-            format!("digest {:016x}", digest.digest())
-        });
+        let value = adapter.map_or("none".into(), |adapter| format!("digest {:016x}", adapter.digest()));
         self.add(key, value);
     }
 }
 
 /// Returns a digest of the running program's file, which tells builds of one version apart.
 fn build_digest() -> Result<String> {
-    let mut file = File::open("/proc/self/exe").context("/proc/self/exe")?;
-    let (mut digest, mut buffer) = (Xxh3::new(), vec![0; 1 << 20]);
-    loop {
-        match file.read(&mut buffer).context("/proc/self/exe")? {
-            0 => return Ok(format!("{:016x}", digest.digest())),
-            n => digest.update(&buffer[..n]),
-        }
-    }
+    let (_, digest) = files::digest(Path::new("/proc/self/exe"))?;
+    Ok(format!("{digest:016x}"))
 }

@@ -14,13 +14,12 @@ use crate::files;
 use crate::model::spec::ModelSpec;
 use crate::recipe::TrainingJob;
 
+use super::saving::KINDS;
+
 /// A line of metrics.jsonl takes less.
 const METRICS_LINE_BYTES: usize = 1000;
 /// Most room that is looked for before training for metrics.jsonl: `max_steps` may be a number that nobody waits for.
 const MAX_METRICS_BYTES: usize = 1 << 28;
-
-/// Number of values that a checkpoint has for each of the adapter's: AdamW's two means and itself.
-const VALUES_OF_A_CHECKPOINT: usize = 3;
 
 /// Parts of the model's folder that belong to the result. They are read at the start, since the folder may be gone at
 /// the end.
@@ -46,7 +45,7 @@ impl Kept {
         let tokenizer: usize = self.tokenizer_files.iter().map(|(_, content)| content.len()).sum();
         let checkpoints =
             if job.save_steps.is_some() { job.save_total_limit.unwrap_or(1).saturating_add(1) } else { 0 };
-        let of_checkpoints = checkpoints.saturating_mul(VALUES_OF_A_CHECKPOINT * adapter.bytes() + lines);
+        let of_checkpoints = checkpoints.saturating_mul(KINDS.len() * adapter.bytes() + lines);
         (adapter.bytes() + tokenizer + lines).saturating_add(of_checkpoints)
     }
 }

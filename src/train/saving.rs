@@ -22,7 +22,7 @@ use crate::model::spec::ModelSpec;
 use super::log::Log;
 
 /// The values that a checkpoint holds, in the order in which they come.
-const KINDS: [Kind; 3] = [Kind::Master, Kind::ExpAvg, Kind::ExpAvgSq];
+pub const KINDS: [Kind; 3] = [Kind::Master, Kind::ExpAvg, Kind::ExpAvgSq];
 
 /// The parts of a checkpoint that stay as they are during a run.
 pub struct Fixed {

@@ -81,22 +81,30 @@ enum Found {
 }
 
 /// The place that a run begins from.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Resume {
     /// The newest checkpoint of the same run, if there is one.
-    #[serde(serialize_with = "auto")]
     Auto,
     /// The first step.
-    #[serde(serialize_with = "never")]
     Never,
     /// This checkpoint.
     From(PathBuf),
 }
 
+/// Serializes the word or the path of a recipe.
+impl Serialize for Resume {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Resume::Auto => serializer.serialize_str("auto"),
+            Resume::Never => serializer.serialize_str("never"),
+            Resume::From(path) => path.serialize(serializer),
+        }
+    }
+}
+
 /// The beginning of a run.
 pub enum Begun {
-    /// The same run has finished here.
+    /// This run has finished here before.
     Finished,
     /// The run begins with its first step.
     New,
@@ -166,7 +174,7 @@ impl Output {
         let of_path = match resume {
             Resume::Never => return Ok(None),
             Resume::Auto => None,
-            Resume::From(path) => Some(FoundCheckpoint::open(path).context("training.resume")?.state.run),
+            Resume::From(path) => Some(state::read_state(path).context("training.resume")?.run),
         };
         let runs = self.unfinished().map(|(record, _)| record.identity.clone()).chain(of_path);
         let keys = ["training.gradient_accumulation_steps", "training.global_batch_size"];
@@ -375,14 +383,6 @@ impl Output {
         }
         Ok(())
     }
-}
-
-fn auto<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str("auto")
-}
-
-fn never<S: Serializer>(serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str("never")
 }
 
 /// Returns whether user `me` may replace a file. If the folder's sticky bit is set, only the owners of file and
