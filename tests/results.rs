@@ -3,10 +3,11 @@
 mod common;
 
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
+use common::running::{Running, signal};
 use serde_json::Value;
 
 const ADAPTER: &str = "out/adapter_model.safetensors";
@@ -47,50 +48,15 @@ fn eval(place: &Place, adapter: &str) -> f64 {
     serde_json::from_slice::<Value>(&output.stdout).unwrap()["loss"].as_f64().unwrap()
 }
 
-/// A run that is at work, with its standard error in a file.
-struct Running<'a> {
-    place: &'a Place,
-    child: Child,
-}
-
-impl Running<'_> {
-    fn start<'a>(place: &'a Place, mut command: Command) -> Running<'a> {
-        let log = std::fs::File::create(place.path("log")).unwrap();
-        let child = command.stdout(Stdio::null()).stderr(log).spawn().expect("mpirun (scripts/setup installs it)");
-        Running { place, child }
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.place.read("log")).into_owned()
-    }
-
-    /// Waits until something is so; false if the run ended before.
-    fn until(&mut self, is_so: impl Fn(&Place) -> bool) -> bool {
-        let start = Instant::now();
-        while !is_so(self.place) {
-            if self.child.try_wait().unwrap().is_some() {
-                return is_so(self.place);
-            }
-            assert!(start.elapsed() < Duration::from_secs(120), "it never came:\n{}", self.text());
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        true
-    }
-
-    /// Stops a single process in the middle of training, does something, and lets it go on. Returns its status and what it said.
-    fn interrupted_by(mut self, mischief: impl Fn(&Place)) -> (Option<i32>, String) {
-        assert!(self.until(|place| num_steps(place, "out/metrics.jsonl") >= 2), "{}", self.text());
-        signal(self.child.id(), "STOP");
-        assert!(num_steps(self.place, "out/metrics.jsonl") < 60, "the run ended too early to be interrupted");
-        mischief(self.place);
-        signal(self.child.id(), "CONT");
-        let status = self.child.wait().unwrap().code();
-        (status, self.text())
-    }
-}
-
-fn signal(pid: u32, name: &str) {
-    assert!(Command::new("sh").args(["-c", &format!("kill -{name} {pid}")]).status().unwrap().success());
+/// Stops a single process in the middle of training, does something, and lets it go on. Returns its status and what it
+/// said.
+fn interrupted_by(mut run: Running<'_>, mischief: impl Fn(&Place)) -> (Option<i32>, String) {
+    assert!(run.until(|place| num_steps(place, "out/metrics.jsonl") >= 2), "{}", run.text());
+    assert!(signal(run.child.id(), "STOP"));
+    assert!(num_steps(run.place, "out/metrics.jsonl") < 60, "the run ended too early to be interrupted");
+    mischief(run.place);
+    assert!(signal(run.child.id(), "CONT"));
+    run.ends()
 }
 
 fn num_steps(place: &Place, file: &str) -> usize {
@@ -260,7 +226,7 @@ fn two_runs_in_one_folder() {
 fn an_output_dir_that_is_removed_is_made_again_and_the_model_may_go() {
     let place = Place::new();
     let run = Running::start(&place, place.command(&train_with(&[MANY_STEPS])));
-    let (status, text) = run.interrupted_by(|place| {
+    let (status, text) = interrupted_by(run, |place| {
         std::fs::remove_dir_all(place.path("out")).unwrap();
         std::fs::rename(place.path("model"), place.path("moved")).unwrap();
     });
@@ -294,7 +260,7 @@ fn a_result_that_cannot_be_where_it_should_is_beside() {
     for (name, mischief) in cases {
         let place = Place::new();
         let run = Running::start(&place, place.command(&train_with(&[MANY_STEPS])));
-        let (status, text) = run.interrupted_by(|place| mischief(&place.path("out")));
+        let (status, text) = interrupted_by(run, |place| mischief(&place.path("out")));
         assert_eq!(status, Some(1), "{name}: {text}");
         let last = text.lines().last().unwrap();
         let saved = last.split("was saved in ").nth(1).unwrap_or_else(|| panic!("{name}: {text}"));

@@ -4,11 +4,11 @@
 mod common;
 
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
 use common::relative_error;
+use common::running::{Running, signal};
 use fsdp_qlora::testing::{ModelSpec, adapter};
 use serde_json::Value;
 
@@ -54,48 +54,6 @@ fn is_finished(place: &Place) -> bool {
     place.path("out/run.json").exists() && record(place)["state"] == "finished"
 }
 
-/// A program at work, with its standard error in a file.
-struct Running<'a> {
-    place: &'a Place,
-    child: Child,
-}
-
-impl<'a> Running<'a> {
-    fn start(place: &'a Place, mut command: Command) -> Running<'a> {
-        let log = std::fs::File::create(place.path("log")).unwrap();
-        let child = command.stdout(Stdio::null()).stderr(log).spawn().expect("mpirun (scripts/setup installs it)");
-        Running { place, child }
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&self.place.read("log")).into_owned()
-    }
-
-    /// Waits until something is so; false if the program has ended before.
-    fn until(&mut self, is_so: impl Fn(&str) -> bool) -> bool {
-        let start = Instant::now();
-        while !is_so(&self.text()) {
-            if self.child.try_wait().unwrap().is_some() {
-                return is_so(&self.text());
-            }
-            assert!(start.elapsed() < Duration::from_secs(120), "it never came:\n{}", self.text());
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        true
-    }
-
-    /// Waits for the end; its status, and what the program said.
-    fn ends(mut self) -> (Option<i32>, String) {
-        let status = self.child.wait().unwrap().code();
-        (status, self.text())
-    }
-}
-
-fn signal(pid: u32, name: &str) {
-    // A process that has ended meanwhile is none of the test's business.
-    let _ = Command::new("sh").args(["-c", &format!("kill -{name} {pid} 2>/dev/null")]).status();
-}
-
 /// SplitMix64.
 fn random(state: &mut u64, below: usize) -> usize {
     *state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -116,19 +74,20 @@ fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> bool {
         1 if from + 3 < NUM_STEPS => drop(running.until(|_| writing.exists())),
         _ => {
             let step = from + 1 + random(state, NUM_STEPS - from);
-            running.until(|text| text.contains(&format!("step {step}/")));
+            running.says(&format!("step {step}/"));
             std::thread::sleep(Duration::from_micros(random(state, 20_000) as u64));
         }
     }
     let before = newest(place);
     let ranks = place.ranks();
     let was_running = running.child.try_wait().unwrap().is_none();
+    // A process that has ended meanwhile is none of the test's business.
+    let kill = |pid: u32| {
+        signal(pid, "KILL");
+    };
     match ranks.get(random(state, ranks.len().max(1))) {
-        Some(rank) if !whole_job => signal(*rank, "KILL"),
-        _ => {
-            ranks.iter().for_each(|rank| signal(*rank, "KILL"));
-            signal(running.child.id(), "KILL");
-        }
+        Some(&rank) if !whole_job => kill(rank),
+        _ => ranks.iter().copied().chain([running.child.id()]).for_each(kill),
     }
     let (status, text) = running.ends();
     assert!(newest(place) >= before, "a checkpoint was lost:\n{text}");
@@ -145,7 +104,7 @@ fn survive(place: &Place, num_kills: usize, state: &mut u64, ranks: impl Fn(&mut
         }
         let from = newest(place);
         let mut running = Running::start(place, place.mpirun(ranks(state), &TRAIN));
-        if from > 0 && running.until(|text| text.contains("going on after step")) {
+        if from > 0 && running.says("going on after step") {
             // A checkpoint that was complete and lacked its name when the kill came is found as well.
             let text = running.text();
             let after = text.split("going on after step ").nth(1).and_then(|rest| rest.split(',').next());
@@ -223,9 +182,9 @@ fn a_signal_to_any_rank_stops_all_with_a_checkpoint() {
         let place = place();
         let command = if ranks == 1 { place.command(&TRAIN) } else { place.mpirun(ranks, &TRAIN) };
         let mut running = Running::start(&place, command);
-        assert!(running.until(|text| text.contains("step 5/")));
+        assert!(running.says("step 5/"));
         let pid = if ranks == 1 { running.child.id() } else { place.ranks()[1] };
-        signal(pid, name);
+        assert!(signal(pid, name));
         let (status, text) = running.ends();
         assert_eq!(status, Some(75), "{name}: {text}");
         let run = record(&place);
@@ -247,8 +206,8 @@ fn a_signal_to_any_rank_stops_all_with_a_checkpoint() {
 fn stopped(ranks: usize, sets: &[&str]) -> Place {
     let place = place();
     let mut running = Running::start(&place, place.mpirun(ranks, &train_with(sets)));
-    assert!(running.until(|text| text.contains("step 7/")), "{}", running.text());
-    signal(place.ranks()[0], "USR1");
+    assert!(running.says("step 7/"), "{}", running.text());
+    assert!(signal(place.ranks()[0], "USR1"));
     let (status, text) = running.ends();
     assert_eq!(status, Some(75), "{text}");
     place
@@ -339,9 +298,9 @@ fn checkpoints_are_counted_and_removed() {
     let other = train_with(&["training.seed=7", "training.save_total_limit=1"]);
     let args = [&other[..], &["--overwrite"]].concat();
     let mut running = Running::start(&place, place.mpirun(2, &args));
-    assert!(running.until(|text| text.contains("step 10/")));
+    assert!(running.says("step 10/"));
     let old = place.read(ADAPTER);
-    place.ranks().iter().for_each(|rank| signal(*rank, "KILL"));
+    place.ranks().iter().for_each(|rank| assert!(signal(*rank, "KILL")));
     running.ends();
     assert!(place.read(ADAPTER) == old, "the old result is whole until the new one is");
     let text = succeeds(place.mpirun(2, &args));
