@@ -1,5 +1,5 @@
-//! What tests and benchmarks outside of the crate may use. All modules are private to the crate, so the compiler finds
-//! what nobody uses any more; an item that only a test needs is listed here.
+//! Lists the items that tests and benchmarks outside of the crate use. All modules are private to the crate, so the
+//! compiler finds what nobody uses any more.
 
 pub use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 pub use crate::checkpoint::load::LoadOptions;

@@ -18,7 +18,7 @@ fn loss(place: &Place) -> Value {
     metrics(&place.read("out/metrics.jsonl"))[0]["loss"].clone()
 }
 
-/// What a subcommand of `cache` prints on standard output.
+/// Returns the text that a subcommand of `cache` prints on standard output.
 fn cache(place: &Place, args: &[&str]) -> String {
     let output = place.command(&[&["cache"], args].concat()).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

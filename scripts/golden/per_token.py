@@ -8,8 +8,9 @@ computed by itself, without packing or padding, so that tokens, positions and lo
 
 --base says which base `eval` had: `original` with `--set quantization.load_in_4bit=false`, `nf4` with `--set
 quantization.bnb_4bit_use_double_quant=false`, `nf4-double` (the default of both programs) without either. The linear weights of the layers
-are then what bitsandbytes makes of them on the CPU, in f32, but for two things: 8-bit scales are rounded to nearest, as its GPU code does, and
-their mean is summed in f64, since one of the two roundings that the order of a sum can give moves about one scale in 10,000.
+are then what bitsandbytes makes of them on the CPU, in f32, but for three things: 8-bit scales are rounded to nearest and a block of zeros has code 0, as
+in its GPU code, and the mean of scales is summed in f64, since one of the two roundings that the order of a sum can give moves about one
+scale in 10,000.
 
 Prints one object: the mean loss here and there, the number of target tokens, the largest and the mean difference of a token, and where the
 largest is. The exit status is 1 if a token differs by more than --tolerance (1e-4). Rows must not have been split, nor hold several

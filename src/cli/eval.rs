@@ -66,7 +66,7 @@ impl Work for Scoring {
         }
         let mut losses = Vec::new();
         let score = eval::score_each(engine, &self.batches, self.adapter, |log_probabilities| {
-            // From 0, so that a loss of 0 is not written as -0.
+            // A loss is subtracted from 0, so that 0 is not written as -0.
             losses.extend(log_probabilities.iter().map(|&log_p| (0.0 - log_p) as f32));
         })?;
         Ok((score, Some(per_token::gather(&mut engine.queue, &losses)?)))

@@ -22,7 +22,7 @@ fn counters() -> &'static [AtomicU64] {
     COUNTERS.get().copied().unwrap_or_default()
 }
 
-/// What earlier inputs have reached: for each edge, the classes of counts that occurred.
+/// Remembers for each edge which classes of counts have occurred with earlier inputs.
 pub struct Seen(Vec<[u8; 8]>);
 
 impl Seen {

@@ -1,4 +1,4 @@
-//! What becomes text and tokens: the files of a tokenizer, chat templates, rows.
+//! Fuzz targets of the files that become text and tokens: those of a tokenizer, chat templates, rows.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
