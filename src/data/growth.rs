@@ -1,13 +1,41 @@
 //! Bounds how much longer the parts of a tokenizer.json make a text: forty replacements, each of which doubles it, would
 //! take all memory for one letter.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use fancy_regex::Regex;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
+use super::tokenizer::call;
+
 /// Largest growth. That of released tokenizers is at most 16.
 const MAX_GROWTH: f64 = 64.0;
+
+/// The parts of a tokenizer.json; its tokens are skipped.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Parts {
+    normalizer: Value,
+    pre_tokenizer: Value,
+    post_processor: Value,
+    decoder: Value,
+}
+
+/// Refuses the content of a tokenizer.json like [`check`], before the library reads it: while it does, the normalizer
+/// already sees the added tokens.
+pub fn check_file(bytes: &[u8]) -> Result<()> {
+    let parts = match serde_json::from_slice::<Parts>(bytes) {
+        // The library says what is wrong with JSON that cannot be read, but takes a part that is there twice.
+        Err(error) if !error.is_data() => return Ok(()),
+        parts => parts.context("tokenizer.json")?,
+    };
+    let mut alone = json!(parts);
+    alone["version"] = "1.0".into();
+    alone["model"] = json!({"type": "WordLevel", "vocab": {}, "unk_token": ""});
+    // Parts that cannot be read are the library's to refuse, too.
+    call(|| Tokenizer::from_bytes(alone.to_string())).map_or(Ok(()), |parts| check(&parts))
+}
 
 /// Refuses a tokenizer whose parts, one after the other, could make texts much longer. `Precompiled` counts as a small
 /// number, because its table is not looked into.
@@ -101,6 +129,21 @@ mod tests {
             let error = refused(key, part).unwrap_or_else(|| panic!("{key} must be refused"));
             assert!(error.contains(&format!("can make {what} ")), "{error}");
         }
+    }
+
+    #[test]
+    fn parts_are_refused_before_an_added_token_goes_through_them() {
+        let text = std::fs::read(Path::new(GOLDEN).join("tokenizer.json")).unwrap();
+        let mut json: Value = serde_json::from_slice(&text).unwrap();
+        check_file(json.to_string().as_bytes()).unwrap();
+        json["normalizer"] =
+            sequence("normalizers", json!({"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}), 40);
+        json["added_tokens"][0]["content"] = "e".into();
+        json["added_tokens"][0]["normalized"] = true.into();
+        let error = check_file(json.to_string().as_bytes()).unwrap_err().to_string();
+        assert!(error.contains("can make a text "), "{error}");
+        let twice = r#"{"normalizer": null, "normalizer": null}"#;
+        assert!(format!("{:#}", check_file(twice.as_bytes()).unwrap_err()).contains("duplicate field `normalizer`"));
     }
 
     #[test]

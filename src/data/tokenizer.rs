@@ -59,6 +59,7 @@ impl TextTokenizer {
         let path = dir.join("tokenizer.json");
         ensure!(path.exists(), "{}: tokenizer.json is missing; other tokenizer files are not read", dir.display());
         let bytes = files::read(&path, files::MAX_TOKENIZER_BYTES)?;
+        growth::check_file(&bytes).with_context(|| path.display().to_string())?;
         let mut tokenizer = call(|| Tokenizer::from_bytes(&bytes)).with_context(|| path.display().to_string())?;
         // Truncation and padding are decided by the data set or the prompt, not by whoever saved the file.
         tokenizer.with_padding(None);
