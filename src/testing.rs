@@ -83,6 +83,11 @@ pub mod recipe {
     pub use crate::recipe::{Command, load};
 }
 
+/// Checkpoints of training, written and found.
+pub mod state {
+    pub use crate::checkpoint::state::{Checkpoint, Found, Progress, Values, list, recover};
+}
+
 /// Bases of made-up weights.
 pub mod synthetic {
     pub use crate::checkpoint::synthetic::base;

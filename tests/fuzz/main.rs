@@ -40,6 +40,8 @@ macro_rules! targets {
 targets! {
     adapter_config: adapter::config();
     adapter_tensors: adapter::tensors();
+    checkpoint_state: checkpoint::checkpoint_state();
+    checkpoint_tensors: checkpoint::checkpoint_tensors();
     config: base::config();
     header: base::header();
     index: base::index();
