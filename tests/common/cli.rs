@@ -75,6 +75,11 @@ impl Place {
         self.with_environment(Command::new(program()), args)
     }
 
+    /// A script of the repository with these arguments.
+    pub fn script(&self, path: &str, args: &[&str]) -> Command {
+        self.with_environment(Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join(path)), args)
+    }
+
     /// The program on some ranks.
     pub fn mpirun(&self, ranks: usize, args: &[&str]) -> Command {
         let mut command = Command::new(std::env::var("MPIEXEC").unwrap_or("mpirun".into()));
