@@ -19,6 +19,7 @@
 //! | [`train`] | steps, objectives, evaluation, generation, logs, how a result comes to rest | the command line |
 //! | [`recipe`] | the recipe, as it was written, becomes the job, as it was decided | devices, ranks, how a job is run |
 //! | [`start`] | everything between a job and the first step: what all ranks must have in common ([`start::agree`]), placement, budgets, the engine; a plan for a machine that is not there | the command line, how a recipe is written |
+//! | [`mod@bench`] | measurements of this machine: steps on made-up weights, ops at the sizes of a layer, collectives | the command line, how a recipe is written |
 //! | [`cli`] | one file per subcommand | |
 //! | [`files`] | opening and reading input files, bounded; names of files as messages show them | everything else |
 //! | [`stderr`] | lines on standard error, each written whole | everything else |
@@ -88,6 +89,7 @@
 //! there), a short last block is multiplied by the reciprocal of its absmax like all others, and the thresholds
 //! between codes are the kernel's constants, not the midpoints that f32 gives.
 
+mod bench;
 mod checkpoint;
 mod choices;
 mod cli;

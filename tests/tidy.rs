@@ -8,7 +8,7 @@ const MAX_FILE_LINES: usize = 500;
 const FOLDERS: [&str; 4] = ["src", "kernels", "tests", "benches"];
 
 /// Names that must not stand in a module.
-const FORBIDDEN: [(&str, &[&str]); 11] = [
+const FORBIDDEN: [(&str, &[&str]); 12] = [
     (
         "device/",
         &["crate::model", "crate::comm", "crate::fsdp", "crate::data", "crate::train", "crate::recipe", "crate::cli"],
@@ -22,8 +22,9 @@ const FORBIDDEN: [(&str, &[&str]); 11] = [
     ("checkpoint/", &["crate::data", "crate::train", "crate::recipe", "crate::start", "crate::cli"]),
     ("plan/", &["crate::data", "crate::train", "crate::recipe", "crate::start", "crate::cli"]),
     ("train/", &["crate::cli", "crate::start"]),
-    // These make a job from what was written; `start` sees the job alone.
-    ("start/", &["crate::cli", "recipe::load", "recipe::from_options"]),
+    // These make a job from what was written; `start` and `bench` see the job alone.
+    ("start/", &["crate::bench", "crate::cli", "recipe::load", "recipe::from_options"]),
+    ("bench/", &["crate::cli", "recipe::load", "recipe::from_options"]),
 ];
 
 /// Path from a folder, and text, of all code below it.

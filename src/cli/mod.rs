@@ -11,6 +11,7 @@ mod eval;
 mod generate;
 mod plan;
 mod quantize;
+mod shape;
 mod train;
 
 use std::path::Path;

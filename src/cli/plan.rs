@@ -15,14 +15,14 @@ use crate::recipe::{self, Command, ComputeDtype};
 use crate::start::planned::{Machine, Planned};
 use crate::train::log::bytes;
 
-use super::usage;
+use super::{shape, usage};
 
 #[derive(Args)]
 pub struct PlanArgs {
     /// The recipe; --shape may stand in its place
     #[arg(short, long, conflicts_with = "shape", value_parser = recipe::read_path)]
     config: Option<PathBuf>,
-    #[arg(long, help = super::bench::shape_help(), required_unless_present_any = ["config", "compare"])]
+    #[arg(long, help = shape::help(), required_unless_present_any = ["config", "compare"])]
     shape: Option<String>,
     /// With --shape: number of layers, if fewer than the shape has
     #[arg(long, conflicts_with = "config")]
@@ -136,11 +136,11 @@ fn report(args: &PlanArgs, machine: &Machine, overrides: &[String]) -> Result<Re
             let planned = Planned::of_model(&job, machine)?;
             (job, planned)
         }
-        (None, Some(shape)) => {
-            let given = super::bench::given([args.seq, args.micro_batch, args.accum]);
-            let job = recipe::from_options(Command::PlanShape, given, overrides)?;
-            let config = super::bench::shape(shape, args.layers)?;
-            let planned = Planned::of_shape(shape, config, &job, machine)?;
+        (None, Some(name)) => {
+            let keys = shape::keys([args.seq, args.micro_batch, args.accum]);
+            let job = recipe::from_options(Command::PlanShape, keys, overrides)?;
+            let config = shape::spec(name, args.layers)?;
+            let planned = Planned::of_shape(name, config, &job, machine)?;
             (job, planned)
         }
         (None, None) => unreachable!("clap asks for one of them"),

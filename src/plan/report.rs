@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::device::MemoryPlan;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Keep;
+use crate::model::trainable::LoraConfig;
 
 use super::memory::{Cost, text};
 use super::throughput::Timeline;
@@ -20,6 +21,9 @@ pub struct Report {
     pub nodes: usize,
     pub num_layers: usize,
     pub num_units: usize,
+    pub lora: LoraConfig,
+    /// Values of the adapter.
+    pub num_trainable: usize,
     pub limits: Limits,
     pub cost: Cost,
     /// Memory of a rank's GPU that driver and libraries take.
@@ -51,12 +55,14 @@ impl Report {
 
     /// Returns the plan as one object.
     pub fn json(&self) -> Value {
-        let Report { limits, cost, timeline, .. } = self;
+        let Report { lora, limits, cost, timeline, .. } = self;
         let owners = |plan: &MemoryPlan| -> Map<String, Value> {
             plan.by_owner().into_iter().map(|(name, bytes)| (name, bytes.into())).collect()
         };
         json!({
             "model": self.model, "gpu": self.gpu, "world_size": self.world_size, "nodes": self.nodes,
+            "lora": {"r": lora.lora_rank, "scale": lora.scale, "dropout": lora.dropout, "targets": lora.targets,
+                "values": self.num_trainable},
             "tokens_of_a_micro_batch": limits.max_tokens, "micro_batches": limits.max_micro_batches,
             "keep": limits.keep.clamped(self.num_layers), "gather": limits.gather.word(),
             "resident_units": self.resident_units(), "units": self.num_units,
@@ -81,6 +87,13 @@ impl Display for Report {
         writeln!(
             f,
             "{model} on {world_size} x {gpu}, {nodes} node(s): {micro_batches} micro-batches of {tokens} tokens a rank and step"
+        )?;
+        let LoraConfig { lora_rank, scale, dropout, targets } = &self.lora;
+        let targets = targets.iter().map(|id| id.name()).collect::<Vec<_>>().join(", ");
+        let values = self.num_trainable as f64 * 1e-6;
+        writeln!(
+            f,
+            "adapter: r {lora_rank}, scale {scale}, dropout {dropout}, on {targets}; {values:.1} million values"
         )?;
         let owner = |f: &mut fmt::Formatter, name: &str, bytes| writeln!(f, "  {name:24} {:>10}", text(bytes));
         writeln!(f, "\nGPU memory of a rank: {}", text(self.device_bytes()))?;

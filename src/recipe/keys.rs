@@ -62,8 +62,8 @@ const TRAINING: &[Command] = &[Train];
 const TRAIN_PLAN: &[Command] = &[Train, Plan];
 const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep];
 const ROWS: &[Command] = &[Train, Eval];
-const BASES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, Quantize, BenchStep];
-const DEQUANTIZES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, Quantize, BenchStep, BenchKernels];
+const ADAPTERS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchKernels];
+const BASES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, Quantize, BenchStep, BenchKernels];
 const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchKernels];
 const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep];
 
@@ -91,22 +91,24 @@ keys! {
     LOAD_IN_4BIT: bool = "quantization.load_in_4bit", "true", BASES, Value::as_bool,
         &["true", "false"], "quantize the base to NF4";
     QUANT_TYPE: &str = "quantization.bnb_4bit_quant_type", "nf4", BASES, |v| only(v, "nf4"), &["nf4"], "the 4-bit type";
-    DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", DEQUANTIZES, |v| nullable(v, Value::as_bool),
+    DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", BASES, |v| nullable(v, Value::as_bool),
         &["true", "false", "null"], "quantize the scales too; null: as a 4-bit checkpoint is, else true";
     COMPUTE_DTYPE: ComputeDtype = "quantization.bnb_4bit_compute_dtype", "auto", COMPUTES, choice,
         ComputeDtype::ALLOWED, "dtype of the arithmetic: a GPU's is bfloat16 (auto) or float16, the CPU's float32 (auto)";
     QUANT_STORAGE: &str = "quantization.bnb_4bit_quant_storage", "uint8", BASES, |v| only(v, "uint8"),
         &["uint8"], "dtype of the packed codes";
 
-    LORA_R: usize = "lora.r", "16", &[Train, Plan, PlanShape, BenchStep, BenchKernels], |v| integer(v, 1..=1 << 16), &["an integer from 1 to 65536"], "rank of the adapter's matrices";
-    LORA_ALPHA: f64 = "lora.lora_alpha", "16", &[Train, BenchStep], positive,
+    LORA_R: usize = "lora.r", "16", ADAPTERS, |v| integer(v, 1..=1 << 16),
+        &["an integer from 1 to 65536"], "rank of the adapter's matrices";
+    LORA_ALPHA: f64 = "lora.lora_alpha", "16", ADAPTERS, positive,
         &["a number above 0"], "the adapter is scaled by alpha/r";
-    LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", STEPS, below_1,
+    LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", ADAPTERS, below_1,
         &["a number from 0 to below 1"], "dropout before A";
-    TARGET_MODULES: Targets = "lora.target_modules", "all-linear", STEPS, Targets::read,
+    TARGET_MODULES: Targets = "lora.target_modules", "all-linear", ADAPTERS, Targets::read,
         &["all-linear", "one or a list of the model's q_proj, k_proj, v_proj, qkv_proj, o_proj, gate_proj, up_proj, gate_up_proj, down_proj"],
         "where adapters are put";
-    USE_RSLORA: bool = "lora.use_rslora", "false", &[Train, BenchStep], Value::as_bool, &["true", "false"], "scale by alpha/sqrt(r) instead";
+    USE_RSLORA: bool = "lora.use_rslora", "false", ADAPTERS, Value::as_bool,
+        &["true", "false"], "scale by alpha/sqrt(r) instead";
     LORA_BIAS: &str = "lora.bias", "none", TRAINING, |v| only(v, "none"), &["none"], "which biases are trained";
     ADAPTER: Option<PathBuf> = "lora.adapter", "null", TRAIN_PLAN, |v| nullable(v, path),
         &["null", "a PEFT adapter directory"], "adapter to go on from; r, alpha, targets are then its own";

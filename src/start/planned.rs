@@ -7,8 +7,7 @@ use crate::checkpoint::{load, synthetic};
 use crate::device::cuda::Cuda;
 use crate::fsdp::layout::UnitLayout;
 use crate::model::spec::ModelSpec;
-use crate::model::trainable::LoraConfig;
-use crate::model::trainable::Trainables;
+use crate::model::trainable::{LayerTrainables, LoraConfig, Trainables};
 use crate::plan::decide::{Budget, Wishes};
 use crate::plan::hardware::Hardware;
 use crate::plan::limits;
@@ -110,6 +109,8 @@ impl Planned {
             nodes,
             num_layers: config.num_layers(),
             num_units: layouts.len(),
+            lora: trainables.lora.clone(),
+            num_trainable: trainables.layers.iter().map(LayerTrainables::len).sum(),
             limits,
             cost: sizes.cost::<Cuda<bf16>>(&limits)?,
             library_bytes,
@@ -143,17 +144,21 @@ mod tests {
     #[test]
     fn a_report_adds_up_and_its_text_has_the_same_numbers() {
         let hardware = Hardware::named("rtx4090").unwrap();
-        let (job, machine) = (job(&["fsdp.offload_params=true"]), machine(&hardware, 1, 2));
+        let sets = ["fsdp.offload_params=true", "lora.lora_alpha=24", "lora.target_modules=[q_proj, down_proj]"];
+        let (job, machine) = (job(&sets), machine(&hardware, 1, 2));
         let report = planned(&job, &machine).report(&job, &machine).unwrap();
         let (json, text) = (report.json(), report.to_string());
         let sum = |key: &str| json[key].as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum::<u64>();
         assert_eq!(sum("device") + json["libraries_bytes"].as_u64().unwrap(), json["device_bytes"].as_u64().unwrap());
         assert_eq!(sum("host"), json["pinned_bytes"].as_u64().unwrap());
+        assert_eq!(json["lora"]["values"], 4 * 16 * (2 * 4096 + 14_336 + 4096));
         assert_eq!((json["resident_units"].as_u64(), json["trainables_on_device"].as_bool()), (Some(0), Some(false)));
         let units = json["units"].as_u64().unwrap();
         let memory = |name: &str| bytes(json[name].as_u64().unwrap() as usize);
         for expected in [
             "a shape on 2 x rtx4090, 1 node(s)".into(),
+            // 16 · (4096 + 4096) and 16 · (14336 + 4096) values in each of four layers.
+            "adapter: r 16, scale 1.5, dropout 0.05, on q_proj, down_proj; 1.7 million values".into(),
             format!("GPU memory of a rank: {}", memory("device_bytes")),
             format!("of its process: {}", memory("pinned_bytes")),
             format!("0 of {units} units are resident"),

@@ -1,9 +1,8 @@
-//! `bench step`: training steps on made-up weights of a shape.
+//! Training steps on made-up weights of a shape.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use anyhow::{Result, ensure};
-use clap::Args;
 use serde_json::{Value, json};
 
 use crate::checkpoint::adapter;
@@ -12,7 +11,7 @@ use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
 use crate::device::Ops;
-use crate::fsdp::exec::Engine;
+use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Residency;
 use crate::fsdp::schedule::Keep;
 use crate::fsdp::unit::NumUnits;
@@ -23,9 +22,9 @@ use crate::model::stage::cost::{Circumstances, Cost};
 use crate::optim::adamw::Update;
 use crate::optim::loss_scale::LossScaler;
 use crate::plan::trace;
-use crate::recipe::{self, Command, Job};
+use crate::recipe::Job;
 use crate::start::adapter::new_settings;
-use crate::start::agree::{agree, agree_on};
+use crate::start::agree::{Agreed, agree};
 use crate::start::engine::{Setup, Work};
 use crate::start::options::{nf4_double_quant, step_limits};
 use crate::start::placement::Placement;
@@ -33,94 +32,72 @@ use crate::start::{Facts, Start};
 use crate::train::metrics::{peak_host_bytes, pss_bytes};
 use crate::train::step::{StepArgs, StepRecord, step};
 
-use super::super::check_trace;
-use super::kernels;
+use super::timer;
 
-#[derive(Args)]
-pub struct StepBench {
-    #[arg(long, help = super::shape_help())]
-    shape: String,
-    /// Number of layers, if fewer than the shape has
-    #[arg(long)]
-    layers: Option<u32>,
-    /// Sequences of a micro-batch
-    #[arg(long, default_value_t = 1)]
-    micro_batch: u32,
-    /// Tokens of a sequence
-    #[arg(long, default_value_t = 1024)]
-    seq: u32,
-    /// Micro-batches of a step on each rank
-    #[arg(long, default_value_t = 1)]
-    accum: u32,
-    /// Timed steps, after two that warm up
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
-    steps: u32,
-    /// Write a trace of the last step, which is not timed, for <https://ui.perfetto.dev>
-    #[arg(long, value_parser = recipe::read_path)]
-    trace: Option<PathBuf>,
+/// The steps to time.
+pub struct StepBench<'a> {
+    /// Name of the shape.
+    pub shape: &'a str,
+    pub spec: ModelSpec,
+    /// Timed steps, after two that warm up.
+    pub steps: u32,
+    /// Where to write a trace of one more step.
+    pub trace: Option<&'a Path>,
 }
 
 const WARM_UP_STEPS: u32 = 2;
+const SEED: u64 = 42;
 
-pub fn run(start: &Start, mut comm: MpiComm, args: &StepBench, overrides: &[String]) -> Result<()> {
-    let sizes = [args.seq, args.micro_batch, args.accum];
-    let job = agree_on(&mut comm, recipe::from_options(Command::BenchStep, super::given(sizes), overrides)?)?;
-    check_trace(args.trace.as_deref())?;
-    let config = super::shape(&args.shape, args.layers)?;
+/// Makes a base, trains it, and returns the medians on rank 0. The job says how large a step is. Collective.
+pub fn run(start: &Start, mut comm: MpiComm, job: &Agreed<Job>, bench: StepBench) -> Result<Option<Value>> {
     let mut inputs = Facts::default();
-    inputs.add("config.json of --shape", format!("{config:?}"));
+    inputs.add("config.json of --shape", format!("{:?}", bench.spec));
     agree(&mut comm, &inputs)?;
-    let settings = new_settings(&job.lora, &config)?;
-    let placement = start.place_for(&mut comm, &job, &config)?;
+    let settings = new_settings(&job.lora, &bench.spec)?;
+    let placement = start.place_for(&mut comm, job, &bench.spec)?;
+    let (matrix_rate, base) = match &placement {
+        Placement::Cpu(cpu) => made_up(start, cpu, job, &bench.spec),
+        Placement::Bf16(cuda, _) => made_up(start, cuda, job, &bench.spec),
+        Placement::Fp16(cuda, _) => made_up(start, cuda, job, &bench.spec),
+    }?;
+    let adapter = adapter::fresh(settings, &bench.spec, SEED);
+    let limits = step_limits(job, start.world.world_size);
+    let setup = Setup { comm, base, adapter: Some(&adapter), limits, job };
+    start.with_engine(placement, setup, Steps { start, bench: &bench, job, matrix_rate })
+}
+
+/// Returns FLOP/s of a large matrix product on this device, and this rank's shard of a made-up base.
+fn made_up<D: Ops + Clone>(start: &Start, device: &D, job: &Job, spec: &ModelSpec) -> Result<(f64, Base)> {
     let num_shards = start.num_shards(&job.fsdp)?;
-    let (part, nf4) = ((start.world.rank % num_shards, num_shards), nf4_double_quant(&job));
-    let log = start.log;
-    let tell = move |line: String| log.line(line);
-    let matrix_rate = match &placement {
-        Placement::Cpu(cpu) => kernels::matrix_rate(cpu),
-        Placement::Bf16(cuda, _) => kernels::matrix_rate(cuda),
-        Placement::Fp16(cuda, _) => kernels::matrix_rate(cuda),
-    }?;
-    let base = match &placement {
-        Placement::Cpu(cpu) => synthetic::base(cpu, config.clone(), nf4, part, tell),
-        Placement::Bf16(cuda, _) => synthetic::base(cuda, config.clone(), nf4, part, tell),
-        Placement::Fp16(cuda, _) => synthetic::base(cuda, config.clone(), nf4, part, tell),
-    }?;
-    let adapter = adapter::fresh(settings, &config, 42);
-    let limits = step_limits(&job, start.world.world_size);
-    let setup = Setup { comm, base, adapter: Some(&adapter), limits, job: &job };
-    start.with_engine(placement, setup, Steps { start, args, job: &job, matrix_rate })
+    let (part, log) = ((start.world.rank % num_shards, num_shards), start.log);
+    let matrix_rate = timer::matrix_rate(device)?;
+    let base = synthetic::base(device, spec.clone(), nf4_double_quant(job), part, move |line| log.line(line))?;
+    Ok((matrix_rate, base))
 }
 
 struct Steps<'a> {
     start: &'a Start<'a>,
-    args: &'a StepBench,
+    bench: &'a StepBench<'a>,
     job: &'a Job,
     /// FLOP/s of a large matrix product on this device.
     matrix_rate: f64,
 }
 
 impl Work for Steps<'_> {
-    type Output = ();
+    type Output = Option<Value>;
 
-    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<()> {
-        let (Steps { start, args, .. }, config) = (&self, engine.spec().clone());
+    fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Option<Value>> {
+        let Steps { start, bench, job, .. } = self;
         let (mut records, mut losses) = (Vec::new(), Vec::new());
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
-        let num_steps = WARM_UP_STEPS + args.steps;
-        for step_idx in 1..=num_steps + u32::from(args.trace.is_some()) {
+        let num_micro_batches = job.training.accumulation_steps(start.world.world_size);
+        let num_steps = WARM_UP_STEPS + bench.steps;
+        for step_idx in 1..=num_steps + u32::from(bench.trace.is_some()) {
             engine.record_spans(step_idx > num_steps);
             watch::phase(Phase::Step(step_idx as usize))?;
-            let batches: Vec<MicroBatch> = (0..args.accum)
-                .map(|m| {
-                    batch(
-                        args,
-                        &config,
-                        u64::from(step_idx) * u64::from(args.accum) + u64::from(m),
-                        start.world.rank as u64,
-                    )
-                })
-                .collect();
+            let micro = |m| (step_idx as usize * num_micro_batches + m) as u64;
+            let batch = |m| batch(job, engine.spec().vocab_size, micro(m), start.world.rank as u64);
+            let batches: Vec<MicroBatch> = (0..num_micro_batches).map(batch).collect();
             let update = Update {
                 learning_rate: 1e-4,
                 beta1: 0.9,
@@ -131,8 +108,7 @@ impl Work for Steps<'_> {
                 loss_scale: scaler.scale(),
                 step: num_updates + 1,
             };
-            let num_micro_batches = args.accum as usize;
-            let step_args = StepArgs { step: step_idx, num_micro_batches, update: &update, seed: 42 };
+            let step_args = StepArgs { step: step_idx, num_micro_batches, update: &update, seed: SEED };
             let record = step(engine, &batches, &step_args)?;
             let StepRecord { loss, grad_norm, updated, .. } = record;
             let goes_on = loss.is_finite() && scaler.note(updated);
@@ -144,17 +120,14 @@ impl Work for Steps<'_> {
                 records.push(record);
             }
         }
-        if let Some(path) = args.trace.as_deref().filter(|_| start.log.enabled) {
+        if let Some(path) = bench.trace.filter(|_| start.log.enabled) {
             trace::write(path, engine.spans())?;
         }
-        // While every rank has all that it takes.
+        // No rank ends before this, so each still has all the memory that it takes.
         let used_bytes = engine.device().used_bytes()?;
         let (pss_bytes, cached_bytes) = pss_bytes();
         let memory = engine.queue.all_reduce_f64("host memory", &[pss_bytes as f64, cached_bytes as f64])?;
-        if start.log.enabled {
-            println!("{}", self.report(engine, &records, &losses, (used_bytes, &memory)));
-        }
-        Ok(())
+        Ok(start.log.enabled.then(|| self.report(engine, &records, &losses, (used_bytes, &memory))))
     }
 }
 
@@ -166,7 +139,7 @@ impl Steps<'_> {
         losses: &[f64],
         (used_bytes, memory): (usize, &[f64]),
     ) -> Value {
-        let Steps { start, args, job, matrix_rate } = self;
+        let Steps { start, bench, job, matrix_rate } = self;
         let (config, world_size) = (engine.spec(), start.world.world_size);
         let median = |of: fn(&StepRecord) -> f64| {
             let mut values: Vec<f64> = records.iter().map(of).collect();
@@ -174,11 +147,12 @@ impl Steps<'_> {
             values[values.len() / 2]
         };
         let step_ms = median(|r| r.step_ms);
-        let tokens =
-            [args.micro_batch, args.seq, args.accum].into_iter().map(f64::from).product::<f64>() * world_size as f64;
+        let (micro_batch, seq) = (job.training.per_device_train_batch_size, job.data.max_length);
+        let accum = job.training.accumulation_steps(world_size);
+        let tokens = (micro_batch * seq * accum * world_size) as f64;
         let seconds = step_ms * 1e-3 * world_size as f64;
         let (limits, num_layers) = (*engine.limits(), config.num_layers());
-        let (model, hardware) = flops_per_token(config, args.seq as usize, limits.keep);
+        let (model, hardware) = flops_per_token(config, seq, limits.keep);
         let inputs = limits.largest(NumUnits::new(config));
         let residency = Residency {
             units: limits.residency.units.min(engine.num_units()),
@@ -186,9 +160,10 @@ impl Steps<'_> {
             ..limits.residency
         };
         json!({
-            "shape": args.shape, "layers": config.num_layers(), "micro_batch": args.micro_batch,
-            "seq": args.seq, "accum": args.accum, "world_size": world_size,
-            "ranks_per_gpu": if D::IS_HOST { 1 } else { start.ranks_per_gpu }, "dropout": job.lora.dropout, "job": job.values(),
+            "shape": bench.shape, "layers": config.num_layers(), "micro_batch": micro_batch,
+            "seq": seq, "accum": accum, "world_size": world_size,
+            "ranks_per_gpu": if D::IS_HOST { 1 } else { start.ranks_per_gpu },
+            "dropout": job.lora.dropout, "job": job.values(),
             "num_shards": engine.queue.position().num_shards, "accumulation": limits.accumulation.word(),
             "gather": limits.gather.word(), "keep": limits.keep.clamped(num_layers), "residency": residency,
             "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),
@@ -208,22 +183,25 @@ impl Steps<'_> {
     }
 }
 
-/// Sequences of ids that look random; every token but the first of a sequence counts.
-fn batch(args: &StepBench, config: &ModelSpec, micro: u64, rank: u64) -> MicroBatch {
+/// Sequences of ids that look random; every token but the first of a sequence counts. `micro` is the number of the
+/// micro-batch in the run.
+fn batch(job: &Job, vocab_size: usize, micro: u64, rank: u64) -> MicroBatch {
+    let (rows, len) = (job.training.per_device_train_batch_size as u64, job.data.max_length as u64);
     let mut batch = MicroBatch::new();
-    for row in 0..u64::from(args.micro_batch) {
-        let sample = (rank << 32) + micro * u64::from(args.micro_batch) + row;
+    for row in 0..rows {
+        let sample = (rank << 32) + micro * rows + row;
         let mixed = |t: u64| sample.wrapping_mul(1_000_003).wrapping_add(t * 7919).wrapping_mul(2_654_435_761);
-        let id = |t: u64| (mixed(t) % config.vocab_size as u64) as u32;
-        let ids: Vec<u32> = (0..u64::from(args.seq)).map(id).collect();
+        let id = |t: u64| (mixed(t) % vocab_size as u64) as u32;
+        let ids: Vec<u32> = (0..len).map(id).collect();
         batch.push(sample, &ids, &vec![true; ids.len()]);
     }
     batch
 }
 
-/// (model, hardware) FLOPs of a token: two for each weight forward and two backward (the frozen base has no
+/// Returns the (model, hardware) FLOPs of a token: two for each weight forward and two backward (the frozen base has no
 /// gradient), the head likewise; causal attention 2·T·q_width forward and 5·T·q_width backward (its scores are
-/// computed again). The hardware does the parts of forward that are not kept once more. LoRA is left out.
+/// computed again). The hardware computes once more those parts of
+/// forward that are not kept. LoRA is left out.
 fn flops_per_token(spec: &ModelSpec, seq: usize, keep: Keep) -> (f64, f64) {
     let at = Circumstances { hidden_size: spec.hidden_size, max_length: seq, has_dropout: false };
     let flops = |cost: Cost| 2.0 * cost.weights + cost.forward_scores + cost.backward_scores;
