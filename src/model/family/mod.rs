@@ -278,6 +278,35 @@ mod tests {
     }
 
     #[test]
+    fn the_original_length_beside_the_rope_wins_over_that_in_it() {
+        let yarn = json!({"rope_type": "yarn", "factor": 4.0});
+        let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0});
+        for scaling in [yarn, llama3] {
+            for (beside, inside, expected) in [
+                (Some(512), None, 512),
+                (Some(512), Some(1024), 512),
+                (None, Some(1024), 1024),
+                // Without either it is max_position_embeddings.
+                (None, None, 8192),
+            ] {
+                let mut scaling = scaling.clone();
+                if let Some(inside) = inside {
+                    scaling["original_max_position_embeddings"] = json!(inside);
+                }
+                for form in ["rope_scaling", "rope_parameters"] {
+                    let spec = load(&with(json!({form: scaling, "original_max_position_embeddings": beside}))).unwrap();
+                    let found = match &spec.ropes[0].scaling {
+                        RopeScaling::Yarn(yarn) => yarn.original_max_position_embeddings,
+                        RopeScaling::Llama3(llama3) => llama3.original_max_position_embeddings,
+                        other => panic!("{other:?}"),
+                    };
+                    assert_eq!(found, expected, "{form}: {scaling}, beside it {beside:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn what_is_not_implemented_is_refused_by_name() {
         let cases = [
             (json!({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}), "model_type: found \"gpt2\""),
