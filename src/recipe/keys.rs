@@ -39,7 +39,9 @@ pub(super) struct KeyInfo {
 }
 
 macro_rules! keys {
-    ($($name:ident: $type:ty = $path:literal, $default:literal, $readers:expr, $read:expr, $allowed:expr, $help:literal;)*) => {
+    ($(
+        $name:ident: $type:ty = $path:literal, $default:literal, $readers:expr, $read:expr, $allowed:expr, $help:literal;
+    )*) => {
         $(pub(super) const $name: Key<$type> = Key { path: $path, default: $default, read: $read };)*
         /// All keys in the order of the help page.
         pub(super) const ALL: &[KeyInfo] = &[$(KeyInfo {
@@ -71,110 +73,137 @@ keys! {
     MODEL: Option<PathBuf> = "model", "null", TRAIN_PLAN, |v| nullable(v, path),
         &["a Hugging Face directory"], "the model to start from (required)";
     OUTPUT_DIR: PathBuf = "output_dir", "./out", TRAINING, path, &["a directory"], "where adapter and metrics go";
-    SHARDS: Option<PathBuf> = "shards", "auto", &[Train, Eval, Generate], |v| if v.as_str()? == "auto" { Some(None) } else { path(v).map(Some) },
+    SHARDS: Option<PathBuf> = "shards", "auto", &[Train, Eval, Generate], |v| auto_or(v, path),
         &["auto", "a directory"], "where quantized shards are kept; auto: the user's cache folder";
 
     TRAIN: Option<Vec<PathBuf>> = "data.train", "null", TRAINING, |v| nullable(v, path_list),
         &["a file", "a directory", "a list of them"], "training data (required to train)";
     EVAL: Option<EvalData> = "data.eval", "null", TRAINING, |v| nullable(v, eval_data),
-        &["null", "a file", "a fraction of data.train above 0 and below 1"], "held-out data";
-    FORMAT: Format = "data.format", "auto", ROWS, choice, Format::ALLOWED, "which fields the rows have";
+        &["null", "a file", "a fraction of data.train above 0 and below 1"], "held-out data; null: none";
+    FORMAT: Format = "data.format", "auto", ROWS, choice, Format::ALLOWED,
+        "the fields of a row; text: a text; messages: a chat; prompt_completion: a prompt and what follows it; alpaca: \
+         instruction, input and output; tokenized: input_ids; auto: those that the first row of each file has";
     MAX_LENGTH: usize = "data.max_length", "1024", TRAIN_PLAN, |v| integer(v, 2..=1 << 24),
         &["an integer from 2 to 16777216"], "tokens in the longest sequence";
     PACKING: Packing = "data.packing", "true", ROWS, choice,
-        Packing::ALLOWED, "whether documents share a sequence (they never attend to each other)";
+        Packing::ALLOWED,
+        "true: a sequence holds as many whole documents as fit; wrapped: documents stand end to end and are cut where a \
+         sequence is full; false: a sequence holds one document; documents never attend to each other";
     OVERLONG: Overlong = "data.overlong", "truncate", ROWS, choice,
-        Overlong::ALLOWED, "what happens to rows over max_length; packing: wrapped never truncates, its default is split";
+        Overlong::ALLOWED,
+        "what happens to rows over max_length; truncate: their end is left out; split: they become several documents; \
+         drop: they are left out; error: the run is refused; data.packing wrapped has the default split, and refuses \
+         truncate";
     LOSS_ON: LossOn = "data.loss_on", "auto", ROWS, choice,
-        LossOn::ALLOWED, "which tokens count; auto: completion where there is a prompt, else all";
+        LossOn::ALLOWED,
+        "the tokens that count in the loss; all: every token; completion: those after the prompt; assistant: those that \
+         the chat template marks as generated; auto: completion where there is a prompt, else all";
 
     LOAD_IN_4BIT: bool = "quantization.load_in_4bit", "true", BASES, Value::as_bool,
-        &["true", "false"], "quantize the base to NF4";
+        &["true", "false"],
+        "true: the projections of the base are held in NF4; false: as they are in the checkpoint";
     QUANT_TYPE: &str = "quantization.bnb_4bit_quant_type", "nf4", BASES, |v| only(v, "nf4"), &["nf4"], "the 4-bit type";
-    DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", BASES, |v| nullable(v, Value::as_bool),
-        &["true", "false", "null"], "quantize the scales too; null: as a 4-bit checkpoint is, else true";
+    DOUBLE_QUANT: Option<bool> = "quantization.bnb_4bit_use_double_quant", "null", BASES,
+        |v| nullable(v, Value::as_bool), &["true", "false", "null"],
+        "true: the scales of NF4 are quantized too; false: they are float32; null: as in a 4-bit checkpoint, else true";
     COMPUTE_DTYPE: ComputeDtype = "quantization.bnb_4bit_compute_dtype", "auto", COMPUTES, choice,
-        ComputeDtype::ALLOWED, "dtype of the arithmetic: a GPU's is bfloat16 (auto) or float16, the CPU's float32 (auto)";
+        ComputeDtype::ALLOWED,
+        "dtype of the arithmetic; a GPU has bfloat16 and float16, the CPU float32; auto: bfloat16 or float32";
     QUANT_STORAGE: &str = "quantization.bnb_4bit_quant_storage", "uint8", BASES, |v| only(v, "uint8"),
         &["uint8"], "dtype of the packed codes";
 
     LORA_R: usize = "lora.r", "16", ADAPTERS, |v| integer(v, 1..=1 << 16),
         &["an integer from 1 to 65536"], "rank of the adapter's matrices";
     LORA_ALPHA: f64 = "lora.lora_alpha", "16", ADAPTERS, positive,
-        &["a number above 0"], "the adapter is scaled by alpha/r";
+        &["a number above 0"], "the adapter is scaled by alpha/r: see lora.use_rslora";
     LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", ADAPTERS, below_1,
         &["a number from 0 to below 1"], "dropout before A";
     TARGET_MODULES: Targets = "lora.target_modules", "all-linear", ADAPTERS, Targets::read,
-        &["all-linear", "one or a list of the model's q_proj, k_proj, v_proj, qkv_proj, o_proj, gate_proj, up_proj, gate_up_proj, down_proj"],
-        "where adapters are put";
+        &["all-linear", "one or a list of the model's q_proj, k_proj, v_proj, qkv_proj, o_proj, gate_proj, up_proj, \
+           gate_up_proj, down_proj"],
+        "the modules that get an adapter; all-linear: all of them";
     USE_RSLORA: bool = "lora.use_rslora", "false", ADAPTERS, Value::as_bool,
-        &["true", "false"], "scale by alpha/sqrt(r) instead";
+        &["true", "false"], "true: the adapter is scaled by alpha/sqrt(r); false: by alpha/r";
     LORA_BIAS: &str = "lora.bias", "none", TRAINING, |v| only(v, "none"), &["none"], "which biases are trained";
     ADAPTER: Option<PathBuf> = "lora.adapter", "null", TRAIN_PLAN, |v| nullable(v, path),
-        &["null", "a PEFT adapter directory"], "adapter to go on from; r, alpha, targets are then its own";
+        &["null", "a PEFT adapter directory"], "adapter to go on from, with its own r, alpha and targets; null: a new one";
 
     BATCH_SIZE: usize = "training.per_device_train_batch_size", "1", TRAIN_PLAN, |v| integer(v, 1..=1 << 16),
         &["an integer from 1 to 65536"], "sequences of a micro-batch";
-    ACCUMULATION_STEPS: usize = "training.gradient_accumulation_steps", "8", TRAIN_PLAN, |v| integer(v, 1..=MAX_MICRO_BATCHES),
-        &["an integer from 1 to 16384"], "micro-batches of a step, on each rank";
-    GLOBAL_BATCH_SIZE: Option<usize> = "training.global_batch_size", "null", TRAIN_PLAN, |v| nullable(v, |v| integer(v, 1..=1 << 30)),
-        &["null", "an integer from 1 to 1073741824"],
-        "sequences of a step on all ranks, in the place of gradient_accumulation_steps";
+    ACCUMULATION_STEPS: usize = "training.gradient_accumulation_steps", "8", TRAIN_PLAN,
+        |v| integer(v, 1..=MAX_MICRO_BATCHES), &["an integer from 1 to 16384"], "micro-batches of a step, on each rank";
+    GLOBAL_BATCH_SIZE: Option<usize> = "training.global_batch_size", "null", TRAIN_PLAN,
+        |v| nullable(v, |v| integer(v, 1..=1 << 30)), &["null", "an integer from 1 to 1073741824"],
+        "sequences of a step on all ranks; null: gradient_accumulation_steps decides";
     LEARNING_RATE: f64 = "training.learning_rate", "1.0e-4", TRAINING, positive,
         &["a number above 0, in f32"], "the highest learning rate";
     LR_SCHEDULER: LrScheduler = "training.lr_scheduler_type", "cosine", TRAINING, choice,
-        LrScheduler::ALLOWED, "how the learning rate goes";
+        LrScheduler::ALLOWED,
+        "constant: without a warm-up; constant_with_warmup: constant after it; linear: falls to 0 on a line; cosine: \
+         falls to 0 on half a cosine";
     ADAM_BETA1: f64 = "training.adam_beta1", "0.9", TRAINING, below_1,
         &["a number from 0 to below 1"], "AdamW's decay of the mean";
     ADAM_BETA2: f64 = "training.adam_beta2", "0.999", TRAINING, below_1,
         &["a number from 0 to below 1"], "AdamW's decay of the variance";
     ADAM_EPSILON: f64 = "training.adam_epsilon", "1.0e-8", TRAINING, positive,
         &["a number above 0"], "AdamW's epsilon";
-    WARMUP_STEPS: Option<usize> = "training.warmup_steps", "null", TRAINING, |v| nullable(v, |v| integer(v, 0..=MAX_STEPS_OF_A_RUN)),
+    WARMUP_STEPS: Option<usize> = "training.warmup_steps", "null", TRAINING,
+        |v| nullable(v, |v| integer(v, 0..=MAX_STEPS_OF_A_RUN)),
         &["null", "an integer of at least 0 and below the run's steps"],
         "steps in which the learning rate rises; null: a tenth of the steps, at most 10";
     NUM_TRAIN_EPOCHS: f64 = "training.num_train_epochs", "1", TRAINING, positive,
         &["a number above 0"], "how often the data is gone through";
-    MAX_STEPS: Option<usize> = "training.max_steps", "null", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_STEPS_OF_A_RUN)),
-        &["null", "an integer from 1 to 1073741824"], "steps, in the place of num_train_epochs";
+    MAX_STEPS: Option<usize> = "training.max_steps", "null", TRAINING,
+        |v| nullable(v, |v| integer(v, 1..=MAX_STEPS_OF_A_RUN)), &["null", "an integer from 1 to 1073741824"],
+        "steps of the run; null: num_train_epochs decides";
     MAX_GRAD_NORM: Option<f64> = "training.max_grad_norm", "1.0", TRAINING, |v| nullable(v, positive),
         &["null (no clipping)", "a number above 0"], "gradients are clipped to this global norm";
     WEIGHT_DECAY: f64 = "training.weight_decay", "0.0", TRAINING, not_negative,
         &["a number of at least 0"], "AdamW's decoupled decay";
     SEED: u64 = "training.seed", "42", TRAINING, |v| integer(v, 0..=MAX_INTEGER).map(|n| n as u64),
         &["an integer from 0 to 9007199254740992"], "data order, dropout and new adapters follow from it";
-    LOGGING_STEPS: usize = "training.logging_steps", "1", TRAINING, |v| integer(v, 1..=MAX_INTEGER),
+    LOGGING_STEPS: usize = "training.logging_steps", "1", TRAINING, count,
         &["an integer of at least 1"], "a line every so many steps";
-    SAVE_STEPS: Option<usize> = "training.save_steps", "100", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_INTEGER)),
+    SAVE_STEPS: Option<usize> = "training.save_steps", "100", TRAINING, |v| nullable(v, count),
         &["null (no checkpoints but when the run is stopped)", "an integer of at least 1"],
         "a checkpoint every so many steps, in output_dir";
-    SAVE_TOTAL_LIMIT: Option<usize> = "training.save_total_limit", "2", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_INTEGER)),
+    SAVE_TOTAL_LIMIT: Option<usize> = "training.save_total_limit", "2", TRAINING, |v| nullable(v, count),
         &["null (all are kept)", "an integer of at least 1"], "checkpoints that are kept; older ones are removed";
     RESUME: Resume = "training.resume", "auto", TRAINING, resume,
         &["auto", "never", "a checkpoint directory"],
-        "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin with the first step";
-    EVAL_STEPS: Option<usize> = "training.eval_steps", "null", TRAINING, |v| nullable(v, |v| integer(v, 1..=MAX_INTEGER)),
+        "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin \
+         with the first step; a directory: go on from this one";
+    EVAL_STEPS: Option<usize> = "training.eval_steps", "null", TRAINING, |v| nullable(v, count),
         &["null (before and after training only)", "an integer of at least 1"], "held-out loss every so many steps";
 
     SHARDING_STRATEGY: ShardingStrategy = "fsdp.sharding_strategy", "full_shard", ENGINES, choice,
-        ShardingStrategy::ALLOWED, "who keeps what of the base";
+        ShardingStrategy::ALLOWED,
+        "full_shard: each rank keeps a part of the base; hybrid_shard: the ranks of a node keep a base together; \
+         no_shard: each rank keeps all of it";
     ACCUMULATION: Accumulation = "fsdp.accumulation", "layer", STEPS, choice,
-        Accumulation::ALLOWED, "layer: each layer is gathered once for all micro-batches";
+        Accumulation::ALLOWED,
+        "layer: a pass gathers each layer once, for all micro-batches; micro_batch: each micro-batch gathers all layers";
     ACTIVATION_CHECKPOINTING: ActivationCheckpointing = "fsdp.activation_checkpointing", "auto", STEPS, choice,
-        ActivationCheckpointing::ALLOWED, "full: layers run forward again in backward; selective: without what is dearest; none: everything is kept";
+        ActivationCheckpointing::ALLOWED,
+        "what backward computes again; full: every layer; selective: all but what costs most; none: nothing is; auto: as \
+         little as memory allows";
     OFFLOAD_PARAMS: Option<bool> = "fsdp.offload_params", "auto", ENGINES, auto_or_bool,
         &["auto", "true", "false"],
-        "true: shards, adapter and its optimizer state wait in host memory; false: on the device; auto: what fits there";
-    RESIDENT_UNITS: Option<usize> = "fsdp.resident_units", "auto", ENGINES, |v| auto_or(v, |v| integer(v, 0..=MAX_INTEGER)),
-        &["auto", "an integer of at least 0"], "units (layers, and pieces of the head) whose shards stay on the device";
+        "true: shards, adapter and its optimizer state wait in host memory; false: on the device; auto: there as far as \
+         they fit";
+    RESIDENT_UNITS: Option<usize> = "fsdp.resident_units", "auto", ENGINES,
+        |v| auto_or(v, |v| integer(v, 0..=MAX_INTEGER)), &["auto", "an integer of at least 0"],
+        "units (layers, and pieces of the head) whose shards stay on the device; auto: as many as fit";
     ACTIVATION_OFFLOAD: Option<bool> = "fsdp.activation_offload", "auto", STEPS, auto_or_bool,
-        &["auto", "true", "false"], "whether the layers' inputs wait for backward in host memory";
+        &["auto", "true", "false"],
+        "true: the layers' inputs wait for backward in host memory; false: on the device; auto: there if they fit";
     GATHER: Option<Gather> = "fsdp.gather", "auto", ENGINES, |v| auto_or(v, choice),
         &["auto", "nccl", "host"],
-        "how shards get to the other ranks of a node: by NCCL, or each rank fetches all of them from shared host memory; auto: the \
-         faster, measured";
+        "how shards get to the other ranks of a node; nccl: by NCCL; host: each rank fetches all of them from shared host \
+         memory; auto: the faster, measured";
     VRAM_BUDGET: Option<usize> = "fsdp.vram_budget", "auto", ENGINES, |v| auto_or(v, size),
-        &["auto", "a size, e.g. 22GiB"], "device memory that a rank may take, driver and libraries included; auto: what is free";
+        &["auto", "a size, e.g. 22GiB"],
+        "device memory that a rank may take, driver and libraries included; auto: what is free";
     HOST_BUDGET: Option<usize> = "fsdp.host_budget", "auto", ENGINES, |v| auto_or(v, size),
         &["auto", "a size, e.g. 60GiB"], "host memory that a rank may pin; auto: what is available";
 }
@@ -239,6 +268,11 @@ const MAX_INTEGER: usize = 1 << 53;
 fn integer(value: &Value, range: RangeInclusive<usize>) -> Option<usize> {
     let number = number(value).filter(|x| x.fract() == 0.0 && (0.0..=MAX_INTEGER as f64).contains(x))?;
     Some(number as usize).filter(|n| range.contains(n))
+}
+
+/// Reads an integer of at least 1.
+fn count(value: &Value) -> Option<usize> {
+    integer(value, 1..=MAX_INTEGER)
 }
 
 /// Reads a number from 0 to below 1, also in f32.
@@ -325,6 +359,17 @@ mod tests {
         for key in ALL {
             let default = serde_saphyr::from_str(key.default).unwrap();
             assert!((key.is_allowed)(&default), "{}: {}", key.path, key.default);
+        }
+    }
+
+    /// A word that is one of several values is no help by itself; a value with a remark in brackets explains itself.
+    #[test]
+    fn the_help_of_a_key_explains_each_word_that_it_may_be() {
+        for key in ALL.iter().filter(|key| key.allowed.len() > 1) {
+            for word in key.allowed.iter().filter(|value| !value.contains(' ')) {
+                let explained = key.help.split(|c: char| !c.is_alphanumeric() && !"_-".contains(c));
+                assert!(explained.into_iter().any(|found| found == *word), "{}: {word} in {:?}", key.path, key.help);
+            }
         }
     }
 
