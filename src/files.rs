@@ -149,6 +149,11 @@ pub fn shown_path(path: &Path) -> String {
     escaped(&path.to_string_lossy()).into_owned()
 }
 
+/// `1 row`, `2 rows`
+pub fn counted(n: usize, unit: &str) -> String {
+    format!("{n} {unit}{}", if n == 1 { "" } else { "s" })
+}
+
 /// Returns problems as indented lines of one message, at most the first 20.
 pub fn listed(problems: &[String]) -> String {
     const MAX_LINES: usize = 20;

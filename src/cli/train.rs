@@ -99,7 +99,7 @@ fn train(
     inputs.add_limits(&limits);
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
-    config.remarks.iter().chain(&steps.remarks).for_each(|remark| start.log.line(remark.clone()));
+    config.remarks.iter().chain([&steps.plan]).for_each(|line| start.log.line(line.clone()));
     let run = identity(&job)?;
     let Some(beginning) = begin(&mut comm, &job, output.as_mut(), run.clone(), start.log)? else {
         start.log.line(format!("already finished: the adapter of this very run is in {}", job.output_dir.display()));
@@ -197,6 +197,7 @@ impl Work for Training<'_> {
             job: &job.training,
             steps,
             train: &data.train,
+            shuffle: job.data.shuffle,
             eval: data.eval.as_ref(),
             progress,
             metrics: metrics.as_mut(),
@@ -206,9 +207,8 @@ impl Work for Training<'_> {
             is_zero,
         };
         start.log.line(format!(
-            "{} steps of {} sequences, {} LoRA parameters",
+            "{} steps, {} LoRA parameters",
             steps.num_steps,
-            job.training.global_batch_size(start.world.world_size),
             adapter.layers.iter().map(Vec::len).sum::<usize>()
         ));
         signals::listen()?;

@@ -1,9 +1,10 @@
 //! Turns rows of files into micro-batches: [`source`] reads rows, [`row`] says which of their columns are read,
-//! [`tokenize`] makes documents of them, [`pack`] puts documents into sequences, [`dataset`] holds both, [`sampler`]
-//! deals sequences to steps and ranks.
+//! [`tokenize`] makes documents of them, [`pack`] puts documents into sequences, [`dataset`] holds both, [`epochs`]
+//! divides sequences among steps, [`sampler`] deals them to ranks.
 
 pub mod chat_template;
 pub mod dataset;
+pub mod epochs;
 mod growth;
 pub mod message;
 pub mod pack;
@@ -21,6 +22,7 @@ pub mod variables;
 use crate::choices::choices;
 
 pub use dataset::Dataset;
+pub use epochs::Epochs;
 pub use sampler::{Sampler, eval_documents, eval_micro_batches, step_micro_batches};
 pub use tokenizer::TextTokenizer;
 

@@ -4,27 +4,34 @@ use crate::model::batch::MicroBatch;
 
 use super::Dataset;
 
-/// A seeded permutation of the sequences for each epoch.
+/// The order of the sequences in each epoch: a seeded permutation, or always that of the data set.
 pub struct Sampler {
-    seed: u64,
+    /// `None` keeps the order of the data set.
+    seed: Option<u64>,
     epoch: u64,
     order: Vec<usize>,
 }
 
 impl Sampler {
-    /// Begins the first epoch. Panics if there is no sequence.
+    /// Begins the first epoch of another order each epoch. Panics if there is no sequence.
     pub fn new(num_sequences: usize, seed: u64) -> Sampler {
         assert!(num_sequences > 0, "a sampler needs a sequence");
-        Sampler { seed, epoch: 0, order: permutation(num_sequences, seed, 0) }
+        Sampler { seed: Some(seed), epoch: 0, order: permutation(num_sequences, seed, 0) }
+    }
+
+    /// Begins the first epoch in the order of the data set, which all epochs have. Panics if there is no sequence.
+    pub fn in_order(num_sequences: usize) -> Sampler {
+        assert!(num_sequences > 0, "a sampler needs a sequence");
+        Sampler { seed: None, epoch: 0, order: (0..num_sequences).collect() }
     }
 
     /// Returns the sequence at a place of the endless order; `cursor` counts sequences since the start of the run.
     pub fn sequence_at(&mut self, cursor: u64) -> usize {
         let num_sequences = self.order.len() as u64;
         let epoch = cursor / num_sequences;
-        if self.epoch != epoch {
+        if let Some(seed) = self.seed.filter(|_| self.epoch != epoch) {
             self.epoch = epoch;
-            self.order = permutation(self.order.len(), self.seed, epoch);
+            self.order = permutation(self.order.len(), seed, epoch);
         }
         self.order[(cursor % num_sequences) as usize]
     }
@@ -48,9 +55,9 @@ fn permutation(n: usize, seed: u64, epoch: u64) -> Vec<usize> {
     order
 }
 
-/// Returns a rank's micro-batches of the step that begins at `cursor`. Micro-batch m of rank r holds places
-/// (m · world_size + r) · per_device … of the global batch; what lies past its end is left out, so that a micro-batch
-/// may be empty.
+/// Returns a rank's micro-batches of the step that has `global_batch` sequences from `cursor` on. Micro-batch m of
+/// rank r holds places (m · world_size + r) · per_device … of them; what lies past the end is left out, so that a
+/// micro-batch may be empty. Every rank gets the same number of micro-batches.
 pub fn step_micro_batches(
     dataset: &Dataset,
     sampler: &mut Sampler,
@@ -147,6 +154,12 @@ mod tests {
         }
         assert!(epochs[0] != epochs[1] && epochs[1] != epochs[2]);
         assert_eq!(Sampler::new(11, 42).sequence_at(5), epochs[0][5], "the same seed, the same order");
+    }
+
+    #[test]
+    fn an_order_that_is_kept_is_that_of_the_data_set() {
+        let mut sampler = Sampler::in_order(3);
+        assert_eq!((0..7).map(|cursor| sampler.sequence_at(cursor)).collect::<Vec<_>>(), [0, 1, 2, 0, 1, 2, 0]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::row::{Columns, Content};
 use super::{Format, TextTokenizer};
-use crate::files::shown;
+use crate::files::{counted, shown};
 
 /// Names that one sentence lists.
 const MAX_NAMES: usize = 20;
@@ -86,11 +86,6 @@ impl Unread {
         }
         notes
     }
-}
-
-/// `1 row`, `2 rows`
-fn counted(n: usize, unit: &str) -> String {
-    format!("{n} {unit}{}", if n == 1 { "" } else { "s" })
 }
 
 fn count(counts: &mut Counts, name: &str) {

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::command::Command;
 use super::keys::{self, Key};
 use super::overrides::Written;
+use super::steps::When;
 use crate::checkpoint::output::Resume;
 use crate::choices::choices;
 pub use crate::comm::Gather;
@@ -54,6 +55,14 @@ choices! {
     }
 }
 
+choices! {
+    /// Units of what is counted between two checkpoints, or two evaluations.
+    Strategy {
+        Steps = "steps",
+        Epoch = "epoch",
+    }
+}
+
 /// All decisions of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
@@ -96,6 +105,8 @@ pub struct DataJob {
     pub packing: Packing,
     pub overlong: Overlong,
     pub loss_on: LossOn,
+    /// True if each epoch has an order of its own.
+    pub shuffle: bool,
 }
 
 /// Source of the held-out rows.
@@ -140,6 +151,8 @@ pub struct TrainingJob {
     /// `None` means the default of [`TrainingJob::steps`].
     pub warmup_steps: Option<usize>,
     pub num_train_epochs: f64,
+    /// True if sequences that do not fill a step are left out of each epoch.
+    pub drop_last: bool,
     /// If it is set, it replaces the number of epochs.
     pub max_steps: Option<usize>,
     /// `None` means no clipping.
@@ -147,13 +160,13 @@ pub struct TrainingJob {
     pub weight_decay: f64,
     pub seed: u64,
     pub logging_steps: usize,
-    /// `None` means no checkpoint but when the run is stopped.
-    pub save_steps: Option<usize>,
+    /// Times of checkpoints; there is one too when the run is stopped.
+    pub save: When,
     /// `None` keeps all checkpoints.
     pub save_total_limit: Option<usize>,
     pub resume: Resume,
-    /// `None` means before and after training only.
-    pub eval_steps: Option<usize>,
+    /// Times of evaluations, besides those before and after training.
+    pub eval: When,
 }
 
 /// The key that fixes the size of a step.
@@ -237,8 +250,18 @@ fn check_conflicts(written: &mut Written, command: Command) {
         let (global, steps) = (keys::GLOBAL_BATCH_SIZE.path, keys::ACCUMULATION_STEPS.path);
         conflicts.push(format!("{global}: {steps} follows from it and the number of ranks, remove one of the two"));
     }
-    if is_set(written, &keys::EVAL_STEPS) && written.get(&keys::EVAL) == Some(None) {
-        conflicts.push("training.eval_steps: there is nothing to evaluate on, set data.eval or remove it".into());
+    for (strategy, steps) in [(&keys::EVAL_STRATEGY, &keys::EVAL_STEPS), (&keys::SAVE_STRATEGY, &keys::SAVE_STEPS)] {
+        if written.get(strategy) == Some(Strategy::Epoch) && written.has(steps.path) && is_set(written, steps) {
+            conflicts.push(format!(
+                "{}: found epoch, which contradicts {}, remove one of the two",
+                strategy.path, steps.path
+            ));
+        }
+    }
+    let by_epoch = written.get(&keys::EVAL_STRATEGY) == Some(Strategy::Epoch);
+    if (by_epoch || is_set(written, &keys::EVAL_STEPS)) && written.get(&keys::EVAL) == Some(None) {
+        let key = if by_epoch { keys::EVAL_STRATEGY.path } else { keys::EVAL_STEPS.path };
+        conflicts.push(format!("{key}: there is nothing to evaluate on, set data.eval or remove it"));
     }
     let has_warmup = written.get(&keys::WARMUP_STEPS).flatten().is_some_and(|steps| steps > 0);
     if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
@@ -298,6 +321,7 @@ fn values(written: &Written, command: Command) -> Option<Map<String, Value>> {
         (keys::ACCUMULATION_STEPS.path, is_set(written, &keys::GLOBAL_BATCH_SIZE)),
         (keys::NUM_TRAIN_EPOCHS.path, is_set(written, &keys::MAX_STEPS)),
         (keys::WARMUP_STEPS.path, written.get(&keys::LR_SCHEDULER)? == LrScheduler::Constant),
+        (keys::SAVE_STEPS.path, written.get(&keys::SAVE_STRATEGY)? == Strategy::Epoch),
     ];
     let of_adapter = is_set(written, &keys::ADAPTER);
     let decided_by_another = decided_by_another.into_iter().chain(OF_ADAPTER.map(|path| (path, of_adapter)));
@@ -338,6 +362,7 @@ fn build(written: &Written, command: Command, values: Map<String, Value>) -> Opt
             packing: written.get(&keys::PACKING)?,
             overlong: overlong(written)?,
             loss_on: written.get(&keys::LOSS_ON)?,
+            shuffle: written.get(&keys::SHUFFLE)?,
         },
         quantization: QuantizationJob {
             load_in_4bit: written.get(&keys::LOAD_IN_4BIT)?,
@@ -384,14 +409,23 @@ fn build_training(written: &Written) -> Option<TrainingJob> {
         adam_epsilon: written.get(&keys::ADAM_EPSILON)?,
         warmup_steps: if lr_scheduler == LrScheduler::Constant { Some(0) } else { warmup_steps },
         num_train_epochs: written.get(&keys::NUM_TRAIN_EPOCHS)?,
+        drop_last: written.get(&keys::DROP_LAST)?,
         max_steps: written.get(&keys::MAX_STEPS)?,
         max_grad_norm: written.get(&keys::MAX_GRAD_NORM)?,
         weight_decay: written.get(&keys::WEIGHT_DECAY)?,
         seed: written.get(&keys::SEED)?,
         logging_steps: written.get(&keys::LOGGING_STEPS)?,
-        save_steps: written.get(&keys::SAVE_STEPS)?,
+        save: when(written.get(&keys::SAVE_STRATEGY)?, written.get(&keys::SAVE_STEPS)?),
         save_total_limit: written.get(&keys::SAVE_TOTAL_LIMIT)?,
         resume: written.get(&keys::RESUME)?,
-        eval_steps: written.get(&keys::EVAL_STEPS)?,
+        eval: when(written.get(&keys::EVAL_STRATEGY)?, written.get(&keys::EVAL_STEPS)?),
     })
+}
+
+fn when(strategy: Strategy, steps: Option<usize>) -> When {
+    match (strategy, steps) {
+        (Strategy::Epoch, _) => When::Epochs,
+        (Strategy::Steps, Some(steps)) => When::Steps(steps),
+        (Strategy::Steps, None) => When::Never,
+    }
 }

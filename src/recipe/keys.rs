@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::command::Command;
 use super::job::{
-    Accumulation, ActivationCheckpointing, ComputeDtype, EvalData, Gather, LrScheduler, ShardingStrategy,
+    Accumulation, ActivationCheckpointing, ComputeDtype, EvalData, Gather, LrScheduler, ShardingStrategy, Strategy,
 };
 use super::overrides::Written;
 use super::paths;
@@ -98,6 +98,9 @@ keys! {
         LossOn::ALLOWED,
         "the tokens that count in the loss; all: every token; completion: those after the prompt; assistant: those that \
          the chat template marks as generated; auto: completion where there is a prompt, else all";
+    SHUFFLE: bool = "data.shuffle", "true", TRAINING, Value::as_bool,
+        &["true", "false"],
+        "true: each epoch has an order of its own, which follows from training.seed; false: the order of the rows";
 
     LOAD_IN_4BIT: bool = "quantization.load_in_4bit", "true", BASES, Value::as_bool,
         &["true", "false"],
@@ -152,7 +155,11 @@ keys! {
         &["null", "an integer of at least 0 and below the run's steps"],
         "steps in which the learning rate rises; null: a tenth of the steps, at most 10";
     NUM_TRAIN_EPOCHS: f64 = "training.num_train_epochs", "1", TRAINING, positive,
-        &["a number above 0"], "how often the data is gone through";
+        &["a number above 0"], "how often the data is gone through; a part of an epoch is whole steps, rounded up";
+    DROP_LAST: bool = "training.drop_last", "false", TRAINING, Value::as_bool,
+        &["true", "false"],
+        "false: the last step of an epoch has the sequences that are left; true: sequences that do not fill a step are \
+         left out of the epoch";
     MAX_STEPS: Option<usize> = "training.max_steps", "null", TRAINING,
         |v| nullable(v, |v| integer(v, 1..=MAX_STEPS_OF_A_RUN)), &["null", "an integer from 1 to 1073741824"],
         "steps of the run; null: num_train_epochs decides";
@@ -164,6 +171,8 @@ keys! {
         &["an integer from 0 to 9007199254740992"], "data order, dropout and new adapters follow from it";
     LOGGING_STEPS: usize = "training.logging_steps", "1", TRAINING, count,
         &["an integer of at least 1"], "a line every so many steps";
+    SAVE_STRATEGY: Strategy = "training.save_strategy", "steps", TRAINING, choice,
+        Strategy::ALLOWED, "steps: checkpoints as save_steps says; epoch: one at the end of each epoch";
     SAVE_STEPS: Option<usize> = "training.save_steps", "100", TRAINING, |v| nullable(v, count),
         &["null (no checkpoints but when the run is stopped)", "an integer of at least 1"],
         "a checkpoint every so many steps, in output_dir";
@@ -173,6 +182,10 @@ keys! {
         &["auto", "never", "a checkpoint directory"],
         "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin \
          with the first step; a directory: go on from this one";
+    EVAL_STRATEGY: Strategy = "training.eval_strategy", "steps", TRAINING, choice,
+        Strategy::ALLOWED,
+        "steps: held-out loss as eval_steps says; epoch: at the end of each epoch; in both cases before and after \
+         training too";
     EVAL_STEPS: Option<usize> = "training.eval_steps", "null", TRAINING, |v| nullable(v, count),
         &["null (before and after training only)", "an integer of at least 1"], "held-out loss every so many steps";
 

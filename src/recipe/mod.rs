@@ -20,7 +20,7 @@ pub use job::{
 use overrides::Written;
 pub use paths::read as read_path;
 use serde_json::Value;
-pub use steps::Steps;
+pub use steps::{Steps, When};
 
 /// All errors of a recipe, or of options that replace its keys. The program ends with status 2.
 #[derive(Debug, thiserror::Error)]
@@ -137,7 +137,8 @@ mod tests {
         assert_eq!((training.lr_scheduler, training.warmup_steps), (LrScheduler::Cosine, None));
         assert_eq!((training.adam_beta1, training.adam_beta2, training.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((training.num_train_epochs, training.max_steps, training.max_grad_norm), (1.0, None, Some(1.0)));
-        assert_eq!((training.seed, training.logging_steps, training.eval_steps), (42, 1, None));
+        assert_eq!((training.seed, training.logging_steps, training.drop_last), (42, 1, false));
+        assert_eq!((training.save, training.eval, job.data.shuffle), (When::Steps(100), When::Never, true));
         assert_eq!(
             job.fsdp,
             FsdpJob {
@@ -266,7 +267,15 @@ max_steps: 3
         let batch = errors_of("training: {global_batch_size: 16, gradient_accumulation_steps: 8}");
         assert!(batch[0].starts_with("training.global_batch_size: training.gradient_accumulation_steps follows"));
         recipe(&format!("{GOOD}training: {{global_batch_size: null, gradient_accumulation_steps: 8}}"), &[]).unwrap();
-        assert!(errors_of("training.eval_steps: 5")[0].contains("nothing to evaluate on"));
+        assert!(errors_of("training.eval_steps: 5")[0].contains("eval_steps: there is nothing to evaluate on"));
+        assert!(
+            errors_of("training.eval_strategy: epoch")[0].contains("eval_strategy: there is nothing to evaluate on")
+        );
+        let saves = errors_of("training: {save_strategy: epoch, save_steps: 5}");
+        assert_eq!(
+            saves,
+            ["training.save_strategy: found epoch, which contradicts training.save_steps, remove one of the two"]
+        );
         assert!(errors_of("training: {lr_scheduler_type: constant, warmup_steps: 5}")[0].contains("no warm-up"));
         assert!(errors_of("fsdp: {offload_params: true, resident_units: 3}")[0].contains("contradicts"));
         let tokens = errors_of("data: {max_length: 16777216}\ntraining: {per_device_train_batch_size: 65536}");
@@ -327,6 +336,7 @@ max_steps: 3
         assert_eq!(of(&["training.global_batch_size=5"], "training.gradient_accumulation_steps"), "null");
         assert_eq!(of(&["training.lr_scheduler_type=constant"], "training.warmup_steps"), "null");
         assert_eq!(of(&["lora.adapter=."], "lora.r"), "null");
+        assert_eq!(of(&["training.save_strategy=epoch"], "training.save_steps"), "null");
         assert_eq!(of(&["data.packing=wrapped"], "data.overlong"), "\"split\"");
     }
 

@@ -1,22 +1,46 @@
-//! Decides the number of steps and of warm-up steps of a run, and remarks on lengths that may surprise.
+//! Decides the number of steps and of warm-up steps of a run, and says them.
 
 use super::RecipeError;
 use super::job::{BatchSize, TrainingJob};
 use super::keys::{self, MAX_MICRO_BATCHES, MAX_STEPS_OF_A_RUN};
+use crate::data::Epochs;
+use crate::files::counted;
 
 /// Largest number of steps of a default warm-up.
 const MOST_WARMUP_STEPS: usize = 10;
 /// Number of steps of the run for each step of a default warm-up.
 const STEPS_OF_A_WARMUP_STEP: usize = 10;
 
+/// Times at which something is done in a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    Never,
+    /// Every so many steps.
+    Steps(usize),
+    /// At the end of each epoch.
+    Epochs,
+}
+
+impl When {
+    /// Tells whether it is to be done after this step; steps are counted from 1.
+    pub fn is_at(self, step: usize, epochs: Epochs) -> bool {
+        match self {
+            When::Never => false,
+            When::Steps(every) => step.is_multiple_of(every),
+            When::Epochs => epochs.end_with(step),
+        }
+    }
+}
+
 /// The length of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Steps {
     pub num_steps: usize,
+    pub epochs: Epochs,
     /// Number of steps in which the learning rate rises; fewer than `num_steps`.
     pub warmup_steps: usize,
-    /// Lines to print before the first step.
-    pub remarks: Vec<String>,
+    /// A sentence that says all of this, to be told before the first step.
+    pub plan: String,
 }
 
 impl TrainingJob {
@@ -28,28 +52,20 @@ impl TrainingJob {
     pub fn steps(&self, num_sequences: usize, world_size: usize) -> Result<Steps, RecipeError> {
         self.check_batch(world_size)?;
         let global = self.global_batch_size(world_size);
-        let num_steps = self.max_steps.unwrap_or_else(|| self.steps_of_epochs(num_sequences, global));
-        let epochs = num_steps as f64 * global as f64 / num_sequences as f64;
-        let run = format!(
-            "the run has {num_steps} step(s) of {global} sequence(s), which go {epochs:.1} times through {num_sequences} sequence(s) \
-             ({})",
-            match self.max_steps {
-                Some(steps) => format!("{}: {steps}", keys::MAX_STEPS.path),
-                None => format!("{}: {}", keys::NUM_TRAIN_EPOCHS.path, self.num_train_epochs),
-            }
-        );
+        let epochs = Epochs::new(num_sequences, global, self.drop_last).ok_or_else(|| {
+            let (drop_last, batch) = (keys::DROP_LAST.path, keys::GLOBAL_BATCH_SIZE.path);
+            RecipeError::one(format!(
+                "{drop_last}: found true, but {} do not fill a step of {global}; help: lower {batch}, or remove {drop_last}",
+                counted(num_sequences, "sequence")
+            ))
+        })?;
+        let num_steps = self.max_steps.unwrap_or_else(|| self.steps_of_epochs(epochs));
+        let run = self.said(num_sequences, global, epochs, num_steps);
         if num_steps > MAX_STEPS_OF_A_RUN {
             return Err(RecipeError::one(format!("{run}; at most {MAX_STEPS_OF_A_RUN} are possible")));
         }
-        let mut remarks = Vec::new();
-        if num_sequences < global {
-            remarks.push(format!(
-                "an epoch is less than a step: {run}; help: set {} to {num_sequences} or less",
-                keys::GLOBAL_BATCH_SIZE.path
-            ));
-        }
         let warmup = keys::WARMUP_STEPS.path;
-        let warmup_steps = match self.warmup_steps {
+        let (warmup_steps, why) = match self.warmup_steps {
             Some(steps) if steps > 0 && steps >= num_steps => {
                 return Err(RecipeError::one(format!(
                     "{warmup}: found {steps}, allowed: fewer than the run's steps, else {} is never reached; {run}; help: remove {warmup}, \
@@ -60,22 +76,41 @@ impl TrainingJob {
                     keys::GLOBAL_BATCH_SIZE.path
                 )));
             }
-            Some(steps) => steps,
+            Some(steps) => (steps, String::new()),
             None => {
                 let steps = MOST_WARMUP_STEPS.min(num_steps / STEPS_OF_A_WARMUP_STEP);
-                remarks.push(format!(
-                    "{warmup}: {steps}, a tenth of the {num_steps} step(s) and at most {MOST_WARMUP_STEPS}, as it is not written"
-                ));
-                steps
+                (steps, format!(", a tenth of them and at most {MOST_WARMUP_STEPS}, as {warmup} is not written"))
             }
         };
-        Ok(Steps { num_steps, warmup_steps, remarks })
+        let plan = format!("{run}; the learning rate rises in {}{why}", counted(warmup_steps, "step"));
+        Ok(Steps { num_steps, epochs, warmup_steps, plan })
     }
 
-    fn steps_of_epochs(&self, num_sequences: usize, global: usize) -> usize {
-        let samples = self.num_train_epochs * num_sequences as f64;
+    fn steps_of_epochs(&self, epochs: Epochs) -> usize {
         // A number of steps beyond usize becomes the largest usize, which is refused.
-        (samples / global as f64).ceil().max(1.0) as usize
+        (self.num_train_epochs * epochs.num_steps() as f64).ceil().max(1.0) as usize
+    }
+
+    /// Says how long a run is, and from which key that follows.
+    fn said(&self, num_sequences: usize, global: usize, epochs: Epochs, num_steps: usize) -> String {
+        let of_epoch = match (epochs.dropped(), epochs.last_step()) {
+            (0, last) if last == global => String::new(),
+            (0, last) => format!(", the last of an epoch of {last}"),
+            (dropped, _) => format!(", which leave {} out of each epoch", counted(dropped, "sequence")),
+        };
+        let key = match self.max_steps {
+            Some(steps) => format!("{}: {steps}", keys::MAX_STEPS.path),
+            None => format!("{}: {}", keys::NUM_TRAIN_EPOCHS.path, self.num_train_epochs),
+        };
+        // An infinite number of steps has no place among epochs.
+        let gone = epochs.after(num_steps.min(MAX_STEPS_OF_A_RUN + 1));
+        format!(
+            "the run has {} of {}{of_epoch}; an epoch of {} has {}, so these are {gone:.2} epochs ({key})",
+            counted(num_steps, "step"),
+            counted(global, "sequence"),
+            counted(num_sequences, "sequence"),
+            counted(epochs.num_steps(), "step"),
+        )
     }
 
     /// Fails if the ranks cannot share a step, or if a rank's part of it is too large.
@@ -119,15 +154,16 @@ mod tests {
             adam_epsilon: 1e-8,
             warmup_steps: None,
             num_train_epochs: 1.0,
+            drop_last: false,
             max_steps: None,
             max_grad_norm: None,
             weight_decay: 0.0,
             seed: 42,
             logging_steps: 1,
-            save_steps: None,
+            save: When::Never,
             save_total_limit: None,
             resume: Resume::Auto,
-            eval_steps: None,
+            eval: When::Never,
         }
     }
 
@@ -136,18 +172,54 @@ mod tests {
         for (sequences, num_steps, warmup_steps) in [(5, 1, 0), (160, 10, 1), (16 * 25, 25, 2), (16 * 500, 500, 10)] {
             let steps = job().steps(sequences, 2).unwrap();
             assert_eq!((steps.num_steps, steps.warmup_steps), (num_steps, warmup_steps));
-            let said = format!("training.warmup_steps: {warmup_steps}, a tenth of the {num_steps} step(s)");
-            assert!(steps.remarks.last().unwrap().starts_with(&said), "{:?}", steps.remarks);
+            let said = format!("; the learning rate rises in {}, a tenth of them", counted(warmup_steps, "step"));
+            assert!(steps.plan.contains(&said), "{}", steps.plan);
         }
     }
 
     #[test]
-    fn an_epoch_of_less_than_a_step_is_said() {
-        let remarks = job().steps(5, 2).unwrap().remarks;
-        let expected = "an epoch is less than a step: the run has 1 step(s) of 16 sequence(s), which go 3.2 times through 5 sequence(s)";
-        assert!(remarks[0].starts_with(expected), "{remarks:?}");
-        let written = TrainingJob { warmup_steps: Some(0), ..job() };
-        assert_eq!(written.steps(16, 2).unwrap().remarks, Vec::<String>::new());
+    fn epochs_are_whole_and_said() {
+        for (sequences, num_train_epochs, num_steps, said) in [
+            (
+                5,
+                3.0,
+                3,
+                "3 steps of 16 sequences, the last of an epoch of 5; an epoch of 5 sequences has 1 step, so these are 3.00",
+            ),
+            (33, 2.0, 6, "6 steps of 16 sequences, the last of an epoch of 1; an epoch of 33 sequences has 3 steps"),
+            (32, 1.0, 2, "2 steps of 16 sequences; an epoch of 32 sequences has 2 steps, so these are 1.00 epochs"),
+            (33, 0.5, 2, "so these are 0.97 epochs (training.num_train_epochs: 0.5)"),
+            (5, 0.1, 1, "1 step of 16 sequences"),
+        ] {
+            let steps = TrainingJob { num_train_epochs, ..job() }.steps(sequences, 2).unwrap();
+            assert_eq!(steps.num_steps, num_steps);
+            assert!(steps.plan.contains(said), "{said} is not in {}", steps.plan);
+        }
+        let fixed = TrainingJob { max_steps: Some(7), warmup_steps: Some(1), ..job() }.steps(33, 2).unwrap();
+        assert!(
+            fixed.plan.ends_with("2.48 epochs (training.max_steps: 7); the learning rate rises in 1 step"),
+            "{}",
+            fixed.plan
+        );
+    }
+
+    #[test]
+    fn sequences_that_do_not_fill_a_step_are_dropped_where_that_is_asked_for() {
+        let job = TrainingJob { drop_last: true, num_train_epochs: 2.0, ..job() };
+        let steps = job.steps(35, 2).unwrap();
+        assert_eq!(steps.num_steps, 4);
+        assert!(steps.plan.contains("16 sequences, which leave 3 sequences out of each epoch"), "{}", steps.plan);
+        let error = job.steps(5, 2).unwrap_err().to_string();
+        assert!(error.contains("training.drop_last: found true, but 5 sequences do not fill a step of 16"), "{error}");
+    }
+
+    #[test]
+    fn times_are_steps_or_ends_of_epochs() {
+        let epochs = Epochs::new(5, 2, false).unwrap();
+        let steps = |when: When| (1..=9).filter(|&step| when.is_at(step, epochs)).collect::<Vec<_>>();
+        assert_eq!(steps(When::Never), [0; 0]);
+        assert_eq!(steps(When::Steps(4)), [4, 8]);
+        assert_eq!(steps(When::Epochs), [3, 6, 9]);
     }
 
     #[test]
@@ -156,7 +228,8 @@ mod tests {
         assert_eq!(job.steps(16 * 4, 2).unwrap().warmup_steps, 3);
         for sequences in [16 * 3, 16] {
             let error = job.steps(sequences, 2).unwrap_err().to_string();
-            for word in ["training.warmup_steps: found 3", "training.num_train_epochs: 1", "step(s) of 16", "max_steps"]
+            for word in
+                ["training.warmup_steps: found 3", "training.num_train_epochs: 1", "of 16 sequences", "max_steps"]
             {
                 assert!(error.contains(word), "{word} is not in {error}");
             }

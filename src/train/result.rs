@@ -12,7 +12,7 @@ use crate::comm::{Queue, watch};
 use crate::device::Device;
 use crate::files;
 use crate::model::spec::ModelSpec;
-use crate::recipe::TrainingJob;
+use crate::recipe::{TrainingJob, When};
 
 use super::saving::KINDS;
 
@@ -43,8 +43,7 @@ impl Kept {
     pub fn room(&self, adapter: &Adapter, job: &TrainingJob) -> usize {
         let lines = job.max_steps.unwrap_or_default().saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
         let tokenizer: usize = self.tokenizer_files.iter().map(|(_, content)| content.len()).sum();
-        let checkpoints =
-            if job.save_steps.is_some() { job.save_total_limit.unwrap_or(1).saturating_add(1) } else { 0 };
+        let checkpoints = if job.save != When::Never { job.save_total_limit.unwrap_or(1).saturating_add(1) } else { 0 };
         let of_checkpoints = checkpoints.saturating_mul(KINDS.len() * adapter.bytes() + lines);
         (adapter.bytes() + tokenizer + lines).saturating_add(of_checkpoints)
     }

@@ -32,6 +32,8 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub job: &'a TrainingJob,
     pub steps: &'a Steps,
     pub train: &'a Dataset,
+    /// Whether each epoch has an order of its own.
+    pub shuffle: bool,
     pub eval: Option<&'a Dataset>,
     /// Progress so far: of the checkpoint from which the run goes on, or none.
     pub progress: Progress,
@@ -73,15 +75,11 @@ fn has_updated(progress: &Progress) -> Result<()> {
 }
 
 impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
-    fn global_batch_size(&self) -> usize {
-        self.job.global_batch_size(self.engine.queue.world_size())
-    }
-
     /// Trains to the last step, with an evaluation before the first and after the last. Fails at the first loss or
     /// gradient that is not finite, before it is applied.
     pub fn run(mut self) -> Result<Outcome> {
         let num_steps = self.steps.num_steps;
-        let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
+        let mut sampler = self.sampler();
         if self.progress.step == 0 {
             self.evaluate()?;
         }
@@ -98,11 +96,11 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             if left == 0 || step.is_multiple_of(REPLICA_CHECK_STEPS) {
                 self.engine.check_replicas()?;
             }
-            if left == 0 || self.job.eval_steps.is_some_and(|every| step.is_multiple_of(every)) {
+            if left == 0 || self.job.eval.is_at(step, self.steps.epochs) {
                 self.evaluate()?;
             }
             let stop = if left > 0 { signals::agree(&mut self.engine.queue)? } else { None };
-            if left > 0 && (stop.is_some() || self.job.save_steps.is_some_and(|every| step.is_multiple_of(every))) {
+            if left > 0 && (stop.is_some() || self.job.save.is_at(step, self.steps.epochs)) {
                 let lines = self.metrics.as_ref().map_or(&[][..], |metrics| metrics.lines());
                 saving::save(self.engine, self.writer.as_deref_mut(), self.progress, lines)?;
             }
@@ -120,8 +118,12 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     fn step(&mut self, step_idx: usize, batches: &[MicroBatch]) -> Result<(StepRecord, Update)> {
         let (num_steps, num_updates) = (self.steps.num_steps, self.progress.num_updates);
         let update = self.update(step_idx, num_steps, num_updates, self.progress.loss_scaler.scale());
-        let num_micro_batches = self.job.accumulation_steps(self.engine.queue.world_size());
-        let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: self.job.seed };
+        let args = StepArgs {
+            step: step_idx as u32 + 1,
+            num_micro_batches: batches.len(),
+            update: &update,
+            seed: self.job.seed,
+        };
         let is_traced = self.trace.is_some() && step_idx == 1.min(num_steps - 1);
         self.engine.record_spans(is_traced);
         let record = step(self.engine, batches, &args)?;
@@ -181,15 +183,18 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     }
 
     fn batches(&self, sampler: &mut Sampler, step_idx: usize) -> Vec<MicroBatch> {
-        let global = self.global_batch_size();
         let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
-        let per_device = self.job.per_device_train_batch_size;
-        let cursor = (step_idx * global) as u64;
-        data::step_micro_batches(self.train, sampler, cursor, global, per_device, world_size, rank)
+        let (places, per_device) = (self.steps.epochs.places(step_idx), self.job.per_device_train_batch_size);
+        let num_sequences = (places.end - places.start) as usize;
+        data::step_micro_batches(self.train, sampler, places.start, num_sequences, per_device, world_size, rank)
     }
 
-    fn epoch(&self, step: usize) -> f64 {
-        (step * self.global_batch_size()) as f64 / self.train.sequences.len() as f64
+    fn sampler(&self) -> Sampler {
+        let num_sequences = self.train.sequences.len();
+        match self.shuffle {
+            true => Sampler::new(num_sequences, self.job.seed),
+            false => Sampler::in_order(num_sequences),
+        }
     }
 
     /// Writes the metrics of a step, and a line of the log. `left` is the time that the rest of the run will take.
@@ -198,7 +203,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let tokens_per_second = record.num_tokens as f64 / (record.step_ms * 1e-3);
         let line = StepMetrics {
             step,
-            epoch: self.epoch(step),
+            epoch: self.steps.epochs.after(step),
             loss: record.loss,
             grad_norm: record.grad_norm,
             learning_rate: update.learning_rate,
@@ -233,7 +238,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let score =
             eval::score(self.engine, &batches, true).with_context(|| format!("evaluation after step {step}"))?;
         self.log.line(format!("step {step}  eval_loss {:.4}  ({} target tokens)", score.loss, score.num_target_tokens));
-        let epoch = self.epoch(step);
+        let epoch = self.steps.epochs.after(step);
         match &mut self.metrics {
             Some(metrics) => metrics.write(&EvalMetrics {
                 step,

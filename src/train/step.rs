@@ -38,7 +38,7 @@ pub struct StepRecord {
 pub struct StepArgs<'a> {
     /// Number of the step, counted from 1.
     pub step: u32,
-    /// Number of micro-batches on the rank that has most.
+    /// Number of micro-batches on each rank.
     pub num_micro_batches: usize,
     /// The update that the step ends with. It holds its own number, counted from 1, and the scale of the loss.
     pub update: &'a Update,

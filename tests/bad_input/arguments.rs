@@ -135,13 +135,13 @@ fn what_will_surprise_is_said_before_the_first_step() {
     let sets = ["training.max_steps=null", "training.num_train_epochs=1", "training.warmup_steps=null"];
     let with = |more: &[&'static str]| train_with(&[&sets[..], more].concat());
     let text = succeeds(place.command(&with(&["training.global_batch_size=64"])));
-    let epoch = text.find("an epoch is less than a step: the run has 1 step(s) of 64 sequence(s)");
+    let epoch = text.find("the run has 1 step of 64 sequences, the last of an epoch of 24;");
     assert!(epoch.is_some_and(|at| at < text.find("step 1/1").unwrap()), "{text}");
-    assert!(text.contains("training.warmup_steps: 0, a tenth of the 1 step(s)"), "{text}");
+    assert!(text.contains("; the learning rate rises in 0 steps, a tenth of them"), "{text}");
     let learned = place.read("out/metrics.jsonl");
     assert!(String::from_utf8_lossy(&learned).contains("\"learning_rate\":0.01,"), "the one step learns");
     let args = with(&["training.global_batch_size=64", "training.warmup_steps=10", "output_dir=other"]);
-    let words = ["training.warmup_steps: found 10", "1 step(s) of 64 sequence(s)", "training.num_train_epochs: 1"];
+    let words = ["training.warmup_steps: found 10", "1 step of 64 sequences", "training.num_train_epochs: 1"];
     refused(&place, &args, 2, &words);
     assert!(!place.path("other/metrics.jsonl").exists());
     refused(&place, &train_with(&["training.learning_rate=0"]), 2, &["training.learning_rate: found 0"]);

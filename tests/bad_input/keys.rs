@@ -177,6 +177,7 @@ fn train() {
         by("data.packing=true"),
         by_with("data.overlong=drop", &["data.max_length=24"]),
         by("data.loss_on=completion"),
+        by("data.shuffle=false"),
         by("lora.bias=all"),
         by("lora.adapter=nowhere"),
         by("training.per_device_train_batch_size=2"),
@@ -189,15 +190,18 @@ fn train() {
         by("training.adam_epsilon=0.1"),
         by("training.warmup_steps=1"),
         by_with("training.num_train_epochs=0.5", &["training.max_steps=null"]),
+        by_with("training.drop_last=true", &["training.max_steps=null", "training.global_batch_size=5"]),
         by("training.max_steps=2"),
         by("training.max_grad_norm=0.001"),
         by("training.weight_decay=0.5"),
         by("training.seed=7"),
         by("training.logging_steps=2"),
         by("training.save_steps=1"),
+        by_with("training.save_strategy=epoch", &["training.max_steps=5"]),
         by_with("training.save_total_limit=1", &["training.save_steps=1", "training.max_steps=4"]),
         by("training.resume=nowhere"),
         by_with("training.eval_steps=1", &["data.eval=0.3"]),
+        by_with("training.eval_strategy=epoch", &["data.eval=rows.jsonl", "training.max_steps=5"]),
     ];
     let args = ["--device", "cpu", "train", "-c", "recipe.yaml", "--set", "lora.lora_dropout=0.1"];
     check("train", &args, &[&own, &BASE, &ENGINE, &ADAPTER, &STEPS, &STEPS_HERE]);

@@ -18,7 +18,7 @@ const MAX_DIFFERENCES: usize = 5;
 
 /// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about logging and
 /// saving. Keys about movement, `fsdp.*`, are free too.
-const FREE_KEYS: [&str; 10] = [
+const FREE_KEYS: [&str; 11] = [
     "model",
     "output_dir",
     "shards",
@@ -27,6 +27,7 @@ const FREE_KEYS: [&str; 10] = [
     "lora.adapter",
     "training.logging_steps",
     "training.save_steps",
+    "training.save_strategy",
     "training.save_total_limit",
     "training.resume",
 ];
