@@ -44,7 +44,7 @@
 //! through it, and it is resharded. A micro-batch may be scored without a backward pass, with the adapter or without
 //! it, beside others that train ([`fsdp::schedule::Descriptor`]). [`model::layer`] runs the stages of a layer one after
 //! the other; a stage is a flat list of ops forward, the same list cut short for a recompute, and a list backward. The
-//! head gives the log-probabilities of the target tokens; an [`Objective`](fsdp::exec::Objective)
+//! head gives the log-probabilities of the target tokens; an [`Objective`](fsdp::run::Objective)
 //! ([`train::objective`]) turns them into the coefficients of their gradients.
 //!
 //! On a GPU each queue is a stream: starting an action makes its stream wait for the compute stream, waiting makes

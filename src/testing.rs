@@ -21,9 +21,10 @@ pub use crate::device::cuda::compile::{AttentionVariant, Source};
 pub use crate::device::cuda::{Cuda, HalfType, libraries, num_devices};
 pub use crate::device::*;
 pub use crate::fsdp::check::check;
-pub use crate::fsdp::exec::{Engine, Objective, RunArgs};
+pub use crate::fsdp::exec::Engine;
 pub use crate::fsdp::grads::Values;
 pub use crate::fsdp::memory::{Limits, Residency};
+pub use crate::fsdp::run::{Objective, RunArgs};
 pub use crate::fsdp::schedule::{Accumulation, Action, Descriptor, Keep, Mode, build};
 pub use crate::fsdp::unit::NumUnits;
 pub use crate::model::batch::{MicroBatch, NO_TARGET};
@@ -36,7 +37,7 @@ pub use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax, quantize_absmax_around
 pub use crate::quant::nf4::{Absmax, CODEBOOK, Nf4Tensor, THRESHOLDS, quantize};
 pub use crate::quant::record::{Dtype, Encoding};
 pub use crate::start::planned::{Machine, Planned};
-pub use crate::train::step::{StepArgs, StepRecord, step};
+pub use crate::train::step::{StepArgs, StepRecord, step, step_unless};
 
 /// Adapters, made and read.
 pub mod adapter {

@@ -2,6 +2,8 @@
 
 mod common;
 
+#[path = "fsdp/abandoned.rs"]
+mod abandoned;
 #[path = "fsdp/dropout.rs"]
 mod dropout;
 #[path = "fsdp/left_out.rs"]

@@ -4,7 +4,7 @@
 mod common;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
 use common::relative_error;
@@ -173,6 +173,99 @@ fn a_killed_run_ends_on_other_ranks() {
             assert_eq!(steps(place), steps(whole), "a line is missing or there twice");
         },
     );
+}
+
+/// Starts a run whose rank 1 pauses before each action, so many milliseconds and from a step on.
+fn dragging<'a>(place: &'a Place, pause: &str, step: &str, more: &[&str]) -> Running<'a> {
+    let mut command = place.mpirun(2, &[&TRAIN[..], more].concat());
+    command.env("FSDP_QLORA_FAULT", format!("drag={pause}:1:{step}"));
+    Running::start(place, command)
+}
+
+/// Checks that the run ends with status 75, and returns what it said.
+fn is_abandoned(running: Running<'_>) -> String {
+    let (status, text) = running.ends();
+    assert_eq!(status, Some(75), "{text}");
+    assert!(text.contains("it is abandoned"), "{text}");
+    text
+}
+
+#[test]
+fn a_long_step_and_a_long_evaluation_are_abandoned_and_begun_again() {
+    let whole = place();
+    succeeds(whole.mpirun(2, &TRAIN));
+    // The evaluation after step 20 is abandoned, and so are step 32, and the first step of a run that goes on.
+    let place = place();
+    for (pause, step, words, newest_step, what) in [
+        ("200", "20", "step 20/", 20, "the evaluation under way"),
+        ("2000", "32", "step 31/", 31, "the step under way"),
+        ("2000", "32", "going on after step 31,", 31, "the step under way"),
+    ] {
+        let mut running = dragging(&place, pause, step, &["--set", "training.grace=1s"]);
+        assert!(running.says(words));
+        std::thread::sleep(Duration::from_millis(1_500));
+        assert!(signal(place.ranks()[0], "USR1"));
+        let text = is_abandoned(running);
+        assert!(text.contains(what), "{text}");
+        assert_eq!(newest(&place), newest_step, "{text}");
+        assert!(record(&place)["reason"].as_str().unwrap().contains("SIGUSR1 to rank"), "{text}");
+    }
+    let text = succeeds(place.mpirun(2, &TRAIN));
+    assert!(text.contains("going on after step 31,"), "{text}");
+    assert!(place.read(ADAPTER) == whole.read(ADAPTER), "the adapters differ");
+    assert_eq!(decided(&place.read("out/metrics.jsonl")), decided(&whole.read("out/metrics.jsonl")));
+}
+
+#[test]
+fn a_run_that_is_stopped_before_its_first_step_is_whole_begins_again() {
+    let place = place();
+    let mut running = dragging(&place, "2000", "1", &["--set", "training.grace=0"]);
+    assert!(running.says("step 0  eval_loss"));
+    assert!(signal(place.ranks()[1], "TERM"));
+    let text = is_abandoned(running);
+    assert!(text.contains("no step was whole") && newest(&place) == 0, "{text}");
+    assert_eq!(record(&place)["state"], "stopped");
+    let text = succeeds(place.mpirun(2, &TRAIN));
+    assert!(text.contains("begins with the first step") && is_finished(&place), "{text}");
+}
+
+#[test]
+fn a_deadline_stops_a_run_before_it_has_passed() {
+    for (set, seconds, reason) in [
+        ("training.max_time=8s", 0, "training.max_time"),
+        ("training.max_time=3h50m", 8, "the end of the SLURM job's time"),
+    ] {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let place = place();
+        let mut command = place.mpirun(2, &[&TRAIN[..], &["--set", set]].concat());
+        command.env("SLURM_JOB_END_TIME", (now + seconds).to_string()).env("FSDP_QLORA_FAULT", "drag=2000:0:7");
+        let (status, text) = Running::start(&place, command).ends();
+        assert_eq!(status, Some(75), "{text}");
+        assert!(newest(&place) <= 6, "{text}");
+        assert!(record(&place)["reason"].as_str().unwrap().starts_with(reason), "{text}");
+        assert!(text.contains("the run stops with a checkpoint before"), "{text}");
+    }
+}
+
+#[test]
+fn a_word_in_the_control_file_saves_or_stops() {
+    let place = place();
+    std::fs::create_dir(place.path("out")).unwrap();
+    place.write("out/control", "stop");
+    let mut running =
+        Running::start(&place, place.mpirun(2, &[&TRAIN[..], &["--set", "training.save_steps=null"]].concat()));
+    assert!(running.says("out/control was there before the run began, and is removed"));
+    for (word, answer) in
+        [("nonsense", "allowed in it: checkpoint, stop"), ("checkpoint", "is obeyed"), ("stop\n", "stopped by")]
+    {
+        place.write("out/control", word);
+        assert!(running.says(answer), "{}", running.text());
+        assert!(!place.path("out/control").exists(), "{word}");
+    }
+    let (status, text) = running.ends();
+    assert_eq!(status, Some(75), "{text}");
+    assert_eq!(text.matches("checkpoint: ").count(), 2, "{text}");
+    assert!(record(&place)["reason"].as_str().unwrap().starts_with("\"stop\" in output_dir/control"), "{text}");
 }
 
 #[test]

@@ -67,6 +67,9 @@ pub struct Progress {
     /// True once an update with a learning rate above 0 was made: from then on lora_A has a gradient.
     pub has_learned: bool,
     pub loss_scaler: LossScaler,
+    /// True if the evaluation that is due after the step was abandoned.
+    #[serde(default)]
+    pub owes_evaluation: bool,
 }
 
 /// Content of [`STATE_FILE`].
@@ -326,7 +329,8 @@ mod tests {
 
     fn write(output: &Path, step: usize) -> PathBuf {
         let (values, run, spec) = (values(), identity(1.0), spec());
-        let progress = Progress { step, num_updates: 5, has_learned: true, loss_scaler: LossScaler::new(true) };
+        let (num_updates, loss_scaler) = (5, LossScaler::new(true));
+        let progress = Progress { step, num_updates, has_learned: true, loss_scaler, owes_evaluation: true };
         let base = Path::new("base");
         Checkpoint { values: &values, progress, run: &run, spec: &spec, base, metrics: b"{}\n" }.write(output).unwrap()
     }

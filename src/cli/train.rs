@@ -1,6 +1,7 @@
 //! `train`: fine-tunes as a recipe says.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -30,7 +31,7 @@ use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::result::{Kept, doubt, save};
 use crate::train::run::{Outcome, Run};
 use crate::train::saving::{self, Fixed, Writer};
-use crate::train::signals;
+use crate::train::stop::{self, CONTROL_FILE, Deadline, Options, Stop};
 
 use super::check_trace;
 
@@ -75,6 +76,7 @@ fn train(
     overrides: &[String],
     output: &mut Option<Output>,
 ) -> Result<Outcome> {
+    let started = Instant::now();
     let job = agree_on(&mut comm, recipe::load(&args.config, Command::Train, overrides)?)?;
     let trace = args.trace.as_deref();
     check_trace(trace)?;
@@ -105,6 +107,7 @@ fn train(
         start.log.line(format!("already finished: the adapter of this very run is in {}", job.output_dir.display()));
         return Ok(Outcome::Finished);
     };
+    let votes = comm.another()?;
     let (base, stamps) = (opened.model.clone(), opened.stamps());
     let (placement, loaded) = start.base(&mut comm, opened, &job, &inputs)?;
     let work = Training {
@@ -119,6 +122,8 @@ fn train(
         output: output.as_mut(),
         run,
         beginning,
+        started,
+        votes,
         stamps: &stamps,
         is_zero: &|weight| base.is_zero(weight),
     };
@@ -163,6 +168,10 @@ struct Training<'a> {
     output: Option<&'a mut Output>,
     run: RunIdentity,
     beginning: Beginning,
+    /// Time at which the program was started.
+    started: Instant,
+    /// Communicator for votes about stopping.
+    votes: MpiComm,
     stamps: &'a BaseStamps,
     is_zero: IsZero<'a>,
 }
@@ -171,8 +180,7 @@ impl Work for Training<'_> {
     type Output = Outcome;
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Outcome> {
-        let Training { start, job, steps, config, adapter, data, trace, kept, output, run, beginning, stamps, is_zero } =
-            self;
+        let Training { start, job, steps, config, adapter, data, trace, kept, output, run, beginning, .. } = self;
         let Beginning { progress, checkpoint } = beginning;
         if progress.step > 0 {
             saving::restore(engine, checkpoint.as_ref(), &adapter.settings, config)?;
@@ -192,6 +200,13 @@ impl Work for Training<'_> {
                 (live.into(), kept.base.clone(), config.clone(), job.training.save_total_limit);
             writer = Some(Writer::new(Fixed { output, base, spec, run, limit }, adapter, start.log));
         }
+        let deadline = output.as_ref().and_then(|_| Deadline::earliest(self.started, job.training.max_time));
+        if let Some(deadline) = &deadline {
+            start.log.line(deadline.text());
+        }
+        let control = output.as_ref().map(|_| job.output_dir.join(CONTROL_FILE));
+        let options = Options { grace: job.training.grace, deadline, control, log: start.log };
+        let stop = Stop::new(Box::new(self.votes), options);
         let run = Run {
             engine: &mut *engine,
             job: &job.training,
@@ -204,29 +219,33 @@ impl Work for Training<'_> {
             writer: writer.as_mut(),
             log: start.log,
             trace,
-            is_zero,
+            is_zero: self.is_zero,
+            stop,
+            saved: progress,
         };
         start.log.line(format!(
             "{} steps, {} LoRA parameters",
             steps.num_steps,
             adapter.layers.iter().map(Vec::len).sum::<usize>()
         ));
-        signals::listen()?;
+        stop::listen()?;
         let outcome = run.run()?;
         watch::phase(Phase::Save)?;
         if let Outcome::Stopped { step, reason } = &outcome {
             if let Some(output) = output {
                 output.stop(format!("{reason}, after step {step}"))?;
-                start.log.line(format!(
-                    "stopped by {reason} after step {step}; help: the same `train` again goes on from there"
-                ));
+                let help = match step {
+                    0 => "no step was whole; help: the same `train` again begins with the first",
+                    _ => "help: the same `train` again goes on from there",
+                };
+                start.log.line(format!("stopped by {reason} after step {step}; {help}"));
             }
             engine.queue.all_gather_f64("end", &[0.0])?;
             return Ok(outcome);
         }
         let learned = saving::adapter(engine, &adapter.settings, output.is_some())?;
         learned.as_ref().map_or(Ok(()), |learned| check::result_is_sound(adapter, learned))?;
-        let doubt = doubt(&mut engine.queue, start.world.local_rank, stamps)?;
+        let doubt = doubt(&mut engine.queue, start.world.local_rank, self.stamps)?;
         if let (Some(output), Some(metrics), Some(learned)) = (output, metrics, learned) {
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
             let wait = watch::wait("saving the adapter");

@@ -219,6 +219,18 @@ impl MpiComm {
         MpiComm { communicator: ManuallyDrop::new(comm), universe: universe.clone(), rank, world_size }
     }
 
+    /// Makes another communicator of the same ranks. Collective.
+    pub fn another(&self) -> Result<MpiComm> {
+        Ok(MpiComm::over(self.split(0)?, &self.universe))
+    }
+
+    /// Makes a communicator of the ranks that give the same color. Collective.
+    fn split(&self, color: usize) -> Result<SimpleCommunicator> {
+        let _wait = watch::wait("MPI_Comm_split");
+        in_turn(|| self.communicator.split_by_color(Color::with_value(color as i32)))
+            .context("MPI made no communicator")
+    }
+
     /// Returns this communicator and those of the shards and of the replicas, for groups of `num_shards` ranks that
     /// hold a base. Collective.
     pub fn into_groups(self, num_shards: usize) -> Result<Groups> {
@@ -227,12 +239,8 @@ impl MpiComm {
             "{} ranks do not divide into groups of {num_shards}",
             self.world_size
         );
-        let split = |color: usize| -> Result<Box<dyn Comm>> {
-            let _wait = watch::wait("MPI_Comm_split");
-            let part = in_turn(|| self.communicator.split_by_color(Color::with_value(color as i32)))
-                .context("MPI made no communicator")?;
-            Ok(Box::new(MpiComm::over(part, &self.universe)))
-        };
+        let split =
+            |color: usize| -> Result<Box<dyn Comm>> { Ok(Box::new(MpiComm::over(self.split(color)?, &self.universe))) };
         let (shards, replicas) = (split(self.rank / num_shards)?, split(self.rank % num_shards)?);
         Ok(Groups { world: Box::new(self), shards, replicas })
     }

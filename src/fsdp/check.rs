@@ -57,6 +57,22 @@ struct State<'a> {
 
 /// Fails at the first action that breaks a rule, or when something is left undone.
 pub fn check(actions: &[Action], inputs: &Inputs) -> Result<()> {
+    follow(actions, inputs)?.finish()
+}
+
+/// Fails at the first action that breaks a rule, or if something is under way after the last.
+#[cfg(test)]
+pub(super) fn check_unwound(actions: &[Action], inputs: &Inputs) -> Result<()> {
+    let State { slots, grads, boundaries, .. } = follow(actions, inputs)?;
+    ensure!(slots.iter().all(|slot| *slot == Slot::Free), "slots are {slots:?}");
+    ensure!(!grads.iter().any(|grad| matches!(grad, Grad::Reducing(_))), "gradients are {grads:?}");
+    let is_under_way = |boundary: &Boundary| [Boundary::Putting, Boundary::Fetching].contains(boundary);
+    ensure!(!boundaries.iter().any(is_under_way), "boundaries are {boundaries:?}");
+    Ok(())
+}
+
+/// Returns the state after these actions. Fails at the first that breaks a rule.
+fn follow<'a>(actions: &[Action], inputs: &'a Inputs) -> Result<State<'a>> {
     let m = inputs.num_micro_batches();
     let (trains, trained) = (inputs.mode == Mode::Train, inputs.trained().count());
     ensure!(trains == (trained > 0), "{trained} micro-batches have a backward pass in {:?}", inputs.mode);
@@ -80,7 +96,7 @@ pub fn check(actions: &[Action], inputs: &Inputs) -> Result<()> {
     for (i, action) in actions.iter().enumerate() {
         state.apply(action).map_err(|e| e.context(format!("action {i}, {action:?}")))?;
     }
-    state.finish()
+    Ok(state)
 }
 
 impl State<'_> {
@@ -259,6 +275,7 @@ fn advance(at: &mut Option<usize>, from: Option<usize>, to: usize) -> Result<()>
 mod tests {
     use super::super::schedule::{Accumulation, Keep, build};
     use super::super::unit::NumUnits;
+    use super::super::unwind;
     use super::*;
 
     /// Returns the number of all-gathers of a schedule.
@@ -314,6 +331,21 @@ mod tests {
     fn every_schedule_keeps_the_rules() {
         for inputs in all_small_inputs() {
             check(&build(&inputs), &inputs).unwrap_or_else(|e| panic!("{inputs:?}: {e:#}"));
+        }
+    }
+
+    #[test]
+    fn a_run_that_is_abandoned_anywhere_leaves_nothing_under_way() {
+        for inputs in all_small_inputs() {
+            let actions = build(&inputs);
+            for num_done in 0..actions.len() {
+                let done = &actions[..num_done];
+                let whole = [done, &unwind::actions(done)].concat();
+                let checked = check_unwound(&whole, &inputs);
+                checked.unwrap_or_else(|e| panic!("{inputs:?} abandoned after {num_done} actions: {e:#}"));
+                let is_under_way = check_unwound(done, &inputs).is_err();
+                assert_eq!(is_under_way, whole.len() > num_done, "{inputs:?}, {num_done} actions");
+            }
         }
     }
 

@@ -10,8 +10,9 @@ use crate::model::spec::Embedding;
 use crate::model::stage::{Saved, StageContext};
 use crate::model::{head, layer};
 
-use super::exec::{Engine, Grad, RunArgs};
+use super::exec::{Engine, Grad};
 use super::memory::Memory;
+use super::run::RunArgs;
 use super::schedule::Mode;
 use super::unit::{HEAD_PIECE_ROWS, Unit, head_piece_rows};
 

@@ -1,26 +1,21 @@
-//! The executor: performs a schedule, one action after the other.
-
-use std::fmt::Debug;
-use std::time::{Duration, Instant};
+//! The executor: all that a rank holds, and how it performs an action.
 
 use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
 
-use crate::comm::spans::{Lane, Span};
-use crate::comm::watch;
-use crate::comm::{Gather, Position, Queue, ShardSource, TrainableBuffers, Waits};
+use crate::comm::spans::Span;
+use crate::comm::{Gather, Position, Queue, ShardSource, TrainableBuffers};
 use crate::device::cpu::Cpu;
 use crate::device::{Arena, Buffer, Ops};
 use crate::model::batch::MicroBatch;
 use crate::model::spec::ModelSpec;
 use crate::model::trainable::Trainables;
-use crate::optim::adamw::Update;
 
-use super::check;
 use super::layout::UnitLayout;
 use super::memory::{Limits, Memory, Plans, ShardedTrainables};
 use super::offload::Boundaries;
-use super::schedule::{Action, Descriptor, Mode, build};
+use super::run::{RunArgs, RunOutput};
+use super::schedule::Action;
 use super::slots::Slot;
 use super::unit::{NumUnits, Unit};
 
@@ -38,57 +33,6 @@ pub struct Base {
 
 /// Copies rows of the embedding table: `(ids, out [ids, hidden_size])`.
 pub type Embed = dyn Fn(&[u32], &mut [f32]) -> Result<()> + Sync;
-
-/// Stands between the scores of target tokens and their gradients.
-pub trait Objective: Debug + Sync {
-    /// Returns the factor of −log p of each target token of a micro-batch in the gradient. `log_probabilities` has
-    /// those of each micro-batch that has been scored.
-    fn coefficients(&self, micro: usize, log_probabilities: &[Vec<f64>]) -> Vec<f32>;
-}
-
-/// The arguments of one run of a schedule, besides its micro-batches.
-#[derive(Clone, Copy, Debug)]
-pub struct RunArgs<'a> {
-    pub mode: Mode,
-    /// One for each of M micro-batches. M is the largest of any rank: a rank that has fewer runs empty ones.
-    pub micro_batches: &'a [Descriptor],
-    /// The objective of training; `None` in other modes.
-    pub objective: Option<&'a dyn Objective>,
-    /// Seed and step of the dropout masks; `None` switches dropout off.
-    pub dropout: Option<(u64, u32)>,
-    /// The update that [`Action::Optimizer`] makes.
-    pub update: Option<&'a Update>,
-    /// Tokens whose keys and values are there from earlier calls (generation).
-    pub num_past_tokens: usize,
-}
-
-impl<'a> RunArgs<'a> {
-    /// Makes the arguments of a run that does not train.
-    pub fn forward(mode: Mode, micro_batches: &'a [Descriptor]) -> RunArgs<'a> {
-        RunArgs { mode, micro_batches, objective: None, dropout: None, update: None, num_past_tokens: 0 }
-    }
-
-    /// Returns whether the adapter takes part in any micro-batch.
-    fn needs_adapter(&self) -> bool {
-        self.micro_batches.iter().any(|micro| micro.adapter)
-    }
-}
-
-/// The results of a run.
-#[derive(Clone, Debug, Default)]
-pub struct RunOutput {
-    /// log p of each target token, by micro-batch.
-    pub log_probabilities: Vec<Vec<f64>>,
-    /// Global norm before clipping (training).
-    pub grad_norm: f64,
-    /// True if the trainable values were updated. They are not if a loss or a gradient of any rank is not finite.
-    pub updated: bool,
-    /// Time for which the computation stood still.
-    pub waits: Waits,
-    pub elapsed: Duration,
-    /// Bytes of frozen shards received from other ranks.
-    pub gathered_bytes: usize,
-}
 
 /// The whole gradient of a layer.
 pub(super) enum Grad<D: Ops, Q: Queue<D>> {
@@ -118,7 +62,7 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) embedding: Vec<D::Act>,
     plan: Plans,
     /// Spans of the last run, if they were recorded.
-    spans: Option<Vec<Span>>,
+    pub(super) spans: Option<Vec<Span>>,
 }
 
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
@@ -213,63 +157,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         &self.plan
     }
 
-    /// Builds the schedule, checks it, and performs it.
-    pub fn run(&mut self, args: &RunArgs<'_>, batches: &[MicroBatch]) -> Result<RunOutput> {
-        let inputs = self.limits.inputs(self.units, args.mode, args.micro_batches);
-        let actions = build(&inputs);
-        check::check(&actions, &inputs)?;
-        self.perform(&actions, args, batches)
-    }
-
-    /// Switches the recording of spans on or off for the runs that follow.
-    pub fn record_spans(&mut self, on: bool) {
-        self.spans = on.then(Vec::new);
-        self.queue.record_spans(on);
-    }
-
-    /// Spans of the last run; empty if they were not recorded.
-    pub fn spans(&self) -> &[Span] {
-        self.spans.as_deref().unwrap_or_default()
-    }
-
-    /// Performs any list of actions.
-    pub fn perform(&mut self, actions: &[Action], args: &RunArgs<'_>, batches: &[MicroBatch]) -> Result<RunOutput> {
-        let start = Instant::now();
-        let empty = MicroBatch::new();
-        let mut output =
-            RunOutput { log_probabilities: vec![Vec::new(); args.micro_batches.len()], ..Default::default() };
-        let begin = self.device.mark()?;
-        let mut marks = Vec::new();
-        for action in actions {
-            let batch = |micro: usize| batches.get(micro).unwrap_or(&empty);
-            watch::at(format!("{action:?}"));
-            // On a GPU the long part is waiting for the device.
-            let _wait = (!D::IS_HOST).then(watch::wait_here);
-            let before = if self.spans.is_some() { Some(self.device.mark()?) } else { None };
-            self.act(action, args, batch, &mut output).with_context(|| format!("{action:?}"))?;
-            if let Some(before) = before {
-                marks.push((action, before, self.device.mark()?));
-            }
-        }
-        {
-            watch::at("the end of the queues");
-            let _wait = watch::wait_here();
-            self.device.synchronize()?;
-        }
-        if let Some(spans) = &mut self.spans {
-            *spans = self.queue.take_spans(&begin)?;
-            for (action, from, to) in marks {
-                let seconds = |at| self.device.seconds_between(&begin, at);
-                let (name, begin, end) = (format!("{action:?}"), seconds(&from)?, seconds(&to)?);
-                spans.push(Span { lane: Lane::Compute, name, begin, end });
-            }
-        }
-        output.elapsed = start.elapsed();
-        output.waits = self.queue.take_waits()?;
-        Ok(output)
-    }
-
-    fn act<'b>(
+    pub(super) fn act<'b>(
         &mut self,
         action: &Action,
         args: &RunArgs<'_>,

@@ -1,5 +1,5 @@
 //! Fully sharded data parallelism: where bytes lie ([`layout`], [`mod@unit`]), what happens in which order
-//! ([`schedule`], proved by [`check`]), and the loop that performs it ([`exec`]).
+//! ([`schedule`], proved by [`check`]), and the executor that performs it ([`exec`], [`run`]).
 
 pub mod check;
 mod compute;
@@ -8,6 +8,8 @@ pub mod grads;
 pub mod layout;
 pub mod memory;
 mod offload;
+pub mod run;
 pub mod schedule;
 mod slots;
 pub mod unit;
+mod unwind;

@@ -193,6 +193,18 @@ impl<D: Ops, Q: Queue<D>> Boundaries<D, Q> {
         self.free.push(buffer);
     }
 
+    /// Gives back the buffers of all boundaries, none of which may be on its way.
+    pub fn clear(&mut self) -> Result<()> {
+        for ((layer, _), held) in self.held.drain() {
+            match held {
+                Held::Here(device) => self.free.push(device),
+                Held::Away(host) => self.free_on_host.push(host),
+                on_its_way => bail!("boundary {layer} is {}", name(Some(&on_its_way))),
+            }
+        }
+        Ok(())
+    }
+
     pub fn insert(&mut self, layer: usize, live: usize, buffer: Buffer<D, D::Act>) {
         self.held.insert((layer, live), Held::Here(buffer));
     }

@@ -1,6 +1,7 @@
 //! The job: the decisions made from a recipe. Once it exists, no code reads the recipe.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -165,6 +166,10 @@ pub struct TrainingJob {
     /// `None` keeps all checkpoints.
     pub save_total_limit: Option<usize>,
     pub resume: Resume,
+    /// Time that a step may still take after a signal.
+    pub grace: Duration,
+    /// Time from the start of the program within which the run stops and saves.
+    pub max_time: Option<Duration>,
     /// Times of evaluations, besides those before and after training.
     pub eval: When,
 }
@@ -418,6 +423,8 @@ fn build_training(written: &Written) -> Option<TrainingJob> {
         save: when(written.get(&keys::SAVE_STRATEGY)?, written.get(&keys::SAVE_STEPS)?),
         save_total_limit: written.get(&keys::SAVE_TOTAL_LIMIT)?,
         resume: written.get(&keys::RESUME)?,
+        grace: Duration::from_secs_f64(written.get(&keys::GRACE)?),
+        max_time: written.get(&keys::MAX_TIME)?.map(Duration::from_secs_f64),
         eval: when(written.get(&keys::EVAL_STRATEGY)?, written.get(&keys::EVAL_STEPS)?),
     })
 }

@@ -4,6 +4,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use jiff::SignedDuration;
 use serde_json::Value;
 
 use super::command::Command;
@@ -182,6 +183,13 @@ keys! {
         &["auto", "never", "a checkpoint directory"],
         "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin \
          with the first step; a directory: go on from this one";
+    GRACE: f64 = "training.grace", "10s", TRAINING, |v| seconds(v).filter(|s| *s >= 0.0),
+        &["a duration of at least 0, e.g. 10s"],
+        "after a signal, how long the step under way may still take; one that would end later is abandoned";
+    MAX_TIME: Option<f64> = "training.max_time", "null", TRAINING, |v| nullable(v, |v| seconds(v).filter(|s| *s > 0.0)),
+        &["null", "a duration above 0, e.g. 3h50m"],
+        "the run stops with a checkpoint before so much time has passed since its start; null: before \
+         SLURM_JOB_END_TIME, if that is set";
     EVAL_STRATEGY: Strategy = "training.eval_strategy", "steps", TRAINING, choice,
         Strategy::ALLOWED,
         "steps: held-out loss as eval_steps says; epoch: at the end of each epoch; in both cases before and after \
@@ -225,8 +233,11 @@ keys! {
 pub(super) const MAX_MICRO_BATCHES: usize = 1 << 14;
 pub(super) const MAX_STEPS_OF_A_RUN: usize = 1 << 30;
 
+/// The longest duration: ten years.
+const MAX_SECONDS: f64 = 10.0 * 365.0 * 86_400.0;
+
 /// Keys that are planned but not implemented.
-pub(super) const KEYS_NOT_YET: &[&str] = &["training.max_time"];
+pub(super) const KEYS_NOT_YET: &[&str] = &[];
 
 /// Values that are planned but not implemented.
 pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[("data.format", "sharegpt")];
@@ -328,6 +339,15 @@ fn size(value: &Value) -> Option<usize> {
     (1.0..9e15).contains(&bytes).then_some(bytes as usize)
 }
 
+/// Reads a duration: a number of seconds, or a text such as `3h50m`, `10s` or `03:50:00`.
+fn seconds(value: &Value) -> Option<f64> {
+    let seconds = match number(value) {
+        Some(seconds) => seconds,
+        None => value.as_str()?.trim().parse::<SignedDuration>().ok()?.as_secs_f64(),
+    };
+    (-MAX_SECONDS..=MAX_SECONDS).contains(&seconds).then_some(seconds)
+}
+
 fn path(value: &Value) -> Option<PathBuf> {
     paths::read(value.as_str()?).ok()
 }
@@ -410,6 +430,19 @@ mod tests {
         assert_eq!(size(&json!("22GiB")), Some(22 << 30));
         assert_eq!([json!("1.5 MB"), json!("512B"), json!(7)].map(|v| size(&v)), [Some(1_500_000), Some(512), Some(7)]);
         assert_eq!([json!("GiB"), json!("-1GiB"), json!("22 G"), json!(0), json!(true)].map(|v| size(&v)), [None; 5]);
+    }
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(
+            [json!("3h50m"), json!("10s"), json!("1h 30m"), json!(7), json!("0.5")].map(|v| seconds(&v)),
+            [Some(13_800.0), Some(10.0), Some(5_400.0), Some(7.0), Some(0.5)]
+        );
+        assert_eq!(seconds(&json!("03:50:00")), Some(13_800.0));
+        assert_eq!(
+            [json!("soon"), json!("3x"), json!(true), json!("1e300"), json!("99999999h")].map(|v| seconds(&v)),
+            [None; 5]
+        );
     }
 
     #[test]

@@ -140,6 +140,8 @@ impl TrainingJob {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
     use crate::checkpoint::output::Resume;
     use crate::optim::lr::LrScheduler;
 
@@ -162,6 +164,8 @@ mod tests {
             logging_steps: 1,
             save: When::Never,
             save_total_limit: None,
+            grace: Duration::from_secs(10),
+            max_time: None,
             resume: Resume::Auto,
             eval: When::Never,
         }

@@ -1,10 +1,11 @@
 //! Computes the mean loss over the target tokens of a data set.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::comm::Queue;
 use crate::device::Ops;
-use crate::fsdp::exec::{Engine, RunArgs};
+use crate::fsdp::exec::Engine;
+use crate::fsdp::run::{Abandons, RunArgs};
 use crate::fsdp::schedule::{Descriptor, Mode};
 use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
@@ -28,14 +29,30 @@ pub fn score_each<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
     batches: &[MicroBatch],
     adapter: bool,
-    mut each: impl FnMut(&[f64]),
+    each: impl FnMut(&[f64]),
 ) -> Result<Score> {
+    score_unless(engine, batches, adapter, each, &mut |_| Ok(false))?.context("the evaluation was abandoned")
+}
+
+/// Scores like [`score_each`], unless it is abandoned (`None`). `abandons` gets the part that is done.
+pub fn score_unless<D: Ops, Q: Queue<D>>(
+    engine: &mut Engine<D, Q>,
+    batches: &[MicroBatch],
+    adapter: bool,
+    mut each: impl FnMut(&[f64]),
+    abandons: &mut Abandons<'_>,
+) -> Result<Option<Score>> {
     let (mut sum, mut num) = (0.0, 0.0);
     let (limits, descriptor) = (engine.limits(), Descriptor::scored(adapter));
     let at_once = limits.inputs(NumUnits::new(engine.spec()), Mode::Score, &vec![descriptor; limits.max_micro_batches]);
-    for group in batches.chunks(at_once.num_live_micro_batches()) {
-        let micro_batches = vec![descriptor; group.len()];
-        for micro in engine.run(&RunArgs::forward(Mode::Score, &micro_batches), group)?.log_probabilities {
+    let groups = batches.chunks(at_once.num_live_micro_batches());
+    let num_groups = groups.len() as f64;
+    for (i, group) in groups.enumerate() {
+        let (micro_batches, before) = (vec![descriptor; group.len()], i as f64);
+        let args = RunArgs::forward(Mode::Score, &micro_batches);
+        let output = engine.run_unless(&args, group, &mut |done| abandons((before + done) / num_groups))?;
+        let Some(output) = output else { return Ok(None) };
+        for micro in output.log_probabilities {
             sum -= micro.iter().sum::<f64>();
             num += micro.len() as f64;
             each(&micro);
@@ -49,5 +66,5 @@ pub fn score_each<D: Ops, Q: Queue<D>>(
         "the loss over {num_target_tokens} target tokens is {loss}: the model or its adapter computes no finite numbers; \
          help: if training made them so, lower training.learning_rate"
     );
-    Ok(Score { loss, num_target_tokens })
+    Ok(Some(Score { loss, num_target_tokens }))
 }

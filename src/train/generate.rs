@@ -4,7 +4,8 @@ use anyhow::{Result, ensure};
 
 use crate::comm::Queue;
 use crate::device::Ops;
-use crate::fsdp::exec::{Engine, RunArgs};
+use crate::fsdp::exec::Engine;
+use crate::fsdp::run::RunArgs;
 use crate::fsdp::schedule::{Descriptor, Mode};
 use crate::model::batch::{MicroBatch, NO_TARGET};
 use crate::model::rope::RopeConfig;

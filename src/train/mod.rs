@@ -10,5 +10,5 @@ pub mod per_token;
 pub mod result;
 pub mod run;
 pub mod saving;
-pub mod signals;
 pub mod step;
+pub mod stop;

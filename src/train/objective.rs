@@ -1,6 +1,6 @@
 //! Objectives of training: from the log-probabilities of target tokens to a loss and a coefficient for each of them.
 
-use crate::fsdp::exec::Objective;
+use crate::fsdp::run::Objective;
 
 /// Supervised fine-tuning: the mean of −log p over the target tokens of the step.
 #[derive(Clone, Copy, Debug)]

@@ -20,8 +20,9 @@ use crate::recipe::{Steps, TrainingJob};
 use super::log::{Log, duration};
 use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
 use super::saving::{self, Writer};
-use super::step::{StepArgs, StepRecord, step};
-use super::{check, eval, signals};
+use super::step::{StepArgs, StepRecord, step_unless};
+use super::stop::{Activity, Stop};
+use super::{check, eval};
 
 /// Steps between two looks at whether ranks that hold the same values hold the same bytes.
 const REPLICA_CHECK_STEPS: usize = 100;
@@ -44,6 +45,9 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     /// Where rank 0 writes a trace of the second step, or of the only one.
     pub trace: Option<&'a Path>,
     pub is_zero: check::IsZero<'a>,
+    pub stop: Stop,
+    /// Progress in the newest checkpoint; that before the first step if there is none.
+    pub saved: Progress,
 }
 
 /// The end of a run.
@@ -51,7 +55,7 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
 pub enum Outcome {
     /// All steps were taken.
     Finished,
-    /// The run was stopped after this step, for this reason, and has saved a checkpoint.
+    /// The run was stopped after this step, for this reason. If the step is not 0, its checkpoint is there.
     Stopped { step: usize, reason: String },
 }
 
@@ -79,15 +83,23 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     /// gradient that is not finite, before it is applied.
     pub fn run(mut self) -> Result<Outcome> {
         let num_steps = self.steps.num_steps;
+<<<<<<< HEAD
         let mut sampler = self.sampler();
         if self.progress.step == 0 {
             self.evaluate()?;
         }
+=======
+        let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
+>>>>>>> d9cf159 (A step that would end later than training.grace after a signal is abandoned on all ranks; training.max_time, the end of a SLURM job and a control file stop a run as a signal does)
         let (start, first, mut checked) = (Instant::now(), self.progress.step, Checked::default());
+        self.progress.owes_evaluation |= first == 0;
+        if !self.evaluate()? {
+            return self.stopped();
+        }
         for step_idx in first..num_steps {
             watch::phase(Phase::Step(step_idx + 1))?;
             let batches = self.batches(&mut sampler, step_idx);
-            let (record, update) = self.step(step_idx, &batches)?;
+            let Some((record, update)) = self.step(step_idx, &batches)? else { return self.stopped() };
             let (done, left) = (step_idx + 1 - first, num_steps - step_idx - 1);
             self.progress.step = step_idx + 1;
             self.record(&update, &record, start.elapsed().mul_f64(left as f64 / done as f64))?;
@@ -96,6 +108,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             if left == 0 || step.is_multiple_of(REPLICA_CHECK_STEPS) {
                 self.engine.check_replicas()?;
             }
+<<<<<<< HEAD
             if left == 0 || self.job.eval.is_at(step, self.steps.epochs) {
                 self.evaluate()?;
             }
@@ -103,10 +116,20 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             if left > 0 && (stop.is_some() || self.job.save.is_at(step, self.steps.epochs)) {
                 let lines = self.metrics.as_ref().map_or(&[][..], |metrics| metrics.lines());
                 saving::save(self.engine, self.writer.as_deref_mut(), self.progress, lines)?;
+=======
+            self.progress.owes_evaluation =
+                left == 0 || self.job.eval_steps.is_some_and(|every| step.is_multiple_of(every));
+            if !self.evaluate()? {
+                return self.stopped();
             }
-            if let Some(reason) = stop {
-                self.writer.map_or(Ok(()), Writer::settle).context("saving a checkpoint")?;
-                return Ok(Outcome::Stopped { step, reason });
+            let is_due =
+                self.stop.asks_for_checkpoint() || self.job.save_steps.is_some_and(|every| step.is_multiple_of(every));
+            if left > 0 && is_due {
+                self.save()?;
+>>>>>>> d9cf159 (A step that would end later than training.grace after a signal is abandoned on all ranks; training.max_time, the end of a SLURM job and a control file stop a run as a signal does)
+            }
+            if left > 0 && self.stop.reason.is_some() {
+                return self.stopped();
             }
         }
         self.writer.map_or(Ok(()), |writer| writer.settle().or_else(|error| writer.tell(&error)))?;
@@ -114,8 +137,34 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(Outcome::Finished)
     }
 
-    /// Takes a step, with a trace of it if one is wanted.
-    fn step(&mut self, step_idx: usize, batches: &[MicroBatch]) -> Result<(StepRecord, Update)> {
+    /// Takes a checkpoint. Collective.
+    fn save(&mut self) -> Result<()> {
+        let lines = self.metrics.as_ref().map_or(&[][..], |metrics| metrics.lines());
+        saving::save(self.engine, self.writer.as_deref_mut(), self.progress, lines)?;
+        self.saved = self.progress;
+        if let Some(writer) = &self.writer {
+            self.stop.saved_in(writer.slowest);
+        }
+        Ok(())
+    }
+
+    /// Ends the run early: its newest checkpoint is that of the last whole step. Collective.
+    fn stopped(mut self) -> Result<Outcome> {
+        let failed = self.writer.as_deref_mut().map_or(Ok(()), Writer::settle);
+        if let (Err(error), Some(writer)) = (&failed, &self.writer) {
+            writer.tell(error)?;
+        }
+        let failed = self.engine.queue.all_reduce_f64("checkpoints", &[f64::from(failed.is_err())])?[0] > 0.0;
+        if self.progress.step > 0 && (failed || self.saved != self.progress) {
+            self.save()?;
+        }
+        self.writer.map_or(Ok(()), Writer::settle).context("saving a checkpoint")?;
+        let reason = self.stop.reason.clone().context("the run was stopped without a reason")?;
+        Ok(Outcome::Stopped { step: self.progress.step, reason })
+    }
+
+    /// Takes a step, with a trace of it if one is wanted. Returns `None` if the step was abandoned.
+    fn step(&mut self, step_idx: usize, batches: &[MicroBatch]) -> Result<Option<(StepRecord, Update)>> {
         let (num_steps, num_updates) = (self.steps.num_steps, self.progress.num_updates);
         let update = self.update(step_idx, num_steps, num_updates, self.progress.loss_scaler.scale());
         let args = StepArgs {
@@ -126,12 +175,16 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         };
         let is_traced = self.trace.is_some() && step_idx == 1.min(num_steps - 1);
         self.engine.record_spans(is_traced);
-        let record = step(self.engine, batches, &args)?;
+        self.stop.begin(Activity::Step);
+        let Some(record) = step_unless(self.engine, batches, &args, &mut |done| self.stop.abandons(done))? else {
+            return Ok(None);
+        };
+        self.stop.end()?;
         if let Some(path) = self.trace.filter(|_| is_traced && self.engine.queue.rank() == 0) {
             trace::write(path, self.engine.spans())?;
             self.log.line(format!("trace of step {}: {}", step_idx + 1, path.display()));
         }
-        Ok((record, update))
+        Ok(Some((record, update)))
     }
 
     /// Takes note of a step's outcome. Fails if a loss or a gradient is not finite.
@@ -231,13 +284,21 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(())
     }
 
-    fn evaluate(&mut self) -> Result<()> {
-        let (Some(dataset), step) = (self.eval, self.progress.step) else { return Ok(()) };
+    /// Evaluates if that is due and there is something to evaluate on. Returns false if the evaluation was abandoned.
+    fn evaluate(&mut self) -> Result<bool> {
+        let (Some(dataset), step) = (self.eval.filter(|_| self.progress.owes_evaluation), self.progress.step) else {
+            self.progress.owes_evaluation = false;
+            return Ok(true);
+        };
         let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
         let batches = data::eval_micro_batches(dataset, self.engine.limits().max_tokens, world_size, rank);
-        let score =
-            eval::score(self.engine, &batches, true).with_context(|| format!("evaluation after step {step}"))?;
+        self.stop.begin(Activity::Evaluation);
+        let score = eval::score_unless(self.engine, &batches, true, |_| (), &mut |done| self.stop.abandons(done))
+            .with_context(|| format!("evaluation after step {step}"))?;
+        let Some(score) = score else { return Ok(false) };
+        self.stop.end()?;
         self.log.line(format!("step {step}  eval_loss {:.4}  ({} target tokens)", score.loss, score.num_target_tokens));
+<<<<<<< HEAD
         let epoch = self.steps.epochs.after(step);
         match &mut self.metrics {
             Some(metrics) => metrics.write(&EvalMetrics {
@@ -247,7 +308,14 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 num_target_tokens: score.num_target_tokens,
             }),
             None => Ok(()),
+=======
+        let (epoch, eval_loss, num_target_tokens) = (self.epoch(step), score.loss, score.num_target_tokens);
+        if let Some(metrics) = &mut self.metrics {
+            metrics.write(&EvalMetrics { step, epoch, eval_loss, num_target_tokens })?;
+>>>>>>> d9cf159 (A step that would end later than training.grace after a signal is abandoned on all ranks; training.max_time, the end of a SLURM job and a control file stop a run as a signal does)
         }
+        self.progress.owes_evaluation = false;
+        Ok(true)
     }
 }
 

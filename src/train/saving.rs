@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 
@@ -42,22 +43,34 @@ pub struct Writer {
     log: Log,
     /// `None` while a checkpoint is being written.
     values: Option<Box<Values>>,
-    thread: Option<JoinHandle<(Box<Values>, Result<PathBuf>)>>,
+    thread: Option<JoinHandle<Written>>,
+    /// Duration of the slowest save.
+    pub slowest: Duration,
+}
+
+/// The end of a save: the memory that it used, the path or an error, and its duration.
+struct Written {
+    values: Box<Values>,
+    result: Result<PathBuf>,
+    took: Duration,
 }
 
 impl Writer {
     /// Takes the memory for the values of training from this adapter.
     pub fn new(fixed: Fixed, adapter: &Adapter, log: Log) -> Writer {
-        Writer { fixed: Arc::new(fixed), log, values: Some(Box::new(Values::like(adapter))), thread: None }
+        let values = Some(Box::new(Values::like(adapter)));
+        Writer { fixed: Arc::new(fixed), log, values, thread: None, slowest: Duration::ZERO }
     }
 
     /// Waits for the checkpoint that is being written, if there is one. Fails if it could not be written.
     pub fn settle(&mut self) -> Result<()> {
         let Some(thread) = self.thread.take() else { return Ok(()) };
         let wait = watch::wait("writing a checkpoint");
-        let (values, result) = thread.join().map_err(|_| anyhow!("the thread that writes checkpoints has panicked"))?;
+        let Written { values, result, took } =
+            thread.join().map_err(|_| anyhow!("the thread that writes checkpoints has panicked"))?;
         drop(wait);
         self.values = Some(values);
+        self.slowest = self.slowest.max(took);
         let path = result?;
         self.log.line(format!("checkpoint: {}", path.display()));
         Ok(())
@@ -69,7 +82,7 @@ impl Writer {
         Ok(())
     }
 
-    fn start(&mut self, values: Box<Values>, progress: Progress, metrics: &[u8]) -> Result<()> {
+    fn start(&mut self, values: Box<Values>, progress: Progress, metrics: &[u8], begun: Instant) -> Result<()> {
         let (fixed, metrics) = (self.fixed.clone(), metrics.to_vec());
         let write = move || {
             let Fixed { output, base, spec, run, limit } = &*fixed;
@@ -79,8 +92,8 @@ impl Writer {
                 Ok(path)
             });
             let step = progress.step;
-            let written = written.with_context(|| format!("checkpoint of step {step}"));
-            (values, written)
+            let result = written.with_context(|| format!("checkpoint of step {step}"));
+            Written { values, result, took: begun.elapsed() }
         };
         self.thread = Some(std::thread::Builder::new().name("checkpoint".into()).spawn(write)?);
         Ok(())
@@ -97,6 +110,7 @@ pub fn save<D: Ops, Q: Queue<D>>(
     if let Some(writer) = writer.as_deref_mut() {
         writer.settle().or_else(|error| writer.tell(&error))?;
     }
+    let begun = Instant::now();
     let mut values = writer.as_deref_mut().and_then(|writer| writer.values.take());
     for layer in 0..engine.spec().num_layers() {
         for kind in KINDS {
@@ -111,7 +125,7 @@ pub fn save<D: Ops, Q: Queue<D>>(
         }
     }
     match (writer, values) {
-        (Some(writer), Some(values)) => writer.start(values, progress, metrics),
+        (Some(writer), Some(values)) => writer.start(values, progress, metrics, begun),
         _ => Ok(()),
     }
 }

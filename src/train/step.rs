@@ -2,11 +2,12 @@
 
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::comm::Queue;
 use crate::device::Ops;
-use crate::fsdp::exec::{Engine, RunArgs};
+use crate::fsdp::exec::Engine;
+use crate::fsdp::run::{Abandons, RunArgs};
 use crate::fsdp::schedule::{Descriptor, Mode};
 use crate::model::batch::MicroBatch;
 use crate::optim::adamw::Update;
@@ -52,6 +53,16 @@ pub fn step<D: Ops, Q: Queue<D>>(
     batches: &[MicroBatch],
     args: &StepArgs<'_>,
 ) -> Result<StepRecord> {
+    step_unless(engine, batches, args, &mut |_| Ok(false))?.context("the step was abandoned")
+}
+
+/// Runs a step like [`step`], unless it is abandoned (`None`), see [`Engine::run_unless`].
+pub fn step_unless<D: Ops, Q: Queue<D>>(
+    engine: &mut Engine<D, Q>,
+    batches: &[MicroBatch],
+    args: &StepArgs<'_>,
+    abandons: &mut Abandons<'_>,
+) -> Result<Option<StepRecord>> {
     let StepArgs { step, num_micro_batches, update, seed } = *args;
     let start = Instant::now();
     let targets: usize = batches.iter().map(MicroBatch::num_target_tokens).sum();
@@ -59,7 +70,7 @@ pub fn step<D: Ops, Q: Queue<D>>(
     let counts = engine.queue.all_reduce_f64("count of target tokens", &[targets as f64, tokens as f64])?;
     ensure!(counts[0] > 0.0, "step {step}: no token of the global batch counts in the loss");
     let objective = Sft { num_target_tokens: counts[0], loss_scale: update.loss_scale };
-    let output = engine.run(
+    let output = engine.run_unless(
         &RunArgs {
             mode: Mode::Train,
             micro_batches: &vec![Descriptor::TRAINED; num_micro_batches],
@@ -69,7 +80,9 @@ pub fn step<D: Ops, Q: Queue<D>>(
             num_past_tokens: 0,
         },
         batches,
+        abandons,
     )?;
+    let Some(output) = output else { return Ok(None) };
     // Each micro-batch has its own sum, and these are added in the order of the global batch, so that any number of
     // ranks gives the same bits.
     let own: Vec<f64> = output.log_probabilities.iter().map(|micro| -micro.iter().sum::<f64>()).collect();
@@ -77,7 +90,7 @@ pub fn step<D: Ops, Q: Queue<D>>(
     let in_order = (0..num_micro_batches).flat_map(|m| sums.iter().map(move |of_rank| of_rank[m]));
     let loss = in_order.sum::<f64>() / counts[0];
     let ms = |d: std::time::Duration| d.as_secs_f64() * 1e3;
-    Ok(StepRecord {
+    Ok(Some(StepRecord {
         loss,
         grad_norm: output.grad_norm,
         updated: output.updated,
@@ -88,5 +101,5 @@ pub fn step<D: Ops, Q: Queue<D>>(
         gather_wait_ms: ms(output.waits.gather),
         copy_wait_ms: ms(output.waits.copy),
         gathered_bytes: output.gathered_bytes,
-    })
+    }))
 }

@@ -16,9 +16,9 @@ pub const RUN_FILE: &str = "run.json";
 /// Largest number of differences that a message names.
 const MAX_DIFFERENCES: usize = 5;
 
-/// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about logging and
-/// saving. Keys about movement, `fsdp.*`, are free too.
-const FREE_KEYS: [&str; 11] = [
+/// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about logging,
+/// saving and stopping. Keys about movement, `fsdp.*`, are free too.
+const FREE_KEYS: [&str; 13] = [
     "model",
     "output_dir",
     "shards",
@@ -30,6 +30,8 @@ const FREE_KEYS: [&str; 11] = [
     "training.save_strategy",
     "training.save_total_limit",
     "training.resume",
+    "training.grace",
+    "training.max_time",
 ];
 
 /// Names of values that change the order of sums and nothing else: a run may go on with others.
@@ -42,7 +44,7 @@ const MICRO_BATCH: &str = "training.per_device_train_batch_size";
 pub enum State {
     /// The run is working; or it was killed, if nobody holds the lock.
     Running,
-    /// A signal ended the run after it had saved.
+    /// The run was ended early, by a signal for example, and has saved.
     Stopped,
     /// The result is complete.
     Finished,

@@ -248,12 +248,13 @@ pub fn join(board: Board, rank: usize, world_size: usize, ranks: Vec<usize>) {
     with_inner(|inner| inner.join(board, rank, world_size, ranks));
 }
 
-/// Says which action of its phase this rank begins.
+/// Says which action of its phase this rank begins. In tests, makes the pause that is set for it.
 pub fn at(action: impl std::fmt::Display) {
     with_inner(|inner| {
         inner.doing = format!("{}: {action}", inner.phase);
         inner.publish();
     });
+    fault::drag();
 }
 
 /// Begins a part of the run. In tests, makes the fault that is set for it.
