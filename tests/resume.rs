@@ -252,11 +252,17 @@ fn a_word_in_the_control_file_saves_or_stops() {
     let place = place();
     std::fs::create_dir(place.path("out")).unwrap();
     place.write("out/control", "stop");
-    let mut running =
-        Running::start(&place, place.mpirun(2, &[&TRAIN[..], &["--set", "training.save_steps=null"]].concat()));
+    let mut running = Running::start(
+        &place,
+        place.mpirun(
+            2,
+            &[&TRAIN[..], &["--set", "training.save_steps=null", "--set", "training.max_steps=100000"]].concat(),
+        ),
+    );
     assert!(running.says("out/control was there before the run began, and is removed"));
+    assert!(running.says("step 3/"));
     for (word, answer) in
-        [("nonsense", "allowed in it: checkpoint, stop"), ("checkpoint", "is obeyed"), ("stop\n", "stopped by")]
+        [("nonsense", "allowed in it: checkpoint, stop"), ("checkpoint", "checkpoint: "), ("stop\n", "stopped by")]
     {
         place.write("out/control", word);
         assert!(running.says(answer), "{}", running.text());

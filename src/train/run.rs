@@ -122,6 +122,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             if !self.evaluate()? {
                 return self.stopped();
             }
+            self.writer.as_deref_mut().map_or(Ok(()), Writer::look)?;
             let is_due =
                 self.stop.asks_for_checkpoint() || self.job.save_steps.is_some_and(|every| step.is_multiple_of(every));
             if left > 0 && is_due {

@@ -76,6 +76,14 @@ impl Writer {
         Ok(())
     }
 
+    /// Takes note of the checkpoint that was being written, if it is done.
+    pub fn look(&mut self) -> Result<()> {
+        match &self.thread {
+            Some(thread) if thread.is_finished() => self.settle().or_else(|error| self.tell(&error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Says that a checkpoint could not be written. Training goes on, since its end may find room again.
     pub fn tell(&self, error: &anyhow::Error) -> Result<()> {
         self.log.line(format!("a checkpoint could not be written, and training goes on without it: {error:#}"));

@@ -234,21 +234,15 @@ impl Stop {
         let whole = known.unwrap_or(0.0).max(by_pace);
         let largest = if known.is_some() { VOTE_PART } else { FIRST_VOTE_PART };
         self.next_vote = done + largest.min(VOTE_SECONDS / whole);
-        let left =
-            if whole > 0.0 { f64::max(known.unwrap_or(0.0) - elapsed, by_pace * (1.0 - done)) } else { f64::INFINITY };
+        // At its very beginning nobody knows how long the first step takes; the next vote will.
+        let left = f64::max(known.unwrap_or(0.0) - elapsed, by_pace * (1.0 - done)).max(0.0);
         if reason.is_none() || age + left <= self.options.grace.as_secs_f64() {
             return Ok(false);
         }
-        let grace = duration(self.options.grace);
-        let left = if left.is_finite() {
-            format!("about {} more", duration(Duration::from_secs_f64(left)))
-        } else {
-            "an unknown time".into()
-        };
+        let (left, grace) = (duration(Duration::from_secs_f64(left)), duration(self.options.grace));
         let what = format!("{:?}", self.activity).to_lowercase();
-        self.options
-            .log
-            .line(format!("the {what} under way would take {left}, training.grace is {grace}: it is abandoned"));
+        let why = format!("would take about {left} more, and training.grace is {grace}");
+        self.options.log.line(format!("the {what} under way {why}: it is abandoned"));
         self.reason = reason;
         Ok(true)
     }
