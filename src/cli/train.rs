@@ -154,6 +154,17 @@ fn run_identity(
     })
 }
 
+/// Rank 0 watches the clock and the control file, all ranks watch for signals.
+fn watch_for_reasons_to_stop(start: &Start, job: &Job, started: Instant, votes: MpiComm) -> Stop {
+    let is_first = start.world.rank == 0;
+    let deadline = if is_first { Deadline::earliest(started, job.training.max_time) } else { None };
+    if let Some(deadline) = &deadline {
+        start.log.line(deadline.text());
+    }
+    let control = is_first.then(|| job.output_dir.join(CONTROL_FILE));
+    Stop::new(Box::new(votes), Options { grace: job.training.grace, deadline, control, log: start.log })
+}
+
 /// A run from the first step to the saved adapter.
 struct Training<'a> {
     start: &'a Start<'a>,
@@ -200,13 +211,7 @@ impl Work for Training<'_> {
                 (live.into(), kept.base.clone(), config.clone(), job.training.save_total_limit);
             writer = Some(Writer::new(Fixed { output, base, spec, run, limit }, adapter, start.log));
         }
-        let deadline = output.as_ref().and_then(|_| Deadline::earliest(self.started, job.training.max_time));
-        if let Some(deadline) = &deadline {
-            start.log.line(deadline.text());
-        }
-        let control = output.as_ref().map(|_| job.output_dir.join(CONTROL_FILE));
-        let options = Options { grace: job.training.grace, deadline, control, log: start.log };
-        let stop = Stop::new(Box::new(self.votes), options);
+        let stop = watch_for_reasons_to_stop(start, job, self.started, self.votes);
         let run = Run {
             engine: &mut *engine,
             job: &job.training,

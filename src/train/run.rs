@@ -83,14 +83,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     /// gradient that is not finite, before it is applied.
     pub fn run(mut self) -> Result<Outcome> {
         let num_steps = self.steps.num_steps;
-<<<<<<< HEAD
         let mut sampler = self.sampler();
-        if self.progress.step == 0 {
-            self.evaluate()?;
-        }
-=======
-        let mut sampler = Sampler::new(self.train.sequences.len(), self.job.seed);
->>>>>>> d9cf159 (A step that would end later than training.grace after a signal is abandoned on all ranks; training.max_time, the end of a SLURM job and a control file stop a run as a signal does)
         let (start, first, mut checked) = (Instant::now(), self.progress.step, Checked::default());
         self.progress.owes_evaluation |= first == 0;
         if !self.evaluate()? {
@@ -108,26 +101,14 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             if left == 0 || step.is_multiple_of(REPLICA_CHECK_STEPS) {
                 self.engine.check_replicas()?;
             }
-<<<<<<< HEAD
-            if left == 0 || self.job.eval.is_at(step, self.steps.epochs) {
-                self.evaluate()?;
-            }
-            let stop = if left > 0 { signals::agree(&mut self.engine.queue)? } else { None };
-            if left > 0 && (stop.is_some() || self.job.save.is_at(step, self.steps.epochs)) {
-                let lines = self.metrics.as_ref().map_or(&[][..], |metrics| metrics.lines());
-                saving::save(self.engine, self.writer.as_deref_mut(), self.progress, lines)?;
-=======
-            self.progress.owes_evaluation =
-                left == 0 || self.job.eval_steps.is_some_and(|every| step.is_multiple_of(every));
+            self.progress.owes_evaluation = left == 0 || self.job.eval.is_at(step, self.steps.epochs);
             if !self.evaluate()? {
                 return self.stopped();
             }
             self.writer.as_deref_mut().map_or(Ok(()), Writer::look)?;
-            let is_due =
-                self.stop.asks_for_checkpoint() || self.job.save_steps.is_some_and(|every| step.is_multiple_of(every));
+            let is_due = self.stop.asks_for_checkpoint() || self.job.save.is_at(step, self.steps.epochs);
             if left > 0 && is_due {
                 self.save()?;
->>>>>>> d9cf159 (A step that would end later than training.grace after a signal is abandoned on all ranks; training.max_time, the end of a SLURM job and a control file stop a run as a signal does)
             }
             if left > 0 && self.stop.reason.is_some() {
                 return self.stopped();
@@ -299,21 +280,10 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let Some(score) = score else { return Ok(false) };
         self.stop.end()?;
         self.log.line(format!("step {step}  eval_loss {:.4}  ({} target tokens)", score.loss, score.num_target_tokens));
-<<<<<<< HEAD
-        let epoch = self.steps.epochs.after(step);
-        match &mut self.metrics {
-            Some(metrics) => metrics.write(&EvalMetrics {
-                step,
-                epoch,
-                eval_loss: score.loss,
-                num_target_tokens: score.num_target_tokens,
-            }),
-            None => Ok(()),
-=======
-        let (epoch, eval_loss, num_target_tokens) = (self.epoch(step), score.loss, score.num_target_tokens);
+        let (epoch, eval_loss, num_target_tokens) =
+            (self.steps.epochs.after(step), score.loss, score.num_target_tokens);
         if let Some(metrics) = &mut self.metrics {
             metrics.write(&EvalMetrics { step, epoch, eval_loss, num_target_tokens })?;
->>>>>>> d9cf159 (A step that would end later than training.grace after a signal is abandoned on all ranks; training.max_time, the end of a SLURM job and a control file stop a run as a signal does)
         }
         self.progress.owes_evaluation = false;
         Ok(true)

@@ -48,6 +48,16 @@ impl<'a> Running<'a> {
     }
 }
 
+/// A test that fails leaves no run behind.
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            drop(self.child.kill());
+            self.place.ranks().into_iter().for_each(|rank| _ = signal(rank, "KILL"));
+        }
+    }
+}
+
 /// Sends a signal to a process; false if it is gone.
 pub fn signal(pid: u32, name: &str) -> bool {
     Command::new("sh").args(["-c", &format!("kill -{name} {pid} 2>/dev/null")]).status().unwrap().success()
