@@ -18,7 +18,7 @@ pub use crate::data::chat_template::ChatTemplate;
 pub use crate::data::{DataOptions, Dataset, Format, LossOn, Overlong, Packing, Sampler, TextTokenizer};
 pub use crate::device::cpu::{Cpu, HostRegion};
 pub use crate::device::cuda::compile::{AttentionVariant, Source};
-pub use crate::device::cuda::{Cuda, HalfType, libraries, num_devices};
+pub use crate::device::cuda::{Cuda, HalfType, device_uuids, libraries};
 pub use crate::device::*;
 pub use crate::fsdp::check::check;
 pub use crate::fsdp::exec::Engine;

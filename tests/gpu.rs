@@ -159,7 +159,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
 
 /// Returns whether the ranks share a GPU, as they do where there is only one.
 fn shares_gpu() -> bool {
-    fsdp_qlora::testing::num_devices().unwrap() < 2
+    fsdp_qlora::testing::device_uuids().unwrap().len() < 2
 }
 
 /// Makes the ranks of a run, in groups of `num_shards`; `None` makes one group.

@@ -1,13 +1,16 @@
 //! The device of a rank: its share of the host's cores, or a GPU with such a share beside it.
 
+use std::collections::HashMap;
+
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
 use half::{bf16, f16};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::checkpoint::shards;
 use crate::comm::mpi::World;
 use crate::comm::watch::{self, Phase};
-use crate::comm::{Comm, Gather, all_gather_u64, anywhere};
+use crate::comm::{Comm, Gather, all_gather_u64, all_gather_u64s};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, Cuda, HalfType};
 use crate::model::spec::ModelSpec;
@@ -43,7 +46,7 @@ impl Start<'_> {
         let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
         let status = text("/proc/self/status");
         let mask = status.lines().find(|l| l.starts_with("Cpus_allowed_list")).unwrap_or_default();
-        let key = xxhash_rust::xxh3::xxh3_64((text("/proc/sys/kernel/random/boot_id") + mask).as_bytes());
+        let key = xxh3_64((text("/proc/sys/kernel/random/boot_id") + mask).as_bytes());
         let sharing = all_gather_u64(comm, key)?.into_iter().filter(|&k| k == key).count();
         let share = (allowed / sharing).max(1);
         let threads = match std::env::var("RAYON_NUM_THREADS") {
@@ -63,7 +66,7 @@ impl Start<'_> {
     pub fn place(&self, comm: &mut dyn Comm, dtype: ComputeDtype) -> Result<Placement> {
         watch::phase(Phase::Device)?;
         let threads = self.threads(comm)?;
-        let World { world_size, local_rank, local_size, .. } = *self.world;
+        let World { rank, world_size, local_size, .. } = *self.world;
         let refused = |device: &str, allowed: &str| {
             let key = "quantization.bnb_4bit_compute_dtype";
             format!("{key}: the {device} computes in {allowed}; found {dtype:?}, allowed here: auto, {allowed}")
@@ -77,18 +80,19 @@ impl Start<'_> {
         if self.device == DeviceKind::Cpu {
             return cpu("as asked");
         }
-        let gpus = cuda::num_devices()?;
-        let enough = local_size <= gpus * self.ranks_per_gpu;
-        let everywhere = !anywhere(comm, !enough)?;
-        if !everywhere && self.device == DeviceKind::Auto {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let visible = cuda::device_uuids()?.into_iter().map(|uuid| xxh3_64(format!("{boot}{uuid:?}").as_bytes()));
+        let visible = all_gather_u64s(comm, &visible.collect::<Vec<u64>>())?;
+        let gpus = visible[rank].len();
+        let Some(taken) = take_gpus(&visible, self.ranks_per_gpu) else {
+            ensure!(
+                self.device == DeviceKind::Auto,
+                "--device cuda: {local_size} ranks on this machine, {gpus} GPUs: start one rank a GPU, or let several share \
+                 one with --ranks-per-gpu"
+            );
             return cpu(if gpus == 0 { "no GPU" } else { "more ranks than GPUs" });
-        }
-        ensure!(
-            everywhere,
-            "--device cuda: {local_size} ranks on this machine, {gpus} GPUs: start one rank a GPU, or let several share one \
-             with --ranks-per-gpu"
-        );
-        let (host, gpu) = (Cpu::new(threads), local_rank / self.ranks_per_gpu);
+        };
+        let (host, gpu) = (Cpu::new(threads), taken[rank]);
         match dtype {
             ComputeDtype::Auto | ComputeDtype::Bfloat16 => Ok(Placement::Bf16(self.gpu(gpu)?, host)),
             ComputeDtype::Float16 => Ok(Placement::Fp16(self.gpu(gpu)?, host)),
@@ -123,10 +127,43 @@ impl Start<'_> {
     }
 }
 
+/// Returns the index of the GPU that each rank takes among those that it sees, given by identity: the first that has
+/// room for another rank. Ranks that see all GPUs of their machine take them in their order; a launcher may also show
+/// each rank the only one that is its own. `None`: one rank finds no room.
+fn take_gpus(visible: &[Vec<u64>], ranks_per_gpu: usize) -> Option<Vec<usize>> {
+    let mut num_ranks = HashMap::new();
+    let mut take = |gpus: &Vec<u64>| {
+        let idx = gpus.iter().position(|gpu| num_ranks.get(gpu).is_none_or(|&ranks| ranks < ranks_per_gpu))?;
+        *num_ranks.entry(gpus[idx]).or_insert(0) += 1;
+        Some(idx)
+    };
+    visible.iter().map(&mut take).collect()
+}
+
 /// Checks that the GPU can run the model, and loads the kernels that not every model needs.
 fn prepare<A: HalfType>(cuda: &Cuda<A>, config: &ModelSpec) -> Result<()> {
     limits::check_gpu(config)?;
     limits::check_fp16(config, A::NEEDS_LOSS_SCALING)?;
     let _wait = watch::wait("loading attention's kernels".to_string());
     config.layers.iter().try_for_each(|layer| cuda.load_attention(layer.attention.head_dim, layer.attention.softcap))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rank_takes_a_gpu_that_no_other_one_has() {
+        let all = |node: u64, ranks: usize| vec![vec![10 * node, 10 * node + 1]; ranks];
+        let two_nodes = [all(1, 2), all(2, 2)].concat();
+        assert_eq!(take_gpus(&two_nodes, 1), Some(vec![0, 1, 0, 1]));
+        // SLURM's --gpus-per-task, and CUDA_VISIBLE_DEVICES of each rank.
+        assert_eq!(take_gpus(&[vec![10], vec![11], vec![20], vec![21]], 1), Some(vec![0, 0, 0, 0]));
+        // Ranks that are placed in turns, and see the GPUs in another order.
+        assert_eq!(take_gpus(&[vec![10, 11], vec![20, 21], vec![11, 10], vec![21, 20]], 1), Some(vec![0, 0, 0, 0]));
+        assert_eq!(take_gpus(&all(1, 4), 2), Some(vec![0, 0, 1, 1]));
+        assert_eq!(take_gpus(&all(1, 3), 1), None);
+        assert_eq!(take_gpus(&[vec![10], vec![10]], 1), None);
+        assert_eq!(take_gpus(&[vec![10], vec![]], 1), None);
+    }
 }

@@ -30,6 +30,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
+use cudarc::driver::result::device;
 use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaStream, DriverError, sys};
 use cudarc::nvrtc::Ptx;
 use half::slice::HalfFloatSliceExt;
@@ -216,16 +217,18 @@ fn check_capability(ordinal: usize, (major, minor): (i32, i32)) -> Result<()> {
     Ok(())
 }
 
-/// Returns the number of GPUs that the driver shows to this process; 0 without a driver.
-pub fn num_devices() -> Result<usize> {
+/// Returns the UUIDs of the GPUs that the driver shows to this process, in its order; none without a driver.
+pub fn device_uuids() -> Result<Vec<[i8; 16]>> {
     if !libraries::driver_is_there() {
-        return Ok(0);
+        return Ok(Vec::new());
     }
-    match CudaContext::device_count() {
-        Ok(count) => Ok(count as usize),
-        Err(error) if error.0 == cudarc::driver::sys::CUresult::CUDA_ERROR_NO_DEVICE => Ok(0),
-        Err(error) => Err(anyhow!("the NVIDIA driver: {error}")),
-    }
+    let count = match CudaContext::device_count() {
+        Ok(count) => count,
+        Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => 0,
+        Err(error) => return Err(anyhow!("the NVIDIA driver: {error}")),
+    };
+    let uuid = |ordinal| device::get_uuid(device::get(ordinal)?).map(|uuid| uuid.bytes);
+    (0..count).map(|ordinal| uuid(ordinal).map_err(|e| anyhow!("GPU {ordinal}: {e}"))).collect()
 }
 
 /// Kernels by name.
