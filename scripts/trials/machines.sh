@@ -47,7 +47,7 @@ start_nodes() {
     mkdir -p /run/sshd /run/ssh
     hostname head
     ip link set lo up
-    ip link add switch type bridge
+    ip link add switch address 02:00:00:00:00:64 type bridge
     ip link set switch up
     ip address add 10.77.0.100/24 dev switch
 
