@@ -208,6 +208,9 @@ fn both_forms_of_hostfiles_are_read_and_others_refused() {
     }
     let text = fails(supervise(&place, &["--mpirun", "no-such-launcher"]), 1);
     assert!(text.contains("no host"), "{text}");
+    std::fs::remove_file(place.path("hosts")).unwrap();
+    let text = fails(supervise(&place, &[]), 1);
+    assert!(text.contains("error:") && text.contains("'hosts'"), "{text}");
     place.write("hosts", "node1\n");
     let text = fails(supervise(&place, &["--mpirun", "no-such-launcher"]), 1);
     assert!(text.contains("no-such-launcher is not a command here; help: --mpirun"), "{text}");
