@@ -117,6 +117,15 @@ pub fn parse_json<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {
 
 const DOWNLOAD_AGAIN: &str = "download it again\nhelp: hf download ORG/NAME --local-dir FOLDER";
 
+/// The advice for a model that is in GGUF.
+pub fn gguf_advice(file: &Path) -> String {
+    format!(
+        "`python scripts/gguf_to_hf.py {} FOLDER` makes a model's folder of it (llama and qwen2); of others, download the model that \
+         it was made from",
+        shown_path(file)
+    )
+}
+
 /// Refuses a pointer of Git LFS, given the file or its beginning.
 pub fn check_lfs_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
     ensure!(

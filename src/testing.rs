@@ -41,7 +41,7 @@ pub use crate::train::step::{StepArgs, StepRecord, step, step_unless};
 
 /// Adapters, made and read.
 pub mod adapter {
-    pub use crate::checkpoint::adapter::{fresh, load, remarks};
+    pub use crate::checkpoint::adapter::{fresh, load, remarks, save};
 }
 
 /// Kernels, compiled without a GPU.
@@ -62,6 +62,11 @@ pub mod double {
 /// Held-out scores.
 pub mod eval {
     pub use crate::train::eval::score;
+}
+
+/// Texts, one token after the other.
+pub mod generate {
+    pub use crate::train::generate::{Sampling, generate};
 }
 
 /// Bases and their shards.

@@ -3,6 +3,13 @@
 
 mod common;
 
+#[path = "families/adapters.rs"]
+mod adapters;
+#[path = "families/four_bit.rs"]
+mod four_bit;
+#[path = "families/generated.rs"]
+mod generated;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -123,7 +123,7 @@ fn other_formats_and_the_root_of_a_hub_cache() {
     std::fs::rename(place.path("model/model.safetensors"), place.path("model/pytorch_model.bin")).unwrap();
     refused(&place, &["pytorch_model.bin is in PyTorch's format", "help: python"]);
     std::fs::rename(place.path("model/pytorch_model.bin"), place.path("model/x.gguf")).unwrap();
-    refused(&place, &["x.gguf is in GGUF"]);
+    refused(&place, &["x.gguf is in GGUF", "help: `python scripts/gguf_to_hf.py model/x.gguf FOLDER`"]);
 
     let place = Place::new();
     std::fs::create_dir_all(place.path("models--org--name/snapshots")).unwrap();

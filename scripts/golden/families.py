@@ -2,7 +2,6 @@
 """tests/golden/families/: a tiny random model of every family, with logits, loss and LoRA gradients by transformers and PEFT.
 
 usage: families.py [MODEL...]
-       families.py --bnb4 FOLDER [MODEL...]   writes the models into FOLDER in NF4 with double quantization, as bitsandbytes saves them
 
   families.json                 rows: token ids; lengths: prefixes of the last row; per case its loss, num_target_tokens,
                                 features: the largest change of a logit without each
@@ -33,7 +32,7 @@ from common import folder, normal, write_json, write_tensors
 from family_table import MODELS, SIZES
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import CONFIG_MAPPING, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING
 
 TOLERANCE = 1e-4
 MEASURABLE = 100 * TOLERANCE
@@ -249,38 +248,13 @@ def write_model(name, rows):
     return {"family": model.model_type, "cases": cases}
 
 
-def write_bnb4(place, name):
-    """MODEL as bitsandbytes saves it, with the logits that it gives then."""
-    model, source, out = MODELS[name], folder(f"families/{name}"), place / name
-    case = source / next(iter(model.cases))
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.uint8)
-    with tempfile.TemporaryDirectory() as plain:
-        os.link(source / "model.safetensors", Path(plain) / "model.safetensors")
-        os.link(case / "config.v5.json", Path(plain) / "config.json")
-        loaded = getattr(transformers, model.architecture).from_pretrained(
-            plain, quantization_config=quantization, dtype=torch.float32, device_map="cpu", attn_implementation="eager")
-    loaded.save_pretrained(out)  # before any forward in eval mode, which repacks the codes
-    (out / "generation_config.json").unlink(missing_ok=True)
-    # In train mode: eval mode would repack the codes and round absmax to bf16 on some machines. Nothing is dropped.
-    for module in loaded.modules():
-        module.attention_dropout = module.residual_dropout = 0.0
-    write_tensors(out / "logits.safetensors", {"base": prefix_logits(loaded.train(), token_rows()[-1])})
-
-
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", metavar="MODEL", choices=[[], *MODELS])
-    parser.add_argument("--bnb4", type=Path, metavar="FOLDER")
     args = parser.parse_args()
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
     chosen = args.models or list(MODELS)
-    if args.bnb4:
-        for name in chosen:
-            write_bnb4(args.bnb4, name)
-        return
     rows, written = token_rows(), {}
     for name in chosen:
         written[name] = write_model(name, rows)

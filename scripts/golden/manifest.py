@@ -23,6 +23,8 @@ MADE_BY = {
     "tokenizer": "tokenizer.py",
     "chat_templates.json": "chat_templates.py",
     "families": "families.py",
+    "families-4bit": "four_bit.py",
+    "generated.json": "generated.py",
 }
 
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::files::{shown, shown_path};
+use crate::files::{gguf_advice, shown, shown_path};
 
 pub(super) const SINGLE_FILE: &str = "model.safetensors";
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -59,9 +59,9 @@ fn other_weights(dir: &Path) -> Option<String> {
     }
     if let Some(name) = with(&[".gguf"]) {
         return Some(format!(
-            "; {} is in GGUF, which is not read: download the model that it was made from\nhelp: hf download ORG/NAME \
-             --local-dir FOLDER",
-            shown(name)
+            "; {} is in GGUF, which is not read\nhelp: {}",
+            shown(name),
+            gguf_advice(&dir.join(name))
         ));
     }
     with(&[".safetensors"]).map(|name| {
@@ -147,6 +147,10 @@ mod tests {
                 "pytorch_model.bin is in PyTorch's format, which is not read: convert",
             ),
             (&["config.json", "model-Q4_K.gguf"], "model-Q4_K.gguf is in GGUF"),
+            (
+                &["model.gguf"],
+                "no config.json; model.gguf is in GGUF, which is not read\nhelp: `python scripts/gguf_to_hf.py ",
+            ),
             (&["config.json", "model-00001-of-00002.safetensors"], "no model.safetensors.index.json that names it"),
             (&["config.json"], "help: hf download org/some--name --local-dir"),
             (&[], "there is no config.json"),

@@ -80,6 +80,11 @@ impl BaseModel {
             other if spec.is_linear() => {
                 bail!("{view}: dtype {other:?}, allowed: BF16, F16, F32, or bitsandbytes NF4 with uint8 storage")
             }
+            Dtype::U8 if self.read_bnb(view.name).is_ok() => bail!(
+                "{view}: it is in 4 bit, which only projections of layers may be; help: name {} in llm_int8_skip_modules when the model \
+                 is quantized",
+                view.name.trim_end_matches(".weight")
+            ),
             other => bail!("{view}: dtype {other:?}, allowed: BF16, F16, F32"),
         };
         if found != spec.shape {
@@ -216,8 +221,8 @@ mod tests {
         let mut mixed: Vec<_> = plain.iter().filter(|tensor| tensor.0 != name).cloned().collect();
         mixed.extend(bnb::tests::nested(name, 12, 8));
         check(&mixed, &bnb(&[])).unwrap();
-        check(&mixed, &bnb(&["lm_head", "model.layers.0", "self_attn", "model.layers.1.mlp.up"])).unwrap();
-        for module in ["model.layers.1.mlp.up_proj", "model.layers.1", "mlp", "up_proj"] {
+        check(&mixed, &bnb(&["lm_head", "model.layers.0", "mlp", "model.layers.1.mlp.up"])).unwrap();
+        for module in ["model.layers.1.mlp.up_proj", "model.layers.1", "up_proj"] {
             let error = check(&mixed, &bnb(&["lm_head", module])).unwrap_err().to_string();
             let expected =
                 format!("{name} is in 4 bit, although quantization_config.llm_int8_skip_modules names {module}");
@@ -225,6 +230,17 @@ mod tests {
         }
         let error = check(&plain, &bnb(&[])).unwrap_err().to_string();
         assert!(error.contains("in 4 bit, but none of its projections is"), "{error}");
+    }
+
+    /// transformers quantizes the head too if a list of modules to skip is given that does not name it.
+    #[test]
+    fn a_head_in_4_bit_is_refused_with_advice() {
+        let config = config_with(&json!({"tie_word_embeddings": false}));
+        let mut tensors = plain(&config);
+        tensors.retain(|tensor| tensor.0 != "lm_head.weight");
+        tensors.extend(bnb::tests::nested("lm_head.weight", 10, 8));
+        let error = check(&tensors, &config).unwrap_err().to_string();
+        assert!(error.contains("lm_head.weight: it is in 4 bit") && error.contains("help: name lm_head in"), "{error}");
     }
 
     #[test]

@@ -60,7 +60,7 @@ const RENAMED: [(&str, &str); 4] = [
 ];
 
 /// The name in memory of a tensor with this name in a file.
-fn name_in_memory(name: &str) -> String {
+pub(super) fn name_in_memory(name: &str) -> String {
     let renamed = RENAMED.iter().find_map(|(old, new)| Some(format!("{new}{}", name.strip_prefix(old)?)));
     renamed.unwrap_or_else(|| name.into())
 }

@@ -1,6 +1,6 @@
 //! The job: the decisions made from a recipe. Once it exists, no code reads the recipe.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -14,6 +14,7 @@ use crate::checkpoint::output::Resume;
 use crate::choices::choices;
 pub use crate::comm::Gather;
 use crate::data::{Format, LossOn, Overlong, Packing};
+use crate::files::gguf_advice;
 pub use crate::fsdp::schedule::Accumulation;
 use crate::model::trainable::Targets;
 pub use crate::optim::lr::LrScheduler;
@@ -231,19 +232,30 @@ fn check_required(written: &mut Written, command: Command) {
         _ if !command.needs_model() => {}
         Some(None) => written.errors.push("model: missing, it must be a Hugging Face directory".into()),
         Some(Some(dir)) if !dir.is_dir() => {
-            let (model, name) = (dir.display(), command.name_of(keys::MODEL.path).unwrap_or(keys::MODEL.path));
-            let is_path = dir.is_absolute() || dir.starts_with(".");
-            let hub_id = if is_path { "ORG/NAME".into() } else { model.to_string() };
-            written.errors.push(format!(
-                "{name}: found {model}, which is not a directory; to use a model of the hub, \
-                 `hf download {hub_id} --local-dir {model}`"
-            ));
+            let name = command.name_of(keys::MODEL.path).unwrap_or(keys::MODEL.path);
+            written.errors.push(format!("{name}: found {}, {}", dir.display(), not_a_folder(&dir)));
         }
         _ => {}
     }
     if matches!(command, Command::Train | Command::Plan) && written.get(&keys::TRAIN) == Some(None) {
         written.errors.push("data.train: missing, it must be a file, a directory, or a list of them".into());
     }
+}
+
+/// Says about a model's path that is no folder what is there, and what to do.
+fn not_a_folder(path: &Path) -> String {
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return format!("a file in GGUF, which is not read; {}", gguf_advice(path));
+    }
+    if path.is_file() {
+        return "which is a file; give the folder of the model".into();
+    }
+    let is_id = !path.is_absolute() && !path.starts_with(".");
+    let hub_id = if is_id { path.display().to_string() } else { "ORG/NAME".into() };
+    format!(
+        "which is not a directory; to use a model of the hub, `hf download {hub_id} --local-dir {}`",
+        path.display()
+    )
 }
 
 /// Largest number of tokens of a micro-batch, because kernels count rows in 32 bits.

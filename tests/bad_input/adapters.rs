@@ -56,3 +56,43 @@ fn another_base_is_said_and_the_start_is_kept() {
     let saved: Value = serde_json::from_slice(&place.read("new/adapter_config.json")).unwrap();
     assert_eq!(saved["init_lora_weights"], json!("gaussian"));
 }
+
+/// An adapter of another model is refused with the model that it was made for and how that differs from this one.
+#[test]
+fn an_adapter_of_another_model() {
+    let place = Place::new();
+    let families = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/families");
+    let mistral3 = [
+        "made for \"mistral3\"",
+        "its layers are \"model.language_model.layers\", those of this model \"model.layers\"",
+    ];
+    let phi3 = [
+        "made for \"phi3\"",
+        "its number of layers is 1, that of this model 2",
+        "its qkv_proj is no module of this model",
+    ];
+    let olmo2 = [
+        "made for \"olmo2-64\"",
+        "family llama: ",
+        "its down_proj has 64 inputs and 128 outputs, that of this model 128 and 64",
+    ];
+    for (adapter, words) in [("mistral3", &mistral3[..]), ("phi3", &phi3), ("olmo2-64", &olmo2)] {
+        let adapter = families.join(adapter).join("adapter");
+        let text = fails(
+            place.command(&[
+                "eval",
+                "--model",
+                "model",
+                "--adapter",
+                adapter.to_str().unwrap(),
+                "--dataset",
+                "rows.jsonl",
+            ]),
+            1,
+        );
+        assert!(text.contains("\nhelp: the adapter was made for "), "{text}");
+        for word in words {
+            assert!(text.contains(word), "{word} is not in:\n{text}");
+        }
+    }
+}

@@ -231,7 +231,7 @@ impl PeftConfig {
     }
 }
 
-fn read_map(path: &Path) -> Result<Map<String, Value>> {
+pub(super) fn read_map(path: &Path) -> Result<Map<String, Value>> {
     files::read_json(path, MAX_SETTINGS_BYTES)
 }
 

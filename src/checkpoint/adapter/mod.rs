@@ -1,6 +1,7 @@
 //! LoRA adapters as PEFT stores them: `adapter_config.json` and `adapter_model.safetensors`.
 
 mod config;
+mod origin;
 mod read;
 mod write;
 
@@ -68,9 +69,12 @@ impl AdapterSettings {
     }
 }
 
+/// Beginning of PEFT's names of tensors; the module's name follows.
+const PREFIX: &str = "base_model.model.";
+
 /// PEFT's name of a LoRA matrix.
 fn tensor_name(module: &Module, kind: Kind) -> String {
-    format!("base_model.model.{}.lora_{}.weight", module.name, kind.letter())
+    format!("{PREFIX}{}.lora_{}.weight", module.name, kind.letter())
 }
 
 /// A fresh adapter: A uniform in ±1/√in_features (Kaiming-uniform with a = √5, PEFT's start), B zero. The numbers

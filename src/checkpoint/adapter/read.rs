@@ -1,18 +1,20 @@
 //! Reads an adapter: its tensors and `adapter_config.json`, which must agree.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use half::{bf16, f16};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use super::config::PeftConfig;
-use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, tensor_name};
+use super::origin::other_model;
+use super::{Adapter, AdapterSettings, CONFIG_FILE, PREFIX, TENSORS_FILE, tensor_name};
 use crate::checkpoint::header;
 use crate::checkpoint::output::STAGING;
-use crate::checkpoint::source::map;
+use crate::checkpoint::source::{map, name_in_memory};
+use crate::files::shown;
 use crate::model::spec::{LayerSpec, ModelSpec, ModuleId};
 use crate::model::trainable::{Kind, LayerTrainables, LoraConfig};
 
@@ -32,44 +34,59 @@ pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Adapter> {
     // The library would parse a header of 100 MB.
     let tensors = header::data_start(&file).and_then(|_| Ok(SafeTensors::deserialize(&file)?));
     let tensors = tensors.with_context(|| path.display().to_string())?;
-    let mut left: BTreeSet<String> = tensors.names().into_iter().map(str::to_string).collect();
-    let targets = targets(&peft, &left, spec).with_context(|| dir.display().to_string())?;
+    read_all(dir, peft, &tensors, spec).map_err(|error| anyhow!("{error:#}{}", other_model(dir, &tensors, spec)))
+}
+
+fn read_all(dir: &Path, peft: PeftConfig, tensors: &SafeTensors<'_>, spec: &ModelSpec) -> Result<Adapter> {
+    let path = dir.join(TENSORS_FILE);
+    let mut names = names(tensors).with_context(|| path.display().to_string())?;
+    let targets = targets(&peft, &names, spec).with_context(|| dir.display().to_string())?;
     let settings = AdapterSettings { targets, ..peft.settings };
-    check_rank(&tensors, &settings, spec).with_context(|| dir.display().to_string())?;
+    check_rank(tensors, &names, &settings, spec).with_context(|| dir.display().to_string())?;
     let lora = settings.lora_config();
-    let read = |layer| {
-        layer_values(&tensors, layer, &lora, "", |name| {
-            left.remove(name);
-        })
-    };
+    let mut take = |name: &str| Ok(tensors.tensor(names.remove(name).context("it is not there")?)?);
+    let read = |layer| layer_values(layer, &lora, "", &mut take);
     let layers = spec.layers.iter().map(read).collect::<Result<_>>().with_context(|| path.display().to_string())?;
-    ensure!(left.is_empty(), "{}: tensors that this model has no place for: {}", path.display(), some_of(&left));
+    ensure!(names.is_empty(), "{}: tensors that this model has no place for: {}", path.display(), some_of(&names));
     Ok(Adapter { settings, layers })
 }
 
-/// Returns the values of a layer that [`super::views`] has written under this suffix; `seen` is told each name.
-pub fn layer_values(
-    tensors: &SafeTensors<'_>,
+/// Returns the names of the tensors in the file, each by its name in memory. They differ in adapters of models that also see, saved with
+/// transformers before 4.52.
+fn names<'a>(tensors: &'a SafeTensors<'_>) -> Result<BTreeMap<String, &'a str>> {
+    let mut names = BTreeMap::new();
+    for name in tensors.names() {
+        let module = name.strip_prefix(PREFIX);
+        let in_memory = module.map_or(name.into(), |module| format!("{PREFIX}{}", name_in_memory(module)));
+        if let Some(other) = names.insert(in_memory, name) {
+            bail!("{} and {} are the same tensor", shown(other), shown(name));
+        }
+    }
+    Ok(names)
+}
+
+/// Returns the values of a layer that [`super::views`] has written under this suffix; `find` is given the name of each matrix.
+pub fn layer_values<'a>(
     layer: &LayerSpec,
     lora: &LoraConfig,
     suffix: &str,
-    mut seen: impl FnMut(&str),
+    mut find: impl FnMut(&str) -> Result<TensorView<'a>>,
 ) -> Result<Vec<f32>> {
     let trainables = LayerTrainables::new(layer, lora);
     let mut values = vec![0.0; trainables.len()];
     for trainable in trainables.list() {
         let module = layer.module(trainable.module).context("a trainable without a module")?;
         let name = tensor_name(module, trainable.kind) + suffix;
-        let view = tensors.tensor(&name).with_context(|| name.clone())?;
-        read(&view, trainable.shape, &mut values[trainable.range.clone()]).with_context(|| name.clone())?;
-        seen(&name);
+        find(&name)
+            .and_then(|view| read(&view, trainable.shape, &mut values[trainable.range.clone()]))
+            .with_context(|| name.clone())?;
     }
     Ok(values)
 }
 
 /// The modules that have an adapter, the same in all layers that have the module. The file of tensors and `target_modules` must agree on
 /// every module.
-fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, spec: &ModelSpec) -> Result<Vec<ModuleId>> {
+fn targets(peft: &PeftConfig, names: &BTreeMap<String, &str>, spec: &ModelSpec) -> Result<Vec<ModuleId>> {
     for module in ["lm_head", spec.embedding.name.trim_end_matches(".weight")] {
         ensure!(
             !peft.targets(module)?,
@@ -79,7 +96,7 @@ fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, spec: &ModelSpec) -> R
     // By module, as its first layer has it.
     let mut has_adapter = BTreeMap::new();
     for module in spec.modules() {
-        let (name, has_tensors) = (&module.name, tensors.contains(&tensor_name(module, Kind::A)));
+        let (name, has_tensors) = (&module.name, names.contains_key(&tensor_name(module, Kind::A)));
         let first = *has_adapter.entry(module.id).or_insert(has_tensors);
         match (peft.targets(name)?, has_tensors) {
             (true, false) => {
@@ -99,11 +116,17 @@ fn targets(peft: &PeftConfig, tensors: &BTreeSet<String>, spec: &ModelSpec) -> R
 }
 
 /// Compares r with the tensors before anything of that size is made.
-fn check_rank(tensors: &SafeTensors<'_>, settings: &AdapterSettings, spec: &ModelSpec) -> Result<()> {
+fn check_rank(
+    tensors: &SafeTensors<'_>,
+    names: &BTreeMap<String, &str>,
+    settings: &AdapterSettings,
+    spec: &ModelSpec,
+) -> Result<()> {
     let module =
         spec.modules().find(|module| settings.targets.contains(&module.id)).context("no module is a target")?;
     let name = tensor_name(module, Kind::A);
-    let shape = tensors.tensor(&name)?.shape().to_vec();
+    let stored = names.get(&name).context("a target has no tensor")?;
+    let shape = tensors.tensor(stored)?.shape().to_vec();
     let rank = settings.lora_rank;
     ensure!(
         shape.first() == Some(&rank),
@@ -113,8 +136,8 @@ fn check_rank(tensors: &SafeTensors<'_>, settings: &AdapterSettings, spec: &Mode
 }
 
 /// Lists the first of some names and their number.
-fn some_of(names: &BTreeSet<String>) -> String {
-    let first = names.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
+fn some_of(names: &BTreeMap<String, &str>) -> String {
+    let first = names.values().take(5).map(|name| shown(name)).collect::<Vec<_>>().join(", ");
     if names.len() > 5 { format!("{first}, … ({} in all)", names.len()) } else { first }
 }
 

@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""Runs the program on every tiny model of families.py, and compares with transformers, PEFT and bitsandbytes.
+
+usage: run_program.py PROGRAM [MODEL...]
+
+Prints a line `parity MODEL QUANTITY VALUE` for each comparison; scripts/families makes tables of them. The exit status is 1 if a token
+differs, or a loss of a token by more than 1e-4. All runs are on the CPU in f32, and losses are those of `eval --per-token`.
+
+  nf4, nf4-double   a checkpoint that bitsandbytes saved in 4 bit, without and with double quantization: losses against its own forward
+  skipped           the same where llm_int8_skip_modules leaves a part of the modules in 16 bit
+  tokens            tokens of `generate` that are those of transformers, of all cases, without and with PEFT's adapter: 1 is all
+  to-peft           an adapter on all linear modules that `train` wrote: losses in PEFT. No tensor may be missing or left over there.
+  to-peft-nf4       an adapter that `train` wrote of the 4-bit checkpoint with double quantization, in PEFT on bitsandbytes' model
+  from-peft         an adapter that PEFT saved: losses here
+  and-back          the same after more training here: losses in PEFT
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+from common import folder
+from families import token_rows
+from family_table import MODELS, SIZES
+from four_bit import load, load_in_4bit, place_of, save_in_4bit
+from generated import PROMPTS, generated
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+
+TOLERANCE = 1e-4
+IN_16_BIT = ["quantization.load_in_4bit=false"]
+ROWS = [row[0].tolist() for row in token_rows()]
+
+
+def add_tokenizer(place, eos=SIZES["eos_token_id"]):
+    """One whose text of token 5 is `t05`. Tokenizer and config.json get this eos token."""
+    tokenizer = Tokenizer(WordLevel({f"t{i:02}": i for i in range(SIZES["vocab_size"])}, unk_token="t0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(place / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": f"t{eos:02}"}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((place / "config.json").read_text())
+    for part in [config, config.get("text_config", {})]:
+        part["eos_token_id"] = eos
+    (place / "config.json").write_text(json.dumps(config))
+
+
+class Program:
+    """The program, and a folder in which its runs write."""
+
+    def __init__(self, path, place):
+        self.path, self.place = path, place
+        self.rows = place / "rows.jsonl"
+        self.rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ROWS))
+
+    def run(self, *arguments, settings=()):
+        command = [*map(str, [self.path, "--device", "cpu", *arguments]), *(word for key in settings for word in ("--set", key))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        return done.stdout
+
+    def losses(self, model, adapter=None, settings=()):
+        """The loss of each target token of ROWS, one after the other."""
+        out = self.place / "losses.jsonl"
+        named = ["--adapter", adapter] if adapter else []
+        self.run("eval", "--model", model, *named, "--dataset", self.rows, "--per-token", out, "--overwrite", settings=settings)
+        return torch.tensor([json.loads(line)["loss"] for line in out.read_text().splitlines()], dtype=torch.float64)
+
+    def tokens(self, model, length, max_new_tokens, adapter=None):
+        """What `generate` appends to the first tokens of the last of ROWS."""
+        prompt = " ".join(f"t{token:02}" for token in ROWS[-1][:length])
+        named = ["--adapter", adapter] if adapter else []
+        text = self.run("generate", "--model", model, *named, "--raw", "--prompt", prompt, "--max-new-tokens", max_new_tokens,
+                        settings=IN_16_BIT)
+        return [int(word.removeprefix("t")) for word in text.split()]
+
+    def train(self, model, out, adapter=None, settings=()):
+        """Trains three steps, far enough that losses change by much more than what is tolerated."""
+        recipe = self.place / "recipe.yaml"
+        recipe.write_text(json.dumps({
+            "model": str(model), "output_dir": str(out), "data": {"train": str(self.rows), "max_length": 64},
+            "lora": {"adapter": str(adapter)} if adapter else {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0},
+            "training": {"max_steps": 3, "learning_rate": 0.02, "gradient_accumulation_steps": 1, "warmup_steps": 0}}))
+        self.run("train", "-c", recipe, settings=settings)
+        return out
+
+
+@torch.no_grad()
+def losses_of(model):
+    """The loss of each target token of ROWS, by transformers."""
+    losses = []
+    for row in token_rows():
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="none"))
+    return torch.cat(losses)
+
+
+def with_adapter(model, adapter):
+    """The model with an adapter, which must have exactly the tensors that PEFT expects there."""
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        peft = PeftModel.from_pretrained(model, adapter)
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        found, expected = set(file.keys()), set(get_peft_model_state_dict(peft))
+    assert found == expected, f"missing: {sorted(expected - found)}, left over: {sorted(found - expected)}"
+    loaded = peft.load_adapter(adapter, "again")
+    assert not loaded.unexpected_keys and not any("lora_" in key for key in loaded.missing_keys), loaded
+    return peft
+
+
+def difference(found, expected):
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return (found - expected).abs().max().item()
+
+
+def moved(with_it, without):
+    """Checks that an adapter matters at all."""
+    assert difference(with_it, without) > 100 * TOLERANCE
+    return with_it
+
+
+def skipped(name):
+    """A module of each kind as llm_int8_skip_modules names it: the head (which would be in 4 bit if the list did not name it), a part of
+    a layer, and the end of a name. `mlp` alone leaves nothing in 16 bit, since it neither begins nor ends the path of a linear module."""
+    layers = "model.language_model.layers" if MODELS[name].language_model else "model.layers"
+    return ["lm_head", f"{layers}.0.self_attn", "down_proj", "mlp"]
+
+
+def compare_4bit(program, name, plain):
+    """Yields (quantity, difference). Leaves the checkpoint with double quantization in `nested`."""
+    for quantity, double, dtype, skip in [("nf4", False, torch.float32, None), ("skipped", False, torch.bfloat16, skipped(name)),
+                                          ("nf4-double", True, torch.bfloat16, None)]:
+        out = plain.parent / quantity
+        save_in_4bit(name, plain, out, double, dtype, skip)
+        add_tokenizer(out)
+        yield quantity, difference(program.losses(out), losses_of(load_in_4bit(name, out)))
+    trained = program.train(out, plain.parent / "trained-nf4")
+    base = losses_of(load_in_4bit(name, out))
+    expected = moved(losses_of(with_adapter(load_in_4bit(name, out), trained).train()), base)
+    yield "to-peft-nf4", difference(program.losses(out, trained), expected)
+
+
+def compare_adapters(program, name, plain):
+    """Yields (quantity, difference)."""
+    def in_peft(adapter):
+        return moved(losses_of(with_adapter(load(name, plain).eval(), adapter).eval()), base)
+
+    base = losses_of(load(name, plain).eval())
+    trained = program.train(plain, plain.parent / "trained", settings=IN_16_BIT)
+    yield "to-peft", difference(program.losses(plain, trained, IN_16_BIT), in_peft(trained))
+    peft = folder(f"families/{name}") / "adapter"
+    before = in_peft(peft)
+    yield "from-peft", difference(program.losses(plain, peft, IN_16_BIT), before)
+    trained = program.train(plain, plain.parent / "trained-on", adapter=peft, settings=IN_16_BIT)
+    yield "and-back", difference(program.losses(plain, trained, IN_16_BIT), moved(in_peft(trained), before))
+
+
+def compare_tokens(program, name, place):
+    """Yields, for each text, the share of tokens up to the first that differs."""
+    adapters = {"base": None, "adapter": folder(f"families/{name}") / "adapter"}
+    for case in MODELS[name].cases:
+        files = place / "tokens" / case
+        expected = generated(name, case, files)
+        # A token that ends no text.
+        add_tokenizer(files, min(set(range(SIZES["vocab_size"])) - {token for texts in expected.values() for text in texts for token in text}))
+        for key, adapter in adapters.items():
+            for prompt, theirs in zip(PROMPTS, expected[key], strict=True):
+                ours = program.tokens(files, *prompt, adapter)
+                same = next((i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+                yield same / len(theirs)
+
+
+def compare(program, name):
+    """Prints the comparisons of a model; returns whether all are within their bounds."""
+    with tempfile.TemporaryDirectory() as place:
+        plain = place_of(name, next(iter(MODELS[name].cases)), Path(place) / "plain")
+        add_tokenizer(plain)
+        differences = [*compare_4bit(program, name, plain), *compare_adapters(program, name, plain)]
+        share = min(compare_tokens(program, name, Path(place)))
+    for quantity, value in [*differences, ("tokens", share)]:
+        print(f"parity {name} {quantity} {value:e}", flush=True)
+    return share == 1.0 and all(value <= TOLERANCE for _, value in differences)
+
+
+def main():
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    path, chosen = sys.argv[1], sys.argv[2:] or list(MODELS)
+    with tempfile.TemporaryDirectory() as place:
+        program = Program(Path(path).resolve(), Path(place))
+        failed = [name for name in chosen if not compare(program, name)]
+    if failed:
+        sys.exit(f"error: beyond what is allowed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
