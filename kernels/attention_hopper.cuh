@@ -123,7 +123,7 @@ template <int D, int KEYS, int STAGES, int TENSORS> struct ForQueries {
                                             int past, int max_reach) const {
         Ring<STAGES> stage;
         for (u32 parity = 1;; parity ^= 1) {
-            int work = draw(ticket, tiles * num_heads);
+            int work = draw(ticket, tiles * num_heads, gridDim.x);
             barrier_wait(rows_empty(), parity);
             *drawn = work;
             if (work < 0) return barrier_arrive(rows_full());

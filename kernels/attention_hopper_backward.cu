@@ -157,7 +157,7 @@ template <int D> struct ForKeys {
                                             const TensorMap &k_map, const TensorMap &v_map, const u32 *positions, int group) const {
         Ring<STAGES> stage;
         for (u32 parity = 1;; parity ^= 1) {
-            int work = draw(&keys_ticket, num_work());
+            int work = draw(&keys_ticket, num_work(), gridDim.x);
             barrier_wait(rows_empty(), parity);
             *drawn = work;
             if (work < 0) return barrier_arrive(rows_full());

@@ -60,6 +60,40 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap &map, int colum
                  "[%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
 }
 
+// Two blocks that run side by side and reach each other's shared memory.
+static const int PAIR = 2;
+
+// This block's number in its pair.
+__device__ __forceinline__ u32 pair_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// All threads of both blocks wait for each other.
+__device__ __forceinline__ void pair_wait() {
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+// The same place in the shared memory of the block with this number.
+__device__ __forceinline__ u32 shared_of(u32 address, u32 rank) {
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+// Writes a number and tells a barrier of the same block that its four bytes are there; both places are those that shared_of returns.
+__device__ __forceinline__ void send_word(u32 to, u32 word, u32 barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to), "r"(word), "r"(barrier) : "memory");
+}
+// `barrier` is what shared_of returns.
+__device__ __forceinline__ void barrier_arrive_there(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// As copy_box, to the same place in both blocks, whose barriers are both told.
+__device__ __forceinline__ void copy_box_to_pair(u32 to, const TensorMap &map, int column, int row, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"((u16)3) : "memory");
+}
+
 // A tile [ROWS, D] in shared memory: blocks of COLUMNS columns, one behind the other, whose rows of SWIZZLE bytes have their
 // 16-byte chunks swizzled as copies and products want it.
 template <int D, int ROWS> struct Tile {
@@ -122,12 +156,18 @@ template <int N, int A_ROWS = 0, int B_ROWS = 0> struct Product;
                          : FLOATS : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)accumulate), "n"(B_ROWS));     \
         }                                                                                                                       \
     };
+#define R16_4 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define R16_5 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define R16_6 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define R16_7 ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define LIST32 F16(0), F16(16)
 #define LIST48 F16(0), F16(16), F16(32)
 #define LIST64 F16(0), F16(16), F16(32), F16(48)
+#define LIST128 LIST64, F16(64), F16(80), F16(96), F16(112)
 PRODUCT(64, R16_0 R16_1, LIST32, "%32", "%33", "%34", "%35", "%36", "%37", "%38")
 PRODUCT(96, R16_0 R16_1 R16_2, LIST48, "%48", "%49", "%50", "%51", "%52", "%53", "%54")
 PRODUCT(128, R16_0 R16_1 R16_2 R16_3, LIST64, "%64", "%65", "%66", "%67", "%68", "%69", "%70")
+PRODUCT(256, R16_0 R16_1 R16_2 R16_3 R16_4 R16_5 R16_6 R16_7, LIST128, "%128", "%129", "%130", "%131", "%132", "%133", "%134")
 
 // Threads that wait for each other by a number: `arrive` does not wait.
 __device__ __forceinline__ void named_wait(int id, int threads) {
@@ -145,9 +185,9 @@ template <int REGISTERS> __device__ __forceinline__ void take_registers() {
 
 // Work is drawn in order, so that whoever is done first takes the next; −1 when there is none. Who does it changes no result. The
 // last block to find none leaves 0 for the next launch, which must not begin before: launches of a kernel are on one stream.
-__device__ __forceinline__ int draw(u32 *ticket, u32 total) {
+__device__ __forceinline__ int draw(u32 *ticket, u32 total, u32 num_drawers) {
     u32 mine = atomicAdd(ticket, 1u);
-    if (mine == total + gridDim.x - 1) *ticket = 0;
+    if (mine == total + num_drawers - 1) *ticket = 0;
     return mine < total ? (int)mine : -1;
 }
 

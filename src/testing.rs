@@ -46,7 +46,7 @@ pub mod adapter {
 
 /// Kernels, compiled without a GPU.
 pub mod compile {
-    pub use crate::device::cuda::compile::{SOURCES, compile, nvrtc_version, target};
+    pub use crate::device::cuda::compile::{HOPPER, HOPPER_SOURCES, SOURCES, compile, nvrtc_version, target};
 }
 
 /// Rows as micro-batches.

@@ -41,6 +41,9 @@ fn calls() -> Vec<Call> {
             calls.extend(sources.iter().map(|source| Call { arch, act, source, variant: variant.to_vec() }));
         };
         add(&compile::SOURCES, &[]);
+        if arch == compile::HOPPER {
+            add(&compile::HOPPER_SOURCES, &[]);
+        }
         AttentionVariant::all().for_each(|variant| add(variant.sources(arch), &variant.options()));
     }
     calls

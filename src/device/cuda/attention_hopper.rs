@@ -23,7 +23,7 @@ pub(super) const SHARED_BYTES: u32 = 226 << 10;
 /// The GPU's sizes on which the number of blocks depends.
 #[derive(Clone, Copy)]
 pub struct Hopper {
-    multiprocessors: usize,
+    pub(super) multiprocessors: usize,
 }
 
 impl Hopper {

@@ -75,6 +75,9 @@ pub static SOURCES: [Source; 11] = [
     source!("uniform", ["uniform"]),
 ];
 
+/// The files that a Hopper runs besides.
+pub static HOPPER_SOURCES: [Source; 1] = [source!("lora_hopper", ["lora_linear_hopper_16", "lora_linear_hopper"])];
+
 /// Attention's file for all GPUs, and those for Hopper.
 static ATTENTION: [Source; 1] = [source!(
     "attention",

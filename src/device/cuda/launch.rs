@@ -61,17 +61,17 @@ impl From<TableAddr> for Arg {
     }
 }
 
-/// The tensor map that a Hopper's copies need, of a matrix whose rows are `width` elements of 16 bits: boxes of 64
-/// rows and as many columns as `hopper.cuh` has in a row of a tile `[.., head_dim]`.
-pub(super) fn tile_map<A: HalfType>(matrix: View<'_, Cuda<A>, A>, width: usize, head_dim: usize) -> Result<Arg> {
-    let (columns, swizzle) = if head_dim.is_multiple_of(64) {
+/// The tensor map that a Hopper's copies need, of a matrix whose rows are `width` elements of 16 bits: boxes of 64 rows and as many
+/// columns as `hopper.cuh` has in a row of a tile `[.., tile_width]`. A part of a box that lies outside of the matrix becomes zeros.
+pub(super) fn tile_map<A: HalfType>(matrix: View<'_, Cuda<A>, A>, width: usize, tile_width: usize) -> Result<Arg> {
+    let (columns, swizzle) = if tile_width.is_multiple_of(64) {
         (64, sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B)
     } else {
         (32, sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B)
     };
     ensure!(
-        matrix.addr().is_multiple_of(16) && width.is_multiple_of(columns),
-        "a matrix at {:x} {width}",
+        matrix.addr().is_multiple_of(16) && width.is_multiple_of(8),
+        "a matrix at {:x} of width {width}, allowed: multiples of 16 and 8",
         matrix.addr()
     );
     let mut map = sys::CUtensorMap { opaque: [0; 16] };

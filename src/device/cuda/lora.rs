@@ -90,9 +90,12 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         unsafe { self.launch("lora_dropout", Grid::elements(eights), args) }
     }
 
-    /// LoRA's part is written first, and the base product adds to it: one pass over y less than a second sum would take.
+    /// Without a kernel, LoRA's part is written first, and the base product adds to it: one pass over y less than a second sum would take.
     fn lora_linear(&self, args: LoraLinear<'_, Cuda<A>>) -> Result<()> {
         let [m, n, k] = args.sizes()?;
+        if let Some(grid) = self.hopper_linear_grid([m, n, k], args.lora_rank) {
+            return self.hopper_lora_linear(args, [m, n, k], grid);
+        }
         let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale } = args;
         product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], output_scale * scale, 0.0)?;
         product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 1.0)?;

@@ -16,6 +16,7 @@ mod gemm;
 mod launch;
 pub mod libraries;
 mod lora;
+mod lora_hopper;
 mod memory;
 mod nf4;
 mod rms_norm;
@@ -96,7 +97,7 @@ pub struct Cuda<A: HalfType> {
     blas: Arc<gemm::Blas>,
     kernels: Arc<Kernels>,
     tables: Arc<memory::Tables>,
-    /// Set on a Hopper, whose attention has kernels of its own.
+    /// Set on a Hopper, which has kernels of its own.
     hopper: Option<Hopper>,
     compute: Arc<CudaStream>,
     context: Arc<CudaContext>,
@@ -251,6 +252,12 @@ impl Kernels {
         let (cache, attention) = (cache.to_path_buf(), Mutex::default());
         let mut kernels = Kernels { arch, cache, act_option, common: Loaded::new(), attention };
         kernels.common = kernels.compiled(context, &compile::SOURCES, &[])?;
+        if arch == compile::HOPPER {
+            kernels.common.extend(kernels.compiled(context, &compile::HOPPER_SOURCES, &[])?);
+            for name in lora_hopper::KERNELS {
+                launch::allow_shared_bytes(&kernels.common[name], name, attention_hopper::SHARED_BYTES)?;
+            }
+        }
         Ok(kernels)
     }
 
