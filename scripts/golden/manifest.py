@@ -22,6 +22,8 @@ MADE_BY = {
     "qlora_steps": "qlora_steps.py",
     "tokenizer": "tokenizer.py",
     "chat_templates.json": "chat_templates.py",
+    "rows": "rows.py",
+    "sft": "sft.py",
     "families": "families.py",
     "families-4bit": "four_bit.py",
     "generated.json": "generated.py",

@@ -3,10 +3,11 @@
   tokenizer.json, tokenizer_config.json  256 bytes, 61 merges, <|im_start|> <|im_end|> <|endoftext|>; a ChatML template
   generation_template.jinja              the same template with {% generation %} around what the assistant says
   variables_template.jinja               the same template, which also writes tools, tool calls and a date
+  reasoning_template.jinja               the same template, which also writes reasoning
   tokenized.json                         {"texts": [{text, ids}], "rows": [{row, loss_on, template, input_ids, labels}]}
 
 `texts` are encoded without special tokens added. Each of `rows` is what TRL's SFTTrainer prepares: `loss_on` is auto, all,
-completion or assistant; `template` is "chatml", "generation", "variables", or null where the row has no conversation.
+completion or assistant; `template` is "chatml", "generation", "variables", "reasoning", or null where the row has no conversation.
 """
 
 import json
@@ -41,6 +42,12 @@ VARIABLES = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message.content is defined %}{{ message['content'] }}{% endif %}"
     "{% for call in message.tool_calls or [] %}{{ call.function.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REASONING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message.reasoning_content is defined %}{{ '<think>' + message.reasoning_content + '</think>' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEXTS = [
@@ -92,7 +99,7 @@ KINDS = [
     ("completion", None, [{"input_ids": IDS, "completion_mask": [0, 0, 1, 1], "assistant_masks": [0, 1, 1, 0]}]),
     ("all", None, [{"input_ids": IDS, "completion_mask": [0, 0, 1, 1]}]),
 ]
-TEMPLATES = {"generation": GENERATION, "variables": VARIABLES}
+TEMPLATES = {"generation": GENERATION, "variables": VARIABLES, "reasoning": REASONING}
 
 
 def make_tokenizer():
