@@ -51,7 +51,7 @@ pub mod compile {
 
 /// Rows as micro-batches.
 pub mod data {
-    pub use crate::data::{eval_micro_batches, step_micro_batches};
+    pub use crate::data::{Source, eval_micro_batches, step_micro_batches};
 }
 
 /// Double quantization.

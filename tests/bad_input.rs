@@ -170,7 +170,10 @@ fn columns_of_rows() {
             json!({"messages": [{"role": "user", "content": "a"}], "images": ["x"]}),
             ["rows.jsonl:2: images", "messages"],
         ),
-        (json!({"conversations": [{"from": "human", "value": "a"}]}), ["rows.jsonl:2: conversations", "role"]),
+        (
+            json!({"conversations": [{"from": "critic", "value": "a"}]}),
+            ["rows.jsonl:2: conversations[0]: found", "allowed as from: human"],
+        ),
         (json!({"input_ids": [1, 2], "attention_mask": [1, 2]}), ["rows.jsonl:2: attention_mask[1] is 2", "0 or 1"]),
         (json!({"\u{1b}[2J": "a"}), ["rows.jsonl:2: found the columns", r"u{1b}"]),
     ] {
@@ -187,7 +190,7 @@ fn columns_of_rows() {
     );
     let text = succeeds(place.command(&train_with(&["training.global_batch_size=4", "data.packing=false"])));
     assert!(text.contains("columns that nothing reads: `topic` in 2 rows\n"), "{text}");
-    assert!(text.contains("steps of 4 sequences, the last of an epoch of 2;"), "{text}");
+    assert!(text.contains("steps of 4 sequences (the last of each epoch has 2);"), "{text}");
 }
 
 #[test]

@@ -34,7 +34,7 @@ fn fewer_rows_than_a_step_takes_are_an_epoch() {
         "training.num_train_epochs=3",
     ];
     let text = succeeds(place.command(&train_with(&sets)));
-    let said = "the run has 3 steps of 16 sequences, the last of an epoch of 5; an epoch of 5 sequences has 1 step, so \
+    let said = "the run has 3 steps of 16 sequences (the last of each epoch has 5); an epoch of 5 sequences has 1 step, so \
                 these are 3.00 epochs (training.num_train_epochs: 3); the learning rate rises in 0 steps";
     assert!(text.find(said).is_some_and(|at| at < text.find("step 1/3").unwrap()), "{text}");
     let steps = lines(&place, "loss");

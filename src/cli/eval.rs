@@ -33,7 +33,7 @@ pub struct EvalArgs {
     /// PEFT adapter
     #[arg(long)]
     adapter: Option<String>,
-    /// JSONL file or folder
+    /// File or folder of rows
     #[arg(long)]
     dataset: String,
     /// Longer rows are handled as data.overlong says (--set)
@@ -82,7 +82,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
     ];
     given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
     let job = agree_on(&mut comm, recipe::from_options(Command::Eval, given, overrides)?)?;
-    let path = &job.data.train[0];
+    let path = &job.data.train[0].path;
     ensure!(path.exists(), "--dataset: {} is not there", path.display());
     let writes = args.per_token.as_deref().filter(|_| start.world.rank == 0);
     let file = writes.map(|path| LossFile::create(path, args.overwrite)).transpose().context("--per-token")?;

@@ -7,6 +7,7 @@
 
 mod bench;
 mod cache;
+mod data;
 mod eval;
 mod generate;
 mod plan;
@@ -67,6 +68,8 @@ struct Common {
 enum Command {
     /// Fine-tune as a recipe says, and write a PEFT adapter
     Train(train::TrainArgs),
+    /// Print the rows of a recipe as they will be trained: tokens, what counts in the loss, and what was left out
+    Data(data::DataArgs),
     /// Write the shard files of a model ahead of time
     Quantize(quantize::QuantizeArgs),
     /// Print the mean loss over the target tokens of a data set
@@ -105,6 +108,14 @@ impl Cli {
                 }
             }
             Command::Train(args) => return train::run(&start, comm, &args, &overrides),
+            Command::Data(args) => {
+                if device != DeviceKind::Auto || ranks_per_gpu != 1 {
+                    return Err(usage("data computes nothing: --device and --ranks-per-gpu are not for it"));
+                }
+                if world.rank == 0 {
+                    data::run(&start, &args, &overrides)?;
+                }
+            }
             Command::Quantize(args) => quantize::run(&start, comm, &args, &overrides)?,
             Command::Eval(args) => eval::run(&start, comm, &args, &overrides)?,
             Command::Generate(args) => generate::run(&start, comm, &args, &overrides)?,

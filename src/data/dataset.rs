@@ -1,57 +1,21 @@
 //! A data set: documents, and the sequences that they make.
 
-use std::fmt;
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::comm::watch;
+use crate::files::{counted, shown};
 
+use super::counts::{Counts, Places};
 use super::row::Row;
-use super::source::Rows;
+use super::source::{Rows, Source};
 use super::tokenize::{self, Tokenized};
 use super::{DataOptions, Document, Overlong, Packing, TextTokenizer, pack};
 
-/// Counts of what happened to the rows.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub rows: usize,
-    /// Documents over max_length, with `overlong: truncate`.
-    pub truncated: usize,
-    /// Documents over max_length, with `overlong: split`.
-    pub split: usize,
-    /// Documents over max_length, with `overlong: drop`.
-    pub dropped: usize,
-    /// Documents of fewer than two tokens, or with none that counts in the loss.
-    pub without_target: usize,
-    pub sequences: usize,
-    pub tokens: usize,
-    pub target_tokens: usize,
-    pub max_length: usize,
-}
-
-impl fmt::Display for Counts {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(
-            f,
-            "{} rows, {} sequences, {} tokens, {} of them targets",
-            self.rows, self.sequences, self.tokens, self.target_tokens
-        )?;
-        let limit = self.max_length;
-        for (n, what) in [
-            (self.truncated, format!("truncated to {limit} tokens")),
-            (self.split, format!("over {limit} tokens and split")),
-            (self.dropped, format!("over {limit} tokens and dropped")),
-            (self.without_target, "dropped because no token of them counts in the loss".into()),
-        ] {
-            if n > 0 {
-                write!(f, "; {n} {what}")?;
-            }
-        }
-        Ok(())
-    }
-}
+/// Number of rows that a data set can show.
+pub const MAX_FIRST_ROWS: usize = 1000;
 
 /// Documents, and for each sequence the indices of its documents.
 #[derive(Clone, Debug)]
@@ -61,46 +25,52 @@ pub struct Dataset {
     pub counts: Counts,
     /// Sentences about the rows that would surprise whoever wrote them, to be told before training.
     pub notes: Vec<String>,
+    /// Rows with a document over max_length, and rows with a document that has no target.
+    pub overlong: Places,
+    pub without_target: Places,
+    /// Indices of the first rows, see [`Document::row_idx`]; at most [`MAX_FIRST_ROWS`].
+    pub first_rows: Vec<usize>,
 }
 
 impl Dataset {
     /// Reads files and folders. `tokenizer` may be missing where all rows are tokenized.
     pub fn load(
-        paths: &[PathBuf],
+        sources: &[Source],
         tokenizer: Option<&TextTokenizer>,
         vocab_size: usize,
         options: &DataOptions,
     ) -> Result<Dataset> {
-        let mut rows = Rows::open(paths, options.format)?;
+        let mut rows = Rows::open(sources)?;
         let mut builder = Builder::new(tokenizer, vocab_size, *options);
         for (row_idx, row) in rows.by_ref().enumerate() {
             watch::beat();
-            builder.add(row_idx, &row?)?;
+            let (row, times) = row?;
+            builder.add(row_idx, &row, times)?;
         }
         let mut dataset = builder.finish()?;
         dataset.notes.extend(rows.notes(tokenizer));
         Ok(dataset)
     }
 
-    /// Reads files and folders into two parts, training and held out. Rows are told apart by a hash of their answer,
+    /// Reads files and folders into two parts, training and held out. A held-out row is there once, whatever its weight. Rows are told apart by a hash of their answer,
     /// so that no answer is in both. Held-out rows are never cut by packing: `wrapped` packs them as `true` does.
     pub fn load_with_held_out(
-        paths: &[PathBuf],
+        sources: &[Source],
         tokenizer: Option<&TextTokenizer>,
         vocab_size: usize,
         options: &DataOptions,
         fraction: f64,
     ) -> Result<(Dataset, Dataset)> {
         const HELD_OUT: &str = "data.eval: the held-out rows";
-        let mut rows = Rows::open(paths, options.format)?;
+        let mut rows = Rows::open(sources)?;
         let mut train = Builder::new(tokenizer, vocab_size, *options);
         let mut held_out = Builder::new(tokenizer, vocab_size, options.for_evaluation());
         for (row_idx, row) in rows.by_ref().enumerate() {
             watch::beat();
-            let row = row?;
+            let (row, times) = row?;
             match (xxh3_64(row.answer().as_bytes()) as f64 / u64::MAX as f64) < fraction {
-                true => held_out.add(row_idx, &row).context(HELD_OUT)?,
-                false => train.add(row_idx, &row)?,
+                true => held_out.add(row_idx, &row, times.min(1)).context(HELD_OUT)?,
+                false => train.add(row_idx, &row, times)?,
             }
         }
         let (num_train, num_held_out) = (train.counts.rows, held_out.counts.rows);
@@ -153,30 +123,6 @@ impl Dataset {
     }
 }
 
-/// Rows that all have a property: how many, and where the first ones are.
-#[derive(Default)]
-struct Places {
-    rows: usize,
-    first: Vec<String>,
-}
-
-impl Places {
-    const SHOWN: usize = 5;
-
-    fn add(&mut self, row: &Row) {
-        self.rows += 1;
-        if self.rows <= Places::SHOWN {
-            self.first.push(row.place());
-        }
-    }
-}
-
-impl fmt::Display for Places {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "{}{}", self.first.join(", "), if self.rows > Places::SHOWN { ", …" } else { "" })
-    }
-}
-
 /// A data set whose rows are still being read.
 struct Builder<'a> {
     tokenizer: Option<&'a TextTokenizer>,
@@ -185,8 +131,12 @@ struct Builder<'a> {
     documents: Vec<Document>,
     counts: Counts,
     overlong: Places,
+    without_target: Places,
+    first_rows: Vec<usize>,
     /// Rows whose prompt has other tokens by itself than before its completion.
     other_prompt: Places,
+    /// Rows with a message that the chat template leaves out or changes, by the message's role.
+    unwritten: BTreeMap<String, Places>,
 }
 
 impl Builder<'_> {
@@ -198,29 +148,50 @@ impl Builder<'_> {
             documents: Vec::new(),
             counts: Counts { max_length: options.max_length, ..Counts::default() },
             overlong: Places::default(),
+            without_target: Places::default(),
+            first_rows: Vec::new(),
             other_prompt: Places::default(),
+            unwritten: BTreeMap::new(),
         }
     }
 
-    fn add(&mut self, row_idx: usize, row: &Row) -> Result<()> {
-        self.counts.rows += 1;
-        let mut end = 0;
-        for document in tokenize::tokenize(row, self.tokenizer, self.vocab_size, self.options.loss_on)? {
+    /// Adds a row as often as it is in an epoch.
+    fn add(&mut self, row_idx: usize, row: &Row, times: usize) -> Result<()> {
+        if times == 0 {
+            return Ok(());
+        }
+        if self.first_rows.len() < MAX_FIRST_ROWS {
+            self.first_rows.push(row_idx);
+        }
+        let documents = tokenize::tokenize(row, self.tokenizer, self.vocab_size, self.options.loss_on)?;
+        for document in &documents {
             if document.input_ids.len() > self.options.max_length {
                 self.overlong.add(row);
             }
             if !document.prompt_is_prefix {
                 self.other_prompt.add(row);
             }
-            let mut first_position = end;
-            end += document.input_ids.len();
-            for (input_ids, is_target) in self.cut(document) {
-                let (sample_idx, len) = (self.documents.len() as u64, input_ids.len());
-                let document = Document { sample_idx, row_idx, first_position, input_ids, is_target };
-                first_position += len;
-                match document.num_target_tokens() {
-                    0 => self.counts.without_target += 1,
-                    _ => self.documents.push(document),
+            for role in &document.unwritten {
+                self.unwritten.entry(role.clone()).or_default().add(row);
+            }
+        }
+        for _ in 0..times {
+            self.counts.rows += 1;
+            let mut end = 0;
+            for document in &documents {
+                let mut first_position = end;
+                end += document.input_ids.len();
+                for (input_ids, is_target) in self.cut(document.clone()) {
+                    let (sample_idx, len) = (self.documents.len() as u64, input_ids.len());
+                    let document = Document { sample_idx, row_idx, first_position, input_ids, is_target };
+                    first_position += len;
+                    match document.num_target_tokens() {
+                        0 => {
+                            self.counts.without_target += 1;
+                            self.without_target.add(row);
+                        }
+                        _ => self.documents.push(document),
+                    }
                 }
             }
         }
@@ -258,7 +229,7 @@ impl Builder<'_> {
     }
 
     fn finish(self) -> Result<Dataset> {
-        let Builder { options, mut documents, mut counts, overlong, other_prompt, .. } = self;
+        let Builder { options, mut documents, mut counts, overlong, without_target, .. } = self;
         ensure!(
             options.overlong != Overlong::Error || overlong.rows == 0,
             "{} rows are longer than data.max_length ({}), and data.overlong is error: {overlong}",
@@ -277,14 +248,21 @@ impl Builder<'_> {
         counts.tokens = documents.iter().map(|d| d.input_ids.len()).sum();
         counts.target_tokens = documents.iter().map(Document::num_target_tokens).sum();
         let mut notes = Vec::new();
-        if other_prompt.rows > 0 {
+        if self.other_prompt.rows > 0 {
             notes.push(format!(
                 "{} prompts have other tokens by themselves than before their completions; what counts begins at the first \
-                 token that differs, and generating from such a prompt begins otherwise than in training: {other_prompt}",
-                other_prompt.rows
+                 token that differs, and generating from such a prompt begins otherwise than in training: {}",
+                self.other_prompt.rows, self.other_prompt
             ));
         }
-        Ok(Dataset { documents, sequences, counts, notes })
+        for (role, places) in self.unwritten {
+            notes.push(format!(
+                "{} of the role {} do not stand in what the chat template writes, or not as they are: {places}",
+                counted(places.rows, "message"),
+                shown(&role)
+            ));
+        }
+        Ok(Dataset { documents, sequences, counts, notes, overlong, without_target, first_rows: self.first_rows })
     }
 }
 
@@ -292,22 +270,17 @@ impl Builder<'_> {
 mod tests {
     use std::path::Path;
 
-    use super::super::{Format, LossOn, tokenizer};
+    use super::super::{LossOn, tokenizer};
     use super::*;
 
-    const OPTIONS: DataOptions = DataOptions {
-        format: Format::Auto,
-        max_length: 4,
-        packing: Packing::None,
-        overlong: Overlong::Truncate,
-        loss_on: LossOn::Auto,
-    };
+    const OPTIONS: DataOptions =
+        DataOptions { max_length: 4, packing: Packing::None, overlong: Overlong::Truncate, loss_on: LossOn::Auto };
 
     fn load(text: &str, options: DataOptions) -> Result<Dataset> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("rows.jsonl");
         std::fs::write(&path, text)?;
-        Dataset::load(&[path], None, 100, &options)
+        Dataset::load(&[Source::new(path)], None, 100, &options)
     }
 
     fn ids(dataset: &Dataset) -> Vec<&[u32]> {
@@ -402,9 +375,8 @@ mod tests {
         std::fs::write(&path, (0..200).map(row).collect::<Vec<_>>().join("\n")).unwrap();
         let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN), &jiff::Zoned::now()).unwrap();
         let options = DataOptions { max_length: 64, ..OPTIONS };
-        let split = |fraction| {
-            Dataset::load_with_held_out(std::slice::from_ref(&path), Some(&tokenizer), 320, &options, fraction)
-        };
+        let split =
+            |fraction| Dataset::load_with_held_out(&[Source::new(&path)], Some(&tokenizer), 320, &options, fraction);
         let (train, held_out) = split(0.3).unwrap();
         assert_eq!(train.documents.len() + held_out.documents.len(), 200);
         let answer = |d: &Document| d.input_ids.iter().zip(&d.is_target).filter(|x| *x.1).map(|x| *x.0).collect();
@@ -465,7 +437,7 @@ mod tests {
         let options = DataOptions { max_length: 64, ..OPTIONS };
         let notes = |rows: &str| {
             std::fs::write(&path, rows).unwrap();
-            Dataset::load(std::slice::from_ref(&path), Some(&tokenizer), 320, &options).unwrap().notes
+            Dataset::load(&[Source::new(&path)], Some(&tokenizer), 320, &options).unwrap().notes
         };
         let row = r#"{"messages": [{"role": "user", "content": "a", "name": "x"}, {"role": "assistant", "content": "b", "thinking": "c"}],
                       "tools": [{"name": "f"}]}"#;

@@ -1,13 +1,16 @@
 //! Turns rows of files into micro-batches: [`source`] reads rows, [`row`] says which of their columns are read,
 //! [`tokenize`] makes documents of them, [`pack`] puts documents into sequences, [`dataset`] holds both, [`epochs`]
-//! divides sequences among steps, [`sampler`] deals them to ranks.
+//! divides sequences among steps, [`sampler`] deals them to ranks, [`preview`] shows what has become of rows.
 
 pub mod chat_template;
+pub mod column_names;
+pub mod counts;
 pub mod dataset;
 pub mod epochs;
 mod growth;
 pub mod message;
 pub mod pack;
+pub mod preview;
 pub mod python;
 pub mod row;
 pub mod sampler;
@@ -21,9 +24,11 @@ pub mod variables;
 
 use crate::choices::choices;
 
+pub use column_names::ColumnNames;
 pub use dataset::Dataset;
 pub use epochs::Epochs;
 pub use sampler::{Sampler, eval_documents, eval_micro_batches, step_micro_batches};
+pub use source::Source;
 pub use tokenizer::TextTokenizer;
 
 choices! {
@@ -35,6 +40,7 @@ choices! {
         Messages = "messages",
         PromptCompletion = "prompt_completion",
         Alpaca = "alpaca",
+        Sharegpt = "sharegpt",
         Tokenized = "tokenized",
     }
 }
@@ -77,7 +83,6 @@ choices! {
 /// The part of the recipe's data section that says how rows become documents.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DataOptions {
-    pub format: Format,
     pub max_length: usize,
     pub packing: Packing,
     pub overlong: Overlong,

@@ -78,7 +78,7 @@ fn wrap(documents: Vec<Document>, max_length: usize) -> (Vec<Document>, Vec<Vec<
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DataOptions, Dataset, Format, LossOn, Overlong};
+    use super::super::{DataOptions, Dataset, LossOn, Overlong, Source};
     use super::*;
 
     fn documents(lengths: &[usize]) -> Vec<Document> {
@@ -137,13 +137,12 @@ mod tests {
         let row = |i: usize| format!(r#"{{"input_ids": [{i}, 1, 2]}}"#);
         std::fs::write(&path, (0..50).map(row).collect::<Vec<_>>().join("\n")).unwrap();
         let options = DataOptions {
-            format: Format::Auto,
             max_length: 4,
             packing: Packing::Wrapped,
             overlong: Overlong::Truncate,
             loss_on: LossOn::Auto,
         };
-        let (train, held_out) = Dataset::load_with_held_out(&[path], None, 100, &options, 0.5).unwrap();
+        let (train, held_out) = Dataset::load_with_held_out(&[Source::new(path)], None, 100, &options, 0.5).unwrap();
         let whole = |dataset: &Dataset| dataset.documents.iter().all(|d| d.input_ids.len() == 3);
         assert!(whole(&held_out) && !whole(&train));
     }

@@ -6,6 +6,7 @@
 //! reads; of the rest, those that have a meaning in TRL, LLaMA-Factory or axolotl are refused by name, and the others
 //! are counted and told ([`super::unread`]).
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,7 +14,8 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::Format;
-use super::message;
+use super::column_names::ColumnNames;
+use super::message::{self, Message};
 use super::tokenized::TokenizedRow;
 use super::variables::{self, Variables};
 use crate::files::shown;
@@ -22,9 +24,36 @@ use crate::files::shown;
 #[derive(Clone, Debug)]
 pub struct Row {
     pub content: Content,
-    pub(super) file: Arc<PathBuf>,
-    /// Counted from 1.
-    pub(super) line: usize,
+    pub place: Place,
+}
+
+/// Where a row stands: `file:line`, or `file, row n` in a file whose rows are not lines.
+#[derive(Clone, Debug)]
+pub struct Place {
+    file: Arc<PathBuf>,
+    /// Number of a line or of a row, counted from 1.
+    number: usize,
+    is_line: bool,
+}
+
+impl Place {
+    pub fn line(file: &Arc<PathBuf>, number: usize) -> Place {
+        Place { file: file.clone(), number, is_line: true }
+    }
+
+    pub fn row(file: &Arc<PathBuf>, number: usize) -> Place {
+        Place { file: file.clone(), number, is_line: false }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let file: &Path = &self.file;
+        match self.is_line {
+            true => write!(f, "{}:{}", file.display(), self.number),
+            false => write!(f, "{}, row {}", file.display(), self.number),
+        }
+    }
 }
 
 /// A row by its format.
@@ -32,7 +61,7 @@ pub struct Row {
 pub enum Content {
     Text(String),
     Messages {
-        messages: Vec<Value>,
+        messages: Vec<Message>,
         variables: Variables,
     },
     PromptCompletion {
@@ -41,8 +70,8 @@ pub enum Content {
     },
     /// A prompt and a completion that are lists of messages.
     Conversation {
-        prompt: Vec<Value>,
-        completion: Vec<Value>,
+        prompt: Vec<Message>,
+        completion: Vec<Message>,
         variables: Variables,
     },
     Alpaca(Alpaca),
@@ -61,19 +90,14 @@ pub struct Alpaca {
 }
 
 impl Row {
-    /// `file:line`
-    pub fn place(&self) -> String {
-        place(&self.file, self.line)
-    }
-
     /// Returns the text that a model should learn to say: rows with the same answer are held out together.
     pub fn answer(&self) -> String {
-        let content = |messages: &[Value]| {
-            let of_assistant = |m: &&Value| m.get("role").is_some_and(|r| r == "assistant");
+        let content = |messages: &[Message]| {
+            let of_assistant = |m: &&Message| m.role() == "assistant";
             let Some(message) = messages.iter().rev().find(of_assistant).or(messages.last()) else {
                 return String::new();
             };
-            message.get("content").and_then(Value::as_str).map_or_else(|| message.to_string(), str::to_string)
+            message.content().map_or_else(|| message.keys.to_string(), str::to_string)
         };
         match &self.content {
             Content::Text(text) => text.clone(),
@@ -86,15 +110,12 @@ impl Row {
     }
 }
 
-/// `file:line`
-pub(super) fn place(file: &Path, line: usize) -> String {
-    format!("{}:{line}", file.display())
-}
-
-/// Formats by the columns that tell them, in the order in which TRL looks for them.
-const FORMS: [(Format, &[&str]); 5] = [
+/// Formats by the columns that tell them, in the order in which TRL looks for them. It makes messages of
+/// conversations, so that these go before messages.
+const FORMS: [(Format, &[&str]); 6] = [
     (Format::Tokenized, &["input_ids"]),
     (Format::PromptCompletion, &["prompt", "completion"]),
+    (Format::Sharegpt, &["conversations"]),
     (Format::Messages, &["messages"]),
     (Format::Text, &["text"]),
     (Format::Alpaca, &["instruction", "output"]),
@@ -103,12 +124,11 @@ const FORMS: [(Format, &[&str]); 5] = [
 const MEDIA: &str = "images, videos and audio are not read; remove the rows that have them";
 const PREFERENCE: &str =
     "preferences are not trained on; data.format messages or prompt_completion reads the other columns";
-const SHAREGPT: &str = "conversations are not read; write them as messages: [{\"role\": \"user\", \"content\": …}, …]";
 const OF_TOKENS: &str = "it tells of tokens, but the row has no input_ids";
 const OF_TEMPLATE: &str = "it is for the chat template, which renders messages only";
 
 /// Columns that have a meaning in TRL, LLaMA-Factory or axolotl, and why they are refused where they are not read.
-const REFUSED: [(&str, &str); 25] = [
+const REFUSED: [(&str, &str); 24] = [
     ("assistant_masks", OF_TOKENS),
     ("attention_mask", OF_TOKENS),
     ("audio", MEDIA),
@@ -117,7 +137,6 @@ const REFUSED: [(&str, &str); 25] = [
     ("chat_template_kwargs", OF_TEMPLATE),
     ("chosen", PREFERENCE),
     ("completion_mask", OF_TOKENS),
-    ("conversations", SHAREGPT),
     ("documents", "write {\"documents\": …} into chat_template_kwargs"),
     ("history", "it belongs to instruction and output; write earlier turns as messages"),
     ("image", MEDIA),
@@ -140,42 +159,41 @@ const REFUSED: [(&str, &str); 25] = [
 const KTO_LABEL: &str = "TRL's KTO marks undesirable completions with it; keep the other rows and remove the column";
 
 /// The columns of a row that have not been read yet.
-pub struct Columns(Map<String, Value>);
+pub struct Columns<'a> {
+    row: Map<String, Value>,
+    names: &'a ColumnNames,
+}
 
-impl Columns {
+impl Columns<'_> {
     /// Columns that are null are left out.
-    pub fn new(mut row: Map<String, Value>) -> Columns {
+    pub fn new(mut row: Map<String, Value>, names: &ColumnNames) -> Columns<'_> {
         row.retain(|_, value| !value.is_null());
-        Columns(row)
+        Columns { row, names }
     }
 
-    /// Names of the columns that have not been read.
+    /// Names of the columns that have not been read, as the file has them.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
+        self.row.keys().map(String::as_str)
     }
 
     /// Formats whose columns are all there, each with these columns.
     pub fn forms(&self) -> impl Iterator<Item = (Format, &'static [&'static str])> + '_ {
-        FORMS.into_iter().filter(|(_, columns)| columns.iter().all(|&c| self.0.contains_key(c)))
+        let is_there = |&column: &&str| self.row.contains_key(self.names.of(column));
+        FORMS.into_iter().filter(move |(_, columns)| columns.iter().all(is_there))
     }
 
     /// Returns the format that TRL would read.
     pub fn detect(&self) -> Result<Format> {
-        // TRL makes messages of conversations, so that they go before messages.
-        let goes_before = |format| matches!(format, Format::Tokenized | Format::PromptCompletion);
-        match (self.forms().next(), self.0.get("conversations")) {
-            (Some((format, _)), None) => Ok(format),
-            (Some((format, _)), Some(_)) if goes_before(format) => Ok(format),
-            (_, Some(found)) => bail!("conversations: found {}; {SHAREGPT}", shown(&found.to_string())),
-            (None, None) => {
-                let names: Vec<&String> = self.0.keys().collect();
-                bail!(
-                    "found the columns {}; allowed: text | messages | prompt, completion | instruction, input, output, \
-                     system, history | input_ids, labels, attention_mask, …",
-                    shown(&format!("{names:?}"))
-                )
-            }
-        }
+        let form = self.forms().next().map(|(format, _)| format);
+        form.with_context(|| {
+            let names: Vec<&String> = self.row.keys().collect();
+            format!(
+                "found the columns {}; allowed: text | messages | conversations | prompt, completion | instruction, input, \
+                 output, system, history | input_ids, labels, attention_mask, …; help: data.columns says which column is \
+                 to be read as which: {{prompt: question, completion: answer}}",
+                shown(&format!("{names:?}"))
+            )
+        })
     }
 
     /// Takes the columns of a format.
@@ -185,7 +203,12 @@ impl Columns {
             Format::Messages => {
                 Content::Messages { messages: self.messages("messages")?, variables: variables::take(self)? }
             }
-            Format::PromptCompletion if self.0.get("prompt").is_some_and(Value::is_array) => Content::Conversation {
+            Format::Sharegpt => {
+                let system = self.string_or_empty("system")?;
+                let messages = message::with_system(system, self.messages("conversations")?)?;
+                Content::Messages { messages, variables: variables::take(self)? }
+            }
+            Format::PromptCompletion if self.is_list("prompt") => Content::Conversation {
                 prompt: self.messages("prompt")?,
                 completion: self.messages("completion")?,
                 variables: variables::take(self)?,
@@ -208,13 +231,12 @@ impl Columns {
     /// Refuses the columns that have a meaning but have not been read. Those of another format are let be where the
     /// recipe names the format, and so are empty ones.
     pub fn refuse_rest(&self, format: Format, is_auto: bool) -> Result<()> {
-        let is_other_form = |why: &str| why == PREFERENCE || why == SHAREGPT;
-        for (name, value) in self.0.iter().filter(|(_, value)| !is_empty(value)) {
+        for (name, value) in self.row.iter().filter(|(_, value)| !is_empty(value)) {
             let why = match name.as_str() {
                 "label" if matches!(format, Format::PromptCompletion | Format::Messages) => Some(KTO_LABEL),
                 name => REFUSED.iter().find(|(refused, _)| *refused == name).map(|(_, why)| *why),
             };
-            if let Some(why) = why.filter(|why| is_auto || !is_other_form(why)) {
+            if let Some(why) = why.filter(|why| is_auto || *why != PREFERENCE) {
                 bail!(
                     "{name}: found {}; this column is not allowed in a row that is read as {}: {why}",
                     shown(&value.to_string()),
@@ -227,12 +249,17 @@ impl Columns {
 
     /// Takes a column that may be missing.
     pub fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.remove(name)
+        self.row.remove(self.names.of(name))
+    }
+
+    fn is_list(&self, name: &str) -> bool {
+        self.row.get(self.names.of(name)).is_some_and(Value::is_array)
     }
 
     /// Takes a column that must be there.
     pub fn need(&mut self, name: &str) -> Result<Value> {
         self.take(name).with_context(|| {
+            let name = self.names.shown(name);
             format!("the column {name:?} is missing; the rows of a file have one format, that of the first row or data.format")
         })
     }
@@ -246,7 +273,7 @@ impl Columns {
         self.take(name).map_or(Ok(String::new()), |value| string(name, value))
     }
 
-    fn messages(&mut self, name: &str) -> Result<Vec<Value>> {
+    fn messages(&mut self, name: &str) -> Result<Vec<Message>> {
         let value = self.need(name)?;
         message::list(name, value)
     }
@@ -283,7 +310,8 @@ mod tests {
     /// Reads a row and returns its content and the columns that nothing reads.
     fn read(row: Value, format: Format) -> Result<(Content, Vec<String>)> {
         let Value::Object(row) = row else { panic!("a row is an object") };
-        let mut columns = Columns::new(row);
+        let names = ColumnNames::default();
+        let mut columns = Columns::new(row, &names);
         let is_auto = format == Format::Auto;
         let format = if is_auto { columns.detect()? } else { format };
         let content = columns.content(format)?;
@@ -307,11 +335,17 @@ mod tests {
     #[test]
     fn of_several_formats_trls_is_read() {
         let all = json!({
-            "input_ids": [1, 2], "prompt": "p", "completion": "c", "messages": user_and_assistant(), "text": "t",
-            "instruction": "i", "output": "o",
+            "input_ids": [1, 2], "prompt": "p", "completion": "c", "conversations": user_and_assistant(),
+            "messages": user_and_assistant(), "text": "t", "instruction": "i", "output": "o",
         });
-        let order =
-            [&["input_ids"][..], &["completion", "prompt"], &["messages"], &["text"], &["instruction", "output"]];
+        let order = [
+            &["input_ids"][..],
+            &["completion", "prompt"],
+            &["conversations"],
+            &["messages"],
+            &["text"],
+            &["instruction", "output"],
+        ];
         let mut row = all;
         for (i, columns) in order.iter().enumerate() {
             let (_, rest) = read(row.clone(), Format::Auto).unwrap();
@@ -360,28 +394,28 @@ mod tests {
         for row in [&messages, &prompt] {
             assert!(error(&with(row, "label"), Format::Auto).contains("label: found [1]"));
         }
-        // Preferences and conversations are other formats: whoever names one is not asked about them.
-        for name in ["chosen", "rejected", "conversations"] {
+        // Preferences are another format: whoever names one is not asked about them.
+        for name in ["chosen", "rejected"] {
             assert_eq!(read(with(&messages, name), Format::Messages).unwrap().1, [name]);
         }
         assert!(error(&with(&messages, "images"), Format::Messages).contains("images: found"));
     }
 
     #[test]
-    fn sharegpt_is_refused_with_help() {
-        let conversations = json!([{"from": "human", "value": "a"}]);
-        for row in [
-            json!({"conversations": conversations}),
-            json!({"conversations": conversations, "messages": user_and_assistant(), "text": "t"}),
-        ] {
-            let error = error(&row, Format::Auto);
-            assert!(
-                error.contains("conversations: found [{\"from\"") && error.contains("write them as messages"),
-                "{error}"
-            );
+    fn conversations_are_messages() {
+        let conversations = json!([{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]);
+        let (messages, _) = read(json!({"messages": user_and_assistant()}), Format::Auto).unwrap();
+        // TRL reads conversations in the place of messages.
+        let others = json!([{"role": "user", "content": "other"}]);
+        for row in
+            [json!({"conversations": conversations}), json!({"conversations": conversations, "messages": others})]
+        {
+            assert_eq!(read(row, Format::Auto).unwrap().0, messages);
         }
-        let error = error(&json!({"messages": conversations}), Format::Auto);
-        assert!(error.contains("messages[0]") && error.contains("rename from to role"), "{error}");
+        assert_eq!(read(json!({"messages": conversations}), Format::Auto).unwrap().0, messages);
+        let with_system = json!({"conversations": conversations, "system": "s"});
+        let Content::Messages { messages, .. } = read(with_system, Format::Auto).unwrap().0 else { panic!() };
+        assert_eq!((messages.len(), messages[0].role(), messages[0].content()), (3, "system", Some("s")));
     }
 
     #[test]
@@ -445,7 +479,7 @@ mod tests {
         ];
         let answer = |row: Value| {
             let content = read(row, Format::Auto).unwrap().0;
-            Row { content, file: Arc::default(), line: 1 }.answer()
+            Row { content, place: Place::line(&Arc::default(), 1) }.answer()
         };
         for row in answers {
             assert_eq!(answer(row.clone()), "a", "{row}");

@@ -129,7 +129,7 @@ fn micro_batch(dataset: &Dataset, sequences: &[usize]) -> MicroBatch {
 #[cfg(test)]
 mod tests {
     use super::super::Document;
-    use super::super::dataset::Counts;
+    use super::super::counts::Counts;
     use super::*;
 
     fn dataset(n: usize) -> Dataset {
@@ -139,6 +139,9 @@ mod tests {
             sequences: (0..n).map(|i| vec![i]).collect(),
             counts: Counts::default(),
             notes: Vec::new(),
+            overlong: Default::default(),
+            without_target: Default::default(),
+            first_rows: Default::default(),
         }
     }
 

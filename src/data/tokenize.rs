@@ -3,9 +3,11 @@
 use std::ops::Range;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::LossOn;
+use super::chat_template::Rendered;
+use super::message::Message;
 use super::row::{Alpaca, Content, Row};
 use super::tokenizer::TextTokenizer;
 use super::variables::Variables;
@@ -17,6 +19,8 @@ pub struct Tokenized {
     pub is_target: Vec<bool>,
     /// False where the tokens of the prompt alone are not those that the document begins with.
     pub prompt_is_prefix: bool,
+    /// Roles of messages whose text the chat template does not write, or not as it is.
+    pub unwritten: Vec<String>,
 }
 
 impl Tokenized {
@@ -28,7 +32,7 @@ impl Tokenized {
 
     /// A document without a prompt, or with one that is its prefix.
     pub fn new(input_ids: Vec<u32>, is_target: Vec<bool>) -> Tokenized {
-        Tokenized { input_ids, is_target, prompt_is_prefix: true }
+        Tokenized { input_ids, is_target, prompt_is_prefix: true, unwritten: Vec::new() }
     }
 }
 
@@ -43,13 +47,13 @@ pub fn tokenize(
     let documents = match (&row.content, tokenizer) {
         (Content::Tokenized(row), _) => row.documents(loss_on),
         (_, None) => {
-            bail!("{}: the row is text, but there is no tokenizer (tokenizer.json in the model's folder)", row.place())
+            bail!("{}: the row is text, but there is no tokenizer (tokenizer.json in the model's folder)", row.place)
         }
         (content, Some(tokenizer)) => text(content, tokenizer, loss_on).map(|document| vec![document]),
     }
-    .with_context(|| row.place())?;
+    .with_context(|| row.place.to_string())?;
     if let Some(id) = documents.iter().flat_map(|d| &d.input_ids).find(|&&id| id as usize >= vocab_size) {
-        bail!("{}: token id {id}; the model's vocabulary has {vocab_size}", row.place());
+        bail!("{}: token id {id}; the model's vocabulary has {vocab_size}", row.place);
     }
     Ok(documents)
 }
@@ -90,21 +94,20 @@ fn text(content: &Content, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result
 /// Returns the prompt as LLaMA-Factory makes it (system, earlier turns, and the instruction with its input on the
 /// next line) and the answer. LLaMA-Factory counts the answers of earlier turns in the loss too; here they are part
 /// of the prompt.
-fn alpaca_messages(alpaca: &Alpaca) -> (Vec<Value>, Value) {
+fn alpaca_messages(alpaca: &Alpaca) -> (Vec<Message>, Message) {
     let Alpaca { system, history, instruction, input, output } = alpaca;
-    let message = |role: &str, content: &str| json!({"role": role, "content": content});
     let mut prompt = Vec::new();
     if !system.is_empty() {
-        prompt.push(message("system", system));
+        prompt.push(Message::new("system", system));
     }
     for (user, assistant) in history {
-        prompt.extend([message("user", user), message("assistant", assistant)]);
+        prompt.extend([Message::new("user", user), Message::new("assistant", assistant)]);
     }
     match input.is_empty() {
-        true => prompt.push(message("user", instruction)),
-        false => prompt.push(message("user", &format!("{instruction}\n{input}"))),
+        true => prompt.push(Message::new("user", instruction)),
+        false => prompt.push(Message::new("user", &format!("{instruction}\n{input}"))),
     }
-    (prompt, message("assistant", output))
+    (prompt, Message::new("assistant", output))
 }
 
 /// The prompt of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca).
@@ -142,27 +145,29 @@ fn strings(prompt: &str, whole: &str, special: bool, tokenizer: &TextTokenizer, 
     // that differs is the completion's.
     let begin = prompt_ids.iter().zip(&input_ids).take_while(|(a, b)| a == b).count();
     let is_target = (0..input_ids.len()).map(|i| loss_on == LossOn::All || i >= begin).collect();
-    Ok(Tokenized { input_ids, is_target, prompt_is_prefix: begin == prompt_ids.len() })
+    let prompt_is_prefix = begin == prompt_ids.len();
+    Ok(Tokenized { prompt_is_prefix, ..Tokenized::new(input_ids, is_target) })
 }
 
 fn after_prompt(
-    prompt: &[Value],
-    completion: &[Value],
+    prompt: &[Message],
+    completion: &[Message],
     variables: &Variables,
     tokenizer: &TextTokenizer,
     loss_on: LossOn,
 ) -> Result<Tokenized> {
-    let messages: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
+    let messages = [prompt, completion].concat();
     if loss_on == LossOn::Assistant {
         return conversation(&messages, variables, tokenizer, loss_on);
     }
-    let prompt = tokenizer.render_with(prompt, variables, true)?.text;
-    let whole = tokenizer.render_with(&messages, variables, false)?.text;
-    strings(&prompt, &whole, false, tokenizer, loss_on)
+    let prompt = tokenizer.render_with(&keys(prompt), variables, true)?.text;
+    let whole = tokenizer.render_with(&keys(&messages), variables, false)?;
+    let tokenized = strings(&prompt, &whole.text, false, tokenizer, loss_on)?;
+    finished(tokenized, &messages, variables, tokenizer, &whole)
 }
 
 fn conversation(
-    messages: &[Value],
+    messages: &[Message],
     variables: &Variables,
     tokenizer: &TextTokenizer,
     loss_on: LossOn,
@@ -171,9 +176,10 @@ fn conversation(
         loss_on != LossOn::Completion,
         "data.loss_on is completion, but the rows have no prompt: use assistant or all"
     );
-    let rendered = tokenizer.render_with(messages, variables, false)?;
+    let rendered = tokenizer.render_with(&keys(messages), variables, false)?;
     if loss_on != LossOn::Assistant {
-        return Ok(Tokenized::all_targets(tokenizer.encode(&rendered.text, false)?));
+        let tokenized = Tokenized::all_targets(tokenizer.encode(&rendered.text, false)?);
+        return finished(tokenized, messages, variables, tokenizer, &rendered);
     }
     ensure!(
         tokenizer.marks_generation(),
@@ -181,7 +187,76 @@ fn conversation(
     );
     let (input_ids, offsets) = tokenizer.encode_with_offsets(&rendered.text, false)?;
     let counts = |token| rendered.assistant_spans.iter().any(|span| is_in(token, span));
-    Ok(Tokenized::new(input_ids, offsets.iter().map(counts).collect()))
+    let tokenized = Tokenized::new(input_ids, offsets.iter().map(counts).collect());
+    finished(tokenized, messages, variables, tokenizer, &rendered)
+}
+
+fn keys(messages: &[Message]) -> Vec<Value> {
+    messages.iter().map(|message| message.keys.clone()).collect()
+}
+
+/// Does what messages themselves say about the loss, and notes those that the template leaves out.
+fn finished(
+    mut tokenized: Tokenized,
+    messages: &[Message],
+    variables: &Variables,
+    tokenizer: &TextTokenizer,
+    rendered: &Rendered,
+) -> Result<Tokenized> {
+    if messages.iter().any(|message| message.counts.is_some()) {
+        let (_, offsets) = tokenizer.encode_with_offsets(&rendered.text, false)?;
+        for (span, counts) in spans(messages, variables, tokenizer, rendered)? {
+            for (is_target, token) in tokenized.is_target.iter_mut().zip(&offsets) {
+                *is_target = if is_in(token, &span) { counts } else { *is_target };
+            }
+        }
+    }
+    let is_written = |text: &str| {
+        // Templates trim texts, and write some as JSON.
+        rendered.text.contains(text) || rendered.text.contains(Value::from(text).to_string().trim_matches('"'))
+    };
+    let is_left_out = |message: &&Message| message.content().is_some_and(|content| !is_written(content.trim()));
+    tokenized.unwritten = messages.iter().filter(is_left_out).map(|message| message.role().to_string()).collect();
+    Ok(tokenized)
+}
+
+/// Returns the bytes of each message that says whether it counts: those of the template's mark where it marks what
+/// the assistant says, else those that are added when the message is. What the assistant says begins after the
+/// generation prompt; the first message has all that the template writes before it.
+fn spans(
+    messages: &[Message],
+    variables: &Variables,
+    tokenizer: &TextTokenizer,
+    rendered: &Rendered,
+) -> Result<Vec<(Range<usize>, bool)>> {
+    let is_assistant = |message: &&Message| message.role() == "assistant";
+    let marks = &rendered.assistant_spans;
+    let only_assistant = messages.iter().filter(|message| message.counts.is_some()).all(|m| is_assistant(&m));
+    if only_assistant && marks.len() == messages.iter().filter(is_assistant).count() {
+        let marked = messages.iter().filter(is_assistant).zip(marks);
+        return Ok(marked.filter_map(|(message, span)| Some((span.clone(), message.counts?))).collect());
+    }
+    let mut spans = Vec::new();
+    for (i, message) in messages.iter().enumerate() {
+        let Some(counts) = message.counts else { continue };
+        let until = |end: usize, prompt: bool| {
+            let text = tokenizer.render_with(&keys(&messages[..end]), variables, prompt)?.text;
+            Ok::<_, anyhow::Error>(rendered.text.starts_with(&text).then_some(text.len()))
+        };
+        let begin = match (i, is_assistant(&message)) {
+            (0, _) => Some(0),
+            (_, false) => until(i, false)?,
+            (_, true) => until(i, true)?.map_or_else(|| until(i, false), |at| Ok(Some(at)))?,
+        };
+        let (Some(begin), Some(end)) = (begin, until(i + 1, false)?) else {
+            bail!(
+                "messages[{i}]: it says whether it counts, but the chat template writes the conversation up to it otherwise when \
+                 more follows; help: a template that marks {{% generation %}}, or input_ids and labels"
+            )
+        };
+        spans.push((begin..end, counts));
+    }
+    Ok(spans)
 }
 
 /// Tells if a token is in a span, as transformers 5.24 does for `return_assistant_tokens_mask`: it begins before the
@@ -195,8 +270,9 @@ fn is_in(token: &Range<usize>, span: &Range<usize>) -> bool {
 mod tests {
     use std::path::Path;
 
-    use super::super::Format;
-    use super::super::source::Rows;
+    use serde_json::json;
+
+    use super::super::source::{Rows, Source};
     use super::super::tokenizer::tests::{GOLDEN, with_template};
     use super::*;
 
@@ -204,7 +280,7 @@ mod tests {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("rows.jsonl");
         std::fs::write(&path, row.to_string())?;
-        let row = Rows::open(&[path], Format::Auto)?.next().unwrap()?;
+        let (row, _) = Rows::open(&[Source::new(path)])?.next().unwrap()?;
         Ok(tokenize(&row, Some(tokenizer), 320, loss_on)?.remove(0))
     }
 
@@ -282,6 +358,55 @@ mod tests {
             let error = format!("{:#}", prepare(&row, &tokenizer, LossOn::Auto).unwrap_err());
             assert!(error.contains(&format!("rows.jsonl:1: {name}: it needs a chat template")), "{error}");
         }
+    }
+
+    /// The text of the tokens that count.
+    fn counting(row: &Value, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result<String> {
+        let Tokenized { input_ids, is_target, .. } = prepare(row, tokenizer, loss_on)?;
+        let counting: Vec<u32> =
+            input_ids.iter().zip(is_target).filter(|token| token.1).map(|token| *token.0).collect();
+        tokenizer.decode(&counting, false)
+    }
+
+    #[test]
+    fn a_message_can_say_whether_it_counts() {
+        let message = |role: &str, content: &str| json!({"role": role, "content": content});
+        let with = |mut message: Value, key: &str, value: Value| {
+            message[key] = value;
+            message
+        };
+        let (user, first, second) = (message("user", "q"), message("assistant", "one"), message("assistant", "two"));
+        let chat = |messages: [&Value; 4]| json!({ "messages": messages });
+        let chatml = TextTokenizer::load(Path::new(GOLDEN), &jiff::Zoned::now()).unwrap();
+        let marked = with_template("generation");
+        let no_first = with(first.clone(), "weight", json!(0));
+        let (turn, reply) = ("<|im_start|>user\nq<|im_end|>\n", "<|im_start|>assistant\n");
+        let rows = chat([&user, &no_first, &user, &second]);
+        let rest = format!("{turn}{reply}{turn}{reply}two<|im_end|>\n");
+        assert_eq!(counting(&rows, &chatml, LossOn::Auto).unwrap(), rest);
+        assert_eq!(counting(&rows, &marked, LossOn::Assistant).unwrap(), "two<|im_end|>");
+        // Without a mark of the template, what is added with the message counts for it.
+        let no_user = with(user.clone(), "train", json!(false));
+        let counted = counting(&chat([&user, &first, &no_user, &second]), &chatml, LossOn::All).unwrap();
+        assert_eq!(counted, format!("{turn}{reply}one<|im_end|>\n{reply}two<|im_end|>\n"));
+        let user_too = with(user.clone(), "train", json!(true));
+        let counted = counting(&chat([&user, &no_first, &user_too, &second]), &marked, LossOn::Assistant).unwrap();
+        assert_eq!(counted, format!("{turn}two<|im_end|>"));
+        let prompt = json!({"prompt": [user, with(first, "train", json!(true)), user], "completion": [second]});
+        assert_eq!(counting(&prompt, &chatml, LossOn::Auto).unwrap(), "one<|im_end|>\ntwo<|im_end|>\n");
+    }
+
+    #[test]
+    fn a_template_that_rewrites_earlier_turns_cannot_say_where_a_message_is() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(Path::new(GOLDEN).join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+        let template = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}";
+        std::fs::write(dir.path().join("chat_template.jinja"), template).unwrap();
+        let tokenizer = TextTokenizer::load(dir.path(), &jiff::Zoned::now()).unwrap();
+        let message = |content: &str, counts: bool| json!({"role": "user", "content": content, "train": counts});
+        let row = json!({"messages": [message("a", true), message("b", false)]});
+        let error = format!("{:#}", prepare(&row, &tokenizer, LossOn::Auto).unwrap_err());
+        assert!(error.contains("rows.jsonl:1: messages[0]: it says whether it counts, but"), "{error}");
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub struct TokenizedRow {
 impl TokenizedRow {
     /// Takes `input_ids`, `labels` or `assistant_masks` and `completion_mask` (TRL), `attention_mask`, which tells
     /// padding, and `position_ids` or `seq_lengths` (TRL), which tell where documents begin.
-    pub fn take(columns: &mut Columns) -> Result<TokenizedRow> {
+    pub fn take(columns: &mut Columns<'_>) -> Result<TokenizedRow> {
         let found = columns.need("input_ids")?;
         let input_ids = integers("input_ids", found)?;
         let num_tokens = input_ids.len();
@@ -158,11 +158,12 @@ fn lengths_of(found: Value, num_tokens: usize) -> Result<Vec<usize>> {
 mod tests {
     use serde_json::json;
 
+    use super::super::column_names::ColumnNames;
     use super::*;
 
     fn documents(row: Value, loss_on: LossOn) -> Result<Vec<Tokenized>> {
         let Value::Object(row) = row else { panic!("a row is an object") };
-        TokenizedRow::take(&mut Columns::new(row))?.documents(loss_on)
+        TokenizedRow::take(&mut Columns::new(row, &ColumnNames::default()))?.documents(loss_on)
     }
 
     /// Labels of each document, as TRL builds them.

@@ -122,6 +122,11 @@ impl TextTokenizer {
         call(|| self.tokenizer.decode(ids, skip_special_tokens)).context("decoding")
     }
 
+    /// A token as the vocabulary has it, e.g. `Ġthe`.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
     /// Returns true if there is a template, without which [`TextTokenizer::render`] fails.
     pub fn has_chat_template(&self) -> bool {
         self.template.is_some()

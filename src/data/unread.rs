@@ -30,7 +30,7 @@ pub struct Unread {
 
 impl Unread {
     /// Looks at all columns of a row, of which `format` will be read.
-    pub fn count_forms(&mut self, columns: &Columns, format: Format) {
+    pub fn count_forms(&mut self, columns: &Columns<'_>, format: Format) {
         let names = |columns: &[&str]| columns.iter().map(|c| format!("`{c}`")).collect::<Vec<_>>().join(", ");
         let (read, others): (Vec<_>, Vec<_>) = columns.forms().partition(|(form, _)| *form == format);
         let (Some((_, read)), false) = (read.first(), others.is_empty()) else { return };
@@ -42,7 +42,7 @@ impl Unread {
     }
 
     /// Looks at the columns that a row has left, and at its messages.
-    pub fn count(&mut self, rest: &Columns, content: &Content) {
+    pub fn count(&mut self, rest: &Columns<'_>, content: &Content) {
         rest.names().for_each(|name| count(&mut self.columns, name));
         let (prompt, messages, variables) = match content {
             Content::Messages { messages, variables } => (&[][..], &messages[..], variables),
@@ -50,7 +50,7 @@ impl Unread {
             _ => return,
         };
         variables.keys().for_each(|name| count(&mut self.variables, name));
-        let keys = prompt.iter().chain(messages).filter_map(|m| m.as_object()).flat_map(|m| m.keys());
+        let keys = prompt.iter().chain(messages).filter_map(|m| m.keys.as_object()).flat_map(|m| m.keys());
         keys.filter(|key| *key != "role" && *key != "content").for_each(|key| count(&mut self.message_keys, key));
     }
 

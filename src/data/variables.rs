@@ -30,7 +30,7 @@ const NO_VARIABLES: [&str; 13] = [
 
 /// Takes `chat_template_kwargs` and `tools`. An empty list of tools is as good as none, though TRL hands it to the
 /// template, and where tools are in both TRL takes the former; here that is refused.
-pub fn take(columns: &mut Columns) -> Result<Variables> {
+pub fn take(columns: &mut Columns<'_>) -> Result<Variables> {
     let mut variables = match columns.take("chat_template_kwargs") {
         None => Map::new(),
         Some(Value::Object(variables)) => variables,

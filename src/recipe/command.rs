@@ -6,6 +6,7 @@ use super::keys;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
     Train,
+    Data,
     /// `plan` with a recipe.
     Plan,
     /// `plan` with a shape.
@@ -20,8 +21,9 @@ pub enum Command {
 
 impl Command {
     #[cfg(test)]
-    pub const ALL: [Command; 9] = [
+    pub const ALL: [Command; 10] = [
         Self::Train,
+        Self::Data,
         Self::Plan,
         Self::PlanShape,
         Self::Eval,
@@ -36,6 +38,7 @@ impl Command {
     pub fn name(self) -> &'static str {
         match self {
             Self::Train => "train",
+            Self::Data => "data",
             Self::Plan => "plan",
             Self::PlanShape => "plan --shape",
             Self::Eval => "eval",
@@ -52,7 +55,7 @@ impl Command {
         const MODEL: &str = keys::MODEL.path;
         const LENGTH: &str = keys::MAX_LENGTH.path;
         match self {
-            Self::Train | Self::Plan | Self::BenchCollectives => &[],
+            Self::Train | Self::Data | Self::Plan | Self::BenchCollectives => &[],
             Self::Eval => &[
                 (MODEL, "--model"),
                 (keys::ADAPTER.path, "--adapter"),
@@ -81,6 +84,6 @@ impl Command {
 
     /// Returns whether the command needs the folder of a model.
     pub(super) fn needs_model(self) -> bool {
-        matches!(self, Self::Train | Self::Plan | Self::Eval | Self::Generate | Self::Quantize)
+        matches!(self, Self::Train | Self::Data | Self::Plan | Self::Eval | Self::Generate | Self::Quantize)
     }
 }

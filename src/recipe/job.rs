@@ -9,11 +9,12 @@ use serde_json::{Map, Value};
 use super::command::Command;
 use super::keys::{self, Key};
 use super::overrides::Written;
+use super::sources::WrittenSources;
 use super::steps::When;
 use crate::checkpoint::output::Resume;
 use crate::choices::choices;
 pub use crate::comm::Gather;
-use crate::data::{Format, LossOn, Overlong, Packing};
+use crate::data::{LossOn, Overlong, Packing, Source};
 use crate::files::gguf_advice;
 pub use crate::fsdp::schedule::Accumulation;
 use crate::model::trainable::Targets;
@@ -100,9 +101,8 @@ impl Job {
 #[derive(Clone, Debug, PartialEq)]
 pub struct DataJob {
     /// Files and directories; empty if the command does not train.
-    pub train: Vec<PathBuf>,
+    pub train: Vec<Source>,
     pub eval: Option<EvalData>,
-    pub format: Format,
     pub max_length: usize,
     pub packing: Packing,
     pub overlong: Overlong,
@@ -112,11 +112,18 @@ pub struct DataJob {
 }
 
 /// Source of the held-out rows.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EvalData {
+    Sources(Vec<Source>),
+    /// Fraction of the training rows, above 0 and below 1.
+    Fraction(f64),
+}
+
+/// [`EvalData`] as it is written.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
-pub enum EvalData {
-    File(PathBuf),
-    /// Fraction of the training rows, above 0 and below 1.
+pub(super) enum WrittenEval {
+    Sources(WrittenSources),
     Fraction(f64),
 }
 
@@ -237,7 +244,7 @@ fn check_required(written: &mut Written, command: Command) {
         }
         _ => {}
     }
-    if matches!(command, Command::Train | Command::Plan) && written.get(&keys::TRAIN) == Some(None) {
+    if matches!(command, Command::Train | Command::Data | Command::Plan) && written.get(&keys::TRAIN) == Some(None) {
         written.errors.push("data.train: missing, it must be a file, a directory, or a list of them".into());
     }
 }
@@ -371,16 +378,7 @@ fn build(written: &Written, command: Command, values: Map<String, Value>) -> Opt
         model: written.get(&keys::MODEL)?.unwrap_or_default(),
         output_dir: written.get(&keys::OUTPUT_DIR)?,
         shards: written.get(&keys::SHARDS)?,
-        data: DataJob {
-            train: written.get(&keys::TRAIN)?.unwrap_or_default(),
-            eval: written.get(&keys::EVAL)?,
-            format: written.get(&keys::FORMAT)?,
-            max_length: written.get(&keys::MAX_LENGTH)?,
-            packing: written.get(&keys::PACKING)?,
-            overlong: overlong(written)?,
-            loss_on: written.get(&keys::LOSS_ON)?,
-            shuffle: written.get(&keys::SHUFFLE)?,
-        },
+        data: build_data(written)?,
         quantization: QuantizationJob {
             load_in_4bit: written.get(&keys::LOAD_IN_4BIT)?,
             double_quant: written.get(&keys::DOUBLE_QUANT)?,
@@ -407,6 +405,23 @@ fn build(written: &Written, command: Command, values: Map<String, Value>) -> Opt
             host_budget: written.get(&keys::HOST_BUDGET)?,
         },
         values,
+    })
+}
+
+fn build_data(written: &Written) -> Option<DataJob> {
+    let (format, columns) = (written.get(&keys::FORMAT)?, written.get(&keys::COLUMNS)?.unwrap_or_default());
+    let decided = |sources: WrittenSources| sources.decided(format, &columns);
+    Some(DataJob {
+        train: written.get(&keys::TRAIN)?.map(decided).unwrap_or_default(),
+        eval: written.get(&keys::EVAL)?.map(|eval| match eval {
+            WrittenEval::Sources(sources) => EvalData::Sources(decided(sources)),
+            WrittenEval::Fraction(fraction) => EvalData::Fraction(fraction),
+        }),
+        max_length: written.get(&keys::MAX_LENGTH)?,
+        packing: written.get(&keys::PACKING)?,
+        overlong: overlong(written)?,
+        loss_on: written.get(&keys::LOSS_ON)?,
+        shuffle: written.get(&keys::SHUFFLE)?,
     })
 }
 

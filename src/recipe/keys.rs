@@ -9,12 +9,13 @@ use serde_json::Value;
 
 use super::command::Command;
 use super::job::{
-    Accumulation, ActivationCheckpointing, ComputeDtype, EvalData, Gather, LrScheduler, ShardingStrategy, Strategy,
+    Accumulation, ActivationCheckpointing, ComputeDtype, Gather, LrScheduler, ShardingStrategy, Strategy, WrittenEval,
 };
 use super::overrides::Written;
 use super::paths;
+use super::sources::WrittenSources;
 use crate::checkpoint::output::Resume;
-use crate::data::{Format, LossOn, Overlong, Packing};
+use crate::data::{ColumnNames, Format, LossOn, Overlong, Packing};
 use crate::model::trainable::Targets;
 
 /// A key with the type that its value is read as.
@@ -57,34 +58,42 @@ macro_rules! keys {
     };
 }
 
-use Command::{BenchKernels, BenchStep, Eval, Generate, Plan, PlanShape, Quantize, Train};
+use Command::{BenchKernels, BenchStep, Data, Eval, Generate, Plan, PlanShape, Quantize, Train};
 
-/// Lists of commands that read a key. Other keys in the recipe of `plan` are for `train` and are checked as `train`
-/// checks them.
+/// Lists of commands that read a key. Other keys in the recipe of `plan` or `data` are for `train` and are checked as
+/// `train` checks them.
 const TRAINING: &[Command] = &[Train];
 const TRAIN_PLAN: &[Command] = &[Train, Plan];
 const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep];
-const ROWS: &[Command] = &[Train, Eval];
+const TRAINING_ROWS: &[Command] = &[Train, Data];
+const ROWS: &[Command] = &[Train, Data, Eval];
 const ADAPTERS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchKernels];
 const BASES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, Quantize, BenchStep, BenchKernels];
 const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchKernels];
 const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep];
 
 keys! {
-    MODEL: Option<PathBuf> = "model", "null", TRAIN_PLAN, |v| nullable(v, path),
+    MODEL: Option<PathBuf> = "model", "null", &[Train, Data, Plan], |v| nullable(v, path),
         &["a Hugging Face directory"], "the model to start from (required)";
     OUTPUT_DIR: PathBuf = "output_dir", "./out", TRAINING, path, &["a directory"], "where adapter and metrics go";
     SHARDS: Option<PathBuf> = "shards", "auto", &[Train, Eval, Generate], |v| auto_or(v, path),
         &["auto", "a directory"], "where quantized shards are kept; auto: the user's cache folder";
 
-    TRAIN: Option<Vec<PathBuf>> = "data.train", "null", TRAINING, |v| nullable(v, path_list),
-        &["a file", "a directory", "a list of them"], "training data (required to train)";
-    EVAL: Option<EvalData> = "data.eval", "null", TRAINING, |v| nullable(v, eval_data),
-        &["null", "a file", "a fraction of data.train above 0 and below 1"], "held-out data; null: none";
+    TRAIN: Option<WrittenSources> = "data.train", "null", TRAINING_ROWS, |v| nullable(v, WrittenSources::read),
+        WrittenSources::ALLOWED,
+        "training data (required to train); weight: how often each row is in an epoch; split: the files of a folder that \
+         have this word in their names";
+    EVAL: Option<WrittenEval> = "data.eval", "null", TRAINING_ROWS, |v| nullable(v, eval_data),
+        &["null", "a fraction of data.train above 0 and below 1", "whatever data.train may be"],
+        "held-out data; null: none";
     FORMAT: Format = "data.format", "auto", ROWS, choice, Format::ALLOWED,
-        "the fields of a row; text: a text; messages: a chat; prompt_completion: a prompt and what follows it; alpaca: \
-         instruction, input and output; tokenized: input_ids; auto: those that the first row of each file has";
-    MAX_LENGTH: usize = "data.max_length", "1024", TRAIN_PLAN, |v| integer(v, 2..=1 << 24),
+        "the columns of a row; text: a text; messages: a chat; prompt_completion: a prompt and what follows it; alpaca: \
+         instruction, input and output; sharegpt: conversations; tokenized: input_ids; auto: those that the first row of \
+         each file has";
+    COLUMNS: Option<ColumnNames> = "data.columns", "null", ROWS, |v| nullable(v, ColumnNames::read),
+        &["null (their own)", "{column: its name in the files}, e.g. {prompt: question, completion: answer}"],
+        "names that the columns have in the files";
+    MAX_LENGTH: usize = "data.max_length", "1024", &[Train, Data, Plan], |v| integer(v, 2..=1 << 24),
         &["an integer from 2 to 16777216"], "tokens in the longest sequence";
     PACKING: Packing = "data.packing", "true", ROWS, choice,
         Packing::ALLOWED,
@@ -239,9 +248,6 @@ const MAX_SECONDS: f64 = 10.0 * 365.0 * 86_400.0;
 /// Keys that are planned but not implemented.
 pub(super) const KEYS_NOT_YET: &[&str] = &[];
 
-/// Values that are planned but not implemented.
-pub(super) const VALUES_NOT_YET: &[(&str, &str)] = &[("data.format", "sharegpt")];
-
 /// Returns whether this is the name of a section of keys, e.g. `lora`.
 pub(super) fn is_section(path: &str) -> bool {
     ALL.iter().any(|key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
@@ -356,6 +362,7 @@ fn path(value: &Value) -> Option<PathBuf> {
 pub(super) fn why_no_path(value: &Value) -> Option<String> {
     match value {
         Value::Array(list) => list.iter().find_map(why_no_path),
+        Value::Object(keys) => why_no_path(keys.get("path")?),
         value => paths::read(value.as_str()?).err(),
     }
 }
@@ -368,17 +375,10 @@ fn resume(value: &Value) -> Option<Resume> {
     }
 }
 
-fn path_list(value: &Value) -> Option<Vec<PathBuf>> {
-    match value {
-        Value::Array(list) => list.iter().map(path).collect::<Option<_>>().filter(|paths: &Vec<_>| !paths.is_empty()),
-        one => path(one).map(|path| vec![path]),
-    }
-}
-
-fn eval_data(value: &Value) -> Option<EvalData> {
+fn eval_data(value: &Value) -> Option<WrittenEval> {
     match number(value) {
-        Some(fraction) => (0.0 < fraction && fraction < 1.0).then_some(EvalData::Fraction(fraction)),
-        None => path(value).map(EvalData::File),
+        Some(fraction) => (0.0 < fraction && fraction < 1.0).then_some(WrittenEval::Fraction(fraction)),
+        None => WrittenSources::read(value).map(WrittenEval::Sources),
     }
 }
 
@@ -408,10 +408,6 @@ mod tests {
 
     #[test]
     fn what_is_not_supported_is_not_a_key() {
-        for (path, value) in VALUES_NOT_YET {
-            let key = ALL.iter().find(|key| key.path == *path).unwrap();
-            assert!(!(key.is_allowed)(&json!(value)), "{path}: {value}");
-        }
         assert!(KEYS_NOT_YET.iter().all(|path| ALL.iter().all(|key| key.path != *path)));
         assert!(is_section("lora") && !is_section("lora.r") && !is_section("model") && !is_section("lo"));
     }
@@ -447,8 +443,8 @@ mod tests {
 
     #[test]
     fn eval_is_a_file_or_a_fraction() {
-        assert_eq!(eval_data(&json!(0.1)), Some(EvalData::Fraction(0.1)));
-        assert_eq!(eval_data(&json!("e.jsonl")), Some(EvalData::File("e.jsonl".into())));
+        assert_eq!(eval_data(&json!(0.1)), Some(WrittenEval::Fraction(0.1)));
+        assert!(matches!(eval_data(&json!("e.jsonl")), Some(WrittenEval::Sources(_))));
         assert_eq!([json!(0), json!(1), json!(-0.5), json!("")].map(|v| eval_data(&v)), [const { None }; 4]);
     }
 }

@@ -8,6 +8,7 @@ mod job;
 mod keys;
 mod overrides;
 mod paths;
+mod sources;
 mod steps;
 
 use std::path::Path;
@@ -64,7 +65,7 @@ const EXAMPLE: &str = "\
     model: ./SmolLM2-135M-Instruct    # a Hugging Face directory
     output_dir: ./out                 # the adapter goes there
     data:
-      train: train.jsonl              # rows of {text}, {messages}, {prompt, completion}, or {instruction, input, output}
+      train: train.jsonl              # rows of {text}, {messages}, {prompt, completion}, …; `fsdp-qlora data` shows them
 
   `fsdp-qlora train -c FILE` takes another file, `fsdp-qlora train --help-recipe` tells all keys";
 
@@ -99,7 +100,7 @@ mod tests {
 
     use super::job::{Accumulation, LrScheduler, QuantizationJob};
     use super::*;
-    use crate::data::Overlong;
+    use crate::data::{Overlong, Source};
     use crate::model::spec::ModuleId;
     use crate::model::trainable::Targets;
     use tempfile::TempDir;
@@ -125,7 +126,7 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_design() {
         let job = recipe(GOOD, &[]).unwrap();
-        assert_eq!(job.data.train, [Path::new("t.jsonl")]);
+        assert_eq!(job.data.train, [Source::new("t.jsonl")]);
         assert_eq!((job.data.max_length, job.data.eval, job.shards), (1024, None, None));
         assert_eq!((job.output_dir.as_path(), job.lora.r, job.lora.alpha), (Path::new("./out"), 16, 16.0));
         assert_eq!((job.lora.dropout, job.lora.use_rslora), (0.05, false));
@@ -173,7 +174,7 @@ fsdp:
         let job = recipe(yaml, &set).unwrap();
         assert_eq!((job.lora.r, job.lora.alpha, job.training.max_steps), (32, 64.0, Some(100)));
         assert_eq!(job.lora.target_modules, Targets::Named(vec![ModuleId::Q, ModuleId::V]));
-        assert_eq!((job.data.train.len(), job.data.eval), (2, Some(EvalData::File("e.jsonl".into()))));
+        assert_eq!((job.data.train.len(), job.data.eval), (2, Some(EvalData::Sources(vec![Source::new("e.jsonl")]))));
         let compute_dtype = ComputeDtype::Auto;
         let quantization = QuantizationJob { load_in_4bit: false, double_quant: Some(false), compute_dtype };
         assert_eq!(job.quantization, quantization);
@@ -220,7 +221,13 @@ max_steps: 3
             ),
             ("quantization: {bnb_4bit_quant_storage: bfloat16}", "allowed: uint8"),
             ("quantization: {bnb_4bit_compute_dtype: bf16}", "allowed: auto, bfloat16, float16, float32"),
-            ("data: {format: sharegpt}", "(not supported yet), allowed: "),
+            ("data: {format: sharegtp}", "data.format: found \"sharegtp\", allowed: auto, text, messages"),
+            (
+                "data: {columns: {prompts: question}}",
+                "data.columns: found {\"prompts\":\"question\"}, allowed: null (their own), {column: its name",
+            ),
+            ("data: {eval: {path: e.jsonl, weight: 0}}", "data.eval: found {\"path\""),
+            ("data: {eval: {path: $HOME/e.jsonl}}", "variables are not expanded here"),
             ("fsdp: {vram_budget: 22 gigs}", "a size, e.g. 22GiB"),
             ("fsdp: {gather: mpi}", "fsdp.gather: found \"mpi\", allowed: auto, nccl, host"),
             ("fsdp: {sharding_strategy: no_shard, gather: host}", "nothing to gather"),

@@ -132,12 +132,7 @@ fn check_value(key: &KeyInfo, name: &str, value: &Value) -> Option<String> {
     if (key.is_allowed)(value) {
         return None;
     }
-    let not_yet = keys::VALUES_NOT_YET.iter().any(|&(path, v)| path == key.path && value.as_str() == Some(v));
-    let reason = match (not_yet, keys::why_no_path(value)) {
-        (true, _) => " (not supported yet)".into(),
-        (false, Some(why)) => format!(" ({why})"),
-        (false, None) => String::new(),
-    };
+    let reason = keys::why_no_path(value).map_or(String::new(), |why| format!(" ({why})"));
     Some(format!("{name}: found {}{reason}, allowed: {}", shown(&value.to_string()), key.allowed.join(", ")))
 }
 

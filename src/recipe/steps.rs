@@ -95,7 +95,7 @@ impl TrainingJob {
     fn said(&self, num_sequences: usize, global: usize, epochs: Epochs, num_steps: usize) -> String {
         let of_epoch = match (epochs.dropped(), epochs.last_step()) {
             (0, last) if last == global => String::new(),
-            (0, last) => format!(", the last of an epoch of {last}"),
+            (0, last) => format!(" (the last of each epoch has {last})"),
             (dropped, _) => format!(", which leave {} out of each epoch", counted(dropped, "sequence")),
         };
         let key = match self.max_steps {
@@ -188,9 +188,14 @@ mod tests {
                 5,
                 3.0,
                 3,
-                "3 steps of 16 sequences, the last of an epoch of 5; an epoch of 5 sequences has 1 step, so these are 3.00",
+                "3 steps of 16 sequences (the last of each epoch has 5); an epoch of 5 sequences has 1 step, so these are 3.00",
             ),
-            (33, 2.0, 6, "6 steps of 16 sequences, the last of an epoch of 1; an epoch of 33 sequences has 3 steps"),
+            (
+                33,
+                2.0,
+                6,
+                "6 steps of 16 sequences (the last of each epoch has 1); an epoch of 33 sequences has 3 steps",
+            ),
             (32, 1.0, 2, "2 steps of 16 sequences; an epoch of 32 sequences has 2 steps, so these are 1.00 epochs"),
             (33, 0.5, 2, "so these are 0.97 epochs (training.num_train_epochs: 0.5)"),
             (5, 0.1, 1, "1 step of 16 sequences"),

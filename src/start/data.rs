@@ -2,7 +2,8 @@
 
 use anyhow::{Context, Result};
 
-use crate::data::{self, DataOptions, Dataset, TextTokenizer};
+use crate::data::preview::Preview;
+use crate::data::{self, Dataset, Format, Source, TextTokenizer};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::spec::ModelSpec;
@@ -24,21 +25,9 @@ pub struct TrainingData {
 impl TrainingData {
     /// Reads the rows, tells what they have become, and adds to `inputs` what ranks must have in common of them.
     pub fn load(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<TrainingData> {
-        let options = data_options(job);
-        let tokenizer = tokenizer(start, job, &options)?;
-        let (tokenizer, vocab_size, paths) = (tokenizer.as_ref(), config.vocab_size, &job.data.train);
-        let (train, eval) = match &job.data.eval {
-            None => (Dataset::load(paths, tokenizer, vocab_size, &options)?, None),
-            Some(EvalData::File(file)) => {
-                let eval = Dataset::load(std::slice::from_ref(file), tokenizer, vocab_size, &options.for_evaluation())
-                    .context("data.eval")?;
-                (Dataset::load(paths, tokenizer, vocab_size, &options).context("data.train")?, Some(eval))
-            }
-            Some(EvalData::Fraction(fraction)) => {
-                let (train, eval) = Dataset::load_with_held_out(paths, tokenizer, vocab_size, &options, *fraction)?;
-                (train, Some(eval))
-            }
-        };
+        let tokenizer = tokenizer(start, job)?;
+        let tokenizer = tokenizer.as_ref();
+        let (train, eval) = datasets(job, tokenizer, config.vocab_size)?;
         inputs.add_tokenizer(tokenizer);
         inputs.add_data("data.train", &train);
         eval.iter().for_each(|eval| inputs.add_data("data.eval", eval));
@@ -66,11 +55,41 @@ impl TrainingData {
     }
 }
 
+/// Reads the rows that a job trains on, and those that it evaluates on.
+fn datasets(job: &Job, tokenizer: Option<&TextTokenizer>, vocab_size: usize) -> Result<(Dataset, Option<Dataset>)> {
+    let (options, sources) = (data_options(job), &job.data.train);
+    Ok(match &job.data.eval {
+        None => (Dataset::load(sources, tokenizer, vocab_size, &options)?, None),
+        Some(EvalData::Sources(held_out)) => {
+            let eval = Dataset::load(held_out, tokenizer, vocab_size, &options.for_evaluation());
+            let eval = eval.context("data.eval")?;
+            (Dataset::load(sources, tokenizer, vocab_size, &options).context("data.train")?, Some(eval))
+        }
+        Some(EvalData::Fraction(fraction)) => {
+            let (train, eval) = Dataset::load_with_held_out(sources, tokenizer, vocab_size, &options, *fraction)?;
+            (train, Some(eval))
+        }
+    })
+}
+
+/// Reads the rows of a job that trains, and describes them and the first `num_rows` of each part.
+pub fn previews(start: &Start, job: &Job, config: &ModelSpec, num_rows: usize) -> Result<(Preview, Option<Preview>)> {
+    let tokenizer = tokenizer(start, job)?;
+    let tokenizer = tokenizer.as_ref();
+    let (train, eval) = datasets(job, tokenizer, config.vocab_size)?;
+    let held_out = match &job.data.eval {
+        Some(EvalData::Sources(held_out)) => held_out,
+        Some(EvalData::Fraction(_)) | None => &job.data.train,
+    };
+    let eval = eval.map(|eval| Preview::new(&eval, held_out, tokenizer, num_rows)).transpose()?;
+    Ok((Preview::new(&train, &job.data.train, tokenizer, num_rows)?, eval))
+}
+
 /// Reads the rows of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must
 /// have in common of them.
 pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<Dataset> {
     let options = data_options(job).for_evaluation();
-    let tokenizer = tokenizer(start, job, &options)?;
+    let tokenizer = tokenizer(start, job)?;
     let dataset = Dataset::load(&job.data.train, tokenizer.as_ref(), config.vocab_size, &options)?;
     tell(start, "data", &dataset, config);
     inputs.add_tokenizer(tokenizer.as_ref());
@@ -79,10 +98,15 @@ pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts
 }
 
 /// Loads the tokenizer of a job's model, which rows that are tokenized already can do without.
-fn tokenizer(start: &Start, job: &Job, options: &DataOptions) -> Result<Option<TextTokenizer>> {
-    match (TextTokenizer::load(&job.model, &start.clock), options.format) {
-        (Err(_), data::Format::Tokenized) => Ok(None),
-        (tokenizer, _) => tokenizer.map(Some),
+fn tokenizer(start: &Start, job: &Job) -> Result<Option<TextTokenizer>> {
+    let held_out = match &job.data.eval {
+        Some(EvalData::Sources(held_out)) => &held_out[..],
+        Some(EvalData::Fraction(_)) | None => &[],
+    };
+    let is_tokenized = |source: &Source| source.format == Format::Tokenized;
+    match TextTokenizer::load(&job.model, &start.clock) {
+        Err(_) if job.data.train.iter().chain(held_out).all(is_tokenized) => Ok(None),
+        tokenizer => tokenizer.map(Some),
     }
 }
 

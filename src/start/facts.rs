@@ -77,7 +77,7 @@ impl Facts {
         let mut facts = Facts::default();
         for (key, value) in job.values() {
             let is_path = PATH_KEYS.contains(&key.as_str())
-                || matches!(job.data.eval, Some(EvalData::File(_))) && key == "data.eval";
+                || matches!(job.data.eval, Some(EvalData::Sources(_))) && key == "data.eval";
             facts.add(key, if is_path { "a path".into() } else { value.to_string() });
         }
         facts

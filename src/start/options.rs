@@ -41,13 +41,7 @@ pub fn nf4_double_quant(job: &Job) -> Option<bool> {
 /// Returns how a job's rows become documents and sequences.
 pub fn data_options(job: &Job) -> DataOptions {
     let data = &job.data;
-    DataOptions {
-        format: data.format,
-        max_length: data.max_length,
-        packing: data.packing,
-        overlong: data.overlong,
-        loss_on: data.loss_on,
-    }
+    DataOptions { max_length: data.max_length, packing: data.packing, overlong: data.overlong, loss_on: data.loss_on }
 }
 
 /// Returns the sizes of a job's step whose sequences all have the longest length that it allows. It is decided later

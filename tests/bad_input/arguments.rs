@@ -135,7 +135,7 @@ fn what_will_surprise_is_said_before_the_first_step() {
     let sets = ["training.max_steps=null", "training.num_train_epochs=1", "training.warmup_steps=null"];
     let with = |more: &[&'static str]| train_with(&[&sets[..], more].concat());
     let text = succeeds(place.command(&with(&["training.global_batch_size=64"])));
-    let epoch = text.find("the run has 1 step of 64 sequences, the last of an epoch of 24;");
+    let epoch = text.find("the run has 1 step of 64 sequences (the last of each epoch has 24);");
     assert!(epoch.is_some_and(|at| at < text.find("step 1/1").unwrap()), "{text}");
     assert!(text.contains("; the learning rate rises in 0 steps, a tenth of them"), "{text}");
     let learned = place.read("out/metrics.jsonl");

@@ -173,6 +173,7 @@ fn train() {
         by("data.train=nowhere.jsonl"),
         by("data.eval=0.3"),
         by("data.format=messages"),
+        by("data.columns={input_ids: labels}"),
         by("data.max_length=16"),
         by("data.packing=true"),
         by_with("data.overlong=drop", &["data.max_length=24"]),
@@ -212,6 +213,7 @@ fn eval() {
     let own = [
         by("shards=shards"),
         by("data.format=messages"),
+        by("data.columns={input_ids: labels}"),
         by("data.packing=false"),
         by_with("data.overlong=drop", &[]),
         by("data.loss_on=completion"),
@@ -274,4 +276,20 @@ fn plan() {
     check("plan", &[&recipe[..], &cards].concat(), &[&own, &engine, &BASE, &ADAPTER, &STEPS]);
     let shape = ["plan", "--shape", "llama-3.1-8b", "--layers", "2", "--seq", "4096"];
     check("plan --shape", &[&shape[..], &cards].concat(), &[&engine, &BASE, &ADAPTER, &STEPS]);
+}
+
+#[test]
+fn data() {
+    let own = [
+        by("model=nowhere"),
+        by("data.train=nowhere.jsonl"),
+        by("data.eval=0.3"),
+        by("data.format=messages"),
+        by("data.columns={input_ids: labels}"),
+        by("data.max_length=16"),
+        by("data.packing=true"),
+        by_with("data.overlong=drop", &["data.max_length=24"]),
+        by("data.loss_on=completion"),
+    ];
+    check("data", &["data", "-c", "recipe.yaml", "--json"], &[&own]);
 }

@@ -1,5 +1,6 @@
 //! The tiny model, the rows and the objective that tests of training steps share.
 
+use fsdp_qlora::testing::data::Source;
 use fsdp_qlora::testing::{
     Cpu, DataOptions, Dataset, Engine, Format, LossOn, Mode, Objective, Overlong, Packing, Queue, Residency, Update,
     Values,
@@ -19,14 +20,9 @@ pub fn update(step: u32, learning_rate: f64) -> Update {
 
 /// The 24 rows of the golden steps.
 pub fn rows(packing: Packing) -> Dataset {
-    let options = DataOptions {
-        format: Format::Tokenized,
-        max_length: 128,
-        packing,
-        overlong: Overlong::Truncate,
-        loss_on: LossOn::Auto,
-    };
-    Dataset::load(&[golden("qlora_steps/rows.jsonl")], None, 320, &options).unwrap()
+    let options = DataOptions { max_length: 128, packing, overlong: Overlong::Truncate, loss_on: LossOn::Auto };
+    let source = Source { format: Format::Tokenized, ..Source::new(golden("qlora_steps/rows.jsonl")) };
+    Dataset::load(&[source], None, 320, &options).unwrap()
 }
 
 pub fn trainer() -> EngineOptions {

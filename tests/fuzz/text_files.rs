@@ -5,6 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 use anyhow::Result;
+use fsdp_qlora::testing::data::Source;
 use fsdp_qlora::testing::{ChatTemplate, DataOptions, Dataset, Format, LossOn, Overlong, Packing, TextTokenizer};
 use jiff::Zoned;
 use serde_json::{Map, Value, json};
@@ -165,33 +166,48 @@ const TEMPLATE_WORDS: &[&str] = &[
     "(((((((",
 ];
 
-/// Rows of a data set; the options follow from the rows.
+/// Rows of a data set; the form of the file and the options follow from the rows.
 pub fn rows() -> Target {
     let folder = Folder::new(&[(TOKENIZER, file(TOKENIZER)), (TOKENIZER_CONFIG, file(TOKENIZER_CONFIG))]);
     folder.write("chat_template.jinja", &file("generation_template.jinja"));
     let tokenizer = TextTokenizer::load(&folder.path(), &Zoned::now()).unwrap();
     let read = move |input: &[u8]| {
-        folder.write("rows.jsonl", input);
-        let paths = [folder.path().join("rows.jsonl")];
-        let dataset = Dataset::load(&paths, Some(&tokenizer), 320, &options(input))?;
+        let (name, format, options) = options(input);
+        folder.write(name, input);
+        let sources = [Source { format, ..Source::new(folder.path().join(name)) }];
+        let dataset = Dataset::load(&sources, Some(&tokenizer), 320, &options)?;
         dataset.digest();
         assert!(dataset.sequence_lengths().all(|length| length > 0), "an empty sequence");
-        Dataset::load_with_held_out(&paths, Some(&tokenizer), 320, &options(input), 0.3).map(drop)
+        Dataset::load_with_held_out(&sources, Some(&tokenizer), 320, &options, 0.3).map(drop)
     };
-    let words =
-        &["input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "tools", "chat_template_kwargs"];
+    let words = &[
+        "input_ids",
+        "labels",
+        "attention_mask",
+        "position_ids",
+        "seq_lengths",
+        "tools",
+        "chat_template_kwargs",
+        "conversations",
+        "from",
+        "value",
+        "function_call",
+        "weight",
+    ];
     Target::new(Form::Lines, words, vec![fs::read(golden("qlora_steps/rows.jsonl")).unwrap()], read)
 }
 
-fn options(input: &[u8]) -> DataOptions {
+fn options(input: &[u8]) -> (&'static str, Format, DataOptions) {
     let mut hash = DefaultHasher::new();
     input.hash(&mut hash);
     let hash = hash.finish() as usize;
-    DataOptions {
-        format: [Format::Auto, Format::Auto, Format::Auto, Format::Messages][hash % 4],
+    let name = ["rows.jsonl", "rows.jsonl", "rows.jsonl", "rows.json", "rows.csv", "rows.txt"][hash / 2048 % 6];
+    let format = [Format::Auto, Format::Auto, Format::Auto, Format::Messages][hash % 4];
+    let options = DataOptions {
         loss_on: [LossOn::Auto, LossOn::Auto, LossOn::All, LossOn::Completion, LossOn::Assistant][hash / 4 % 5],
         packing: [Packing::BestFit, Packing::Wrapped, Packing::None][hash / 32 % 3],
         overlong: [Overlong::Truncate, Overlong::Split, Overlong::Drop, Overlong::Error][hash / 128 % 4],
         max_length: [2, 3, 64, 1024][hash / 512 % 4],
-    }
+    };
+    (name, format, options)
 }

@@ -1,0 +1,259 @@
+//! Reads files of rows, row by row: no file is in memory as a whole.
+//!
+//! | name | what a row is |
+//! |---|---|
+//! | `.jsonl` | the object of a line |
+//! | `.json` | an object of the array that the file is, or the object of a line |
+//! | `.csv`, `.tsv` | a record; the first one names the columns; an empty field is no column |
+//! | `.txt` | a line that is not empty, as the column `text` |
+//! | `.parquet` | a record |
+//!
+//! Each may be compressed, with `.gz` or `.zst` behind its name.
+
+mod array;
+mod lines;
+mod open;
+mod parquet;
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Map, Value, json};
+
+use super::column_names::ColumnNames;
+use super::row::{Columns, Place, Row};
+use super::unread::Unread;
+use super::{Format, TextTokenizer};
+use crate::files;
+use open::{Kind, kind_of};
+
+/// Bytes of the longest row. Tokenizing takes about 170 times as much host memory, 700 MiB, on every rank.
+pub const MAX_ROW_BYTES: usize = 4 << 20;
+
+/// Files whose rows are read alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Source {
+    /// A file, or a folder of files.
+    pub path: PathBuf,
+    /// Number of times that each row is in an epoch. 0.5 takes every second row, 2.5 each row two or three times.
+    pub weight: f64,
+    /// `Format::Auto` decides for each file by its first row.
+    pub format: Format,
+    /// Part of a folder that is read: the files that have this word in their names, or lie in a folder of this name.
+    pub split: Option<String>,
+    pub columns: ColumnNames,
+}
+
+impl Source {
+    /// A file or folder that is read once, and says itself what is in it.
+    pub fn new(path: impl Into<PathBuf>) -> Source {
+        Source { path: path.into(), weight: 1.0, format: Format::Auto, split: None, columns: ColumnNames::default() }
+    }
+}
+
+/// Iterates over the rows of sources, in order, each with the number of times that it is in an epoch. Errors name file
+/// and line, or file and row.
+pub struct Rows {
+    /// Files and their sources, the last one first.
+    files: Vec<(PathBuf, Arc<Source>)>,
+    open: Option<RowFile>,
+    unread: Unread,
+    notes: Vec<String>,
+}
+
+impl Rows {
+    /// Finds the files of all sources.
+    pub fn open(sources: &[Source]) -> Result<Rows> {
+        let (mut files, mut notes) = (Vec::new(), Vec::new());
+        for source in sources {
+            let shared = Arc::new(source.clone());
+            files.extend(files_of(source, &mut notes)?.into_iter().map(|file| (file, shared.clone())));
+        }
+        files.reverse();
+        Ok(Rows { files, open: None, unread: Unread::default(), notes })
+    }
+
+    /// Returns sentences about files of folders, and about columns and keys of the rows read so far, that nothing
+    /// reads.
+    pub fn notes(&self, tokenizer: Option<&TextTokenizer>) -> Vec<String> {
+        [&self.notes[..], &self.unread.notes(tokenizer)].concat()
+    }
+
+    fn next_row(&mut self) -> Result<Option<(Row, usize)>> {
+        loop {
+            if self.open.is_none() {
+                let Some((path, source)) = self.files.pop() else { return Ok(None) };
+                self.open = Some(RowFile::open(path, source)?);
+            }
+            if let Some(file) = &mut self.open {
+                match file.next_row(&mut self.unread)? {
+                    Some(row) => return Ok(Some(row)),
+                    None => ensure!(file.format.is_some(), "{}: has no rows", file.path.display()),
+                }
+            }
+            self.open = None;
+        }
+    }
+}
+
+impl Iterator for Rows {
+    type Item = Result<(Row, usize)>;
+
+    fn next(&mut self) -> Option<Result<(Row, usize)>> {
+        self.next_row().transpose()
+    }
+}
+
+/// Files that `datasets` and others put beside rows.
+const NO_ROWS: [&str; 4] = ["dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"];
+/// Words by which the files of a folder are told apart.
+const TRAINING: [&str; 2] = ["train", "training"];
+const HELD_OUT: [&str; 7] = ["dev", "eval", "evaluation", "heldout", "test", "val", "validation"];
+
+/// Returns the file itself, or the files of the folder and of its split. A note says what is left out of a folder.
+fn files_of(source: &Source, notes: &mut Vec<String>) -> Result<Vec<PathBuf>> {
+    let Source { path, split, .. } = source;
+    if !path.is_dir() {
+        let file = path.display();
+        ensure!(split.is_none(), "{file}: split is for folders; found a file; help: remove split, or name the folder");
+        return Ok(vec![path.clone()]);
+    }
+    let mut files = entries(path)?;
+    if let Some(split) = split {
+        let of_split = path.join(split);
+        let inside = if of_split.is_dir() { entries(&of_split)? } else { Vec::new() };
+        files.retain(|(_, file)| has_word(file, &[split]));
+        files.extend(inside);
+    }
+    let (folder, of) = (path.display(), split.as_ref().map_or(String::new(), |split| format!(" of the split {split}")));
+    let kind = files.iter().map(|(kind, _)| *kind).min();
+    let kind = kind.with_context(|| format!("{folder}: holds no file of rows{of}; allowed: {}", Kind::NAMES))?;
+    let (read, left): (Vec<_>, Vec<_>) = files.into_iter().partition(|(k, _)| *k == kind);
+    if let Some((_, first)) = left.first() {
+        let first = first.file_name().unwrap_or_default().display();
+        notes.push(format!("{folder}: its .{} files are read, and {first} and others like it are not", kind.name()));
+    }
+    let read: Vec<PathBuf> = read.into_iter().map(|(_, file)| file).collect();
+    if let (None, Some(train), Some(other)) =
+        (split, read.iter().find(|file| has_word(file, &TRAINING)), read.iter().find(|file| has_word(file, &HELD_OUT)))
+    {
+        let name = |file: &Path| file.file_name().unwrap_or_default().display().to_string();
+        bail!(
+            "{folder}: found {} and {}, which are splits; help: name the file, or say the split: {{path: {folder}, split: train}}",
+            name(train),
+            name(other)
+        );
+    }
+    Ok(read)
+}
+
+/// Returns the files of a folder that may hold rows, by name, each with its form.
+fn entries(folder: &Path) -> Result<Vec<(Kind, PathBuf)>> {
+    let place = || folder.display().to_string();
+    let entries = std::fs::read_dir(folder).with_context(place)?;
+    let files = entries.map(|e| e.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>().with_context(place)?;
+    let is_about_rows = |file: &Path| NO_ROWS.iter().any(|name| file.ends_with(name));
+    let of_rows = files.into_iter().filter(|file| !is_about_rows(file) && !file.is_dir());
+    let mut files: Vec<_> = of_rows.filter_map(|file| Some((kind_of(&file)?.0, file))).collect();
+    files.sort_by(|(_, a), (_, b)| a.cmp(b));
+    Ok(files)
+}
+
+/// Tells whether one of these words stands in the name of a file, with no letter or digit before or behind it.
+fn has_word(file: &Path, words: &[impl AsRef<str>]) -> bool {
+    let name = file.file_name().unwrap_or_default().to_string_lossy();
+    words.iter().map(AsRef::as_ref).any(|word| {
+        name.match_indices(word).any(|(at, _)| {
+            let (before, behind) = (name[..at].chars().next_back(), name[at + word.len()..].chars().next());
+            [before, behind].into_iter().flatten().all(|c| !c.is_alphanumeric())
+        })
+    })
+}
+
+/// A file of rows that is being read.
+struct RowFile {
+    objects: Objects,
+    path: Arc<PathBuf>,
+    source: Arc<Source>,
+    /// Number of rows that have been read.
+    num_rows: usize,
+    /// `None` before the first row.
+    format: Option<Format>,
+}
+
+/// The objects of a file, each with its place: a number of a line or of a row.
+enum Objects {
+    Lines(lines::Lines),
+    Texts(lines::Lines),
+    Array(array::Array),
+    Table(table::Table),
+    Parquet(parquet::Parquet),
+}
+
+impl RowFile {
+    fn open(path: PathBuf, source: Arc<Source>) -> Result<RowFile> {
+        let path = Arc::new(path);
+        let Some((kind, _)) = kind_of(&path) else {
+            // What is not there is reported as such.
+            files::open(&path)?;
+            bail!("{}: the name has no known ending; allowed: {}", path.display(), Kind::NAMES)
+        };
+        let objects = match kind {
+            Kind::Jsonl => Objects::Lines(lines::Lines::new(open::reader(&path)?, path.clone())),
+            Kind::Text => Objects::Texts(lines::Lines::new(open::reader(&path)?, path.clone())),
+            Kind::Csv => Objects::Table(table::Table::new(open::reader(&path)?, path.clone(), b',')?),
+            Kind::Tsv => Objects::Table(table::Table::new(open::reader(&path)?, path.clone(), b'\t')?),
+            Kind::Parquet => Objects::Parquet(parquet::Parquet::new(open::file(&path)?, path.clone())?),
+            Kind::Json => {
+                let mut reader = open::reader(&path)?;
+                match array::is_array(&mut reader).with_context(|| path.display().to_string())? {
+                    true => Objects::Array(array::Array::new(reader, path.clone())),
+                    false => Objects::Lines(lines::Lines::new(reader, path.clone())),
+                }
+            }
+        };
+        Ok(RowFile { objects, path, source, num_rows: 0, format: None })
+    }
+
+    /// Returns the next row, and the number of times that it is in an epoch.
+    fn next_row(&mut self, unread: &mut Unread) -> Result<Option<(Row, usize)>> {
+        let Some((place, object)) = self.next_object()? else { return Ok(None) };
+        let mut columns = Columns::new(object, &self.source.columns);
+        let is_auto = self.source.format == Format::Auto;
+        let format = match (self.format, is_auto) {
+            (Some(format), _) => format,
+            (None, false) => self.source.format,
+            (None, true) => columns.detect().with_context(|| place.to_string())?,
+        };
+        self.format = Some(format);
+        if is_auto {
+            unread.count_forms(&columns, format);
+        }
+        let content = columns.content(format).with_context(|| place.to_string())?;
+        columns.refuse_rest(format, is_auto).with_context(|| place.to_string())?;
+        unread.count(&columns, &content);
+        self.num_rows += 1;
+        let until = |rows: usize| (rows as f64 * self.source.weight).floor() as usize;
+        let times = until(self.num_rows) - until(self.num_rows - 1);
+        Ok(Some((Row { content, place }, times)))
+    }
+
+    fn next_object(&mut self) -> Result<Option<(Place, Map<String, Value>)>> {
+        match &mut self.objects {
+            Objects::Lines(lines) => lines.next_object(),
+            Objects::Array(array) => array.next_object(),
+            Objects::Table(table) => table.next_object(),
+            Objects::Parquet(parquet) => parquet.next_object(),
+            Objects::Texts(lines) => {
+                let Some((place, line)) = lines.next_line()? else { return Ok(None) };
+                let text = std::str::from_utf8(line).with_context(|| format!("{place}: not UTF-8"))?;
+                Ok(Some((place, Map::from_iter([("text".to_string(), json!(text))]))))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
