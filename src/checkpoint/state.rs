@@ -10,7 +10,7 @@
 //!
 //! The values are whole tensors, so that any number of ranks can go on from them. The folder is written under another
 //! name, synced, read back and compared, `state.json` last, and renamed: a folder of this name with a `state.json` is
-//! complete, and a file in it that was damaged later is found by its digest.
+//! complete. A file in it that was damaged later is found by its digest, and `state.json` by its own checksum.
 
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,7 @@ use anyhow::{Context, Result, ensure};
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
 
 use super::adapter::{self, Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE};
 use super::atomic;
@@ -84,9 +85,17 @@ pub struct State {
     /// The run, as `run.json` has it.
     pub run: RunIdentity,
     files: Vec<Digest>,
+    /// XXH3 of the other keys as JSON, in hexadecimal.
+    checksum: String,
 }
 
 impl State {
+    fn with_checksum(mut self) -> Result<State> {
+        self.checksum.clear();
+        self.checksum = format!("{:016x}", xxh3_64(&serde_json::to_vec(&self)?));
+        Ok(self)
+    }
+
     /// Time at which the checkpoint was written, in UTC.
     pub fn written(&self) -> &str {
         &self.written
@@ -137,7 +146,9 @@ impl Checkpoint<'_> {
             progress: self.progress,
             run: self.run.clone(),
             files: names.iter().map(|name| Digest::of(&new, name)).collect::<Result<_>>()?,
+            checksum: String::new(),
         };
+        let state = state.with_checksum()?;
         atomic::sync_folder(&new)?;
         let mut text = serde_json::to_vec_pretty(&state)?;
         text.push(b'\n');
@@ -201,7 +212,9 @@ pub fn read_state(checkpoint: &Path) -> Result<State> {
     let value: serde_json::Value = files::read_json(&file, files::MAX_SETTINGS_BYTES)?;
     let format = &value["format"];
     ensure!(*format == FORMAT, "{}: format {format}, this program reads {FORMAT}", file.display());
-    serde_json::from_value(value).with_context(|| file.display().to_string())
+    let state: State = serde_json::from_value(value).with_context(|| file.display().to_string())?;
+    ensure!(state.clone().with_checksum()? == state, "{}: damaged: its checksum is wrong", file.display());
+    Ok(state)
 }
 
 /// Returns whether a run could go on from a checkpoint.
@@ -364,7 +377,7 @@ mod tests {
         let path = write(output.path(), 7);
         for name in [TENSORS_FILE, CONFIG_FILE, OPTIMIZER_FILE, METRICS_FILE] {
             let whole = std::fs::read(path.join(name)).unwrap();
-            for at in [0, whole.len() / 2, whole.len() - 1] {
+            for at in (0..whole.len()).step_by(1 + whole.len() / 50).chain([whole.len() - 1]) {
                 let mut flipped = whole.clone();
                 flipped[at] ^= 1;
                 for damaged in [&flipped[..], &whole[..at]] {
@@ -380,6 +393,27 @@ mod tests {
         assert!(format!("{:#}", Found::open(&path).err().unwrap()).contains(OPTIMIZER_FILE));
         std::fs::remove_file(path.join(STATE_FILE)).unwrap();
         assert_eq!(list(output.path()), []);
+    }
+
+    #[test]
+    fn a_state_that_was_damaged_says_nothing_else() {
+        let output = tempfile::tempdir().unwrap();
+        let path = write(output.path(), 7);
+        let (whole, state) = (std::fs::read(path.join(STATE_FILE)).unwrap(), read_state(&path).unwrap());
+        let mut refused = 0;
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1;
+            std::fs::write(path.join(STATE_FILE), &damaged).unwrap();
+            match read_state(&path) {
+                Ok(found) => assert_eq!(found, state, "byte {at}: {}", String::from_utf8_lossy(&damaged)),
+                Err(error) => {
+                    assert!(format!("{error:#}").contains(STATE_FILE), "{error:#}");
+                    refused += 1;
+                }
+            }
+        }
+        assert!(2 * refused > whole.len(), "{refused} of {} bytes matter", whole.len());
     }
 
     #[test]
