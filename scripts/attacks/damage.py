@@ -38,6 +38,15 @@ def replace(name, make):
     return prepare
 
 
+def damage(path, what, share):
+    """Changes a byte at a share of a file, cuts the file off there, or empties it."""
+    data = bytearray(path.read_bytes())
+    at = int(len(data) * share)
+    if what == "byte":
+        data[at] ^= 0x55
+    path.write_bytes({"byte": data, "cut": data[:at], "empty": b""}[what])
+
+
 def not_a_file(_):
     """A folder, a FIFO, a device, a link to itself or no file at all in the place of a file."""
     for name, args in INPUTS.items():
@@ -171,12 +180,7 @@ def shard_files(random):
             assert place.run(*EVAL).status == 0
             shards = [p for p in place.path("cache").rglob("*.safetensors")]
             assert shards, "no shard was written"
-            path = shards[0]
-            data = bytearray(path.read_bytes())
-            at = int(len(data) * share)
-            if what == "byte":
-                data[at] ^= 0x55
-            path.write_bytes({"byte": data, "cut": data[:at], "empty": b""}[what])
+            damage(shards[0], what, share)
 
         yield Attack(f"a shard, {what} at {share:.3f}", prepare, {"same"}, EVAL)
 

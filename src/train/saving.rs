@@ -14,7 +14,8 @@ use anyhow::{Context, Result, anyhow};
 use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::state::{self, Checkpoint, Found, Progress, Values};
-use crate::comm::{Queue, watch};
+use crate::comm::Queue;
+use crate::comm::watch::{self, Phase};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::grads::Values as Kind;
@@ -115,6 +116,7 @@ pub fn save<D: Ops, Q: Queue<D>>(
     progress: Progress,
     metrics: &[u8],
 ) -> Result<()> {
+    watch::phase(Phase::Checkpoint)?;
     if let Some(writer) = writer.as_deref_mut() {
         writer.settle().or_else(|error| writer.tell(&error))?;
     }
@@ -145,6 +147,7 @@ pub fn restore<D: Ops, Q: Queue<D>>(
     settings: &AdapterSettings,
     spec: &ModelSpec,
 ) -> Result<()> {
+    watch::phase(Phase::Resume)?;
     let mut scatter = |layer: usize, values: [Vec<f32>; 3]| {
         KINDS
             .into_iter()

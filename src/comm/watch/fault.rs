@@ -1,13 +1,14 @@
 //! Deliberate faults, `FSDP_QLORA_FAULT=KIND:RANK:PHASE`, for tests of how a job ends.
 //!
-//! KIND is `panic`, `error`, `abort` (dies without a message), `hang`, `slow` (takes some seconds and reports
-//! progress) or `drag=MS` (pauses for so many milliseconds before each action from here on). PHASE is the number of a step or a word of
-//! [`Phase::word`].
+//! KIND is `panic`, `error`, `abort` (dies without a message), `kill` and `stop` (send SIGKILL and SIGSTOP to the
+//! process itself), `hang`, `slow` (takes some seconds and reports progress) or `drag=MS` (pauses for so many
+//! milliseconds before each action from here on). PHASE is the number of a step or a word of [`Phase::word`].
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Signal, getpid, kill_process};
 
 use super::Phase;
 
@@ -33,7 +34,7 @@ pub fn inject(rank: usize, phase: Phase) -> Result<()> {
     let Ok(fault) = std::env::var(VARIABLE) else { return Ok(()) };
     let parts: Vec<&str> = fault.split(':').collect();
     let [kind, at_rank, at_phase] = parts[..] else {
-        bail!("{VARIABLE} is {fault:?}; allowed: panic|error|abort|hang|slow|drag=MS:RANK:PHASE")
+        bail!("{VARIABLE} is {fault:?}; allowed: panic|error|abort|kill|stop|hang|slow|drag=MS:RANK:PHASE")
     };
     let at_rank: usize = at_rank.parse().with_context(|| format!("{VARIABLE}: {at_rank:?} is no rank"))?;
     if at_rank != rank || at_phase != phase.word() {
@@ -43,6 +44,8 @@ pub fn inject(rank: usize, phase: Phase) -> Result<()> {
         "panic" => panic!("a panic was asked for by {VARIABLE}"),
         "error" => bail!("an error was asked for by {VARIABLE}"),
         "abort" => std::process::abort(),
+        "kill" => kill_process(getpid(), Signal::KILL)?,
+        "stop" => kill_process(getpid(), Signal::STOP)?,
         "hang" => loop {
             std::thread::park();
         },
@@ -52,7 +55,7 @@ pub fn inject(rank: usize, phase: Phase) -> Result<()> {
         }),
         other => match other.strip_prefix("drag=").and_then(|text| text.parse().ok()) {
             Some(pause) => PAUSE_MS.store(pause, Ordering::Relaxed),
-            None => bail!("{VARIABLE}: {other:?}; allowed: panic, error, abort, hang, slow, drag=MS"),
+            None => bail!("{VARIABLE}: {other:?}; allowed: panic, error, abort, kill, stop, hang, slow, drag=MS"),
         },
     }
     Ok(())

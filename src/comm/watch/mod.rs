@@ -3,13 +3,16 @@
 //! A rank says what it is at ([`at`], [`phase`]) and what it waits for ([`wait`]). All ranks of a node write this on one `board`.
 //! If a rank waits and no rank of the node has made progress for the time limit, the watchdog ends all ranks with one message: which
 //! ranks are missing, and what each rank is doing. A rank that works for long reports progress now and then ([`beat`]), and the
-//! ranks that wait for it go on waiting. A process that ends without a message ends all ranks too.
+//! ranks that wait for it go on waiting. A process that ends without a message ends all ranks too, and so does a mapped file that can
+//! no longer be read.
 //!
 //! There is one watchdog a process, as there is one MPI: its functions do nothing before it is started. It takes part in no collective
 //! and changes no value.
 
 mod board;
+mod bus;
 mod fault;
+mod phase;
 mod process;
 mod report;
 
@@ -21,6 +24,7 @@ use rustix::process::{Signal, getpid, kill_process};
 
 pub use board::Board;
 use board::{Record, State};
+pub use phase::Phase;
 use process::Process;
 use report::TimeOut;
 
@@ -48,48 +52,6 @@ const WAIT_FOR_THE_END: Duration = Duration::from_secs(10);
 
 /// Time that an orderly end of the process may take.
 const END_IN_ANY_CASE: Duration = Duration::from_secs(15);
-
-/// The parts of a run, named in messages and in tests of how a run ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Before MPI_Init.
-    Start,
-    /// The exchange of what ranks must have in common.
-    Agree,
-    /// Making shard files.
-    Quantize,
-    /// Reading and mapping what the model needs.
-    Load,
-    /// Starting the device and its collectives.
-    Device,
-    Step(usize),
-    Save,
-    /// Before MPI_Finalize.
-    End,
-}
-
-impl Phase {
-    /// Returns the phase's name in the variable for faults.
-    fn word(self) -> String {
-        match self {
-            Phase::Step(step) => step.to_string(),
-            other => format!("{other:?}").to_lowercase(),
-        }
-    }
-
-    fn text(self) -> String {
-        match self {
-            Phase::Start => "the start of MPI".into(),
-            Phase::Agree => "the agreement of the ranks".into(),
-            Phase::Quantize => "making the shards".into(),
-            Phase::Load => "loading the model".into(),
-            Phase::Device => "starting the device".into(),
-            Phase::Step(step) => format!("step {step}"),
-            Phase::Save => "saving".into(),
-            Phase::End => "the end".into(),
-        }
-    }
-}
 
 /// Limit of a wait during which no rank makes progress.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -236,6 +198,7 @@ pub fn start(rank: usize, world_size: usize) -> Result<()> {
         next_id: 0,
     };
     let watch = Watch { limits: Limits::from_environment()?, inner: Mutex::new(inner), probes: Mutex::default() };
+    bus::listen()?;
     if WATCH.set(watch).is_ok() {
         let thread = std::thread::Builder::new().name("watchdog".into());
         thread.spawn(|| run(WATCH.get().expect("set above"))).context("starting the watchdog")?;
@@ -377,6 +340,9 @@ fn run(watch: &Watch) {
         if let Err(error) = look_at_probes(watch) {
             end_all_ranks(&format!("{error:#}"), Duration::ZERO);
         }
+        if let Some(message) = bus::message() {
+            end_all_ranks(&message, Duration::ZERO);
+        }
         let (beats, another_speaks) = {
             let inner = watch.inner();
             (inner.board.beats(), inner.board.another_speaks())
@@ -488,13 +454,5 @@ mod tests {
         assert_eq!(quiet.time, Duration::ZERO, "a rank has moved");
         quiet.tick(1, 3600 * second);
         assert_eq!(quiet.time, LONGEST_TICK, "this process was suspended");
-    }
-
-    #[test]
-    fn faults_know_every_phase_by_one_word() {
-        let phases = [Phase::Start, Phase::Agree, Phase::Quantize, Phase::Load, Phase::Device, Phase::Save, Phase::End];
-        let words: Vec<String> = phases.iter().map(|phase| phase.word()).collect();
-        assert_eq!(words, ["start", "agree", "quantize", "load", "device", "save", "end"]);
-        assert_eq!(Phase::Step(12).word(), "12");
     }
 }

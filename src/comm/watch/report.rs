@@ -42,6 +42,10 @@ impl TimeOut<'_> {
         if others > 0 && !ranks.is_empty() {
             text += &format!("\n  {others} more: not seen from here (other machines)");
         }
+        if others > 0 && missing.is_empty() && !ranks.is_empty() {
+            text += "\nhelp: a machine without a message is gone or cut off: start again without it, and the run goes on after its \
+                     newest checkpoint";
+        }
         if let Some(help) = help {
             text += &format!("\nhelp: {help}");
         }
@@ -132,6 +136,7 @@ mod tests {
         assert!(time_out(&all, 2).contains("all ranks have come to it"));
         assert!(time_out(&all, 4).contains("no rank that is seen from here is missing"));
         assert!(time_out(&all, 4).contains("2 more: not seen from here"));
+        assert!(time_out(&all, 4).contains("help: a machine without a message is gone or cut off"));
         let late = [(0, record("x", "gather of layer 7"), Process::Runs), (1, record("", "reduce"), Process::Runs)];
         assert!(time_out(&late, 2).contains("rank 1 has not come to it"), "waiting elsewhere is not coming");
     }

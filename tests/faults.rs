@@ -1,0 +1,186 @@
+//! Faults that come from outside, under real mpirun: a rank that is killed or stopped, in whatever part of a run; a mapped file that is
+//! cut short; a wall clock that is set back. All ranks end and say why, the files are whole or known not to be, and a restart goes on.
+
+mod common;
+
+use std::fs::File;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::cli::{Place, TRAIN, fails, metrics, program, succeeds, train_with};
+use common::running::{Running, signal};
+
+/// Everything must be gone after this.
+const END: Duration = Duration::from_secs(20);
+const ADAPTER: &str = "out/adapter_model.safetensors";
+const MANY_STEPS: &str = "training.max_steps=100000";
+
+/// A place with a recipe that has dropout and saves after every second of six steps.
+fn place() -> Place {
+    let place = Place::new();
+    place.write(
+        "recipe.yaml",
+        "model: model\noutput_dir: out\ndata: {train: rows.jsonl, max_length: 128, packing: false}\n\
+         lora: {r: 4, lora_dropout: 0.1}\n\
+         training: {global_batch_size: 6, max_steps: 6, learning_rate: 1.0e-2, save_steps: 2}\n",
+    );
+    place
+}
+
+/// What a run on three ranks says that has a fault, which ends all of them.
+fn ended_by(place: &Place, fault: &str) -> String {
+    let mut command = place.mpirun(3, &TRAIN);
+    command.env("FSDP_QLORA_FAULT", fault).env("FSDP_QLORA_TIMEOUT_S", "3");
+    if !fault.ends_with("start") {
+        command.env("FSDP_QLORA_START_TIMEOUT_S", "60");
+    }
+    let start = Instant::now();
+    let output = command.output().expect("mpirun (scripts/setup installs it)");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success(), "{fault}: {text}");
+    assert!(start.elapsed() < END, "{fault}: {:?}\n{text}", start.elapsed());
+    assert_eq!(place.ranks(), Vec::<u32>::new(), "{fault}: left running");
+    text
+}
+
+/// Puts a fault into each phase in turn, on each rank in turn, and starts the run again.
+fn in_every_phase(kind: &str, is_told: impl Fn(&str) -> bool) {
+    let whole = place();
+    succeeds(whole.mpirun(3, &TRAIN));
+    let phases = ["start", "agree", "quantize", "load", "device", "4", "checkpoint", "resume", "save", "end"];
+    for (i, phase) in phases.into_iter().enumerate() {
+        let place = place();
+        if phase == "resume" {
+            ended_by(&place, "error:0:4");
+        }
+        let fault = format!("{kind}:{}:{phase}", i % 3);
+        let text = ended_by(&place, &fault);
+        assert!(is_told(&text), "{fault}: {text}");
+        let text = succeeds(place.mpirun(3, &TRAIN));
+        let expected = match phase {
+            "resume" | "4" => "going on after step 2,",
+            "save" => "going on after step 4,",
+            "end" => "already finished",
+            _ => "",
+        };
+        assert!(text.contains(expected), "{fault}: {text}");
+        assert!(place.read(ADAPTER) == whole.read(ADAPTER), "{fault}: another adapter");
+    }
+}
+
+#[test]
+fn a_rank_that_is_killed_in_any_phase_is_named_and_a_restart_goes_on() {
+    // The launcher may end the other ranks before one of them says it.
+    in_every_phase("kill", |text| text.contains("was killed or has crashed") || text.contains("signal 9"));
+}
+
+#[test]
+fn a_rank_that_is_stopped_in_any_phase_is_named_and_a_restart_goes_on() {
+    in_every_phase("stop", |text| {
+        text.contains("was stopped by a signal")
+            || text.contains("MPI_Init did not end within 3 s: a rank was not started")
+    });
+}
+
+#[test]
+fn a_rank_that_is_stopped_while_it_writes_a_checkpoint_is_named() {
+    let place = place();
+    let args = train_with(&["training.save_steps=1", MANY_STEPS]);
+    let mut command = place.mpirun(2, &args);
+    command.env("FSDP_QLORA_TIMEOUT_S", "3");
+    let mut run = Running::start(&place, command);
+    assert!(run.until(|place| place.path("out/checkpoint-1").exists()));
+    let writing = |place: &Place| place.path("out/.fsdp-qlora-checkpoint-new").exists();
+    assert!(run.until(writing) && signal(place.ranks()[0], "STOP"));
+    let (status, text) = run.ends();
+    assert!(status == Some(1) && text.contains("was stopped by a signal"), "{status:?}: {text}");
+    let mut run = Running::start(&place, place.mpirun(2, &args));
+    assert!(run.says("going on after step"), "{}", run.text());
+    place.ranks().iter().for_each(|rank| assert!(signal(*rank, "USR1")));
+    assert_eq!(run.ends().0, Some(75));
+}
+
+/// The shard file of a rank.
+fn shard(place: &Place, rank: usize) -> PathBuf {
+    let name = format!("nf4-{rank:05}-of-");
+    place.results().iter().find(|path| path.contains(&name)).expect("a shard file").into()
+}
+
+#[test]
+fn a_shard_that_is_cut_short_while_it_is_mapped_is_named_and_made_again() {
+    for (ranks, len) in [(1, 0), (2, 0), (2, 5000)] {
+        let place = place();
+        let mut run = Running::start(&place, place.mpirun(ranks, &train_with(&[MANY_STEPS])));
+        assert!(run.says("step 3/"), "{}", run.text());
+        let shard = shard(&place, ranks - 1);
+        let before = std::fs::metadata(&shard).unwrap().len();
+        File::options().write(true).open(&shard).unwrap().set_len(len).unwrap();
+        let start = Instant::now();
+        let (status, text) = run.ends();
+        assert!(status == Some(1) && start.elapsed() < END, "{status:?} after {:?}: {text}", start.elapsed());
+        let told: Vec<&str> = text.lines().filter(|line| line.contains("cannot be read")).collect();
+        let why = format!("it was cut short to {len} bytes while this run had it mapped");
+        assert!(told.len() == 1 && told[0].contains(shard.to_str().unwrap()) && told[0].contains(&why), "{text}");
+        assert_eq!(place.ranks(), Vec::<u32>::new(), "left running");
+        succeeds(place.mpirun(ranks, &[&TRAIN[..], &["--overwrite"]].concat()));
+        assert_eq!(std::fs::metadata(&shard).unwrap().len(), before, "it was made again");
+    }
+}
+
+#[test]
+fn a_base_that_is_cut_short_while_it_is_quantized_is_named() {
+    let place = place();
+    let mut command = place.mpirun(2, &TRAIN);
+    command.env("FSDP_QLORA_FAULT", "slow:1:quantize");
+    let mut run = Running::start(&place, command);
+    assert!(run.says("quantizing"), "{}", run.text());
+    File::options().write(true).open(place.path("model/model.safetensors")).unwrap().set_len(5000).unwrap();
+    let (status, text) = run.ends();
+    assert_eq!(status, Some(1), "{text}");
+    assert!(text.contains("model.safetensors") && text.contains("cut short to 5000 bytes"), "{text}");
+    assert!(!place.results().iter().any(|path| path.ends_with("safetensors")), "{:?}", place.results());
+}
+
+#[test]
+fn a_signal_that_comes_from_somebody_ends_the_run_as_it_did() {
+    let place = place();
+    let mut run = Running::start(&place, place.mpirun(2, &train_with(&[MANY_STEPS])));
+    assert!(run.says("step 3/"), "{}", run.text());
+    assert!(signal(place.ranks()[1], "BUS"));
+    let (status, text) = run.ends();
+    assert!(status != Some(0) && !text.contains("cannot be read"), "{status:?}: {text}");
+}
+
+#[test]
+fn a_clock_that_is_set_back_changes_nothing() {
+    let (place, whole) = (place(), place());
+    let shim = place.path("clock.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/clock.c");
+    // Rust links with cc, so that it is there.
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(source).arg("-ldl");
+    assert!(cc.status().unwrap().success());
+    let shifted = |args: &[&str]| {
+        let words = ["env".into(), format!("LD_PRELOAD={}", shim.display()), program().display().to_string()];
+        let rank: Vec<String> = words.into_iter().chain(args.iter().map(|arg| arg.to_string())).collect();
+        place.mpirun_each(&[rank.clone(), rank])
+    };
+    let mut command = shifted(&TRAIN);
+    command.env("FSDP_QLORA_FAULT", "error:1:5");
+    fails(command, 1);
+    let text = succeeds(shifted(&TRAIN));
+    assert!(text.contains("going on after step") && text.contains("left"), "{text}");
+    succeeds(whole.mpirun(2, &TRAIN));
+    assert!(place.read(ADAPTER) == whole.read(ADAPTER));
+    for line in metrics(&place.read("out/metrics.jsonl")) {
+        let value = |key: &str| line[key].as_f64().unwrap();
+        assert!(value("step_ms") > 0.0 && value("step_ms") < 60e3 && value("tokens_per_second") > 0.0, "{line}");
+        assert!(value("compute_ms") >= 0.0 && value("gather_wait_ms") >= 0.0, "{line}");
+    }
+    // The shards were used in the future.
+    let mut command = place.command(&["cache", "prune", "--older-than", "1"]);
+    command.env("LD_PRELOAD", &shim);
+    succeeds(command);
+    assert!(shard(&place, 0).exists());
+}
