@@ -64,9 +64,17 @@ fn random(state: &mut u64, below: usize) -> usize {
     ((z ^ (z >> 31)) % below as u64) as usize
 }
 
+/// What a run was at when a kill met it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Met {
+    Starting,
+    Training,
+    Saving,
+}
+
 /// Kills ranks of a run at a random instant, most of them while it trains and some while a checkpoint is written.
-/// Returns false if the run was faster.
-fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> bool {
+/// Returns where the kill met the run; `None` if the run was faster.
+fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> Option<Met> {
     let (from, whole_job) = (newest(place), random(state, 2) == 0);
     let writing = place.path("out/.fsdp-qlora-checkpoint-new");
     match random(state, 4) {
@@ -82,6 +90,11 @@ fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> bool {
     let before = newest(place);
     let ranks = place.ranks();
     let was_running = running.child.try_wait().unwrap().is_none();
+    let met = match (writing.exists(), running.text().contains("step ")) {
+        (true, _) => Met::Saving,
+        (false, true) => Met::Training,
+        (false, false) => Met::Starting,
+    };
     // A process that has ended meanwhile is none of the test's business.
     let kill = |pid: u32| {
         signal(pid, "KILL");
@@ -92,13 +105,13 @@ fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> bool {
     }
     let (status, text) = running.ends();
     assert!(newest(place) >= before, "a checkpoint was lost:\n{text}");
-    was_running && status != Some(0)
+    (was_running && status != Some(0)).then_some(met)
 }
 
 /// Runs until the end, with a kill at each of `num_kills` random instants, each time on a number of ranks of which
-/// `ranks` draws one. Returns the number of kills that met a run.
-fn survive(place: &Place, num_kills: usize, state: &mut u64, ranks: impl Fn(&mut u64) -> usize) -> usize {
-    let mut met = 0;
+/// `ranks` draws one. Returns where kills met the run, and how often it went on after a checkpoint.
+fn survive(place: &Place, num_kills: usize, state: &mut u64, ranks: impl Fn(&mut u64) -> usize) -> (Vec<Met>, usize) {
+    let (mut met, mut resumed) = (Vec::new(), 0);
     for _ in 0..num_kills {
         if is_finished(place) {
             break;
@@ -110,13 +123,15 @@ fn survive(place: &Place, num_kills: usize, state: &mut u64, ranks: impl Fn(&mut
             let text = running.text();
             let after = text.split("going on after step ").nth(1).and_then(|rest| rest.split(',').next());
             assert!(after.unwrap().parse::<usize>().unwrap() >= from, "not after {from}:\n{text}");
+            resumed += 1;
         }
-        met += usize::from(kill(place, running, state));
+        met.extend(kill(place, running, state));
     }
     if !is_finished(place) {
+        resumed += usize::from(newest(place) > 0);
         succeeds(place.mpirun(ranks(state), &TRAIN));
     }
-    met
+    (met, resumed)
 }
 
 /// All values of the adapter of a place.
@@ -127,16 +142,28 @@ fn values(place: &Place) -> Vec<f32> {
 
 /// Survives this many kills in all, in runs of `ranks`, and compares each run's end with an uninterrupted one's.
 fn campaign(num_kills: usize, seed: u64, ranks: impl Fn(&mut u64) -> usize, check: impl Fn(&Place, &Place)) {
-    let (whole, mut state, mut met, mut runs) = (place(), seed, 0, 0);
+    let (whole, mut state, mut met, mut resumed) = (place(), seed, Vec::new(), Vec::new());
     succeeds(whole.mpirun(2, &TRAIN));
-    while met < num_kills {
+    while met.len() < num_kills {
         let place = place();
-        let of_run = survive(&place, 8.min(num_kills - met), &mut state, &ranks);
+        let (of_run, resumed_run) = survive(&place, 8.min(num_kills - met.len()), &mut state, &ranks);
         check(&place, &whole);
-        (met, runs) = (met + of_run, runs + 1);
-        assert!(runs < 3 * num_kills + 3, "hardly any kill meets a run");
+        met.extend(of_run);
+        resumed.push(resumed_run);
+        assert!(resumed.len() < 3 * num_kills + 3, "hardly any kill meets a run");
     }
-    println!("{met} kills in {runs} runs: each ended as the uninterrupted run did");
+    let at = |what| met.iter().filter(|at| **at == what).count();
+    println!(
+        "{} kills in {} runs: {} at the start, {} while training, {} while a checkpoint was written; the runs went on after a checkpoint \
+         {} times, one of them {} times; each ended as the uninterrupted run did",
+        met.len(),
+        resumed.len(),
+        at(Met::Starting),
+        at(Met::Training),
+        at(Met::Saving),
+        resumed.iter().sum::<usize>(),
+        resumed.iter().max().unwrap()
+    );
 }
 
 /// Number of kills: twenty are enough for every day, `scripts/kills` asks for two hundred.
