@@ -82,3 +82,15 @@ fn the_cache_is_listed_and_pruned() {
     assert!(fails(place.command(&["cache", "prune", "--older-than", "30"]), 2).contains("e.g. 30d"));
     assert!(fails(place.command(&["cache", "list", "--set", "training.max_steps=1"]), 2).contains("loads no model"));
 }
+
+#[test]
+fn a_cache_folder_that_cannot_be_made_is_named() {
+    let place = Place::new();
+    place.write("file", "");
+    for ranks in [1, 2] {
+        let mut command = place.mpirun(ranks, &TRAIN);
+        command.env("FSDP_QLORA_CACHE", place.path("file/cache"));
+        let text = fails(command, 1);
+        assert!(text.contains("file/cache") && text.contains("Not a directory"), "{text}");
+    }
+}

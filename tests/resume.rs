@@ -90,7 +90,7 @@ fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> Option<Met>
     let before = newest(place);
     let ranks = place.ranks();
     let was_running = running.child.try_wait().unwrap().is_none();
-    let met = match (writing.exists(), running.text().contains("step ")) {
+    let met = match (writing.exists(), running.text().contains("tok/s")) {
         (true, _) => Met::Saving,
         (false, true) => Met::Training,
         (false, false) => Met::Starting,

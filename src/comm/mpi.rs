@@ -278,6 +278,10 @@ impl Comm for MpiComm {
         if !is_countable(recv.len()) {
             return pairs::all_gather(self, send, recv);
         }
+        // Two empty buffers have one address, which MPI refuses.
+        if recv.is_empty() {
+            return Ok(());
+        }
         mpi::request::scope(|scope| {
             complete(in_turn(|| self.communicator.immediate_all_gather_into(scope, send, recv)));
         });
@@ -292,6 +296,9 @@ impl Comm for MpiComm {
         );
         if !is_countable(recv.len()) {
             return pairs::all_to_all(self, send, recv);
+        }
+        if recv.is_empty() {
+            return Ok(());
         }
         mpi::request::scope(|scope| {
             complete(in_turn(|| self.communicator.immediate_all_to_all_into(scope, send, recv)));
