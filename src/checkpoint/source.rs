@@ -73,7 +73,8 @@ pub(super) fn map(path: &Path) -> Result<Mmap> {
 /// Maps an open file read-only.
 pub(super) fn map_opened(file: &File) -> Result<Mmap> {
     // SAFETY: read-only, and no file is written in place by this program. Another process that cuts the file short
-    // under us ends this one with SIGBUS; nothing but a copy of the whole file prevents that.
+    // under us makes a read fail with SIGBUS, which ends all ranks with a message (`comm::watch`); nothing but a copy
+    // of the whole file prevents that.
     unsafe { Mmap::map(file) }.context("cannot be mapped")
 }
 
