@@ -169,6 +169,13 @@ mod tests {
             std::fs::write(&file, damaged).unwrap();
             assert!(place.read().is_empty());
         }
+        for at in 0..whole.len() {
+            let mut damaged = whole.clone().into_bytes();
+            damaged[at] ^= 1;
+            std::fs::write(&file, &damaged).unwrap();
+            let digest = |record: &Record| record.digest("a", &first, "x");
+            assert!(place.read().iter().all(|record| digest(record) == Some(7)), "byte {at}");
+        }
 
         // The same size and times, and another inode: a file that was replaced.
         std::fs::write(dir.path().join("other"), "34").unwrap();

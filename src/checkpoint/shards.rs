@@ -394,3 +394,38 @@ pub fn automatic_root() -> Result<PathBuf> {
 pub fn automatic_dir(base: &str, encoding: &str) -> Result<PathBuf> {
     Ok(automatic_root()?.join(format!("{base}-{encoding}-v{LAYOUT_VERSION}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_byte_that_changes_is_found_or_says_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let unit_bytes = vec![64, 128];
+        let (dir, base, encoding, model) = (dir.path().to_path_buf(), "a".into(), "nf4".into(), "/model".into());
+        let spec = ShardSpec { dir, base, encoding, num_shards: 2, unit_bytes, model };
+        let made = Made { makers: vec!["rank 0 on a".into()], beside: vec![0, 1] };
+        let mut writer = ShardWriter::create(&spec, 1, vec![60, 128], &made).unwrap();
+        (0..2).for_each(|unit| writer.append(unit, &vec![7; [60, 128][unit]]).unwrap());
+        writer.finish().unwrap();
+        let whole = std::fs::read(spec.path(1)).unwrap();
+        let data = &whole[whole.len() - spec.data_bytes()..];
+        let name = spec.path(1).display().to_string();
+        for at in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1;
+            for (damaged, is_cut) in [(&flipped[..], false), (&whole[..at], true)] {
+                std::fs::write(spec.path(1), damaged).unwrap();
+                match spec.open(1).unwrap() {
+                    Found::Valid(units) => {
+                        let units: Vec<&[u8]> = units.iter().map(|unit| (**unit).as_ref()).collect();
+                        assert!(!is_cut && units.concat() == data, "byte {at}");
+                    }
+                    Found::Damaged(reason) | Found::Foreign(reason) => assert!(reason.contains(&name), "{reason}"),
+                    Found::Missing => panic!("byte {at}: a file that is there"),
+                }
+            }
+        }
+    }
+}
