@@ -181,13 +181,15 @@ fn rename(from: &Path, to: &Path) -> Result<()> {
 
 /// Removes a folder if it is there, its marker first, so that a half-removed one is not taken for whole.
 fn remove(dir: &Path) -> Result<()> {
-    let absent = |error: &std::io::Error| error.kind() == std::io::ErrorKind::NotFound;
-    for result in [std::fs::remove_file(dir.join(STATE_FILE)), std::fs::remove_dir_all(dir)] {
-        result
-            .or_else(|error| if absent(&error) { Ok(()) } else { Err(error) })
-            .with_context(|| dir.display().to_string())?;
-    }
-    Ok(())
+    let is_gone = |path: &Path, removed: std::io::Result<()>| match removed {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("{}: cannot be removed", path.display()))
+        }
+        _ => Ok(()),
+    };
+    let marker = dir.join(STATE_FILE);
+    is_gone(&marker, std::fs::remove_file(&marker))?;
+    is_gone(dir, std::fs::remove_dir_all(dir))
 }
 
 /// Puts a complete checkpoint in its place that a killed run has left under another name, and removes the rest.
