@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use super::tokenizer::call;
+use crate::guarded::guarded;
 
 /// Largest growth. That of released tokenizers is at most 16.
 const MAX_GROWTH: f64 = 64.0;
@@ -80,7 +81,10 @@ fn growth(part: &Value) -> f64 {
 fn replacement(pattern: &Value, bytes: usize) -> f64 {
     let (shortest, matches_nothing) = match (pattern["String"].as_str(), pattern["Regex"].as_str()) {
         (Some(text), _) => (text.len(), text.is_empty()),
-        (_, Some(regex)) => (1, Regex::new(regex).is_ok_and(|regex| regex.is_match("").unwrap_or(true))),
+        (_, Some(regex)) => {
+            let regex = guarded("a pattern", || Ok(Regex::new(regex)?));
+            (1, regex.is_ok_and(|regex| regex.is_match("").unwrap_or(true)))
+        }
         _ => (1, true),
     };
     let longer = if matches_nothing { 1.0 + bytes as f64 } else { bytes as f64 / shortest as f64 };

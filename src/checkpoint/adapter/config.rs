@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::{AdapterSettings, CONFIG_FILE};
 use crate::files::{self, MAX_SETTINGS_BYTES, listed, shown, shown_path};
+use crate::guarded::guarded;
 use crate::model::spec::{ModelSpec, ModuleId};
 
 /// Keys that do not change what is computed: bookkeeping, and settings of features that other keys would switch on.
@@ -105,8 +106,8 @@ impl Modules {
         match value {
             Value::String(word) if word.eq_ignore_ascii_case("all-linear") => Some(Self::AllLinear),
             Value::String(pattern) if pattern.len() <= MAX_PATTERN => {
-                let pattern = RegexBuilder::new(&format!("^(?:{pattern})$")).backtrack_limit(MAX_BACKTRACKS).build();
-                pattern.ok().map(Self::Pattern)
+                let mut pattern = RegexBuilder::new(&format!("^(?:{pattern})$"));
+                guarded("a pattern", || Ok(pattern.backtrack_limit(MAX_BACKTRACKS).build()?)).ok().map(Self::Pattern)
             }
             Value::Array(names) => {
                 names.iter().map(|name| name.as_str().map(String::from)).collect::<Option<_>>().map(Self::Names)
