@@ -1,8 +1,10 @@
-//! Measurements of this machine: training steps on made-up weights, ops at the sizes of a layer, collectives.
+//! Measurements of this machine: training steps on made-up weights, runs as `train` makes them, ops at the sizes of a
+//! layer, collectives.
 
 pub mod collectives;
 pub mod kernels;
 mod lora;
+pub mod run;
 pub mod step;
 mod timer;
 

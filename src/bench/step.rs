@@ -10,6 +10,7 @@ use crate::checkpoint::synthetic;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
+use crate::data::made_up::input_ids;
 use crate::device::Ops;
 use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Residency;
@@ -186,13 +187,11 @@ impl Steps<'_> {
 /// Sequences of ids that look random; every token but the first of a sequence counts. `micro` is the number of the
 /// micro-batch in the run.
 fn batch(job: &Job, vocab_size: usize, micro: u64, rank: u64) -> MicroBatch {
-    let (rows, len) = (job.training.per_device_train_batch_size as u64, job.data.max_length as u64);
+    let (rows, len) = (job.training.per_device_train_batch_size as u64, job.data.max_length);
     let mut batch = MicroBatch::new();
     for row in 0..rows {
         let sample = (rank << 32) + micro * rows + row;
-        let mixed = |t: u64| sample.wrapping_mul(1_000_003).wrapping_add(t * 7919).wrapping_mul(2_654_435_761);
-        let id = |t: u64| (mixed(t) % vocab_size as u64) as u32;
-        let ids: Vec<u32> = (0..len).map(id).collect();
+        let ids = input_ids(sample, len, vocab_size);
         batch.push(sample, &ids, &vec![true; ids.len()]);
     }
     batch

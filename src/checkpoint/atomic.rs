@@ -35,10 +35,15 @@ pub fn beside(path: &Path) -> Result<NamedTempFile> {
     }
 }
 
+/// Returns whether this is the name of a temporary file.
+pub fn is_temporary(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(TEMPORARY))
+}
+
 /// Removes the temporary files of processes that were killed.
 pub fn remove_abandoned(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        if !entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+        if !is_temporary(&entry.path()) {
             continue;
         }
         // Files of other users, and files that are gone by now, are skipped.

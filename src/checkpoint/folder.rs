@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::files::{gguf_advice, shown, shown_path};
 
+pub(super) const CONFIG_FILE: &str = "config.json";
 pub(super) const SINGLE_FILE: &str = "model.safetensors";
 pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 
@@ -14,7 +15,7 @@ pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
 /// hub's cache, an adapter, weights in another format.
 pub(super) fn check(dir: &Path) -> Result<()> {
     ensure!(dir.is_dir(), "{}: not a directory", shown_path(dir));
-    if dir.join("config.json").exists() {
+    if dir.join(CONFIG_FILE).exists() {
         return Ok(());
     }
     if let Some(snapshot) = snapshot_of(dir) {

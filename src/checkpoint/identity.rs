@@ -22,7 +22,6 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::comm::{Comm, all_gather_u64, watch};
 use crate::files::{self, shown, shown_path};
-use crate::model::spec::ModelSpec;
 
 use super::record::{Record, RecordPlace, Stamps};
 use super::source::BaseModel;
@@ -235,19 +234,17 @@ fn digest_of(file: &File, range: Range<usize>) -> Result<u128> {
 }
 
 impl BaseStamps {
+    /// Returns the base that was digested.
+    pub fn model(&self) -> &Arc<BaseModel> {
+        &self.model
+    }
+
     /// Returns the digest, in hex, of names, types, shapes and bytes of all tensors, which shards are made from.
     pub fn weights(&self) -> String {
         let mut hash = Xxh3::new();
         for ((name, _, entry), digest) in self.model.entries().zip(&self.digests) {
             hash.update(format!("{name:?} {:?} {:?} {digest:032x}\n", entry.dtype, entry.shape).as_bytes());
         }
-        format!("{:032x}", hash.digest128())
-    }
-
-    /// Returns the digest, in hex, of the weights and the configuration, which ranks must have in common.
-    pub fn identity(&self, config: &ModelSpec) -> String {
-        let mut hash = Xxh3::new();
-        hash.update(format!("{} {config:?}", self.weights()).as_bytes());
         format!("{:032x}", hash.digest128())
     }
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 
 use crate::comm::watch::{self, Phase};
 use crate::comm::{Comm, ShardSource, SharedBytes, anywhere};
@@ -19,11 +19,13 @@ use crate::quant::record::{Encoding, RECORD_WEIGHTS};
 use super::atomic;
 use super::encodings::{Decided, InBf16, linears};
 use super::folder;
-use super::identity::{self, BaseStamps, Digested};
+use super::identity::{self, Digested};
+use super::made_up::MadeUp;
 use super::record::{Record, RecordPlace};
 use super::room::Want;
 use super::shards::{self, Found, ShardSpec};
 use super::source::BaseModel;
+use super::weights::Weights;
 
 /// The form in which a base is held.
 #[derive(Clone, Debug)]
@@ -37,18 +39,16 @@ pub struct LoadOptions {
     pub num_shards: usize,
 }
 
-/// A base model whose tensors have been checked, how they will be stored, and which base it is.
+/// A base whose tensors have been checked, how they will be stored, and which base it is.
 pub struct OpenedBase {
-    pub model: Arc<BaseModel>,
+    pub weights: Weights,
     pub spec: ModelSpec,
     pub layouts: Vec<UnitLayout>,
     pub shard_spec: ShardSpec,
     /// Room on disks that making the shards must leave, because this rank writes there later.
     pub kept_free: Vec<Want>,
-    pub(super) stamps: BaseStamps,
-    record_place: RecordPlace,
-    /// The record of digests that this rank has to keep, if it is the one to do so.
-    new_record: Option<Record>,
+    /// The record of digests that this rank has to keep, if it is the one to do so, and its place.
+    new_record: Option<(RecordPlace, Record)>,
 }
 
 /// Layouts of all units of a model.
@@ -87,12 +87,7 @@ fn check(dir: &Path, options: &LoadOptions) -> Result<Checked> {
     model.check(&spec)?;
     let decided = Decided::new(&model, &spec, options);
     let layouts = layouts(&spec, &decided, options.num_shards)?;
-    let smallest = layouts.iter().take(spec.num_layers()).map(num_records).min().unwrap_or(0);
-    ensure!(
-        options.num_shards <= smallest,
-        "{} ranks, but a layer of this model divides into {smallest} parts at most: start fewer ranks",
-        options.num_shards
-    );
+    check_num_shards(&spec, &layouts, options.num_shards)?;
     let linears = linears(&spec).map(|name| decided.linear(&name).map(|encoding| (name, encoding)));
     let linears = linears.collect::<Result<_>>()?;
     Ok(Checked { model, spec, layouts, linears })
@@ -150,14 +145,38 @@ pub fn open(
     let record_folders = options.shards.clone().into_iter().chain(shards::automatic_root().ok()).collect();
     let record_place = RecordPlace::new(dir, record_folders)?;
     let Digested { stamps, new_record } = identity::digest(&model, &record_place, comm, tell)?;
-    let weights = stamps.weights();
+    let digest = stamps.weights();
     let shards = match &options.shards {
         Some(dir) => dir.clone(),
-        None => shards::automatic_dir(&weights, &encoding)?,
+        None => shards::automatic_dir(&digest, &encoding)?,
     };
     let origin = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf()).display().to_string();
-    let shard_spec = ShardSpec::new(shards, weights, encoding, &layouts, origin);
-    Ok(OpenedBase { model, spec, layouts, shard_spec, kept_free: Vec::new(), stamps, record_place, new_record })
+    let shard_spec = ShardSpec::new(shards, digest, encoding, &layouts, origin);
+    let new_record = new_record.map(|record| (record_place, record));
+    Ok(OpenedBase { weights: Weights::Files(stamps), spec, layouts, shard_spec, kept_free: Vec::new(), new_record })
+}
+
+/// Opens made-up weights, whose shards are in `dir` or will be.
+pub fn made_up(made_up: MadeUp, dir: &Path, options: &LoadOptions) -> Result<OpenedBase> {
+    let spec = made_up.spec().clone();
+    let nf4_double_quant = options.load_in_4bit.then_some(options.double_quant.unwrap_or(true));
+    let encodings = InBf16 { nf4_double_quant };
+    let layouts = layouts(&spec, &encodings, options.num_shards)?;
+    check_num_shards(&spec, &layouts, options.num_shards)?;
+    let encoding = encodings.linear("")?.name().to_string();
+    let weights = Weights::MadeUp(made_up);
+    let shard_spec = ShardSpec::new(dir.into(), weights.digest(), encoding, &layouts, "made-up weights".into());
+    Ok(OpenedBase { weights, spec, layouts, shard_spec, kept_free: Vec::new(), new_record: None })
+}
+
+/// Fails where a layer has fewer parts than there are shards.
+fn check_num_shards(spec: &ModelSpec, layouts: &[UnitLayout], num_shards: usize) -> Result<()> {
+    let smallest = layouts.iter().take(spec.num_layers()).map(num_records).min().unwrap_or(0);
+    ensure!(
+        num_shards <= smallest,
+        "{num_shards} ranks, but a layer of this model divides into {smallest} parts at most: start fewer ranks"
+    );
+    Ok(())
 }
 
 /// Number of records of a unit, which is the number of parts that it can be cut into.
@@ -169,18 +188,13 @@ impl OpenedBase {
     /// Returns the identity of this base, 32 hex digits. It is the same wherever the same bytes lie, and differs if a
     /// byte differs or if config.json makes another model of them.
     pub fn identity(&self) -> String {
-        self.stamps.identity(&self.spec)
-    }
-
-    /// Returns the stamps that a run compares at its end, to notice a base that was overwritten meanwhile.
-    pub fn stamps(&self) -> BaseStamps {
-        self.stamps.clone()
+        self.weights.identity(&self.spec)
     }
 
     /// Keeps the digests of this start for the next one, on the rank that has to. `tell` gets a failure.
     pub fn keep_digests(&mut self, tell: &mut dyn FnMut(String)) {
-        if let Some(record) = self.new_record.take() {
-            self.record_place.keep(&record, tell);
+        if let Some((place, record)) = self.new_record.take() {
+            place.keep(&record, tell);
         }
     }
 
@@ -232,22 +246,14 @@ impl OpenedBase {
     }
 
     fn into_base(self, shards: Vec<SharedBytes>) -> Result<Base> {
-        let Self { model, spec, layouts, .. } = self;
-        let (hidden_size, head) = (spec.hidden_size, &spec.head);
-        let mut final_norm = vec![0.0; hidden_size];
-        model.tensor(&head.norm.name)?.to_f32(0, &mut final_norm)?;
+        let Self { weights, spec, layouts, .. } = self;
+        let mut final_norm = weights.final_norm(&spec)?;
         // The factor of the logits is folded into the final norm, so that the head needs none.
+        let head = &spec.head;
         final_norm.iter_mut().for_each(|weight| *weight = (*weight + head.norm.offset) * head.scale);
-        let name = spec.embedding.name.clone();
-        let embed = move |ids: &[u32], out: &mut [f32]| -> Result<()> {
-            let table = model.tensor(&name)?;
-            for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden_size)) {
-                table.to_f32(id as usize * hidden_size, row).with_context(|| format!("token id {id}"))?;
-            }
-            Ok(())
-        };
+        let embed = weights.embed(&spec);
         let shards = shards.into_iter().map(ShardSource::ready).collect();
-        Ok(Base { spec, layouts, shards, final_norm, embed: Box::new(embed) })
+        Ok(Base { spec, layouts, shards, final_norm, embed })
     }
 }
 

@@ -10,16 +10,13 @@ use anyhow::{Context, Result};
 use crate::comm::pairs::{self, PIECE_BYTES};
 use crate::comm::watch::{self, Phase};
 use crate::comm::{Comm, all_gather_bytes, all_gather_u64s, barrier, host_name};
-use crate::fsdp::layout::{UnitLayout, UnitTensor};
-use crate::quant::double::{DYNAMIC_MAP, NestedAbsmax};
-use crate::quant::nf4::{self, Nf4Tensor};
-use crate::quant::record::{Encoding, RECORD_WEIGHTS};
+use crate::fsdp::layout::UnitLayout;
 
-use super::bnb::Absmax;
 use super::donor::Donor;
 use super::load::OpenedBase;
 use super::room::{self, Want};
 use super::shards::{Made, ShardWriter, ranks_with_this_folder};
+use super::weights::Weights;
 
 /// The ranks that make units, in the order in which units are dealt to them. Collective.
 fn makers(comm: &mut dyn Comm, num_units: usize) -> Result<Vec<String>> {
@@ -76,6 +73,7 @@ impl OpenedBase {
         let (mut buffer, mut last_tenth) = (Vec::new(), 0);
         let doing = match &donor {
             Some(donor) => format!("{donor}: cutting"),
+            None if matches!(self.weights, Weights::MadeUp(_)) => "drawing".into(),
             None if self.shard_spec.is_nf4() => "quantizing".into(),
             None => "copying".into(),
         };
@@ -110,14 +108,14 @@ impl OpenedBase {
             }
         }
         // No file gets its name before every rank has found that its part came from the base that all have agreed on.
-        self.stamps.check_unchanged()?;
+        self.weights.check_unchanged()?;
         barrier(comm)?;
         writers.into_iter().try_for_each(ShardWriter::finish)?;
         barrier(comm)
     }
 
     /// Returns a unit without padding, from shards of another number of ranks or, where these are not there or are
-    /// damaged, from the model. The bytes are the same.
+    /// damaged, from the weights. The bytes are the same.
     fn flat(
         &self,
         unit: usize,
@@ -135,47 +133,10 @@ impl OpenedBase {
         }
         let mut flat = vec![0u8; layout.flat_bytes()];
         for (idx, tensor) in layout.tensors().iter().enumerate() {
-            self.tensor_records(tensor, &mut flat[layout.tensor_range(idx)])?;
+            self.weights.write_records(unit, idx, tensor, &mut flat[layout.tensor_range(idx)])?;
             watch::beat();
         }
         Ok(flat)
-    }
-
-    fn tensor_records(&self, tensor: &UnitTensor, out: &mut [u8]) -> Result<()> {
-        let view = self.model.tensor(&tensor.name)?;
-        let num_weights = tensor.elements.len();
-        match tensor.encoding {
-            Encoding::Plain(dtype) => {
-                let mut values = vec![0f32; RECORD_WEIGHTS.min(num_weights)];
-                let mut at = 0;
-                for first in (0..num_weights).step_by(RECORD_WEIGHTS) {
-                    let num = RECORD_WEIGHTS.min(num_weights - first);
-                    let element = tensor.elements.start + first;
-                    // The values are read as f32 only to refuse those that are not finite.
-                    view.to_f32(element, &mut values[..num])?;
-                    let parts = tensor.encoding.parts(num);
-                    let bytes = element * dtype.size_bytes()..(element + num) * dtype.size_bytes();
-                    out[at..][parts.codes].copy_from_slice(&view.bytes[bytes]);
-                    at += parts.bytes;
-                }
-            }
-            Encoding::Nf4 { .. } if self.model.is_bnb(&tensor.name) => self.bnb_tensor(tensor)?.write_records(out)?,
-            Encoding::Nf4 { double_quant } => {
-                nf4::quantize(num_weights, double_quant, |first, out| view.to_f32(first, out))?.write_records(out)?
-            }
-        }
-        self.model.release(&view)
-    }
-
-    fn bnb_tensor(&self, tensor: &UnitTensor) -> Result<Nf4Tensor> {
-        let found = self.model.bnb_tensor(&tensor.name, &nf4::CODEBOOK, &DYNAMIC_MAP)?;
-        let absmax = match found.absmax {
-            Absmax::F32(absmax) => nf4::Absmax::F32(absmax),
-            Absmax::Nested { codes, nested_absmax, offset } => {
-                nf4::Absmax::Nested(NestedAbsmax { codes: codes.to_vec(), nested_absmax, offset })
-            }
-        };
-        Ok(Nf4Tensor { num_weights: tensor.elements.len(), codes: found.codes.to_vec(), absmax })
     }
 }
 

@@ -7,12 +7,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::Result;
-use half::bf16;
 use rayon::prelude::*;
 
 use crate::comm::{ShardSource, SharedBytes};
 use crate::device::{Arena, Buffer, Ops, QuantizeAbsmax, QuantizeNf4, Uniform};
-use crate::fsdp::exec::Base;
+use crate::fsdp::exec::{Base, Embed};
 use crate::fsdp::layout::UnitLayout;
 use crate::fsdp::unit::NumUnits;
 use crate::model::spec::{ModelSpec, TensorId};
@@ -22,11 +21,17 @@ use crate::quant::record::{BLOCK, Encoding, RECORD_WEIGHTS, SUPERBLOCK};
 
 use super::encodings::InBf16;
 use super::load;
+use super::made_up::in_bf16;
 
 /// Rows of the embedding table; token ids beyond begin again.
-const EMBEDDING_ROWS: usize = 4096;
-const EMBEDDING_SEED: u64 = (1 << 24) - 1;
-const HALF_WIDTH: f32 = 0.035;
+pub(super) const EMBEDDING_ROWS: usize = 4096;
+pub(super) const EMBEDDING_SEED: u64 = (1 << 24) - 1;
+pub(super) const HALF_WIDTH: f32 = 0.035;
+
+/// Returns the seed of a tensor, which is entry `idx` of its unit.
+pub(super) fn seed(unit: usize, idx: usize) -> u64 {
+    (unit << 8 | idx) as u64
+}
 
 /// Bytes of the embedding table that a process keeps.
 pub fn embedding_bytes(spec: &ModelSpec) -> usize {
@@ -57,12 +62,6 @@ pub fn base<D: Ops + Clone>(
     drawing.draw(EMBEDDING_SEED, table_len)?;
     let mut table = vec![0f32; table_len];
     device.download(&mut table, drawing.weights.first(table_len))?;
-    let embed = move |ids: &[u32], out: &mut [f32]| -> Result<()> {
-        for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden_size)) {
-            row.copy_from_slice(&table[id as usize % EMBEDDING_ROWS * hidden_size..][..hidden_size]);
-        }
-        Ok(())
-    };
     // The last shard that is drawn lets the device's buffers go.
     let (drawing, num_units) = (Rc::new(RefCell::new(drawing)), units.count());
     let shards = layouts.iter().cloned().enumerate().map(|(i, layout)| {
@@ -71,12 +70,22 @@ pub fn base<D: Ops + Clone>(
             if (i * 10).is_multiple_of(num_units.next_multiple_of(10)) {
                 tell(format!("drawing unit {} of {num_units}", i + 1));
             }
-            drawing.borrow_mut().shard(&layout, i as u64, shard)
+            drawing.borrow_mut().shard(&layout, i, shard)
         };
         ShardSource { bytes, read: Box::new(read) }
     });
     let shards = shards.collect();
-    Ok(Base { final_norm: vec![1.0; hidden_size], spec, layouts, shards, embed: Box::new(embed) })
+    Ok(Base { final_norm: vec![1.0; hidden_size], spec, layouts, shards, embed: embed(table, hidden_size) })
+}
+
+/// Returns the lookup in a table of the first rows; ids beyond begin again.
+pub(super) fn embed(table: Vec<f32>, hidden_size: usize) -> Box<Embed> {
+    Box::new(move |ids: &[u32], out: &mut [f32]| {
+        for (&id, row) in ids.iter().zip(out.chunks_exact_mut(hidden_size)) {
+            row.copy_from_slice(&table[id as usize % EMBEDDING_ROWS * hidden_size..][..hidden_size]);
+        }
+        Ok(())
+    })
 }
 
 /// Device buffers for one tensor at a time.
@@ -151,7 +160,7 @@ impl<D: Ops + Clone> Drawing<D> {
         Ok(Nf4Tensor { num_weights: range.len(), codes, absmax: Absmax::Nested(nested) })
     }
 
-    fn shard(&mut self, layout: &UnitLayout, unit: u64, shard: usize) -> Result<SharedBytes> {
+    fn shard(&mut self, layout: &UnitLayout, unit: usize, shard: usize) -> Result<SharedBytes> {
         let mut shared = std::mem::take(&mut self.shard);
         let bytes = unshared(&mut shared);
         bytes.resize(layout.shard_bytes(), 0);
@@ -160,11 +169,11 @@ impl<D: Ops + Clone> Drawing<D> {
             let Some((weights, at)) = layout.part(idx, shard) else { continue };
             let out = &mut bytes[at];
             let norm = match tensor.id {
-                TensorId::Norm(id) => Some(1.0 - self.spec.layers[unit as usize].norm_offset(id)),
+                TensorId::Norm(id) => Some(1.0 - self.spec.layers[unit].norm_offset(id)),
                 _ => None,
             };
             if norm.is_none() {
-                self.draw(unit << 8 | idx as u64, tensor.elements.len())?;
+                self.draw(seed(unit, idx), tensor.elements.len())?;
             }
             match tensor.encoding {
                 Encoding::Nf4 { double_quant } => {
@@ -178,14 +187,8 @@ impl<D: Ops + Clone> Drawing<D> {
                         self.device.download(&mut values, self.weights.view().range(weights))?;
                     }
                     let record_bytes = tensor.encoding.parts(RECORD_WEIGHTS).bytes;
-                    out.par_chunks_mut(record_bytes).zip(values.par_chunks(RECORD_WEIGHTS)).for_each(
-                        |(out, values)| {
-                            out.fill(0);
-                            for (bytes, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
-                                *bytes = bf16::from_f32(*value).to_le_bytes();
-                            }
-                        },
-                    );
+                    let records = out.par_chunks_mut(record_bytes).zip(values.par_chunks(RECORD_WEIGHTS));
+                    records.for_each(|(record, values)| in_bf16(values, record));
                 }
             }
         }

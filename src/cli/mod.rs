@@ -138,7 +138,7 @@ impl Cli {
                     cache::run(&command)?;
                 }
             }
-            Command::Bench(bench) => bench::run(&start, comm, &bench, &overrides)?,
+            Command::Bench(bench) => return bench::run(&start, comm, &bench, &overrides),
         }
         Ok(Outcome::Finished)
     }
@@ -146,8 +146,19 @@ impl Cli {
 
 /// Options that ranks need not have in common: those that say where something lies, whose content is compared where
 /// it matters, and `--set`, of which the decided job is compared.
-const NOT_COMPARED: [&str; 10] =
-    ["config", "trace", "model", "output", "adapter", "dataset", "per_token", "calibrate", "compare", "overrides"];
+const NOT_COMPARED: [&str; 11] = [
+    "config",
+    "trace",
+    "model",
+    "shards",
+    "output",
+    "adapter",
+    "dataset",
+    "per_token",
+    "calibrate",
+    "compare",
+    "overrides",
+];
 
 /// Returns what this rank was started with: program, environment, subcommand and its options, as given or by default.
 fn invocation() -> Result<Facts> {

@@ -1,8 +1,10 @@
-//! `quantize`: writes the shard files of a model ahead of time.
+//! `quantize`: writes the shard files of a model, or of made-up weights, ahead of time.
 
 use anyhow::Result;
 use clap::Args;
 
+use super::shape;
+use crate::checkpoint::made_up::MadeUp;
 use crate::comm::mpi::MpiComm;
 use crate::recipe::{self, Command};
 use crate::start::Start;
@@ -12,8 +14,10 @@ use crate::train::log::{Log, bytes};
 #[derive(Args)]
 pub struct QuantizeArgs {
     /// Hugging Face directory
-    #[arg(long)]
-    model: String,
+    #[arg(long, required_unless_present = "shape", conflicts_with = "shape")]
+    model: Option<String>,
+    #[arg(long, help = shape::made_up_help())]
+    shape: Option<String>,
     /// Folder of the shard files; auto: the user's cache folder
     #[arg(long)]
     output: String,
@@ -23,18 +27,31 @@ pub struct QuantizeArgs {
     world_size: u32,
 }
 
-/// Writes the shard files of a model. Each rank writes some of them.
+/// Writes the shard files. Each rank writes some of them.
 pub fn run(start: &Start, mut comm: MpiComm, args: &QuantizeArgs, overrides: &[String]) -> Result<()> {
-    let given = vec![("model", args.model.clone().into()), ("shards", args.output.clone().into())];
-    let job = agree_on(&mut comm, recipe::from_options(Command::Quantize, given, overrides)?)?;
+    let command = if args.shape.is_some() { Command::QuantizeShape } else { Command::Quantize };
+    let mut given = vec![("shards", args.output.clone().into())];
+    given.extend(args.model.clone().map(|model| ("model", model.into())));
+    let job = agree_on(&mut comm, recipe::from_options(command, given, overrides)?)?;
     let num_shards = args.world_size as usize;
     let mut tell = |line| start.log.line(line);
-    let mut opened = start.open_in_shards(&mut comm, &job, num_shards)?;
+    let made_up = args.shape.as_deref().map(made_up).transpose()?;
+    let mut opened = match &made_up {
+        Some(weights) => {
+            let dir = shape::folder(&job, "--output")?;
+            weights.check_folder(&dir)?;
+            start.open_made_up(&mut comm, &job, weights.clone(), &dir, num_shards)?
+        }
+        None => start.open_in_shards(&mut comm, &job, num_shards)?,
+    };
     start.threads(&mut comm)?;
     let own: Vec<usize> = (0..num_shards).filter(|s| s % start.world.world_size == start.world.rank).collect();
     let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", start.world.rank));
     opened.write(&mut comm, &own, &mut tell, &mut warn)?;
     opened.keep_digests(&mut tell);
+    if let Some(weights) = &made_up {
+        weights.finish_folder(&mut comm, &opened.shard_spec.dir)?;
+    }
     let size = bytes(opened.shard_spec.data_bytes());
     start.log.line(format!(
         "{}: {num_shards} shard files of {size}, {}",
@@ -42,4 +59,9 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &QuantizeArgs, overrides: &[S
         opened.shard_spec.encoding
     ));
     Ok(())
+}
+
+/// Returns made-up weights of a shape.
+fn made_up(name: &str) -> Result<MadeUp> {
+    MadeUp::new(shape::config(name)?, name)
 }

@@ -7,12 +7,12 @@ use anyhow::{Context, Result};
 use clap::Args;
 
 use crate::checkpoint::adapter::Adapter;
-use crate::checkpoint::identity::BaseStamps;
 use crate::checkpoint::load::OpenedBase;
 use crate::checkpoint::output::Output;
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::room::Want;
 use crate::checkpoint::state::Found;
+use crate::checkpoint::weights::Weights;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
@@ -20,12 +20,12 @@ use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::model::spec::ModelSpec;
 use crate::recipe::{self, Command, Job, Steps};
-use crate::start::agree::{agree_on, agree_on_inputs};
+use crate::start::agree::{Agreed, agree_on, agree_on_inputs};
 use crate::start::begin::{Beginning, begin, with_batch_of_the_run};
 use crate::start::data::TrainingData;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
-use crate::train::check::{self, IsZero};
+use crate::train::check;
 use crate::train::log::bytes;
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::result::{Kept, doubt, save};
@@ -57,11 +57,38 @@ impl Default for TrainArgs {
     }
 }
 
-/// Trains. Exit status 0: the adapter is in output_dir. If it had to be saved elsewhere, that is an error, and its message, the last line,
-/// names the place.
-pub fn run(start: &Start, comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<Outcome> {
+/// Trains as a recipe says. Exit status 0: the adapter is in output_dir. If it had to be saved elsewhere, that is an
+/// error, and its message, the last line, names the place.
+pub fn run(start: &Start, mut comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<Outcome> {
+    let started = Instant::now();
+    let job = agree_on(&mut comm, recipe::load(&args.config, Command::Train, overrides)?)?;
+    let trace = args.trace.as_deref();
+    check_trace(trace)?;
+    let opened = start.open(&mut comm, &job)?;
+    let options = TrainOptions { started, overwrite: args.overwrite, trace, read_rows: TrainingData::load };
+    train_on(start, comm, job, opened, options)
+}
+
+/// Everything that training takes besides a job and a base.
+pub(super) struct TrainOptions<'a> {
+    /// Time at which the program was started.
+    pub started: Instant,
+    /// Replace what output_dir holds, once the new result is complete.
+    pub overwrite: bool,
+    pub trace: Option<&'a Path>,
+    pub read_rows: fn(&Start<'_>, &Job, &ModelSpec, &mut Facts) -> Result<TrainingData>,
+}
+
+/// Trains on an opened base, from the newest checkpoint where there is one. Collective.
+pub(super) fn train_on(
+    start: &Start,
+    comm: MpiComm,
+    job: Agreed<Job>,
+    opened: OpenedBase,
+    options: TrainOptions,
+) -> Result<Outcome> {
     let mut output = None;
-    let result = train(start, comm, args, overrides, &mut output);
+    let result = train(start, comm, job, opened, options, &mut output);
     if let (Err(error), Some(output)) = (&result, &output) {
         output.fail(&format!("{error:#}"));
     }
@@ -72,15 +99,12 @@ pub fn run(start: &Start, comm: MpiComm, args: &TrainArgs, overrides: &[String])
 fn train(
     start: &Start,
     mut comm: MpiComm,
-    args: &TrainArgs,
-    overrides: &[String],
+    job: Agreed<Job>,
+    mut opened: OpenedBase,
+    options: TrainOptions,
     output: &mut Option<Output>,
 ) -> Result<Outcome> {
-    let started = Instant::now();
-    let job = agree_on(&mut comm, recipe::load(&args.config, Command::Train, overrides)?)?;
-    let trace = args.trace.as_deref();
-    check_trace(trace)?;
-    let mut opened = start.open(&mut comm, &job)?;
+    let TrainOptions { started, overwrite, trace, read_rows } = options;
     let config = opened.spec.clone();
     let world_size = start.world.world_size;
     job.training.check_batch(world_size)?;
@@ -88,13 +112,13 @@ fn train(
     let kept = Kept::read(&job.model)?;
     if start.world.rank == 0 {
         let room = kept.room(&adapter, &job.training);
-        let held = Output::open(&job.output_dir, args.overwrite, room, &mut |line| start.log.line(line));
+        let held = Output::open(&job.output_dir, overwrite, room, &mut |line| start.log.line(line));
         *output = Some(held.context("output_dir")?);
         opened.kept_free.push(Want { dir: job.output_dir.clone(), bytes: room });
     }
     let mut inputs = Facts::default();
     inputs.add_adapter("lora.adapter", Some(&adapter));
-    let data = TrainingData::load(start, &job, &config, &mut inputs)?;
+    let data = read_rows(start, &job, &config, &mut inputs)?;
     let identity = |job: &Job| run_identity(job, world_size, &opened, &adapter, &data);
     let job = with_batch_of_the_run(&mut comm, job, output.as_ref(), start.log, identity)?;
     let limits = data.limits(&job, world_size);
@@ -108,7 +132,7 @@ fn train(
         return Ok(Outcome::Finished);
     };
     let votes = comm.another()?;
-    let (base, stamps) = (opened.model.clone(), opened.stamps());
+    let weights = opened.weights.clone();
     let (placement, loaded) = start.base(&mut comm, opened, &job, &inputs)?;
     let work = Training {
         start,
@@ -124,8 +148,7 @@ fn train(
         beginning,
         started,
         votes,
-        stamps: &stamps,
-        is_zero: &|weight| base.is_zero(weight),
+        weights: &weights,
     };
     let setup = Setup { comm, base: loaded, adapter: Some(&adapter), limits, job: &job };
     start.with_engine(placement, setup, work)
@@ -183,15 +206,15 @@ struct Training<'a> {
     started: Instant,
     /// Communicator for votes about stopping.
     votes: MpiComm,
-    stamps: &'a BaseStamps,
-    is_zero: IsZero<'a>,
+    weights: &'a Weights,
 }
 
 impl Work for Training<'_> {
     type Output = Outcome;
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Outcome> {
-        let Training { start, job, steps, config, adapter, data, trace, kept, output, run, beginning, .. } = self;
+        let Training { start, job, steps, config, adapter, data, trace, kept, output, run, beginning, weights, .. } =
+            self;
         let Beginning { progress, checkpoint } = beginning;
         if progress.step > 0 {
             saving::restore(engine, checkpoint.as_ref(), &adapter.settings, config)?;
@@ -224,7 +247,7 @@ impl Work for Training<'_> {
             writer: writer.as_mut(),
             log: start.log,
             trace,
-            is_zero: self.is_zero,
+            is_zero: &|weight| weights.is_zero(weight),
             stop,
             saved: progress,
         };
@@ -250,7 +273,7 @@ impl Work for Training<'_> {
         }
         let learned = saving::adapter(engine, &adapter.settings, output.is_some())?;
         learned.as_ref().map_or(Ok(()), |learned| check::result_is_sound(adapter, learned))?;
-        let doubt = doubt(&mut engine.queue, start.world.local_rank, self.stamps)?;
+        let doubt = doubt(&mut engine.queue, start.world.local_rank, weights)?;
         if let (Some(output), Some(metrics), Some(learned)) = (output, metrics, learned) {
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
             let wait = watch::wait("saving the adapter");

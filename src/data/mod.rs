@@ -8,6 +8,7 @@ pub mod counts;
 pub mod dataset;
 pub mod epochs;
 mod growth;
+pub mod made_up;
 pub mod message;
 pub mod pack;
 pub mod preview;

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
 
 use crate::comm::spans::Span;
+use crate::comm::watch::{self, Phase};
 use crate::comm::{Gather, Position, Queue, ShardSource, TrainableBuffers};
 use crate::device::cpu::Cpu;
 use crate::device::{Arena, Buffer, Ops};
@@ -84,6 +85,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let sharded = trainables.as_ref().map(|trainables| ShardedTrainables { trainables, num_shards, num_replicas });
         let plan = Memory::<D>::plan(&base.spec, sharded, &base.layouts, &limits)?;
         let resident = limits.residency.of_units(units.count());
+        watch::phase(Phase::Copy)?;
         let shards = queue.store(std::mem::take(&mut base.shards), &resident, limits.gather)?;
         let mut arena = Arena::allocate(&device, plan.device.clone())?;
         let mut on_host = match plan.host.total_bytes() {

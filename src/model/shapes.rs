@@ -64,8 +64,13 @@ pub fn names() -> String {
     SHAPES.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(", ")
 }
 
-/// Returns the configuration of a named shape, with `layers` layers if that is set.
+/// Returns a named shape, with `layers` layers if that is set.
 pub fn named(name: &str, layers: Option<usize>) -> Result<ModelSpec> {
+    ModelSpec::parse(config(name, layers)?.to_string().as_bytes(), name)
+}
+
+/// Returns the config.json of a named shape, with `layers` layers if that is set.
+pub fn config(name: &str, layers: Option<usize>) -> Result<Value> {
     let found = SHAPES.iter().find(|(n, ..)| *n == name);
     let (_, family, sizes, vocab_size, is_tied, rope_theta, positions, more) =
         *found.with_context(|| format!("--shape: found {name}; allowed: {}", names()))?;
@@ -79,7 +84,7 @@ pub fn named(name: &str, layers: Option<usize>) -> Result<ModelSpec> {
     for (key, value) in more.as_object().into_iter().flatten() {
         config[key] = value.clone();
     }
-    ModelSpec::parse(config.to_string().as_bytes(), name)
+    Ok(config)
 }
 
 #[cfg(test)]

@@ -14,14 +14,19 @@ pub enum Command {
     Eval,
     Generate,
     Quantize,
+    /// `quantize` with a shape.
+    QuantizeShape,
+    /// `bench step` with a shape.
     BenchStep,
+    /// `bench step` with made-up shards.
+    BenchRun,
     BenchKernels,
     BenchCollectives,
 }
 
 impl Command {
     #[cfg(test)]
-    pub const ALL: [Command; 10] = [
+    pub const ALL: [Command; 12] = [
         Self::Train,
         Self::Data,
         Self::Plan,
@@ -29,7 +34,9 @@ impl Command {
         Self::Eval,
         Self::Generate,
         Self::Quantize,
+        Self::QuantizeShape,
         Self::BenchStep,
+        Self::BenchRun,
         Self::BenchKernels,
         Self::BenchCollectives,
     ];
@@ -44,7 +51,9 @@ impl Command {
             Self::Eval => "eval",
             Self::Generate => "generate",
             Self::Quantize => "quantize",
+            Self::QuantizeShape => "quantize --shape",
             Self::BenchStep => "bench step",
+            Self::BenchRun => "bench step --shards",
             Self::BenchKernels => "bench kernels",
             Self::BenchCollectives => "bench collectives",
         }
@@ -64,6 +73,17 @@ impl Command {
             ],
             Self::Generate => &[(MODEL, "--model"), (keys::ADAPTER.path, "--adapter"), (keys::SEED.path, "--seed")],
             Self::Quantize => &[(MODEL, "--model"), (keys::SHARDS.path, "--output")],
+            Self::QuantizeShape => &[(MODEL, "--shape"), (keys::SHARDS.path, "--output")],
+            Self::BenchRun => &[
+                (MODEL, "--shards"),
+                (keys::SHARDS.path, "--shards"),
+                (keys::OUTPUT_DIR.path, "--output"),
+                (LENGTH, "--seq"),
+                (keys::BATCH_SIZE.path, "--micro-batch"),
+                (keys::ACCUMULATION_STEPS.path, "--accum"),
+                (keys::MAX_STEPS.path, "--steps"),
+                (keys::SAVE_STEPS.path, "--save-steps"),
+            ],
             Self::PlanShape | Self::BenchStep => &[
                 (MODEL, "--shape"),
                 (LENGTH, "--seq"),

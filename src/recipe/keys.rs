@@ -58,19 +58,23 @@ macro_rules! keys {
     };
 }
 
-use Command::{BenchKernels, BenchStep, Data, Eval, Generate, Plan, PlanShape, Quantize, Train};
+use Command::{
+    BenchKernels, BenchRun, BenchStep, Data, Eval, Generate, Plan, PlanShape, Quantize, QuantizeShape, Train,
+};
 
 /// Lists of commands that read a key. Other keys in the recipe of `plan` or `data` are for `train` and are checked as
 /// `train` checks them.
 const TRAINING: &[Command] = &[Train];
 const TRAIN_PLAN: &[Command] = &[Train, Plan];
-const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep];
+const SAVES: &[Command] = &[Train, BenchRun];
+const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchRun];
 const TRAINING_ROWS: &[Command] = &[Train, Data];
 const ROWS: &[Command] = &[Train, Data, Eval];
-const ADAPTERS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchKernels];
-const BASES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, Quantize, BenchStep, BenchKernels];
-const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchKernels];
-const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep];
+const ADAPTERS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchRun, BenchKernels];
+const BASES: &[Command] =
+    &[Train, Plan, PlanShape, Eval, Generate, Quantize, QuantizeShape, BenchStep, BenchRun, BenchKernels];
+const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchRun, BenchKernels];
+const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchRun];
 
 keys! {
     MODEL: Option<PathBuf> = "model", "null", &[Train, Data, Plan], |v| nullable(v, path),
@@ -186,16 +190,16 @@ keys! {
     SAVE_STEPS: Option<usize> = "training.save_steps", "100", TRAINING, |v| nullable(v, count),
         &["null (no checkpoints but when the run is stopped)", "an integer of at least 1"],
         "a checkpoint every so many steps, in output_dir";
-    SAVE_TOTAL_LIMIT: Option<usize> = "training.save_total_limit", "2", TRAINING, |v| nullable(v, count),
+    SAVE_TOTAL_LIMIT: Option<usize> = "training.save_total_limit", "2", SAVES, |v| nullable(v, count),
         &["null (all are kept)", "an integer of at least 1"], "checkpoints that are kept; older ones are removed";
-    RESUME: Resume = "training.resume", "auto", TRAINING, resume,
+    RESUME: Resume = "training.resume", "auto", SAVES, resume,
         &["auto", "never", "a checkpoint directory"],
         "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin \
          with the first step; a directory: go on from this one";
-    GRACE: f64 = "training.grace", "10s", TRAINING, |v| seconds(v).filter(|s| *s >= 0.0),
+    GRACE: f64 = "training.grace", "10s", SAVES, |v| seconds(v).filter(|s| *s >= 0.0),
         &["a duration of at least 0, e.g. 10s"],
         "after a signal, how long the step under way may still take; one that would end later is abandoned";
-    MAX_TIME: Option<f64> = "training.max_time", "null", TRAINING, |v| nullable(v, |v| seconds(v).filter(|s| *s > 0.0)),
+    MAX_TIME: Option<f64> = "training.max_time", "null", SAVES, |v| nullable(v, |v| seconds(v).filter(|s| *s > 0.0)),
         &["null", "a duration above 0, e.g. 3h50m"],
         "the run stops with a checkpoint before so much time has passed since its start; null: before \
          SLURM_JOB_END_TIME, if that is set";

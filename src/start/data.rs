@@ -13,6 +13,9 @@ use crate::train::log::bytes;
 use super::options::data_options;
 use super::{Facts, Start};
 
+/// Largest number of sequences that are made up; longer runs go through them again.
+const MADE_UP_SEQUENCES: usize = 256;
+
 /// The rows of a job that trains.
 pub struct TrainingData {
     pub train: Dataset,
@@ -40,6 +43,15 @@ impl TrainingData {
             data::describe_sample(tokenizer, &train.documents[train.sequences[0][0]], 1000)
         ));
         Ok(TrainingData { tokenizer: tokenizer.map(TextTokenizer::identity), train, eval })
+    }
+
+    /// Makes rows up, as many as the run's steps have on one rank and not more than a measurement needs.
+    pub fn made_up(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<TrainingData> {
+        let sequences = job.training.max_steps.unwrap_or(1).saturating_mul(job.training.global_batch_size(1));
+        let train = Dataset::made_up(sequences.min(MADE_UP_SEQUENCES), job.data.max_length, config.vocab_size);
+        inputs.add_data("made-up rows", &train);
+        tell(start, "made-up rows", &train, config);
+        Ok(TrainingData { tokenizer: None, train, eval: None })
     }
 
     /// Returns the sizes of the largest step on these rows. It is decided later what is kept where.

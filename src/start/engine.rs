@@ -7,6 +7,7 @@ use crate::checkpoint::adapter::Adapter;
 use crate::comm::cuda_queue::{CudaQueue, QueueOptions};
 use crate::comm::host_queue::HostQueue;
 use crate::comm::mpi::MpiComm;
+use crate::comm::watch::{self, Phase};
 use crate::comm::{Delays, Queue, barrier};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{Cuda, HalfType};
@@ -41,6 +42,7 @@ pub trait Work {
 impl Start<'_> {
     /// Decides what is kept where, makes the engine, loads the adapter's values, and does the work. Collective.
     pub fn with_engine<W: Work>(&self, placement: Placement, setup: Setup<'_>, work: W) -> Result<W::Output> {
+        watch::phase(Phase::Decide)?;
         let lora = setup.adapter.map(|adapter| Trainables::new(&setup.base.spec, adapter.settings.lora_config()));
         match placement {
             Placement::Cpu(cpu) => self.on_cpu(cpu, lora, setup, work),
@@ -94,6 +96,7 @@ impl Start<'_> {
         adapter: Option<&Adapter>,
         work: W,
     ) -> Result<W::Output> {
+        watch::phase(Phase::Restore)?;
         for (layer, values) in adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
             engine.load_trainable(layer, values)?;
         }

@@ -18,10 +18,13 @@ pub mod options;
 pub mod placement;
 pub mod planned;
 
+use std::path::Path;
+
 use anyhow::Result;
 use jiff::Zoned;
 
 use crate::checkpoint::load::{self, OpenedBase};
+use crate::checkpoint::made_up::MadeUp;
 use crate::comm::Comm;
 use crate::comm::mpi::World;
 use crate::fsdp::exec::Base;
@@ -60,10 +63,19 @@ impl Start<'_> {
     pub fn open_in_shards(&self, comm: &mut dyn Comm, job: &Agreed<Job>, num_shards: usize) -> Result<OpenedBase> {
         let options = load_options(job, num_shards);
         let opened = load::open(&job.model, &options, comm, &mut |line| self.log.line(line))?;
-        let mut facts = Facts::default();
-        facts.add("model", format!("content {}", opened.identity()));
-        agree::agree(comm, &facts)?;
-        Ok(opened)
+        agree_on_base(comm, opened)
+    }
+
+    /// Opens made-up weights whose shards are in `dir`, or will be. Collective.
+    pub fn open_made_up(
+        &self,
+        comm: &mut dyn Comm,
+        job: &Agreed<Job>,
+        weights: MadeUp,
+        dir: &Path,
+        num_shards: usize,
+    ) -> Result<OpenedBase> {
+        agree_on_base(comm, load::made_up(weights, dir, &load_options(job, num_shards))?)
     }
 
     /// Returns the device and the base with this rank's shard mapped, which is made if it is not there. All ranks
@@ -82,4 +94,12 @@ impl Start<'_> {
         let base = opened.load(comm, writes, &mut |line| self.log.line(line), &mut warn)?;
         Ok((placement, base))
     }
+}
+
+/// Returns a base that is the same on all ranks. Collective.
+fn agree_on_base(comm: &mut dyn Comm, opened: OpenedBase) -> Result<OpenedBase> {
+    let mut facts = Facts::default();
+    facts.add("model", format!("content {}", opened.identity()));
+    agree::agree(comm, &facts)?;
+    Ok(opened)
 }

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::checkpoint::adapter::{self, Adapter};
-use crate::checkpoint::identity::BaseStamps;
 use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
+use crate::checkpoint::weights::Weights;
 use crate::comm::{Queue, watch};
 use crate::device::Device;
 use crate::files;
@@ -51,10 +51,10 @@ impl Kept {
 
 /// Returns a sentence that says where the base has changed during the run, or `None` where it has not. Collective;
 /// the first rank of each node looks.
-pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, stamps: &BaseStamps) -> Result<Option<String>> {
+pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, weights: &Weights) -> Result<Option<String>> {
     watch::at("comparing the base with what it was at the start");
     let looks = local_rank == 0;
-    let own = looks.then(|| stamps.check_unchanged().err()).flatten().map(|error| format!("{error:#}"));
+    let own = looks.then(|| weights.check_unchanged().err()).flatten().map(|error| format!("{error:#}"));
     let changed = queue.all_gather_f64("stamps of the base", &[f64::from(own.is_some())])?;
     let other = changed.iter().position(|changed| changed[0] > 0.0);
     Ok(own.or(other.map(|rank| format!("the base on the machine of rank {rank} has changed during the run"))))

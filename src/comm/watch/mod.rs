@@ -117,6 +117,9 @@ struct Inner {
     phase: String,
     /// The phase and the action within it.
     doing: String,
+    /// Phases and the times at which they began; steps are among them if they are asked for.
+    begun: Vec<(Phase, Instant)>,
+    keeps_steps: bool,
     /// Waits under way, oldest first.
     waits: Vec<Waiting>,
     next_id: u64,
@@ -148,6 +151,13 @@ impl Inner {
     fn end(&mut self, id: u64) {
         self.waits.retain(|wait| wait.id != id);
         self.publish();
+    }
+
+    /// Keeps the time at which a phase begins.
+    fn note(&mut self, phase: Phase) {
+        if self.keeps_steps || !matches!(phase, Phase::Step(_)) {
+            self.begun.push((phase, Instant::now()));
+        }
     }
 
     fn prefix(&self) -> String {
@@ -194,6 +204,8 @@ pub fn start(rank: usize, world_size: usize) -> Result<()> {
         board: Board::alone()?,
         phase: String::new(),
         doing: String::new(),
+        begun: Vec::new(),
+        keeps_steps: false,
         waits: Vec::new(),
         next_id: 0,
     };
@@ -226,12 +238,23 @@ pub fn phase(phase: Phase) -> Result<()> {
         inner.phase = phase.text();
         inner.doing.clone_from(&inner.phase);
         inner.publish();
+        inner.note(phase);
         inner.rank
     });
     match rank {
         Some(rank) => fault::inject(rank, phase),
         None => Ok(()),
     }
+}
+
+/// Keeps the time at which each step begins, for [`begun`].
+pub fn keep_steps() {
+    with_inner(|inner| inner.keeps_steps = true);
+}
+
+/// Returns the phases of this rank so far, each with the time at which it began; steps only after [`keep_steps`].
+pub fn begun() -> Vec<(Phase, Instant)> {
+    with_inner(|inner| inner.begun.clone()).unwrap_or_default()
 }
 
 /// Reports progress of a long action, while others may be waiting for this rank.

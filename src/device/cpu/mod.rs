@@ -15,7 +15,7 @@ mod nf4;
 mod rms_norm;
 mod rope;
 mod rows;
-mod uniform;
+pub mod uniform;
 
 use std::time::Instant;
 
