@@ -11,9 +11,16 @@ type Sizes = [usize; 6];
 const TIED: bool = true;
 const UNTIED: bool = false;
 
-/// A shape, from the model's own config.json: name, family, sizes, vocabulary, whether the head is tied to the embedding, RoPE's base,
-/// positions, and the other keys that the family's defaults do not give.
+/// A shape, from the model's own config.json: name, family, sizes, vocabulary, whether the head is tied to the
+/// embedding, RoPE's base, positions, and the other keys that the family's defaults do not give.
 type Shape = (&'static str, &'static str, Sizes, usize, bool, f64, usize, &'static str);
+
+/// The further keys of Ministral 3 and of OLMo 3.
+const MINISTRAL_3: &str = r#"{"rms_norm_eps": 1e-5, "rope_scaling": {"rope_type": "yarn", "factor": 16.0,
+    "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1}}"#;
+const OLMO_3: &str = r#"{"rms_norm_eps": 1e-6, "sliding_window": 4096, "rope_scaling": {"rope_type": "yarn", "factor": 8.0,
+    "original_max_position_embeddings": 8192, "beta_fast": 32.0, "beta_slow": 1.0}}"#;
 
 #[rustfmt::skip]
 const SHAPES: &[Shape] = &[
@@ -39,6 +46,9 @@ const SHAPES: &[Shape] = &[
         r#"{"rms_norm_eps": 1e-5, "sliding_window": null}"#),
     ("mistral-nemo-12b", "mistral", [40, 5120, 14_336, 32, 8, 128], 131_072, UNTIED, 1e6, 1_024_000,
         r#"{"rms_norm_eps": 1e-5, "sliding_window": null}"#),
+    ("ministral-3-3b", "ministral3", [26, 3072, 9216, 32, 8, 128], 131_072, TIED, 1e6, 262_144, MINISTRAL_3),
+    ("ministral-3-8b", "ministral3", [34, 4096, 14_336, 32, 8, 128], 131_072, UNTIED, 1e6, 262_144, MINISTRAL_3),
+    ("ministral-3-14b", "ministral3", [40, 5120, 16_384, 32, 8, 128], 131_072, UNTIED, 1e9, 262_144, MINISTRAL_3),
     ("mistral-small-24b", "mistral", [40, 5120, 32_768, 32, 8, 128], 131_072, UNTIED, 1e8, 32_768,
         r#"{"rms_norm_eps": 1e-5, "sliding_window": null}"#),
     ("phi-4", "phi3", [40, 5120, 17_920, 40, 10, 128], 100_352, UNTIED, 2.5e5, 16_384,
@@ -47,6 +57,10 @@ const SHAPES: &[Shape] = &[
         r#"{"rms_norm_eps": 1e-5, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.0078125,
         "logits_scaling": 16.0}"#),
     ("olmo-2-7b", "olmo2", [32, 4096, 11_008, 32, 32, 128], 100_352, UNTIED, 5e5, 4096, r#"{"rms_norm_eps": 1e-6}"#),
+    ("olmo-2-13b", "olmo2", [40, 5120, 13_824, 40, 40, 128], 100_352, UNTIED, 5e5, 4096, r#"{"rms_norm_eps": 1e-6}"#),
+    ("olmo-2-32b", "olmo2", [64, 5120, 27_648, 40, 8, 128], 100_352, UNTIED, 5e5, 4096, r#"{"rms_norm_eps": 1e-6}"#),
+    ("olmo-3-7b", "olmo3", [32, 4096, 11_008, 32, 32, 128], 100_278, UNTIED, 5e5, 65_536, OLMO_3),
+    ("olmo-3-32b", "olmo3", [64, 5120, 27_648, 40, 8, 128], 100_278, UNTIED, 5e5, 65_536, OLMO_3),
     ("gemma-2-2b", "gemma2", [26, 2304, 9216, 8, 4, 256], 256_000, TIED, 1e4, 8192, "{}"),
     ("gemma-2-9b", "gemma2", [42, 3584, 14_336, 16, 8, 256], 256_000, TIED, 1e4, 8192, "{}"),
     ("gemma-2-27b", "gemma2", [46, 4608, 36_864, 32, 16, 128], 256_000, TIED, 1e4, 8192, r#"{"query_pre_attn_scalar": 144}"#),
@@ -92,7 +106,8 @@ mod tests {
     use super::*;
     use crate::model::spec::TensorSpec;
 
-    /// Billions of weights that a model's card gives, with the embedding once where the head is tied.
+    /// Billions of weights that a model's card gives, without those for images, with the embedding once where the head
+    /// is tied.
     #[test]
     fn every_shape_has_the_weights_of_its_model() {
         let known = [
@@ -116,10 +131,17 @@ mod tests {
             ("seed-oss-36b", 36.15),
             ("mistral-7b-v0.3", 7.25),
             ("mistral-nemo-12b", 12.25),
+            ("ministral-3-3b", 3.43),
+            ("ministral-3-8b", 8.49),
+            ("ministral-3-14b", 13.51),
             ("mistral-small-24b", 23.57),
             ("phi-4", 14.66),
             ("granite-3.3-8b", 8.17),
             ("olmo-2-7b", 7.30),
+            ("olmo-2-13b", 13.72),
+            ("olmo-2-32b", 32.23),
+            ("olmo-3-7b", 7.30),
+            ("olmo-3-32b", 32.23),
             ("gemma-2-2b", 2.61),
             ("gemma-2-9b", 9.24),
             ("gemma-2-27b", 27.23),
