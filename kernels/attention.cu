@@ -69,7 +69,7 @@ __device__ __forceinline__ void ldmatrix_transposed(u32 r[4], u32 at) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");
 }
 
-// Where this lane finds chunk `even + odd` of a row; modulo 8 the row is the lane. Only `even` is known when this is compiled.
+// Returns the address of chunk `even + odd` of a row, for this lane; modulo 8 the row is the lane. Only `even` is known when this is compiled.
 __device__ __forceinline__ u32 chunk_of(u32 tile, int row, int even, int odd) {
     return tile + row * ROW_BYTES + (((odd ^ turn(threadIdx.x % 8)) ^ even) * 16);
 }
@@ -180,9 +180,9 @@ __device__ __forceinline__ void store_rows(Act *head, const float (*c)[4], int r
 
 // The keys that 16 queries of a warp see.
 struct Sight {
-    // Of this lane's rows; a row that is not there sees none.
+    // The keys that each of this lane's rows sees; a row that is not there sees none.
     int first_key[2], last_key[2];
-    // Seen by any, and by all rows that are there.
+    // The keys that any row sees, and those that all rows see which are there.
     int any_first, any_last, all_first, all_last;
 
     __device__ __forceinline__ Sight(const u32 *positions, int max_reach, int warp_row, int tokens, int past) {
@@ -200,7 +200,7 @@ struct Sight {
     }
     __device__ __forceinline__ bool any(int first, int num) const { return first <= any_last && first + num > any_first; }
     __device__ __forceinline__ bool all(int first, int num) const { return first >= all_first && first + num - 1 <= all_last; }
-    // Whether element `e` of an accumulator is seen; `key` is that of its column 0.
+    // Returns whether element `e` of an accumulator is seen; `key` is that of its column 0.
     __device__ __forceinline__ bool sees(int key, int e) const {
         key += threadIdx.x % 4 * 2 + e % 2;
         return key >= first_key[e / 2] && key <= last_key[e / 2];

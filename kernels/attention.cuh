@@ -17,5 +17,5 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
     return y;
 }
 
-// How many keys before itself token t sees: those of its document, or as many as a window has.
+// Returns the number of keys before itself that token t sees: those of its document, or as many as a window has.
 __device__ __forceinline__ int reach(const u32 *positions, int t, int max_reach) { return min((int)positions[t], max_reach); }

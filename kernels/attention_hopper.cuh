@@ -8,7 +8,7 @@
 
 static const int ROWS = 128, THREADS = 384, CONSUMERS = 256;
 
-// Where a thread's elements of an accumulator [64, N] lie: element e in row `row` + e / 2 % 2 · 8 of the block, column
+// The place of a thread's elements of an accumulator [64, N]: element e is in row `row` + e / 2 % 2 · 8 of the block, column
 // e / 4 · 8 + `column` + e % 2.
 struct Place {
     int warpgroup, warp_row, row, column;
@@ -78,7 +78,7 @@ struct Sight {
     }
 };
 
-// What kernels for queries have in common: `TENSORS` tensors of which a block has ROWS rows, and the keys and values that they see,
+// The common part of kernels for queries: `TENSORS` tensors of which a block has ROWS rows, and the keys and values that they see,
 // which pass in tiles of KEYS from the last ones to the first.
 template <int D, int KEYS, int STAGES, int TENSORS> struct ForQueries {
     typedef Tile<D, ROWS> Rows;

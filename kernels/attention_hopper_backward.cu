@@ -103,7 +103,7 @@ __device__ void backward_queries(Act *d_q, float *delta, const TensorMap &d_out_
     }
 }
 
-// What the kernel for keys has in shared memory: ROWS rows of keys and values; queries and their d_out pass in tiles, with the
+// The shared memory of the kernel for keys: ROWS rows of keys and values; queries and their d_out pass in tiles, with the
 // log-sum-exp, delta and position of each.
 template <int D> struct ForKeys {
     static const int QUERIES = 64, STAGES = 3, WORDS_BYTES = 3 * QUERIES * 4;

@@ -1,4 +1,4 @@
-// What Hopper (sm_90a) has beside mma.sync: tiles that the copy engine brings, products of a warpgroup that read them, and the
+// Instructions that Hopper (sm_90a) has beside mma.sync: tiles that the copy engine brings, products of a warpgroup that read them, and the
 // barriers between both. PTX ISA, "Asynchronous warpgroup level matrix instructions" and "Tensor copies".
 #pragma once
 
@@ -46,7 +46,7 @@ __device__ __forceinline__ void barrier_arrive_after_words(u32 barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Which of N buffers is next, and the parity of its phase.
+// The next one of N buffers, and the parity of its phase.
 template <int N> struct Ring {
     u32 index = 0, parity = 0;
     __device__ __forceinline__ void next() {

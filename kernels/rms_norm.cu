@@ -3,7 +3,7 @@
 // the L1 cache, and written once.
 #include "common.cuh"
 
-// With an addend, x += addend first, rounded to activations: the residual stream.
+// An addend is added to x first, rounded to activations, which makes x the residual stream.
 extern "C" __global__ void rms_norm_forward(Act8 *y, float *rstd, Act8 *x, const Act8 *addend, const Float8 *weight,
                                             u32 hidden_eights, float eps) {
     u64 row = (u64)blockIdx.x * hidden_eights;

@@ -1,5 +1,5 @@
-//! Calls into libraries that may panic on input that is not trusted. Such a panic becomes an error, where any other ends
-//! all ranks.
+//! Calls into libraries that may panic on input that is not trusted. Such a panic becomes an error, where any other
+//! ends all ranks.
 
 use std::any::Any;
 use std::cell::Cell;

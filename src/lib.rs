@@ -58,11 +58,11 @@
 //! waits in one mapping of exact size that the driver pins ([`device::cpu::HostRegion`]), never in a mapped file.
 //!
 //! A *shard* is fetched as the first half of its gather, into its own place in the slot, so that the all-gather is in
-//! place. CPU ranks do the same, from the mapped file. If the ranks of a node share that memory ([`comm::Gather::Host`]), each rank fetches all shards instead. A
-//! *boundary* (a layer's input) is put on the host when its layer has read it, and fetched into whatever buffer is
-//! free when backward comes near: `fsdp::offload` weaves these copies into the schedule, where the checker sees them.
-//! *LoRA values* are fetched like shards, their gradients are put after the reduction, and AdamW runs on the host, in
-//! the arithmetic of its kernel to the bit.
+//! place. CPU ranks do the same, from the mapped file. If the ranks of a node share that memory
+//! ([`comm::Gather::Host`]), each rank fetches all shards instead. A *boundary* (a layer's input) is put on the host
+//! when its layer has read it, and fetched into whatever buffer is free when backward comes near: `fsdp::offload`
+//! weaves these copies into the schedule, where the checker sees them. *LoRA values* are fetched like shards, their
+//! gradients are put after the reduction, and AdamW runs on the host, in the arithmetic of its kernel to the bit.
 //!
 //! # Groups of ranks
 //!

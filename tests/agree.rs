@@ -1,4 +1,5 @@
-//! Ranks that were started with different things, under mpirun: refused before anything is written, with keys, ranks and values.
+//! Ranks that were started with different things, under mpirun: refused before anything is written, with keys, ranks
+//! and values.
 
 mod common;
 
@@ -262,8 +263,8 @@ fn templates_that_ask_for_the_date_see_the_clock_of_rank_0() {
     place.write("model/chat_template.jinja", "{{ strftime_now('%Y-%m-%d %H') }}: {{ messages[0].content }}");
     let row = r#"{"messages": [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "ba"}]}"#;
     place.write("rows.jsonl", [row; 8].join("\n"));
-    // A day and two hours apart: at no time do the two clocks show the same date. The rows are compared, so a run that is not
-    // refused has read one clock.
+    // A day and two hours apart: at no time do the two clocks show the same date. The rows are compared, so a run that
+    // is not refused has read one clock.
     let ranks = ["TZ=AAA13", "TZ=BBB-13"].map(trains_with);
     succeeds(place.mpirun_each(&ranks));
 }

@@ -46,7 +46,7 @@ fn with_weight(place: &Place, tensor: &str, value: f32) {
 
 const GATE: &str = "model.layers.1.mlp.gate_proj.weight";
 
-/// What is done to the model's folder.
+/// Changes the model's folder.
 type Damage<'a> = Box<dyn Fn(&Place) + 'a>;
 
 #[test]

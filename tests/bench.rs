@@ -48,7 +48,7 @@ fn shards_are_made_up_alike_by_any_number_of_ranks_and_only_in_a_folder_of_their
         let [together, alone] = ["shards", "alone"].map(|dir| units(&place, &format!("{dir}/{file}")));
         assert!(!alone.is_empty() && together == alone, "{file} depends on the ranks");
     }
-    // The same shape again is no harm; another shape, a model and other files are.
+    // A folder may be filled again with the same shape; it is refused for another shape, beside a model or among other files.
     succeeds(place.command(&QUANTIZE));
     place.config("rms_norm_eps", 1e-4.into());
     let before = place.read("shards/config.json");

@@ -61,7 +61,7 @@ fn the_cache_is_listed_and_pruned() {
     let text = cache(&place, &["list"]);
     assert!(text.contains("1 ranks  1 files  complete") && text.contains("2 sets of shard files"), "{text}");
 
-    // Nothing is useless or old yet.
+    // No set is useless or old yet.
     for args in [&["prune"][..], &["prune", "--older-than", "1d"]] {
         assert!(cache(&place, args).contains("0 B freed"));
     }

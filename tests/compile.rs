@@ -8,9 +8,9 @@ use rayon::prelude::*;
 /// Architectures that are claimed: A100, RTX 30, RTX 40, H100 (with its own instructions: sm_90a), B200, RTX 50.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
-/// Bytes of spilled registers that a kernel may have (stores and loads, the most of any architecture), by name and variant. Wide heads
-/// need all registers that a thread may have; what they spill is addresses and such, used once a tile. LoRA's kernels spill on sm_100 and
-/// sm_120 alone.
+/// Bytes of spilled registers that a kernel may have (stores and loads, the most of any architecture), by name and
+/// variant. Wide heads need all registers that a thread may have; what they spill is addresses and such, used once a
+/// tile. LoRA's kernels spill on sm_100 and sm_120 alone.
 const ALLOWED_SPILL_BYTES: [(&str, &str, u32); 11] = [
     ("lora_input_16_1", "", 8),
     ("lora_input_16_3", "", 80),
@@ -86,7 +86,7 @@ fn every_kernel_compiles_without_spills() {
     assert!(spilled.is_empty(), "spilled registers: {}", spilled.join("; "));
 }
 
-/// What the assembler says of a call.
+/// Returns the assembler's log of a call.
 fn log(call: &Call) -> String {
     let options: Vec<String> = call.act.map(String::from).into_iter().chain(call.variant.clone()).collect();
     compile::compile(call.source, call.arch, &options).unwrap().log
@@ -117,7 +117,7 @@ fn resources(log: &str) -> Vec<Resources> {
     all
 }
 
-/// What one kernel takes.
+/// Registers and memory of one kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Resources {
     name: String,

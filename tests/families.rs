@@ -76,7 +76,7 @@ struct Case {
 #[derive(Deserialize)]
 struct Bfloat16 {
     logits: f64,
-    /// By the name of the matrix in the adapter.
+    /// One for each matrix of the adapter, by its name.
     gradients: BTreeMap<String, f64>,
 }
 

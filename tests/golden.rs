@@ -73,7 +73,7 @@ fn nf4_is_that_of_bitsandbytes() {
         let Absmax::Nested(nested) = &double.absmax else { panic!("{case}") };
         let offset = get("dq.offset")[0];
         assert!((nested.offset - offset).abs() <= offset.abs() * 1e-6, "{case}: offset {} for {offset}", nested.offset);
-        // With bitsandbytes' own offset (its mean is summed in another order) everything is exact.
+        // Given bitsandbytes' own offset (its mean is summed in another order), everything is exact.
         let nested = quantize_absmax_around(get("absmax"), offset);
         assert_eq!(nested.nested_absmax, *get("dq.nested_absmax"), "{case}: nested absmax");
         assert_eq!(nested.codes, bytes_of(get("dq.nearest")), "{case}: nearest codes");

@@ -1,4 +1,5 @@
-//! Which base a run uses: a changed one is never trained on with the shards of before, and an unchanged one is not read again.
+//! Which base a run uses: a changed one is never trained on with the shards of before, and an unchanged one is not read
+//! again.
 
 mod common;
 
@@ -140,7 +141,7 @@ fn a_damaged_or_unwritable_record_costs_time_only() {
         assert!(text.contains(READ) && !text.contains("quantizing"), "{text}");
         assert_eq!((loss(&place), std::fs::read_to_string(record).unwrap()), (first, whole.clone()));
     }
-    // In the place of the record is what cannot be replaced: the record goes to the cache.
+    // A folder that cannot be replaced stands in the place of the record, so the record goes to the cache.
     std::fs::remove_file(record).unwrap();
     std::fs::create_dir(record).unwrap();
     std::fs::write(record.join("file"), "").unwrap();

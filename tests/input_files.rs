@@ -1,4 +1,5 @@
-//! Input files of a base model that are something else: refused at once, with path and kind, and none hangs or takes all memory.
+//! Input files of a base model that are something else: refused at once, with path and kind, and none hangs or takes
+//! all memory.
 
 mod common;
 
@@ -15,7 +16,8 @@ const LFS_POINTER: &str = "version https://git-lfs.github.com/spec/v1\noid sha25
 /// Far more than a refusal takes, and less than a person's patience.
 const AT_ONCE: Duration = Duration::from_secs(60);
 
-/// Training fails with status 1 within a bound of memory, tells all of `words`, shows no control character and leaves no result.
+/// Training fails with status 1 within a bound of memory, tells all of `words`, shows no control character and leaves
+/// no result.
 fn refused(place: &Place, words: &[&str]) {
     let program = place.command(&TRAIN);
     let mut shell = Command::new("bash");
@@ -213,7 +215,7 @@ fn headers_and_configs_that_ask_for_much() {
 #[test]
 fn a_plan_from_a_config_alone_takes_no_size_for_granted() {
     let place = Place::new();
-    // As wide as a GPU wants it.
+    // GPUs take heads of this width.
     place.config("head_dim", json!(64));
     let config = place.read("model/config.json");
     std::fs::remove_file(place.path("model/model.safetensors")).unwrap();

@@ -42,7 +42,7 @@ fn two_ranks_exchange_more_than_two_gib() {
     check(&mut recv, |from, i| mark(from, 0, i));
 }
 
-/// What stands at a mark of the part that a rank has for another.
+/// Returns the byte at a mark of the part that a rank has for another.
 fn mark(from: usize, to: usize, i: usize) -> u8 {
     (1 + 100 * from + 50 * to + i) as u8
 }

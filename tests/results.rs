@@ -72,7 +72,7 @@ fn the_same_run_is_finished_and_another_is_refused() {
     assert!(run["program"].as_str().unwrap().starts_with("fsdp-qlora ") && run["ended"].is_string(), "{run}");
     let (before, text) = (files(&place.path("out")), succeeds(place.mpirun(2, &TRAIN)));
     assert!(text.contains("already finished") && !text.contains("step 1/3"), "{text}");
-    // How a run is told and moved does not make it another one.
+    // Keys of logging and movement do not make it another run.
     succeeds(place.mpirun(2, &train_with(&["training.logging_steps=3", "fsdp.activation_checkpointing=full"])));
     let refused = |command: Command, word: &str| {
         let text = fails(command, 1);
@@ -197,7 +197,7 @@ fn a_kill_while_saving_leaves_the_old_adapter_or_the_new_one() {
     }
 }
 
-/// Whether this run has finished; else the run that has is told.
+/// Returns whether this run has finished; if not, it must have said that another run has.
 fn succeeds_or_tells(place: &Place, args: &[&str]) -> bool {
     let output = place.mpirun(2, args).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -238,7 +238,7 @@ fn an_output_dir_that_is_removed_is_made_again_and_the_model_may_go() {
     eval(&place, "out");
 }
 
-/// What is done to an output folder.
+/// Damages an output folder.
 type Mischief = fn(&Path);
 
 #[test]

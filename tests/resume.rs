@@ -368,7 +368,7 @@ fn a_run_that_differs_does_not_go_on() {
     assert!(text.contains("rows.jsonl") || text.contains("training data is"), "{text}");
     place.write("rows.jsonl", rows);
     assert_eq!(newest(&place), step, "a refusal leaves what is there");
-    // How a run is told, moved and saved does not make it another one.
+    // Keys of logging, movement and saving do not make it another run.
     let harmless = ["training.logging_steps=7", "training.save_steps=20", "fsdp.activation_checkpointing=full"];
     let text = succeeds(place.mpirun(2, &train_with(&harmless)));
     assert!(text.contains(&format!("going on after step {step},")), "{text}");

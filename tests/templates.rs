@@ -1,5 +1,5 @@
-//! Chat templates that would hang, take all memory or overflow the stack end in an error that says so. This is a program of its own,
-//! so that the most memory that it ever had can be measured.
+//! Chat templates that would hang, take all memory or overflow the stack end in an error that says so. This is a
+//! program of its own, so that the most memory that it ever had can be measured.
 
 use std::fmt::Write;
 
@@ -7,7 +7,7 @@ use fsdp_qlora::testing::ChatTemplate;
 use jiff::Zoned;
 use serde_json::json;
 
-/// What a rendering may take at most: fuel for 320 MB of text, and as much again while a string grows.
+/// Most memory that a rendering may take: fuel for 320 MB of text, and as much again while a string grows.
 const MAX_MEMORY_KIB: u64 = 1_500_000;
 
 fn outcome(source: &str) -> String {
@@ -86,8 +86,8 @@ fn attacks_end_in_an_error_that_names_the_template() {
     assert!(peak < MAX_MEMORY_KIB, "{peak} KiB");
 }
 
-/// minijinja adds up lists when their items are asked for, which no fuel pays for. The thread that does it cannot be stopped and
-/// goes on until its process ends, so that another process tries it.
+/// minijinja adds up lists when their items are asked for, which no fuel pays for. The thread that does it cannot be
+/// stopped and goes on until its process ends, so that another process tries it.
 #[test]
 fn a_list_that_doubles_ends_before_memory_does() {
     const CHILD: &str = "FSDP_QLORA_TEST_TEMPLATE_CHILD";

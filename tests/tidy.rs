@@ -103,7 +103,8 @@ fn an_op_is_the_files_of_one_stem() {
     assert!(!stems_of_ops.is_empty());
     let kernels = stems(&root.join("kernels"), "cu");
     for kernel in &kernels {
-        // Kernels of one architecture belong to the op that has kernels for all, and those of backward to the op that has a forward.
+        // Kernels of one architecture belong to the op that has kernels for all, and those of backward to the op that
+        // has a forward.
         let stem = kernel.split("_hopper").next().unwrap().trim_end_matches("_backward");
         assert!(stems_of_ops.iter().any(|op| op == stem), "kernels/{kernel}.cu has no src/device/{stem}.rs");
     }

@@ -1,5 +1,5 @@
-//! One way to die, under real mpirun: whatever happens to a rank, in whatever part of a run, all ranks end within seconds, and a message on
-//! top says which rank it was and what it was doing.
+//! One way to die, under real mpirun: whatever happens to a rank, in whatever part of a run, all ranks end within
+//! seconds, and a message on top says which rank it was and what it was doing.
 
 mod common;
 

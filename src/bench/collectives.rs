@@ -22,8 +22,8 @@ use crate::start::placement::Placement;
 /// Timed calls, of which the median counts.
 const REPEATS: usize = 5;
 
-/// Measures all-gathers of shards of 1 MiB to `max_mib`, and the reduce-scatters beside them. Gives `tell` one object for
-/// each size and collective, on rank 0. Collective.
+/// Measures all-gathers of shards of 1 MiB to `max_mib`, and the reduce-scatters beside them. Gives `tell` one object
+/// for each size and collective, on rank 0. Collective.
 pub fn run(start: &Start, mut comm: MpiComm, max_mib: usize, tell: &impl Fn(Value)) -> Result<()> {
     ensure!(start.world.world_size > 1, "bench collectives: one rank; start several, e.g. mpirun -np 2");
     match start.place(&mut comm, ComputeDtype::Auto)? {

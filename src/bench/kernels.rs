@@ -181,8 +181,8 @@ impl<'a, D: Ops> Kernels<'a, D> {
         })
     }
 
-    /// The attention of the model, and those of other families over the same q, k and v: with capped scores, in a window,
-    /// with heads of 256.
+    /// The attention of the model, and those of other families over the same q, k and v: with capped scores, in a
+    /// window, with heads of 256.
     fn attentions(&self) -> Result<()> {
         let (stage, tokens) = (&self.layer.attention, self.tokens);
         let plain = Scores { head_dim: stage.head_dim, window: None, softcap: None };

@@ -12,7 +12,8 @@ use crate::model::spec::{ModelSpec, TensorSpec};
 impl BaseModel {
     /// Checks that every tensor of the architecture is there in the right shape, as bf16, f16 or f32 — or, for a
     /// projection, in bitsandbytes' NF4 layout — and that there is no other. Only `*.rotary_emb.inv_freq` and, with
-    /// tied embeddings, an `lm_head.weight` equal to the embedding may be there besides, and with a text tower the other towers.
+    /// tied embeddings, an `lm_head.weight` equal to the embedding may be there besides, and with a text tower the
+    /// other towers.
     ///
     /// One error names what is missing, wrong or unknown.
     pub fn check(&self, model: &ModelSpec) -> Result<()> {

@@ -51,7 +51,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Beginnings of names in files of models that also see, each with its place in memory, by which transformers 5 and PEFT know the tensor.
+/// Beginnings of names in files of models that also see, each with its place in memory, by which transformers 5 and
+/// PEFT know the tensor.
 const RENAMED: [(&str, &str); 4] = [
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.language_model."),

@@ -1,5 +1,5 @@
-//! Bounds how much longer the parts of a tokenizer.json make a text: forty replacements, each of which doubles it, would
-//! take all memory for one letter.
+//! Bounds how much longer the parts of a tokenizer.json make a text: forty replacements, each of which doubles it,
+//! would take all memory for one letter.
 
 use anyhow::{Context, Result, ensure};
 use fancy_regex::Regex;

@@ -262,7 +262,8 @@ mod tests {
         let started = std::time::Instant::now();
         add(&mut tokenizer, &files(json!({}), json!({}), tokens.into())).unwrap();
         assert_eq!(tokenizer.token_to_id("<29999>"), Some(30_317));
-        // It takes a tenth of a second, and took five minutes when the search for tokens was built again for each of them.
+        // It takes a tenth of a second, and took five minutes when the search for tokens was built again for each of
+        // them.
         assert!(started.elapsed().as_secs() < 60, "{:?}", started.elapsed());
     }
 }

@@ -5,11 +5,11 @@ use anyhow::{Result, ensure};
 use super::{Device, View, ViewMut};
 
 /// One piece of the vocabulary of a streaming cross-entropy, in the manner of flash attention. With logits = x · Wᵀ of
-/// this piece: the running maximum and sum of exponentials are updated; acc = acc · exp(old max − new max) +
-/// exp(logits − new max) · W; target_logit is set where the target lies in the piece. With a cap c, logits = c·tanh(x · Wᵀ / c), and
-/// what is added to acc has the factor 1 − (logits / c)², the derivative. x `[N, H]`, W `[rows, H]`,
-/// acc `[N, H]` f32; max, sum, target_logit, target_ids `[N]`; `logits` is scratch `[N, rows]`.
-/// Before the first piece max = −∞, sum = 0, acc = 0. Without `acc` only the log-probability is wanted.
+/// this piece: the running maximum and sum of exponentials are updated; acc = acc · exp(old max − new max) + exp(logits
+/// − new max) · W; target_logit is set where the target lies in the piece. With a cap c, logits = c·tanh(x · Wᵀ / c),
+/// and what is added to acc has the factor 1 − (logits / c)², the derivative. x `[N, H]`, W `[rows, H]`, acc `[N, H]`
+/// f32; max, sum, target_logit, target_ids `[N]`; `logits` is scratch `[N, rows]`. Before the first piece max = −∞, sum
+/// = 0, acc = 0. Without `acc` only the log-probability is wanted.
 pub struct CrossEntropyPiece<'a, D: Device> {
     pub max: ViewMut<'a, D, f32>,
     pub sum: ViewMut<'a, D, f32>,
@@ -25,8 +25,8 @@ pub struct CrossEntropyPiece<'a, D: Device> {
     pub softcap: Option<f32>,
 }
 
-/// `target_rows[i] = W[target]` where the target of row i lies in this piece, `[N, H]`; other rows are left as they are. The
-/// rows are kept apart from `acc`, which is rescaled until the last piece.
+/// `target_rows[i] = W[target]` where the target of row i lies in this piece, `[N, H]`; other rows are left as they
+/// are. The rows are kept apart from `acc`, which is rescaled until the last piece.
 pub struct GatherTargetRows<'a, D: Device> {
     pub target_rows: ViewMut<'a, D, D::Act>,
     pub weight: View<'a, D, D::Act>,
@@ -34,8 +34,8 @@ pub struct GatherTargetRows<'a, D: Device> {
     pub first_id: usize,
 }
 
-/// `d_x = coefficient · (acc / sum − W[target])` per row, `[N, H]`: the gradient of −coefficient · log p(target). With a cap c,
-/// `W[target]` has the factor 1 − (target_logit / c)².
+/// `d_x = coefficient · (acc / sum − W[target])` per row, `[N, H]`: the gradient of −coefficient · log p(target). With
+/// a cap c, `W[target]` has the factor 1 − (target_logit / c)².
 pub struct CrossEntropyFinish<'a, D: Device> {
     pub d_x: ViewMut<'a, D, D::Act>,
     pub acc: View<'a, D, f32>,

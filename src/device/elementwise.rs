@@ -4,8 +4,8 @@ use anyhow::{Result, ensure};
 
 use super::{Device, View, ViewMut};
 
-/// A sum of squares adds this many parts of equal length, one after the other. A part adds [`SUM_LANES`] lanes: lane i sums elements i,
-/// i + SUM_LANES, …, and then the upper half of the lanes is added to the lower until one is left.
+/// A sum of squares adds this many parts of equal length, one after the other. A part adds [`SUM_LANES`] lanes: lane i
+/// sums elements i, i + SUM_LANES, …, and then the upper half of the lanes is added to the lower until one is left.
 pub const SUM_PARTS: usize = 128;
 pub const SUM_LANES: usize = 1024;
 

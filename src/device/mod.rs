@@ -1,12 +1,14 @@
 //! A device is memory ([`Device`]) and what it computes ([`Ops`]).
 //!
-//! Dispatch is static: everything above is generic in `D: Ops`, and one `match` at the top of the command line picks the
-//! device. An op is the files of one stem: `device/<stem>.rs` holds its contract (a struct of arguments whose comment gives the formula
-//! and the shapes, outputs first), its trait and the check of sizes that both devices make; `cpu/<stem>.rs` is the reference,
-//! `cuda/<stem>.rs` launches `kernels/<stem>.cu`. A new stem is listed here, in `ops!`.
+//! Dispatch is static: everything above is generic in `D: Ops`, and one `match` at the top of the command line picks
+//! the device. An op is the files of one stem: `device/<stem>.rs` holds its contract (a struct of arguments whose
+//! comment gives the formula and the shapes, outputs first), its trait and the check of sizes that both devices make;
+//! `cpu/<stem>.rs` is the reference, `cuda/<stem>.rs` launches `kernels/<stem>.cu`. A new stem is listed here, in
+//! `ops!`.
 //!
-//! In all contracts T is a number of tokens and H the hidden size. Matrices are row-major. `Act` is the device's activation type;
-//! statistics, losses and gradients of parameters are f32. A T of 0 is allowed everywhere and does nothing.
+//! In all contracts T is a number of tokens and H the hidden size. Matrices are row-major. `Act` is the device's
+//! activation type; statistics, losses and gradients of parameters are f32. A T of 0 is allowed everywhere and does
+//! nothing.
 
 mod adamw;
 pub mod arena;
@@ -46,8 +48,8 @@ pub use uniform::*;
 
 macro_rules! ops {
     ($($op:ident),* $(,)?) => {
-        /// All ops: the sum of the traits of each stem. Every call is checked against the sizes of its contract before anything is
-        /// written.
+        /// All ops: the sum of the traits of each stem. Every call is checked against the sizes of its contract before
+        /// anything is written.
         pub trait Ops: $($op +)* {}
         impl<D: $($op +)*> Ops for D {}
     };
@@ -85,7 +87,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn allocate(&self, bytes: usize) -> Result<(Self::Region, usize)>;
     /// Makes copies to and from this device run at full speed on host memory: on a GPU, pins it.
     fn pin(&self, region: HostRegion) -> Result<HostRegion>;
-    /// Returns the bytes that all programs together take of the device, as its driver counts them; 0 where it is the host.
+    /// Returns the bytes that all programs together take of the device, as its driver counts them; 0 where it is the
+    /// host.
     fn used_bytes(&self) -> Result<usize>;
     /// Waits until the compute queue has done all that it was given.
     fn synchronize(&self) -> Result<()>;
@@ -99,6 +102,7 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn download<T: Element>(&self, dst: &mut [T], src: View<'_, Self, T>) -> Result<()>;
     /// Copies on the device, on the compute queue; the lengths must be equal.
     fn copy<T: Element>(&self, dst: ViewMut<'_, Self, T>, src: View<'_, Self, T>) -> Result<()>;
-    /// Sets every byte to `byte`. With 0xFF each float of any width is a NaN: what was never written cannot pass unseen.
+    /// Sets every byte to `byte`. With 0xFF each float of any width is a NaN: what was never written cannot pass
+    /// unseen.
     fn fill_bytes<T: Element>(&self, dst: ViewMut<'_, Self, T>, byte: u8) -> Result<()>;
 }

@@ -4,9 +4,9 @@ use anyhow::{Result, ensure};
 
 use super::{Device, View, ViewMut};
 
-/// Rotates pairs (i, i + rotary_dim/2) of the first `rotary_dim` elements of each head in place, as `transformers` pairs them, and leaves
-/// the others as they are; `inverse` rotates back, which is the backward. x `[T, num_heads · head_dim]`; cos, sin `[T, rotary_dim / 2]`
-/// with any attention scaling in them.
+/// Rotates pairs (i, i + rotary_dim/2) of the first `rotary_dim` elements of each head in place, as `transformers`
+/// pairs them, and leaves the others as they are; `inverse` rotates back, which is the backward. x `[T, num_heads ·
+/// head_dim]`; cos, sin `[T, rotary_dim / 2]` with any attention scaling in them.
 pub struct Rope<'a, D: Device> {
     pub x: ViewMut<'a, D, D::Act>,
     pub cos: View<'a, D, f32>,

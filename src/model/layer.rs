@@ -15,8 +15,8 @@ pub struct LayerSaves<'a, D: Ops> {
     pub mlp: MlpSaves<'a, D>,
 }
 
-/// out = layer(x); x, out `[T, hidden]`. Groups that are `saved` are left as they are. `out: None` makes it a recompute, which stops
-/// before the last module, because backward does not need its output.
+/// out = layer(x); x, out `[T, hidden]`. Groups that are `saved` are left as they are. `out: None` makes it a
+/// recompute, which stops before the last module, because backward does not need its output.
 pub fn forward<D: Ops>(
     ctx: &StageContext<'_, D>,
     layer: &LayerSpec,
@@ -31,8 +31,8 @@ pub fn forward<D: Ops>(
     mlp::forward(ctx, &layer.mlp, out, &mut saves.mlp, saved, x, scratch)
 }
 
-/// `d` `[T, hidden]` is the gradient of the layer's output and becomes the gradient of its input x. Gradients of trainable values are
-/// added to `grads`. `saves` are those of [`forward`].
+/// `d` `[T, hidden]` is the gradient of the layer's output and becomes the gradient of its input x. Gradients of
+/// trainable values are added to `grads`. `saves` are those of [`forward`].
 pub fn backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     layer: &LayerSpec,

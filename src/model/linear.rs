@@ -1,5 +1,5 @@
-//! Linear modules with LoRA that share an input, forward and backward. A module may give several quantities, each from rows of its own
-//! (`qkv_proj`); they share the module's A.
+//! Linear modules with LoRA that share an input, forward and backward. A module may give several quantities, each from
+//! rows of its own (`qkv_proj`); they share the module's A.
 
 use std::ops::Range;
 
@@ -57,7 +57,8 @@ impl<'a, D: Ops> Linear<'a, D> {
         self.weight.range(rows.start * self.module.in_features..rows.end * self.module.in_features)
     }
 
-    /// y `[T, rows]` = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ) for some rows of the module, with u `[T, r]`.
+    /// y `[T, rows]` = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ) for some rows of the module, with u
+    /// `[T, r]`.
     fn forward(
         &self,
         ops: &D,
@@ -85,9 +86,9 @@ impl<'a, D: Ops> Linears<'a, D> {
         Ok(Linears(modules.map(|module| Linear::new(ctx, module)).collect::<Result<_>>()?))
     }
 
-    /// For each of `outputs`, rows of a module and their y `[T, rows]`: y = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ), with
-    /// the module's u `[T, r]` = dropout(x) · Aᵀ. Without outputs only u is computed, which is all that backward needs of a layer's last
-    /// module. `dropped` is scratch.
+    /// For each of `outputs`, rows of a module and their y `[T, rows]`: y = output_scale · (x `[T, in]` · Wᵀ + bias +
+    /// scale · u · Bᵀ), with the module's u `[T, r]` = dropout(x) · Aᵀ. Without outputs only u is computed, which is
+    /// all that backward needs of a layer's last module. `dropped` is scratch.
     pub fn forward<'y, const N: usize>(
         &self,
         ops: &D,
@@ -117,8 +118,8 @@ impl<'a, D: Ops> Linears<'a, D> {
         Ok(())
     }
 
-    /// With the d_y of each output, times output_scale: d_x = d_y · W + mask ∘ (d_u · A); dB += scale · d_yᵀ · u; dA += d_uᵀ · dropout(x);
-    /// d_u = scale · d_y · B. d_x and dA are sums over the modules and their outputs.
+    /// With the d_y of each output, times output_scale: d_x = d_y · W + mask ∘ (d_u · A); dB += scale · d_yᵀ · u; dA +=
+    /// d_uᵀ · dropout(x); d_u = scale · d_y · B. d_x and dA are sums over the modules and their outputs.
     pub fn backward<const N: usize>(
         &self,
         ops: &D,

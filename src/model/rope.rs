@@ -64,8 +64,8 @@ pub struct RopeConfig {
     pub growth: Option<Growth>,
 }
 
-/// A factor of cosines and sines that grows with the position in a document: 1 + beta · ln(1 + ⌊position / length⌋), which is 1 for the
-/// first `length` positions. Because rotation is linear, it is a factor of what is rotated.
+/// A factor of cosines and sines that grows with the position in a document: 1 + beta · ln(1 + ⌊position / length⌋),
+/// which is 1 for the first `length` positions. Because rotation is linear, it is a factor of what is rotated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Growth {
     pub beta: f64,
@@ -79,7 +79,8 @@ impl Growth {
 }
 
 impl RopeConfig {
-    /// Inverse frequencies `[rotary_dim / 2]` for a document of `num_tokens` tokens. Only dynamic NTK and LongRoPE read the length.
+    /// Inverse frequencies `[rotary_dim / 2]` for a document of `num_tokens` tokens. Only dynamic NTK and LongRoPE read
+    /// the length.
     pub fn inv_freq(&self, num_tokens: usize) -> Vec<f32> {
         let theta = match self.scaling {
             RopeScaling::Dynamic { factor } => self.dynamic_theta(factor, num_tokens),
@@ -110,7 +111,8 @@ impl RopeConfig {
         documents.into_iter().flat_map(|n| self.inv_freq(n)).all(f32::is_finite) && self.attention_scaling().is_finite()
     }
 
-    /// Longest text whose tokens are rotated by the short factors of LongRoPE; all tokens of a longer one turn otherwise.
+    /// Longest text whose tokens are rotated by the short factors of LongRoPE; all tokens of a longer one turn
+    /// otherwise.
     pub fn short_length(&self) -> Option<usize> {
         match &self.scaling {
             RopeScaling::LongRope(longrope) => Some(longrope.original_max_position_embeddings),

@@ -1,6 +1,6 @@
-//! The model as a value: the tensors of each layer, what its stages compute with them, and what stands before and after the layers.
-//! Loading, sharding, memory, the planner and the names in an adapter are derived from it. [`super::family`] makes it from a
-//! config.json.
+//! The model as a value: the tensors of each layer, what its stages compute with them, and what stands before and after
+//! the layers. Loading, sharding, memory, the planner and the names in an adapter are derived from it.
+//! [`super::family`] makes it from a config.json.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -312,7 +312,8 @@ impl ModelSpec {
         self.is_text_tower && BESIDE_TEXT.iter().any(|tower| tensor.starts_with(tower))
     }
 
-    /// Modules that PEFT puts LoRA on where `target_modules` is absent. The list is empty where PEFT has no default for the family.
+    /// Modules that PEFT puts LoRA on where `target_modules` is absent. The list is empty where PEFT has no default for
+    /// the family.
     pub fn default_targets(&self) -> &'static [ModuleId] {
         family::default_targets(self.family)
     }

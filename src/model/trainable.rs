@@ -1,4 +1,5 @@
-//! The values that have a gradient: each layer has a list of matrices. Today they are LoRA's, as PEFT defines it: y = W·x + scale · B · A · dropout(x).
+//! The values that have a gradient: each layer has a list of matrices. Today they are LoRA's, as PEFT defines it: y =
+//! W·x + scale · B · A · dropout(x).
 
 use std::ops::Range;
 

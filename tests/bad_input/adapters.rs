@@ -1,4 +1,5 @@
-//! Adapters of other tools: what changes the base or the arithmetic is refused by name, and so is what contradicts the tensors.
+//! Adapters of other tools: what changes the base or the arithmetic is refused by name, and so is what contradicts the
+//! tensors.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,5 @@
-//! Numbers, paths and options of the command line: a value that cannot be meant is refused with what is allowed, and never a panic.
+//! Numbers, paths and options of the command line: a value that cannot be meant is refused with what is allowed, and
+//! never a panic.
 
 use serde_json::json;
 

@@ -17,7 +17,7 @@ pub struct Folder {
 impl Folder {
     /// Makes both folders with these files.
     pub fn new(files: &[(&str, Vec<u8>)]) -> Folder {
-        // In memory where that is possible, because files are written again for each input.
+        // The files lie in memory where that is possible, because they are written again for each input.
         let root = TempDir::new_in("/dev/shm").or_else(|_| TempDir::new()).unwrap();
         let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).unwrap();
         for folder in ["model", "outside"] {

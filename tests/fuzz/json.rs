@@ -122,7 +122,7 @@ fn raw_text(rng: &mut Rng, node: &Value) -> String {
     }
 }
 
-/// How often a value is repeated, so that an input stays small.
+/// Draws how often a value is repeated, so that an input stays small.
 fn times(rng: &mut Rng, value: &Value) -> usize {
     (1 << rng.u32(0..12)).min(1 + (1 << 16) / value.to_string().len())
 }

@@ -55,7 +55,7 @@ impl Case<'_> {
     }
 }
 
-/// What an attention reads, forward and backward.
+/// The inputs of an attention, forward and backward.
 pub struct Inputs {
     pub q: Vec<f32>,
     pub k: Vec<f32>,
@@ -153,7 +153,7 @@ pub fn formula(case: &Case<'_>, inputs: &Inputs, round: impl Fn(f64) -> f64) -> 
             out[at.clone()].iter_mut().zip(&v[kv_at(j)]).for_each(|(o, v)| *o += p * f64::from(*v));
         }
         out[at.clone()].iter_mut().for_each(|o| *o = round(*o));
-        // As FlashAttention-2 has it (Dao 2023, algorithm 2): from the output, which is rounded.
+        // FlashAttention-2 (Dao 2023, algorithm 2) computes delta from the output, which is rounded.
         let delta: f64 = out[at.clone()].iter().zip(d_row).map(|(o, d)| o * f64::from(*d)).sum();
         for (i, j) in keys.clone().enumerate() {
             let d_s = round(p[i] * (round(dot(d_row, &v[kv_at(j)])) - delta) * slope(s[i]));

@@ -114,8 +114,8 @@ fn slope(logit: f32, cap: f32) -> f32 {
     1.0 - (logit / cap) * (logit / cap)
 }
 
-/// Logits become exp(logit − new max), with the factor [`slope`] where there is a cap; the running values and the row of acc are rescaled
-/// to the new maximum.
+/// Logits become exp(logit − new max), with the factor [`slope`] where there is a cap; the running values and the row
+/// of acc are rescaled to the new maximum.
 fn update_row(logits: &mut [f32], max: &mut f32, sum: &mut f32, acc: &mut [f32], softcap: Option<f32>) {
     crate::simd::vectorize(
         #[inline(always)]

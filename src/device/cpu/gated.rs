@@ -53,7 +53,8 @@ fn gelu(gate: f32) -> f32 {
     0.5 * gate * (1.0 + gelu_tanh(gate))
 }
 
-/// Returns (d_gate, d_up), where f'(x) = ½(1 + t) + ½x · (1 − t²) · √(2/π) · (1 + 3 · 0.044715x²) with t = [`gelu_tanh`].
+/// Returns (d_gate, d_up), where f'(x) = ½(1 + t) + ½x · (1 − t²) · √(2/π) · (1 + 3 · 0.044715x²) with t =
+/// [`gelu_tanh`].
 #[inline(always)]
 fn gelu_backward(d_y: f32, gate: f32, up: f32) -> (f32, f32) {
     let t = gelu_tanh(gate);

@@ -1,5 +1,5 @@
-//! The decoder that families are variants of: Llama's. A family reads its sizes with [`Decoder::read`], sets what differs, and makes the
-//! model with [`Decoder::spec`], whose layers it may change.
+//! The decoder that families are variants of: Llama's. A family reads its sizes with [`Decoder::read`], sets what
+//! differs, and makes the model with [`Decoder::spec`], whose layers it may change.
 
 use serde_json::Value;
 
@@ -10,8 +10,8 @@ use crate::model::rope::RopeConfig;
 use crate::model::spec::{Embedding, Head, LayerSpec, ModelSpec, Module, ModuleId, Norm, NormId, Rows};
 use crate::model::stage::{Attention, Mlp};
 
-/// Weights of a model, at most: two hundred times as many as the largest model there is has, and few enough for every product of
-/// sizes to fit in 64 bits.
+/// Weights of a model, at most: two hundred times as many as the largest model there is has, and few enough for every
+/// product of sizes to fit in 64 bits.
 const MAX_WEIGHTS: u128 = 100_000_000_000_000;
 
 /// Values of keys that a config.json does not have.
@@ -130,7 +130,8 @@ impl Decoder {
         })
     }
 
-    /// Takes `use_sliding_window`, which is off where it is absent, `sliding_window`, in whose place `absent` stands, and `layer_types`.
+    /// Takes `use_sliding_window`, which is off where it is absent, `sliding_window`, in whose place `absent` stands,
+    /// and `layer_types`.
     pub fn windows(&self, fields: &mut Fields, absent: Option<usize>) -> Windows {
         let is_used = fields.flag("use_sliding_window", false);
         let size = fields.size_or_null("sliding_window", absent).filter(|_| is_used);
@@ -265,8 +266,8 @@ impl Decoder {
     }
 }
 
-/// The modules that read a stage's input, and the rows that give each of `parts`, an id and a width: of a module of its own, or of the
-/// one that all share.
+/// The modules that read a stage's input, and the rows that give each of `parts`, an id and a width: of a module of its
+/// own, or of the one that all share.
 fn inputs<const N: usize>(
     shared: Option<ModuleId>,
     parts: [(ModuleId, usize); N],

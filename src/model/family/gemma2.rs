@@ -1,5 +1,5 @@
-//! Gemma 2: four norms a layer whose files have weight − 1, GELU by tanh, embeddings scaled by √hidden_size, bounded scores and logits,
-//! and a window on every other layer. Gemma 3 has most of it.
+//! Gemma 2: four norms a layer whose files have weight − 1, GELU by tanh, embeddings scaled by √hidden_size, bounded
+//! scores and logits, and a window on every other layer. Gemma 3 has most of it.
 
 use serde_json::json;
 
@@ -39,7 +39,8 @@ pub(super) struct Gemma {
 }
 
 impl Gemma {
-    /// Text models in multimodal files leave out the sizes that the class has too; `vocab_size` and `positions` are its values.
+    /// Text models in multimodal files leave out the sizes that the class has too; `vocab_size` and `positions` are its
+    /// values.
     pub fn read(fields: &mut Fields, vocab_size: usize, positions: usize) -> Gemma {
         for (key, size) in [
             ("vocab_size", vocab_size),
@@ -79,7 +80,8 @@ impl Gemma {
         }
     }
 
-    /// Makes the model. `slides` says which layers have a window where `layer_types` is absent. They rotate by the last of `ropes`.
+    /// Makes the model. `slides` says which layers have a window where `layer_types` is absent. They rotate by the last
+    /// of `ropes`.
     pub fn spec(
         self,
         family: &'static str,

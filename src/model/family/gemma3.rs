@@ -1,5 +1,6 @@
-//! Gemma 3's text model: Gemma 2 with norms of each head's queries and keys in place of bounded scores, and five layers with a window, and
-//! a rotation of their own, before each with full attention. Checkpoints that also see are read as their text tower.
+//! Gemma 3's text model: Gemma 2 with norms of each head's queries and keys in place of bounded scores, and five layers
+//! with a window, and a rotation of their own, before each with full attention. Checkpoints that also see are read as
+//! their text tower.
 
 use super::gemma2::{Gemma, norm, softcap};
 use super::json_fields::Fields;

@@ -1,4 +1,5 @@
-//! Models of Mistral that also see (Small 3.1, Ministral 3 as released): their text tower is a Mistral or a Ministral 3.
+//! Models of Mistral that also see (Small 3.1, Ministral 3 as released): their text tower is a Mistral or a Ministral
+//! 3.
 
 use super::json_fields::Fields;
 use super::{Family, ministral3, mistral, text_tower};

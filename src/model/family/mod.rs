@@ -1,5 +1,5 @@
-//! Makes a [`ModelSpec`] of a config.json of Hugging Face. A family is one architecture: a file that says which keys it has, what each
-//! means, and how its layers differ from those of `decoder`. A key that is not understood is refused.
+//! Makes a [`ModelSpec`] of a config.json of Hugging Face. A family is one architecture: a file that says which keys it
+//! has, what each means, and how its layers differ from those of `decoder`. A key that is not understood is refused.
 
 mod decoder;
 mod gemma2;
@@ -132,8 +132,8 @@ fn read_as_one_of(families: &'static [Family], fields: &mut Fields) -> ModelSpec
     spec
 }
 
-/// Reads the text tower of a model that also sees: `text_config`, which is one of `families`. The head is tied where the outer
-/// `tie_word_embeddings` is true or absent, whatever the inner one says.
+/// Reads the text tower of a model that also sees: `text_config`, which is one of `families`. The head is tied where
+/// the outer `tie_word_embeddings` is true or absent, whatever the inner one says.
 fn text_tower(fields: &mut Fields, family: &'static str, families: &'static [Family]) -> ModelSpec {
     SIGHT.iter().for_each(|key| drop(fields.take(key)));
     let is_tied = fields.flag("tie_word_embeddings", true);
@@ -155,8 +155,8 @@ pub(super) fn default_targets(model_type: &str) -> &'static [ModuleId] {
     FAMILIES.iter().find(|family| family.model_type == model_type).map_or(&[], |family| family.default_targets)
 }
 
-/// Takes the keys that name the family. The keys of an unknown one are read as those of the first, so that one error names all that is
-/// wrong.
+/// Takes the keys that name the family. The keys of an unknown one are read as those of the first, so that one error
+/// names all that is wrong.
 fn family(families: &'static [Family], fields: &mut Fields) -> &'static Family {
     let (architectures, model_type) = (fields.take("architectures"), fields.take("model_type"));
     let by_type = families.iter().find(|family| model_type.as_ref().is_some_and(|found| found == family.model_type));

@@ -1,5 +1,5 @@
-//! OLMo 2 and 3: norms of what attention and the MLP give in place of norms of what they take, and norms of all queries and all keys
-//! together. Three of four layers of OLMo 3 have a window, and a rotation that nothing scales.
+//! OLMo 2 and 3: norms of what attention and the MLP give in place of norms of what they take, and norms of all queries
+//! and all keys together. Three of four layers of OLMo 3 have a window, and a rotation that nothing scales.
 
 use serde_json::json;
 

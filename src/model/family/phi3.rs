@@ -1,4 +1,5 @@
-//! Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama with fused modules, and a rotation of a part of each head, by LongRoPE in long models.
+//! Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: Llama with fused modules, and a rotation of a part of each head, by LongRoPE
+//! in long models.
 
 use serde_json::{Value, json};
 

@@ -23,8 +23,9 @@ pub struct BnbConfig {
 }
 
 impl BnbConfig {
-    /// The entry of [`Self::skip_modules`] that names a module as transformers 5 understands it: as its path, the beginning of its path
-    /// up to a dot, or the end of its path. `mlp` does not name `model.layers.1.mlp.up_proj`. Regular expressions are not tried.
+    /// The entry of [`Self::skip_modules`] that names a module as transformers 5 understands it: as its path, the
+    /// beginning of its path up to a dot, or the end of its path. `mlp` does not name `model.layers.1.mlp.up_proj`.
+    /// Regular expressions are not tried.
     pub fn skips(&self, module: &str) -> Option<&str> {
         let names = |skipped: &&str| {
             let begins = module.strip_prefix(skipped).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));

@@ -1,4 +1,5 @@
-//! Qwen2, Qwen2.5 and the R1 distills made from them: Llama with biases on queries, keys and values, and windows on the upper layers.
+//! Qwen2, Qwen2.5 and the R1 distills made from them: Llama with biases on queries, keys and values, and windows on the
+//! upper layers.
 
 use serde_json::{Value, json};
 

@@ -20,8 +20,9 @@ pub(super) fn read(fields: &mut Fields, decoder: &Decoder, theta: f64) -> RopeCo
     config
 }
 
-/// Takes the keys of two rotations: of layers with full attention, and of layers with a window. `thetas` are their bases where config.json
-/// gives none. `rope_theta` and `rope_scaling` mean the first alone; `rope_parameters` names both.
+/// Takes the keys of two rotations: of layers with full attention, and of layers with a window. `thetas` are their
+/// bases where config.json gives none. `rope_theta` and `rope_scaling` mean the first alone; `rope_parameters` names
+/// both.
 pub(super) fn read_two(fields: &mut Fields, decoder: &Decoder, thetas: [f64; 2]) -> [RopeConfig; 2] {
     let thetas = [fields.float("rope_theta", Some(thetas[0])), thetas[1]];
     let mut both = parameters(fields);

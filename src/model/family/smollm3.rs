@@ -40,7 +40,8 @@ fn read(fields: &mut Fields) -> ModelSpec {
     spec
 }
 
-/// Takes `no_rope_layers`, a list in which 1 stands for a layer *with* RoPE, and the interval that stands in for the list.
+/// Takes `no_rope_layers`, a list in which 1 stands for a layer *with* RoPE, and the interval that stands in for the
+/// list.
 fn rotated_layers(fields: &mut Fields, num_layers: usize) -> impl Fn(usize) -> bool + use<> {
     let interval = fields.size("no_rope_layer_interval", Some(4));
     let allowed = format!("a list with 1 (RoPE) or 0 (none) for each of {num_layers} layers");

@@ -1,4 +1,5 @@
-//! Attention: x + norm(o · attention(rope(norm(q · n)), rope(norm(k · n)), v · n)) with n = norm(x). Norms and rotation are there or not.
+//! Attention: x + norm(o · attention(rope(norm(q · n)), rope(norm(k · n)), v · n)) with n = norm(x). Norms and rotation
+//! are there or not.
 
 use anyhow::Result;
 
@@ -140,8 +141,8 @@ pub struct Inputs<D: Ops> {
     u: LoraInputs<D>,
 }
 
-/// Group [`Saved::rest`] too, in buffers of its own because generation keeps it: rotated keys, and values, `[T, kv]`, or `[past + T, kv]`
-/// in generation.
+/// Group [`Saved::rest`] too, in buffers of its own because generation keeps it: rotated keys, and values, `[T, kv]`,
+/// or `[past + T, kv]` in generation.
 pub struct KeyValue<D: Ops> {
     k: Buffer<D, D::Act>,
     v: Buffer<D, D::Act>,
@@ -195,8 +196,8 @@ impl<D: Ops> Output<D> {
     }
 }
 
-/// `branch` `[T, hidden]` = the stage's output without the residual stream, whose value before is x. Groups that are `saved` are left as
-/// they are, and `branch` too where [`Saved::mlp`] is one.
+/// `branch` `[T, hidden]` = the stage's output without the residual stream, whose value before is x. Groups that are
+/// `saved` are left as they are, and `branch` too where [`Saved::mlp`] is one.
 pub fn forward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Attention,
@@ -283,8 +284,8 @@ fn project<D: Ops>(
     stage.rotate_k(ctx, k.view_mut().into_range(new), false)
 }
 
-/// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it, x. Gradients of trainable values
-/// are added to `grads`.
+/// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it, x. Gradients of
+/// trainable values are added to `grads`.
 pub fn backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Attention,
@@ -316,8 +317,8 @@ pub fn backward<D: Ops>(
     project_backward(ctx, stage, d, grads, saves, x, scratch)
 }
 
-/// Makes the gradients of queries and keys before their rotation and norms, and of values, from that of attention's output. They are in
-/// `d_q`, or `d_gate` where queries are normed; in `d_k`, or `d_up`; in `d_v`.
+/// Makes the gradients of queries and keys before their rotation and norms, and of values, from that of attention's
+/// output. They are in `d_q`, or `d_gate` where queries are normed; in `d_k`, or `d_up`; in `d_v`.
 fn scores_backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Attention,

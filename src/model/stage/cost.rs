@@ -1,4 +1,5 @@
-//! The cost of stages for each token of a micro-batch, by group of saved values: the planner's view of forward and backward.
+//! The cost of stages for each token of a micro-batch, by group of saved values: the planner's view of forward and
+//! backward.
 
 use std::ops::AddAssign;
 
@@ -7,8 +8,9 @@ use super::attention::Attention;
 use super::mlp::Mlp;
 use crate::model::spec::{LayerSpec, Module};
 
-/// The work of linear modules with LoRA that share an input, besides their products with the base: kernels, and passes over their input and
-/// their outputs. Those over the input are times of kernels on an H100 (`benches/results.md`) over that of a copy.
+/// The work of linear modules with LoRA that share an input, besides their products with the base: kernels, and passes
+/// over their input and their outputs. Those over the input are times of kernels on an H100 (`benches/results.md`) over
+/// that of a copy.
 struct Passes {
     /// Kernels for all modules together, and for each.
     launches: [f64; 2],
@@ -22,7 +24,8 @@ struct Passes {
 /// u = dropout(x) · Aᵀ of all modules reads the input; u · Bᵀ writes an output, and the base's product reads it again.
 const FORWARD: Passes = Passes { launches: [1.0, 2.0], input: [0.35, 0.65], output: 2.0, dropout: 0.45 };
 
-/// d_u and the gradient of B read d_y once and add sums; the gradient of A and d_u · A of all modules read the input and write d_x.
+/// d_u and the gradient of B read d_y once and add sums; the gradient of A and d_u · A of all modules read the input
+/// and write d_x.
 const BACKWARD: Passes = Passes { launches: [2.0, 3.0], input: [1.15, 0.85], output: 1.3, dropout: 0.45 };
 
 /// The cost of a computation, for each token.

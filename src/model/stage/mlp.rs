@@ -54,7 +54,8 @@ pub struct MlpSaves<'a, D: Ops> {
 
 /// Group [`Saved::mlp`].
 pub struct Products<D: Ops> {
-    /// The stage's input, `[T, hidden]`: the stage before leaves its branch here, to which the residual stream is added.
+    /// The stage's input, `[T, hidden]`: the stage before leaves its branch here, to which the residual stream is
+    /// added.
     pub input: Buffer<D, D::Act>,
     /// `[T, intermediate]`
     gate: Buffer<D, D::Act>,
@@ -98,9 +99,9 @@ impl<D: Ops> Rest<D> {
     }
 }
 
-/// The residual stream after the stage goes to `out` `[T, hidden]`. Where [`Saved::mlp`] is not there, [`Products::input`] holds the
-/// branch of the stage before, and x is added to it first. `out: None` makes it a recompute, which stops before the last module, because
-/// backward does not need its output.
+/// The residual stream after the stage goes to `out` `[T, hidden]`. Where [`Saved::mlp`] is not there,
+/// [`Products::input`] holds the branch of the stage before, and x is added to it first. `out: None` makes it a
+/// recompute, which stops before the last module, because backward does not need its output.
 pub fn forward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Mlp,
@@ -168,8 +169,8 @@ pub fn forward<D: Ops>(
     }
 }
 
-/// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it. Gradients of trainable values are
-/// added to `grads`.
+/// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it. Gradients of
+/// trainable values are added to `grads`.
 pub fn backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Mlp,

@@ -1,5 +1,5 @@
-//! The stages of a layer, each a residual branch in a file of its own: its tensors, forward, backward, the values that it saves for
-//! backward, its scratch and its cost. Nothing elsewhere knows what is in a stage.
+//! The stages of a layer, each a residual branch in a file of its own: its tensors, forward, backward, the values that
+//! it saves for backward, its scratch and its cost. Nothing elsewhere knows what is in a stage.
 
 pub mod attention;
 pub mod cost;
@@ -19,14 +19,16 @@ use super::spec::{LayerSpec, ModelSpec, Module, ModuleId, Norm, TensorId};
 use super::trainable::{LayerTrainables, LoraConfig, Trainables};
 use super::weights::LayerWeights;
 
-/// Tells for each group of saved values whether it is valid. Backward needs all three. A layer keeps a group, or computes it again.
+/// Tells for each group of saved values whether it is valid. Backward needs all three. A layer keeps a group, or
+/// computes it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Saved {
     /// Attention's output and log-sum-exp.
     pub attention: bool,
     /// Outputs of the large products after attention.
     pub mlp: bool,
-    /// Everything else: norms, the projections before attention, the activation. It is the cheapest to compute again for its size.
+    /// Everything else: norms, the projections before attention, the activation. It is the cheapest to compute again
+    /// for its size.
     pub rest: bool,
 }
 
