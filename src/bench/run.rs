@@ -22,7 +22,7 @@ pub fn num_steps(timed: usize) -> usize {
 /// it includes the checkpoint that is taken behind it; the checkpoint is written during the step after that.
 pub fn report(shape: &str, num_layers: usize, world_size: usize, job: &Job, begun: &[(Phase, Instant)]) -> Value {
     let save_steps = job.training.save_steps;
-    let timed: Vec<(usize, Duration)> = steps(begun).skip(WARM_UP_STEPS).collect();
+    let timed: Vec<(usize, Duration)> = steps(begun).into_iter().skip(WARM_UP_STEPS).collect();
     let saves = |step: usize| save_steps.is_some_and(|every| [step, step - 1].iter().any(|s| s.is_multiple_of(every)));
     let of = |wanted: &dyn Fn(usize) -> bool| {
         let times = timed.iter().filter(|(step, _)| wanted(*step)).map(|(_, time)| time.as_secs_f64() * 1e3);
@@ -59,12 +59,15 @@ fn start(begun: &[(Phase, Instant)]) -> Value {
     seconds.into()
 }
 
-/// Returns the steps that another step follows, each with the time from its beginning to that of the next.
-fn steps(begun: &[(Phase, Instant)]) -> impl Iterator<Item = (usize, Duration)> {
-    begun.windows(2).filter_map(|pair| match pair {
-        &[(Phase::Step(step), begin), (Phase::Step(_), end)] => Some((step, end - begin)),
+/// Returns the steps that another step follows, each with the time from its beginning to that of the next, whatever
+/// lies between.
+fn steps(begun: &[(Phase, Instant)]) -> Vec<(usize, Duration)> {
+    let steps = begun.iter().filter_map(|&(phase, begin)| match phase {
+        Phase::Step(step) => Some((step, begin)),
         _ => None,
-    })
+    });
+    let steps: Vec<(usize, Instant)> = steps.collect();
+    steps.windows(2).map(|pair| (pair[0].0, pair[1].1 - pair[0].1)).collect()
 }
 
 /// Returns number, mean and median; `null` where there are none.
@@ -111,9 +114,9 @@ mod tests {
     #[test]
     fn a_step_lasts_until_the_next_and_the_last_one_is_not_counted() {
         use Phase::{Load, Save, Step};
-        let begun = phases(&[(Load, 9), (Step(1), 1), (Step(2), 2), (Step(3), 3), (Save, 4)]);
-        let found: Vec<(usize, u64)> = steps(&begun).map(|(step, time)| (step, time.as_secs())).collect();
-        assert_eq!(found, [(1, 1), (2, 2)]);
+        let begun = phases(&[(Load, 9), (Step(1), 1), (Step(2), 2), (Save, 5), (Step(3), 3), (Save, 4)]);
+        let found: Vec<(usize, u64)> = steps(&begun).iter().map(|(step, time)| (*step, time.as_secs())).collect();
+        assert_eq!(found, [(1, 1), (2, 7)]);
         assert_eq!(statistics(vec![3.0, 1.0, 8.0, 2.0]), json!({"steps": 4, "mean_ms": 3.5, "median_ms": 2.5}));
         assert_eq!(statistics(Vec::new()), Value::Null);
     }
