@@ -79,7 +79,7 @@ fn a_run_on_made_up_shards_is_stopped_and_goes_on_as_one_of_train_and_tells_its_
     let (told, said) = printed(place.mpirun(2, &run("out")));
     assert!(said.contains("going on after step") && said.contains("were there, and are checked and mapped"), "{said}");
     let parts = told["start_s"].as_object().unwrap();
-    for part in ["start", "agree", "device", "load", "decide", "copy", "restore", "first_step"] {
+    for part in ["start", "agree", "device", "load", "decide", "copy", "adapter", "first_step"] {
         assert!(parts[part].as_f64().unwrap() >= 0.0, "{part} in {told}");
     }
     let sum: f64 = parts.iter().filter(|(part, _)| *part != "total").map(|(_, s)| s.as_f64().unwrap()).sum();

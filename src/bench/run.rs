@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use crate::comm::watch::Phase;
-use crate::recipe::Job;
+use crate::recipe::{Job, When};
 use crate::train::metrics::peak_host_bytes;
 
 /// Steps that warm up and are not counted.
@@ -21,7 +21,7 @@ pub fn num_steps(timed: usize) -> usize {
 /// of those in which a checkpoint is taken or written, and of the others. A step lasts until the next one begins, so
 /// it includes the checkpoint that is taken behind it; the checkpoint is written during the step after that.
 pub fn report(shape: &str, num_layers: usize, world_size: usize, job: &Job, begun: &[(Phase, Instant)]) -> Value {
-    let save_steps = job.training.save_steps;
+    let save_steps = if let When::Steps(every) = job.training.save { Some(every) } else { None };
     let timed: Vec<(usize, Duration)> = steps(begun).into_iter().skip(WARM_UP_STEPS).collect();
     let saves = |step: usize| save_steps.is_some_and(|every| [step, step - 1].iter().any(|s| s.is_multiple_of(every)));
     let of = |wanted: &dyn Fn(usize) -> bool| {

@@ -1,6 +1,7 @@
 //! `bench`: measures this machine.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::Result;
 use clap::{Args, Subcommand};
@@ -126,7 +127,7 @@ fn run_of_train(
     let opened = start.open_made_up(&mut comm, &job, MadeUp::load(&dir)?, &dir, num_shards)?;
     let (measured, num_layers) = ((*job).clone(), opened.spec.num_layers());
     let trace = args.trace.as_deref();
-    let options = TrainOptions { overwrite: false, trace, read_rows: TrainingData::made_up };
+    let options = TrainOptions { started: Instant::now(), overwrite: false, trace, read_rows: TrainingData::made_up };
     let outcome = train_on(start, comm, job, opened, options)?;
     if start.log.enabled {
         let shape = dir.display().to_string();

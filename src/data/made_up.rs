@@ -1,7 +1,8 @@
 //! Rows of token ids that look random, for measurements.
 
 use super::Document;
-use super::dataset::{Counts, Dataset};
+use super::counts::{Counts, Places};
+use super::dataset::Dataset;
 
 /// Returns the token ids of a sample, which depend on its number alone.
 pub fn input_ids(sample: u64, len: usize, vocab_size: usize) -> Vec<u32> {
@@ -28,6 +29,14 @@ impl Dataset {
             max_length: len,
             ..Counts::default()
         };
-        Dataset { documents, sequences: (0..num_sequences).map(|i| vec![i]).collect(), counts, notes: Vec::new() }
+        Dataset {
+            documents,
+            sequences: (0..num_sequences).map(|i| vec![i]).collect(),
+            counts,
+            notes: Vec::new(),
+            overlong: Places::default(),
+            without_target: Places::default(),
+            first_rows: Vec::new(),
+        }
     }
 }

@@ -96,7 +96,7 @@ impl Start<'_> {
         adapter: Option<&Adapter>,
         work: W,
     ) -> Result<W::Output> {
-        watch::phase(Phase::Restore)?;
+        watch::phase(Phase::Adapter)?;
         for (layer, values) in adapter.iter().flat_map(|a| a.layers.iter().enumerate()) {
             engine.load_trainable(layer, values)?;
         }

@@ -11,8 +11,14 @@ pub enum Phase {
     Quantize,
     /// Reading and mapping what the model needs.
     Load,
-    /// Starting the device and its collectives.
+    /// Starting the device.
     Device,
+    /// Starting the device's collectives and deciding what is kept where.
+    Decide,
+    /// Taking memory and copying the shards to where they stay.
+    Copy,
+    /// Loading the adapter that training starts from.
+    Adapter,
     Step(usize),
     /// Bringing the values of a checkpoint together.
     Checkpoint,
@@ -39,6 +45,9 @@ impl Phase {
             Phase::Quantize => "making the shards".into(),
             Phase::Load => "loading the model".into(),
             Phase::Device => "starting the device".into(),
+            Phase::Decide => "deciding what is kept where".into(),
+            Phase::Copy => "copying the shards".into(),
+            Phase::Adapter => "loading the adapter".into(),
             Phase::Step(step) => format!("step {step}"),
             Phase::Checkpoint => "saving a checkpoint".into(),
             Phase::Resume => "resuming from a checkpoint".into(),
@@ -60,6 +69,9 @@ mod tests {
             (Phase::Quantize, "quantize"),
             (Phase::Load, "load"),
             (Phase::Device, "device"),
+            (Phase::Decide, "decide"),
+            (Phase::Copy, "copy"),
+            (Phase::Adapter, "adapter"),
             (Phase::Resume, "resume"),
             (Phase::Checkpoint, "checkpoint"),
             (Phase::Save, "save"),
