@@ -4,7 +4,7 @@ mod common;
 
 use std::process::Command;
 
-use common::cli::{Place, fails, succeeds};
+use common::cli::{Place, fails, metrics, succeeds};
 use common::running::{Running, signal};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -94,4 +94,6 @@ fn a_run_on_made_up_shards_is_stopped_and_goes_on_as_one_of_train_and_tells_its_
     // Another number of ranks cuts its shards from those that are there.
     let (_, said) = printed(place.mpirun(3, &run("three")));
     assert!(said.contains("the shards of 2 ranks are there: cutting unit 1"), "{said}");
+    let lines = metrics(&place.read("three/metrics.jsonl"));
+    assert!(lines.iter().all(|line| line["num_target_tokens"] == 93), "a step is short: {lines:?}");
 }

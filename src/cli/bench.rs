@@ -113,6 +113,7 @@ fn run_of_train(
     mut keys: Vec<(&'static str, Value)>,
     overrides: &[String],
 ) -> Result<Outcome> {
+    let started = Instant::now();
     watch::keep_steps();
     keys.extend([
         ("model", json!(args.shards)),
@@ -127,7 +128,7 @@ fn run_of_train(
     let opened = start.open_made_up(&mut comm, &job, MadeUp::load(&dir)?, &dir, num_shards)?;
     let (measured, num_layers) = ((*job).clone(), opened.spec.num_layers());
     let trace = args.trace.as_deref();
-    let options = TrainOptions { started: Instant::now(), overwrite: false, trace, read_rows: TrainingData::made_up };
+    let options = TrainOptions { started, overwrite: false, trace, read_rows: TrainingData::made_up };
     let outcome = train_on(start, comm, job, opened, options)?;
     if start.log.enabled {
         let shape = dir.display().to_string();

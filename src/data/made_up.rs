@@ -10,6 +10,9 @@ pub fn input_ids(sample: u64, len: usize, vocab_size: usize) -> Vec<u32> {
     (0..len as u64).map(|t| (mixed(t) % vocab_size as u64) as u32).collect()
 }
 
+/// Documents of a data set; its sequences take them in turn.
+const NUM_DOCUMENTS: usize = 64;
+
 impl Dataset {
     /// Makes sequences of one document each, of which every token counts.
     pub fn made_up(num_sequences: usize, len: usize, vocab_size: usize) -> Dataset {
@@ -20,18 +23,18 @@ impl Dataset {
             input_ids: input_ids(i as u64, len, vocab_size),
             is_target: vec![true; len],
         };
-        let documents: Vec<Document> = (0..num_sequences).map(document).collect();
+        let documents: Vec<Document> = (0..num_sequences.min(NUM_DOCUMENTS)).map(document).collect();
         let counts = Counts {
-            rows: num_sequences,
+            rows: documents.len(),
             sequences: num_sequences,
-            tokens: num_sequences * len,
+            tokens: documents.len() * len,
             target_tokens: documents.iter().map(Document::num_target_tokens).sum(),
             max_length: len,
             ..Counts::default()
         };
         Dataset {
             documents,
-            sequences: (0..num_sequences).map(|i| vec![i]).collect(),
+            sequences: (0..num_sequences).map(|i| vec![i % NUM_DOCUMENTS]).collect(),
             counts,
             notes: Vec::new(),
             overlong: Places::default(),

@@ -13,8 +13,8 @@ use crate::train::log::bytes;
 use super::options::data_options;
 use super::{Facts, Start};
 
-/// Largest number of sequences that are made up; longer runs go through them again.
-const MADE_UP_SEQUENCES: usize = 256;
+/// Steps of one rank in an epoch of made-up rows. Many numbers of ranks divide it, so that no step of theirs is short.
+const MADE_UP_STEPS: usize = 240;
 
 /// The rows of a job that trains.
 pub struct TrainingData {
@@ -45,10 +45,10 @@ impl TrainingData {
         Ok(TrainingData { tokenizer: tokenizer.map(TextTokenizer::identity), train, eval })
     }
 
-    /// Makes rows up, as many as the run's steps have on one rank and not more than a measurement needs.
+    /// Makes rows up, whatever the number of ranks is.
     pub fn made_up(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<TrainingData> {
-        let sequences = job.training.max_steps.unwrap_or(1).saturating_mul(job.training.global_batch_size(1));
-        let train = Dataset::made_up(sequences.min(MADE_UP_SEQUENCES), job.data.max_length, config.vocab_size);
+        let num_sequences = job.training.global_batch_size(1).saturating_mul(MADE_UP_STEPS);
+        let train = Dataset::made_up(num_sequences, job.data.max_length, config.vocab_size);
         inputs.add_data("made-up rows", &train);
         tell(start, "made-up rows", &train, config);
         Ok(TrainingData { tokenizer: None, train, eval: None })
