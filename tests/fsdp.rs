@@ -69,11 +69,29 @@ fn train_in_groups(
             }
         }
         engine.check_replicas().unwrap();
+        check_snapshot(&mut engine);
         curve.values = layers(&mut engine, Values::Master);
         curve
     });
     assert!(curves.iter().all(|c| c == &curves[0]), "all ranks say the same");
     curves[0].clone()
+}
+
+/// Compares a snapshot, which is on rank 0 alone, with the values that every rank can gather.
+fn check_snapshot(engine: &mut CpuEngine) {
+    let expected = [Values::Master, Values::ExpAvg, Values::ExpAvgSq].map(|kind| layers(engine, kind));
+    let mut snapshot = engine.take_snapshot_memory();
+    engine.snapshot(snapshot.as_mut()).unwrap();
+    let trained = engine.trained_values().unwrap();
+    if engine.queue.rank() > 0 {
+        assert!(snapshot.is_none() && trained.is_empty());
+        return;
+    }
+    let snapshot = snapshot.unwrap();
+    for (kind, expected) in expected.iter().enumerate() {
+        assert!(snapshot.values(kind) == *expected, "values {kind} of a snapshot are others");
+    }
+    assert!(trained == expected[0]);
 }
 
 fn step_batches(

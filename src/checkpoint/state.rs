@@ -20,7 +20,7 @@ use safetensors::tensor::TensorView;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::adapter::{self, Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE};
+use super::adapter::{self, AdapterSettings, CONFIG_FILE, TENSORS_FILE};
 use super::atomic;
 use super::output::METRICS_FILE;
 use super::output::record::RunIdentity;
@@ -40,21 +40,14 @@ const PREFIX: &str = "checkpoint-";
 const NEW: &str = ".fsdp-qlora-checkpoint-new";
 const OLD: &str = ".fsdp-qlora-checkpoint-old";
 /// Version of the files' format.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// The values that training changes, one list for each layer, as the layout of trainables has them.
-pub struct Values {
-    pub adapter: Adapter,
-    pub exp_avg: Vec<Vec<f32>>,
-    pub exp_avg_sq: Vec<Vec<f32>>,
-}
-
-impl Values {
-    /// Makes room for the values of training from this adapter.
-    pub fn like(adapter: &Adapter) -> Values {
-        let zeros = || adapter.layers.iter().map(|values| vec![0.0; values.len()]).collect();
-        Values { adapter: adapter.clone(), exp_avg: zeros(), exp_avg_sq: zeros() }
-    }
+pub struct Values<'a> {
+    pub settings: &'a AdapterSettings,
+    pub adapter: Vec<&'a [f32]>,
+    pub exp_avg: Vec<&'a [f32]>,
+    pub exp_avg_sq: Vec<&'a [f32]>,
 }
 
 /// How far training has come.
@@ -65,12 +58,39 @@ pub struct Progress {
     pub step: usize,
     /// Number of updates: in fp16 a step may overflow and update nothing.
     pub num_updates: u32,
+    /// The last step that made an update; 0 before the first.
+    pub last_update: usize,
     /// True once an update with a learning rate above 0 was made: from then on lora_A has a gradient.
     pub has_learned: bool,
+    /// Number of steps that were skipped because their loss or gradient was not finite: all of them, and those since
+    /// the last update. An overflow that lowers the loss scale is not one of them.
+    pub num_skipped: usize,
+    pub skipped_in_a_row: usize,
     pub loss_scaler: LossScaler,
     /// True if the evaluation that is due after the step was abandoned.
     #[serde(default)]
     pub owes_evaluation: bool,
+    pub evaluations: Evaluations,
+}
+
+/// A held-out loss, and the step after which it was measured.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scored {
+    pub step: usize,
+    pub eval_loss: f64,
+}
+
+/// What the evaluations of a run have shown; that before the first step is not one of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Evaluations {
+    /// The best of all.
+    pub best: Option<Scored>,
+    /// The best of those whose adapter is in a checkpoint, if the run looks for it.
+    pub best_checkpoint: Option<Scored>,
+    /// Number of evaluations in a row that were no better than the best before them.
+    pub num_no_better: usize,
 }
 
 /// Content of [`STATE_FILE`].
@@ -113,7 +133,7 @@ struct Digest {
 
 /// A checkpoint that is to be written.
 pub struct Checkpoint<'a> {
-    pub values: &'a Values,
+    pub values: &'a Values<'a>,
     pub progress: Progress,
     pub run: &'a RunIdentity,
     pub spec: &'a ModelSpec,
@@ -130,13 +150,13 @@ impl Checkpoint<'_> {
         remove(&new)?;
         remove(&old)?;
         std::fs::create_dir_all(&new).with_context(|| new.display().to_string())?;
-        let Values { adapter, exp_avg, exp_avg_sq } = self.values;
-        adapter::save(adapter, self.spec, self.base, &new)?;
-        let views = |layers, suffix| adapter::views(&adapter.settings, self.spec, layers, suffix);
+        let Values { settings, adapter, exp_avg, exp_avg_sq } = self.values;
+        adapter::save_values(settings, adapter, self.spec, self.base, &new)?;
+        let views = |layers, suffix| adapter::views(settings, self.spec, layers, suffix);
         let moments = || Ok::<_, anyhow::Error>([views(exp_avg, EXP_AVG)?, views(exp_avg_sq, EXP_AVG_SQ)?].concat());
         adapter::write_tensors(&new.join(OPTIMIZER_FILE), moments()?)?;
         atomic::write_synced(&new.join(METRICS_FILE), self.metrics)?;
-        check_written(&new.join(TENSORS_FILE), views(&adapter.layers, "")?)?;
+        check_written(&new.join(TENSORS_FILE), views(adapter, "")?)?;
         check_written(&new.join(OPTIMIZER_FILE), moments()?)?;
         let names = [TENSORS_FILE, CONFIG_FILE, OPTIMIZER_FILE, METRICS_FILE];
         let state = State {
@@ -171,12 +191,28 @@ impl Checkpoint<'_> {
 }
 
 /// Returns the path of a step's checkpoint.
-fn path_of(output: &Path, step: usize) -> PathBuf {
+pub fn path_of(output: &Path, step: usize) -> PathBuf {
     output.join(format!("{PREFIX}{step}"))
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {
     std::fs::rename(from, to).with_context(|| format!("{}: cannot be put in place", to.display()))
+}
+
+/// Copies a checkpoint to its place in another output folder.
+fn copy(from: &Path, output: &Path, to: &Path) -> Result<()> {
+    let new = output.join(NEW);
+    remove(&new)?;
+    std::fs::create_dir_all(&new).with_context(|| new.display().to_string())?;
+    for name in [TENSORS_FILE, CONFIG_FILE, OPTIMIZER_FILE, METRICS_FILE, STATE_FILE] {
+        let to = new.join(name);
+        let copied = std::fs::copy(from.join(name), &to).and_then(|_| std::fs::File::open(&to)?.sync_all());
+        copied.with_context(|| to.display().to_string())?;
+    }
+    atomic::sync_folder(&new)?;
+    remove(to)?;
+    rename(&new, to)?;
+    atomic::sync_folder(output)
 }
 
 /// Removes a folder if it is there, its marker first, so that a half-removed one is not taken for whole.
@@ -239,10 +275,14 @@ pub fn list(output: &Path) -> Vec<(usize, PathBuf)> {
     found
 }
 
-/// Removes the oldest of the checkpoints up to a step, so that `limit` of them are left.
-pub fn prune(output: &Path, step: usize, limit: usize) -> Result<()> {
-    let older = list(output).into_iter().filter(|(found, _)| *found <= step);
-    older.skip(limit).try_for_each(|(_, path)| remove(&path))
+/// Removes the oldest of the checkpoints up to a step, so that `limit` of them are left, or more if the newest and the
+/// `best`, which always stay, are more.
+pub fn prune(output: &Path, step: usize, limit: usize, best: Option<usize>) -> Result<()> {
+    let found: Vec<_> = list(output).into_iter().filter(|(found, _)| *found <= step).collect();
+    let stays = |at: usize| found.first().is_some_and(|newest| newest.0 == at) || best == Some(at);
+    let num_staying = found.iter().filter(|(at, _)| stays(*at)).count();
+    let excess = found.len().saturating_sub(limit.max(num_staying));
+    found.iter().rev().filter(|(at, _)| !stays(*at)).take(excess).try_for_each(|(_, path)| remove(path))
 }
 
 /// A checkpoint that was found complete, with the digests that it names.
@@ -275,6 +315,31 @@ impl Found {
             .find(|name| state.files.iter().all(|digest| digest.name != *name));
         ensure!(missing.is_none(), "{}: {STATE_FILE} does not list {}", path.display(), missing.unwrap_or_default());
         Ok(Found { path: path.into(), state })
+    }
+
+    /// Sees to it that an output folder has the best checkpoint that this one knows of, which may be beside this one
+    /// instead. If neither place has it, that is said, and the run goes on without it.
+    pub fn bring_best(&mut self, output: &Path, say: &mut dyn FnMut(String)) -> Result<()> {
+        let best = &mut self.state.progress.evaluations.best_checkpoint;
+        let Some(Scored { step, .. }) = *best else { return Ok(()) };
+        let (place, beside) = (path_of(output, step), path_of(self.path.parent().unwrap_or(Path::new("")), step));
+        let run = &self.state.run;
+        let look = |path: &Path| {
+            let obstacles = run.obstacles(&Found::open(path)?.state.run);
+            ensure!(obstacles.is_empty(), "{} is of another run ({obstacles})", path.display());
+            Ok(())
+        };
+        match (look(&place), look(&beside)) {
+            (Ok(()), _) => {}
+            (_, Ok(())) => copy(&beside, output, &place)?,
+            (Err(why), _) => {
+                say(format!(
+                    "the best checkpoint so far, of step {step}, is lost ({why:#}): those from here on are compared"
+                ));
+                *best = None;
+            }
+        }
+        Ok(())
     }
 
     /// Returns the lines of `metrics.jsonl` at that step.
@@ -328,110 +393,4 @@ fn check_written(path: &Path, views: Vec<(String, TensorView<'_>)>) -> Result<()
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::checkpoint::output::record::tests::identity;
-
-    fn spec() -> ModelSpec {
-        ModelSpec::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny")).unwrap()
-    }
-
-    fn values() -> Values {
-        let settings = adapter::tests::settings();
-        let mut values = Values::like(&adapter::fresh(settings, &spec(), 42));
-        values.exp_avg.iter_mut().flatten().enumerate().for_each(|(i, value)| *value = i as f32 * 1e-3);
-        values.exp_avg_sq.iter_mut().flatten().enumerate().for_each(|(i, value)| *value = i as f32 * 1e-7);
-        values
-    }
-
-    fn write(output: &Path, step: usize) -> PathBuf {
-        let (values, run, spec) = (values(), identity(1.0), spec());
-        let (num_updates, loss_scaler) = (5, LossScaler::new(true));
-        let progress = Progress { step, num_updates, has_learned: true, loss_scaler, owes_evaluation: true };
-        let base = Path::new("base");
-        Checkpoint { values: &values, progress, run: &run, spec: &spec, base, metrics: b"{}\n" }.write(output).unwrap()
-    }
-
-    #[test]
-    fn what_is_written_is_found_and_read() {
-        let output = tempfile::tempdir().unwrap();
-        let (spec, path) = (spec(), write(output.path(), 7));
-        assert_eq!(list(output.path()), [(7, path.clone())]);
-        let (found, values) = (Found::open(&path).unwrap(), values());
-        assert_eq!((found.state.progress.step, found.metrics().unwrap()), (7, b"{}\n".to_vec()));
-        assert_eq!(adapter::load(&path, &spec).unwrap(), values.adapter);
-        let mut num_layers = 0;
-        let each = |i: usize, [master, exp_avg, exp_avg_sq]: [Vec<f32>; 3]| {
-            assert_eq!(
-                [&master, &exp_avg, &exp_avg_sq],
-                [&values.adapter.layers[i], &values.exp_avg[i], &values.exp_avg_sq[i]]
-            );
-            num_layers += 1;
-            Ok(())
-        };
-        found.values(&values.adapter.settings, &spec, each).unwrap();
-        assert_eq!(num_layers, spec.num_layers());
-    }
-
-    #[test]
-    fn any_byte_that_changes_is_found() {
-        let output = tempfile::tempdir().unwrap();
-        let path = write(output.path(), 7);
-        for name in [TENSORS_FILE, CONFIG_FILE, OPTIMIZER_FILE, METRICS_FILE] {
-            let whole = std::fs::read(path.join(name)).unwrap();
-            for at in (0..whole.len()).step_by(1 + whole.len() / 50).chain([whole.len() - 1]) {
-                let mut flipped = whole.clone();
-                flipped[at] ^= 1;
-                for damaged in [&flipped[..], &whole[..at]] {
-                    std::fs::write(path.join(name), damaged).unwrap();
-                    let error = format!("{:#}", Found::open(&path).err().unwrap());
-                    assert!(error.contains(name) && error.contains("written were"), "{error}");
-                }
-            }
-            std::fs::write(path.join(name), whole).unwrap();
-        }
-        Found::open(&path).unwrap();
-        std::fs::remove_file(path.join(OPTIMIZER_FILE)).unwrap();
-        assert!(format!("{:#}", Found::open(&path).err().unwrap()).contains(OPTIMIZER_FILE));
-        std::fs::remove_file(path.join(STATE_FILE)).unwrap();
-        assert_eq!(list(output.path()), []);
-    }
-
-    #[test]
-    fn a_state_that_was_damaged_says_nothing_else() {
-        let output = tempfile::tempdir().unwrap();
-        let path = write(output.path(), 7);
-        let (whole, state) = (std::fs::read(path.join(STATE_FILE)).unwrap(), read_state(&path).unwrap());
-        let mut refused = 0;
-        for at in 0..whole.len() {
-            let mut damaged = whole.clone();
-            damaged[at] ^= 1;
-            std::fs::write(path.join(STATE_FILE), &damaged).unwrap();
-            match read_state(&path) {
-                Ok(found) => assert_eq!(found, state, "byte {at}: {}", String::from_utf8_lossy(&damaged)),
-                Err(error) => {
-                    assert!(format!("{error:#}").contains(STATE_FILE), "{error:#}");
-                    refused += 1;
-                }
-            }
-        }
-        assert!(2 * refused > whole.len(), "{refused} of {} bytes matter", whole.len());
-    }
-
-    #[test]
-    fn the_oldest_go_and_other_folders_stay() {
-        let output = tempfile::tempdir().unwrap();
-        for step in [2, 10, 4, 30] {
-            write(output.path(), step);
-        }
-        std::fs::create_dir_all(output.path().join("checkpoint-best")).unwrap();
-        std::fs::create_dir_all(output.path().join("checkpoint-3")).unwrap();
-        let steps = || list(output.path()).iter().map(|(step, _)| *step).collect::<Vec<_>>();
-        assert_eq!(steps(), [30, 10, 4, 2]);
-        prune(output.path(), 10, 2).unwrap();
-        assert_eq!(steps(), [30, 10, 4]);
-        assert!(output.path().join("checkpoint-best").exists() && output.path().join("checkpoint-3").exists());
-        let again = write(output.path(), 10);
-        assert_eq!(list(output.path())[1], (10, again));
-    }
-}
+mod tests;

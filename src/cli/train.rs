@@ -25,12 +25,14 @@ use crate::start::begin::{Beginning, begin, with_batch_of_the_run};
 use crate::start::data::TrainingData;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
+use crate::train::best;
 use crate::train::check;
-use crate::train::log::bytes;
+use crate::train::log::{Log, bytes};
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
 use crate::train::result::{Kept, doubt, save};
 use crate::train::run::{Outcome, Run};
 use crate::train::saving::{self, Fixed, Writer};
+use crate::train::skipping::with_last_good;
 use crate::train::stop::{self, CONTROL_FILE, Deadline, Options, Stop};
 
 use super::check_trace;
@@ -209,33 +211,55 @@ struct Training<'a> {
     weights: &'a Weights,
 }
 
+impl Training<'_> {
+    /// Makes the file of metrics and the writer of checkpoints, on rank 0.
+    fn files<D: Ops, Q: Queue<D>>(&self, engine: &mut Engine<D, Q>) -> Result<Option<(MetricsFile, Writer)>> {
+        let (Some(output), log) = (&self.output, self.start.log) else { return Ok(None) };
+        let live = output.live();
+        if output.keeps_a_result() {
+            let place = live.display();
+            log.line(format!("output_dir: what is there stays until the run is complete, which writes to {place}"));
+        }
+        let Beginning { progress, checkpoint } = &self.beginning;
+        let lines = checkpoint.as_ref().map_or(Ok(Vec::new()), Found::metrics)?;
+        let fixed = Fixed {
+            output: live.into(),
+            base: self.kept.base.clone(),
+            spec: self.config.clone(),
+            settings: self.adapter.settings.clone(),
+            run: self.run.clone(),
+            limit: self.job.training.save_total_limit,
+        };
+        let snapshot = engine.take_snapshot_memory().context("no snapshot was planned")?;
+        Ok(Some((MetricsFile::create(live, lines, log)?, Writer::new(fixed, snapshot, progress, log)?)))
+    }
+}
+
+/// Notes in run.json that the run was stopped, and says how to go on.
+fn note_stop(output: &mut Output, step: usize, reason: &str, log: Log) -> Result<()> {
+    output.stop(format!("{reason}, after step {step}"))?;
+    let help = match step {
+        0 => "no step was whole; help: the same `train` again begins with the first",
+        _ => "help: the same `train` again goes on from there",
+    };
+    log.line(format!("stopped by {reason} after step {step}; {help}"));
+    Ok(())
+}
+
 impl Work for Training<'_> {
     type Output = Outcome;
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Outcome> {
-        let Training { start, job, steps, config, adapter, data, trace, kept, output, run, beginning, weights, .. } =
-            self;
-        let Beginning { progress, checkpoint } = beginning;
+        let progress = self.beginning.progress;
         if progress.step > 0 {
-            saving::restore(engine, checkpoint.as_ref(), &adapter.settings, config)?;
+            let checkpoint = self.beginning.checkpoint.as_ref();
+            saving::restore(engine, checkpoint, &self.adapter.settings, self.config)?;
         }
-        let (mut metrics, mut writer) = (None, None);
-        if let Some(output) = &output {
-            let live = output.live();
-            if output.keeps_a_result() {
-                let live = live.display();
-                start
-                    .log
-                    .line(format!("output_dir: what is there stays until the run is complete, which writes to {live}"));
-            }
-            let lines = checkpoint.as_ref().map_or(Ok(Vec::new()), Found::metrics)?;
-            metrics = Some(MetricsFile::create(live, lines, start.log)?);
-            let (output, base, spec, limit) =
-                (live.into(), kept.base.clone(), config.clone(), job.training.save_total_limit);
-            writer = Some(Writer::new(Fixed { output, base, spec, run, limit }, adapter, start.log));
-        }
+        let (mut metrics, mut writer) = self.files(engine)?.unzip();
+        let Training { start, job, steps, config, adapter, data, trace, kept, output, weights, .. } = self;
         let stop = watch_for_reasons_to_stop(start, job, self.started, self.votes);
-        let run = Run {
+        let num_bytes = metrics.as_ref().map_or(0, |metrics: &MetricsFile| metrics.lines().len());
+        let mut run = Run {
             engine: &mut *engine,
             job: &job.training,
             steps,
@@ -243,6 +267,7 @@ impl Work for Training<'_> {
             shuffle: job.data.shuffle,
             eval: data.eval.as_ref(),
             progress,
+            last_good: (progress, num_bytes),
             metrics: metrics.as_mut(),
             writer: writer.as_mut(),
             log: start.log,
@@ -258,26 +283,26 @@ impl Work for Training<'_> {
         ));
         stop::listen()?;
         let outcome = run.run()?;
+        let (progress, epoch) = (run.progress, steps.epochs.after(run.progress.step));
         watch::phase(Phase::Save)?;
         if let Outcome::Stopped { step, reason } = &outcome {
-            if let Some(output) = output {
-                output.stop(format!("{reason}, after step {step}"))?;
-                let help = match step {
-                    0 => "no step was whole; help: the same `train` again begins with the first",
-                    _ => "help: the same `train` again goes on from there",
-                };
-                start.log.line(format!("stopped by {reason} after step {step}; {help}"));
-            }
+            output.map_or(Ok(()), |output| note_stop(output, *step, reason, start.log))?;
             engine.queue.all_gather_f64("end", &[0.0])?;
             return Ok(outcome);
         }
-        let learned = saving::adapter(engine, &adapter.settings, output.is_some())?;
-        learned.as_ref().map_or(Ok(()), |learned| check::result_is_sound(adapter, learned))?;
+        let last = saving::adapter(engine, &adapter.settings)?;
+        let live = output.as_ref().map(|output| output.live());
+        let chosen = last.zip(live).map(|(last, live)| best::choose(&progress, last, live, config));
+        if let (Some(chosen), Some(writer)) = (&chosen, &writer) {
+            let is_sound = check::result_is_sound(adapter, &chosen.adapter);
+            is_sound.map_err(|error| with_last_good(error, writer, progress.last_update))?;
+        }
         let doubt = doubt(&mut engine.queue, start.world.local_rank, weights)?;
-        if let (Some(output), Some(metrics), Some(learned)) = (output, metrics, learned) {
+        if let (Some(output), Some(mut metrics), Some(chosen)) = (output, metrics, chosen) {
+            chosen.tell(&progress, epoch, &mut metrics, start.log)?;
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));
             let wait = watch::wait("saving the adapter");
-            save(output, &learned, config, kept, metrics.lines(), doubt)?;
+            save(output, (chosen.step, &chosen.adapter), config, kept, metrics.lines(), doubt.or(chosen.doubt))?;
             drop(wait);
             start.log.line(format!("adapter: {}", job.output_dir.display()));
         }

@@ -13,7 +13,10 @@ use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored, StoredUnit};
 use super::nccl::{self, Communicators, Nccl};
 use super::spans::{Lane, Span};
 use super::watch::{self, Limit, Probe, Probed};
-use super::{Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits, broadcast};
+use super::{
+    Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, TrainableBuffers, Waits, all_gather_values,
+    broadcast, collect,
+};
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, Element, Place, ViewMut};
 
@@ -290,13 +293,6 @@ impl<A: HalfType> CudaQueue<A> {
     }
 }
 
-fn all_gather_values<T: bytemuck::Pod>(comm: &mut dyn Comm, name: &str, values: &[T]) -> Result<Vec<T>> {
-    let mut received = vec![T::zeroed(); values.len() * comm.world_size()];
-    comm.all_gather(bytemuck::cast_slice(values), bytemuck::cast_slice_mut(&mut received))
-        .with_context(|| name.to_string())?;
-    Ok(received)
-}
-
 /// Runs each collective once on a few bytes. NCCL allocates its buffers at the first use, which must come before memory is
 /// planned.
 fn first_use<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Result<()> {
@@ -491,6 +487,10 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
 
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
         all_gather_values(&mut *self.groups.shards, name, values)
+    }
+
+    fn collect_f32(&mut self, name: &str, values: &mut [f32]) -> Result<()> {
+        collect(&mut *self.groups.shards, bytemuck::cast_slice_mut(values)).with_context(|| name.to_string())
     }
 
     fn broadcast_f32(&mut self, name: &str, values: &mut Vec<f32>) -> Result<()> {

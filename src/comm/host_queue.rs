@@ -14,7 +14,7 @@ use super::spans::{Lane, Span};
 use super::sums::{all_reduce, exchange};
 use super::{
     Comm, Delays, Gather, Groups, HostCopy, Position, Queue, ShardSource, SharedBytes, TrainableBuffers, Waits,
-    broadcast, watch,
+    broadcast, collect, watch,
 };
 
 type Job = Box<dyn FnOnce(&mut Thread) + Send>;
@@ -321,6 +321,16 @@ impl Queue<Cpu> for HostQueue {
 
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>> {
         self.all_gather_values(name, values, |groups| &mut *groups.shards)
+    }
+
+    fn collect_f32(&mut self, name: &str, values: &mut [f32]) -> Result<()> {
+        let mut own = values.to_vec();
+        let all = self.run(name, move |groups| {
+            collect(&mut *groups.shards, bytemuck::cast_slice_mut(&mut own))?;
+            Ok(own)
+        })?;
+        values.copy_from_slice(&all);
+        Ok(())
     }
 
     fn broadcast_f32(&mut self, name: &str, values: &mut Vec<f32>) -> Result<()> {

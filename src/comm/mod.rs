@@ -17,7 +17,8 @@ pub mod watch;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use bytemuck::Pod;
 
 use crate::choices::choices;
 use crate::device::{Buffer, Device, Element, HostBuffer, Place};
@@ -218,6 +219,10 @@ pub trait Queue<D: Device> {
     /// Returns the `values` of each shard's rank, one after the other; all have as many. Blocks.
     fn gather_shards_f32(&mut self, name: &str, values: &[f32]) -> Result<Vec<f32>>;
 
+    /// Brings the shards of values to the rank of the first shard, where `values` begins with its own and has room for
+    /// all; elsewhere `values` is the shard. Blocks.
+    fn collect_f32(&mut self, name: &str, values: &mut [f32]) -> Result<()>;
+
     /// Gives every rank the `values` of rank 0; all have as many. Blocks.
     fn broadcast_f32(&mut self, name: &str, values: &mut Vec<f32>) -> Result<()>;
 
@@ -257,12 +262,31 @@ pub fn broadcast(comm: &mut dyn Comm, bytes: &mut [u8]) -> Result<()> {
     }
 }
 
+/// Brings the bytes of all ranks to rank 0, where `bytes` begins with its own and has room for as many of each;
+/// elsewhere they are the bytes to send.
+pub fn collect(comm: &mut dyn Comm, bytes: &mut [u8]) -> Result<()> {
+    let (rank, world_size) = (comm.rank(), comm.world_size());
+    if rank > 0 {
+        return comm.send_receive(0, bytes, 0, &mut []);
+    }
+    let len = bytes.len() / world_size;
+    (1..world_size).try_for_each(|from| comm.send_receive(from, &[], from, &mut bytes[from * len..(from + 1) * len]))
+}
+
 /// Gives every rank the bytes of rank 0; what the other ranks pass is not looked at.
 pub fn broadcast_bytes(comm: &mut dyn Comm, bytes: Vec<u8>) -> Result<Vec<u8>> {
     let len = all_gather_u64(comm, bytes.len() as u64)?[0] as usize;
     let mut all = if comm.rank() == 0 { bytes } else { vec![0; len] };
     broadcast(comm, &mut all)?;
     Ok(all)
+}
+
+/// Returns the `values` of every rank, one rank's after the other's; all have as many.
+pub fn all_gather_values<T: Pod>(comm: &mut dyn Comm, name: &str, values: &[T]) -> Result<Vec<T>> {
+    let mut received = vec![T::zeroed(); values.len() * comm.world_size()];
+    comm.all_gather(bytemuck::cast_slice(values), bytemuck::cast_slice_mut(&mut received))
+        .with_context(|| name.to_string())?;
+    Ok(received)
 }
 
 /// Returns every rank's `value` in rank order.

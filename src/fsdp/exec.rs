@@ -74,8 +74,10 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         mut queue: Q,
         mut base: Base,
         trainables: Option<Trainables>,
-        limits: Limits,
+        mut limits: Limits,
     ) -> Result<Self> {
+        // All ranks plan a snapshot alike, but the first one writes the files.
+        limits.snapshot &= queue.rank() == 0;
         let units = NumUnits::new(&base.spec);
         let Position { num_shards, num_replicas, .. } = queue.position();
         ensure!(

@@ -120,18 +120,22 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
 
     /// Returns all values of a layer on every rank, as the layout has them. Collective.
     pub fn gather_trainable_to_host(&mut self, layer: usize, kind: Values) -> Result<Vec<f32>> {
-        let trainable = &self.memory.trainables[layer];
-        let under_way = || under_way(layer, kind);
-        let place = match kind {
-            Values::Master => trainable.master.as_ref().with_context(under_way)?.wait_on_host()?,
-            Values::Grad => trainable.grad.as_ref().with_context(under_way)?.wait_on_host()?,
-            Values::ExpAvg => &trainable.exp_avg,
-            Values::ExpAvgSq => &trainable.exp_avg_sq,
-        };
-        let own = self.on_host(place)?;
+        let own = self.on_host(self.place_of(layer, kind)?)?;
         let mut all = self.queue.gather_shards_f32("trainable values", &own)?;
         all.truncate(self.trainable_layout(layer)?.len);
         Ok(all)
+    }
+
+    /// Returns this rank's part of a layer's values.
+    pub(super) fn place_of(&self, layer: usize, kind: Values) -> Result<&Place<D, f32>> {
+        let trainable = &self.memory.trainables[layer];
+        let under_way = || under_way(layer, kind);
+        match kind {
+            Values::Master => trainable.master.as_ref().with_context(under_way)?.wait_on_host(),
+            Values::Grad => trainable.grad.as_ref().with_context(under_way)?.wait_on_host(),
+            Values::ExpAvg => Ok(&trainable.exp_avg),
+            Values::ExpAvgSq => Ok(&trainable.exp_avg_sq),
+        }
     }
 
     /// Gives every rank its part of the values that rank 0 has of a layer; those of the other ranks are overwritten.
@@ -142,7 +146,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         self.load_values(layer, kind, values)
     }
 
-    fn trainable_layout(&self, layer: usize) -> Result<TrainableLayout> {
+    pub(super) fn trainable_layout(&self, layer: usize) -> Result<TrainableLayout> {
         Ok(self.sharded().context("there is no adapter")?.layout(layer))
     }
 

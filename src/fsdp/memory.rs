@@ -19,6 +19,7 @@ use crate::model::weights::LayerWeights;
 
 use super::layout::{TrainableLayout, UnitLayout};
 use super::schedule::{self, Accumulation, Descriptor, Keep, Mode};
+use super::snapshot::Snapshot;
 use super::unit::{HEAD_PIECE_ROWS, NumUnits};
 
 /// The sizes that the memory must hold, decided once, before the first step.
@@ -39,6 +40,8 @@ pub struct Limits {
     pub num_slots: usize,
     /// The choice between device and host for everything that may stream.
     pub residency: Residency,
+    /// True if rank 0 has room in host memory for a snapshot of all that training changes, for checkpoints.
+    pub snapshot: bool,
 }
 
 /// Selects what stays on the device. The rest waits in host memory until it is needed. No choice changes a bit of the
@@ -80,6 +83,7 @@ impl Limits {
             gather: Gather::Collective,
             num_slots: 2,
             residency: Residency::ALL,
+            snapshot: false,
         }
     }
 
@@ -131,6 +135,8 @@ pub struct Memory<D: Ops> {
     /// Device buffers for boundaries, and host buffers for those that wait there.
     pub boundaries: Vec<Buffer<D, D::Act>>,
     pub host_boundaries: Vec<HostBuffer<D::Act>>,
+    /// `None` where none is planned, or where another has it.
+    pub snapshot: Option<Snapshot>,
     pub activations: Activations<D>,
     pub scratch: Scratch<D>,
     pub batches: Vec<BatchBuffers<D>>,
@@ -228,6 +234,8 @@ impl<D: Ops> Memory<D> {
         let host_boundaries = (0..inputs.num_offloaded_boundaries())
             .map(|i| host.carve(&format!("boundaries/{i}"), tokens * hidden))
             .collect::<Result<_>>()?;
+        let snapshot = sharded.filter(|_| limits.snapshot);
+        let snapshot = snapshot.map(|sharded| Snapshot::carve(host, sharded.layouts())).transpose()?;
         let activations = Activations::carve(arena, units.layers, live, &widths, limits)?;
         let scratch = Scratch::carve(arena, &widths, tokens, train)?;
         let batches = (0..live)
@@ -248,6 +256,7 @@ impl<D: Ops> Memory<D> {
             grads,
             boundaries,
             host_boundaries,
+            snapshot,
             activations,
             scratch,
             batches,

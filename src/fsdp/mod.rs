@@ -11,5 +11,6 @@ mod offload;
 pub mod run;
 pub mod schedule;
 mod slots;
+pub mod snapshot;
 pub mod unit;
 mod unwind;

@@ -1,12 +1,13 @@
 //! The job: the decisions made from a recipe. Once it exists, no code reads the recipe.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::command::Command;
+use super::conflicts::{check_conflicts, check_required};
 use super::keys::{self, Key};
 use super::overrides::Written;
 use super::sources::WrittenSources;
@@ -15,7 +16,6 @@ use crate::checkpoint::output::Resume;
 use crate::choices::choices;
 pub use crate::comm::Gather;
 use crate::data::{LossOn, Overlong, Packing, Source};
-use crate::files::gguf_advice;
 pub use crate::fsdp::schedule::Accumulation;
 use crate::model::trainable::Targets;
 pub use crate::optim::lr::LrScheduler;
@@ -173,6 +173,8 @@ pub struct TrainingJob {
     pub save: When,
     /// `None` keeps all checkpoints.
     pub save_total_limit: Option<usize>,
+    /// Number of steps in a row without a finite loss and gradient that end the run; 0 and 1 mean the first one.
+    pub max_skipped_steps: usize,
     pub resume: Resume,
     /// Time that a step may still take after a signal.
     pub grace: Duration,
@@ -180,6 +182,12 @@ pub struct TrainingJob {
     pub max_time: Option<Duration>,
     /// Times of evaluations, besides those before and after training.
     pub eval: When,
+    /// True if the result is the best of the checkpoints and the last adapter, by held-out loss.
+    pub load_best_model_at_end: bool,
+    /// Number of evaluations in a row that are no better, after which the run ends; `None` means never.
+    pub early_stopping_patience: Option<usize>,
+    /// Difference of held-out losses that an evaluation must exceed to be better, in early stopping.
+    pub early_stopping_threshold: f64,
 }
 
 /// The key that fixes the size of a step.
@@ -234,99 +242,6 @@ pub(super) fn decide(mut written: Written, command: Command) -> Result<Job, Vec<
     }
 }
 
-fn check_required(written: &mut Written, command: Command) {
-    match written.get(&keys::MODEL) {
-        _ if !command.needs_model() => {}
-        Some(None) => written.errors.push("model: missing, it must be a Hugging Face directory".into()),
-        Some(Some(dir)) if !dir.is_dir() => {
-            let name = command.name_of(keys::MODEL.path).unwrap_or(keys::MODEL.path);
-            written.errors.push(format!("{name}: found {}, {}", dir.display(), not_a_folder(&dir)));
-        }
-        _ => {}
-    }
-    if matches!(command, Command::Train | Command::Data | Command::Plan) && written.get(&keys::TRAIN) == Some(None) {
-        written.errors.push("data.train: missing, it must be a file, a directory, or a list of them".into());
-    }
-}
-
-/// Says about a model's path that is no folder what is there, and what to do.
-fn not_a_folder(path: &Path) -> String {
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        return format!("a file in GGUF, which is not read; {}", gguf_advice(path));
-    }
-    if path.is_file() {
-        return "which is a file; give the folder of the model".into();
-    }
-    let is_id = !path.is_absolute() && !path.starts_with(".");
-    let hub_id = if is_id { path.display().to_string() } else { "ORG/NAME".into() };
-    format!(
-        "which is not a directory; to use a model of the hub, `hf download {hub_id} --local-dir {}`",
-        path.display()
-    )
-}
-
-/// Largest number of tokens of a micro-batch, because kernels count rows in 32 bits.
-const MAX_TOKENS: usize = i32::MAX as usize;
-
-fn check_conflicts(written: &mut Written, command: Command) {
-    let mut conflicts = Vec::new();
-    if is_set(written, &keys::GLOBAL_BATCH_SIZE) && written.has(keys::ACCUMULATION_STEPS.path) {
-        let (global, steps) = (keys::GLOBAL_BATCH_SIZE.path, keys::ACCUMULATION_STEPS.path);
-        conflicts.push(format!("{global}: {steps} follows from it and the number of ranks, remove one of the two"));
-    }
-    for (strategy, steps) in [(&keys::EVAL_STRATEGY, &keys::EVAL_STEPS), (&keys::SAVE_STRATEGY, &keys::SAVE_STEPS)] {
-        if written.get(strategy) == Some(Strategy::Epoch) && written.has(steps.path) && is_set(written, steps) {
-            conflicts.push(format!(
-                "{}: found epoch, which contradicts {}, remove one of the two",
-                strategy.path, steps.path
-            ));
-        }
-    }
-    let by_epoch = written.get(&keys::EVAL_STRATEGY) == Some(Strategy::Epoch);
-    if (by_epoch || is_set(written, &keys::EVAL_STEPS)) && written.get(&keys::EVAL) == Some(None) {
-        let key = if by_epoch { keys::EVAL_STRATEGY.path } else { keys::EVAL_STEPS.path };
-        conflicts.push(format!("{key}: there is nothing to evaluate on, set data.eval or remove it"));
-    }
-    let has_warmup = written.get(&keys::WARMUP_STEPS).flatten().is_some_and(|steps| steps > 0);
-    if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
-        conflicts.push("training.warmup_steps: constant has no warm-up, use constant_with_warmup or remove it".into());
-    }
-    if written.get(&keys::SHARDING_STRATEGY) == Some(ShardingStrategy::NoShard) && is_set(written, &keys::GATHER) {
-        conflicts.push("fsdp.gather: with no_shard there is nothing to gather, remove it".into());
-    }
-    let packing = written.get(&keys::PACKING);
-    if packing == Some(Packing::Wrapped)
-        && written.has(keys::OVERLONG.path)
-        && written.get(&keys::OVERLONG) == Some(Overlong::Truncate)
-    {
-        conflicts.push(
-            "data.overlong: found truncate, which contradicts data.packing: wrapped, for wrapping goes on in the next sequence; \
-             allowed: split | drop | error"
-                .into(),
-        );
-    }
-    let units = written.get(&keys::RESIDENT_UNITS).flatten();
-    if let (Some(Some(offload)), Some(units)) = (written.get(&keys::OFFLOAD_PARAMS), units)
-        && offload == (units > 0)
-    {
-        let (a, b) = (keys::OFFLOAD_PARAMS.path, keys::RESIDENT_UNITS.path);
-        conflicts.push(format!("{a}: found {offload}, which contradicts {b}: {units}, remove one of the two"));
-    }
-    if is_set(written, &keys::ADAPTER) {
-        for path in OF_ADAPTER.into_iter().filter(|path| written.has(path)) {
-            conflicts.push(format!("{path}: it is given by the adapter of lora.adapter, remove one of the two"));
-        }
-    }
-    if let (Some(length), Some(sequences)) = (written.get(&keys::MAX_LENGTH), written.get(&keys::BATCH_SIZE))
-        && length * sequences > MAX_TOKENS
-    {
-        let name = |path| command.name_of(path).unwrap_or(path);
-        let (a, b) = (name(keys::MAX_LENGTH.path), name(keys::BATCH_SIZE.path));
-        conflicts.push(format!("{a} {length} times {b} {sequences} is more than {MAX_TOKENS} tokens of a micro-batch"));
-    }
-    written.errors.append(&mut conflicts);
-}
-
 /// Returns the values of the keys that a command reads; `null` stands for a key that another key decides.
 fn values(written: &Written, command: Command) -> Option<Map<String, Value>> {
     let mut values = Map::new();
@@ -364,11 +279,11 @@ fn overlong(written: &Written) -> Option<Overlong> {
 }
 
 /// Keys that are decided by the adapter that training continues.
-const OF_ADAPTER: [&str; 4] =
+pub(super) const OF_ADAPTER: [&str; 4] =
     [keys::LORA_R.path, keys::LORA_ALPHA.path, keys::TARGET_MODULES.path, keys::USE_RSLORA.path];
 
 /// Returns whether a key that may be null has another value.
-fn is_set<T>(written: &Written, key: &Key<Option<T>>) -> bool {
+pub(super) fn is_set<T>(written: &Written, key: &Key<Option<T>>) -> bool {
     matches!(written.get(key), Some(Some(_)))
 }
 
@@ -449,14 +364,18 @@ fn build_training(written: &Written) -> Option<TrainingJob> {
         logging_steps: written.get(&keys::LOGGING_STEPS)?,
         save: when(written.get(&keys::SAVE_STRATEGY)?, written.get(&keys::SAVE_STEPS)?),
         save_total_limit: written.get(&keys::SAVE_TOTAL_LIMIT)?,
+        max_skipped_steps: written.get(&keys::MAX_SKIPPED_STEPS)?,
         resume: written.get(&keys::RESUME)?,
         grace: Duration::from_secs_f64(written.get(&keys::GRACE)?),
         max_time: written.get(&keys::MAX_TIME)?.map(Duration::from_secs_f64),
         eval: when(written.get(&keys::EVAL_STRATEGY)?, written.get(&keys::EVAL_STEPS)?),
+        load_best_model_at_end: written.get(&keys::LOAD_BEST_MODEL_AT_END)?,
+        early_stopping_patience: written.get(&keys::EARLY_STOPPING_PATIENCE)?,
+        early_stopping_threshold: written.get(&keys::EARLY_STOPPING_THRESHOLD)?,
     })
 }
 
-fn when(strategy: Strategy, steps: Option<usize>) -> When {
+pub(super) fn when(strategy: Strategy, steps: Option<usize>) -> When {
     match (strategy, steps) {
         (Strategy::Epoch, _) => When::Epochs,
         (Strategy::Steps, Some(steps)) => When::Steps(steps),

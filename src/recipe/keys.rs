@@ -192,6 +192,10 @@ keys! {
         "a checkpoint every so many steps, in output_dir";
     SAVE_TOTAL_LIMIT: Option<usize> = "training.save_total_limit", "2", SAVES, |v| nullable(v, count),
         &["null (all are kept)", "an integer of at least 1"], "checkpoints that are kept; older ones are removed";
+    MAX_SKIPPED_STEPS: usize = "training.max_skipped_steps", "5", TRAINING, |v| integer(v, 0..=MAX_INTEGER),
+        &["an integer of at least 0"],
+        "so many steps in a row whose loss or gradient is not finite end the run, they update nothing; 0: the first one \
+         does";
     RESUME: Resume = "training.resume", "auto", SAVES, resume,
         &["auto", "never", "a checkpoint directory"],
         "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin \
@@ -209,6 +213,17 @@ keys! {
          training too";
     EVAL_STEPS: Option<usize> = "training.eval_steps", "null", TRAINING, |v| nullable(v, count),
         &["null (before and after training only)", "an integer of at least 1"], "held-out loss every so many steps";
+    LOAD_BEST_MODEL_AT_END: bool = "training.load_best_model_at_end", "false", TRAINING, Value::as_bool,
+        &["true", "false"],
+        "true: the result is the best adapter by metric_for_best_model, of the checkpoints and the last step; false: that \
+         of the last step";
+    METRIC_FOR_BEST_MODEL: &str = "training.metric_for_best_model", "eval_loss", TRAINING, metric,
+        &["eval_loss", "loss"], "eval_loss: the held-out loss, of which less is better; loss: another name of it";
+    EARLY_STOPPING_PATIENCE: Option<usize> = "training.early_stopping_patience", "null", TRAINING, |v| nullable(v, count),
+        &["null (never)", "an integer of at least 1"],
+        "the run ends after so many evaluations in a row that are no better than the best before";
+    EARLY_STOPPING_THRESHOLD: f64 = "training.early_stopping_threshold", "0", TRAINING, not_negative,
+        &["a number of at least 0"], "early stopping takes an evaluation for better if it gains more than this";
 
     SHARDING_STRATEGY: ShardingStrategy = "fsdp.sharding_strategy", "full_shard", ENGINES, choice,
         ShardingStrategy::ALLOWED,
@@ -369,6 +384,11 @@ pub(super) fn why_no_path(value: &Value) -> Option<String> {
         Value::Object(keys) => why_no_path(keys.get("path")?),
         value => paths::read(value.as_str()?).err(),
     }
+}
+
+/// Reads a metric by either of the names that transformers has for it.
+fn metric(value: &Value) -> Option<&'static str> {
+    only(value, "eval_loss").or(only(value, "loss").map(|_| "eval_loss"))
 }
 
 fn resume(value: &Value) -> Option<Resume> {

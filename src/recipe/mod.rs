@@ -4,6 +4,7 @@
 //! file and with `--set`; `job.rs` decides. What cannot be honoured is refused, all of it at once.
 
 mod command;
+mod conflicts;
 mod job;
 mod keys;
 mod overrides;
@@ -282,6 +283,30 @@ max_steps: 3
         assert_eq!(
             saves,
             ["training.save_strategy: found epoch, which contradicts training.save_steps, remove one of the two"]
+        );
+        for (more, words) in [
+            ("training: {load_best_model_at_end: true}", "found evaluations never and checkpoints every 100 steps"),
+            (
+                "data.eval: e.jsonl\ntraining: {load_best_model_at_end: true, eval_steps: 10, save_steps: 15}",
+                "found evaluations every 10 steps and checkpoints every 15 steps",
+            ),
+            ("data.eval: e.jsonl\ntraining: {load_best_model_at_end: true, eval_steps: 5, save_steps: null}", "never"),
+            (
+                "data.eval: e.jsonl\ntraining: {load_best_model_at_end: true, eval_steps: 5, save_strategy: epoch}",
+                "found evaluations every 5 steps and checkpoints after each epoch",
+            ),
+            ("data.eval: e.jsonl\ntraining: {early_stopping_patience: 2}", "it counts evaluations"),
+            ("training: {early_stopping_threshold: 0.1}", "without training.early_stopping_patience it means nothing"),
+        ] {
+            let errors = errors_of(more);
+            assert!(errors.len() == 1 && errors[0].contains(words), "{more}: {errors:?}");
+        }
+        let epochs = "training: {load_best_model_at_end: true, eval_strategy: epoch, save_strategy: epoch}";
+        recipe(&format!("{GOOD}data.eval: e.jsonl\n{epochs}\n"), &[]).unwrap();
+        let best = "data.eval: e.jsonl\ntraining: {load_best_model_at_end: true, eval_steps: 5, save_steps: 20, metric_for_best_model: loss}";
+        assert_eq!(
+            recipe(&format!("{GOOD}{best}\n"), &[]).unwrap().values()["training.metric_for_best_model"],
+            "eval_loss"
         );
         assert!(errors_of("training: {lr_scheduler_type: constant, warmup_steps: 5}")[0].contains("no warm-up"));
         assert!(errors_of("fsdp: {offload_params: true, resident_units: 3}")[0].contains("contradicts"));

@@ -164,10 +164,14 @@ mod tests {
             logging_steps: 1,
             save: When::Never,
             save_total_limit: None,
+            max_skipped_steps: 5,
             grace: Duration::from_secs(10),
             max_time: None,
             resume: Resume::Auto,
             eval: When::Never,
+            load_best_model_at_end: false,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
         }
     }
 

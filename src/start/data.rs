@@ -62,6 +62,7 @@ impl TrainingData {
         Limits {
             max_length,
             accumulation: job.fsdp.accumulation,
+            snapshot: true,
             ..Limits::new(Mode::Train, max_tokens, job.training.accumulation_steps(world_size))
         }
     }

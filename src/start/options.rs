@@ -8,7 +8,7 @@ use crate::data::DataOptions;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::plan::decide::{Levers, Wishes};
-use crate::recipe::{ActivationCheckpointing, BatchSize, FsdpJob, Job, ShardingStrategy};
+use crate::recipe::{ActivationCheckpointing, BatchSize, Command, FsdpJob, Job, ShardingStrategy};
 
 /// Returns how many of `world_size` ranks hold a base together. `node_size` is the number of ranks of each node, or
 /// `None` where nodes differ or ranks do not follow each other.
@@ -45,13 +45,14 @@ pub fn data_options(job: &Job) -> DataOptions {
 }
 
 /// Returns the sizes of a job's step whose sequences all have the longest length that it allows. It is decided later
-/// what is kept where.
+/// what is kept where. Benchmarks save nothing.
 pub fn step_limits(job: &Job, world_size: usize) -> Limits {
     let (max_length, sequences) = (job.data.max_length, job.training.per_device_train_batch_size);
     let micro_batches = job.training.accumulation_steps(world_size);
     Limits {
         max_length,
         accumulation: job.fsdp.accumulation,
+        snapshot: job.command != Command::BenchStep,
         ..Limits::new(Mode::Train, max_length * sequences, micro_batches)
     }
 }

@@ -151,6 +151,11 @@ mod tests {
         let sum = |key: &str| json[key].as_object().unwrap().values().map(|bytes| bytes.as_u64().unwrap()).sum::<u64>();
         assert_eq!(sum("device") + json["libraries_bytes"].as_u64().unwrap(), json["device_bytes"].as_u64().unwrap());
         assert_eq!(sum("host"), json["pinned_bytes"].as_u64().unwrap());
+        // A checkpoint needs the adapter and two moments of each of its values, in f32. A benchmark saves nothing.
+        let parameters = 4 * 16 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336));
+        assert_eq!(json["host"]["snapshot"].as_u64(), Some(3 * 4 * parameters));
+        let bench = recipe::from_options(Command::BenchStep, vec![("data.max_length", 1024.into())], &[]).unwrap();
+        assert!(step_limits(&job, 2).snapshot && !step_limits(&bench, 2).snapshot);
         assert_eq!(json["lora"]["values"], 4 * 16 * (2 * 4096 + 14_336 + 4096));
         assert_eq!((json["resident_units"].as_u64(), json["trainables_on_device"].as_bool()), (Some(0), Some(false)));
         let units = json["units"].as_u64().unwrap();

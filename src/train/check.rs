@@ -19,6 +19,8 @@ use crate::model::batch::{MicroBatch, NO_TARGET};
 use crate::model::spec::{ModelSpec, ModuleId};
 use crate::model::trainable::Kind;
 
+use super::skipping::NotFinite;
+
 /// Largest number of modules that a message names.
 const MAX_NAMES: usize = 8;
 
@@ -105,10 +107,11 @@ fn list(names: &[String]) -> String {
 pub fn result_is_sound(start: &Adapter, end: &Adapter) -> Result<()> {
     for (layer, values) in end.layers.iter().enumerate() {
         if let Some(value) = values.iter().find(|v| !v.is_finite()) {
-            bail!(
-                "training diverged in its last update: the adapter of layer {layer} holds {value}, and nothing was saved; \
+            let said = format!(
+                "training diverged in its last update: the adapter of layer {layer} holds {value}, and is not saved; \
                  help: lower training.learning_rate"
             );
+            return Err(NotFinite(said).into());
         }
     }
     ensure!(

@@ -10,6 +10,8 @@ use crate::fsdp::schedule::{Descriptor, Mode};
 use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
 
+use super::skipping::NotFinite;
+
 /// A score over all ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Score {
@@ -61,10 +63,12 @@ pub fn score_unless<D: Ops, Q: Queue<D>>(
     let total = engine.queue.all_reduce_f64("sum of losses", &[sum, num])?;
     ensure!(total[1] > 0.0, "no token counts in the loss");
     let (loss, num_target_tokens) = (total[0] / total[1], total[1] as u64);
-    ensure!(
-        loss.is_finite(),
-        "the loss over {num_target_tokens} target tokens is {loss}: the model or its adapter computes no finite numbers; \
-         help: if training made them so, lower training.learning_rate"
-    );
+    if !loss.is_finite() {
+        let said = format!(
+            "the loss over {num_target_tokens} target tokens is {loss}: the model or its adapter computes no finite numbers; \
+             help: if training made them so, lower training.learning_rate"
+        );
+        return Err(NotFinite(said).into());
+    }
     Ok(Some(Score { loss, num_target_tokens }))
 }

@@ -27,11 +27,19 @@ pub struct StepMetrics {
     pub gather_wait_ms: f64,
     /// Waits for copies between host and device; 0 if the device is the host.
     pub copy_wait_ms: f64,
-    /// Written for fp16 only. A step whose `grad_norm` is null overflowed and made no update.
+    /// Written for fp16 only. A step whose `grad_norm` alone is null overflowed and made no update.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f32>,
+    /// Number of steps so far that were skipped because their loss or gradient was not finite; written from the first
+    /// one on.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub skipped_steps: usize,
     pub peak_device_bytes: usize,
     pub peak_host_bytes: usize,
+}
+
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 /// One line of an evaluation.
@@ -41,6 +49,17 @@ pub struct EvalMetrics {
     pub epoch: f64,
     pub eval_loss: f64,
     pub num_target_tokens: u64,
+}
+
+/// The last line of a run that looks for its best adapter.
+#[derive(Clone, Debug, Serialize)]
+pub struct BestMetrics {
+    /// The last step of the run.
+    pub step: usize,
+    pub epoch: f64,
+    /// Step whose adapter the result is, and the held-out loss after it.
+    pub adapter_step: usize,
+    pub best_eval_loss: f64,
 }
 
 /// The metrics file of a run. All lines, some hundred bytes per step, stay in memory: if the file is removed or

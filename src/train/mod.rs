@@ -1,5 +1,6 @@
 //! Runs training, evaluation and generation, with logs and with checks on the way.
 
+pub mod best;
 pub mod check;
 pub mod eval;
 pub mod generate;
@@ -10,5 +11,6 @@ pub mod per_token;
 pub mod result;
 pub mod run;
 pub mod saving;
+pub mod skipping;
 pub mod step;
 pub mod stop;

@@ -11,10 +11,9 @@ use crate::checkpoint::weights::Weights;
 use crate::comm::{Queue, watch};
 use crate::device::Device;
 use crate::files;
+use crate::fsdp::snapshot::KINDS;
 use crate::model::spec::ModelSpec;
 use crate::recipe::{TrainingJob, When};
-
-use super::saving::KINDS;
 
 /// A line of metrics.jsonl takes less.
 const METRICS_LINE_BYTES: usize = 1000;
@@ -43,7 +42,10 @@ impl Kept {
     pub fn room(&self, adapter: &Adapter, job: &TrainingJob) -> usize {
         let lines = job.max_steps.unwrap_or_default().saturating_mul(METRICS_LINE_BYTES).min(MAX_METRICS_BYTES);
         let tokenizer: usize = self.tokenizer_files.iter().map(|(_, content)| content.len()).sum();
-        let checkpoints = if job.save != When::Never { job.save_total_limit.unwrap_or(1).saturating_add(1) } else { 0 };
+        // The newest stays, and so does the best.
+        let least = 1 + usize::from(job.load_best_model_at_end);
+        let saves = job.save != When::Never;
+        let checkpoints = if saves { job.save_total_limit.unwrap_or(1).max(least).saturating_add(1) } else { 0 };
         let of_checkpoints = checkpoints.saturating_mul(KINDS.len() * adapter.bytes() + lines);
         (adapter.bytes() + tokenizer + lines).saturating_add(of_checkpoints)
     }
@@ -60,11 +62,11 @@ pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, weights: 
     Ok(own.or(other.map(|rank| format!("the base on the machine of rank {rank} has changed during the run"))))
 }
 
-/// Brings the adapter to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir
+/// Brings the adapter of a step to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir
 /// or if there is a doubt about the result.
 pub fn save(
     output: &mut Output,
-    adapter: &Adapter,
+    (step, adapter): (usize, &Adapter),
     config: &ModelSpec,
     kept: &Kept,
     metrics: &[u8],
@@ -73,7 +75,7 @@ pub fn save(
     let mut others = kept.tokenizer_files.clone();
     others.push((METRICS_FILE, metrics.to_vec()));
     let write = |dir: &Path| adapter::save(adapter, config, &kept.base, dir);
-    let result = RunResult { adapter: &write, others, doubt: doubt.clone() };
+    let result = RunResult { adapter: &write, others, step, doubt: doubt.clone() };
     let place = output.finish(&result).context("saving the adapter")?;
     if let Some(doubt) = doubt {
         let dir = match &place {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::checkpoint::state::Progress;
 use crate::comm::Queue;
@@ -20,6 +20,7 @@ use crate::recipe::{Steps, TrainingJob};
 use super::log::{Log, duration};
 use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
 use super::saving::{self, Writer};
+use super::skipping::{self, Fate, NotFinite, has_updated};
 use super::step::{StepArgs, StepRecord, step_unless};
 use super::stop::{Activity, Stop};
 use super::{check, eval};
@@ -38,6 +39,9 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub eval: Option<&'a Dataset>,
     /// Progress so far: of the checkpoint from which the run goes on, or none.
     pub progress: Progress,
+    /// Progress when the trained values were last known to be good or unproved, and the number of bytes of metrics.jsonl
+    /// then.
+    pub last_good: (Progress, usize),
     /// `None` on all ranks but the first, and so is `writer`.
     pub metrics: Option<&'a mut MetricsFile>,
     pub writer: Option<&'a mut Writer>,
@@ -66,57 +70,63 @@ struct Checked {
     b: bool,
 }
 
-/// Fails at the end of a run that updated nothing: in fp16, gradients may overflow in each of a few steps while the
-/// loss scale falls.
-fn has_updated(progress: &Progress) -> Result<()> {
-    ensure!(
-        progress.num_updates > 0,
-        "in none of the {} steps were the gradients finite in fp16, so nothing was learned and nothing was saved; help: \
-         train for more steps, or lower training.learning_rate",
-        progress.step
-    );
-    Ok(())
-}
-
 impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
-    /// Trains to the last step, with an evaluation before the first and after the last. Fails at the first loss or
-    /// gradient that is not finite, before it is applied.
-    pub fn run(mut self) -> Result<Outcome> {
+    /// Trains to the last step, with an evaluation before the first and after the last. A step whose loss or gradient
+    /// is not finite updates nothing; if too many do so in a row, the last good adapter is kept, and the run fails.
+    pub fn run(&mut self) -> Result<Outcome> {
+        match self.train() {
+            Err(error) if error.is::<NotFinite>() => Err(self.keep_last_good(error)?),
+            result => result,
+        }
+    }
+
+    fn train(&mut self) -> Result<Outcome> {
         let num_steps = self.steps.num_steps;
         let mut sampler = self.sampler();
         let (start, first, mut checked) = (Instant::now(), self.progress.step, Checked::default());
         self.progress.owes_evaluation |= first == 0;
-        if !self.evaluate()? {
-            return self.stopped();
-        }
+        let Some(mut is_last) = self.judge(first == num_steps)? else { return self.stopped() };
         for step_idx in first..num_steps {
+            if is_last {
+                break;
+            }
             watch::phase(Phase::Step(step_idx + 1))?;
             let batches = self.batches(&mut sampler, step_idx);
             let Some((record, update)) = self.step(step_idx, &batches)? else { return self.stopped() };
             let (done, left) = (step_idx + 1 - first, num_steps - step_idx - 1);
             self.progress.step = step_idx + 1;
+            let fate = skipping::note(&mut self.progress, &record);
             self.record(&update, &record, start.elapsed().mul_f64(left as f64 / done as f64))?;
-            self.take_note(&record, &update, &batches, &mut checked)?;
+            self.take_note(fate, &record, &update, &batches, &mut checked)?;
             let step = self.progress.step;
-            if left == 0 || step.is_multiple_of(REPLICA_CHECK_STEPS) {
+            self.progress.owes_evaluation = left == 0 || self.job.eval.is_at(step, self.steps.epochs);
+            is_last = match self.judge(left == 0)? {
+                Some(is_last) => is_last,
+                None => return self.stopped(),
+            };
+            self.mark_as_good()?;
+            if is_last || step.is_multiple_of(REPLICA_CHECK_STEPS) {
                 self.engine.check_replicas()?;
             }
-            self.progress.owes_evaluation = left == 0 || self.job.eval.is_at(step, self.steps.epochs);
-            if !self.evaluate()? {
-                return self.stopped();
-            }
             self.writer.as_deref_mut().map_or(Ok(()), Writer::look)?;
-            let is_due = self.stop.asks_for_checkpoint() || self.job.save.is_at(step, self.steps.epochs);
-            if left > 0 && is_due {
+            let is_due = self.stop.asks_for_checkpoint() || self.saves();
+            if !is_last && is_due {
                 self.save()?;
             }
-            if left > 0 && self.stop.reason.is_some() {
+            if !is_last && self.stop.reason.is_some() {
                 return self.stopped();
             }
         }
-        self.writer.map_or(Ok(()), |writer| writer.settle().or_else(|error| writer.tell(&error)))?;
+        let settle = |writer: &mut Writer| writer.settle().or_else(|error| writer.tell(&error));
+        self.writer.as_deref_mut().map_or(Ok(()), settle)?;
         has_updated(&self.progress)?;
+        self.check_last_steps()?;
         Ok(Outcome::Finished)
+    }
+
+    /// Returns whether a checkpoint is due after the step. While steps are skipped nothing changes that could be saved.
+    pub(super) fn saves(&self) -> bool {
+        self.progress.skipped_in_a_row == 0 && self.job.save.is_at(self.progress.step, self.steps.epochs)
     }
 
     /// Takes a checkpoint. Collective.
@@ -131,7 +141,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     }
 
     /// Ends the run early: its newest checkpoint is that of the last whole step. Collective.
-    fn stopped(mut self) -> Result<Outcome> {
+    fn stopped(&mut self) -> Result<Outcome> {
         let failed = self.writer.as_deref_mut().map_or(Ok(()), Writer::settle);
         if let (Err(error), Some(writer)) = (&failed, &self.writer) {
             writer.tell(error)?;
@@ -140,7 +150,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         if self.progress.step > 0 && (failed || self.saved != self.progress) {
             self.save()?;
         }
-        self.writer.map_or(Ok(()), Writer::settle).context("saving a checkpoint")?;
+        self.writer.as_deref_mut().map_or(Ok(()), Writer::settle).context("saving a checkpoint")?;
         let reason = self.stop.reason.clone().context("the run was stopped without a reason")?;
         Ok(Outcome::Stopped { step: self.progress.step, reason })
     }
@@ -169,24 +179,43 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(Some((record, update)))
     }
 
-    /// Takes note of a step's outcome. Fails if a loss or a gradient is not finite.
+    /// Takes note of the progress up to here as the last that is good, unless a step since has shown otherwise.
+    fn mark_as_good(&mut self) -> Result<()> {
+        if self.progress.skipped_in_a_row > 0 {
+            return Ok(());
+        }
+        self.last_good = (self.progress, self.metrics.as_ref().map_or(0, |metrics| metrics.lines().len()));
+        // A step that updated began with a good adapter.
+        let proved = self.progress.last_update == self.progress.step;
+        let writer = self.writer.as_deref_mut().filter(|_| proved);
+        writer.map_or(Ok(()), |writer| writer.proves(self.progress.step))
+    }
+
+    /// Takes note of a step's outcome. Fails if the loss or a gradient was not finite in too many steps in a row.
     fn take_note(
         &mut self,
+        fate: Fate,
         record: &StepRecord,
         update: &Update,
         batches: &[MicroBatch],
         checked: &mut Checked,
     ) -> Result<()> {
         let step = self.progress.step;
-        let goes_on = record.loss.is_finite() && self.progress.loss_scaler.note(record.updated);
-        ensure!(goes_on, divergence(step, record, update, self.progress.has_learned));
-        if record.updated {
-            self.check_gradients(checked, batches)?;
-            self.progress.num_updates += 1;
-            self.progress.has_learned |= update.learning_rate > 0.0;
-        } else {
-            let scale = self.progress.loss_scaler.scale();
-            self.log.line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
+        match fate {
+            Fate::Updated => {
+                self.check_gradients(checked, batches)?;
+                self.progress.num_updates += 1;
+                self.progress.last_update = step;
+                self.progress.has_learned |= update.learning_rate > 0.0;
+            }
+            Fate::Overflowed => {
+                let scale = self.progress.loss_scaler.scale();
+                self.log
+                    .line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
+            }
+            Fate::Skipped => {
+                self.log.line(skipping::allow(&self.progress, record, update, self.job.max_skipped_steps)?);
+            }
         }
         Ok(())
     }
@@ -217,14 +246,14 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         }
     }
 
-    fn batches(&self, sampler: &mut Sampler, step_idx: usize) -> Vec<MicroBatch> {
+    pub(super) fn batches(&self, sampler: &mut Sampler, step_idx: usize) -> Vec<MicroBatch> {
         let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
         let (places, per_device) = (self.steps.epochs.places(step_idx), self.job.per_device_train_batch_size);
         let num_sequences = (places.end - places.start) as usize;
         data::step_micro_batches(self.train, sampler, places.start, num_sequences, per_device, world_size, rank)
     }
 
-    fn sampler(&self) -> Sampler {
+    pub(super) fn sampler(&self) -> Sampler {
         let num_sequences = self.train.sequences.len();
         match self.shuffle {
             true => Sampler::new(num_sequences, self.job.seed),
@@ -249,6 +278,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             gather_wait_ms: record.gather_wait_ms,
             copy_wait_ms: record.copy_wait_ms,
             loss_scale: D::NEEDS_LOSS_SCALING.then_some(update.loss_scale),
+            skipped_steps: self.progress.num_skipped,
             peak_device_bytes: self.engine.plan().device.total_bytes() + self.engine.queue.device_bytes(),
             peak_host_bytes: peak_host_bytes(),
         };
@@ -266,59 +296,22 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(())
     }
 
-    /// Evaluates if that is due and there is something to evaluate on. Returns false if the evaluation was abandoned.
-    fn evaluate(&mut self) -> Result<bool> {
-        let (Some(dataset), step) = (self.eval.filter(|_| self.progress.owes_evaluation), self.progress.step) else {
-            self.progress.owes_evaluation = false;
-            return Ok(true);
-        };
+    /// Returns the held-out loss over a data set, or `None` if the evaluation was abandoned. Collective.
+    pub(super) fn evaluate(&mut self, dataset: &Dataset) -> Result<Option<f64>> {
+        let step = self.progress.step;
         let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
         let batches = data::eval_micro_batches(dataset, self.engine.limits().max_tokens, world_size, rank);
         self.stop.begin(Activity::Evaluation);
         let score = eval::score_unless(self.engine, &batches, true, |_| (), &mut |done| self.stop.abandons(done))
             .with_context(|| format!("evaluation after step {step}"))?;
-        let Some(score) = score else { return Ok(false) };
+        let Some(score) = score else { return Ok(None) };
         self.stop.end()?;
         self.log.line(format!("step {step}  eval_loss {:.4}  ({} target tokens)", score.loss, score.num_target_tokens));
-        let (epoch, eval_loss, num_target_tokens) =
-            (self.steps.epochs.after(step), score.loss, score.num_target_tokens);
+        let epoch = self.steps.epochs.after(step);
         if let Some(metrics) = &mut self.metrics {
+            let (eval_loss, num_target_tokens) = (score.loss, score.num_target_tokens);
             metrics.write(&EvalMetrics { step, epoch, eval_loss, num_target_tokens })?;
         }
-        self.progress.owes_evaluation = false;
-        Ok(true)
-    }
-}
-
-/// Says that training cannot go on from here, and what can be done about it. `has_learned`: an update was made
-/// before, so that the learning rate may be the cause.
-fn divergence(step: usize, record: &StepRecord, update: &Update, has_learned: bool) -> String {
-    let StepRecord { loss, grad_norm, .. } = record;
-    let rate = update.learning_rate;
-    let cause = match has_learned {
-        true => "training diverged; help: lower training.learning_rate, or raise training.warmup_steps",
-        false => "nothing was learned before, so the base model or the adapter that training starts from computes this",
-    };
-    format!(
-        "step {step}: loss {loss}, grad_norm {grad_norm}, learning rate {rate:e}: {cause}; this step updated nothing"
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::optim::loss_scale::LossScaler;
-
-    #[test]
-    fn a_run_whose_every_step_overflows_fails_at_its_end() {
-        let mut progress = Progress { step: 5, loss_scaler: LossScaler::new(true), ..Progress::default() };
-        assert!(
-            (0..5).all(|_| progress.loss_scaler.note(false)),
-            "no step fails, as a smaller scale may help the next"
-        );
-        let error = has_updated(&progress).unwrap_err().to_string();
-        assert!(error.starts_with("in none of the 5 steps") && error.contains("help: train for more steps"), "{error}");
-        progress.num_updates += 1;
-        has_updated(&progress).unwrap();
+        Ok(Some(score.loss))
     }
 }

@@ -1,15 +1,16 @@
 //! The trained values on their way from the ranks to files: checkpoints while training goes on, and the adapter at
 //! its end.
 //!
-//! Between two steps the values come to rank 0, layer by layer, into memory that was taken at the start. A thread
-//! writes them from there while the next steps are taken, without a collective.
+//! Between two steps the values come to rank 0, layer by layer, into a snapshot, whose memory was taken at the start. A
+//! thread of low priority writes them from there while the next steps are taken, without a collective.
 
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
+use rustix::process::setpriority_process;
 
 use crate::checkpoint::adapter::{Adapter, AdapterSettings};
 use crate::checkpoint::output::record::RunIdentity;
@@ -18,13 +19,14 @@ use crate::comm::Queue;
 use crate::comm::watch::{self, Phase};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
-use crate::fsdp::grads::Values as Kind;
+use crate::fsdp::snapshot::{KINDS, Snapshot};
 use crate::model::spec::ModelSpec;
 
 use super::log::Log;
 
-/// The values that a checkpoint holds, in the order in which they come.
-pub const KINDS: [Kind; 3] = [Kind::Master, Kind::ExpAvg, Kind::ExpAvgSq];
+/// Niceness of the thread that writes: computation goes first.
+const NICE: i32 = 10;
+const GONE: &str = "the thread that writes checkpoints has panicked";
 
 /// The parts of a checkpoint that stay as they are during a run.
 pub struct Fixed {
@@ -33,56 +35,110 @@ pub struct Fixed {
     /// Path of the base model.
     pub base: PathBuf,
     pub spec: ModelSpec,
+    pub settings: AdapterSettings,
     pub run: RunIdentity,
     /// Number of checkpoints that are kept; `None` keeps all.
     pub limit: Option<usize>,
 }
 
-/// Writes checkpoints; rank 0 has it.
+/// Writes checkpoints and removes old ones, on a thread of its own; rank 0 has it.
 pub struct Writer {
-    fixed: Arc<Fixed>,
+    output: PathBuf,
     log: Log,
     /// `None` while a checkpoint is being written.
-    values: Option<Box<Values>>,
-    thread: Option<JoinHandle<Written>>,
+    snapshot: Option<Snapshot>,
+    /// `None` once no order will come any more.
+    orders: Option<Sender<Order>>,
+    answers: Receiver<Answer>,
+    thread: Option<JoinHandle<()>>,
+    num_open_orders: usize,
+    /// The newest checkpoint, until a step after it shows that its adapter is good: its step, and that of the best
+    /// checkpoint then.
+    unproved: Option<(usize, Option<usize>)>,
     /// Duration of the slowest save.
     pub slowest: Duration,
 }
 
-/// The end of a save: the memory that it used, the path or an error, and its duration.
-struct Written {
-    values: Box<Values>,
-    result: Result<PathBuf>,
-    took: Duration,
+enum Order {
+    Write {
+        snapshot: Snapshot,
+        progress: Progress,
+        metrics: Vec<u8>,
+        begun: Instant,
+    },
+    /// Removes the oldest checkpoints up to this step, except the best.
+    Prune {
+        step: usize,
+        best: Option<usize>,
+    },
+}
+
+enum Answer {
+    Written { snapshot: Snapshot, result: Result<()>, took: Duration },
+    Pruned,
 }
 
 impl Writer {
-    /// Takes the memory for the values of training from this adapter.
-    pub fn new(fixed: Fixed, adapter: &Adapter, log: Log) -> Writer {
-        let values = Some(Box::new(Values::like(adapter)));
-        Writer { fixed: Arc::new(fixed), log, values, thread: None, slowest: Duration::ZERO }
+    /// Starts the thread. `progress` is that of the checkpoint from which the run goes on, or none.
+    pub fn new(fixed: Fixed, snapshot: Snapshot, progress: &Progress, log: Log) -> Result<Writer> {
+        let (output, snapshot) = (fixed.output.clone(), Some(snapshot));
+        let (orders, to_do) = channel();
+        let (done, answers) = channel();
+        let work = move || {
+            // On Linux this is the priority of the thread. Where it cannot be lowered, writing goes on as it is.
+            let _ = setpriority_process(None, NICE);
+            // The loop ends when the writer is dropped.
+            for order in to_do {
+                let _ = done.send(fixed.carry_out(order, log));
+            }
+        };
+        let thread = Some(std::thread::Builder::new().name("checkpoint".into()).spawn(work)?);
+        let orders = Some(orders);
+        let unproved = (progress.step > 0).then(|| steps_of(progress));
+        Ok(Writer {
+            output,
+            log,
+            snapshot,
+            orders,
+            answers,
+            thread,
+            num_open_orders: 0,
+            unproved,
+            slowest: Duration::ZERO,
+        })
     }
 
-    /// Waits for the checkpoint that is being written, if there is one. Fails if it could not be written.
+    /// Returns the newest complete checkpoint of a step before `limit`.
+    pub fn newest_before(&self, limit: usize) -> Option<(usize, PathBuf)> {
+        state::list(&self.output).into_iter().find(|(step, _)| *step < limit)
+    }
+
+    /// Waits until the thread has done all that it was told. Fails if a checkpoint could not be written.
     pub fn settle(&mut self) -> Result<()> {
-        let Some(thread) = self.thread.take() else { return Ok(()) };
-        let wait = watch::wait("writing a checkpoint");
-        let Written { values, result, took } =
-            thread.join().map_err(|_| anyhow!("the thread that writes checkpoints has panicked"))?;
-        drop(wait);
-        self.values = Some(values);
-        self.slowest = self.slowest.max(took);
-        let path = result?;
-        self.log.line(format!("checkpoint: {}", path.display()));
+        let mut result = Ok(());
+        while self.num_open_orders > 0 {
+            let wait = watch::wait("writing a checkpoint");
+            let answer = self.answers.recv().context(GONE)?;
+            drop(wait);
+            result = result.and(self.take(answer));
+        }
+        result
+    }
+
+    /// Takes note of what the thread has done since the last look.
+    pub fn look(&mut self) -> Result<()> {
+        while let Ok(answer) = self.answers.try_recv() {
+            self.take(answer).or_else(|error| self.tell(&error))?;
+        }
         Ok(())
     }
 
-    /// Takes note of the checkpoint that was being written, if it is done.
-    pub fn look(&mut self) -> Result<()> {
-        match &self.thread {
-            Some(thread) if thread.is_finished() => self.settle().or_else(|error| self.tell(&error)),
-            _ => Ok(()),
-        }
+    fn take(&mut self, answer: Answer) -> Result<()> {
+        self.num_open_orders -= 1;
+        let Answer::Written { snapshot, result, took } = answer else { return Ok(()) };
+        self.snapshot = Some(snapshot);
+        self.slowest = self.slowest.max(took);
+        result
     }
 
     /// Says that a checkpoint could not be written. Training goes on, since its end may find room again.
@@ -91,22 +147,58 @@ impl Writer {
         Ok(())
     }
 
-    fn start(&mut self, values: Box<Values>, progress: Progress, metrics: &[u8], begun: Instant) -> Result<()> {
-        let (fixed, metrics) = (self.fixed.clone(), metrics.to_vec());
-        let write = move || {
-            let Fixed { output, base, spec, run, limit } = &*fixed;
-            let checkpoint = Checkpoint { values: &values, progress, run, spec, base, metrics: &metrics };
-            let written = checkpoint.write(output).and_then(|path| {
-                limit.map_or(Ok(()), |limit| state::prune(output, progress.step, limit))?;
-                Ok(path)
-            });
-            let step = progress.step;
-            let result = written.with_context(|| format!("checkpoint of step {step}"));
-            Written { values, result, took: begun.elapsed() }
-        };
-        self.thread = Some(std::thread::Builder::new().name("checkpoint".into()).spawn(write)?);
+    /// Takes note of a step with a finite loss. If it began with the adapter of the newest checkpoint, that one is
+    /// good, and older ones are removed, except the best of then: a later one may not be written yet.
+    pub fn proves(&mut self, step: usize) -> Result<()> {
+        match self.unproved.take_if(|(saved, _)| *saved < step) {
+            Some((step, best)) => self.order(Order::Prune { step, best }),
+            None => Ok(()),
+        }
+    }
+
+    fn order(&mut self, order: Order) -> Result<()> {
+        self.orders.as_ref().context(GONE)?.send(order).ok().context(GONE)?;
+        self.num_open_orders += 1;
         Ok(())
     }
+}
+
+impl Drop for Writer {
+    /// Lets the thread finish.
+    fn drop(&mut self) {
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Fixed {
+    fn carry_out(&self, order: Order, log: Log) -> Answer {
+        let Fixed { output, base, spec, settings, run, limit } = self;
+        match order {
+            Order::Write { snapshot, progress, metrics, begun } => {
+                let [adapter, exp_avg, exp_avg_sq] = [0, 1, 2].map(|kind| snapshot.values(kind));
+                let values = Values { settings, adapter, exp_avg, exp_avg_sq };
+                let checkpoint = Checkpoint { values: &values, progress, run, spec, base, metrics: &metrics };
+                let written = checkpoint.write(output).with_context(|| format!("checkpoint of step {}", progress.step));
+                let result = written.map(|path| log.line(format!("checkpoint: {}", path.display())));
+                Answer::Written { snapshot, result, took: begun.elapsed() }
+            }
+            Order::Prune { step, best } => {
+                let pruned = limit.map_or(Ok(()), |limit| state::prune(output, step, limit, best));
+                if let Err(error) = pruned {
+                    log.line(format!("old checkpoints could not be removed: {error:#}"));
+                }
+                Answer::Pruned
+            }
+        }
+    }
+}
+
+/// The step of a checkpoint, and that of the best checkpoint then.
+fn steps_of(progress: &Progress) -> (usize, Option<usize>) {
+    (progress.step, progress.evaluations.best_checkpoint.map(|best| best.step))
 }
 
 /// Takes a checkpoint after a step, and starts to write it. Collective.
@@ -121,23 +213,11 @@ pub fn save<D: Ops, Q: Queue<D>>(
         writer.settle().or_else(|error| writer.tell(&error))?;
     }
     let begun = Instant::now();
-    let mut values = writer.as_deref_mut().and_then(|writer| writer.values.take());
-    for layer in 0..engine.spec().num_layers() {
-        for kind in KINDS {
-            let gathered = engine.gather_trainable_to_host(layer, kind)?;
-            let Some(values) = &mut values else { continue };
-            let of_layer = match kind {
-                Kind::ExpAvg => &mut values.exp_avg[layer],
-                Kind::ExpAvgSq => &mut values.exp_avg_sq[layer],
-                _ => &mut values.adapter.layers[layer],
-            };
-            of_layer.copy_from_slice(&gathered);
-        }
-    }
-    match (writer, values) {
-        (Some(writer), Some(values)) => writer.start(values, progress, metrics, begun),
-        _ => Ok(()),
-    }
+    let mut snapshot = writer.as_deref_mut().and_then(|writer| writer.snapshot.take());
+    engine.snapshot(snapshot.as_mut())?;
+    let (Some(writer), Some(snapshot)) = (writer, snapshot) else { return Ok(()) };
+    writer.unproved = Some(steps_of(&progress));
+    writer.order(Order::Write { snapshot, progress, metrics: metrics.to_vec(), begun })
 }
 
 /// Gives every rank its part of a checkpoint's values, which rank 0 reads. Collective.
@@ -160,18 +240,8 @@ pub fn restore<D: Ops, Q: Queue<D>>(
     }
 }
 
-/// Returns the adapter as it is now, where it `is_wanted`. Collective.
-pub fn adapter<D: Ops, Q: Queue<D>>(
-    engine: &mut Engine<D, Q>,
-    settings: &AdapterSettings,
-    is_wanted: bool,
-) -> Result<Option<Adapter>> {
-    let mut layers = Vec::new();
-    for layer in 0..engine.spec().num_layers() {
-        let values = engine.gather_trainable_to_host(layer, Kind::Master)?;
-        if is_wanted {
-            layers.push(values);
-        }
-    }
-    Ok(is_wanted.then(|| Adapter { settings: settings.clone(), layers }))
+/// Returns the adapter as it is now on rank 0, and `None` elsewhere. Collective.
+pub fn adapter<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, settings: &AdapterSettings) -> Result<Option<Adapter>> {
+    let layers = engine.trained_values()?;
+    Ok((engine.queue.rank() == 0).then(|| Adapter { settings: settings.clone(), layers }))
 }

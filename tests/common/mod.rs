@@ -134,6 +134,7 @@ impl EngineOptions {
             keep: self.keep,
             gather: self.gather,
             residency: self.residency,
+            snapshot: self.mode == Mode::Train,
             ..Limits::new(self.mode, self.max_tokens, self.max_micro_batches)
         };
         let lora = self.adapter.as_ref().map(|a| Trainables::new(&base.spec, a.settings.lora_config()));

@@ -128,6 +128,10 @@ impl Queue<Cpu> for LeavesOut {
         self.inner.all_gather_f64(name, values)
     }
 
+    fn collect_f32(&mut self, name: &str, values: &mut [f32]) -> Result<()> {
+        self.inner.collect_f32(name, values)
+    }
+
     fn broadcast_f32(&mut self, name: &str, values: &mut Vec<f32>) -> Result<()> {
         self.inner.broadcast_f32(name, values)
     }

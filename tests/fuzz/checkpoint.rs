@@ -97,7 +97,9 @@ fn trained() -> Adapter {
 fn files() -> Vec<(String, Vec<u8>)> {
     let (output, run) = (tempfile::tempdir().unwrap(), serde_json::from_str::<RunRecord>(RECORD).unwrap().identity);
     let progress = Progress { step: 3, ..Progress::default() };
-    let (values, spec, base) = (Values::like(&trained()), spec(), Path::new("/model"));
+    let (trained, spec, base) = (trained(), spec(), Path::new("/model"));
+    let slices = || trained.layers.iter().map(Vec::as_slice).collect();
+    let values = Values { settings: &trained.settings, adapter: slices(), exp_avg: slices(), exp_avg_sq: slices() };
     let checkpoint = Checkpoint { values: &values, progress, run: &run, spec: &spec, base, metrics: b"{}\n" };
     let path = checkpoint.write(output.path()).unwrap();
     let entries = fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path());

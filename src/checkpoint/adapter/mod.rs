@@ -7,7 +7,7 @@ mod write;
 
 pub use config::remarks;
 pub use read::{layer_values, load};
-pub use write::{save, views, write_tensors};
+pub use write::{save, save_values, views, write_tensors};
 
 use serde_json::Value;
 use xxhash_rust::xxh3::Xxh3;

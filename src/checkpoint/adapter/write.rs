@@ -23,17 +23,18 @@ fn target_modules(settings: &AdapterSettings, spec: &ModelSpec) -> Value {
 
 /// Returns one list of values for each layer, in the places of the adapter's matrices, as tensors. `suffix` follows
 /// PEFT's name of the matrix.
-pub fn views<'a>(
+pub fn views<'a, V: AsRef<[f32]>>(
     settings: &AdapterSettings,
     spec: &ModelSpec,
-    layers: &'a [Vec<f32>],
+    layers: &'a [V],
     suffix: &str,
 ) -> Result<Vec<(String, TensorView<'a>)>> {
     let (lora, mut views) = (settings.lora_config(), Vec::new());
     for (layer, values) in spec.layers.iter().zip(layers) {
         for Trainable { module, kind, shape, range } in LayerTrainables::new(layer, &lora).list() {
             let module = layer.module(*module).context("a trainable without a module")?;
-            let view = TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(&values[range.clone()]))?;
+            let view =
+                TensorView::new(Dtype::F32, shape.to_vec(), bytemuck::cast_slice(&values.as_ref()[range.clone()]))?;
             views.push((tensor_name(module, *kind) + suffix, view));
         }
     }
@@ -53,8 +54,18 @@ pub fn write_tensors(path: &Path, views: Vec<(String, TensorView<'_>)>) -> Resul
 /// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result
 /// is the matter of [`crate::checkpoint::output`]. `base` is the model's path.
 pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Result<()> {
-    write_tensors(&dir.join(TENSORS_FILE), views(&adapter.settings, spec, &adapter.layers, "")?)?;
-    let settings = &adapter.settings;
+    save_values(&adapter.settings, &adapter.layers, spec, base, dir)
+}
+
+/// Writes both files of an adapter with these values of each layer, as [`save`] does.
+pub fn save_values<V: AsRef<[f32]>>(
+    settings: &AdapterSettings,
+    layers: &[V],
+    spec: &ModelSpec,
+    base: &Path,
+    dir: &Path,
+) -> Result<()> {
+    write_tensors(&dir.join(TENSORS_FILE), views(settings, spec, layers, "")?)?;
     let alpha = if settings.alpha.fract() == 0.0 { json!(settings.alpha as i64) } else { json!(settings.alpha) };
     let peft = json!({
         "peft_type": "LORA",

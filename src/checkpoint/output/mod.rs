@@ -118,6 +118,8 @@ pub struct RunResult<'a> {
     pub adapter: &'a dyn Fn(&Path) -> Result<()>,
     /// Names and contents of the other files.
     pub others: Vec<(&'static str, Vec<u8>)>,
+    /// Step whose adapter it is.
+    pub step: usize,
     /// Reason why the result cannot be trusted. Such a result never replaces another one, and its run has failed.
     pub doubt: Option<String>,
 }
@@ -217,7 +219,7 @@ impl Output {
             let staging = self.dir.join(STAGING);
             drop(std::fs::remove_dir_all(&staging));
         }
-        let checkpoint = match resume {
+        let mut checkpoint = match resume {
             Resume::Never => None,
             Resume::Auto => same.as_ref().and_then(|_| newest(&self.live, &run, say)),
             Resume::From(path) => {
@@ -243,6 +245,9 @@ impl Output {
         }
         let record = RunRecord::new(run);
         std::fs::create_dir_all(&self.live).with_context(|| self.live.display().to_string())?;
+        if let Some(found) = &mut checkpoint {
+            found.bring_best(&self.live, say)?;
+        }
         record.write(&self.live)?;
         self.record = Some(record);
         Ok(checkpoint.map_or(Begun::New, |found| Begun::Resumed(found.into())))
@@ -270,7 +275,8 @@ impl Output {
     pub fn finish(&mut self, result: &RunResult<'_>) -> Result<Place> {
         let begun = self.record.take().context("the run has not begun")?;
         let state = if result.doubt.is_some() { State::Failed } else { State::Finished };
-        let record = begun.ended(state, result.doubt.clone(), names(result));
+        let ended = begun.ended(state, result.doubt.clone(), names(result));
+        let record = RunRecord { adapter_step: Some(result.step), ..ended };
         let mut why = match self.replace(result, &record) {
             Ok(()) => return Ok(Place::OutputDir),
             Err(error) => format!("{error:#}"),

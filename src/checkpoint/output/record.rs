@@ -18,7 +18,7 @@ const MAX_DIFFERENCES: usize = 5;
 
 /// Keys that do not change what is learned: paths, whose contents are compared by digest, and keys about logging,
 /// saving and stopping. Keys about movement, `fsdp.*`, are free too.
-const FREE_KEYS: [&str; 13] = [
+const FREE_KEYS: [&str; 14] = [
     "model",
     "output_dir",
     "shards",
@@ -32,6 +32,7 @@ const FREE_KEYS: [&str; 13] = [
     "training.resume",
     "training.grace",
     "training.max_time",
+    "training.max_skipped_steps",
 ];
 
 /// Names of values that change the order of sums and nothing else: a run may go on with others.
@@ -86,6 +87,9 @@ pub struct RunRecord {
     pub pid: u32,
     #[serde(flatten)]
     pub identity: RunIdentity,
+    /// Step whose adapter the result is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adapter_step: Option<usize>,
     /// Names of the files of the result.
     pub files: Vec<String>,
 }
@@ -93,13 +97,20 @@ pub struct RunRecord {
 impl RunIdentity {
     /// Says in which values `other` differs from this; empty if it does not.
     pub fn differences(&self, other: &RunIdentity) -> String {
-        self.differences_in(other, |key| !FREE_KEYS.contains(&key) && !key.starts_with("fsdp."))
+        self.differences_in(other, |key| !self.is_free(key))
     }
 
     /// Says which differences keep this run from going on where `other` stopped; empty if it can.
     pub fn obstacles(&self, other: &RunIdentity) -> String {
-        let is_free = |key: &str| FREE_KEYS.contains(&key) || key.starts_with("fsdp.");
-        self.differences_in(other, |key| ![NUM_RANKS, MICRO_BATCH].contains(&key) && !is_free(key))
+        self.differences_in(other, |key| ![NUM_RANKS, MICRO_BATCH].contains(&key) && !self.is_free(key))
+    }
+
+    /// Returns whether the result does not depend on a key. If the result is the best of the checkpoints, it depends on
+    /// when they are taken.
+    fn is_free(&self, key: &str) -> bool {
+        let chooses = self.recipe.get("training.load_best_model_at_end") == Some(&Value::Bool(true));
+        let decides = chooses && ["training.save_steps", "training.save_strategy"].contains(&key);
+        (FREE_KEYS.contains(&key) || key.starts_with("fsdp.")) && !decides
     }
 
     /// Says in which values, that change the order of sums alone, this run goes on otherwise than `other` began; empty
@@ -149,6 +160,7 @@ impl RunRecord {
             host: super::lock::host(),
             pid: std::process::id(),
             identity,
+            adapter_step: None,
             files: Vec::new(),
         }
     }
@@ -212,6 +224,14 @@ pub mod tests {
         other.recipe["output_dir"] = json!("/home/out");
         other.recipe["fsdp.gather"] = json!("host");
         assert_eq!(read.identity.differences(&other), "");
+        let (mut best, mut rarer) = (identity(1.0), identity(1.0));
+        for (run, save_steps) in [(&mut best, 10), (&mut rarer, 20)] {
+            run.recipe.insert("training.save_steps".into(), json!(save_steps));
+        }
+        assert_eq!(best.differences(&rarer), "");
+        best.recipe.insert("training.load_best_model_at_end".into(), json!(true));
+        rarer.recipe.insert("training.load_best_model_at_end".into(), json!(true));
+        assert_eq!(best.obstacles(&rarer), "training.save_steps is 10 here and 20 there");
         other.recipe["training.learning_rate"] = json!(1.0);
         other.world_size = 4;
         let told = other.differences(&read.identity);

@@ -1,0 +1,149 @@
+//! Keys that are missing, and keys that contradict each other.
+
+use std::path::Path;
+
+use super::command::Command;
+use super::job::{OF_ADAPTER, ShardingStrategy, Strategy, is_set, when};
+use super::keys;
+use super::overrides::Written;
+use super::steps::When;
+use crate::data::{Overlong, Packing};
+use crate::files::gguf_advice;
+use crate::optim::lr::LrScheduler;
+
+/// Notes the keys that a command needs and that are missing.
+pub(super) fn check_required(written: &mut Written, command: Command) {
+    match written.get(&keys::MODEL) {
+        _ if !command.needs_model() => {}
+        Some(None) => written.errors.push("model: missing, it must be a Hugging Face directory".into()),
+        Some(Some(dir)) if !dir.is_dir() => {
+            let name = command.name_of(keys::MODEL.path).unwrap_or(keys::MODEL.path);
+            written.errors.push(format!("{name}: found {}, {}", dir.display(), not_a_folder(&dir)));
+        }
+        _ => {}
+    }
+    if matches!(command, Command::Train | Command::Data | Command::Plan) && written.get(&keys::TRAIN) == Some(None) {
+        written.errors.push("data.train: missing, it must be a file, a directory, or a list of them".into());
+    }
+}
+
+/// Says about a model's path that is no folder what is there, and what to do.
+fn not_a_folder(path: &Path) -> String {
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return format!("a file in GGUF, which is not read; {}", gguf_advice(path));
+    }
+    if path.is_file() {
+        return "which is a file; give the folder of the model".into();
+    }
+    let is_id = !path.is_absolute() && !path.starts_with(".");
+    let hub_id = if is_id { path.display().to_string() } else { "ORG/NAME".into() };
+    format!(
+        "which is not a directory; to use a model of the hub, `hf download {hub_id} --local-dir {}`",
+        path.display()
+    )
+}
+
+/// Largest number of tokens of a micro-batch, because kernels count rows in 32 bits.
+const MAX_TOKENS: usize = i32::MAX as usize;
+
+/// Notes keys that contradict each other.
+pub(super) fn check_conflicts(written: &mut Written, command: Command) {
+    let mut conflicts = Vec::new();
+    if is_set(written, &keys::GLOBAL_BATCH_SIZE) && written.has(keys::ACCUMULATION_STEPS.path) {
+        let (global, steps) = (keys::GLOBAL_BATCH_SIZE.path, keys::ACCUMULATION_STEPS.path);
+        conflicts.push(format!("{global}: {steps} follows from it and the number of ranks, remove one of the two"));
+    }
+    for (strategy, steps) in [(&keys::EVAL_STRATEGY, &keys::EVAL_STEPS), (&keys::SAVE_STRATEGY, &keys::SAVE_STEPS)] {
+        if written.get(strategy) == Some(Strategy::Epoch) && written.has(steps.path) && is_set(written, steps) {
+            conflicts.push(format!(
+                "{}: found epoch, which contradicts {}, remove one of the two",
+                strategy.path, steps.path
+            ));
+        }
+    }
+    let by_epoch = written.get(&keys::EVAL_STRATEGY) == Some(Strategy::Epoch);
+    if (by_epoch || is_set(written, &keys::EVAL_STEPS)) && written.get(&keys::EVAL) == Some(None) {
+        let key = if by_epoch { keys::EVAL_STRATEGY.path } else { keys::EVAL_STEPS.path };
+        conflicts.push(format!("{key}: there is nothing to evaluate on, set data.eval or remove it"));
+    }
+    conflicts.extend(conflicts_of_evaluations(written));
+    let has_warmup = written.get(&keys::WARMUP_STEPS).flatten().is_some_and(|steps| steps > 0);
+    if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
+        conflicts.push("training.warmup_steps: constant has no warm-up, use constant_with_warmup or remove it".into());
+    }
+    if written.get(&keys::SHARDING_STRATEGY) == Some(ShardingStrategy::NoShard) && is_set(written, &keys::GATHER) {
+        conflicts.push("fsdp.gather: with no_shard there is nothing to gather, remove it".into());
+    }
+    let packing = written.get(&keys::PACKING);
+    if packing == Some(Packing::Wrapped)
+        && written.has(keys::OVERLONG.path)
+        && written.get(&keys::OVERLONG) == Some(Overlong::Truncate)
+    {
+        conflicts.push(
+            "data.overlong: found truncate, which contradicts data.packing: wrapped, for wrapping goes on in the next sequence; \
+             allowed: split | drop | error"
+                .into(),
+        );
+    }
+    let units = written.get(&keys::RESIDENT_UNITS).flatten();
+    if let (Some(Some(offload)), Some(units)) = (written.get(&keys::OFFLOAD_PARAMS), units)
+        && offload == (units > 0)
+    {
+        let (a, b) = (keys::OFFLOAD_PARAMS.path, keys::RESIDENT_UNITS.path);
+        conflicts.push(format!("{a}: found {offload}, which contradicts {b}: {units}, remove one of the two"));
+    }
+    if is_set(written, &keys::ADAPTER) {
+        for path in OF_ADAPTER.into_iter().filter(|path| written.has(path)) {
+            conflicts.push(format!("{path}: it is given by the adapter of lora.adapter, remove one of the two"));
+        }
+    }
+    if let (Some(length), Some(sequences)) = (written.get(&keys::MAX_LENGTH), written.get(&keys::BATCH_SIZE))
+        && length * sequences > MAX_TOKENS
+    {
+        let name = |path| command.name_of(path).unwrap_or(path);
+        let (a, b) = (name(keys::MAX_LENGTH.path), name(keys::BATCH_SIZE.path));
+        conflicts.push(format!("{a} {length} times {b} {sequences} is more than {MAX_TOKENS} tokens of a micro-batch"));
+    }
+    written.errors.append(&mut conflicts);
+}
+
+/// Returns what the keys that go by evaluations lack.
+fn conflicts_of_evaluations(written: &Written) -> Vec<String> {
+    let times = |strategy, steps| Some(when(written.get(strategy)?, written.get(steps)?));
+    let eval = times(&keys::EVAL_STRATEGY, &keys::EVAL_STEPS).filter(|_| is_set(written, &keys::EVAL));
+    let save = times(&keys::SAVE_STRATEGY, &keys::SAVE_STEPS);
+    let meet = match (eval, save) {
+        (Some(When::Steps(eval)), Some(When::Steps(save))) => save.is_multiple_of(eval),
+        (eval, save) => (eval, save) == (Some(When::Epochs), Some(When::Epochs)),
+    };
+    let mut conflicts = Vec::new();
+    if written.get(&keys::LOAD_BEST_MODEL_AT_END) == Some(true) && !meet {
+        let word = |when: Option<When>| match when {
+            Some(When::Steps(steps)) => format!("every {steps} steps"),
+            Some(When::Epochs) => "after each epoch".into(),
+            Some(When::Never) | None => "never".into(),
+        };
+        conflicts.push(format!(
+            "{}: each checkpoint needs an evaluation of its step: set {}, and {} to a multiple of {}, or {} and {} to epoch; found \
+             evaluations {} and checkpoints {}",
+            keys::LOAD_BEST_MODEL_AT_END.path,
+            keys::EVAL.path,
+            keys::SAVE_STEPS.path,
+            keys::EVAL_STEPS.path,
+            keys::EVAL_STRATEGY.path,
+            keys::SAVE_STRATEGY.path,
+            word(eval),
+            word(save)
+        ));
+    }
+    let (patience, threshold) = (keys::EARLY_STOPPING_PATIENCE.path, keys::EARLY_STOPPING_THRESHOLD.path);
+    let is_patient = is_set(written, &keys::EARLY_STOPPING_PATIENCE);
+    if is_patient && eval.is_none_or(|eval| eval == When::Never) {
+        let (data, steps) = (keys::EVAL.path, keys::EVAL_STEPS.path);
+        conflicts.push(format!("{patience}: it counts evaluations: set {data} and {steps}, or remove it"));
+    }
+    if !is_patient && written.get(&keys::EARLY_STOPPING_THRESHOLD).is_some_and(|threshold| threshold > 0.0) {
+        conflicts.push(format!("{threshold}: without {patience} it means nothing, set that or remove it"));
+    }
+    conflicts
+}
