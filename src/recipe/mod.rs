@@ -188,7 +188,7 @@ fsdp:
         let yaml = "
 model: meta-llama/Llama-3.1-8B
 lora: {r: 0, bias: all, lora_droput: 0.1}
-training: {learning_rate: fast, seed: -1, max_time: 10}
+training: {learning_rate: fast, seed: -1, max_time: soon}
 fsdp: 5
 max_steps: 3
 ";
@@ -201,7 +201,7 @@ max_steps: 3
             "lora.lora_droput: unknown key, the nearest known one is lora.lora_dropout",
             "training.learning_rate: found \"fast\", allowed: a number above 0",
             "training.seed: found -1",
-            "training.max_time: not supported yet",
+            "training.max_time: found \"soon\", allowed: null, a duration above 0",
             "fsdp: found 5, this is a mapping of keys",
             "max_steps: unknown key, the nearest known one is training.max_steps",
             "--set x: expected key=value",

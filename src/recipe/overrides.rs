@@ -112,9 +112,6 @@ impl Written {
                 let is_read = key.readers.contains(&reader);
                 if is_read { check_value(key, path, value) } else { Some(not_read(reader, path)) }
             }
-            None if keys::KEYS_NOT_YET.contains(&path.as_str()) => {
-                Some(format!("{path}: not supported yet, remove it"))
-            }
             None => Some(format!("{}: unknown key, the nearest known one is {}", shown(path), nearest(path))),
         };
         let problems: Vec<String> = self.values.iter().filter_map(problem).collect();
