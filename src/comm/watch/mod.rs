@@ -1,6 +1,6 @@
 //! The watchdog: a thread of each rank that ends waits which take too long, from before MPI_Init to after MPI_Finalize.
 //!
-//! A rank says what it is at ([`at`], [`phase`]) and what it waits for ([`wait`]). All ranks of a node write this on one `board`.
+//! A rank says what it is at ([`at`], [`phase()`]) and what it waits for ([`wait`]). All ranks of a node write this on one `board`.
 //! If a rank waits and no rank of the node has made progress for the time limit, the watchdog ends all ranks with one message: which
 //! ranks are missing, and what each rank is doing. A rank that works for long reports progress now and then ([`beat`]), and the
 //! ranks that wait for it go on waiting. A process that ends without a message ends all ranks too, and so does a mapped file that can
