@@ -218,9 +218,9 @@ fn recipes() {
     assert!(text.contains("no.yaml"), "{text}");
     train_fails(
         &place,
-        &["training.learning_rat=1", "lora.r=-1", "training.max_time=5", "data.packing=maybe"],
+        &["training.learning_rat=1", "lora.r=-1", "training.max_time=soon", "data.packing=maybe"],
         2,
-        &["learning_rate", "lora.r", "not supported yet", "data.packing"],
+        &["learning_rate", "lora.r", "training.max_time: found \"soon\"", "data.packing"],
     );
     train_fails(&place, &["training.max_steps"], 2, &["training.max_steps"]);
     train_fails(&place, &["model=org/name"], 2, &["model", "org/name"]);
