@@ -20,7 +20,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result, bail, ensure};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
-use crate::comm::{Comm, all_gather_u64, watch};
+use crate::comm::{Comm, all_gather_u64, boot_id, watch};
 use crate::files::{self, shown, shown_path};
 
 use super::record::{Record, RecordPlace, Stamps};
@@ -120,8 +120,7 @@ pub(super) fn digest(
 
 /// Returns the ranks that see the same files as this one, and this rank's place among them.
 fn ranks_with_these_files(stamps: &[Stamps], comm: &mut dyn Comm) -> Result<(Vec<usize>, usize)> {
-    let machine = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let key = xxh3_64(format!("{machine}{stamps:?}").as_bytes());
+    let key = xxh3_64(format!("{}{stamps:?}", boot_id()).as_bytes());
     let keys = all_gather_u64(comm, key)?;
     let group: Vec<usize> = (0..keys.len()).filter(|&rank| keys[rank] == key).collect();
     let place = group.iter().position(|&rank| rank == comm.rank()).context("a rank without a place")?;

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use rustix::fs::{statfs, statvfs};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::comm::{Comm, all_gather_u64s, anywhere};
+use crate::comm::{Comm, all_gather_u64s, anywhere, boot_id};
 
 /// Number of bytes that a rank will write to a folder.
 #[derive(Clone, Debug)]
@@ -76,7 +76,7 @@ fn disk(dir: &Path) -> Result<u64> {
         format!("{kind} {id}")
     } else {
         let device = std::fs::metadata(dir).with_context(place)?.dev();
-        format!("{device} {}", std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default())
+        format!("{device} {}", boot_id())
     };
     Ok(xxh3_64(name.as_bytes()))
 }

@@ -322,6 +322,12 @@ pub fn host_name() -> String {
     std::fs::read_to_string("/proc/sys/kernel/hostname").map_or("an unknown host".into(), |name| name.trim().into())
 }
 
+/// Returns an identifier of this machine since it was started; empty where the system has none. Containers of one
+/// machine have the same.
+pub fn boot_id() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default()
+}
+
 /// Returns true on all ranks if `here` is true on any.
 pub fn anywhere(comm: &mut dyn Comm, here: bool) -> Result<bool> {
     Ok(all_gather_u64(comm, u64::from(here))?.contains(&1))

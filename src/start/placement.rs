@@ -10,7 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::checkpoint::shards;
 use crate::comm::mpi::World;
 use crate::comm::watch::{self, Phase};
-use crate::comm::{Comm, Gather, all_gather_u64, all_gather_u64s};
+use crate::comm::{Comm, Gather, all_gather_u64, all_gather_u64s, boot_id};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, Cuda, HalfType};
 use crate::model::spec::ModelSpec;
@@ -43,10 +43,9 @@ impl Start<'_> {
     pub fn threads(&self, comm: &mut dyn Comm) -> Result<usize> {
         let allowed = std::thread::available_parallelism().map_or(1, usize::from);
         // Ranks that may use the same cores of the same machine share them.
-        let text = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        let status = text("/proc/self/status");
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let mask = status.lines().find(|l| l.starts_with("Cpus_allowed_list")).unwrap_or_default();
-        let key = xxh3_64((text("/proc/sys/kernel/random/boot_id") + mask).as_bytes());
+        let key = xxh3_64((boot_id() + mask).as_bytes());
         let sharing = all_gather_u64(comm, key)?.into_iter().filter(|&k| k == key).count();
         let share = (allowed / sharing).max(1);
         let threads = match std::env::var("RAYON_NUM_THREADS") {
@@ -80,7 +79,7 @@ impl Start<'_> {
         if self.device == DeviceKind::Cpu {
             return cpu("as asked");
         }
-        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let boot = boot_id();
         let visible = cuda::device_uuids()?.into_iter().map(|uuid| xxh3_64(format!("{boot}{uuid:?}").as_bytes()));
         let visible = all_gather_u64s(comm, &visible.collect::<Vec<u64>>())?;
         let gpus = visible[rank].len();
