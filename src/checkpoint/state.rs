@@ -68,7 +68,6 @@ pub struct Progress {
     pub skipped_in_a_row: usize,
     pub loss_scaler: LossScaler,
     /// True if the evaluation that is due after the step was abandoned.
-    #[serde(default)]
     pub owes_evaluation: bool,
     pub evaluations: Evaluations,
 }
@@ -81,7 +80,7 @@ pub struct Scored {
     pub eval_loss: f64,
 }
 
-/// What the evaluations of a run have shown; that before the first step is not one of them.
+/// The results of a run's evaluations, without the one before the first step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Evaluations {

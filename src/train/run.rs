@@ -34,7 +34,7 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub job: &'a TrainingJob,
     pub steps: &'a Steps,
     pub train: &'a Dataset,
-    /// Whether each epoch has an order of its own.
+    /// True if each epoch has an order of its own.
     pub shuffle: bool,
     pub eval: Option<&'a Dataset>,
     /// Progress so far: of the checkpoint from which the run goes on, or none.
@@ -108,7 +108,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             if is_last || step.is_multiple_of(REPLICA_CHECK_STEPS) {
                 self.engine.check_replicas()?;
             }
-            self.writer.as_deref_mut().map_or(Ok(()), Writer::look)?;
+            if let Some(writer) = self.writer.as_deref_mut() {
+                writer.look();
+            }
             let is_due = self.stop.asks_for_checkpoint() || self.saves();
             if !is_last && is_due {
                 self.save()?;
@@ -117,8 +119,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 return self.stopped();
             }
         }
-        let settle = |writer: &mut Writer| writer.settle().or_else(|error| writer.tell(&error));
-        self.writer.as_deref_mut().map_or(Ok(()), settle)?;
+        self.writer.as_deref_mut().map(Writer::settle_or_tell);
         has_updated(&self.progress)?;
         self.check_last_steps()?;
         Ok(Outcome::Finished)
@@ -142,11 +143,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
 
     /// Ends the run early: its newest checkpoint is that of the last whole step. Collective.
     fn stopped(&mut self) -> Result<Outcome> {
-        let failed = self.writer.as_deref_mut().map_or(Ok(()), Writer::settle);
-        if let (Err(error), Some(writer)) = (&failed, &self.writer) {
-            writer.tell(error)?;
-        }
-        let failed = self.engine.queue.all_reduce_f64("checkpoints", &[f64::from(failed.is_err())])?[0] > 0.0;
+        let failed = self.writer.as_deref_mut().is_some_and(|writer| !writer.settle_or_tell());
+        let failed = self.engine.queue.all_reduce_f64("checkpoints", &[f64::from(failed)])?[0] > 0.0;
         if self.progress.step > 0 && (failed || self.saved != self.progress) {
             self.save()?;
         }

@@ -125,12 +125,19 @@ impl Writer {
         result
     }
 
+    /// Waits like [`Writer::settle`]. If a checkpoint could not be written, it says so and returns false.
+    pub fn settle_or_tell(&mut self) -> bool {
+        let settled = self.settle();
+        settled.map_err(|error| self.tell(&error)).is_ok()
+    }
+
     /// Takes note of what the thread has done since the last look.
-    pub fn look(&mut self) -> Result<()> {
+    pub fn look(&mut self) {
         while let Ok(answer) = self.answers.try_recv() {
-            self.take(answer).or_else(|error| self.tell(&error))?;
+            if let Err(error) = self.take(answer) {
+                self.tell(&error);
+            }
         }
-        Ok(())
     }
 
     fn take(&mut self, answer: Answer) -> Result<()> {
@@ -142,9 +149,8 @@ impl Writer {
     }
 
     /// Says that a checkpoint could not be written. Training goes on, since its end may find room again.
-    pub fn tell(&self, error: &anyhow::Error) -> Result<()> {
+    pub fn tell(&self, error: &anyhow::Error) {
         self.log.line(format!("a checkpoint could not be written, and training goes on without it: {error:#}"));
-        Ok(())
     }
 
     /// Takes note of a step with a finite loss. If it began with the adapter of the newest checkpoint, that one is
@@ -210,7 +216,7 @@ pub fn save<D: Ops, Q: Queue<D>>(
 ) -> Result<()> {
     watch::phase(Phase::Checkpoint)?;
     if let Some(writer) = writer.as_deref_mut() {
-        writer.settle().or_else(|error| writer.tell(&error))?;
+        writer.settle_or_tell();
     }
     let begun = Instant::now();
     let mut snapshot = writer.as_deref_mut().and_then(|writer| writer.snapshot.take());

@@ -120,8 +120,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         }
         let error = match self.writer.as_deref_mut() {
             Some(writer) => {
-                let settled = writer.settle().context("saving the last good adapter");
-                settled.or_else(|error| writer.tell(&error))?;
+                if let Err(error) = writer.settle().context("saving the last good adapter") {
+                    writer.tell(&error);
+                }
                 let limit = if is_good { progress.step + 1 } else { last_update };
                 with_last_good(error, writer, limit)
             }
