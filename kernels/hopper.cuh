@@ -74,7 +74,7 @@ __device__ __forceinline__ void pair_wait() {
     __syncwarp();
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// The same place in the shared memory of the block with this number.
+// Returns the same place in the shared memory of the block with this number.
 __device__ __forceinline__ u32 shared_of(u32 address, u32 rank) {
     u32 there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));

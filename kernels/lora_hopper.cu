@@ -11,7 +11,7 @@ static const int ROWS = 128, COLUMNS = 256, DEPTH = 64, STAGES = 4, THREADS = 38
 
 __device__ u32 linear_ticket;
 
-// What a block has in shared memory: stages, each with a tile of both operands, and the number of the tile that the pair makes.
+// The shared memory of a block: stages, each with a tile of both operands, and the number of the tile that the pair makes.
 struct Block {
     typedef Tile<DEPTH, ROWS> A;
     typedef Tile<DEPTH, COLUMNS> B;
@@ -24,7 +24,7 @@ struct Block {
     __device__ __forceinline__ u32 full(u32 stage) const { return shared + BARRIERS + 16 * stage; }
     __device__ __forceinline__ u32 empty(u32 stage) const { return full(stage) + 8; }
     __device__ __forceinline__ u32 tile_full() const { return full(STAGES); }
-    // Of the first block of the pair, which draws for both.
+    // These are used in the first block of the pair, which draws for both.
     __device__ __forceinline__ u32 tile_empty() const { return empty(STAGES); }
     __device__ __forceinline__ u32 tile() const { return full(STAGES + 1); }
 

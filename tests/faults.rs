@@ -28,7 +28,7 @@ fn place() -> Place {
     place
 }
 
-/// What a run on three ranks says that has a fault, which ends all of them.
+/// Returns the text of a run on three ranks that has a fault, which ends all of them.
 fn ended_by(place: &Place, fault: &str) -> String {
     let mut command = place.mpirun(3, &TRAIN);
     command.env("FSDP_QLORA_FAULT", fault).env("FSDP_QLORA_TIMEOUT_S", "3");

@@ -64,7 +64,7 @@ fn random(state: &mut u64, below: usize) -> usize {
     ((z ^ (z >> 31)) % below as u64) as usize
 }
 
-/// What a run was at when a kill met it.
+/// The part of a run that a kill met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Met {
     Starting,

@@ -42,7 +42,7 @@ pub struct StepBench<'a> {
     pub spec: ModelSpec,
     /// Timed steps, after two that warm up.
     pub steps: u32,
-    /// Where to write a trace of one more step.
+    /// File that gets a trace of one more step.
     pub trace: Option<&'a Path>,
 }
 

@@ -37,7 +37,7 @@ const ROLES: [(&str, &str); 13] = [
 pub struct Message {
     /// The object that the chat template reads.
     pub keys: Value,
-    /// Whether the message counts in the loss; `None` leaves that to data.loss_on.
+    /// True if the message counts in the loss, false if it does not; `None` leaves that to data.loss_on.
     pub counts: Option<bool>,
 }
 

@@ -1,4 +1,4 @@
-//! What training will see of a data set: the first rows token by token, and counts and lengths of all.
+//! Shows a data set as training will see it: the first rows token by token, and counts and lengths of all.
 
 use std::collections::BTreeMap;
 
@@ -60,7 +60,7 @@ pub struct TokenPreview {
     pub id: u32,
     /// The token as the vocabulary has it; `None` without a tokenizer.
     pub token: Option<String>,
-    /// Whether its prediction counts in the loss.
+    /// True if its prediction counts in the loss.
     pub target: bool,
 }
 

@@ -27,7 +27,7 @@ pub struct Row {
     pub place: Place,
 }
 
-/// Where a row stands: `file:line`, or `file, row n` in a file whose rows are not lines.
+/// The place of a row: `file:line`, or `file, row n` in a file whose rows are not lines.
 #[derive(Clone, Debug)]
 pub struct Place {
     file: Arc<PathBuf>,

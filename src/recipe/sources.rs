@@ -12,7 +12,7 @@ use crate::data::{ColumnNames, Format, Source};
 /// Largest weight: more epochs than a set of rows is worth in one.
 const MAX_WEIGHT: f64 = 1000.0;
 
-/// What a recipe says about a file or folder. `None` leaves it to the key of the same name.
+/// A file or folder as a recipe names it. `None` leaves a property to the key of the same name.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(super) struct WrittenSource {
     path: PathBuf,

@@ -113,7 +113,6 @@ mod tests {
     use super::*;
     use crate::checkpoint::adapter::AdapterSettings;
     use crate::model::shapes;
-    use crate::model::spec::ModuleId;
 
     /// The counts after each evaluation, and the best step at the end.
     fn noted(losses: &[f64], threshold: f64) -> (Vec<usize>, Option<Scored>) {
@@ -139,14 +138,7 @@ mod tests {
     #[test]
     fn a_best_adapter_that_is_lost_is_a_doubt() {
         let (output, spec) = (tempfile::tempdir().unwrap(), shapes::named("llama-3.1-8b", Some(1)).unwrap());
-        let settings = AdapterSettings {
-            lora_rank: 1,
-            alpha: 1.0,
-            dropout: 0.0,
-            use_rslora: false,
-            targets: vec![ModuleId::Q],
-            init_lora_weights: true.into(),
-        };
+        let settings = AdapterSettings::smallest();
         let last = adapter::fresh(settings, &spec, 1);
         for (step, is_lost) in [(9, false), (8, true)] {
             let mut progress = Progress { step: 9, ..Progress::default() };

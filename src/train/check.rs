@@ -187,14 +187,7 @@ mod tests {
 
     #[test]
     fn an_adapter_that_learned_nothing_or_too_much_is_refused() {
-        let settings = AdapterSettings {
-            lora_rank: 1,
-            alpha: 1.0,
-            dropout: 0.0,
-            use_rslora: false,
-            targets: vec![ModuleId::Q],
-            init_lora_weights: true.into(),
-        };
+        let settings = AdapterSettings::smallest();
         let adapter =
             |value: f32| Adapter { settings: settings.clone(), layers: vec![vec![1.0, 0.0], vec![1.0, value]] };
         let start = adapter(0.0);

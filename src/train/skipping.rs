@@ -17,7 +17,7 @@ use super::{eval, saving};
 #[error("{0}")]
 pub struct NotFinite(pub String);
 
-/// What a step came to.
+/// The outcome of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     Updated,

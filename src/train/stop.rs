@@ -139,7 +139,7 @@ impl Deadline {
     }
 }
 
-/// Where a run looks for reasons to stop.
+/// The places in which a run looks for reasons to stop.
 pub struct Options {
     /// Time that a step may still take after a signal.
     pub grace: Duration,

@@ -28,6 +28,18 @@ const fn by_two(set: &'static str, with: &'static [&'static str]) -> Proof {
     Proof { set, with, ranks: 2 }
 }
 
+/// Keys of the rows of a recipe, which are read to be trained or to be shown.
+const TRAINING_ROWS: [Proof; 8] = [
+    by("data.train=nowhere.jsonl"),
+    by("data.eval=0.3"),
+    by("data.format=messages"),
+    by("data.columns={input_ids: labels}"),
+    by("data.max_length=16"),
+    by("data.packing=true"),
+    by_with("data.overlong=drop", &["data.max_length=24"]),
+    by("data.loss_on=completion"),
+];
+
 /// Keys of all commands that hold a base.
 const BASE: [Proof; 4] = [
     by("quantization.load_in_4bit=false"),
@@ -170,14 +182,6 @@ fn train() {
         by("model=nowhere"),
         by("output_dir=elsewhere"),
         by("shards=shards"),
-        by("data.train=nowhere.jsonl"),
-        by("data.eval=0.3"),
-        by("data.format=messages"),
-        by("data.columns={input_ids: labels}"),
-        by("data.max_length=16"),
-        by("data.packing=true"),
-        by_with("data.overlong=drop", &["data.max_length=24"]),
-        by("data.loss_on=completion"),
         by("data.shuffle=false"),
         by("lora.bias=all"),
         by("lora.adapter=nowhere"),
@@ -213,7 +217,7 @@ fn train() {
         by_with("training.eval_strategy=epoch", &["data.eval=rows.jsonl", "training.max_steps=5"]),
     ];
     let args = ["--device", "cpu", "train", "-c", "recipe.yaml", "--set", "lora.lora_dropout=0.1"];
-    check("train", &args, &[&own, &BASE, &ENGINE, &ADAPTER, &STEPS, &STEPS_HERE]);
+    check("train", &args, &[&own, &TRAINING_ROWS, &BASE, &ENGINE, &ADAPTER, &STEPS, &STEPS_HERE]);
 }
 
 #[test]
@@ -288,16 +292,6 @@ fn plan() {
 
 #[test]
 fn data() {
-    let own = [
-        by("model=nowhere"),
-        by("data.train=nowhere.jsonl"),
-        by("data.eval=0.3"),
-        by("data.format=messages"),
-        by("data.columns={input_ids: labels}"),
-        by("data.max_length=16"),
-        by("data.packing=true"),
-        by_with("data.overlong=drop", &["data.max_length=24"]),
-        by("data.loss_on=completion"),
-    ];
-    check("data", &["data", "-c", "recipe.yaml", "--json"], &[&own]);
+    let own = [by("model=nowhere")];
+    check("data", &["data", "-c", "recipe.yaml", "--json"], &[&own, &TRAINING_ROWS]);
 }

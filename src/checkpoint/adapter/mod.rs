@@ -56,6 +56,19 @@ pub struct AdapterSettings {
 }
 
 impl AdapterSettings {
+    /// Settings of the smallest adapter: of rank 1, without dropout, on the projections of the queries.
+    #[cfg(test)]
+    pub fn smallest() -> AdapterSettings {
+        AdapterSettings {
+            lora_rank: 1,
+            alpha: 1.0,
+            dropout: 0.0,
+            use_rslora: false,
+            targets: vec![ModuleId::Q],
+            init_lora_weights: true.into(),
+        }
+    }
+
     /// Returns the numbers that the model computes with.
     pub fn lora_config(&self) -> LoraConfig {
         let r = self.lora_rank as f64;

@@ -196,7 +196,7 @@ impl RowFile {
     fn open(path: PathBuf, source: Arc<Source>) -> Result<RowFile> {
         let path = Arc::new(path);
         let Some((kind, _)) = kind_of(&path) else {
-            // What is not there is reported as such.
+            // A file that is not there is told as that, whatever its name.
             files::open(&path)?;
             bail!("{}: the name has no known ending; allowed: {}", path.display(), Kind::NAMES)
         };

@@ -212,7 +212,7 @@ fn each_source_has_its_own_format() {
     assert_eq!(rows, [Content::Text("t".into()), expected]);
 }
 
-/// The same three rows in every form of file; `scripts/golden/rows.py` writes the Parquet files.
+/// Writes the same three rows in every form of file; `scripts/golden/rows.py` has written the Parquet files.
 #[test]
 fn the_rows_do_not_depend_on_the_form_of_the_file() {
     let lines = "{\"prompt\": \"a, \\\"b\\\"\", \"completion\": \"ü\\nz\", \"n\": 1}\n\
