@@ -22,7 +22,7 @@
 //! | [`mod@bench`] | measurements of this machine: steps on made-up weights, ops at the sizes of a layer, collectives | the command line, how a recipe is written |
 //! | [`cli`] | one file per subcommand | |
 //! | [`files`] | opening and reading input files, bounded; names of files as messages show them | everything else |
-//! | [`stderr`] | lines on standard error, each written whole | everything else |
+//! | [`logging`], [`progress`], [`stderr`] | events as lines or JSON; how far long work is, as a bar or lines; lines on standard error, each written whole | everything else |
 //!
 //! Two more serve others: `choices` declares enums of a recipe's words, and `simd` compiles loops for wide vectors.
 //! The modules are private; the program takes what this file re-exports, and tests take what [`testing`] lists.
@@ -99,9 +99,11 @@ mod device;
 mod files;
 mod fsdp;
 mod guarded;
+mod logging;
 mod model;
 mod optim;
 mod plan;
+mod progress;
 mod quant;
 mod recipe;
 mod simd;
@@ -114,6 +116,7 @@ pub use cli::Cli;
 pub use comm::mpi::{World, abort, launcher_rank};
 pub use comm::watch;
 pub use guarded::is_guarded;
+pub use logging::{LogFormat, error as log_error, install as install_log};
 pub use recipe::RecipeError;
 pub use start::agree::Disagreement;
 pub use train::run::Outcome;

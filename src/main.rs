@@ -5,7 +5,10 @@ use std::backtrace::{Backtrace, BacktraceStatus};
 use std::io::IsTerminal;
 
 use clap::Parser;
-use fsdp_qlora::{Cli, Disagreement, Outcome, RecipeError, World, abort, is_guarded, launcher_rank, stderr, watch};
+use fsdp_qlora::{
+    Cli, Disagreement, LogFormat, Outcome, RecipeError, World, abort, install_log, is_guarded, launcher_rank,
+    log_error, watch,
+};
 
 /// Exit status of a run that has saved a checkpoint and can go on (EX_TEMPFAIL of sysexits.h).
 const STOPPED: i32 = 75;
@@ -21,6 +24,8 @@ fn main() {
         Ok(world) => world,
         Err(error) => fail(&error, &prefix(launcher_rank(), 1)),
     };
+    let (log_format, quiet) = cli.as_ref().map_or((LogFormat::Text, false), Cli::log);
+    install_log(world.rank, log_format, quiet);
     let prefix = prefix(world.rank, world.world_size);
     end_all_ranks_on_panic(prefix.clone());
     // After an error the world is not dropped, because dropping it waits for the other ranks.
@@ -45,7 +50,7 @@ fn fail(error: &anyhow::Error, prefix: &str) -> ! {
         match error.downcast_ref::<clap::Error>() {
             Some(usage) if std::io::stderr().is_terminal() => eprint!("{}", usage.render().ansi()),
             Some(usage) => eprint!("{}", usage.render()),
-            None => stderr::line(&format!("{prefix}error: {error:#}")),
+            None => log_error(prefix, &format!("error: {error:#}")),
         }
     }
     abort(status);
@@ -69,14 +74,14 @@ fn end_all_ranks_on_panic(prefix: String) {
         }
         let thread = std::thread::current();
         let name = thread.name().unwrap_or("unnamed");
-        let mut text = format!("{prefix}thread '{name}' {info}");
+        let mut text = format!("thread '{name}' {info}");
         let backtrace = Backtrace::capture();
         match backtrace.status() {
             BacktraceStatus::Captured => text += &format!("\n{backtrace}"),
             _ => text += "\nnote: RUST_BACKTRACE=1 shows where it came from",
         }
         if watch::takes_the_word(false) {
-            stderr::line(&text);
+            log_error(&prefix, &text);
         }
         abort(1);
     }));

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use crate::files::escaped;
+use crate::progress;
 
 /// Longest text of one line's write, in bytes; a recipe's list of errors fits.
 const MAX_BYTES: usize = 16 << 10;
@@ -10,8 +11,10 @@ const MAX_BYTES: usize = 16 << 10;
 /// Writes a line in one call, because the launcher mixes what ranks write and must not get half a line. Text that
 /// came from a file can neither move the cursor nor fill the screen.
 pub fn line(text: &str) {
-    // If standard error is closed, there is nowhere to report it.
-    let _ = std::io::stderr().write_all(format!("{}\n", harmless(text)).as_bytes());
+    progress::aside(|| {
+        // If standard error is closed, there is nowhere to report it.
+        let _ = std::io::stderr().write_all(format!("{}\n", harmless(text)).as_bytes());
+    });
 }
 
 /// Returns the text with control characters except newlines escaped, cut to 16 KiB.

@@ -66,7 +66,7 @@ pub mod eval {
 
 /// Texts, one token after the other.
 pub mod generate {
-    pub use crate::train::generate::{Sampling, generate};
+    pub use crate::train::generate::{Finish, Sampling, generate};
 }
 
 /// Bases and their shards.

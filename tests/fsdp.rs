@@ -355,7 +355,6 @@ fn run_without(
             objective: Some(&Quadratic { linear: 0.01, square: 0.0 }),
             dropout: None,
             update: Some(&update),
-            num_past_tokens: 0,
         };
         let rank = engine.queue.rank();
         let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 6, 1, world_size, rank);

@@ -147,6 +147,7 @@ fn batch_for(input_ids: &[u32]) -> MicroBatch {
         positions: (0..n).collect(),
         documents: vec![0, n],
         sample_idx: vec![0],
+        num_past_tokens: 0,
     }
 }
 
@@ -170,7 +171,7 @@ fn logits_error(model: &std::path::Path, input_ids: &[u32], positions: &[usize],
                 continue;
             }
             engine.run(&generate_args(), &[batch_for(&input_ids[..end])]).unwrap();
-            let logits = engine.last_logits().unwrap();
+            let logits = engine.last_logits(0).unwrap();
             for (o, e) in logits.iter().zip(&expected[i * vocab..]) {
                 worst = worst.max((o - e).abs());
             }
@@ -217,12 +218,13 @@ fn generation_with_kept_keys_gives_the_logits_of_the_whole_sequence() {
     on_all_ranks(1, |groups| {
         let mut engine = EngineOptions::new("tiny", Mode::Generate).engine(groups, shards.path());
         engine.run(&generate_args(), &[batch_for(&ids)]).unwrap();
-        let whole = engine.last_logits().unwrap();
+        let whole = engine.last_logits(0).unwrap();
         for (past, len) in [(0, 30), (30, 1), (31, 9)] {
             let mut batch = batch_for(&ids[past..past + len]);
             batch.positions = (past as u32..(past + len) as u32).collect();
-            engine.run(&RunArgs { num_past_tokens: past, ..generate_args() }, &[batch]).unwrap();
+            batch.num_past_tokens = past;
+            engine.run(&generate_args(), &[batch]).unwrap();
         }
-        assert!(relative_error(&engine.last_logits().unwrap(), &whole) < 1e-5);
+        assert!(relative_error(&engine.last_logits(0).unwrap(), &whole) < 1e-5);
     });
 }

@@ -22,6 +22,7 @@ use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::comm::{Comm, all_gather_u64, boot_id, watch};
 use crate::files::{self, shown, shown_path};
+use crate::progress;
 
 use super::record::{Record, RecordPlace, Stamps};
 use super::source::BaseModel;
@@ -96,7 +97,7 @@ pub(super) fn digest(
     }
     let own = part_of(&items, missing, place, group.len());
     let threads = std::thread::available_parallelism().map_or(1, usize::from) / group.len();
-    for (i, digest) in read_all(model, &items, &own, threads.clamp(1, MAX_THREADS), tell)? {
+    for (i, digest) in read_all(model, &items, &own, threads.clamp(1, MAX_THREADS))? {
         known[i] = Some(digest);
     }
     share(comm, &group, &mut known)?;
@@ -180,13 +181,7 @@ fn part_of(items: &[Item], mut missing: Vec<usize>, place: usize, num_places: us
 }
 
 /// Reads and digests tensors on several threads.
-fn read_all(
-    model: &BaseModel,
-    items: &[Item],
-    todo: &[usize],
-    threads: usize,
-    tell: &mut dyn FnMut(String),
-) -> Result<Vec<(usize, u128)>> {
+fn read_all(model: &BaseModel, items: &[Item], todo: &[usize], threads: usize) -> Result<Vec<(usize, u128)>> {
     let files: Vec<(&Path, &File)> = model.files().collect();
     let total: usize = todo.iter().map(|&i| items[i].range.len()).sum();
     let (next, (sender, receiver)) = (AtomicUsize::new(0), mpsc::channel());
@@ -210,12 +205,12 @@ fn read_all(
             let (i, digest) = digest?;
             watch::beat();
             found.push((i, digest));
-            let tenth = bytes * 10 / total.max(1);
             bytes += items[i].range.len();
-            if total > LARGE_BYTES && bytes * 10 / total > tenth {
-                tell(format!("identity of the base: {} % are read", bytes * 100 / total));
+            if total > LARGE_BYTES {
+                progress::at("identity of the base, in % of its bytes", bytes * 100 / total, 100);
             }
         }
+        progress::end();
         Ok(found)
     })
 }

@@ -11,6 +11,7 @@ use crate::comm::pairs::{self, PIECE_BYTES};
 use crate::comm::watch::{self, Phase};
 use crate::comm::{Comm, all_gather_bytes, all_gather_u64s, barrier, host_name};
 use crate::fsdp::layout::UnitLayout;
+use crate::progress;
 
 use super::donor::Donor;
 use super::load::OpenedBase;
@@ -70,20 +71,18 @@ impl OpenedBase {
         let part_bytes = |shard: usize| self.layouts.iter().map(|layout| layout.shard_range(shard).len()).collect();
         let create = |&shard: &usize| ShardWriter::create(&self.shard_spec, shard, part_bytes(shard), &made);
         let mut writers = writes.iter().map(create).collect::<Result<Vec<_>>>()?;
-        let (mut buffer, mut last_tenth) = (Vec::new(), 0);
-        let doing = match &donor {
-            Some(donor) => format!("{donor}: cutting"),
-            None if matches!(self.weights, Weights::MadeUp(_)) => "drawing".into(),
-            None if self.shard_spec.is_nf4() => "quantizing".into(),
-            None => "copying".into(),
+        let mut buffer = Vec::new();
+        let verb = match &donor {
+            Some(_) => "cutting",
+            None if matches!(self.weights, Weights::MadeUp(_)) => "drawing",
+            None if self.shard_spec.is_nf4() => "quantizing",
+            None => "copying",
         };
+        let source = donor.as_ref().map_or(String::new(), |donor| format!("{donor}: "));
+        tell(format!("{source}{verb} {num_units} units to {}", self.shard_spec.dir.display()));
         for first in (0..num_units).step_by(world_size) {
-            // Progress is told at the start, and then after about every tenth.
-            if first == 0 || last_tenth != first * 10 / num_units {
-                last_tenth = first * 10 / num_units;
-                tell(format!("{doing} unit {} of {num_units} to {}", first + 1, self.shard_spec.dir.display()));
-            }
-            watch::at(format!("{doing} units {} to {} of {num_units}", first + 1, num_units.min(first + world_size)));
+            progress::at(&format!("{verb} units"), first, num_units);
+            watch::at(format!("{verb} units {} to {} of {num_units}", first + 1, num_units.min(first + world_size)));
             let own = self.layouts.get(first + rank);
             let flat = own.map_or(Ok(Vec::new()), |layout| self.flat(first + rank, layout, &mut donor, warn))?;
             for (to, from) in pairs::turns(rank, world_size) {
@@ -107,6 +106,7 @@ impl OpenedBase {
                 }
             }
         }
+        progress::end();
         // No file gets its name before every rank has found that its part came from the base that all have agreed on.
         self.weights.check_unchanged()?;
         barrier(comm)?;
@@ -264,7 +264,7 @@ mod tests {
             .map(|num_shards| {
                 let folder = tempfile::tempdir().unwrap();
                 let told = write_all(folder.path(), num_shards);
-                assert!(told.iter().any(|line| line.starts_with("quantizing unit 1 ")), "{told:?}");
+                assert!(told.iter().any(|line| line.starts_with("quantizing ")), "{told:?}");
                 folder
             })
             .collect();
@@ -301,7 +301,7 @@ mod tests {
         });
         std::fs::remove_file(&path).unwrap();
         let told = write_all(folder.path(), 3);
-        assert!(told.iter().any(|line| line.starts_with("quantizing unit 1 ")), "{told:?}");
+        assert!(told.iter().any(|line| line.starts_with("quantizing ")), "{told:?}");
         assert!(files(folder.path(), 3) == files(fresh.path(), 3));
     }
 

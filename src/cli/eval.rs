@@ -1,11 +1,12 @@
-//! `eval`: prints the mean loss of a model, with or without an adapter, over a data set.
+//! `eval`: prints loss, perplexity and token accuracy of a model, with or without adapters, by data set.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde_json::{Value, json};
 
+use crate::checkpoint::adapter::Adapter;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::data;
@@ -19,8 +20,11 @@ use crate::start::agree::{agree_on, agree_on_inputs};
 use crate::start::data::to_score;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
+use crate::train::adapters::in_turn;
 use crate::train::eval::{self, Score};
 use crate::train::per_token::{self, LossFile};
+
+use super::usage;
 
 /// Number of micro-batches that go through each layer together.
 const MICRO_BATCHES: usize = 4;
@@ -30,42 +34,59 @@ pub struct EvalArgs {
     /// Hugging Face directory
     #[arg(long)]
     model: String,
-    /// PEFT adapter
-    #[arg(long)]
-    adapter: Option<String>,
-    /// File or folder of rows
-    #[arg(long)]
-    dataset: String,
+    /// PEFT adapter; several take turns over the loaded base
+    #[arg(long, value_name = "ADAPTER", value_parser = recipe::read_path)]
+    adapter: Vec<PathBuf>,
+    /// File or folder of rows; several are scored one after the other
+    #[arg(long, value_name = "DATASET", required = true)]
+    dataset: Vec<String>,
     /// Longer rows are handled as data.overlong says (--set)
     #[arg(long, default_value_t = 1024)]
     max_length: u64,
-    /// Write the loss of each target token as JSON lines: row, position, token, loss
+    /// Write the loss of each target token of the only data set as JSON lines: row, position, token, loss
     #[arg(long, value_name = "FILE", value_parser = recipe::read_path)]
     per_token: Option<PathBuf>,
     /// Replace the file of --per-token
     #[arg(long, requires = "per_token")]
     overwrite: bool,
-    /// Print one JSON object
+    /// Print one JSON object for each adapter and data set
     #[arg(long)]
     json: bool,
 }
 
-struct Scoring {
-    batches: Vec<MicroBatch>,
-    adapter: bool,
+/// The score of a data set and, with --per-token, the losses that each rank has computed.
+type Scored = (Score, Option<Vec<Vec<f32>>>);
+
+struct Scoring<'a> {
+    adapters: &'a [Adapter],
+    /// This rank's micro-batches, by data set.
+    datasets: &'a [Vec<MicroBatch>],
     per_token: bool,
 }
 
-impl Work for Scoring {
-    /// The score and, with `per_token`, the losses that each rank has computed.
-    type Output = (Score, Option<Vec<Vec<f32>>>);
+impl Work for Scoring<'_> {
+    /// By adapter and by data set.
+    type Output = Vec<Vec<Scored>>;
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Self::Output> {
+        in_turn(engine, self.adapters, |engine, adapter| {
+            self.datasets.iter().map(|batches| self.score(engine, batches, adapter.is_some())).collect()
+        })
+    }
+}
+
+impl Scoring<'_> {
+    fn score<D: Ops, Q: Queue<D>>(
+        &self,
+        engine: &mut Engine<D, Q>,
+        batches: &[MicroBatch],
+        adapter: bool,
+    ) -> Result<Scored> {
         if !self.per_token {
-            return Ok((eval::score(engine, &self.batches, self.adapter)?, None));
+            return Ok((eval::score(engine, batches, adapter)?, None));
         }
         let mut losses = Vec::new();
-        let score = eval::score_each(engine, &self.batches, self.adapter, |log_probabilities| {
+        let score = eval::score_each(engine, batches, adapter, |log_probabilities| {
             // A loss is subtracted from 0, so that 0 is not written as -0.
             losses.extend(log_probabilities.iter().map(|&log_p| (0.0 - log_p) as f32));
         })?;
@@ -73,45 +94,74 @@ impl Work for Scoring {
     }
 }
 
-/// Prints the mean loss over a data set.
+/// Prints the scores of each adapter over each data set.
 pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[String]) -> Result<()> {
-    let mut given: Vec<(&str, Value)> = vec![
+    if args.per_token.is_some() && (args.dataset.len() > 1 || args.adapter.len() > 1) {
+        return Err(usage("--per-token is for one --dataset and at most one --adapter"));
+    }
+    let given: Vec<(&str, Value)> = vec![
         ("model", args.model.clone().into()),
         ("data.train", args.dataset.clone().into()),
         ("data.max_length", args.max_length.into()),
     ];
-    given.extend(args.adapter.clone().map(|dir| ("lora.adapter", dir.into())));
     let job = agree_on(&mut comm, recipe::from_options(Command::Eval, given, overrides)?)?;
-    let path = &job.data.train[0].path;
-    ensure!(path.exists(), "--dataset: {} is not there", path.display());
+    for source in &job.data.train {
+        ensure!(source.path.exists(), "--dataset: {} is not there", source.path.display());
+    }
     let writes = args.per_token.as_deref().filter(|_| start.world.rank == 0);
     let file = writes.map(|path| LossFile::create(path, args.overwrite)).transpose().context("--per-token")?;
     let opened = start.open(&mut comm, &job)?;
     let config = opened.spec.clone();
-    let adapter = start.named_adapter(&job, &config)?;
+    let adapters = start.adapters_in_turn(&args.adapter, &job, &config)?;
     let mut inputs = Facts::default();
-    inputs.add_adapter("--adapter", adapter.as_ref());
-    let dataset = to_score(start, &job, &config, &mut inputs)?;
-    let max_tokens = dataset.sequence_lengths().max().unwrap_or(0);
+    inputs.add_adapters("--adapter", &adapters);
+    let datasets = to_score(start, &job, &config, &mut inputs)?;
+    let max_tokens = datasets.iter().flat_map(|dataset| dataset.sequence_lengths()).max().unwrap_or(0);
     let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
     inputs.add_limits(&limits);
     inputs.add("--per-token", args.per_token.is_some());
-    file.as_ref().map_or(Ok(()), |file| file.check_room(&dataset)).context("--per-token")?;
+    file.as_ref().map_or(Ok(()), |file| file.check_room(&datasets[0])).context("--per-token")?;
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let (placement, base) = start.base(&mut comm, opened, &job, &inputs)?;
-    let batches = data::eval_micro_batches(&dataset, max_tokens, start.world.world_size, start.world.rank);
-    let work = Scoring { batches, adapter: adapter.is_some(), per_token: args.per_token.is_some() };
-    let setup = Setup { comm, base, adapter: adapter.as_ref(), limits, job: &job };
-    let (score, losses) = start.with_engine(placement, setup, work)?;
-    if let (Some(file), Some(losses)) = (file, losses) {
-        file.write(&dataset, max_tokens, &losses).context("--per-token")?;
+    let (world_size, rank) = (start.world.world_size, start.world.rank);
+    let batches: Vec<_> =
+        datasets.iter().map(|dataset| data::eval_micro_batches(dataset, max_tokens, world_size, rank)).collect();
+    let work = Scoring { adapters: &adapters, datasets: &batches, per_token: args.per_token.is_some() };
+    let setup = Setup { comm, base, adapter: adapters.first(), limits, job: &job };
+    let mut scored = start.with_engine(placement, setup, work)?;
+    if let (Some(file), Some(losses)) = (file, scored[0][0].1.take()) {
+        file.write(&datasets[0], max_tokens, &losses).context("--per-token")?;
     }
     if start.log.enabled {
-        let (loss, perplexity, n) = (score.loss, score.loss.exp(), score.num_target_tokens);
-        match args.json {
-            true => println!("{}", json!({"loss": loss, "perplexity": perplexity, "num_target_tokens": n})),
-            false => println!("loss {loss}  perplexity {perplexity:.4}  target tokens {n}"),
+        for (i, of_adapter) in scored.iter().enumerate() {
+            for (dataset, (score, _)) in args.dataset.iter().zip(of_adapter) {
+                print(args, args.adapter.get(i), dataset, score);
+            }
         }
     }
     Ok(())
+}
+
+/// Prints a line about a data set. The names of adapter and data set stand before it where there are several.
+fn print(args: &EvalArgs, adapter: Option<&PathBuf>, dataset: &str, score: &Score) {
+    let Score { loss, num_target_tokens, token_accuracy } = *score;
+    let (perplexity, adapter) = (loss.exp(), adapter.map(|dir: &PathBuf| Path::display(dir).to_string()));
+    if args.json {
+        let line = json!({
+            "adapter": adapter,
+            "dataset": dataset,
+            "loss": loss,
+            "perplexity": perplexity,
+            "token_accuracy": token_accuracy,
+            "num_target_tokens": num_target_tokens
+        });
+        println!("{line}");
+        return;
+    }
+    let adapter = adapter.filter(|_| args.adapter.len() > 1).map_or(String::new(), |dir| format!("{dir}  "));
+    let dataset = if args.dataset.len() > 1 { format!("{dataset}  ") } else { String::new() };
+    println!(
+        "{adapter}{dataset}loss {loss}  perplexity {perplexity:.4}  token accuracy {token_accuracy:.4}  target tokens \
+         {num_target_tokens}"
+    );
 }

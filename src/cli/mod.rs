@@ -23,6 +23,8 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 use crate::comm::mpi::{MpiComm, World};
 use crate::comm::watch::{self, Phase};
+use crate::logging::LogFormat;
+use crate::progress;
 use crate::recipe;
 use crate::start::agree::{agree, clock_of_rank_0};
 use crate::start::placement::DeviceKind;
@@ -59,6 +61,12 @@ struct Common {
     /// Number of ranks that share a GPU and its memory; more than 1 is for trying things out
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_RANKS))]
     ranks_per_gpu: u32,
+    /// Tell only warnings and errors, and show no progress
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// The form of what is told on standard error
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
     /// Override a key of the recipe, e.g. --set training.max_steps=100
     #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
     overrides: Vec<String>,
@@ -72,9 +80,9 @@ enum Command {
     Data(data::DataArgs),
     /// Write the shard files of a model ahead of time
     Quantize(quantize::QuantizeArgs),
-    /// Print the mean loss over the target tokens of a data set
+    /// Print loss, perplexity and token accuracy of adapters over data sets
     Eval(eval::EvalArgs),
-    /// Continue a prompt
+    /// Continue prompts
     Generate(generate::GenerateArgs),
     /// Decide where memory goes and predict how long steps take, for GPUs that need not be there
     Plan(plan::PlanArgs),
@@ -87,9 +95,20 @@ enum Command {
 }
 
 impl Cli {
+    /// Returns the form of what this command tells, and whether it is to be quiet.
+    pub fn log(&self) -> (LogFormat, bool) {
+        (self.common.log_format, self.common.quiet)
+    }
+
     /// Runs the subcommand on this rank.
     pub fn run(self, world: &World) -> Result<Outcome> {
-        let Common { device, ranks_per_gpu, overrides } = self.common;
+        let outcome = self.run_command(world);
+        progress::end();
+        outcome
+    }
+
+    fn run_command(self, world: &World) -> Result<Outcome> {
+        let Common { device, ranks_per_gpu, quiet, log_format, overrides } = self.common;
         if device == DeviceKind::Cpu && ranks_per_gpu != 1 {
             return Err(usage("--ranks-per-gpu is not for --device cpu"));
         }
@@ -100,6 +119,9 @@ impl Cli {
         }
         let clock = clock_of_rank_0(&mut comm)?;
         let log = Log { enabled: world.rank == 0 };
+        if log.enabled && !quiet && log_format == LogFormat::Text {
+            progress::show();
+        }
         let start = Start { world, log, clock, device, ranks_per_gpu: ranks_per_gpu as usize };
         match self.command.unwrap_or(Command::Train(train::TrainArgs::default())) {
             Command::Train(args) if args.help_recipe => {
@@ -146,7 +168,7 @@ impl Cli {
 
 /// Options that ranks need not have in common: those that say where something lies, whose content is compared where
 /// it matters, and `--set`, of which the decided job is compared.
-const NOT_COMPARED: [&str; 11] = [
+const NOT_COMPARED: [&str; 12] = [
     "config",
     "trace",
     "model",
@@ -155,6 +177,7 @@ const NOT_COMPARED: [&str; 11] = [
     "adapter",
     "dataset",
     "per_token",
+    "prompts",
     "calibrate",
     "compare",
     "overrides",

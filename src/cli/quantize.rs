@@ -9,7 +9,7 @@ use crate::comm::mpi::MpiComm;
 use crate::recipe::{self, Command};
 use crate::start::Start;
 use crate::start::agree::agree_on;
-use crate::train::log::{Log, bytes};
+use crate::train::log::bytes;
 
 #[derive(Args)]
 pub struct QuantizeArgs {
@@ -46,7 +46,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &QuantizeArgs, overrides: &[S
     };
     start.threads(&mut comm)?;
     let own: Vec<usize> = (0..num_shards).filter(|s| s % start.world.world_size == start.world.rank).collect();
-    let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", start.world.rank));
+    let mut warn = |line: String| tracing::warn!("{line}");
     opened.write(&mut comm, &own, &mut tell, &mut warn)?;
     opened.keep_digests(&mut tell);
     if let Some(weights) = &made_up {

@@ -119,7 +119,7 @@ fn train(
         opened.kept_free.push(Want { dir: job.output_dir.clone(), bytes: room });
     }
     let mut inputs = Facts::default();
-    inputs.add_adapter("lora.adapter", Some(&adapter));
+    inputs.add_adapters("lora.adapter", std::slice::from_ref(&adapter));
     let data = read_rows(start, &job, &config, &mut inputs)?;
     let identity = |job: &Job| run_identity(job, world_size, &opened, &adapter, &data);
     let job = with_batch_of_the_run(&mut comm, job, output.as_ref(), start.log, identity)?;

@@ -6,9 +6,10 @@ use rayon::prelude::*;
 use crate::comm::Queue;
 use crate::device::Ops;
 use crate::model::batch::MicroBatch;
+use crate::model::head::{self, Scores};
+use crate::model::layer;
 use crate::model::spec::Embedding;
 use crate::model::stage::{Saved, StageContext};
-use crate::model::{head, layer};
 
 use super::exec::{Engine, Grad};
 use super::memory::Memory;
@@ -20,10 +21,10 @@ use super::unit::{HEAD_PIECE_ROWS, Unit, head_piece_rows};
 const EMBED_TOKENS: usize = 16;
 
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
-    pub(super) fn embed(&mut self, micro: usize, args: &RunArgs<'_>, batch: &MicroBatch) -> Result<()> {
+    pub(super) fn embed(&mut self, micro: usize, batch: &MicroBatch) -> Result<()> {
         let (tokens, m) = (batch.num_tokens(), self.live(micro));
         ensure!(tokens <= self.limits.max_tokens, "{tokens} tokens, planned for {}", self.limits.max_tokens);
-        self.memory.batches[m].load(&self.device, &self.base.spec, batch, args.num_past_tokens)?;
+        self.memory.batches[m].load(&self.device, &self.base.spec, batch)?;
         let hidden = self.base.spec.hidden_size;
         let Embedding { scale, rounds_scale, .. } = self.base.spec.embedding;
         let scale = if rounds_scale { D::rounded(scale) } else { scale };
@@ -127,22 +128,27 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let Memory { heads, head_piece, logits, .. } = &mut self.memory;
         let weight = head_piece.first(rows * hidden);
         if args.mode == Mode::Generate {
-            let logits = logits.view_mut().into_range(first_id..first_id + rows);
+            // A rank that has fewer texts than another runs empty micro-batches.
+            if heads[m].num_targets == 0 {
+                return Ok(());
+            }
+            let begin = m * self.base.spec.vocab_size + first_id;
+            let logits = logits.view_mut().into_range(begin..begin + rows);
             return self.device.logits(logits, heads[m].normed.first(hidden), weight, hidden);
         }
         let backward = args.micro_batches[micro].gradient;
         head::piece(&self.device, &self.base.spec, &mut heads[m], logits, weight, first_id, backward)
     }
 
-    pub(super) fn head_score(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Vec<f64>> {
+    pub(super) fn head_score(&mut self, micro: usize, args: &RunArgs<'_>) -> Result<Scores> {
         let (m, last) = (self.live(micro), self.units.layers);
         if !args.micro_batches[micro].gradient {
             let boundary = self.boundaries.take(last, m)?;
             self.boundaries.release(boundary);
         }
         match args.mode {
-            Mode::Generate => Ok(Vec::new()),
-            Mode::Train | Mode::Score => head::log_probabilities(&self.device, &self.memory.heads[m]),
+            Mode::Generate => Ok(Scores::default()),
+            Mode::Train | Mode::Score => head::scores(&self.device, &self.memory.heads[m]),
         }
     }
 
@@ -154,10 +160,12 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         head::backward(&self.device, &self.base.spec, &mut heads[m], d, final_norm, tokens, coefficients)
     }
 
-    /// Returns the logits of the last token after a run in [`Mode::Generate`], `[vocab_size]`.
-    pub fn last_logits(&self) -> Result<Vec<f32>> {
-        let mut logits = vec![0.0; self.base.spec.vocab_size];
-        self.device.download(&mut logits, self.memory.logits.first(self.base.spec.vocab_size))?;
+    /// Returns the logits of a micro-batch's last token after a run in [`Mode::Generate`], `[vocab_size]`.
+    pub fn last_logits(&self, micro: usize) -> Result<Vec<f32>> {
+        let vocab_size = self.base.spec.vocab_size;
+        let begin = self.live(micro) * vocab_size;
+        let mut logits = vec![0.0; vocab_size];
+        self.device.download(&mut logits, self.memory.logits.view().range(begin..begin + vocab_size))?;
         if let Some(cap) = self.base.spec.head.softcap {
             logits.iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
         }

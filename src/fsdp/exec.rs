@@ -179,13 +179,15 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Action::Wait { unit, slot } => self.wait_gather(unit, slot),
             Action::Dequantize { unit, slot } => self.dequantize(unit, slot, args.needs_adapter()),
             Action::Reshard { unit, slot } => self.reshard(unit, slot),
-            Action::Embed { micro } => self.embed(micro, args, batch(micro)),
+            Action::Embed { micro } => self.embed(micro, batch(micro)),
             Action::Forward { layer, micro } => self.forward(layer, micro, args, true),
             Action::Recompute { layer, micro } => self.forward(layer, micro, args, false),
             Action::HeadBegin { micro } => self.head_begin(micro, batch(micro)),
             Action::HeadPiece { piece, micro } => self.head_piece(piece, micro, args),
             Action::HeadScore { micro } => {
-                output.log_probabilities[micro] = self.head_score(micro, args)?;
+                let scores = self.head_score(micro, args)?;
+                output.num_most_likely += scores.num_most_likely;
+                output.log_probabilities[micro] = scores.log_probabilities;
                 Ok(())
             }
             Action::HeadBackward { micro } => {

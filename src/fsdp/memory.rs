@@ -32,7 +32,7 @@ pub struct Limits {
     pub max_length: usize,
     /// M of the largest step.
     pub max_micro_batches: usize,
-    /// Tokens whose keys and values are kept in generation.
+    /// Tokens of a micro-batch whose keys and values are kept in generation.
     pub max_context: usize,
     pub accumulation: Accumulation,
     pub keep: Keep,
@@ -141,7 +141,7 @@ pub struct Memory<D: Ops> {
     pub scratch: Scratch<D>,
     pub batches: Vec<BatchBuffers<D>>,
     pub heads: Vec<HeadState<D>>,
-    /// `[max_tokens, piece rows]`, or the logits of one token `[vocab]` in generation.
+    /// `[max_tokens, piece rows]`, or `[live micro-batches, vocab]` in generation.
     pub logits: Buffer<D, f32>,
 }
 
@@ -245,7 +245,7 @@ impl<D: Ops> Memory<D> {
         let heads = (0..live)
             .map(|m| HeadState::carve(arena, &format!("head/{m}"), hidden, head_tokens, train))
             .collect::<Result<_>>()?;
-        let num_logits = if limits.mode == Mode::Generate { spec.vocab_size } else { tokens * piece_rows };
+        let num_logits = if limits.mode == Mode::Generate { live * spec.vocab_size } else { tokens * piece_rows };
         let logits = arena.carve("head/logits", num_logits)?;
         Ok(Memory {
             slots,
@@ -270,7 +270,7 @@ impl<D: Ops> Memory<D> {
 pub struct Activations<D: Ops> {
     scores: Kept<Scores<D>>,
     inputs: Kept<Inputs<D>>,
-    /// In generation every layer has keys and values of its own.
+    /// In generation every layer has keys and values of its own for each micro-batch.
     key_values: Kept<KeyValue<D>>,
     output: Kept<Output<D>>,
     products: Kept<Products<D>>,
@@ -318,7 +318,7 @@ impl<D: Ops> Activations<D> {
             inputs: Kept::new(layers, keep.rest, live, |i| Inputs::carve(arena, &name("rest", i), widths, tokens))?,
             rest: Kept::new(layers, keep.rest, live, |i| Rest::carve(arena, &name("rest", i), widths, tokens))?,
             key_values: match mode {
-                Mode::Generate => Kept::new(layers, layers, 1, |i| {
+                Mode::Generate => Kept::new(layers, layers, live, |i| {
                     KeyValue::carve(arena, &format!("key_values/{i}"), widths, limits.max_context)
                 })?,
                 Mode::Train | Mode::Score => Kept::new(layers, keep.rest, live, |i| {

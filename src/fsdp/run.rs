@@ -35,14 +35,12 @@ pub struct RunArgs<'a> {
     pub dropout: Option<(u64, u32)>,
     /// The update that [`Action::Optimizer`] makes.
     pub update: Option<&'a Update>,
-    /// Tokens whose keys and values are there from earlier calls (generation).
-    pub num_past_tokens: usize,
 }
 
 impl<'a> RunArgs<'a> {
     /// Makes the arguments of a run that does not train.
     pub fn forward(mode: Mode, micro_batches: &'a [Descriptor]) -> RunArgs<'a> {
-        RunArgs { mode, micro_batches, objective: None, dropout: None, update: None, num_past_tokens: 0 }
+        RunArgs { mode, micro_batches, objective: None, dropout: None, update: None }
     }
 
     /// Returns whether the adapter takes part in any micro-batch.
@@ -56,6 +54,8 @@ impl<'a> RunArgs<'a> {
 pub struct RunOutput {
     /// log p of each target token, by micro-batch.
     pub log_probabilities: Vec<Vec<f64>>,
+    /// Number of target tokens to which the model gives no smaller probability than to any other.
+    pub num_most_likely: usize,
     /// Global norm before clipping (training).
     pub grad_norm: f64,
     /// True if the trainable values were updated. They are not if a loss or a gradient of any rank is not finite.

@@ -26,6 +26,8 @@ pub struct MicroBatch {
     pub documents: Vec<u32>,
     /// Global sample index of each document (it seeds dropout, so that packing does not), `[D]`.
     pub sample_idx: Vec<u64>,
+    /// Tokens of its only document whose keys and values are there from earlier calls (generation).
+    pub num_past_tokens: usize,
 }
 
 impl MicroBatch {
@@ -104,14 +106,14 @@ impl<D: Device> BatchBuffers<D> {
     }
 
     /// Uploads a micro-batch. In generation its first position is the number of past tokens.
-    pub fn load(&mut self, device: &D, spec: &ModelSpec, batch: &MicroBatch, num_past_tokens: usize) -> Result<()> {
+    pub fn load(&mut self, device: &D, spec: &ModelSpec, batch: &MicroBatch) -> Result<()> {
         let tokens = batch.num_tokens();
         for (rotation, rope) in self.rotations.iter_mut().zip(&spec.ropes) {
             let (cos, sin) = rope.cos_sin(&batch.positions, &batch.documents);
             device.upload(rotation.cos.first_mut(cos.len()), &cos)?;
             device.upload(rotation.sin.first_mut(sin.len()), &sin)?;
         }
-        self.documents.put(device, &batch.documents, num_past_tokens)?;
+        self.documents.put(device, &batch.documents, batch.num_past_tokens)?;
         let mut sample_idx = Vec::with_capacity(tokens);
         for (document, &sample) in batch.documents.windows(2).zip(&batch.sample_idx) {
             sample_idx.resize(sample_idx.len() + (document[1] - document[0]) as usize, sample);

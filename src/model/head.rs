@@ -115,8 +115,17 @@ pub fn piece<D: Ops>(
     ops.gather_target_rows(GatherTargetRows { target_rows, weight, target_ids, first_id })
 }
 
-/// Returns log p(target) of each target token, `[N]`.
-pub fn log_probabilities<D: Ops>(ops: &D, state: &HeadState<D>) -> Result<Vec<f64>> {
+/// The scores of N target tokens.
+#[derive(Clone, Debug, Default)]
+pub struct Scores {
+    /// log p(target) of each, `[N]`.
+    pub log_probabilities: Vec<f64>,
+    /// Number of those whose logit is the largest.
+    pub num_most_likely: usize,
+}
+
+/// Returns the scores of the target tokens.
+pub fn scores<D: Ops>(ops: &D, state: &HeadState<D>) -> Result<Scores> {
     let n = state.num_targets;
     let download = |buffer: &Buffer<D, f32>| -> Result<Vec<f32>> {
         let mut values = vec![0.0; n];
@@ -124,7 +133,11 @@ pub fn log_probabilities<D: Ops>(ops: &D, state: &HeadState<D>) -> Result<Vec<f6
         Ok(values)
     };
     let (max, sum, logit) = (download(&state.max)?, download(&state.sum)?, download(&state.target_logit)?);
-    Ok((0..n).map(|i| f64::from(logit[i]) - f64::from(max[i]) - f64::from(sum[i]).ln()).collect())
+    let log_p = |i: usize| f64::from(logit[i]) - f64::from(max[i]) - f64::from(sum[i]).ln();
+    Ok(Scores {
+        log_probabilities: (0..n).map(log_p).collect(),
+        num_most_likely: (0..n).filter(|&i| logit[i] == max[i]).count(),
+    })
 }
 
 /// Writes the gradient of Σ −coefficient · log p into the last boundary's place: d `[T, hidden]`; `coefficients`

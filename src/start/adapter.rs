@@ -1,5 +1,7 @@
 //! The adapter that a run starts from: the one that its job names, or a new one.
 
+use std::path::{Path, PathBuf};
+
 use anyhow::{Context, Result, ensure};
 
 use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
@@ -13,12 +15,40 @@ impl Start<'_> {
     /// Returns the adapter that a job names, and tells what the user should know about it.
     pub fn named_adapter(&self, job: &Job, config: &ModelSpec) -> Result<Option<Adapter>> {
         let Some(dir) = &job.lora.adapter else { return Ok(None) };
+        self.adapter_at(dir, job, config).map(Some)
+    }
+
+    fn adapter_at(&self, dir: &Path, job: &Job, config: &ModelSpec) -> Result<Adapter> {
         let name = job.command.name_of("lora.adapter").unwrap_or_default();
         let adapter = adapter::load(dir, config).with_context(|| name.to_string())?;
         for remark in adapter::remarks(dir, &job.model)? {
-            self.log.line(format!("{name}: {remark}"));
+            self.log.warn(format!("{name}: {remark}"));
         }
-        Ok(Some(adapter))
+        Ok(adapter)
+    }
+
+    /// Returns the adapters of a command that uses them in turn and trains none, and tells what the user should know about
+    /// them.
+    ///
+    /// # Errors
+    /// One differs from the first in more than its values, so that it needs other memory.
+    pub fn adapters_in_turn(&self, dirs: &[PathBuf], job: &Job, config: &ModelSpec) -> Result<Vec<Adapter>> {
+        let mut adapters: Vec<Adapter> = Vec::new();
+        for dir in dirs {
+            let mut adapter = self.adapter_at(dir, job, config)?;
+            adapter.settings.dropout = 0.0;
+            if let Some(first) = adapters.first() {
+                ensure!(
+                    adapter.settings.lora_config() == first.settings.lora_config(),
+                    "--adapter: {} and {} differ in r, alpha or target modules; adapters that take turns in a run have them \
+                     in common; help: run the command once for each",
+                    dirs[0].display(),
+                    dir.display()
+                );
+            }
+            adapters.push(adapter);
+        }
+        Ok(adapters)
     }
 
     /// Returns the adapter that training starts from: the one that the job names, with the job's dropout, or a new

@@ -98,16 +98,21 @@ pub fn previews(start: &Start, job: &Job, config: &ModelSpec, num_rows: usize) -
     Ok((Preview::new(&train, &job.data.train, tokenizer, num_rows)?, eval))
 }
 
-/// Reads the rows of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must
+/// Reads the data sets of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must
 /// have in common of them.
-pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<Dataset> {
+pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<Vec<Dataset>> {
     let options = data_options(job).for_evaluation();
     let tokenizer = tokenizer(start, job)?;
-    let dataset = Dataset::load(&job.data.train, tokenizer.as_ref(), config.vocab_size, &options)?;
-    tell(start, "data", &dataset, config);
     inputs.add_tokenizer(tokenizer.as_ref());
-    inputs.add_data(job.command.name_of("data.train").unwrap_or_default(), &dataset);
-    Ok(dataset)
+    let mut datasets = Vec::new();
+    for source in &job.data.train {
+        let sources = std::slice::from_ref(source);
+        let dataset = Dataset::load(sources, tokenizer.as_ref(), config.vocab_size, &options)?;
+        tell(start, &source.path.display().to_string(), &dataset, config);
+        inputs.add_data(job.command.name_of("data.train").unwrap_or_default(), &dataset);
+        datasets.push(dataset);
+    }
+    Ok(datasets)
 }
 
 /// Loads the tokenizer of a job's model, which rows that are tokenized already can do without.
@@ -127,12 +132,12 @@ fn tokenizer(start: &Start, job: &Job) -> Result<Option<TextTokenizer>> {
 fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelSpec) {
     start.log.line(format!("{name}: {}, {} of host memory", dataset.counts, bytes(dataset.host_bytes())));
     for note in &dataset.notes {
-        start.log.line(format!("{name}: {note}"));
+        start.log.warn(format!("{name}: {note}"));
     }
     let (longest, limit) = (dataset.longest_document(), config.max_position_embeddings);
     if longest > limit {
         let rows = dataset.documents.iter().filter(|d| d.input_ids.len() > limit).count();
-        start.log.line(format!(
+        start.log.warn(format!(
             "{name}: {rows} documents are longer than the {limit} tokens that the model was made for (config.json: \
              max_position_embeddings), the longest has {longest}; data.max_length can cut them"
         ));

@@ -5,6 +5,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use anyhow::Result;
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::checkpoint::adapter::Adapter;
 use crate::data::{Dataset, TextTokenizer};
@@ -102,10 +103,16 @@ impl Facts {
         self.add(format!("rows of {key}"), format!("{sequences} sequences, digest {digest:016x}"));
     }
 
-    /// Adds an adapter; `key` is the key or option that names it.
-    pub fn add_adapter(&mut self, key: &str, adapter: Option<&Adapter>) {
-        let value = adapter.map_or("none".into(), |adapter| format!("digest {:016x}", adapter.digest()));
-        self.add(key, value);
+    /// Adds adapters; `key` is the key or option that names them.
+    pub fn add_adapters(&mut self, key: &str, adapters: &[Adapter]) {
+        let digests: Vec<String> = adapters.iter().map(|adapter| format!("digest {:016x}", adapter.digest())).collect();
+        self.add(key, if digests.is_empty() { "none".into() } else { digests.join(", ") });
+    }
+
+    /// Adds the tokens of prompts.
+    pub fn add_prompts(&mut self, prompts: &[Vec<u32>]) {
+        let digest = xxh3_64(format!("{prompts:?}").as_bytes());
+        self.add("prompts", format!("{} prompts, digest {digest:016x}", prompts.len()));
     }
 }
 

@@ -90,7 +90,7 @@ impl Start<'_> {
         let placement = self.place_for(comm, job, &opened.spec)?;
         let writes = opened.shard_spec.is_written_here(comm)?;
         // A warning is about the shard file of this rank.
-        let mut warn = |line: String| Log { enabled: true }.line(format!("rank {}: {line}", self.world.rank));
+        let mut warn = |line: String| tracing::warn!("{line}");
         let base = opened.load(comm, writes, &mut |line| self.log.line(line), &mut warn)?;
         Ok((placement, base))
     }

@@ -9,6 +9,7 @@ use crate::fsdp::run::{Abandons, RunArgs};
 use crate::fsdp::schedule::{Descriptor, Mode};
 use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
+use crate::progress;
 
 use super::skipping::NotFinite;
 
@@ -18,6 +19,8 @@ pub struct Score {
     /// Mean of −log p over target tokens.
     pub loss: f64,
     pub num_target_tokens: u64,
+    /// Part of the target tokens that the model deems most likely.
+    pub token_accuracy: f64,
 }
 
 /// Scores this rank's micro-batches; every rank has the same number of them. Collective.
@@ -44,23 +47,25 @@ pub fn score_unless<D: Ops, Q: Queue<D>>(
     mut each: impl FnMut(&[f64]),
     abandons: &mut Abandons<'_>,
 ) -> Result<Option<Score>> {
-    let (mut sum, mut num) = (0.0, 0.0);
+    let (mut sum, mut num, mut most_likely) = (0.0, 0.0, 0.0);
     let (limits, descriptor) = (engine.limits(), Descriptor::scored(adapter));
     let at_once = limits.inputs(NumUnits::new(engine.spec()), Mode::Score, &vec![descriptor; limits.max_micro_batches]);
     let groups = batches.chunks(at_once.num_live_micro_batches());
-    let num_groups = groups.len() as f64;
+    let (whole, num_groups) = (groups.len(), groups.len() as f64);
     for (i, group) in groups.enumerate() {
+        progress::bar("evaluating", i, whole, String::new);
         let (micro_batches, before) = (vec![descriptor; group.len()], i as f64);
         let args = RunArgs::forward(Mode::Score, &micro_batches);
         let output = engine.run_unless(&args, group, &mut |done| abandons((before + done) / num_groups))?;
         let Some(output) = output else { return Ok(None) };
+        most_likely += output.num_most_likely as f64;
         for micro in output.log_probabilities {
             sum -= micro.iter().sum::<f64>();
             num += micro.len() as f64;
             each(&micro);
         }
     }
-    let total = engine.queue.all_reduce_f64("sum of losses", &[sum, num])?;
+    let total = engine.queue.all_reduce_f64("sum of losses", &[sum, num, most_likely])?;
     ensure!(total[1] > 0.0, "no token counts in the loss");
     let (loss, num_target_tokens) = (total[0] / total[1], total[1] as u64);
     if !loss.is_finite() {
@@ -70,5 +75,5 @@ pub fn score_unless<D: Ops, Q: Queue<D>>(
         );
         return Err(NotFinite(said).into());
     }
-    Ok(Some(Score { loss, num_target_tokens }))
+    Ok(Some(Score { loss, num_target_tokens, token_accuracy: total[2] / total[1] }))
 }

@@ -1,18 +1,25 @@
-//! Prints lines for people on standard error, from rank 0.
+//! Tells people what a run does, from rank 0.
 
 use std::time::Duration;
 
-/// Prints on rank 0 and is silent elsewhere.
+/// Speaks on rank 0 and is silent elsewhere.
 #[derive(Clone, Copy, Debug)]
 pub struct Log {
     pub enabled: bool,
 }
 
 impl Log {
-    /// Prints one line.
+    /// Tells what goes on.
     pub fn line(&self, text: impl AsRef<str>) {
         if self.enabled {
-            crate::stderr::line(text.as_ref());
+            tracing::info!("{}", text.as_ref());
+        }
+    }
+
+    /// Tells what the user should know even if the run is to be quiet.
+    pub fn warn(&self, text: impl AsRef<str>) {
+        if self.enabled {
+            tracing::warn!("{}", text.as_ref());
         }
     }
 }

@@ -91,7 +91,7 @@ impl MetricsFile {
         if let Err(error) = &result
             && !self.has_failed
         {
-            self.log.line(format!("{error:#}; training goes on, and the lines will come with the adapter"));
+            self.log.warn(format!("{error:#}; training goes on, and the lines will come with the adapter"));
         }
         self.has_failed = result.is_err();
         Ok(())
@@ -111,7 +111,7 @@ impl MetricsFile {
                 }
                 self.written = 0;
                 let file = File::create(&self.path)?;
-                self.log.line(format!("{}: was removed during the run, and is made again", self.path.display()));
+                self.log.warn(format!("{}: was removed during the run, and is made again", self.path.display()));
                 file
             }
         };

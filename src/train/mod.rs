@@ -1,5 +1,6 @@
 //! Runs training, evaluation and generation, with logs and with checks on the way.
 
+pub mod adapters;
 pub mod best;
 pub mod check;
 pub mod eval;

@@ -15,6 +15,7 @@ use crate::model::batch::MicroBatch;
 use crate::model::trainable::Kind;
 use crate::optim::adamw::Update;
 use crate::plan::trace;
+use crate::progress;
 use crate::recipe::{Steps, TrainingJob};
 
 use super::log::{Log, duration};
@@ -212,7 +213,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                     .line(format!("step {step}: gradients overflowed fp16, no update; the loss scale is {scale} now"));
             }
             Fate::Skipped => {
-                self.log.line(skipping::allow(&self.progress, record, update, self.job.max_skipped_steps)?);
+                self.log.warn(skipping::allow(&self.progress, record, update, self.job.max_skipped_steps)?);
             }
         }
         Ok(())
@@ -283,8 +284,11 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         if let Some(metrics) = &mut self.metrics {
             metrics.write(&line)?;
         }
+        let StepRecord { loss, grad_norm, .. } = record;
+        progress::bar("training", step, num_steps, || {
+            format!("loss {loss:.4}  {tokens_per_second:.0} tok/s  {} left", duration(left))
+        });
         if step.is_multiple_of(self.job.logging_steps) || step == num_steps {
-            let StepRecord { loss, grad_norm, .. } = record;
             self.log.line(format!(
                 "step {step}/{num_steps}  loss {loss:.4}  grad_norm {grad_norm:.3}  lr {:.2e}  {tokens_per_second:.0} tok/s  {} left",
                 update.learning_rate,

@@ -150,7 +150,7 @@ impl Writer {
 
     /// Says that a checkpoint could not be written. Training goes on, since its end may find room again.
     pub fn tell(&self, error: &anyhow::Error) {
-        self.log.line(format!("a checkpoint could not be written, and training goes on without it: {error:#}"));
+        self.log.warn(format!("a checkpoint could not be written, and training goes on without it: {error:#}"));
     }
 
     /// Takes note of a step with a finite loss. If it began with the adapter of the newest checkpoint, that one is
@@ -194,7 +194,7 @@ impl Fixed {
             Order::Prune { step, best } => {
                 let pruned = limit.map_or(Ok(()), |limit| state::prune(output, step, limit, best));
                 if let Err(error) = pruned {
-                    log.line(format!("old checkpoints could not be removed: {error:#}"));
+                    log.warn(format!("old checkpoints could not be removed: {error:#}"));
                 }
                 Answer::Pruned
             }

@@ -77,7 +77,6 @@ pub fn step_unless<D: Ops, Q: Queue<D>>(
             objective: Some(&objective),
             dropout: Some((seed, step)),
             update: Some(update),
-            num_past_tokens: 0,
         },
         batches,
         abandons,

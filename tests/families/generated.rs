@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
-use fsdp_qlora::testing::generate::{Sampling, generate};
+use fsdp_qlora::testing::generate::{Finish, Sampling, generate};
 use fsdp_qlora::testing::{Mode, ModelSpec, adapter};
 use serde::Deserialize;
 
@@ -44,9 +44,11 @@ fn check_case(name: &str, texts: &Texts, prompts: &[(usize, usize)], row: &[u32]
         for (with_adapter, expected) in [(false, &texts.base), (true, &texts.adapter)] {
             assert_eq!(expected.len(), prompts.len(), "{name}");
             for (&(length, max_new_tokens), expected) in prompts.iter().zip(expected) {
-                let sampling = Sampling { temperature: 0.0, seed: 0, max_new_tokens };
-                let new = generate(&mut engine, &row[..length], &[], &sampling, with_adapter).unwrap();
-                let found = new.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
+                let sampling = Sampling::greedy(max_new_tokens);
+                let prompts = [row[..length].to_vec()];
+                let new = generate(&mut engine, &prompts, &[], &sampling, with_adapter, &mut ()).unwrap();
+                assert_eq!(new[0].finish, Finish::Length, "{name}");
+                let found = new[0].tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
                 assert_eq!(&found, expected, "{name}, adapter: {with_adapter}, {length} tokens");
             }
         }

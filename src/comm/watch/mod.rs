@@ -29,6 +29,7 @@ use process::Process;
 use report::TimeOut;
 
 use super::mpi::abort;
+use crate::logging;
 
 /// Time between two checks (a tick).
 const TICK: Duration = Duration::from_millis(50);
@@ -448,7 +449,7 @@ fn end_all_ranks(message: &str, pause: Duration) -> ! {
     end_soon();
     let has_no_board = with_inner(|inner| inner.ranks.is_empty()).unwrap_or(true);
     if takes_the_word(has_no_board) {
-        crate::stderr::line(&format!("{}error: {message}", with_inner(|inner| inner.prefix()).unwrap_or_default()));
+        logging::error(&with_inner(|inner| inner.prefix()).unwrap_or_default(), &format!("error: {message}"));
         std::thread::sleep(pause);
     }
     abort(1)

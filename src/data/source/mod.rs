@@ -192,34 +192,60 @@ enum Objects {
     Parquet(parquet::Parquet),
 }
 
-impl RowFile {
-    fn open(path: PathBuf, source: Arc<Source>) -> Result<RowFile> {
-        let path = Arc::new(path);
-        let Some((kind, _)) = kind_of(&path) else {
+impl Objects {
+    fn open(path: &Arc<PathBuf>) -> Result<Objects> {
+        let Some((kind, _)) = kind_of(path) else {
             // A file that is not there is told as that, whatever its name.
-            files::open(&path)?;
+            files::open(path)?;
             bail!("{}: the name has no known ending; allowed: {}", path.display(), Kind::NAMES)
         };
-        let objects = match kind {
-            Kind::Jsonl => Objects::Lines(lines::Lines::new(open::reader(&path)?, path.clone())),
-            Kind::Text => Objects::Texts(lines::Lines::new(open::reader(&path)?, path.clone())),
-            Kind::Csv => Objects::Table(table::Table::new(open::reader(&path)?, path.clone(), b',')?),
-            Kind::Tsv => Objects::Table(table::Table::new(open::reader(&path)?, path.clone(), b'\t')?),
-            Kind::Parquet => Objects::Parquet(parquet::Parquet::new(open::file(&path)?, path.clone())?),
+        Ok(match kind {
+            Kind::Jsonl => Objects::Lines(lines::Lines::new(open::reader(path)?, path.clone())),
+            Kind::Text => Objects::Texts(lines::Lines::new(open::reader(path)?, path.clone())),
+            Kind::Csv => Objects::Table(table::Table::new(open::reader(path)?, path.clone(), b',')?),
+            Kind::Tsv => Objects::Table(table::Table::new(open::reader(path)?, path.clone(), b'\t')?),
+            Kind::Parquet => Objects::Parquet(parquet::Parquet::new(open::file(path)?, path.clone())?),
             Kind::Json => {
-                let mut reader = open::reader(&path)?;
+                let mut reader = open::reader(path)?;
                 match array::is_array(&mut reader).with_context(|| path.display().to_string())? {
                     true => Objects::Array(array::Array::new(reader, path.clone())),
                     false => Objects::Lines(lines::Lines::new(reader, path.clone())),
                 }
             }
-        };
+        })
+    }
+
+    fn next(&mut self) -> Result<Option<(Place, Map<String, Value>)>> {
+        match self {
+            Objects::Lines(lines) => lines.next_object(),
+            Objects::Array(array) => array.next_object(),
+            Objects::Table(table) => table.next_object(),
+            Objects::Parquet(parquet) => parquet.next_object(),
+            Objects::Texts(lines) => {
+                let Some((place, line)) = lines.next_line()? else { return Ok(None) };
+                let text = std::str::from_utf8(line).with_context(|| format!("{place}: not UTF-8"))?;
+                Ok(Some((place, Map::from_iter([("text".to_string(), json!(text))]))))
+            }
+        }
+    }
+}
+
+/// Iterates over the objects of a file, each with its place.
+pub fn objects(path: &Path) -> Result<impl Iterator<Item = Result<(Place, Map<String, Value>)>>> {
+    let mut objects = Objects::open(&Arc::new(path.into()))?;
+    Ok(std::iter::from_fn(move || objects.next().transpose()))
+}
+
+impl RowFile {
+    fn open(path: PathBuf, source: Arc<Source>) -> Result<RowFile> {
+        let path = Arc::new(path);
+        let objects = Objects::open(&path)?;
         Ok(RowFile { objects, path, source, num_rows: 0, format: None })
     }
 
     /// Returns the next row, and the number of times that it is in an epoch.
     fn next_row(&mut self, unread: &mut Unread) -> Result<Option<(Row, usize)>> {
-        let Some((place, object)) = self.next_object()? else { return Ok(None) };
+        let Some((place, object)) = self.objects.next()? else { return Ok(None) };
         let mut columns = Columns::new(object, &self.source.columns);
         let is_auto = self.source.format == Format::Auto;
         let format = match (self.format, is_auto) {
@@ -238,20 +264,6 @@ impl RowFile {
         let until = |rows: usize| (rows as f64 * self.source.weight).floor() as usize;
         let times = until(self.num_rows) - until(self.num_rows - 1);
         Ok(Some((Row { content, place }, times)))
-    }
-
-    fn next_object(&mut self) -> Result<Option<(Place, Map<String, Value>)>> {
-        match &mut self.objects {
-            Objects::Lines(lines) => lines.next_object(),
-            Objects::Array(array) => array.next_object(),
-            Objects::Table(table) => table.next_object(),
-            Objects::Parquet(parquet) => parquet.next_object(),
-            Objects::Texts(lines) => {
-                let Some((place, line)) = lines.next_line()? else { return Ok(None) };
-                let text = std::str::from_utf8(line).with_context(|| format!("{place}: not UTF-8"))?;
-                Ok(Some((place, Map::from_iter([("text".to_string(), json!(text))]))))
-            }
-        }
     }
 }
 

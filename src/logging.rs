@@ -1,0 +1,121 @@
+//! Writes what is told to standard error: events of `tracing`, as lines for people or as JSON.
+
+use std::fmt::{self, Debug};
+use std::io;
+use std::sync::OnceLock;
+
+use clap::ValueEnum;
+use serde_json::{Map, Value, json};
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
+
+use crate::stderr;
+
+/// A form of what is told; the comments are its help.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// Lines for people
+    #[default]
+    Text,
+    /// An object on each line: level, rank, message, and more fields where there are some
+    Json,
+}
+
+/// Installs the subscriber of this process. `quiet` leaves out everything but warnings and errors.
+pub fn install(rank: usize, format: LogFormat, quiet: bool) {
+    let level = if quiet { Level::WARN } else { Level::INFO };
+    let subscriber = tracing_subscriber::fmt().with_max_level(level).with_writer(|| Lines);
+    INSTALLED.get_or_init(|| (rank, format));
+    // A second call, from a test of this crate, changes nothing.
+    let _ = tracing::subscriber::set_global_default(subscriber.event_format(Form { rank, format }).finish());
+}
+
+/// The rank and the form of this process's events.
+static INSTALLED: OnceLock<(usize, LogFormat)> = OnceLock::new();
+
+/// Writes the error that ends the run. `prefix` names the rank where there are several.
+pub fn error(prefix: &str, message: &str) {
+    match INSTALLED.get() {
+        Some((rank, LogFormat::Json)) => {
+            stderr::line(&json!({"level": "error", "rank": rank, "message": message}).to_string());
+        }
+        _ => stderr::line(&format!("{prefix}{message}")),
+    }
+}
+
+/// The form of an event.
+struct Form {
+    rank: usize,
+    format: LogFormat,
+}
+
+impl<S, N> FormatEvent<S, N> for Form
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, _: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        match self.format {
+            LogFormat::Json => {
+                let mut object = Map::new();
+                object.insert("level".into(), event.metadata().level().as_str().to_lowercase().into());
+                object.insert("rank".into(), self.rank.into());
+                object.insert("message".into(), fields.message.into());
+                object.extend(fields.others);
+                write!(writer, "{}", Value::Object(object))
+            }
+            // Rank 0 speaks for all.
+            LogFormat::Text if self.rank == 0 => write!(writer, "{}", fields.message),
+            LogFormat::Text => write!(writer, "rank {}: {}", self.rank, fields.message),
+        }
+    }
+}
+
+/// The fields of an event.
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Map<String, Value>,
+}
+
+impl Fields {
+    fn take(&mut self, field: &Field, value: Value) {
+        self.others.insert(field.name().into(), value);
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        match field.name() {
+            "message" => self.message = format!("{value:?}"),
+            _ => self.take(field, format!("{value:?}").into()),
+        }
+    }
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.take(field, value.into());
+    }
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.take(field, value.into());
+    }
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.take(field, value.into());
+    }
+}
+
+/// Standard error, an event at a time.
+struct Lines;
+
+impl io::Write for Lines {
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        stderr::line(&String::from_utf8_lossy(event));
+        Ok(event.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
