@@ -6,7 +6,7 @@ usage: templates.py PROGRAM LLAMA_CPP
 
 LLAMA_CPP is a folder of llama.cpp's source (vendor/llama.cpp in the source of llama-cpp-python). A pair of a template and a conversation is
 equal, byte by byte; or refused by both; or refused here by name, though transformers renders it; or accepted here, though transformers
-refuses it; or different. Every pair of the last two kinds, and what is refused here, is listed. The exit status is 1 if one is accepted or different.
+refuses it; or different. Every pair of the last three kinds is listed. The exit status is 1 if one is different.
 """
 
 import json
@@ -133,16 +133,16 @@ def main():
         with ThreadPoolExecutor(2) as pool:
             results = list(pool.map(lambda job: compare(program, tokenizer, job[0].read_text(encoding="utf-8"), job[1]), jobs))
         counts = [sum(result == kind for result, _ in results) for kind in kinds]
-        wrong += counts[3] + counts[4]
+        wrong += counts[4]
         lines.append(f"| {origin} | {len(files)} | {len(CONVERSATIONS)} | " + " | ".join(map(str, counts)) + " |")
         for (file, name), (kind, why) in zip(jobs, results):
             if kind not in ("equal", "refused by both"):
                 print(f"{origin}: {file.name}: {name}: {kind}: {why}", file=sys.stderr)
             if kind in kinds[2:]:
-                listed.append(f"| {file.stem} | {name} | {kind} |")
+                listed.append(f"| {file.stem} | {name} | {kind} | {'' if kind == 'different' else why.split(': ')[-1]} |")
     head = f"| carried by | templates | conversations | {' | '.join(kinds)} |"
     table = "\n".join([head, "|---" * (3 + len(kinds)) + "|", *lines])
-    more = "\n".join(["| template | conversation | |", "|---|---|---|", *listed])
+    more = "\n".join(["| template | conversation | | why |", "|---|---|---|---|", *listed])
     before, start, rest = PAGE.read_text().partition("<!-- counts -->\n")
     _, end, after = rest.partition("<!-- end of counts -->")
     PAGE.write_text(f"{before}{start}With transformers {transformers.__version__} and TRL {trl.__version__}:\n\n{table}\n\n{more}\n{end}{after}")
