@@ -29,7 +29,8 @@ pub use crate::fsdp::schedule::{Accumulation, Action, Descriptor, Keep, Mode, bu
 pub use crate::fsdp::unit::NumUnits;
 pub use crate::model::batch::{MicroBatch, NO_TARGET};
 pub use crate::model::spec::ModelSpec;
-pub use crate::model::trainable::{Targets, Trainable, Trainables};
+pub use crate::model::targets::{LoraKeys, Modules};
+pub use crate::model::trainable::{LoraModule, Trainable, Trainables};
 pub use crate::optim::adamw::Update;
 pub use crate::plan::hardware::Hardware;
 pub use crate::plan::memory::Sizes;

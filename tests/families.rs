@@ -170,6 +170,7 @@ fn step_errors<D: Ops, Q: Queue<D>>(
 ) -> (f64, Vec<GradientError>) {
     let update = Update {
         learning_rate: 1e-3,
+        lr_ratio: 1.0,
         beta1: 0.9,
         beta2: 0.999,
         epsilon: 1e-8,

@@ -8,6 +8,8 @@ mod abandoned;
 mod dropout;
 #[path = "fsdp/left_out.rs"]
 mod left_out;
+#[path = "fsdp/ragged.rs"]
+mod ragged;
 
 use std::time::Duration;
 

@@ -10,8 +10,9 @@ use common::cli::{MPI_ENVIRONMENT, program};
 use common::relative_error;
 use fsdp_qlora::testing::{
     Accumulation, Adapter, AdapterSettings, Arena, Cpu, Cuda, CudaQueue, Delays, Device, Engine, Gather, Groups,
-    Guarded, HostCopy, HostRegion, Keep, Limits, MicroBatch, Mode, ModelSpec, MpiComm, Position, Queue, QueueOptions,
-    Residency, Sizes, StepArgs, Trainables, Update, Values, World, adapter, barrier, local, step, synthetic,
+    Guarded, HostCopy, HostRegion, Keep, Limits, LoraKeys, MicroBatch, Mode, ModelSpec, Modules, MpiComm, Position,
+    Queue, QueueOptions, Residency, Sizes, StepArgs, Trainables, Update, Values, World, adapter, barrier, local, step,
+    synthetic,
 };
 use half::bf16;
 
@@ -41,15 +42,8 @@ fn config() -> ModelSpec {
 
 /// An adapter whose B is not zero, so that every matrix has a gradient.
 fn start_adapter(config: &ModelSpec) -> Adapter {
-    let targets = fsdp_qlora::testing::Targets::AllLinear.of(config).unwrap();
-    let settings = AdapterSettings {
-        lora_rank: 8,
-        alpha: 16.0,
-        dropout: 0.1,
-        use_rslora: false,
-        targets,
-        init_lora_weights: true.into(),
-    };
+    let keys = LoraKeys::uniform(8, 16.0, Modules::AllLinear);
+    let settings = AdapterSettings::new(keys, 0.1, config).unwrap();
     let mut adapter = adapter::fresh(settings, config, 7);
     for values in &mut adapter.layers {
         for (i, value) in values.iter_mut().enumerate().filter(|(_, v)| **v == 0.0) {
@@ -138,6 +132,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
         }
         let update = Update {
             learning_rate: 1e-3,
+            lr_ratio: 1.0,
             beta1: 0.9,
             beta2: 0.999,
             epsilon: 1e-8,

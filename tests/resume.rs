@@ -16,9 +16,10 @@ use serde_json::Value;
 const NUM_STEPS: usize = 60;
 const ADAPTER: &str = "out/adapter_model.safetensors";
 /// The part of a line of metrics.jsonl that must not depend on interruptions.
-const DECIDED: [&str; 7] = ["step", "epoch", "loss", "grad_norm", "learning_rate", "num_target_tokens", "eval_loss"];
+const DECIDED: [&str; 8] =
+    ["step", "epoch", "loss", "grad_norm", "learning_rate", "learning_rate_b", "num_target_tokens", "eval_loss"];
 
-/// A place with a recipe that has dropout, evaluates and saves every third step. An epoch's last step has 3 rows, fewer
+/// A place with a recipe that has dropout, modules of several ranks and LoRA+, evaluates and saves every third step. An epoch's last step has 3 rows, fewer
 /// than some of the numbers of ranks.
 fn place() -> Place {
     let place = Place::new();
@@ -27,8 +28,9 @@ fn place() -> Place {
         format!(
             "model: model\noutput_dir: out\n\
              data: {{train: rows.jsonl, eval: rows.jsonl, max_length: 128, packing: false}}\n\
-             lora: {{r: 4, lora_dropout: 0.1}}\n\
-             training: {{global_batch_size: 7, max_steps: {NUM_STEPS}, learning_rate: 1.0e-2, eval_steps: 10, save_steps: 3}}\n"
+             lora: {{r: 4, lora_dropout: 0.1, rank_pattern: {{q_proj: 8, 'layers\\.1\\.mlp.*': 3}}, exclude_modules: [k_proj]}}\n\
+             training: {{global_batch_size: 7, max_steps: {NUM_STEPS}, learning_rate: 1.0e-2, loraplus_lr_ratio: 0.5,\n\
+             \x20 eval_steps: 10, save_steps: 3}}\n"
         ),
     );
     place

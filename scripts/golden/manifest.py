@@ -20,6 +20,8 @@ MADE_BY = {
     "tiny-bnb4": "tiny.py",
     "tiny-bnb4-nested": "tiny.py",
     "qlora_steps": "qlora_steps.py",
+    "lora": "lora.py",
+    "schedules.json": "schedules.py",
     "tokenizer": "tokenizer.py",
     "chat_templates.json": "chat_templates.py",
     "rows": "rows.py",

@@ -10,6 +10,7 @@ differs, or a loss of a token by more than 1e-4. All runs are on the CPU in f32,
   skipped           the same where llm_int8_skip_modules leaves a part of the modules in 16 bit
   tokens            tokens of `generate` that are those of transformers, of all cases, without and with PEFT's adapter: 1 is all
   to-peft           an adapter on all linear modules that `train` wrote: losses in PEFT. No tensor may be missing or left over there.
+  to-peft-ragged    an adapter whose modules have several ranks and scales, or none: losses in PEFT
   to-peft-nf4       an adapter that `train` wrote of the 4-bit checkpoint with double quantization, in PEFT on bitsandbytes' model
   from-peft         an adapter that PEFT saved: losses here
   and-back          the same after more training here: losses in PEFT
@@ -38,6 +39,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 TOLERANCE = 1e-4
 IN_16_BIT = ["quantization.load_in_4bit=false"]
+RAGGED = ["lora.rank_pattern={down_proj: 7, '.*layers\\.0\\.self_attn\\..*': 2}", "lora.alpha_pattern={down_proj: 3}",
+          "lora.exclude_modules=[layers.0.self_attn.o_proj]", "training.loraplus_lr_ratio=2"]
 ROWS = [row[0].tolist() for row in token_rows()]
 
 
@@ -155,8 +158,9 @@ def compare_adapters(program, name, plain):
         return moved(losses_of(with_adapter(load(name, plain).eval(), adapter).eval()), base)
 
     base = losses_of(load(name, plain).eval())
-    trained = program.train(plain, plain.parent / "trained", settings=IN_16_BIT)
-    yield "to-peft", difference(program.losses(plain, trained, IN_16_BIT), in_peft(trained))
+    for quantity, settings in [("to-peft", []), ("to-peft-ragged", RAGGED)]:
+        trained = program.train(plain, plain.parent / quantity, settings=[*IN_16_BIT, *settings])
+        yield quantity, difference(program.losses(plain, trained, IN_16_BIT), in_peft(trained))
     peft = folder(f"families/{name}") / "adapter"
     before = in_peft(peft)
     yield "from-peft", difference(program.losses(plain, peft, IN_16_BIT), before)

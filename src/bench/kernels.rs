@@ -7,7 +7,7 @@ use crate::comm::mpi::MpiComm;
 use crate::device::*;
 use crate::fsdp::unit::HEAD_PIECE_ROWS;
 use crate::model::spec::{LayerSpec, ModelSpec, Module};
-use crate::model::trainable::{LayerTrainables, LoraConfig};
+use crate::model::trainable::{LayerTrainables, LoraConfig, LoraModule};
 use crate::quant::record::{Dtype, Encoding};
 use crate::recipe::Job;
 use crate::start::Start;
@@ -108,12 +108,19 @@ impl<'a, D: Ops> Kernels<'a, D> {
             if let Some(first) = modules.first() {
                 self.base(first)?;
             }
-            let targets = || modules.iter().filter(|module| self.lora.targets.contains(&module.id));
-            if let Some(first) = targets().next() {
-                self.lora(first, targets().count())?;
+            // Modules that share a kernel have one rank.
+            let targets = |module: &&Module| self.modules().iter().find(|lora| lora.id == module.id).copied();
+            let all: Vec<LoraModule> = modules.iter().filter_map(targets).collect();
+            if let Some((module, lora)) = modules.iter().find_map(|module| Some((module, targets(module)?))) {
+                self.lora(module, lora, all.iter().filter(|other| other.lora_rank == lora.lora_rank).count())?;
             }
         }
         Ok(())
+    }
+
+    /// The modules of the first layer that have LoRA.
+    fn modules(&self) -> &[LoraModule] {
+        self.lora.layers.first().map_or(&[], Vec::as_slice)
     }
 
     fn base(&self, module: &Module) -> Result<()> {
@@ -274,7 +281,7 @@ impl<'a, D: Ops> Kernels<'a, D> {
 
     /// AdamW on the adapter of the layer.
     fn optimizer(&self) -> Result<()> {
-        let (d, len) = (self.device, LayerTrainables::new(self.layer, self.lora).len());
+        let (d, len) = (self.device, LayerTrainables::new(self.layer, self.modules()).len());
         let mut state = [self.f32s(len)?, self.f32s(len)?, self.f32s(len)?];
         let grad = self.f32s(len)?;
         self.timer.time("adamw of the layer's adapter", Amount::Bytes((7 * 4 * len) as f64), || {

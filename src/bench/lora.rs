@@ -4,24 +4,25 @@ use anyhow::Result;
 
 use crate::device::*;
 use crate::model::spec::Module;
+use crate::model::trainable::LoraModule;
 
 use super::kernels::Kernels;
 use super::timer::Amount;
 
 impl<D: Ops> Kernels<'_, D> {
-    /// Times the products of a module, and those of the `sharing` modules that have its input. Amounts are what must be
+    /// Times the products of a module with this adapter, and those of the `sharing` modules that have its input. Amounts are what must be
     /// read and written at least.
-    pub(super) fn lora(&self, module: &Module, sharing: usize) -> Result<()> {
+    pub(super) fn lora(&self, module: &Module, lora: LoraModule, sharing: usize) -> Result<()> {
         let k = module.in_features;
         let (x, positions, sample_idx) =
             (self.act(self.tokens * k)?, self.zeros(self.tokens)?, self.zeros(self.tokens)?);
         let (probability, sample_idx, positions) = (self.lora.dropout, sample_idx.view(), positions.view());
         let mask = (probability > 0.0).then_some(DropoutMask { probability, seed: 1, step: 1, sample_idx, positions });
         self.dropout(module, x.view(), mask)?;
-        self.down(module, sharing, x.view(), mask)?;
-        self.linear(module, x.view())?;
-        self.output(module)?;
-        self.input(module, sharing, x.view(), mask)
+        self.down(module, lora.lora_rank, sharing, x.view(), mask)?;
+        self.linear(module, lora, x.view())?;
+        self.output(module, lora)?;
+        self.input(module, lora.lora_rank, sharing, x.view(), mask)
     }
 
     /// The amount of that many elements of activations, read or written.
@@ -37,22 +38,29 @@ impl<D: Ops> Kernels<'_, D> {
         })
     }
 
-    fn down(&self, module: &Module, sharing: usize, x: View<D, D::Act>, mask: Option<DropoutMask<D>>) -> Result<()> {
-        let (k, r) = (module.in_features, self.lora.lora_rank);
+    fn down(
+        &self,
+        module: &Module,
+        r: usize,
+        sharing: usize,
+        x: View<D, D::Act>,
+        mask: Option<DropoutMask<D>>,
+    ) -> Result<()> {
+        let k = module.in_features;
         let (a, mut scratch) = (self.act(r * k)?, self.act(x.len())?);
         let mut all_u: Vec<_> = (0..sharing).map(|_| self.act(self.tokens * r)).collect::<Result<_>>()?;
         let name = format!("{} u = {}·Aᵀ of {sharing}, r {r}", module.id, dropped(mask.is_some()));
         self.timer.time(&name, self.moved(x.len()), || {
             let modules = all_u.iter_mut().zip(0..);
-            let modules = modules.map(|(u, number)| DownModule { u: u.view_mut(), a: a.view(), number });
+            let modules = modules.map(|(u, number)| DownModule { u: u.view_mut(), a: a.view(), lora_rank: r, number });
             let (modules, scratch) = (&mut modules.collect::<Vec<_>>()[..], scratch.view_mut());
-            self.device.lora_down(LoraDown { modules, x, mask, lora_rank: r, scratch })
+            self.device.lora_down(LoraDown { modules, x, mask, scratch })
         })
     }
 
-    fn linear(&self, module: &Module, x: View<D, D::Act>) -> Result<()> {
+    fn linear(&self, module: &Module, lora: LoraModule, x: View<D, D::Act>) -> Result<()> {
         let Module { id, out_features: n, in_features: k, output_scale, .. } = *module;
-        let (tokens, r, scale) = (self.tokens, self.lora.lora_rank, self.lora.scale);
+        let (tokens, r, scale) = (self.tokens, lora.lora_rank, lora.scale);
         let (mut y, weight, u, b) = (self.act(tokens * n)?, self.act(n * k)?, self.act(tokens * r)?, self.act(n * r)?);
         let bias = if module.has_bias { Some(self.f32s(n)?) } else { None };
         let flops = Amount::Flops(2.0 * (tokens * (k + r) * n) as f64);
@@ -63,21 +71,28 @@ impl<D: Ops> Kernels<'_, D> {
         })
     }
 
-    fn output(&self, module: &Module) -> Result<()> {
+    fn output(&self, module: &Module, lora: LoraModule) -> Result<()> {
         let Module { id, out_features: n, output_scale, .. } = *module;
-        let (tokens, r) = (self.tokens, self.lora.lora_rank);
+        let (tokens, r) = (self.tokens, lora.lora_rank);
         let (d_y, u, b) = (self.act(tokens * n)?, self.act(tokens * r)?, self.act(n * r)?);
         let (mut d_u, mut d_b, mut scratch) = (self.act(tokens * r)?, self.f32s(n * r)?, self.act(tokens * n)?);
         self.timer.time(&format!("{id} d_u = d_y·B, dB += d_yᵀ·u, r {r}"), self.moved(tokens * n), || {
             let (d_u, d_b, d_y, u, b) = (d_u.view_mut(), d_b.view_mut(), d_y.view(), u.view(), b.view());
-            let (scale, accumulate, scratch) = (output_scale * self.lora.scale, false, scratch.view_mut());
+            let (scale, accumulate, scratch) = (output_scale * lora.scale, false, scratch.view_mut());
             self.device.lora_output(LoraOutput { d_u, d_b, d_y, u, b, lora_rank: r, scale, accumulate, scratch })
         })
     }
 
     /// The gradient of the input, without the base's products.
-    fn input(&self, module: &Module, sharing: usize, x: View<D, D::Act>, mask: Option<DropoutMask<D>>) -> Result<()> {
-        let (k, r) = (module.in_features, self.lora.lora_rank);
+    fn input(
+        &self,
+        module: &Module,
+        r: usize,
+        sharing: usize,
+        x: View<D, D::Act>,
+        mask: Option<DropoutMask<D>>,
+    ) -> Result<()> {
+        let k = module.in_features;
         let (d_u, a) = (self.act(self.tokens * r)?, self.act(r * k)?);
         let (mut d_x, mut d_a, mut scratch) = (self.act(x.len())?, self.f32s(sharing * r * k)?, self.act(x.len())?);
         let module_of = |i: usize| InputModule {
@@ -87,6 +102,7 @@ impl<D: Ops> Kernels<'_, D> {
                 d_u: d_u.view(),
                 a: a.view(),
                 a_range: i * r * k..(i + 1) * r * k,
+                lora_rank: r,
                 number: i as u32,
             }),
         };
@@ -96,17 +112,7 @@ impl<D: Ops> Kernels<'_, D> {
         self.timer.time(&name, self.moved(2 * x.len()), || {
             let (d_x, grads, modules) = (d_x.view_mut(), d_a.view_mut(), &modules[..]);
             let (accumulate, in_features, scratch) = (false, k, scratch.view_mut());
-            self.device.lora_input(LoraInput {
-                d_x,
-                accumulate,
-                grads,
-                modules,
-                x,
-                in_features,
-                mask,
-                lora_rank: r,
-                scratch,
-            })
+            self.device.lora_input(LoraInput { d_x, accumulate, grads, modules, x, in_features, mask, scratch })
         })
     }
 }

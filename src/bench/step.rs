@@ -101,6 +101,7 @@ impl Work for Steps<'_> {
             let batches: Vec<MicroBatch> = (0..num_micro_batches).map(batch).collect();
             let update = Update {
                 learning_rate: 1e-4,
+                lr_ratio: 1.0,
                 beta1: 0.9,
                 beta2: 0.999,
                 epsilon: 1e-8,

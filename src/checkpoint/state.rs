@@ -360,9 +360,9 @@ impl Found {
         let open =
             |i: usize, path: &Path| SafeTensors::deserialize(&files[i]).with_context(|| path.display().to_string());
         let (adapter, optimizer, lora) = (open(0, &adapter)?, open(1, &optimizer)?, settings.lora_config());
-        for (i, layer) in spec.layers.iter().enumerate() {
+        for (i, (layer, modules)) in spec.layers.iter().zip(&lora.layers).enumerate() {
             let read = |tensors: &SafeTensors<'_>, suffix| {
-                adapter::layer_values(layer, &lora, suffix, |name| Ok(tensors.tensor(name)?))
+                adapter::layer_values(layer, modules, suffix, |name| Ok(tensors.tensor(name)?))
             };
             let values = [read(&adapter, "")?, read(&optimizer, EXP_AVG)?, read(&optimizer, EXP_AVG_SQ)?];
             each(i, values).with_context(|| self.path.display().to_string())?;

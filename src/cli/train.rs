@@ -167,6 +167,8 @@ fn run_identity(
     let (hex, mut recipe) = (|digest: u64| format!("{digest:016x}"), job.values());
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
     recipe.insert("training.warmup_steps".into(), steps.warmup_steps.into());
+    // It has decided the warm-up, however that was written.
+    recipe.insert("training.warmup_ratio".into(), serde_json::Value::Null);
     Ok(RunIdentity {
         world_size,
         global_batch_size: job.training.global_batch_size(world_size),

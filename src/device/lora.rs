@@ -64,14 +64,14 @@ pub struct LoraDown<'a, 'm, D: Device> {
     pub modules: &'m mut [DownModule<'a, D>],
     pub x: View<'a, D, D::Act>,
     pub mask: Option<DropoutMask<'a, D>>,
-    pub lora_rank: usize,
     pub scratch: ViewMut<'a, D, D::Act>,
 }
 
-/// One of the modules of [`LoraDown`]: u `[T, r]`, A `[r, in]`, and the module's number.
+/// One of the modules of [`LoraDown`]: u `[T, r]`, A `[r, in]`, its rank r, and the module's number.
 pub struct DownModule<'a, D: Device> {
     pub u: ViewMut<'a, D, D::Act>,
     pub a: View<'a, D, D::Act>,
+    pub lora_rank: usize,
     pub number: u32,
 }
 
@@ -100,7 +100,6 @@ pub struct LoraInput<'a, 'm, D: Device> {
     pub x: View<'a, D, D::Act>,
     pub in_features: usize,
     pub mask: Option<DropoutMask<'a, D>>,
-    pub lora_rank: usize,
     pub scratch: ViewMut<'a, D, D::Act>,
 }
 
@@ -113,11 +112,13 @@ pub struct InputModule<'a, D: Device> {
     pub lora: Option<InputLora<'a, D>>,
 }
 
-/// The adapter of an [`InputModule`]: d_u `[T, r]`, A `[r, in]`, the place of d_A among the gradients, and the module's number.
+/// The adapter of an [`InputModule`]: d_u `[T, r]`, A `[r, in]`, the place of d_A among the gradients, its rank r, and the module's
+/// number.
 pub struct InputLora<'a, D: Device> {
     pub d_u: View<'a, D, D::Act>,
     pub a: View<'a, D, D::Act>,
     pub a_range: Range<usize>,
+    pub lora_rank: usize,
     pub number: u32,
 }
 
@@ -156,10 +157,10 @@ pub trait LoraOps: GemmOps + ElementwiseOps {
 /// [`LoraDown`] by other ops.
 pub(super) fn down<D: LoraOps>(ops: &D, args: LoraDown<'_, '_, D>) -> Result<()> {
     let [m, k] = args.sizes()?;
-    let LoraDown { modules, x, mask, lora_rank: r, mut scratch } = args;
-    for DownModule { u, a, number } in modules {
+    let LoraDown { modules, x, mask, mut scratch } = args;
+    for DownModule { u, a, lora_rank: r, number } in modules {
         let x = dropout(ops, mask, *number, x, &mut scratch)?;
-        product(ops, u.range_mut(0..m * r), x, (*a, Yes), [m, r, k], 1.0, 0.0)?;
+        product(ops, u.range_mut(0..m * *r), x, (*a, Yes), [m, *r, k], 1.0, 0.0)?;
     }
     Ok(())
 }
@@ -177,14 +178,15 @@ pub(super) fn output<D: LoraOps>(ops: &D, args: LoraOutput<'_, D>) -> Result<()>
 /// [`LoraInput`] by other ops: one module after the other, its base first.
 pub(super) fn input<D: LoraOps>(ops: &D, args: LoraInput<'_, '_, D>) -> Result<()> {
     let [m, k] = args.sizes()?;
-    let LoraInput { mut d_x, accumulate, mut grads, modules, x, mask, lora_rank: r, mut scratch, .. } = args;
+    let LoraInput { mut d_x, accumulate, mut grads, modules, x, mask, mut scratch, .. } = args;
     let mut beta = if accumulate { 1.0 } else { 0.0 };
     for InputModule { outputs, output_scale, lora } in modules {
         for &[weight, d_y] in outputs {
             product(ops, d_x.range_mut(0..m * k), d_y, (weight, No), [m, k, weight.len() / k], *output_scale, beta)?;
             beta = 1.0;
         }
-        let Some(InputLora { d_u, a, a_range, number }) = lora else { continue };
+        let Some(InputLora { d_u, a, a_range, lora_rank, number }) = lora else { continue };
+        let r = *lora_rank;
         let b = dropout(ops, mask, *number, x, &mut scratch)?;
         let (c, transpose_a, transpose_b) = (grads.range_mut(a_range.clone()), Yes, No);
         ops.gemm_grad(Gemm { c, a: *d_u, b, transpose_a, transpose_b, m: r, n: k, k: m, alpha: 1.0, beta: 1.0 })?;
@@ -255,14 +257,14 @@ impl<D: Device> LoraLinear<'_, D> {
 impl<D: Device> LoraDown<'_, '_, D> {
     /// Checks all lengths; returns T and in.
     pub(super) fn sizes(&self) -> Result<[usize; 2]> {
-        let r = self.lora_rank;
-        let (u, a) = self.modules.first().map_or((0, 0), |module| (module.u.len(), module.a.len()));
+        let first = self.modules.first().map_or([0; 3], |module| [module.lora_rank, module.u.len(), module.a.len()]);
+        let [r, u, a] = first;
         ensure!(r > 0 && a > 0, "lora_down: a rank of {r}, {} modules, A {a}", self.modules.len());
         let [tokens, features] = [u / r, a / r];
-        for DownModule { u, a, number } in &*self.modules {
+        for DownModule { u, a, lora_rank: r, number } in &*self.modules {
             let lens = [u.len(), a.len(), self.x.len()];
             ensure!(
-                lens == [tokens * r, features * r, tokens * features],
+                *r > 0 && lens == [tokens * r, features * r, tokens * features],
                 "lora_down: u, A, x {lens:?} for a rank of {r}"
             );
             check_mask("lora_down", &self.mask, &self.scratch, [tokens, features], *number)?;
@@ -290,7 +292,7 @@ impl<D: Device> LoraOutput<'_, D> {
 impl<D: Device> LoraInput<'_, '_, D> {
     /// Checks all lengths; returns T and in.
     pub(super) fn sizes(&self) -> Result<[usize; 2]> {
-        let (r, k) = (self.lora_rank, self.in_features);
+        let k = self.in_features;
         ensure!(k > 0, "lora_input: no features");
         let m = self.x.len() / k;
         ensure!([self.x.len(), self.d_x.len()] == [m * k; 2], "lora_input: x {} d_x {}", self.x.len(), self.d_x.len());
@@ -299,10 +301,10 @@ impl<D: Device> LoraInput<'_, '_, D> {
                 let [weight, d_y, n] = [weight.len(), d_y.len(), weight.len() / k];
                 ensure!([weight, d_y] == [n * k, m * n], "lora_input: W {weight} d_y {d_y} for x [{m}, {k}]");
             }
-            let Some(InputLora { d_u, a, a_range, number }) = lora else { continue };
+            let Some(InputLora { d_u, a, a_range, lora_rank: r, number }) = lora else { continue };
             let lens = [d_u.len(), a.len(), a_range.len()];
             ensure!(
-                lens == [m * r, r * k, r * k] && a_range.end <= self.grads.len(),
+                *r > 0 && lens == [m * r, r * k, r * k] && a_range.end <= self.grads.len(),
                 "lora_input: d_u, A, d_A {lens:?} for x [{m}, {k}] and a rank of {r}"
             );
             check_mask("lora_input", &self.mask, &self.scratch, [m, k], *number)?;
@@ -357,10 +359,9 @@ mod tests {
         });
         let (x_view, number, module) = (other_x.view(), 1, 1);
         let down = cpu.lora_down(LoraDown {
-            modules: &mut [DownModule { u: u.view_mut(), a: other_a.view(), number }],
+            modules: &mut [DownModule { u: u.view_mut(), a: other_a.view(), lora_rank: r, number }],
             x: x_view,
             mask: Some(mask),
-            lora_rank: r,
             scratch: scratch.view_mut(),
         });
         let output = cpu.lora_output(LoraOutput {
@@ -374,7 +375,7 @@ mod tests {
             accumulate: false,
             scratch: scratch.view_mut(),
         });
-        let lora = InputLora { d_u: other_u.view(), a: other_a.view(), a_range: 0..a.len(), number };
+        let lora = InputLora { d_u: other_u.view(), a: other_a.view(), a_range: 0..a.len(), lora_rank: r, number };
         let input = cpu.lora_input(LoraInput {
             d_x: x.view_mut(),
             accumulate: false,
@@ -387,7 +388,6 @@ mod tests {
             x: x_view,
             in_features: SIZES[2],
             mask: Some(mask),
-            lora_rank: r,
             scratch: scratch.view_mut(),
         });
         let dropout = cpu.lora_dropout(LoraDropout { y: x.view_mut(), x: x_view, mask, module, accumulate: false });

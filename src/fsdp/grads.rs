@@ -1,16 +1,20 @@
 //! The trainable values of an engine: their gradients' reduce-scatter and global norm, their update, and their way to
 //! and from the host. Gradients aside, they are the part of a run's state that the ranks hold together.
 
+use std::ops::Range;
+
 use anyhow::{Context, Result, bail, ensure};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::comm::{Queue, TrainableBuffers};
-use crate::device::{AdamWOps, Device, ElementwiseOps, Ops, Place};
+use crate::comm::{Position, Queue, TrainableBuffers};
+use crate::device::{AdamWOps, Buffer, Device, ElementwiseOps, Ops, Place};
+use crate::model::trainable::{Kind, LayerTrainables};
 use crate::optim::adamw::Update;
 use crate::optim::clip;
 
 use super::exec::{Engine, Grad};
 use super::layout::TrainableLayout;
+use super::memory::ShardedTrainables;
 
 /// Names one of the values that a layer has for each trainable number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -64,21 +68,26 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             return Ok((norm, false));
         }
         let grad_scale = clip::coefficient(norm, update.max_grad_norm) / update.loss_scale;
+        let trainables = self.trainables.as_ref().context("there is no adapter")?;
+        let Position { num_shards, num_replicas, shard, .. } = self.queue.position();
+        let sharded = ShardedTrainables { trainables, num_shards, num_replicas };
         for (layer, trainable) in self.memory.trainables.iter_mut().enumerate() {
             let master =
                 trainable.master.as_mut().with_context(|| format!("the LoRA of layer {layer} is being gathered"))?;
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
             let (master, grad) = (master.wait_on_host_mut()?, grad.wait_on_host()?);
-            match (master, &mut trainable.exp_avg, &mut trainable.exp_avg_sq, grad) {
-                (Place::Device(master), Place::Device(exp_avg), Place::Device(exp_avg_sq), Place::Device(grad)) => {
-                    let (exp_avg, exp_avg_sq) = (exp_avg.view_mut(), exp_avg_sq.view_mut());
-                    self.device.adamw(update.args(master.view_mut(), exp_avg, exp_avg_sq, grad.view(), grad_scale))?;
+            let own = sharded.layout(layer).shard_range(shard);
+            for (part, lr_ratio) in parts(&trainables.layers[layer], own, update.lr_ratio) {
+                let scales = (lr_ratio, grad_scale);
+                match (&mut *master, &mut trainable.exp_avg, &mut trainable.exp_avg_sq, grad) {
+                    (Place::Device(master), Place::Device(mean), Place::Device(square), Place::Device(grad)) => {
+                        adamw(&self.device, update, scales, [master, mean, square], grad, part)?;
+                    }
+                    (Place::Host(master), Place::Host(mean), Place::Host(square), Place::Host(grad)) => {
+                        adamw(&self.host, update, scales, [master, mean, square], grad, part)?;
+                    }
+                    _ => bail!("the values of layer {layer} are in two places"),
                 }
-                (Place::Host(master), Place::Host(exp_avg), Place::Host(exp_avg_sq), Place::Host(grad)) => {
-                    let (exp_avg, exp_avg_sq) = (exp_avg.view_mut(), exp_avg_sq.view_mut());
-                    self.host.adamw(update.args(master.view_mut(), exp_avg, exp_avg_sq, grad.view(), grad_scale))?;
-                }
-                _ => bail!("the values of layer {layer} are in two places"),
             }
         }
         Ok((norm, true))
@@ -184,6 +193,32 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         }
         Ok(())
     }
+}
+
+/// Updates a part of a shard: its values and AdamW's two, with the factors of the learning rate and of the gradient.
+fn adamw<D: AdamWOps>(
+    device: &D,
+    update: &Update,
+    (lr_ratio, grad_scale): (f64, f32),
+    [master, exp_avg, exp_avg_sq]: [&mut Buffer<D, f32>; 3],
+    grad: &Buffer<D, f32>,
+    part: Range<usize>,
+) -> Result<()> {
+    let [master, exp_avg, exp_avg_sq] =
+        [master, exp_avg, exp_avg_sq].map(|buffer| buffer.view_mut().into_range(part.clone()));
+    device.adamw(update.args(lr_ratio, master, exp_avg, exp_avg_sq, grad.view().range(part), grad_scale))
+}
+
+/// Returns the parts of a shard, `own` of a layer's values, that have one learning rate, and its ratio to that of the
+/// update: all of it, or the matrices. Padding stays as it is.
+fn parts(layer: &LayerTrainables, own: Range<usize>, ratio: f64) -> impl Iterator<Item = (Range<usize>, f64)> {
+    let (is_one, len) = (ratio == 1.0, own.len());
+    let matrices = layer.list().iter().filter(move |_| !is_one).filter_map(move |matrix| {
+        let (begin, end) = (matrix.range.start.max(own.start), matrix.range.end.min(own.end));
+        let ratio = if matrix.kind == Kind::B { ratio } else { 1.0 };
+        (begin < end).then(|| (begin - own.start..end - own.start, ratio))
+    });
+    is_one.then_some((0..len, 1.0)).into_iter().chain(matrices)
 }
 
 fn under_way(layer: usize, kind: Values) -> String {

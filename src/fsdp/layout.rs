@@ -133,9 +133,10 @@ pub struct TrainableLayout {
 }
 
 impl TrainableLayout {
-    /// Values of one shard, padding included.
+    /// Values of one shard, padding included. There are some without trainable values too, so that no collective is
+    /// empty.
     pub fn shard_len(&self) -> usize {
-        self.len.div_ceil(self.num_shards).next_multiple_of(4 * self.num_replicas)
+        self.len.max(1).div_ceil(self.num_shards).next_multiple_of(4 * self.num_replicas)
     }
 
     /// Values of all shards.

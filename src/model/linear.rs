@@ -12,7 +12,7 @@ use crate::device::{
 
 use super::spec::{Module, ModuleId, Rows, TensorId};
 use super::stage::StageContext;
-use super::trainable::{Kind, LoraConfig};
+use super::trainable::{Kind, LoraModule};
 use super::weights::LoraMatrices;
 
 /// The modules that read one input.
@@ -27,11 +27,27 @@ struct Linear<'a, D: Ops> {
 }
 
 struct Lora<'a, D: Ops> {
-    config: &'a LoraConfig,
+    lora_rank: usize,
+    scale: f32,
     matrices: LoraMatrices<'a, D>,
     /// Places of the gradients of A and B among the layer's.
     a_range: Range<usize>,
     b_range: Range<usize>,
+    /// Number of values of d_u for each token that lie before this module's.
+    before: usize,
+}
+
+impl<D: Ops> Lora<'_, D> {
+    /// The place of d_u `[T, r]` among those of the modules that read one input.
+    fn d_u(&self, tokens: usize) -> Range<usize> {
+        tokens * self.before..tokens * (self.before + self.lora_rank)
+    }
+}
+
+/// Number of values that a token has in d_u for a module: more than the rank, so that the next module's begin at a
+/// multiple of 16 bytes.
+pub fn d_u_width(lora_rank: usize) -> usize {
+    lora_rank.next_multiple_of(8)
 }
 
 impl<'a, D: Ops> Linear<'a, D> {
@@ -41,12 +57,15 @@ impl<'a, D: Ops> Linear<'a, D> {
             true => Some(ctx.weights.vector(TensorId::Bias(module.id), module.out_features)?),
             false => None,
         };
-        let lora = ctx.trainables.and_then(|(config, layout)| {
+        let lora = ctx.trainables.and_then(|(_, layout)| {
+            let LoraModule { lora_rank, scale, .. } = *layout.module(module.id)?;
             Some(Lora {
-                config,
+                lora_rank,
+                scale,
                 matrices: ctx.weights.lora(module.id, layout)?,
                 a_range: layout.get(module.id, Kind::A)?.range.clone(),
                 b_range: layout.get(module.id, Kind::B)?.range.clone(),
+                before: 0,
             })
         });
         Ok(Linear { module, weight, bias, lora })
@@ -70,11 +89,11 @@ impl<'a, D: Ops> Linear<'a, D> {
         let Module { in_features: k, output_scale, id, .. } = *self.module;
         let (m, n, weight) = (x.len() / k, rows.len(), self.weight(rows));
         let bias = self.bias.map(|bias| bias.range(rows.clone()));
-        let Some(Lora { config, matrices, .. }) = &self.lora else {
+        let Some(Lora { lora_rank, scale, matrices, .. }) = &self.lora else {
             product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
             return bias.map_or(Ok(()), |bias| ops.add_bias(y, bias, output_scale));
         };
-        let (lora_rank, scale) = (config.lora_rank, config.scale);
+        let (lora_rank, scale) = (*lora_rank, *scale);
         let (u, b) = (u.get(id)?.first(m * lora_rank), matrices.b.range(rows.start * lora_rank..rows.end * lora_rank));
         ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale })
     }
@@ -83,7 +102,15 @@ impl<'a, D: Ops> Linear<'a, D> {
 impl<'a, D: Ops> Linears<'a, D> {
     /// The modules, in the order in which their parts of d_x are added.
     pub fn new(ctx: &StageContext<'a, D>, modules: impl Iterator<Item = &'a Module>) -> Result<Linears<'a, D>> {
-        Ok(Linears(modules.map(|module| Linear::new(ctx, module)).collect::<Result<_>>()?))
+        let (mut linears, mut before) = (Vec::new(), 0);
+        for module in modules {
+            let mut linear = Linear::new(ctx, module)?;
+            if let Some(lora) = &mut linear.lora {
+                (lora.before, before) = (before, before + d_u_width(lora.lora_rank));
+            }
+            linears.push(linear);
+        }
+        Ok(Linears(linears))
     }
 
     /// For each of `outputs`, rows of a module and their y `[T, rows]`: y = output_scale · (x `[T, in]` · Wᵀ + bias +
@@ -98,19 +125,18 @@ impl<'a, D: Ops> Linears<'a, D> {
         mask: Option<DropoutMask<'_, D>>,
         dropped: &mut Buffer<D, D::Act>,
     ) -> Result<()> {
-        let (mut modules, mut rank) = (Vec::with_capacity(self.0.len()), 0);
+        let mut modules = Vec::with_capacity(self.0.len());
         for (id, u) in &mut u.0 {
             let found = self.0.iter().find(|linear| linear.module.id == *id);
             let Some((module, lora)) = found.and_then(|linear| Some((linear.module, linear.lora.as_ref()?))) else {
                 continue;
             };
-            rank = lora.config.lora_rank;
-            let u = u.first_mut(x.len() / module.in_features * rank);
-            modules.push(DownModule { u, a: lora.matrices.a, number: module.number });
+            let u = u.first_mut(x.len() / module.in_features * lora.lora_rank);
+            modules.push(DownModule { u, a: lora.matrices.a, lora_rank: lora.lora_rank, number: module.number });
         }
         if !modules.is_empty() {
             let (modules, scratch) = (&mut modules[..], dropped.view_mut());
-            ops.lora_down(LoraDown { modules, x, mask, lora_rank: rank, scratch })?;
+            ops.lora_down(LoraDown { modules, x, mask, scratch })?;
         }
         for (rows, y) in outputs {
             self.of(rows)?.forward(ops, &rows.rows, y, x, u)?;
@@ -130,14 +156,14 @@ impl<'a, D: Ops> Linears<'a, D> {
         let Some(first) = self.0.first() else { return Ok(()) };
         let in_features = first.module.in_features;
         let m = x.len() / in_features;
-        let lora_rank = self.0.iter().find_map(|linear| Some(linear.lora.as_ref()?.config.lora_rank)).unwrap_or(0);
-        for (i, linear) in self.0.iter().enumerate() {
-            let Some(Lora { config, matrices, b_range, .. }) = &linear.lora else { continue };
-            let (r, scale) = (lora_rank, linear.module.output_scale * config.scale);
+        for linear in &self.0 {
+            let Some(lora) = &linear.lora else { continue };
+            let Lora { lora_rank: r, scale, matrices, b_range, .. } = lora;
+            let (r, scale) = (*r, linear.module.output_scale * scale);
             let mine = d_outputs.iter().filter(|(rows, _)| rows.module == linear.module.id);
             for (nth, (Rows { rows, .. }, d_y)) in mine.enumerate() {
                 ops.lora_output(LoraOutput {
-                    d_u: d_u.view_mut().into_range(i * m * r..(i + 1) * m * r),
+                    d_u: d_u.view_mut().into_range(lora.d_u(m)),
                     d_b: grads.view_mut().into_range(b_range.start + rows.start * r..b_range.start + rows.end * r),
                     d_y: *d_y,
                     u: u.get(linear.module.id)?.first(m * r),
@@ -149,12 +175,13 @@ impl<'a, D: Ops> Linears<'a, D> {
                 })?;
             }
         }
-        let module = |(i, linear): (usize, &Linear<'a, D>)| {
+        let module = |linear: &Linear<'a, D>| {
             let mine = d_outputs.iter().filter(|(rows, _)| rows.module == linear.module.id);
             let lora = linear.lora.as_ref().map(|lora| InputLora {
-                d_u: d_u.view().range(i * m * lora_rank..(i + 1) * m * lora_rank),
+                d_u: d_u.view().range(lora.d_u(m)),
                 a: lora.matrices.a,
                 a_range: lora.a_range.clone(),
+                lora_rank: lora.lora_rank,
                 number: linear.module.number,
             });
             InputModule {
@@ -163,9 +190,9 @@ impl<'a, D: Ops> Linears<'a, D> {
                 lora,
             }
         };
-        let modules: Vec<_> = self.0.iter().enumerate().map(module).collect();
+        let modules: Vec<_> = self.0.iter().map(module).collect();
         let (modules, grads, scratch) = (&modules[..], grads.view_mut(), dropped.view_mut());
-        ops.lora_input(LoraInput { d_x, accumulate, grads, modules, x, in_features, mask, lora_rank, scratch })
+        ops.lora_input(LoraInput { d_x, accumulate, grads, modules, x, in_features, mask, scratch })
     }
 
     /// The module of these rows.
@@ -187,7 +214,7 @@ pub struct Backward<'a, D: Ops> {
     pub mask: Option<DropoutMask<'a, D>>,
     pub u: &'a LoraInputs<D>,
     pub dropped: &'a mut Buffer<D, D::Act>,
-    /// `[modules, T, r]`
+    /// `[modules, T, r]`, see [`d_u_width`]
     pub d_u: &'a mut Buffer<D, D::Act>,
 }
 
@@ -195,8 +222,9 @@ pub struct Backward<'a, D: Ops> {
 pub struct LoraInputs<D: Ops>(Vec<(ModuleId, Buffer<D, D::Act>)>);
 
 impl<D: Ops> LoraInputs<D> {
-    pub fn carve(arena: &mut Arena<D>, name: &str, modules: &[ModuleId], len: usize) -> Result<Self> {
-        let carve = |&id: &ModuleId| Ok((id, arena.carve(&format!("{name}/lora_u_{id}"), len)?));
+    /// Each module has the rank that is the largest of all layers.
+    pub fn carve(arena: &mut Arena<D>, name: &str, modules: &[(ModuleId, usize)], tokens: usize) -> Result<Self> {
+        let carve = |&(id, r): &(ModuleId, usize)| Ok((id, arena.carve(&format!("{name}/lora_u_{id}"), tokens * r)?));
         Ok(Self(modules.iter().map(carve).collect::<Result<_>>()?))
     }
 

@@ -10,5 +10,6 @@ pub mod rope;
 pub mod shapes;
 pub mod spec;
 pub mod stage;
+pub mod targets;
 pub mod trainable;
 pub mod weights;

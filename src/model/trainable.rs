@@ -1,76 +1,47 @@
 //! The values that have a gradient: each layer has a list of matrices. Today they are LoRA's, as PEFT defines it: y =
 //! W·x + scale · B · A · dropout(x).
 
+use std::collections::BTreeSet;
 use std::ops::Range;
-
-use anyhow::ensure;
-use serde::{Serialize, Serializer};
-use serde_json::Value;
 
 use super::spec::{LayerSpec, ModelSpec, ModuleId};
 
-/// The modules that a recipe puts LoRA on.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Targets {
-    /// Every linear module of the layers.
-    AllLinear,
-    /// Some modules, each once, in the order of use.
-    Named(Vec<ModuleId>),
-}
-
-impl Targets {
-    /// Reads `"all-linear"`, a name, or a list of names.
-    pub fn read(value: &Value) -> Option<Targets> {
-        if value.as_str() == Some("all-linear") {
-            return Some(Targets::AllLinear);
-        }
-        let one = |value: &Value| ModuleId::from_name(value.as_str()?);
-        let mut modules: Vec<_> = match value {
-            Value::Array(list) => list.iter().map(one).collect::<Option<_>>()?,
-            value => vec![one(value)?],
-        };
-        modules.sort_unstable();
-        modules.dedup();
-        (!modules.is_empty()).then_some(Targets::Named(modules))
-    }
-
-    /// The modules of this model.
-    ///
-    /// # Errors
-    /// A named module is in no layer of the model.
-    pub fn of(&self, spec: &ModelSpec) -> anyhow::Result<Vec<ModuleId>> {
-        let mut all: Vec<ModuleId> = spec.modules().map(|module| module.id).collect();
-        all.sort_unstable();
-        all.dedup();
-        let Targets::Named(named) = self else { return Ok(all) };
-        for id in named {
-            let names = || all.iter().map(|id| id.name()).collect::<Vec<_>>().join(", ");
-            ensure!(all.contains(id), "lora.target_modules: this model has no {id}; allowed: all-linear, {}", names());
-        }
-        Ok(named.clone())
-    }
-}
-
-/// `all-linear`, or a list of names.
-impl Serialize for Targets {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Targets::AllLinear => serializer.serialize_str("all-linear"),
-            Targets::Named(modules) => modules.serialize(serializer),
-        }
-    }
+/// A module with LoRA.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LoraModule {
+    pub id: ModuleId,
+    /// PEFT's r.
+    pub lora_rank: usize,
+    /// alpha / r, or alpha / √r with rsLoRA.
+    pub scale: f32,
 }
 
 /// The numbers of an adapter that the math needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraConfig {
-    /// PEFT's r.
-    pub lora_rank: usize,
-    /// alpha / r, or alpha / √r with rsLoRA.
-    pub scale: f32,
     pub dropout: f32,
-    /// Modules with LoRA, in the order of use.
-    pub targets: Vec<ModuleId>,
+    /// The modules of each layer that have LoRA, in the order of use.
+    pub layers: Vec<Vec<LoraModule>>,
+}
+
+impl LoraConfig {
+    /// All modules with LoRA.
+    pub fn modules(&self) -> impl Iterator<Item = &LoraModule> {
+        self.layers.iter().flatten()
+    }
+
+    /// The smallest and the largest of a number of the modules.
+    pub fn extremes<T: PartialOrd + Copy + Default>(&self, number: impl Fn(&LoraModule) -> T) -> [T; 2] {
+        let numbers = || self.modules().map(&number);
+        let smallest = numbers().reduce(|a, b| if b < a { b } else { a });
+        let largest = numbers().reduce(|a, b| if b > a { b } else { a });
+        [smallest, largest].map(Option::unwrap_or_default)
+    }
+
+    /// The ids of modules that have LoRA in some layer, in the order of use.
+    pub fn targets(&self) -> Vec<ModuleId> {
+        self.modules().map(|module| module.id).collect::<BTreeSet<_>>().into_iter().collect()
+    }
 }
 
 /// The role of a matrix in LoRA.
@@ -105,16 +76,19 @@ pub struct Trainable {
 /// The trainable matrices of one layer, back to back: for each target A, then B.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerTrainables {
+    modules: Vec<LoraModule>,
     list: Vec<Trainable>,
     len: usize,
 }
 
 impl LayerTrainables {
-    pub fn new(layer: &LayerSpec, lora: &LoraConfig) -> LayerTrainables {
-        let mut trainables = LayerTrainables::default();
-        for module in layer.modules().filter(|module| lora.targets.contains(&module.id)) {
-            trainables.push(module.id, Kind::A, [lora.lora_rank, module.in_features]);
-            trainables.push(module.id, Kind::B, [module.out_features, lora.lora_rank]);
+    /// The matrices of those modules of a layer that have LoRA.
+    pub fn new(layer: &LayerSpec, modules: &[LoraModule]) -> LayerTrainables {
+        let mut trainables = LayerTrainables { modules: modules.to_vec(), ..LayerTrainables::default() };
+        for LoraModule { id, lora_rank, .. } in modules {
+            let Some(module) = layer.module(*id) else { continue };
+            trainables.push(*id, Kind::A, [*lora_rank, module.in_features]);
+            trainables.push(*id, Kind::B, [module.out_features, *lora_rank]);
         }
         trainables
     }
@@ -139,7 +113,12 @@ impl LayerTrainables {
         self.len == 0
     }
 
-    /// The matrix of a module, if it is a target.
+    /// The rank and scale of a module, if it has LoRA.
+    pub fn module(&self, id: ModuleId) -> Option<&LoraModule> {
+        self.modules.iter().find(|module| module.id == id)
+    }
+
+    /// The matrix of a module, if it has LoRA.
     pub fn get(&self, module: ModuleId, kind: Kind) -> Option<&Trainable> {
         self.list.iter().find(|trainable| trainable.module == module && trainable.kind == kind)
     }
@@ -155,7 +134,8 @@ pub struct Trainables {
 
 impl Trainables {
     pub fn new(spec: &ModelSpec, lora: LoraConfig) -> Trainables {
-        Trainables { layers: spec.layers.iter().map(|layer| LayerTrainables::new(layer, &lora)).collect(), lora }
+        let layers = spec.layers.iter().zip(&lora.layers);
+        Trainables { layers: layers.map(|(layer, modules)| LayerTrainables::new(layer, modules)).collect(), lora }
     }
 
     /// The adapter's numbers and a layer's matrices.
@@ -173,42 +153,23 @@ impl Trainables {
 mod tests {
     use super::*;
     use crate::model::shapes;
-    use serde_json::json;
-
-    #[test]
-    fn targets_are_a_name_a_list_or_all() {
-        use ModuleId::{Down, Q};
-        assert_eq!(Targets::read(&json!("all-linear")), Some(Targets::AllLinear));
-        assert_eq!(Targets::read(&json!("q_proj")), Some(Targets::Named(vec![Q])));
-        assert_eq!(Targets::read(&json!(["down_proj", "q_proj", "q_proj"])), Some(Targets::Named(vec![Q, Down])));
-        assert_eq!(
-            [json!([]), json!(["lm_head"]), json!("x"), json!(1)].map(|v| Targets::read(&v)),
-            [const { None }; 4]
-        );
-    }
-
-    #[test]
-    fn targets_are_modules_of_the_model() {
-        let spec = shapes::named("llama-3.1-8b", Some(2)).unwrap();
-        assert_eq!(Targets::AllLinear.of(&spec).unwrap().len(), 7);
-        let error = Targets::Named(vec![ModuleId::Q, ModuleId::Qkv]).of(&spec).unwrap_err().to_string();
-        assert!(error.contains("this model has no qkv_proj; allowed: all-linear, q_proj, k_proj"), "{error}");
-    }
 
     #[test]
     fn layers_may_have_different_matrices() {
         let mut spec = shapes::named("llama-3.1-8b", Some(2)).unwrap();
         spec.layers[1].mlp.modules.retain(|module| module.id != ModuleId::Up);
-        let targets = vec![ModuleId::Q, ModuleId::Up];
-        let lora = LoraConfig { lora_rank: 8, scale: 1.0, dropout: 0.0, targets };
-        let trainables = Trainables::new(&spec, lora);
+        let module = |id, lora_rank| LoraModule { id, lora_rank, scale: 1.0 };
+        let layers = vec![vec![module(ModuleId::Q, 8), module(ModuleId::Up, 3)], vec![module(ModuleId::Q, 5)]];
+        let trainables = Trainables::new(&spec, LoraConfig { dropout: 0.0, layers });
         let kinds = |layer: usize| -> Vec<_> {
             trainables.layers[layer].list().iter().map(|t| (t.module, t.kind, t.shape)).collect()
         };
-        let q = [(ModuleId::Q, Kind::A, [8, 4096]), (ModuleId::Q, Kind::B, [4096, 8])];
-        let up = [(ModuleId::Up, Kind::A, [8, 4096]), (ModuleId::Up, Kind::B, [14_336, 8])];
-        assert_eq!((kinds(0), kinds(1)), ([q, up].concat(), q.to_vec()));
+        let q = |r| [(ModuleId::Q, Kind::A, [r, 4096]), (ModuleId::Q, Kind::B, [4096, r])];
+        let up = [(ModuleId::Up, Kind::A, [3, 4096]), (ModuleId::Up, Kind::B, [14_336, 3])];
+        assert_eq!((kinds(0), kinds(1)), ([q(8), up].concat(), q(5).to_vec()));
         assert_eq!(trainables.longest(), trainables.layers[0].len());
-        assert_eq!(trainables.layers[1].len(), 8 * 2 * 4096);
+        assert_eq!(trainables.layers[1].len(), 5 * 2 * 4096);
+        assert_eq!(trainables.lora.extremes(|module| module.lora_rank), [3, 8]);
+        assert_eq!(trainables.lora.targets(), [ModuleId::Q, ModuleId::Up]);
     }
 }

@@ -8,8 +8,9 @@ use crate::device::cuda::Cuda;
 use crate::fsdp::memory::{Limits, Residency};
 use crate::fsdp::schedule::{Keep, Mode};
 use crate::model::shapes;
-use crate::model::spec::{ModelSpec, ModuleId};
-use crate::model::trainable::{LoraConfig, Targets, Trainables};
+use crate::model::spec::ModelSpec;
+use crate::model::targets::{LoraKeys, Modules};
+use crate::model::trainable::{LoraConfig, Trainables};
 
 use super::hardware::{Hardware, Reached};
 use super::memory::Sizes;
@@ -66,8 +67,9 @@ impl MeasuredJob {
         self.load_in_4bit.then_some(self.double_quant.unwrap_or(true))
     }
 
-    fn targets(&self, spec: &ModelSpec) -> Result<Vec<ModuleId>> {
-        Targets::read(&self.target_modules).context("lora.target_modules")?.of(spec)
+    fn lora(&self, spec: &ModelSpec, dropout: f32) -> Result<LoraConfig> {
+        let targets = Modules::read(&self.target_modules).context("lora.target_modules")?;
+        Ok(LoraConfig { dropout, layers: LoraKeys::uniform(self.lora_r, 1.0, targets).modules(spec)? })
     }
 }
 
@@ -105,9 +107,7 @@ impl MeasuredRun {
         let spec =
             shapes::named(&self.shape, Some(self.layers)).context("only runs of a named shape can be compared")?;
         let layouts = synthetic::layouts(&spec, self.job.nf4_double_quant(), self.num_shards)?;
-        let targets = self.job.targets(&spec)?;
-        let lora = LoraConfig { lora_rank: self.job.lora_r, scale: 1.0, dropout: self.dropout, targets };
-        let trainables = Trainables::new(&spec, lora);
+        let trainables = Trainables::new(&spec, self.job.lora(&spec, self.dropout)?);
         let world_size = self.world_size;
         let sizes = Sizes { spec: &spec, layouts: &layouts, trainables: Some(&trainables), world_size };
         let links = Links::new(hardware, true, true, hardware.peer_bytes_per_s);
@@ -207,6 +207,7 @@ pub fn fit(hardware: &Hardware, runs: &[MeasuredRun]) -> Result<Hardware> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::spec::ModuleId;
 
     /// Runs whose times are the predictions of `hardware`.
     fn runs(hardware: &Hardware) -> Vec<MeasuredRun> {
@@ -290,7 +291,7 @@ mod tests {
         assert_eq!((runs[0].job.lora_r, runs[0].job.nf4_double_quant()), (16, Some(true)));
         assert_eq!((runs[1].job.lora_r, runs[1].job.nf4_double_quant()), (256, None));
         let spec = shapes::named(&runs[1].shape, Some(1)).unwrap();
-        assert_eq!(runs[1].job.targets(&spec).unwrap(), vec![ModuleId::Q]);
+        assert_eq!(runs[1].job.lora(&spec, 0.0).unwrap().targets(), vec![ModuleId::Q]);
         let hardware = Hardware::named("h100").unwrap();
         assert_ne!(runs[0].compare(&hardware).unwrap().device, runs[1].compare(&hardware).unwrap().device);
     }

@@ -59,10 +59,12 @@ impl Report {
         let owners = |plan: &MemoryPlan| -> Map<String, Value> {
             plan.by_owner().into_iter().map(|(name, bytes)| (name, bytes.into())).collect()
         };
+        let [smallest_r, largest_r] = lora.extremes(|module| module.lora_rank);
+        let [smallest_scale, largest_scale] = lora.extremes(|module| module.scale);
         json!({
             "model": self.model, "gpu": self.gpu, "world_size": self.world_size, "nodes": self.nodes,
-            "lora": {"r": lora.lora_rank, "scale": lora.scale, "dropout": lora.dropout, "targets": lora.targets,
-                "values": self.num_trainable},
+            "lora": {"r": largest_r, "smallest_r": smallest_r, "scale": largest_scale, "smallest_scale": smallest_scale,
+                "dropout": lora.dropout, "targets": lora.targets(), "values": self.num_trainable},
             "tokens_of_a_micro_batch": limits.max_tokens, "micro_batches": limits.max_micro_batches,
             "keep": limits.keep.clamped(self.num_layers), "gather": limits.gather.word(),
             "resident_units": self.resident_units(), "units": self.num_units,
@@ -79,6 +81,11 @@ impl Report {
     }
 }
 
+/// Returns a number, or two that are the smallest and the largest.
+fn between<T: PartialEq + Display>([smallest, largest]: [T; 2]) -> String {
+    if smallest == largest { smallest.to_string() } else { format!("{smallest} to {largest}") }
+}
+
 /// The plan as lines for people.
 impl Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -88,13 +95,12 @@ impl Display for Report {
             f,
             "{model} on {world_size} x {gpu}, {nodes} node(s): {micro_batches} micro-batches of {tokens} tokens a rank and step"
         )?;
-        let LoraConfig { lora_rank, scale, dropout, targets } = &self.lora;
-        let targets = targets.iter().map(|id| id.name()).collect::<Vec<_>>().join(", ");
-        let values = self.num_trainable as f64 * 1e-6;
-        writeln!(
-            f,
-            "adapter: r {lora_rank}, scale {scale}, dropout {dropout}, on {targets}; {values:.1} million values"
-        )?;
+        let lora = &self.lora;
+        let targets = lora.targets().iter().map(|id| id.name()).collect::<Vec<_>>().join(", ");
+        let (dropout, values) = (lora.dropout, self.num_trainable as f64 * 1e-6);
+        let r = between(lora.extremes(|module| module.lora_rank));
+        let scale = between(lora.extremes(|module| module.scale));
+        writeln!(f, "adapter: r {r}, scale {scale}, dropout {dropout}, on {targets}; {values:.1} million values")?;
         let owner = |f: &mut fmt::Formatter, name: &str, bytes| writeln!(f, "  {name:24} {:>10}", text(bytes));
         writeln!(f, "\nGPU memory of a rank: {}", text(self.device_bytes()))?;
         owner(f, "driver and libraries", self.library_bytes + cost.table_bytes)?;

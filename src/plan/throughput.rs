@@ -297,7 +297,8 @@ pub(super) mod tests {
     use crate::checkpoint::synthetic;
     use crate::fsdp::schedule::{Accumulation, Keep, Mode};
     use crate::model::shapes;
-    use crate::model::trainable::{LoraConfig, Targets, Trainables};
+    use crate::model::targets::{LoraKeys, Modules};
+    use crate::model::trainable::{LoraConfig, Trainables};
 
     /// A shape with the adapter of `bench step` over some ranks, which hold one base, on these cards.
     pub fn with_workload<T>(
@@ -308,9 +309,8 @@ pub(super) mod tests {
     ) -> T {
         let spec = shapes::named(shape, layers).unwrap();
         let layouts = synthetic::layouts(&spec, Some(true), world_size).unwrap();
-        let lora =
-            LoraConfig { lora_rank: 16, scale: 1.0, dropout: 0.05, targets: Targets::AllLinear.of(&spec).unwrap() };
-        let trainables = Trainables::new(&spec, lora);
+        let layers = LoraKeys::uniform(16, 16.0, Modules::AllLinear).modules(&spec).unwrap();
+        let trainables = Trainables::new(&spec, LoraConfig { dropout: 0.05, layers });
         let sizes = Sizes { spec: &spec, layouts: &layouts, trainables: Some(&trainables), world_size };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };
         f(&Workload { sizes, hardware: &Hardware::named(gpu).unwrap(), links })

@@ -6,10 +6,12 @@ use super::command::Command;
 use super::job::{OF_ADAPTER, ShardingStrategy, Strategy, is_set, when};
 use super::keys;
 use super::overrides::Written;
-use super::steps::When;
+use super::scheduler;
+use super::steps::{Warmup, When};
 use crate::data::{Overlong, Packing};
 use crate::files::gguf_advice;
-use crate::optim::lr::LrScheduler;
+use crate::model::targets::Modules;
+use crate::optim::lr::LrSchedulerType;
 
 /// Notes the keys that a command needs and that are missing.
 pub(super) fn check_required(written: &mut Written, command: Command) {
@@ -67,10 +69,8 @@ pub(super) fn check_conflicts(written: &mut Written, command: Command) {
         conflicts.push(format!("{key}: there is nothing to evaluate on, set data.eval or remove it"));
     }
     conflicts.extend(conflicts_of_evaluations(written));
-    let has_warmup = written.get(&keys::WARMUP_STEPS).flatten().is_some_and(|steps| steps > 0);
-    if has_warmup && written.get(&keys::LR_SCHEDULER) == Some(LrScheduler::Constant) {
-        conflicts.push("training.warmup_steps: constant has no warm-up, use constant_with_warmup or remove it".into());
-    }
+    conflicts.extend(conflicts_of_learning_rates(written));
+    conflicts.extend(conflicts_of_layers(written));
     if written.get(&keys::SHARDING_STRATEGY) == Some(ShardingStrategy::NoShard) && is_set(written, &keys::GATHER) {
         conflicts.push("fsdp.gather: with no_shard there is nothing to gather, remove it".into());
     }
@@ -105,6 +105,40 @@ pub(super) fn check_conflicts(written: &mut Written, command: Command) {
         conflicts.push(format!("{a} {length} times {b} {sequences} is more than {MAX_TOKENS} tokens of a micro-batch"));
     }
     written.errors.append(&mut conflicts);
+}
+
+/// Returns what PEFT refuses of the keys about layers.
+fn conflicts_of_layers(written: &Written) -> Vec<String> {
+    let (layers, pattern) = (keys::LAYERS_TO_TRANSFORM.path, keys::LAYERS_PATTERN.path);
+    let mut conflicts = Vec::new();
+    if is_set(written, &keys::LAYERS_PATTERN) && !is_set(written, &keys::LAYERS_TO_TRANSFORM) {
+        conflicts.push(format!("{pattern}: without {layers} it means nothing, set that or remove it"));
+    }
+    if is_set(written, &keys::LAYERS_TO_TRANSFORM)
+        && matches!(written.get(&keys::TARGET_MODULES), Some(Modules::Pattern(_)))
+    {
+        let targets = keys::TARGET_MODULES.path;
+        conflicts
+            .push(format!("{layers}: {targets} is an expression, which can name layers itself; allowed with it: null"));
+    }
+    conflicts
+}
+
+/// Returns what is wrong with the keys of the scheduler and of the warm-up.
+fn conflicts_of_learning_rates(written: &Written) -> Vec<String> {
+    let mut conflicts = scheduler::decide(written).and_then(Result::err).unwrap_or_default();
+    let (steps, ratio) = (keys::WARMUP_STEPS.path, keys::WARMUP_RATIO.path);
+    let has_steps = written.get(&keys::WARMUP_STEPS).flatten().is_some_and(|warmup| warmup != Warmup::Steps(0));
+    let has_ratio = written.get(&keys::WARMUP_RATIO).flatten().is_some_and(|ratio| ratio > 0.0);
+    if written.get(&keys::LR_SCHEDULER) == Some(LrSchedulerType::Constant) {
+        for (_, key) in [(has_steps, steps), (has_ratio, ratio)].into_iter().filter(|(has, _)| *has) {
+            conflicts.push(format!("{key}: constant has no warm-up, use constant_with_warmup or remove it"));
+        }
+    }
+    if is_set(written, &keys::WARMUP_STEPS) && is_set(written, &keys::WARMUP_RATIO) {
+        conflicts.push(format!("{ratio}: {steps} gives the warm-up already, remove one of the two"));
+    }
+    conflicts
 }
 
 /// Returns what the keys that go by evaluations lack.

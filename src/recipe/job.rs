@@ -10,15 +10,17 @@ use super::command::Command;
 use super::conflicts::{check_conflicts, check_required};
 use super::keys::{self, Key};
 use super::overrides::Written;
+use super::scheduler;
 use super::sources::WrittenSources;
-use super::steps::When;
+use super::steps::{Warmup, When};
 use crate::checkpoint::output::Resume;
 use crate::choices::choices;
 pub use crate::comm::Gather;
 use crate::data::{LossOn, Overlong, Packing, Source};
 pub use crate::fsdp::schedule::Accumulation;
-use crate::model::trainable::Targets;
-pub use crate::optim::lr::LrScheduler;
+use crate::model::targets::{Layers, LoraKeys};
+use crate::optim::lr::LrScheduler;
+pub use crate::optim::lr::LrSchedulerType;
 
 choices! {
     /// Part of the base that each rank keeps.
@@ -137,13 +139,9 @@ pub struct QuantizationJob {
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraJob {
-    pub r: usize,
-    pub alpha: f64,
+    pub keys: LoraKeys,
     pub dropout: f32,
-    pub target_modules: Targets,
-    pub use_rslora: bool,
-    /// PEFT adapter that training continues. If it is set, r, alpha, target_modules and use_rslora are its own and
-    /// the recipe must not give them.
+    /// PEFT adapter that training continues. If it is set, the keys are its own and the recipe must not give them.
     pub adapter: Option<PathBuf>,
 }
 
@@ -157,8 +155,10 @@ pub struct TrainingJob {
     pub adam_beta1: f64,
     pub adam_beta2: f64,
     pub adam_epsilon: f64,
-    /// `None` means the default of [`TrainingJob::steps`].
-    pub warmup_steps: Option<usize>,
+    /// Without this and a ratio, the warm-up is the default of [`TrainingJob::steps`].
+    pub warmup_steps: Option<Warmup>,
+    /// Fraction of the steps, from 0 to below 1.
+    pub warmup_ratio: Option<f64>,
     pub num_train_epochs: f64,
     /// True if sequences that do not fill a step are left out of each epoch.
     pub drop_last: bool,
@@ -167,6 +167,8 @@ pub struct TrainingJob {
     /// `None` means no clipping.
     pub max_grad_norm: Option<f64>,
     pub weight_decay: f64,
+    /// The learning rate of lora_B over that of lora_A; `None` means 1.
+    pub loraplus_lr_ratio: Option<f64>,
     pub seed: u64,
     pub logging_steps: usize,
     /// Times of checkpoints; there is one too when the run is stopped.
@@ -256,10 +258,15 @@ fn values(written: &Written, command: Command) -> Option<Map<String, Value>> {
     values
         .entry(keys::OVERLONG.path)
         .and_modify(|value| *value = overlong(written).map_or(Value::Null, |o| o.word().into()));
+    if let Some(kwargs) = values.get_mut(keys::LR_SCHEDULER_KWARGS.path) {
+        *kwargs = scheduler::decide(written)?.map_or(Value::Null, |scheduler| scheduler::kwargs(&scheduler));
+    }
+    let is_constant = written.get(&keys::LR_SCHEDULER)? == LrSchedulerType::Constant;
     let decided_by_another = [
         (keys::ACCUMULATION_STEPS.path, is_set(written, &keys::GLOBAL_BATCH_SIZE)),
         (keys::NUM_TRAIN_EPOCHS.path, is_set(written, &keys::MAX_STEPS)),
-        (keys::WARMUP_STEPS.path, written.get(&keys::LR_SCHEDULER)? == LrScheduler::Constant),
+        (keys::WARMUP_STEPS.path, is_constant || is_set(written, &keys::WARMUP_RATIO)),
+        (keys::WARMUP_RATIO.path, is_constant),
         (keys::SAVE_STEPS.path, written.get(&keys::SAVE_STRATEGY)? == Strategy::Epoch),
     ];
     let of_adapter = is_set(written, &keys::ADAPTER);
@@ -279,8 +286,17 @@ fn overlong(written: &Written) -> Option<Overlong> {
 }
 
 /// Keys that are decided by the adapter that training continues.
-pub(super) const OF_ADAPTER: [&str; 4] =
-    [keys::LORA_R.path, keys::LORA_ALPHA.path, keys::TARGET_MODULES.path, keys::USE_RSLORA.path];
+pub(super) const OF_ADAPTER: [&str; 9] = [
+    keys::LORA_R.path,
+    keys::LORA_ALPHA.path,
+    keys::TARGET_MODULES.path,
+    keys::EXCLUDE_MODULES.path,
+    keys::LAYERS_TO_TRANSFORM.path,
+    keys::LAYERS_PATTERN.path,
+    keys::RANK_PATTERN.path,
+    keys::ALPHA_PATTERN.path,
+    keys::USE_RSLORA.path,
+];
 
 /// Returns whether a key that may be null has another value.
 pub(super) fn is_set<T>(written: &Written, key: &Key<Option<T>>) -> bool {
@@ -300,11 +316,8 @@ fn build(written: &Written, command: Command, values: Map<String, Value>) -> Opt
             compute_dtype: written.get(&keys::COMPUTE_DTYPE)?,
         },
         lora: LoraJob {
-            r: written.get(&keys::LORA_R)?,
-            alpha: written.get(&keys::LORA_ALPHA)?,
+            keys: build_lora(written)?,
             dropout: written.get(&keys::LORA_DROPOUT)? as f32,
-            target_modules: written.get(&keys::TARGET_MODULES)?,
-            use_rslora: written.get(&keys::USE_RSLORA)?,
             adapter: written.get(&keys::ADAPTER)?,
         },
         training: build_training(written)?,
@@ -320,6 +333,22 @@ fn build(written: &Written, command: Command, values: Map<String, Value>) -> Opt
             host_budget: written.get(&keys::HOST_BUDGET)?,
         },
         values,
+    })
+}
+
+fn build_lora(written: &Written) -> Option<LoraKeys> {
+    Some(LoraKeys {
+        r: written.get(&keys::LORA_R)?,
+        alpha: written.get(&keys::LORA_ALPHA)?,
+        use_rslora: written.get(&keys::USE_RSLORA)?,
+        targets: written.get(&keys::TARGET_MODULES)?,
+        excluded: written.get(&keys::EXCLUDE_MODULES)?,
+        layers: Layers {
+            indices: written.get(&keys::LAYERS_TO_TRANSFORM)?,
+            patterns: written.get(&keys::LAYERS_PATTERN)?.unwrap_or_default(),
+        },
+        rank_pattern: written.get(&keys::RANK_PATTERN)?,
+        alpha_pattern: written.get(&keys::ALPHA_PATTERN)?,
     })
 }
 
@@ -341,8 +370,11 @@ fn build_data(written: &Written) -> Option<DataJob> {
 }
 
 fn build_training(written: &Written) -> Option<TrainingJob> {
-    let lr_scheduler = written.get(&keys::LR_SCHEDULER)?;
-    let warmup_steps = written.get(&keys::WARMUP_STEPS)?;
+    let lr_scheduler = scheduler::decide(written)?.ok()?;
+    let (warmup_steps, warmup_ratio) = match lr_scheduler {
+        LrScheduler::Constant => (Some(Warmup::Steps(0)), None),
+        _ => (written.get(&keys::WARMUP_STEPS)?, written.get(&keys::WARMUP_RATIO)?),
+    };
     Some(TrainingJob {
         per_device_train_batch_size: written.get(&keys::BATCH_SIZE)?,
         batch: match written.get(&keys::GLOBAL_BATCH_SIZE)? {
@@ -354,12 +386,14 @@ fn build_training(written: &Written) -> Option<TrainingJob> {
         adam_beta1: written.get(&keys::ADAM_BETA1)?,
         adam_beta2: written.get(&keys::ADAM_BETA2)?,
         adam_epsilon: written.get(&keys::ADAM_EPSILON)?,
-        warmup_steps: if lr_scheduler == LrScheduler::Constant { Some(0) } else { warmup_steps },
+        warmup_steps,
+        warmup_ratio,
         num_train_epochs: written.get(&keys::NUM_TRAIN_EPOCHS)?,
         drop_last: written.get(&keys::DROP_LAST)?,
         max_steps: written.get(&keys::MAX_STEPS)?,
         max_grad_norm: written.get(&keys::MAX_GRAD_NORM)?,
         weight_decay: written.get(&keys::WEIGHT_DECAY)?,
+        loraplus_lr_ratio: written.get(&keys::LORAPLUS_LR_RATIO)?,
         seed: written.get(&keys::SEED)?,
         logging_steps: written.get(&keys::LOGGING_STEPS)?,
         save: when(written.get(&keys::SAVE_STRATEGY)?, written.get(&keys::SAVE_STEPS)?),

@@ -1,22 +1,24 @@
 //! Every key of a recipe, declared once: path, default, how it is read and checked, what is allowed, help.
 
-use std::ops::RangeInclusive;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use jiff::SignedDuration;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::command::Command;
 use super::job::{
-    Accumulation, ActivationCheckpointing, ComputeDtype, Gather, LrScheduler, ShardingStrategy, Strategy, WrittenEval,
+    Accumulation, ActivationCheckpointing, ComputeDtype, Gather, LrSchedulerType, ShardingStrategy, Strategy,
+    WrittenEval,
 };
 use super::overrides::Written;
-use super::paths;
 use super::sources::WrittenSources;
+use super::steps::Warmup;
+use super::values::{
+    MAX_INTEGER, auto_or, auto_or_bool, below_1, choice, count, eval_data, excluded, integer, mapping, metric,
+    not_negative, nullable, only, path, positive, rank, resume, seconds, size, targets, warmup,
+};
 use crate::checkpoint::output::Resume;
 use crate::data::{ColumnNames, Format, LossOn, Overlong, Packing};
-use crate::model::trainable::Targets;
+use crate::model::targets::{Layers, LayersPattern, Modules, Patterns};
 
 /// A key with the type that its value is read as.
 pub(super) struct Key<T> {
@@ -129,16 +131,33 @@ keys! {
     QUANT_STORAGE: &str = "quantization.bnb_4bit_quant_storage", "uint8", BASES, |v| only(v, "uint8"),
         &["uint8"], "dtype of the packed codes";
 
-    LORA_R: usize = "lora.r", "16", ADAPTERS, |v| integer(v, 1..=1 << 16),
+    LORA_R: usize = "lora.r", "16", ADAPTERS, rank,
         &["an integer from 1 to 65536"], "rank of the adapter's matrices";
     LORA_ALPHA: f64 = "lora.lora_alpha", "16", ADAPTERS, positive,
         &["a number above 0"], "the adapter is scaled by alpha/r: see lora.use_rslora";
     LORA_DROPOUT: f64 = "lora.lora_dropout", "0.05", ADAPTERS, below_1,
         &["a number from 0 to below 1"], "dropout before A";
-    TARGET_MODULES: Targets = "lora.target_modules", "all-linear", ADAPTERS, Targets::read,
-        &["all-linear", "one or a list of the model's q_proj, k_proj, v_proj, qkv_proj, o_proj, gate_proj, up_proj, \
-           gate_up_proj, down_proj"],
-        "the modules that get an adapter; all-linear: all of them";
+    TARGET_MODULES: Modules = "lora.target_modules", "all-linear", ADAPTERS, targets,
+        &["all-linear", "a list of modules' names or ends of names, e.g. [q_proj, mlp.up_proj]", "a regular expression of \
+           whole names, e.g. .*\\.(q|v)_proj"],
+        "the modules that get an adapter; all-linear: every projection of the layers";
+    EXCLUDE_MODULES: Option<Modules> = "lora.exclude_modules", "null", ADAPTERS, |v| nullable(v, excluded),
+        &["null (none)", "a list of modules' names or ends of names", "a regular expression of whole names"],
+        "modules of target_modules that get no adapter";
+    LAYERS_TO_TRANSFORM: Option<Vec<usize>> = "lora.layers_to_transform", "null", ADAPTERS,
+        |v| nullable(v, Layers::read_indices),
+        &["null (all)", "the number of a layer, from 0, or a list of numbers"],
+        "the layers whose modules get an adapter; not where target_modules is an expression or has whole names";
+    LAYERS_PATTERN: Option<Vec<LayersPattern>> = "lora.layers_pattern", "null", ADAPTERS,
+        |v| nullable(v, Layers::read_patterns),
+        &["null (any)", "a name or a list of them, e.g. layers"],
+        "the list in the names of modules that layers_to_transform counts in, as an expression";
+    RANK_PATTERN: Patterns<usize> = "lora.rank_pattern", "{}", ADAPTERS, |v| Patterns::read(v, rank),
+        &["null", "a mapping of expressions to integers from 1 to 65536, e.g. {q_proj: 8, 'layers\\.0\\.mlp\\..*': 32}"],
+        "r of the modules whose names, or ends of names after a dot, an expression matches, the first that does; null: none";
+    ALPHA_PATTERN: Patterns<f64> = "lora.alpha_pattern", "{}", ADAPTERS, |v| Patterns::read(v, positive),
+        &["null", "a mapping of expressions to numbers above 0"],
+        "lora_alpha of modules, as rank_pattern gives r; null: none";
     USE_RSLORA: bool = "lora.use_rslora", "false", ADAPTERS, Value::as_bool,
         &["true", "false"], "true: the adapter is scaled by alpha/sqrt(r); false: by alpha/r";
     LORA_BIAS: &str = "lora.bias", "none", TRAINING, |v| only(v, "none"), &["none"], "which biases are trained";
@@ -154,20 +173,28 @@ keys! {
         "sequences of a step on all ranks; null: gradient_accumulation_steps decides";
     LEARNING_RATE: f64 = "training.learning_rate", "1.0e-4", TRAINING, positive,
         &["a number above 0, in f32"], "the highest learning rate";
-    LR_SCHEDULER: LrScheduler = "training.lr_scheduler_type", "cosine", TRAINING, choice,
-        LrScheduler::ALLOWED,
+    LR_SCHEDULER: LrSchedulerType = "training.lr_scheduler_type", "cosine", TRAINING, choice,
+        LrSchedulerType::ALLOWED,
         "constant: without a warm-up; constant_with_warmup: constant after it; linear: falls to 0 on a line; cosine: \
-         falls to 0 on half a cosine";
+         falls to 0 on half a cosine; cosine_with_restarts: on one after the other; polynomial: falls to lr_end with a \
+         power of the steps left; cosine_with_min_lr, cosine_warmup_with_min_lr: fall to min_lr on half a cosine, the \
+         latter from a warm-up that begins above 0; inverse_sqrt: falls with the root of the steps; \
+         warmup_stable_decay: constant, and falls in the last num_decay_steps";
+    LR_SCHEDULER_KWARGS: Map<String, Value> = "training.lr_scheduler_kwargs", "{}", TRAINING, mapping,
+        &["null", "arguments of the scheduler by transformers' names, e.g. {num_cycles: 2} or {min_lr_rate: 0.1}"],
+        "numbers of the scheduler; null: its defaults";
     ADAM_BETA1: f64 = "training.adam_beta1", "0.9", TRAINING, below_1,
         &["a number from 0 to below 1"], "AdamW's decay of the mean";
     ADAM_BETA2: f64 = "training.adam_beta2", "0.999", TRAINING, below_1,
         &["a number from 0 to below 1"], "AdamW's decay of the variance";
     ADAM_EPSILON: f64 = "training.adam_epsilon", "1.0e-8", TRAINING, positive,
         &["a number above 0"], "AdamW's epsilon";
-    WARMUP_STEPS: Option<usize> = "training.warmup_steps", "null", TRAINING,
-        |v| nullable(v, |v| integer(v, 0..=MAX_STEPS_OF_A_RUN)),
-        &["null", "an integer of at least 0 and below the run's steps"],
-        "steps in which the learning rate rises; null: a tenth of the steps, at most 10";
+    WARMUP_STEPS: Option<Warmup> = "training.warmup_steps", "null", TRAINING, |v| nullable(v, warmup),
+        &["null", "an integer of at least 0 and below the run's steps", "a fraction of these steps above 0 and below 1"],
+        "steps in which the learning rate rises; a fraction of them is rounded up; null: a tenth of the steps, at most 10";
+    WARMUP_RATIO: Option<f64> = "training.warmup_ratio", "null", TRAINING, |v| nullable(v, below_1),
+        &["null (warmup_steps decides)", "a number from 0 to below 1"],
+        "the fraction of the steps in which the learning rate rises, rounded up to whole steps";
     NUM_TRAIN_EPOCHS: f64 = "training.num_train_epochs", "1", TRAINING, positive,
         &["a number above 0"], "how often the data is gone through; a part of an epoch is whole steps, rounded up";
     DROP_LAST: bool = "training.drop_last", "false", TRAINING, Value::as_bool,
@@ -181,6 +208,8 @@ keys! {
         &["null (no clipping)", "a number above 0"], "gradients are clipped to this global norm";
     WEIGHT_DECAY: f64 = "training.weight_decay", "0.0", TRAINING, not_negative,
         &["a number of at least 0"], "AdamW's decoupled decay";
+    LORAPLUS_LR_RATIO: Option<f64> = "training.loraplus_lr_ratio", "null", TRAINING, |v| nullable(v, positive),
+        &["null (1)", "a number above 0"], "LoRA+: the learning rate of the matrices B is so many times that of A";
     SEED: u64 = "training.seed", "42", TRAINING, |v| integer(v, 0..=MAX_INTEGER).map(|n| n as u64),
         &["an integer from 0 to 9007199254740992"], "data order, dropout and new adapters follow from it";
     LOGGING_STEPS: usize = "training.logging_steps", "1", TRAINING, count,
@@ -261,152 +290,14 @@ keys! {
 pub(super) const MAX_MICRO_BATCHES: usize = 1 << 14;
 pub(super) const MAX_STEPS_OF_A_RUN: usize = 1 << 30;
 
-/// The longest duration: ten years.
-const MAX_SECONDS: f64 = 10.0 * 365.0 * 86_400.0;
-
 /// Returns whether this is the name of a section of keys, e.g. `lora`.
 pub(super) fn is_section(path: &str) -> bool {
     ALL.iter().any(|key| key.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('.')))
 }
 
-/// Reads a string, or a boolean as the text that it would be: `true` is a choice of data.packing.
-fn text(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Bool(flag) => Some(flag.to_string()),
-        _ => None,
-    }
-}
-
-fn nullable<T>(value: &Value, read: fn(&Value) -> Option<T>) -> Option<Option<T>> {
-    if value.is_null() { Some(None) } else { read(value).map(Some) }
-}
-
-fn choice<T: FromStr>(value: &Value) -> Option<T> {
-    text(value)?.parse().ok()
-}
-
-/// Reads the only word that a key allows.
-fn only(value: &Value, word: &'static str) -> Option<&'static str> {
-    (value.as_str()? == word).then_some(word)
-}
-
-/// Reads a number, which may be quoted: some tools quote `1e-4`, which YAML 1.1 readers would take for a word.
-fn number(value: &Value) -> Option<f64> {
-    let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
-    // The arithmetic is in f32.
-    number.filter(|&x| (x as f32).is_finite())
-}
-
-/// Reads a number that is above 0, also in f32.
-fn positive(value: &Value) -> Option<f64> {
-    number(value).filter(|&x| x as f32 > 0.0)
-}
-
-fn not_negative(value: &Value) -> Option<f64> {
-    number(value).filter(|&x| x >= 0.0)
-}
-
-/// Largest integer of keys without a smaller limit. f64 holds every integer up to it exactly, however it is written.
-const MAX_INTEGER: usize = 1 << 53;
-
-/// Reads an integer in a range, which may be written as `1e3` or `1000.0`.
-fn integer(value: &Value, range: RangeInclusive<usize>) -> Option<usize> {
-    let number = number(value).filter(|x| x.fract() == 0.0 && (0.0..=MAX_INTEGER as f64).contains(x))?;
-    Some(number as usize).filter(|n| range.contains(n))
-}
-
-/// Reads an integer of at least 1.
-fn count(value: &Value) -> Option<usize> {
-    integer(value, 1..=MAX_INTEGER)
-}
-
-/// Reads a number from 0 to below 1, also in f32.
-fn below_1(value: &Value) -> Option<f64> {
-    number(value).filter(|&x| x >= 0.0 && (x as f32) < 1.0)
-}
-
-fn auto_or<T>(value: &Value, read: fn(&Value) -> Option<T>) -> Option<Option<T>> {
-    if value.as_str() == Some("auto") { Some(None) } else { read(value).map(Some) }
-}
-
-fn auto_or_bool(value: &Value) -> Option<Option<bool>> {
-    auto_or(value, Value::as_bool)
-}
-
-/// Reads a number of bytes: a number with a unit of 1024 (KiB, MiB, GiB, TiB) or of 1000 (KB, MB, GB, TB), or a plain
-/// number of bytes.
-fn size(value: &Value) -> Option<usize> {
-    const UNITS: [(&str, f64); 9] = [
-        ("KiB", 1024.0),
-        ("MiB", 1_048_576.0),
-        ("GiB", 1_073_741_824.0),
-        ("TiB", 1_099_511_627_776.0),
-        ("KB", 1e3),
-        ("MB", 1e6),
-        ("GB", 1e9),
-        ("TB", 1e12),
-        ("B", 1.0),
-    ];
-    let bytes = match value.as_str() {
-        None => number(value)?,
-        Some(text) => {
-            let (text, unit) = UNITS
-                .iter()
-                .find_map(|(name, unit)| Some((text.trim().strip_suffix(name)?, *unit)))
-                .unwrap_or((text, 1.0));
-            text.trim().parse::<f64>().ok()? * unit
-        }
-    };
-    (1.0..9e15).contains(&bytes).then_some(bytes as usize)
-}
-
-/// Reads a duration: a number of seconds, or a text such as `3h50m`, `10s` or `03:50:00`.
-fn seconds(value: &Value) -> Option<f64> {
-    let seconds = match number(value) {
-        Some(seconds) => seconds,
-        None => value.as_str()?.trim().parse::<SignedDuration>().ok()?.as_secs_f64(),
-    };
-    (-MAX_SECONDS..=MAX_SECONDS).contains(&seconds).then_some(seconds)
-}
-
-fn path(value: &Value) -> Option<PathBuf> {
-    paths::read(value.as_str()?).ok()
-}
-
-/// Says why a value is not a path; `None` if it is one.
-pub(super) fn why_no_path(value: &Value) -> Option<String> {
-    match value {
-        Value::Array(list) => list.iter().find_map(why_no_path),
-        Value::Object(keys) => why_no_path(keys.get("path")?),
-        value => paths::read(value.as_str()?).err(),
-    }
-}
-
-/// Reads a metric by either of the names that transformers has for it.
-fn metric(value: &Value) -> Option<&'static str> {
-    only(value, "eval_loss").or(only(value, "loss").map(|_| "eval_loss"))
-}
-
-fn resume(value: &Value) -> Option<Resume> {
-    match value.as_str()? {
-        "auto" => Some(Resume::Auto),
-        "never" => Some(Resume::Never),
-        _ => path(value).map(Resume::From),
-    }
-}
-
-fn eval_data(value: &Value) -> Option<WrittenEval> {
-    match number(value) {
-        Some(fraction) => (0.0 < fraction && fraction < 1.0).then_some(WrittenEval::Fraction(fraction)),
-        None => WrittenSources::read(value).map(WrittenEval::Sources),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn every_default_is_allowed() {
@@ -430,41 +321,5 @@ mod tests {
     #[test]
     fn sections_are_not_keys() {
         assert!(is_section("lora") && !is_section("lora.r") && !is_section("model") && !is_section("lo"));
-    }
-
-    #[test]
-    fn numbers_are_read_in_every_spelling() {
-        assert_eq!(number(&json!("1e-4")), Some(1e-4));
-        assert_eq!(number(&json!(3)), Some(3.0));
-        assert_eq!([json!("inf"), json!("NaN"), json!("x"), json!(true), json!(null)].map(|v| number(&v)), [None; 5]);
-        assert_eq!(integer(&json!("1e3"), 1..=1000), Some(1000));
-        assert_eq!([json!(1.5), json!(-1), json!(0), json!(1e300)].map(|v| integer(&v, 1..=9)), [None; 4]);
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        assert_eq!(size(&json!("22GiB")), Some(22 << 30));
-        assert_eq!([json!("1.5 MB"), json!("512B"), json!(7)].map(|v| size(&v)), [Some(1_500_000), Some(512), Some(7)]);
-        assert_eq!([json!("GiB"), json!("-1GiB"), json!("22 G"), json!(0), json!(true)].map(|v| size(&v)), [None; 5]);
-    }
-
-    #[test]
-    fn durations_have_units() {
-        assert_eq!(
-            [json!("3h50m"), json!("10s"), json!("1h 30m"), json!(7), json!("0.5")].map(|v| seconds(&v)),
-            [Some(13_800.0), Some(10.0), Some(5_400.0), Some(7.0), Some(0.5)]
-        );
-        assert_eq!(seconds(&json!("03:50:00")), Some(13_800.0));
-        assert_eq!(
-            [json!("soon"), json!("3x"), json!(true), json!("1e300"), json!("99999999h")].map(|v| seconds(&v)),
-            [None; 5]
-        );
-    }
-
-    #[test]
-    fn eval_is_a_file_or_a_fraction() {
-        assert_eq!(eval_data(&json!(0.1)), Some(WrittenEval::Fraction(0.1)));
-        assert!(matches!(eval_data(&json!("e.jsonl")), Some(WrittenEval::Sources(_))));
-        assert_eq!([json!(0), json!(1), json!(-0.5), json!("")].map(|v| eval_data(&v)), [const { None }; 4]);
     }
 }

@@ -9,8 +9,10 @@ mod job;
 mod keys;
 mod overrides;
 mod paths;
+mod scheduler;
 mod sources;
 mod steps;
+mod values;
 
 use std::path::Path;
 
@@ -99,11 +101,12 @@ pub fn help() -> String {
 mod tests {
     use std::fs;
 
-    use super::job::{Accumulation, LrScheduler, QuantizationJob};
+    use super::job::{Accumulation, QuantizationJob};
     use super::*;
     use crate::data::{Overlong, Source};
     use crate::model::spec::ModuleId;
-    use crate::model::trainable::Targets;
+    use crate::model::targets::Modules;
+    use crate::optim::lr::LrScheduler;
     use tempfile::TempDir;
 
     fn recipe(yaml: &str, overrides: &[&str]) -> Result<Job, RecipeError> {
@@ -129,14 +132,15 @@ mod tests {
         let job = recipe(GOOD, &[]).unwrap();
         assert_eq!(job.data.train, [Source::new("t.jsonl")]);
         assert_eq!((job.data.max_length, job.data.eval, job.shards), (1024, None, None));
-        assert_eq!((job.output_dir.as_path(), job.lora.r, job.lora.alpha), (Path::new("./out"), 16, 16.0));
-        assert_eq!((job.lora.dropout, job.lora.use_rslora), (0.05, false));
-        assert_eq!(job.lora.target_modules, Targets::AllLinear);
+        assert_eq!((job.output_dir.as_path(), job.lora.keys.r, job.lora.keys.alpha), (Path::new("./out"), 16, 16.0));
+        assert_eq!((job.lora.dropout, job.lora.keys.use_rslora), (0.05, false));
+        assert_eq!(job.lora.keys.targets, Modules::AllLinear);
         let compute_dtype = ComputeDtype::Auto;
         assert_eq!(job.quantization, QuantizationJob { load_in_4bit: true, double_quant: None, compute_dtype });
         let training = job.training;
         assert_eq!((training.batch, training.learning_rate), (BatchSize::AccumulationSteps(8), 1e-4));
-        assert_eq!((training.lr_scheduler, training.warmup_steps), (LrScheduler::Cosine, None));
+        assert_eq!(training.lr_scheduler, LrScheduler::Cosine { num_cycles: 0.5 });
+        assert_eq!((training.warmup_steps, training.warmup_ratio), (None, None));
         assert_eq!((training.adam_beta1, training.adam_beta2, training.adam_epsilon), (0.9, 0.999, 1e-8));
         assert_eq!((training.num_train_epochs, training.max_steps, training.max_grad_norm), (1.0, None, Some(1.0)));
         assert_eq!((training.seed, training.logging_steps, training.drop_last), (42, 1, false));
@@ -173,14 +177,14 @@ fsdp:
 ";
         let set = ["lora.r=4", "lora.r=32", "lora={lora_alpha: 64}", "training.max_steps=1e2", "data.eval=e.jsonl"];
         let job = recipe(yaml, &set).unwrap();
-        assert_eq!((job.lora.r, job.lora.alpha, job.training.max_steps), (32, 64.0, Some(100)));
-        assert_eq!(job.lora.target_modules, Targets::Named(vec![ModuleId::Q, ModuleId::V]));
+        assert_eq!((job.lora.keys.r, job.lora.keys.alpha, job.training.max_steps), (32, 64.0, Some(100)));
+        assert_eq!(job.lora.keys.targets, Modules::with_ids(&[ModuleId::Q, ModuleId::V]));
         assert_eq!((job.data.train.len(), job.data.eval), (2, Some(EvalData::Sources(vec![Source::new("e.jsonl")]))));
         let compute_dtype = ComputeDtype::Auto;
         let quantization = QuantizationJob { load_in_4bit: false, double_quant: Some(false), compute_dtype };
         assert_eq!(job.quantization, quantization);
         assert_eq!((job.training.learning_rate, job.training.max_grad_norm), (1e-4, None));
-        assert_eq!((job.training.num_train_epochs, job.training.warmup_steps), (0.5, Some(0)));
+        assert_eq!((job.training.num_train_epochs, job.training.warmup_steps), (0.5, Some(steps::Warmup::Steps(0))));
     }
 
     #[test]
@@ -232,7 +236,20 @@ max_steps: 3
             ("fsdp: {vram_budget: 22 gigs}", "a size, e.g. 22GiB"),
             ("fsdp: {gather: mpi}", "fsdp.gather: found \"mpi\", allowed: auto, nccl, host"),
             ("fsdp: {sharding_strategy: no_shard, gather: host}", "nothing to gather"),
-            ("lora: {target_modules: lm_head}", "lora.target_modules: found \"lm_head\""),
+            ("lora: {target_modules: (q_proj}", "lora.target_modules: found \"(q_proj\""),
+            (
+                "lora: {target_modules: []}",
+                "lora.target_modules: found [], allowed: all-linear, a list of modules' names",
+            ),
+            ("lora: {exclude_modules: []}", "lora.exclude_modules: found []"),
+            ("lora: {layers_to_transform: [-1]}", "lora.layers_to_transform: found [-1]"),
+            ("lora: {layers_pattern: layers}", "without lora.layers_to_transform it means nothing"),
+            (
+                "lora: {layers_to_transform: 0, target_modules: .*q_proj}",
+                "is an expression, which can name layers itself",
+            ),
+            ("lora: {rank_pattern: {q_proj: 0}}", "lora.rank_pattern: found {\"q_proj\":0}"),
+            ("lora: {alpha_pattern: {'(': 1}}", "lora.alpha_pattern: found {\"(\":1}"),
             ("lora: {lora_dropout: 1}", "from 0 to below 1"),
             ("lora: {lora_dropout: 0.99999999999}", "from 0 to below 1"),
             ("lora: {lora_alpha: 1e300}", "lora.lora_alpha: found 1e+300"),
@@ -251,7 +268,8 @@ max_steps: 3
             ("data: {eval: $HOME/e.jsonl}", "variables are not expanded here"),
             ("lora: {adapter: ~you/out}", "not the home folder of another user"),
             ("training: {max_grad_norm: 0}", "null (no clipping)"),
-            ("training: {lr_scheduler_type: polynomial}", "constant, constant_with_warmup, linear, cosine"),
+            ("training: {lr_scheduler_type: poly}", "constant, constant_with_warmup, linear, cosine"),
+            ("training: {lr_scheduler_type: reduce_lr_on_plateau}", "(reduce_lr_on_plateau follows the losses"),
             ("data: {eval: 1.5}", "data.eval: found 1.5"),
             ("data: {train: []}", "data.train: is there twice"),
             ("lora: {r: null}", "lora.r: found null"),
@@ -421,7 +439,7 @@ max_steps: 3
         let yaml = format!("{GOOD}training: {{seed: 1, max_steps: 5}}\n");
         fs::write(&path, yaml.replace("MODEL", &dir.path().display().to_string())).unwrap();
         let plan = |set: &str| load(&path, Command::Plan, &[set.to_string()]);
-        assert_eq!(plan("lora.r=8").unwrap().lora.r, 8);
+        assert_eq!(plan("lora.r=8").unwrap().lora.keys.r, 8);
         assert_eq!(plan("training.seed=2").unwrap_err().errors, ["training.seed: plan does not read it, remove it"]);
     }
 

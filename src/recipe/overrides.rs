@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use super::command::Command;
 use super::keys::{self, Key, KeyInfo};
+use super::values;
 use crate::files::shown;
 
 /// The keys that were written, with their values and errors.
@@ -129,7 +130,8 @@ fn check_value(key: &KeyInfo, name: &str, value: &Value) -> Option<String> {
     if (key.is_allowed)(value) {
         return None;
     }
-    let reason = keys::why_no_path(value).map_or(String::new(), |why| format!(" ({why})"));
+    let reason = values::why_no_path(value).or_else(|| values::why_no_scheduler(value));
+    let reason = reason.map_or(String::new(), |why| format!(" ({why})"));
     Some(format!("{name}: found {}{reason}, allowed: {}", shown(&value.to_string()), key.allowed.join(", ")))
 }
 

@@ -1,10 +1,13 @@
 //! Decides the number of steps and of warm-up steps of a run, and says them.
 
+use serde::Serialize;
+
 use super::RecipeError;
 use super::job::{BatchSize, TrainingJob};
 use super::keys::{self, MAX_MICRO_BATCHES, MAX_STEPS_OF_A_RUN};
 use crate::data::Epochs;
 use crate::files::counted;
+use crate::optim::lr::LrScheduler;
 
 /// Largest number of steps of a default warm-up.
 const MOST_WARMUP_STEPS: usize = 10;
@@ -28,6 +31,25 @@ impl When {
             When::Never => false,
             When::Steps(every) => step.is_multiple_of(every),
             When::Epochs => epochs.end_with(step),
+        }
+    }
+}
+
+/// A warm-up as a recipe gives it. Transformers 5 takes a number below 1 for a fraction.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Warmup {
+    Steps(usize),
+    /// Fraction of all steps, from 0 to below 1.
+    Ratio(f64),
+}
+
+impl Warmup {
+    /// Returns the number of steps.
+    pub(super) fn of(self, num_steps: usize) -> usize {
+        match self {
+            Warmup::Steps(steps) => steps,
+            Warmup::Ratio(ratio) => (num_steps as f64 * ratio).ceil() as usize,
         }
     }
 }
@@ -64,26 +86,60 @@ impl TrainingJob {
         if num_steps > MAX_STEPS_OF_A_RUN {
             return Err(RecipeError::one(format!("{run}; at most {MAX_STEPS_OF_A_RUN} are possible")));
         }
-        let warmup = keys::WARMUP_STEPS.path;
-        let (warmup_steps, why) = match self.warmup_steps {
-            Some(steps) if steps > 0 && steps >= num_steps => {
-                return Err(RecipeError::one(format!(
-                    "{warmup}: found {steps}, allowed: fewer than the run's steps, else {} is never reached; {run}; help: remove {warmup}, \
-                     or make more steps with {}, {} or a smaller {}",
-                    keys::LEARNING_RATE.path,
-                    keys::MAX_STEPS.path,
-                    keys::NUM_TRAIN_EPOCHS.path,
-                    keys::GLOBAL_BATCH_SIZE.path
-                )));
-            }
-            Some(steps) => (steps, String::new()),
-            None => {
-                let steps = MOST_WARMUP_STEPS.min(num_steps / STEPS_OF_A_WARMUP_STEP);
-                (steps, format!(", a tenth of them and at most {MOST_WARMUP_STEPS}, as {warmup} is not written"))
-            }
-        };
+        let (warmup_steps, why) = self.warmup(&run, num_steps)?;
         let plan = format!("{run}; the learning rate rises in {}{why}", counted(warmup_steps, "step"));
         Ok(Steps { num_steps, epochs, warmup_steps, plan })
+    }
+
+    /// Decides the number of steps of the warm-up; returns it with a remark on it. `run` says how long the run is.
+    fn warmup(&self, run: &str, num_steps: usize) -> Result<(usize, String), RecipeError> {
+        let (key, warmup) = match self.warmup_ratio {
+            Some(ratio) => (keys::WARMUP_RATIO.path, Some(Warmup::Ratio(ratio))),
+            None => (keys::WARMUP_STEPS.path, self.warmup_steps),
+        };
+        let (steps, found, remark) = match warmup {
+            None => {
+                let steps = MOST_WARMUP_STEPS.min(num_steps / STEPS_OF_A_WARMUP_STEP);
+                (
+                    steps,
+                    String::new(),
+                    format!(", a tenth of them and at most {MOST_WARMUP_STEPS}, as {key} is not written"),
+                )
+            }
+            Some(Warmup::Steps(steps)) => (steps, steps.to_string(), String::new()),
+            Some(warmup @ Warmup::Ratio(ratio)) => {
+                let steps = warmup.of(num_steps);
+                (steps, format!("{ratio}, which is {}", counted(steps, "step")), format!(" ({key}: {ratio})"))
+            }
+        };
+        if steps > 0 && steps >= num_steps {
+            return Err(RecipeError::one(format!(
+                "{key}: found {found}, allowed: fewer than the run's steps, else {} is never reached; {run}; help: remove {key}, or \
+                 make more steps with {}, {} or a smaller {}",
+                keys::LEARNING_RATE.path,
+                keys::MAX_STEPS.path,
+                keys::NUM_TRAIN_EPOCHS.path,
+                keys::GLOBAL_BATCH_SIZE.path
+            )));
+        }
+        self.check_decay(run, steps, num_steps)?;
+        Ok((steps, remark))
+    }
+
+    /// Fails if warm-up and decay have more steps than the run.
+    fn check_decay(&self, run: &str, warmup_steps: usize, num_steps: usize) -> Result<(), RecipeError> {
+        let LrScheduler::WarmupStableDecay { num_decay_steps, num_stable_steps: None, .. } = self.lr_scheduler else {
+            return Ok(());
+        };
+        let most = num_steps - warmup_steps;
+        if num_decay_steps <= most {
+            return Ok(());
+        }
+        Err(RecipeError::one(format!(
+            "{}.num_decay_steps: found {num_decay_steps}, allowed: at most {most}, the steps after the warm-up of {}; {run}",
+            keys::LR_SCHEDULER_KWARGS.path,
+            counted(warmup_steps, "step")
+        )))
     }
 
     fn steps_of_epochs(&self, epochs: Epochs) -> usize {
@@ -143,23 +199,25 @@ mod tests {
     use std::time::Duration;
 
     use crate::checkpoint::output::Resume;
-    use crate::optim::lr::LrScheduler;
+    use crate::optim::lr::Curve;
 
     fn job() -> TrainingJob {
         TrainingJob {
             per_device_train_batch_size: 1,
             batch: BatchSize::Global(16),
             learning_rate: 1e-4,
-            lr_scheduler: LrScheduler::Cosine,
+            lr_scheduler: LrScheduler::Cosine { num_cycles: 0.5 },
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             warmup_steps: None,
+            warmup_ratio: None,
             num_train_epochs: 1.0,
             drop_last: false,
             max_steps: None,
             max_grad_norm: None,
             weight_decay: 0.0,
+            loraplus_lr_ratio: None,
             seed: 42,
             logging_steps: 1,
             save: When::Never,
@@ -208,7 +266,8 @@ mod tests {
             assert_eq!(steps.num_steps, num_steps);
             assert!(steps.plan.contains(said), "{said} is not in {}", steps.plan);
         }
-        let fixed = TrainingJob { max_steps: Some(7), warmup_steps: Some(1), ..job() }.steps(33, 2).unwrap();
+        let fixed =
+            TrainingJob { max_steps: Some(7), warmup_steps: Some(Warmup::Steps(1)), ..job() }.steps(33, 2).unwrap();
         assert!(
             fixed.plan.ends_with("2.48 epochs (training.max_steps: 7); the learning rate rises in 1 step"),
             "{}",
@@ -237,7 +296,7 @@ mod tests {
 
     #[test]
     fn a_warmup_as_long_as_the_run_is_refused() {
-        let job = TrainingJob { warmup_steps: Some(3), ..job() };
+        let job = TrainingJob { warmup_steps: Some(Warmup::Steps(3)), ..job() };
         assert_eq!(job.steps(16 * 4, 2).unwrap().warmup_steps, 3);
         for sequences in [16 * 3, 16] {
             let error = job.steps(sequences, 2).unwrap_err().to_string();
@@ -247,6 +306,46 @@ mod tests {
                 assert!(error.contains(word), "{word} is not in {error}");
             }
         }
+    }
+
+    #[test]
+    fn a_fraction_of_the_steps_is_rounded_up() {
+        let steps = |job: TrainingJob, sequences| job.steps(sequences, 2);
+        let ratio = |warmup_ratio| TrainingJob { warmup_ratio: Some(warmup_ratio), ..job() };
+        for (job, warmup_steps, said) in [
+            (ratio(0.03), 1, "the learning rate rises in 1 step (training.warmup_ratio: 0.03)"),
+            (ratio(0.0), 0, "rises in 0 steps"),
+            (
+                TrainingJob { warmup_steps: Some(Warmup::Ratio(0.21)), ..job() },
+                3,
+                "3 steps (training.warmup_steps: 0.21)",
+            ),
+        ] {
+            let steps = steps(job, 160).unwrap();
+            assert!(steps.warmup_steps == warmup_steps && steps.plan.contains(said), "{}", steps.plan);
+        }
+        let error = steps(ratio(0.1), 16).unwrap_err().to_string();
+        assert!(error.contains("training.warmup_ratio: found 0.1, which is 1 step, allowed: fewer"), "{error}");
+    }
+
+    #[test]
+    fn a_decay_longer_than_the_run_is_refused() {
+        let decay = |num_decay_steps, num_stable_steps| LrScheduler::WarmupStableDecay {
+            num_stable_steps,
+            num_decay_steps,
+            warmup_type: Curve::Linear,
+            decay_type: Curve::Cosine,
+            min_lr_ratio: 0.0,
+            num_cycles: 0.5,
+        };
+        let steps = |lr_scheduler| TrainingJob { lr_scheduler, ..job() }.steps(160, 2);
+        steps(decay(9, None)).unwrap();
+        steps(decay(10, Some(2))).unwrap();
+        let error = steps(decay(10, None)).unwrap_err().to_string();
+        assert!(
+            error.contains("num_decay_steps: found 10, allowed: at most 9, the steps after the warm-up of 1 step"),
+            "{error}"
+        );
     }
 
     #[test]

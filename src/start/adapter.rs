@@ -2,10 +2,11 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::checkpoint::adapter::{self, Adapter, AdapterSettings};
 use crate::model::spec::ModelSpec;
+use crate::model::trainable::LayerTrainables;
 use crate::recipe::{Job, LoraJob};
 use crate::train::log::bytes;
 
@@ -67,8 +68,9 @@ impl Start<'_> {
 pub fn planned_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
     match &lora.adapter {
         Some(dir) => {
-            let settings = adapter::load(dir, config).context("lora.adapter")?.settings;
-            Ok(AdapterSettings { dropout: lora.dropout, ..settings })
+            let mut settings = adapter::load(dir, config).context("lora.adapter")?.settings;
+            settings.dropout = lora.dropout;
+            Ok(settings)
         }
         None => settings(lora, config),
     }
@@ -78,14 +80,14 @@ pub fn planned_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSet
 /// made before the plan knows of it.
 pub fn new_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
     let settings = settings(lora, config)?;
-    let targets = config.modules().filter(|module| settings.targets.contains(&module.id));
-    let widths: f64 = targets.map(|module| (module.in_features + module.out_features) as f64).sum();
-    let needed = widths * settings.lora_rank as f64 * size_of::<f32>() as f64;
+    let layers = config.layers.iter().zip(settings.lora_config().layers);
+    let num_values: usize = layers.map(|(layer, modules)| LayerTrainables::new(layer, &modules).len()).sum();
+    let needed = num_values as f64 * size_of::<f32>() as f64;
     let there = host_memory::available_bytes();
     ensure!(
         needed < there as f64,
         "lora.r: {} makes an adapter of {}, and {} of host memory are available: lower lora.r, or lora.target_modules to fewer",
-        settings.lora_rank,
+        lora.keys.r,
         bytes(needed as usize),
         bytes(there)
     );
@@ -93,12 +95,5 @@ pub fn new_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSetting
 }
 
 fn settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSettings> {
-    Ok(AdapterSettings {
-        lora_rank: lora.r,
-        alpha: lora.alpha,
-        dropout: lora.dropout,
-        use_rslora: lora.use_rslora,
-        targets: lora.target_modules.of(config)?,
-        init_lora_weights: true.into(),
-    })
+    AdapterSettings::new(lora.keys.clone(), lora.dropout, config).map_err(|error| anyhow!("lora.{error:#}"))
 }

@@ -138,7 +138,7 @@ mod tests {
     #[test]
     fn a_best_adapter_that_is_lost_is_a_doubt() {
         let (output, spec) = (tempfile::tempdir().unwrap(), shapes::named("llama-3.1-8b", Some(1)).unwrap());
-        let settings = AdapterSettings::smallest();
+        let settings = AdapterSettings::smallest(&spec);
         let last = adapter::fresh(settings, &spec, 1);
         for (step, is_lost) in [(9, false), (8, true)] {
             let mut progress = Progress { step: 9, ..Progress::default() };

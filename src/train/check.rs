@@ -187,7 +187,7 @@ mod tests {
 
     #[test]
     fn an_adapter_that_learned_nothing_or_too_much_is_refused() {
-        let settings = AdapterSettings::smallest();
+        let settings = AdapterSettings::smallest(&spec());
         let adapter =
             |value: f32| Adapter { settings: settings.clone(), layers: vec![vec![1.0, 0.0], vec![1.0, value]] };
         let start = adapter(0.0);

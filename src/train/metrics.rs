@@ -20,6 +20,9 @@ pub struct StepMetrics {
     pub loss: f64,
     pub grad_norm: f64,
     pub learning_rate: f64,
+    /// The learning rate of the matrices B; written with LoRA+ only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate_b: Option<f64>,
     pub num_target_tokens: u64,
     pub tokens_per_second: f64,
     pub step_ms: f64,

@@ -235,6 +235,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let job = self.job;
         Update {
             learning_rate: job.learning_rate * job.lr_scheduler.factor(step_idx, self.steps.warmup_steps, num_steps),
+            lr_ratio: job.loraplus_lr_ratio.unwrap_or(1.0),
             beta1: job.adam_beta1,
             beta2: job.adam_beta2,
             epsilon: job.adam_epsilon,
@@ -264,12 +265,14 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     fn record(&mut self, update: &Update, record: &StepRecord, left: Duration) -> Result<()> {
         let (step, num_steps) = (self.progress.step, self.steps.num_steps);
         let tokens_per_second = record.num_tokens as f64 / (record.step_ms * 1e-3);
+        let learning_rate_b = self.job.loraplus_lr_ratio.map(|ratio| update.learning_rate * ratio);
         let line = StepMetrics {
             step,
             epoch: self.steps.epochs.after(step),
             loss: record.loss,
             grad_norm: record.grad_norm,
             learning_rate: update.learning_rate,
+            learning_rate_b,
             num_target_tokens: record.num_target_tokens,
             tokens_per_second,
             step_ms: record.step_ms,
@@ -289,8 +292,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             format!("loss {loss:.4}  {tokens_per_second:.0} tok/s  {} left", duration(left))
         });
         if step.is_multiple_of(self.job.logging_steps) || step == num_steps {
+            let of_b = learning_rate_b.map_or(String::new(), |rate| format!(" (B {rate:.2e})"));
             self.log.line(format!(
-                "step {step}/{num_steps}  loss {loss:.4}  grad_norm {grad_norm:.3}  lr {:.2e}  {tokens_per_second:.0} tok/s  {} left",
+                "step {step}/{num_steps}  loss {loss:.4}  grad_norm {grad_norm:.3}  lr {:.2e}{of_b}  {tokens_per_second:.0} tok/s  {} left",
                 update.learning_rate,
                 duration(left)
             ));

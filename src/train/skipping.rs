@@ -171,9 +171,9 @@ mod tests {
     const INFINITE: f64 = f64::INFINITY;
 
     fn update() -> Update {
-        let (learning_rate, max_grad_norm) = (1e-3, None);
+        let (learning_rate, lr_ratio, max_grad_norm) = (1e-3, 1.0, None);
         let (beta1, beta2, epsilon, weight_decay, loss_scale, step) = (0.9, 0.999, 1e-8, 0.0, 1.0, 1);
-        Update { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm, loss_scale, step }
+        Update { learning_rate, lr_ratio, beta1, beta2, epsilon, weight_decay, max_grad_norm, loss_scale, step }
     }
 
     #[test]

@@ -58,11 +58,16 @@ const ENGINE: [Proof; 5] = [
 ];
 
 /// Keys of all commands that have an adapter to train. The ranks are far apart: some have kernels of their own.
-const ADAPTER: [Proof; 5] = [
+const ADAPTER: [Proof; 10] = [
     by("lora.r=512"),
     by("lora.lora_alpha=64"),
     by("lora.lora_dropout=0"),
     by("lora.target_modules=q_proj"),
+    by(r"lora.exclude_modules=.*\.0\.self_attn\..*"),
+    by("lora.layers_to_transform=1"),
+    by_with("lora.layers_pattern=blocks", &["lora.layers_to_transform=1"]),
+    by("lora.rank_pattern={q_proj: 512}"),
+    by("lora.alpha_pattern={q_proj: 64}"),
     by("lora.use_rslora=true"),
 ];
 
@@ -190,15 +195,18 @@ fn train() {
         by("training.global_batch_size=4"),
         by("training.learning_rate=0.001"),
         by("training.lr_scheduler_type=linear"),
+        by("training.lr_scheduler_kwargs={num_cycles: 2}"),
         by("training.adam_beta1=0.5"),
         by("training.adam_beta2=0.5"),
         by("training.adam_epsilon=0.1"),
         by("training.warmup_steps=1"),
+        by_with("training.warmup_ratio=0.3", &["training.warmup_steps=null"]),
         by_with("training.num_train_epochs=0.5", &["training.max_steps=null"]),
         by_with("training.drop_last=true", &["training.max_steps=null", "training.global_batch_size=5"]),
         by("training.max_steps=2"),
         by("training.max_grad_norm=0.001"),
         by("training.weight_decay=0.5"),
+        by("training.loraplus_lr_ratio=4"),
         by("training.seed=7"),
         by("training.logging_steps=2"),
         by("training.save_steps=1"),

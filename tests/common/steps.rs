@@ -14,8 +14,9 @@ pub const LAYERS: usize = 2;
 pub const NOTHING_RESIDENT: Residency = Residency { units: 0, trainables: false, boundary_buffers: 0 };
 
 pub fn update(step: u32, learning_rate: f64) -> Update {
-    let (beta1, beta2, epsilon, weight_decay) = (0.9, 0.999, 1e-8, 0.1);
-    Update { learning_rate, beta1, beta2, epsilon, weight_decay, max_grad_norm: Some(4.5), loss_scale: 1.0, step }
+    let (lr_ratio, beta1, beta2, epsilon, weight_decay) = (1.0, 0.9, 0.999, 1e-8, 0.1);
+    let (max_grad_norm, loss_scale) = (Some(4.5), 1.0);
+    Update { learning_rate, lr_ratio, beta1, beta2, epsilon, weight_decay, max_grad_norm, loss_scale, step }
 }
 
 /// The 24 rows of the golden steps.

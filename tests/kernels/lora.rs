@@ -2,21 +2,24 @@
 
 use super::*;
 
-/// Tokens, features and rank of LoRA's products, and the number of modules that share an input: sizes that fill no tile, ranks and groups
-/// without a kernel of their own, real ones.
-const SHAPES: [(usize, usize, usize, usize); 12] = [
-    (1, 8, 8, 1),
-    (7, 264, 16, 2),
-    (33, 576, 1, 1),
-    (40, 320, 24, 3),
-    (131, 1000, 8, 3),
-    (131, 1000, 64, 2),
-    (300, 520, 16, 3),
-    (257, 1032, 32, 3),
-    (600, 264, 512, 1),
-    (700, 1536, 8, 2),
-    (1024, 1536, 16, 1),
-    (1500, 4096, 16, 2),
+/// Tokens and features of LoRA's products, and the ranks of the modules that share an input: sizes that fill no tile, ranks and groups
+/// without a kernel of their own, modules of several ranks, real ones.
+const SHAPES: [(usize, usize, &[usize]); 15] = [
+    (1, 8, &[8]),
+    (7, 264, &[16; 2]),
+    (33, 576, &[1]),
+    (40, 320, &[24; 3]),
+    (131, 1000, &[8; 3]),
+    (131, 1000, &[64; 2]),
+    (300, 520, &[16; 3]),
+    (257, 1032, &[32; 3]),
+    (600, 264, &[512]),
+    (700, 1536, &[8; 2]),
+    (1024, 1536, &[16]),
+    (1500, 4096, &[16; 2]),
+    (131, 1000, &[8, 64, 64]),
+    (300, 520, &[16, 32, 16]),
+    (257, 520, &[3, 8, 16]),
 ];
 
 pub fn lora_dropout_has_the_masks_of_the_cpu<A: Tested>() {
@@ -51,8 +54,7 @@ pub fn lora_dropout_has_the_masks_of_the_cpu<A: Tested>() {
 struct Products {
     tokens: usize,
     features: usize,
-    lora_rank: usize,
-    num_modules: usize,
+    ranks: &'static [usize],
     probability: f32,
 }
 
@@ -82,15 +84,15 @@ struct Results {
 
 impl Products {
     fn buffers<D: Ops>(&self, d: &D) -> Vec<Buffers<D>> {
-        let Products { tokens: t, features: k, lora_rank: r, num_modules, .. } = *self;
-        let module = |i| Buffers {
+        let Products { tokens: t, features: k, ranks, .. } = *self;
+        let module = |(i, &r): (u64, &usize)| Buffers {
             a: put_act(d, &random(r * k, 0.1, 10 + i)),
             b: put_act(d, &random(r * k, 0.1, 20 + i)),
             d_y: put_act(d, &random(t * k, 0.1, 30 + i)),
             u: buffer(d, t * r),
             d_u: put_act(d, &random(t * r, 0.1, 40 + i)),
         };
-        (0..num_modules as u64).map(module).collect()
+        (0..).zip(ranks).map(module).collect()
     }
 
     /// Runs the ops one after the other. Each takes inputs of its own and not results of another. With `accumulate` d_x is added to.
@@ -98,32 +100,40 @@ impl Products {
     where
         D::Act: Into<f32>,
     {
-        let Products { tokens: t, features: k, lora_rank: r, num_modules, probability } = *self;
+        let Products { tokens: t, features: k, ranks, probability } = *self;
+        let num_values = k * ranks.iter().sum::<usize>();
+        // The place of a module's A or B among those of all.
+        let place = |i: usize| k * ranks[..i].iter().sum::<usize>()..k * ranks[..=i].iter().sum::<usize>();
         let x = put_act(d, x);
         let mut modules = self.buffers(d);
         let weight = put_act(d, &random(ROWS_OF_W * k, 0.1, 6));
         let (mut d_x, mut scratch) = (put_act(d, &random(t * k, 0.1, 5)), buffer(d, t * k));
-        let (mut d_a, mut d_b) =
-            (put(d, &random(num_modules * r * k, 1.0, 4)), put(d, &random(num_modules * r * k, 1.0, 3)));
+        let (mut d_a, mut d_b) = (put(d, &random(num_values, 1.0, 4)), put(d, &random(num_values, 1.0, 3)));
         let (positions, sample_idx) = indices(d, t);
         let (sample_idx, positions) = (sample_idx.view(), positions.view());
         let mask = DropoutMask { probability, seed: 42 << 33, step: 7, sample_idx, positions };
         let mask = (probability > 0.0).then_some(mask);
         let mut downs: Vec<_> = modules
             .iter_mut()
-            .zip(FIRST..)
-            .map(|(Buffers { u, a, .. }, number)| DownModule { u: u.view_mut(), a: a.view(), number })
+            .zip(ranks.iter().zip(FIRST..))
+            .map(|(Buffers { u, a, .. }, (&lora_rank, number))| DownModule {
+                u: u.view_mut(),
+                a: a.view(),
+                lora_rank,
+                number,
+            })
             .collect();
         let scratch_view = scratch.view_mut();
-        d.lora_down(LoraDown { modules: &mut downs, x: x.view(), mask, lora_rank: r, scratch: scratch_view }).unwrap();
+        d.lora_down(LoraDown { modules: &mut downs, x: x.view(), mask, scratch: scratch_view }).unwrap();
         let u: Vec<f32> = modules.iter().flat_map(|module| get_act(d, &module.u)).collect();
         let mut d_u = Vec::new();
         for (i, Buffers { b, d_y, d_u: given, .. }) in modules.iter().enumerate() {
             // An output of the same width, whose u is the d_u that is given; the second module adds to it.
+            let r = ranks[i];
             let mut out = put_act(d, &random(t * r, 0.1, 50));
             d.lora_output(LoraOutput {
                 d_u: out.view_mut(),
-                d_b: d_b.view_mut().into_range(i * r * k..(i + 1) * r * k),
+                d_b: d_b.view_mut().into_range(place(i)),
                 d_y: d_y.view(),
                 u: given.view(),
                 b: b.view(),
@@ -144,7 +154,8 @@ impl Products {
                 lora: Some(InputLora {
                     d_u: d_u.view(),
                     a: a.view(),
-                    a_range: i * r * k..(i + 1) * r * k,
+                    a_range: place(i),
+                    lora_rank: ranks[i],
                     number: FIRST + i as u32,
                 }),
             })
@@ -157,7 +168,6 @@ impl Products {
             x: x.view(),
             in_features: k,
             mask,
-            lora_rank: r,
             scratch: scratch.view_mut(),
         })
         .unwrap();
@@ -175,11 +185,11 @@ fn indices<D: Ops>(d: &D, tokens: usize) -> (Buffer<D, u32>, Buffer<D, u64>) {
 pub fn lora_products<A: Tested>() {
     let (_guard, cuda) = gpu::<A>();
     let cpu = Cpu::new(1);
-    for (tokens, features, lora_rank, num_modules) in SHAPES.into_iter().filter(|(t, f, ..)| is_run(t * f)) {
+    for (tokens, features, ranks) in SHAPES.into_iter().filter(|(t, f, ..)| is_run(t * f)) {
         let x = random(tokens * features, 1.0, 1);
         for (probability, accumulate) in [(0.0, false), (0.05, true), (0.5, false)] {
-            let products = Products { tokens, features, lora_rank, num_modules, probability };
-            let what = format!("lora products [{tokens}, {features}] r {lora_rank} of {num_modules} p {probability}");
+            let products = Products { tokens, features, ranks, probability };
+            let what = format!("lora products [{tokens}, {features}] r {ranks:?} p {probability}");
             let (result, reference) = (products.run(&cuda, &x, accumulate), products.run(&cpu, &x, accumulate));
             // Ops that a rank or a size has no kernel for round dropout(x), or each sum.
             close::<A>(&format!("{what}: u"), &result.u, &reference.u, 3.0);

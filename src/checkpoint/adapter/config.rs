@@ -3,24 +3,22 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
-use fancy_regex::{Regex, RegexBuilder};
+use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
-use super::{AdapterSettings, CONFIG_FILE};
+use super::CONFIG_FILE;
 use crate::files::{self, MAX_SETTINGS_BYTES, listed, shown, shown_path};
-use crate::guarded::guarded;
-use crate::model::spec::{ModelSpec, ModuleId};
+use crate::model::spec::ModelSpec;
+use crate::model::targets::{Layers, LoraKeys, MAX_RANK, Modules, Patterns};
 
 /// Keys that do not change what is computed: bookkeeping, and settings of features that other keys would switch on.
-const HARMLESS: [&str; 16] = [
+const HARMLESS: [&str; 15] = [
     "auto_mapping",
     "base_model_name_or_path",
     "corda_config",
     "ensure_weight_tying",
     "eva_config",
     "inference_mode",
-    "layers_pattern",
     "loftq_config",
     "lora_ga_config",
     "megatron_core",
@@ -33,22 +31,19 @@ const HARMLESS: [&str; 16] = [
 ];
 
 /// Keys that would change what is computed, with the one value besides `null` that does not.
-fn neutral_values() -> [(&'static str, Value); 20] {
+fn neutral_values() -> [(&'static str, Value); 17] {
     [
         ("alora_invocation_tokens", json!([])),
-        ("alpha_pattern", json!({})),
         ("arrow_config", json!({})),
         ("bias", json!("none")),
         ("enable_lora", json!([])),
         ("fan_in_fan_out", json!(false)),
         ("kasa_config", json!(null)),
         ("layer_replication", json!([])),
-        ("layers_to_transform", json!([])),
         ("lora_bias", json!(false)),
         ("megatron_config", json!({})),
         ("modules_to_save", json!([])),
         ("monteclora_config", json!(null)),
-        ("rank_pattern", json!({})),
         ("target_parameters", json!([])),
         ("trainable_token_indices", json!([])),
         ("use_bdlora", json!(null)),
@@ -61,60 +56,11 @@ fn neutral_values() -> [(&'static str, Value); 20] {
 /// Initializations of an adapter that change neither the base model nor the training.
 const INITS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 
-/// Largest `r`, also in a recipe.
-const MAX_RANK: u64 = 1 << 16;
-
-/// Longest regular expression, in bytes.
-const MAX_PATTERN: usize = 1 << 14;
-
-/// Most steps back of a regular expression in one name. A pattern is tried on the names of all modules.
-const MAX_BACKTRACKS: usize = 10_000;
-
 /// The content of `adapter_config.json`.
 pub(super) struct PeftConfig {
-    /// All settings except the targets, which follow from the tensors.
-    pub settings: AdapterSettings,
-    targets: Modules,
-    excluded: Option<Modules>,
-}
-
-/// Modules as `target_modules` and `exclude_modules` name them.
-enum Modules {
-    AllLinear,
-    Pattern(Regex),
-    /// Whole names of modules, or their ends after a dot.
-    Names(Vec<String>),
-}
-
-impl Modules {
-    /// Returns whether a module is among these, by the rule of PEFT's `check_target_module_exists`.
-    fn contain(&self, module: &str) -> Result<bool> {
-        match self {
-            Self::AllLinear => Ok(module.rsplit('.').next().and_then(ModuleId::from_name).is_some()),
-            Self::Pattern(pattern) => {
-                let too_much =
-                    || format!("found {:?}, which takes too much work for {module}", shown(pattern.as_str()));
-                pattern.is_match(module).with_context(too_much)
-            }
-            Self::Names(names) => Ok(names.iter().any(|name| {
-                module.strip_suffix(name.as_str()).is_some_and(|before| before.is_empty() || before.ends_with('.'))
-            })),
-        }
-    }
-
-    fn read(value: &Value) -> Option<Modules> {
-        match value {
-            Value::String(word) if word.eq_ignore_ascii_case("all-linear") => Some(Self::AllLinear),
-            Value::String(pattern) if pattern.len() <= MAX_PATTERN => {
-                let mut pattern = RegexBuilder::new(&format!("^(?:{pattern})$"));
-                guarded("a pattern", || Ok(pattern.backtrack_limit(MAX_BACKTRACKS).build()?)).ok().map(Self::Pattern)
-            }
-            Value::Array(names) => {
-                names.iter().map(|name| name.as_str().map(String::from)).collect::<Option<_>>().map(Self::Names)
-            }
-            _ => None,
-        }
-    }
+    pub keys: LoraKeys,
+    pub dropout: f32,
+    pub init_lora_weights: Value,
 }
 
 /// The keys that have not been read yet; those left at the end were not understood.
@@ -155,6 +101,28 @@ impl Keys {
         found
     }
 
+    /// Reads the keys about layers, which PEFT allows beside a list of names alone.
+    fn read_layers(&mut self, targets: Option<&Modules>) -> Option<Layers> {
+        let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty) || value.as_str() == Some("");
+        for key in ["layers_to_transform", "layers_pattern"] {
+            // PEFT takes an empty list for absent.
+            self.map.retain(|name, value| name != key || !is_empty(value));
+            let found = self.map.get(key).filter(|value| !value.is_null()).cloned();
+            let is_list = targets.is_none_or(|targets| matches!(targets, Modules::Names(_)));
+            if let Some(found) = found.filter(|_| !is_list) {
+                self.refuse(key, &found, "null, as target_modules is no list of names");
+            }
+        }
+        let allowed = "the number of a layer, or a list of numbers";
+        let indices = self.read("layers_to_transform", Some(None), allowed, |v| Layers::read_indices(v).map(Some))?;
+        let allowed = "the name of a list of layers, or several";
+        let patterns = self.read("layers_pattern", Some(Vec::new()), allowed, Layers::read_patterns)?;
+        if indices.is_none() && !patterns.is_empty() {
+            self.problems.push("layers_pattern: without layers_to_transform it means nothing".into());
+        }
+        Some(Layers { indices, patterns })
+    }
+
     /// Refuses the keys that were not taken.
     fn check_rest(&mut self) {
         for (key, neutral) in neutral_values() {
@@ -190,10 +158,10 @@ impl PeftConfig {
         // All keys are read before an error is returned, so that it can name all that are wrong.
         let number = |value: &Value| value.as_f64().filter(|&x| (x as f32).is_finite());
         let peft_type = keys.read("peft_type", None, "LORA", |v| (v == "LORA").then_some(()));
-        let rank = keys.read("r", None, "an integer from 1 to 65536", |v| {
-            v.as_u64().filter(|r| (1..=MAX_RANK).contains(r)).map(|r| r as usize)
-        });
-        let alpha = keys.read("lora_alpha", None, "a number above 0", |v| number(v).filter(|&x| x as f32 > 0.0));
+        let is_rank = |v: &Value| Some(v.as_u64()? as usize).filter(|r| (1..=MAX_RANK).contains(r));
+        let is_alpha = |v: &Value| v.as_f64().filter(|&x| (x as f32).is_finite() && x as f32 > 0.0);
+        let rank = keys.read("r", None, "an integer from 1 to 65536", is_rank);
+        let alpha = keys.read("lora_alpha", None, "a number above 0", is_alpha);
         let dropout = keys.read("lora_dropout", Some(0.0), "a number from 0 to below 1", |v| {
             number(v).map(|x| x as f32).filter(|x| (0.0..1.0).contains(x))
         });
@@ -205,31 +173,40 @@ impl PeftConfig {
             (v.is_boolean() || v.as_str().is_some_and(|word| INITS.contains(&word))).then(|| v.clone())
         });
         let allowed = "a list of names, a regular expression, or all-linear";
-        let default: Vec<String> = spec.default_targets().iter().map(ToString::to_string).collect();
-        let default = (!default.is_empty()).then_some(Modules::Names(default));
+        let default = spec.default_targets();
+        let default = (!default.is_empty()).then(|| Modules::with_ids(default));
         let of_targets = match default {
             Some(_) => allowed.into(),
             None => format!("{allowed}; PEFT has no default for {}", spec.family),
         };
         let targets = keys.read("target_modules", default, &of_targets, Modules::read);
-        let excluded = keys.read("exclude_modules", Some(None), allowed, |v| Modules::read(v).map(Some));
+        let excluded =
+            keys.read("exclude_modules", Some(None), allowed, |v| no_names(v).or(Modules::read_excluded(v).map(Some)));
+        let layers = keys.read_layers(targets.as_ref());
+        let allowed = "a mapping of expressions, for ends of names, to integers from 1 to 65536";
+        let rank_pattern =
+            keys.read("rank_pattern", Some(Patterns::default()), allowed, |v| Patterns::read(v, is_rank));
+        let allowed = "a mapping of expressions, for ends of names, to numbers above 0";
+        let alpha_pattern =
+            keys.read("alpha_pattern", Some(Patterns::default()), allowed, |v| Patterns::read(v, is_alpha));
         peft_type?;
-        let settings = AdapterSettings {
-            lora_rank: rank?,
+        let keys = LoraKeys {
+            r: rank?,
             alpha: alpha?,
-            dropout: dropout?,
             use_rslora: use_rslora?,
-            targets: Vec::new(),
-            init_lora_weights: init_lora_weights?,
+            targets: targets?,
+            excluded: excluded?,
+            layers: layers?,
+            rank_pattern: rank_pattern?,
+            alpha_pattern: alpha_pattern?,
         };
-        Some(PeftConfig { settings, targets: targets?, excluded: excluded? })
+        Some(PeftConfig { keys, dropout: dropout?, init_lora_weights: init_lora_weights? })
     }
+}
 
-    /// Returns whether the file gives a module an adapter.
-    pub fn targets(&self, module: &str) -> Result<bool> {
-        let is_excluded = self.excluded.as_ref().map_or(Ok(false), |excluded| excluded.contain(module));
-        Ok(self.targets.contain(module).context("target_modules")? && !is_excluded.context("exclude_modules")?)
-    }
+/// Reads an empty list, with which nothing is excluded.
+fn no_names(value: &Value) -> Option<Option<Modules>> {
+    value.as_array().filter(|list| list.is_empty()).map(|_| None)
 }
 
 pub(super) fn read_map(path: &Path) -> Result<Map<String, Value>> {
@@ -275,14 +252,47 @@ fn model_name(path: &Path) -> Option<String> {
 mod tests {
     use super::*;
     use crate::model::shapes;
+    use crate::model::trainable::LoraModule;
+
+    /// tests/golden/lora/modules.json has what PEFT makes of keys: module, r, lora_alpha and scaling.
+    #[test]
+    fn modules_ranks_and_scales_are_those_of_peft() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let spec = ModelSpec::load(&golden.join("tiny")).unwrap();
+        let cases: Value = serde_json::from_slice(&std::fs::read(golden.join("lora/modules.json")).unwrap()).unwrap();
+        let mut refused = 0;
+        for case in cases.as_array().unwrap() {
+            let peft = load_as(&spec, case["config"].clone());
+            let new = peft.as_ref().map_err(|_| ()).and_then(|peft| peft.keys.new_modules(&spec).map_err(|_| ()));
+            let (is_refused, is_warned) = (case["refused"] == true, case["warned"] == true);
+            assert_eq!(new.is_err(), is_refused || is_warned, "{case}");
+            refused += usize::from(is_refused);
+            let (Ok(peft), false) = (peft, is_refused) else { continue };
+            let (mut ours, keys) = (Map::new(), &peft.keys);
+            for (layer, modules) in spec.layers.iter().zip(keys.modules(&spec).unwrap()) {
+                for LoraModule { id, lora_rank, scale } in modules {
+                    ours.insert(layer.module(id).unwrap().name.clone(), json!([lora_rank, scale]));
+                }
+            }
+            let theirs = case["modules"].as_object().unwrap().iter();
+            let theirs =
+                theirs.map(|(name, numbers)| (name.clone(), json!([numbers[0], numbers[2].as_f64().unwrap() as f32])));
+            assert_eq!(ours, theirs.collect::<Map<_, _>>(), "{case}");
+        }
+        assert!(refused >= 8, "{refused} are refused");
+    }
 
     fn load_for(model: &str, change: Value) -> Result<PeftConfig> {
+        load_as(&shapes::named(model, Some(1)).unwrap(), change)
+    }
+
+    fn load_as(spec: &ModelSpec, change: Value) -> Result<PeftConfig> {
         let mut config =
             json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]});
         config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join(CONFIG_FILE), config.to_string()).unwrap();
-        PeftConfig::load(dir.path(), &shapes::named(model, Some(1)).unwrap())
+        PeftConfig::load(dir.path(), spec)
     }
 
     fn load(change: Value) -> Result<PeftConfig> {
@@ -323,11 +333,13 @@ mod tests {
             ("lora_bias", json!(true)),
             ("fan_in_fan_out", json!(true)),
             ("modules_to_save", json!(["lm_head"])),
-            ("layers_to_transform", json!([0])),
-            ("layers_to_transform", json!(0)),
+            ("layers_to_transform", json!([-1])),
+            ("layers_to_transform", json!("0")),
             ("layer_replication", json!([[0, 2]])),
-            ("rank_pattern", json!({"q_proj": 8})),
-            ("alpha_pattern", json!({"q_proj": 8})),
+            ("rank_pattern", json!({"q_proj": 0})),
+            ("rank_pattern", json!({"(": 8})),
+            ("rank_pattern", json!(["q_proj"])),
+            ("alpha_pattern", json!({"q_proj": "8"})),
             ("trainable_token_indices", json!([1])),
             ("target_parameters", json!(["weight"])),
             ("alora_invocation_tokens", json!([1])),
@@ -353,7 +365,7 @@ mod tests {
         for init in [json!(true), json!(false), json!("gaussian"), json!("eva"), json!("orthogonal")] {
             let config =
                 load(json!({"init_lora_weights": init, "lora_alpha": 8.5, "eva_config": {"rho": 2.0}})).unwrap();
-            assert_eq!((config.settings.init_lora_weights, config.settings.alpha), (init, 8.5));
+            assert_eq!((config.init_lora_weights, config.keys.alpha), (init, 8.5));
         }
         load(json!({"peft_version": "0.21.2", "loftq_config": {}, "rank_pattern": {}, "unknown": null, "inference_mode": true,
             "megatron_core": "megatron.core", "qalora_group_size": 16, "corda_config": null, "runtime_config": {}}))
@@ -362,7 +374,7 @@ mod tests {
 
     #[test]
     fn modules_are_named_as_in_peft() {
-        let is_target = |change: Value, module: &str| load(change).unwrap().targets(module).unwrap();
+        let is_target = |change: Value, module: &str| load(change).unwrap().keys.is_target(module).unwrap();
         let q = "model.layers.3.self_attn.q_proj";
         assert!(is_target(json!({}), q));
         assert!(!is_target(json!({}), "model.layers.3.self_attn.k_proj"));
@@ -378,7 +390,7 @@ mod tests {
             is_target(json!({"target_modules": null}), q) && is_target(json!({"target_modules": null}), "a.v_proj")
         );
         let slow = load(json!({"target_modules": r"(?=(a+)+b)(a|m|o|d|e|l)*\1x"})).unwrap();
-        assert!(slow.targets(&"a".repeat(64)).is_err(), "the work is bounded");
+        assert!(slow.keys.is_target(&"a".repeat(64)).is_err(), "the work is bounded");
     }
 
     #[test]
@@ -386,7 +398,7 @@ mod tests {
         let absent = json!({"target_modules": null});
         for model in ["llama-3.1-8b", "qwen2.5-0.5b", "qwen3-8b"] {
             let peft = load_for(model, absent.clone()).unwrap();
-            let is_target = |name: &str| peft.targets(&format!("model.layers.0.self_attn.{name}")).unwrap();
+            let is_target = |name: &str| peft.keys.is_target(&format!("model.layers.0.self_attn.{name}")).unwrap();
             assert_eq!(["q_proj", "k_proj", "v_proj", "o_proj"].map(is_target), [true, false, true, false], "{model}");
         }
         for (model, family) in [("smollm3-3b", "smollm3"), ("seed-oss-36b", "seed_oss")] {
@@ -412,8 +424,10 @@ mod tests {
     fn a_pattern_that_tries_too_much_is_refused() {
         // It tries to cut a name into four pieces in each of 30,000 ways.
         let config = load(json!({"target_modules": "(.*)(.*)(.*)(.*)(?=!)"})).unwrap();
-        let error = format!("{:#}", config.targets("model.layers.0.mlp.down_proj").unwrap_err());
-        assert!(error.contains("target_modules: found \"^(?:(.*)") && error.contains("too much work"), "{error}");
-        assert!(load(json!({"target_modules": r".*\.(q|down)_proj(?!x)"})).unwrap().targets("a.down_proj").unwrap());
+        let error = format!("{:#}", config.keys.is_target("model.layers.0.mlp.down_proj").unwrap_err());
+        assert!(error.contains("target_modules: found \"(.*)") && error.contains("too much work"), "{error}");
+        assert!(
+            load(json!({"target_modules": r".*\.(q|down)_proj(?!x)"})).unwrap().keys.is_target("a.down_proj").unwrap()
+        );
     }
 }

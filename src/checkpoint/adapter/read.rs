@@ -15,8 +15,8 @@ use crate::checkpoint::header;
 use crate::checkpoint::output::STAGING;
 use crate::checkpoint::source::{map, name_in_memory};
 use crate::files::shown;
-use crate::model::spec::{LayerSpec, ModelSpec, ModuleId};
-use crate::model::trainable::{Kind, LayerTrainables, LoraConfig};
+use crate::model::spec::{LayerSpec, ModelSpec};
+use crate::model::trainable::{Kind, LayerTrainables, LoraModule};
 
 /// Reads a PEFT adapter for this model. Every tensor must be there, and none may be left over.
 ///
@@ -40,13 +40,14 @@ pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Adapter> {
 fn read_all(dir: &Path, peft: PeftConfig, tensors: &SafeTensors<'_>, spec: &ModelSpec) -> Result<Adapter> {
     let path = dir.join(TENSORS_FILE);
     let mut names = names(tensors).with_context(|| path.display().to_string())?;
-    let targets = targets(&peft, &names, spec).with_context(|| dir.display().to_string())?;
-    let settings = AdapterSettings { targets, ..peft.settings };
-    check_rank(tensors, &names, &settings, spec).with_context(|| dir.display().to_string())?;
-    let lora = settings.lora_config();
+    let PeftConfig { keys, dropout, init_lora_weights } = peft;
+    let modules = keys.modules(spec).with_context(|| format!("{}: {CONFIG_FILE}", dir.display()))?;
+    let settings = AdapterSettings { keys, dropout, init_lora_weights, modules };
+    check_modules(tensors, &names, &settings, spec).with_context(|| dir.display().to_string())?;
     let mut take = |name: &str| Ok(tensors.tensor(names.remove(name).context("it is not there")?)?);
-    let read = |layer| layer_values(layer, &lora, "", &mut take);
-    let layers = spec.layers.iter().map(read).collect::<Result<_>>().with_context(|| path.display().to_string())?;
+    let read = |(layer, modules): (&LayerSpec, &Vec<LoraModule>)| layer_values(layer, modules, "", &mut take);
+    let layers = spec.layers.iter().zip(&settings.modules).map(read).collect::<Result<_>>();
+    let layers = layers.with_context(|| path.display().to_string())?;
     ensure!(names.is_empty(), "{}: tensors that this model has no place for: {}", path.display(), some_of(&names));
     Ok(Adapter { settings, layers })
 }
@@ -68,11 +69,11 @@ fn names<'a>(tensors: &'a SafeTensors<'_>) -> Result<BTreeMap<String, &'a str>> 
 /// Returns the values of a layer that [`super::views`] has written under this suffix; `find` is given the name of each matrix.
 pub fn layer_values<'a>(
     layer: &LayerSpec,
-    lora: &LoraConfig,
+    modules: &[LoraModule],
     suffix: &str,
     mut find: impl FnMut(&str) -> Result<TensorView<'a>>,
 ) -> Result<Vec<f32>> {
-    let trainables = LayerTrainables::new(layer, lora);
+    let trainables = LayerTrainables::new(layer, modules);
     let mut values = vec![0.0; trainables.len()];
     for trainable in trainables.list() {
         let module = layer.module(trainable.module).context("a trainable without a module")?;
@@ -84,54 +85,40 @@ pub fn layer_values<'a>(
     Ok(values)
 }
 
-/// The modules that have an adapter, the same in all layers that have the module. The file of tensors and `target_modules` must agree on
-/// every module.
-fn targets(peft: &PeftConfig, names: &BTreeMap<String, &str>, spec: &ModelSpec) -> Result<Vec<ModuleId>> {
-    for module in ["lm_head", spec.embedding.name.trim_end_matches(".weight")] {
-        ensure!(
-            !peft.targets(module)?,
-            "{CONFIG_FILE}: target_modules: {module} is one; allowed: projections of layers"
-        );
-    }
-    // By module, as its first layer has it.
-    let mut has_adapter = BTreeMap::new();
-    for module in spec.modules() {
-        let (name, has_tensors) = (&module.name, names.contains_key(&tensor_name(module, Kind::A)));
-        let first = *has_adapter.entry(module.id).or_insert(has_tensors);
-        match (peft.targets(name)?, has_tensors) {
-            (true, false) => {
-                bail!("{TENSORS_FILE}: no tensors for {name}, which target_modules of {CONFIG_FILE} ask for")
-            }
-            (false, true) => bail!(
-                "{TENSORS_FILE}: tensors for {name}, which target_modules and exclude_modules of {CONFIG_FILE} leave out"
-            ),
-            _ if has_tensors != first => bail!("{name}: only some layers have an adapter there; allowed: all or none"),
-            _ => {}
-        }
-    }
-    let targets: Vec<ModuleId> = has_adapter.into_iter().filter_map(|(id, has)| has.then_some(id)).collect();
-    let example = spec.modules().next().map_or(String::new(), |module| tensor_name(module, Kind::A));
-    ensure!(!targets.is_empty(), "{TENSORS_FILE}: no LoRA matrix of layer 0 ({example}, …)");
-    Ok(targets)
-}
-
-/// Compares r with the tensors before anything of that size is made.
-fn check_rank(
+/// Fails where the file of tensors and the keys do not agree on every module and its rank, before anything of that size
+/// is made.
+fn check_modules(
     tensors: &SafeTensors<'_>,
     names: &BTreeMap<String, &str>,
     settings: &AdapterSettings,
     spec: &ModelSpec,
 ) -> Result<()> {
-    let module =
-        spec.modules().find(|module| settings.targets.contains(&module.id)).context("no module is a target")?;
-    let name = tensor_name(module, Kind::A);
-    let stored = names.get(&name).context("a target has no tensor")?;
-    let shape = tensors.tensor(stored)?.shape().to_vec();
-    let rank = settings.lora_rank;
-    ensure!(
-        shape.first() == Some(&rank),
-        "r is {rank} in {CONFIG_FILE}, and {name} of {TENSORS_FILE} has shape {shape:?}"
-    );
+    let mut num_targets = 0;
+    for (layer, modules) in spec.layers.iter().zip(&settings.modules) {
+        for module in layer.modules() {
+            let (name, matrix) = (&module.name, tensor_name(module, Kind::A));
+            let target = modules.iter().find(|target| target.id == module.id);
+            let (target, stored) = match (target, names.get(&matrix)) {
+                (Some(target), Some(stored)) => (target, stored),
+                (None, None) => continue,
+                (Some(_), None) => {
+                    bail!("{TENSORS_FILE}: no tensors for {name}, which target_modules of {CONFIG_FILE} ask for")
+                }
+                (None, Some(_)) => bail!(
+                    "{TENSORS_FILE}: tensors for {name}, which target_modules, exclude_modules and layers_to_transform of {CONFIG_FILE} \
+                     leave out"
+                ),
+            };
+            num_targets += 1;
+            let (shape, rank) = (tensors.tensor(stored)?.shape().to_vec(), target.lora_rank);
+            ensure!(
+                shape.first() == Some(&rank),
+                "r is {rank} in {CONFIG_FILE}, and {matrix} of {TENSORS_FILE} has shape {shape:?}"
+            );
+        }
+    }
+    let example = spec.modules().next().map_or(String::new(), |module| tensor_name(module, Kind::A));
+    ensure!(num_targets > 0, "{TENSORS_FILE}: no LoRA matrix of a layer ({example}, …)");
     Ok(())
 }
 

@@ -8,7 +8,7 @@ fn spec() -> ModelSpec {
 
 /// An adapter with its moments, by layer.
 fn values() -> (Adapter, [Vec<Vec<f32>>; 2]) {
-    let adapter = adapter::fresh(adapter::tests::settings(), &spec(), 42);
+    let adapter = adapter::fresh(adapter::tests::settings(&spec()), &spec(), 42);
     let moments = |step: f32| {
         let of_layer = |values: &Vec<f32>| (0..values.len()).map(|i| i as f32 * step).collect();
         adapter.layers.iter().map(of_layer).collect()

@@ -102,22 +102,30 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         bias.map_or(Ok(()), |bias| self.add_bias(y, bias, output_scale))
     }
 
+    /// Modules of one rank share a kernel. Where a rank has none, all is made of other ops.
     fn lora_down(&self, args: LoraDown<'_, '_, Cuda<A>>) -> Result<()> {
         let [tokens, features] = args.sizes()?;
-        let Some(kernels) = Kernels::find(args.lora_rank, features) else { return lora::down(self, args) };
+        let kernels = |module: &DownModule<'_, _>| Kernels::find(module.lora_rank, features);
+        if args.modules.iter().any(|module| kernels(module).is_none()) {
+            return lora::down(self, args);
+        }
         let LoraDown { modules, x, mask, .. } = args;
-        let (t, eights) = (tokens as u32, (features / 8) as u32);
-        let grid = Grid { threads: kernels.down_threads, ..Grid::rows(tokens.div_ceil(kernels.down_tokens)) };
-        for modules in modules.chunks_mut(kernels.max_modules) {
-            let name = format!("lora_down_{}_{}", kernels.lora_rank, modules.len());
-            let each = |DownModule { u, a, number }: &mut DownModule<'_, Cuda<A>>| args![u.view(), *a, *number];
-            let [u0, u1, u2, a0, a1, a2, n0, n1, n2] = module_args(modules.iter_mut().map(each));
-            let [sample_idx, positions, seed, step, threshold, scale] = mask_args(mask);
-            let args = args![
-                u0, u1, u2, a0, a1, a2, n0, n1, n2, x, sample_idx, positions, seed, step, threshold, scale, t, eights
-            ];
-            // SAFETY: the lengths were checked above; the kernel writes each u, and reads x and each A.
-            unsafe { self.launch(&name, grid, args) }?;
+        for modules in modules.chunk_by_mut(|a, b| a.lora_rank == b.lora_rank) {
+            let Some(kernels) = modules.first().and_then(kernels) else { continue };
+            let (t, eights) = (tokens as u32, (features / 8) as u32);
+            let grid = Grid { threads: kernels.down_threads, ..Grid::rows(tokens.div_ceil(kernels.down_tokens)) };
+            for modules in modules.chunks_mut(kernels.max_modules) {
+                let name = format!("lora_down_{}_{}", kernels.lora_rank, modules.len());
+                let each = |DownModule { u, a, number, .. }: &mut DownModule<'_, Cuda<A>>| args![u.view(), *a, *number];
+                let [u0, u1, u2, a0, a1, a2, n0, n1, n2] = module_args(modules.iter_mut().map(each));
+                let [sample_idx, positions, seed, step, threshold, scale] = mask_args(mask);
+                let args = args![
+                    u0, u1, u2, a0, a1, a2, n0, n1, n2, x, sample_idx, positions, seed, step, threshold, scale, t,
+                    eights
+                ];
+                // SAFETY: the lengths were checked above; the kernel writes each u, and reads x and each A.
+                unsafe { self.launch(&name, grid, args) }?;
+            }
         }
         Ok(())
     }
@@ -157,20 +165,29 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         unsafe { self.launch("lora_add_output", Grid::rows((len_u + len_b).div_ceil(256)), args) }
     }
 
-    /// LoRA's part is written first, and the base products add to it.
+    /// LoRA's part is written first, and the base products add to it. Modules of one rank share a kernel. Where a rank has none, all is
+    /// made of other ops.
     fn lora_input(&self, args: LoraInput<'_, '_, Cuda<A>>) -> Result<()> {
         let [tokens, features] = args.sizes()?;
         let targets: Vec<_> = args.modules.iter().filter_map(|module| module.lora.as_ref()).collect();
-        let kernels = Kernels::find(args.lora_rank, features).filter(|_| !targets.is_empty() && tokens > 0);
-        let Some(kernels) = kernels else { return lora::input(self, args) };
-        let parts = InputParts::new(tokens, features, kernels);
-        let Some(scratch) = Scratch::new(&args.scratch, parts.len) else { return lora::input(self, args) };
+        let parts = |lora: &&InputLora<'_, _>| {
+            Some(InputParts::new(tokens, features, Kernels::find(lora.lora_rank, features)?))
+        };
+        let Some(parts) = targets.iter().map(parts).collect::<Option<Vec<_>>>() else { return lora::input(self, args) };
+        let needed = parts.iter().map(|parts| parts.len).max().filter(|_| tokens > 0);
+        let scratch = needed.and_then(|len| Scratch::new(&args.scratch, len));
+        let Some(scratch) = scratch else { return lora::input(self, args) };
         let LoraInput { mut d_x, mut accumulate, mut grads, modules, x, mask, .. } = args;
-        for targets in targets.chunks(kernels.max_modules) {
-            let (d_x, grads) = (d_x.range_mut(0..tokens * features), grads.range_mut(0..grads.len()));
-            // SAFETY: the lengths were checked above, and the scratch holds the parts of as many modules.
-            unsafe { self.lora_part_of_input(d_x, accumulate, grads, targets, x, mask, &scratch, parts) }?;
-            accumulate = true;
+        let mut at = 0;
+        for targets in targets.chunk_by(|a, b| a.lora_rank == b.lora_rank) {
+            let parts = parts[at];
+            at += targets.len();
+            for targets in targets.chunks(parts.kernels.max_modules) {
+                let (d_x, grads) = (d_x.range_mut(0..tokens * features), grads.range_mut(0..grads.len()));
+                // SAFETY: the lengths were checked above, and the scratch holds the parts of as many modules.
+                unsafe { self.lora_part_of_input(d_x, accumulate, grads, targets, x, mask, &scratch, parts) }?;
+                accumulate = true;
+            }
         }
         for InputModule { outputs, output_scale, .. } in modules {
             for &[weight, d_y] in outputs {

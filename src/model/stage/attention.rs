@@ -174,7 +174,7 @@ impl<D: Ops> Inputs<D> {
             k_before: arena.carve(&f("k_before"), tokens * widths.normed_kv)?,
             q_rstd: arena.carve(&f("q_rstd"), tokens * widths.q_rstd)?,
             k_rstd: arena.carve(&f("k_rstd"), tokens * widths.k_rstd)?,
-            u: LoraInputs::carve(arena, name, &widths.attention_inputs, tokens * widths.lora_rank)?,
+            u: LoraInputs::carve(arena, name, &widths.attention_inputs, tokens)?,
         })
     }
 }
@@ -191,7 +191,7 @@ impl<D: Ops> Output<D> {
         Ok(Self {
             before: arena.carve(&format!("{name}/o_before"), tokens * widths.attention_output)?,
             rstd: arena.carve(&format!("{name}/o_rstd"), if widths.attention_output > 0 { tokens } else { 0 })?,
-            u: LoraInputs::carve(arena, name, &[ModuleId::O], tokens * widths.lora_rank)?,
+            u: LoraInputs::carve(arena, name, &widths.attention_outputs, tokens)?,
         })
     }
 }

@@ -82,7 +82,7 @@ impl<D: Ops> Products<D> {
             input: arena.carve(&f("h"), tokens * widths.hidden)?,
             gate: arena.carve(&f("gate"), tokens * widths.intermediate)?,
             up: arena.carve(&f("up"), tokens * widths.intermediate)?,
-            u: LoraInputs::carve(arena, name, &widths.mlp_modules, tokens * widths.lora_rank)?,
+            u: LoraInputs::carve(arena, name, &widths.mlp_modules, tokens)?,
             before: arena.carve(&f("down_before"), tokens * widths.mlp_output)?,
             output_rstd: arena.carve(&f("down_rstd"), if widths.mlp_output > 0 { tokens } else { 0 })?,
         })

@@ -8,13 +8,14 @@ pub mod mlp;
 pub use attention::Attention;
 pub use mlp::Mlp;
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 
 use crate::device::{Arena, Buffer, Device, DropoutMask, Normed, Ops, RmsNormBackward, RmsNormForward, View, ViewMut};
 
 use super::batch::BatchBuffers;
+use super::linear::d_u_width;
 use super::spec::{LayerSpec, ModelSpec, Module, ModuleId, Norm, TensorId};
 use super::trainable::{LayerTrainables, LoraConfig, Trainables};
 use super::weights::LayerWeights;
@@ -108,12 +109,12 @@ pub struct Widths {
     /// Features of outputs that are normed.
     pub attention_output: usize,
     pub mlp_output: usize,
-    pub lora_rank: usize,
-    /// Most modules that read one input.
-    pub sharing: usize,
-    /// The modules that read attention's input, and those of the MLP.
-    pub attention_inputs: Vec<ModuleId>,
-    pub mlp_modules: Vec<ModuleId>,
+    /// The modules that read attention's input, that which reads its output, and those of the MLP, each with its rank.
+    pub attention_inputs: Vec<(ModuleId, usize)>,
+    pub attention_outputs: Vec<(ModuleId, usize)>,
+    pub mlp_modules: Vec<(ModuleId, usize)>,
+    /// Values that a token has in d_u for the modules that read one input.
+    pub d_u: usize,
 }
 
 impl Widths {
@@ -121,11 +122,28 @@ impl Widths {
         let runs = |norm: &Option<Norm>, width: usize| norm.as_ref().map_or(0, |norm| width / norm.width);
         let normed = |norm: &Option<Norm>, width: usize| if norm.is_some() { width } else { 0 };
         let hidden = spec.hidden_size;
-        let ids = |modules: fn(&LayerSpec) -> &[Module]| -> Vec<ModuleId> {
-            let ids: BTreeSet<ModuleId> = spec.layers.iter().flat_map(modules).map(|module| module.id).collect();
-            ids.into_iter().collect()
+        let rank = |layer: usize, id: ModuleId| {
+            trainables.and_then(|trainables| trainables.layers[layer].module(id)).map_or(0, |module| module.lora_rank)
         };
-        let attention = ids(|layer| &layer.attention.modules);
+        let ranks = |modules: fn(&LayerSpec) -> &[Module]| {
+            let mut ranks = BTreeMap::new();
+            for (i, layer) in spec.layers.iter().enumerate() {
+                for module in modules(layer) {
+                    let largest: &mut usize = ranks.entry(module.id).or_default();
+                    *largest = rank(i, module.id).max(*largest);
+                }
+            }
+            ranks
+        };
+        let d_u = |i: usize, modules: &mut dyn Iterator<Item = &Module>| {
+            modules.map(|module| d_u_width(rank(i, module.id))).sum::<usize>()
+        };
+        let d_u = spec.layers.iter().enumerate().flat_map(|(i, LayerSpec { attention, mlp })| {
+            let (a, b) = (d_u(i, &mut attention.inputs()), d_u(i, &mut attention.outputs()));
+            [a, b, d_u(i, &mut mlp.inputs()), d_u(i, &mut mlp.outputs())]
+        });
+        let (outputs, inputs) =
+            ranks(|layer| &layer.attention.modules).into_iter().partition(|(id, _)| *id == ModuleId::O);
         Widths {
             hidden,
             q: spec.widest(|layer| layer.attention.q_width()),
@@ -138,10 +156,10 @@ impl Widths {
             intermediate: spec.widest(|layer| layer.mlp.intermediate_size),
             attention_output: spec.widest(|layer| normed(&layer.attention.output_norm, hidden)),
             mlp_output: spec.widest(|layer| normed(&layer.mlp.output_norm, hidden)),
-            lora_rank: trainables.map_or(0, |trainables| trainables.lora.lora_rank),
-            sharing: spec.widest(|layer| layer.attention.inputs().count().max(layer.mlp.inputs().count())),
-            attention_inputs: attention.into_iter().filter(|&id| id != ModuleId::O).collect(),
-            mlp_modules: ids(|layer| &layer.mlp.modules),
+            attention_inputs: inputs,
+            attention_outputs: outputs,
+            mlp_modules: ranks(|layer| &layer.mlp.modules).into_iter().collect(),
+            d_u: d_u.max().unwrap_or(0),
         }
     }
 
@@ -155,7 +173,7 @@ impl Widths {
 pub struct Scratch<D: Device> {
     /// dropout(x), d_u · A before its mask, or partial sums of LoRA's gradients: `[T, widest]`.
     pub dropped: Buffer<D, D::Act>,
-    /// `[modules that share an input, T, r]`
+    /// `[modules that share an input, T, r]`, see [`d_u_width`].
     pub d_u: Buffer<D, D::Act>,
     /// Gradients: `[T, hidden]`, `[T, q]`, `[T, kv]`, `[T, intermediate]`.
     pub d_norm: Buffer<D, D::Act>,
@@ -175,10 +193,10 @@ impl<D: Device> Scratch<D> {
     /// Without `backward` only the buffers that forward uses have a size.
     pub fn carve(arena: &mut Arena<D>, widths: &Widths, tokens: usize, backward: bool) -> Result<Self> {
         let back = if backward { tokens } else { 0 };
-        let lora = if widths.lora_rank > 0 { tokens } else { 0 };
+        let lora = if widths.d_u > 0 { tokens } else { 0 };
         Ok(Self {
             dropped: arena.carve("scratch/dropped", lora * widths.widest())?,
-            d_u: arena.carve("scratch/d_u", back * widths.sharing * widths.lora_rank)?,
+            d_u: arena.carve("scratch/d_u", back * widths.d_u)?,
             d_norm: arena.carve("scratch/d_norm", back * widths.hidden)?,
             d_attention: arena.carve("scratch/d_attention", back * widths.q)?,
             d_q: arena.carve("scratch/d_q", back * widths.q)?,
