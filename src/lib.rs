@@ -15,6 +15,7 @@
 //! | [`optim`] | AdamW's numbers, learning rates, loss scaling, clipping | ranks, the recipe |
 //! | [`data`] | rows to documents to sequences to micro-batches | devices |
 //! | [`checkpoint`] | base models, shard files, adapters, the life of an output folder | the recipe |
+//! | [`hub`] | models, adapters and data sets by their names: the cache of `huggingface_hub`, and downloads into it | ranks, the recipe |
 //! | [`plan`] | the choice of what is kept where, and predictions of memory and time, for this machine or another | data, the recipe |
 //! | [`train`] | steps, objectives, evaluation, generation, logs, how a result comes to rest | the command line |
 //! | [`recipe`] | the recipe, as it was written, becomes the job, as it was decided | devices, ranks, how a job is run |
@@ -99,6 +100,7 @@ mod device;
 mod files;
 mod fsdp;
 mod guarded;
+mod hub;
 mod logging;
 mod model;
 mod optim;

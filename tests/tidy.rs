@@ -8,7 +8,7 @@ const MAX_FILE_LINES: usize = 500;
 const FOLDERS: [&str; 4] = ["src", "kernels", "tests", "benches"];
 
 /// Names that must not stand in a module.
-const FORBIDDEN: [(&str, &[&str]); 12] = [
+const FORBIDDEN: [(&str, &[&str]); 13] = [
     (
         "device/",
         &["crate::model", "crate::comm", "crate::fsdp", "crate::data", "crate::train", "crate::recipe", "crate::cli"],
@@ -20,6 +20,18 @@ const FORBIDDEN: [(&str, &[&str]); 12] = [
     ("data/", &["crate::device", "crate::fsdp", "crate::train", "crate::recipe", "crate::cli"]),
     ("optim/", &["crate::train", "crate::recipe", "crate::cli", "crate::fsdp", "crate::comm"]),
     ("checkpoint/", &["crate::data", "crate::train", "crate::recipe", "crate::start", "crate::cli"]),
+    (
+        "hub/",
+        &[
+            "crate::device",
+            "crate::model",
+            "crate::fsdp",
+            "crate::train",
+            "crate::recipe",
+            "crate::start",
+            "crate::cli",
+        ],
+    ),
     ("plan/", &["crate::data", "crate::train", "crate::recipe", "crate::start", "crate::cli"]),
     ("train/", &["crate::cli", "crate::start"]),
     // These make a job from what was written; `start` and `bench` see the job alone.

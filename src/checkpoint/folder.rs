@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::files::{gguf_advice, shown, shown_path};
 
-pub(super) const CONFIG_FILE: &str = "config.json";
-pub(super) const SINGLE_FILE: &str = "model.safetensors";
-pub(super) const INDEX_FILE: &str = "model.safetensors.index.json";
+pub const CONFIG_FILE: &str = "config.json";
+pub const SINGLE_FILE: &str = "model.safetensors";
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
 
 /// Checks that this is the folder of a model. The error says what it is instead: the root of a repository in the
 /// hub's cache, an adapter, weights in another format.
@@ -89,8 +89,21 @@ fn repository(dir: &Path) -> String {
     root.map_or("ORG/NAME".into(), |name| shown(&name.replacen("--", "/", 1)))
 }
 
+/// Returns id and commit of a folder that is a snapshot of a model in the hub's cache.
+pub(super) fn id_and_commit(dir: &Path) -> Option<(String, String)> {
+    let name = |path: &Path| path.file_name()?.to_str().map(String::from);
+    let (commit, snapshots) = (name(dir)?, dir.parent()?);
+    let id = name(snapshots.parent()?)?.strip_prefix("models--")?.replacen("--", "/", 1);
+    (snapshots.ends_with("snapshots") && is_commit(&commit)).then_some((id, commit))
+}
+
+/// Tells whether a text is the full hash of a commit.
+pub fn is_commit(text: &str) -> bool {
+    text.len() == 40 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
 /// Checks a file that an index names: it lies in the model's folder, or is a link to a file there or, from a snapshot
-/// of the hub's cache, to one in `../../blobs`. An index comes from somebody else, and must not choose which files of
+/// of the hub's cache, to one in `../../blobs`, or in the `blobs` that all repositories of the cache share (`huggingface_hub` 2). An index comes from somebody else, and must not choose which files of
 /// this machine are read.
 pub(super) fn check_named(dir: &Path, name: &str) -> Result<()> {
     let plain = !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\0']);
@@ -100,14 +113,14 @@ pub(super) fn check_named(dir: &Path, name: &str) -> Result<()> {
     let place = || shown_path(&path);
     let real = path.canonicalize().with_context(place)?;
     let own = dir.canonicalize().with_context(place)?;
-    let blobs = own
-        .parent()
-        .filter(|parent| parent.ends_with("snapshots"))
-        .and_then(Path::parent)
-        .map(|root| root.join("blobs"));
-    let blobs = blobs.and_then(|blobs| blobs.canonicalize().ok());
+    let root = own.parent().filter(|parent| parent.ends_with("snapshots")).and_then(Path::parent);
+    let blobs = |folder: Option<&Path>| folder.and_then(|folder| folder.join("blobs").canonicalize().ok());
+    let (of_model, of_all) = (blobs(root), blobs(root.and_then(Path::parent)));
+    let folder = real.parent();
     ensure!(
-        real.parent() == Some(&own) || blobs.is_some() && real.parent() == blobs.as_deref(),
+        folder == Some(&own)
+            || of_model.is_some() && folder == of_model.as_deref()
+            || of_all.is_some() && folder.and_then(Path::parent) == of_all.as_deref(),
         "names {}, a link to {}; allowed are files of its own folder, and of ../../blobs from a snapshot in the hub's cache",
         shown(name),
         shown_path(&real)
@@ -164,6 +177,21 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_of_the_cache_tells_id_and_commit() {
+        let commit = "0123456789abcdef0123456789abcdef01234567";
+        let of = |path: String| id_and_commit(Path::new(&path));
+        assert_eq!(
+            of(format!("/x/models--org--na--me/snapshots/{commit}")),
+            Some(("org/na--me".into(), commit.into()))
+        );
+        for other in
+            ["models--o--n/snapshots/abc", "models--o--n/x/COMMIT", "datasets--o--n/snapshots/COMMIT", "COMMIT", "/"]
+        {
+            assert_eq!(of(other.replace("COMMIT", commit)), None, "{other}");
+        }
+    }
+
+    #[test]
     fn an_index_names_files_of_its_own_folder_or_of_the_hub_s_blobs() {
         let cache = tempdir().unwrap();
         let root = cache.path().join("models--org--name");
@@ -173,8 +201,12 @@ mod tests {
         for file in [snapshot.join("own"), blobs.join("1234"), root.join("other"), cache.path().join("outside")] {
             fs::write(file, "").unwrap();
         }
+        fs::create_dir_all(cache.path().join("blobs/ab")).unwrap();
+        fs::write(cache.path().join("blobs/ab/abcd"), "").unwrap();
+        symlink("../../blobs/ab/abcd", blobs.join("5678")).unwrap();
         for (name, target) in [
             ("blob", "../../blobs/1234"),
+            ("shared", "../../blobs/5678"),
             ("link", "own"),
             ("twice", "blob"),
             ("other", "../../other"),
@@ -185,7 +217,7 @@ mod tests {
         ] {
             symlink(target, snapshot.join(name)).unwrap();
         }
-        for name in ["own", "blob", "link", "twice"] {
+        for name in ["own", "blob", "link", "twice", "shared"] {
             check_named(&snapshot, name).unwrap();
         }
         for name in [

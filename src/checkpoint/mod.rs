@@ -6,7 +6,7 @@ pub mod bnb;
 pub mod cache;
 mod donor;
 mod encodings;
-mod folder;
+pub mod folder;
 mod header;
 mod identity;
 mod inventory;

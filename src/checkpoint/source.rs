@@ -17,7 +17,7 @@ use super::header::{self, Entry};
 use crate::files::{self, shown, shown_path};
 
 /// Largest index that is read, in bytes; it holds some 300,000 tensors.
-const MAX_INDEX_BYTES: u64 = 32 << 20;
+pub const MAX_INDEX_BYTES: u64 = 32 << 20;
 
 /// All tensors of a model directory. A tensor's bytes are read when it is asked for.
 #[derive(Debug)]

@@ -32,7 +32,7 @@ pub struct DataArgs {
 
 /// Prints the first rows and what has become of all.
 pub fn run(start: &Start, args: &DataArgs, overrides: &[String]) -> Result<()> {
-    let job = recipe::load(&args.config, Command::Data, overrides)?;
+    let job = Start::job_of_one(recipe::load(&args.config, Command::Data, overrides)?)?;
     let config = ModelSpec::load(&job.model)?;
     let (train, eval) = previews(start, &job, &config, args.rows as usize)?;
     if args.json {

@@ -16,7 +16,7 @@ use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::batch::MicroBatch;
 use crate::recipe::{self, Command};
-use crate::start::agree::{agree_on, agree_on_inputs};
+use crate::start::agree::agree_on_inputs;
 use crate::start::data::to_score;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
@@ -31,13 +31,13 @@ const MICRO_BATCHES: usize = 4;
 
 #[derive(Args)]
 pub struct EvalArgs {
-    /// Hugging Face directory
+    /// Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION of the hub
     #[arg(long)]
     model: String,
-    /// PEFT adapter; several take turns over the loaded base
+    /// PEFT adapter, a folder or of the hub; several take turns over the loaded base
     #[arg(long, value_name = "ADAPTER", value_parser = recipe::read_path)]
     adapter: Vec<PathBuf>,
-    /// File or folder of rows; several are scored one after the other
+    /// File or folder of rows, or a data set of the hub; several are scored one after the other
     #[arg(long, value_name = "DATASET", required = true)]
     dataset: Vec<String>,
     /// Longer rows are handled as data.overlong says (--set)
@@ -104,7 +104,8 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
         ("data.train", args.dataset.clone().into()),
         ("data.max_length", args.max_length.into()),
     ];
-    let job = agree_on(&mut comm, recipe::from_options(Command::Eval, given, overrides)?)?;
+    let job = recipe::from_options(Command::Eval, given, overrides)?.with_adapters(&args.adapter);
+    let job = start.job(&mut comm, job)?;
     for source in &job.data.train {
         ensure!(source.path.exists(), "--dataset: {} is not there", source.path.display());
     }
@@ -112,7 +113,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
     let file = writes.map(|path| LossFile::create(path, args.overwrite)).transpose().context("--per-token")?;
     let opened = start.open(&mut comm, &job)?;
     let config = opened.spec.clone();
-    let adapters = start.adapters_in_turn(&args.adapter, &job, &config)?;
+    let adapters = start.adapters_in_turn(&job, &config)?;
     let mut inputs = Facts::default();
     inputs.add_adapters("--adapter", &adapters);
     let datasets = to_score(start, &job, &config, &mut inputs)?;

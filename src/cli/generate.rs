@@ -20,8 +20,8 @@ use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::progress;
-use crate::recipe::{self, Command, Job};
-use crate::start::agree::{Agreed, agree_on, agree_on_inputs};
+use crate::recipe::{self, Command};
+use crate::start::agree::agree_on_inputs;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
 use crate::train::adapters::in_turn;
@@ -33,10 +33,10 @@ use super::usage;
 #[derive(Args)]
 #[command(group(ArgGroup::new("what").required(true).multiple(true).args(["prompt", "prompts"])))]
 pub struct GenerateArgs {
-    /// Hugging Face directory
+    /// Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION of the hub
     #[arg(long)]
     model: String,
-    /// PEFT adapter; several take turns over the loaded base
+    /// PEFT adapter, a folder or of the hub; several take turns over the loaded base
     #[arg(long, value_name = "ADAPTER", value_parser = recipe::read_path)]
     adapter: Vec<PathBuf>,
     /// A text to continue; a model with a chat template gets it as the user's message
@@ -208,10 +208,11 @@ impl Listener for Printer<'_> {
 pub fn run(start: &Start, mut comm: MpiComm, args: &GenerateArgs, overrides: &[String]) -> Result<()> {
     let sampling = args.sampling()?;
     let given: Vec<(&str, Value)> = vec![("model", args.model.clone().into()), ("training.seed", args.seed.into())];
-    let job: Agreed<Job> = agree_on(&mut comm, recipe::from_options(Command::Generate, given, overrides)?)?;
+    let job = recipe::from_options(Command::Generate, given, overrides)?.with_adapters(&args.adapter);
+    let job = start.job(&mut comm, job)?;
     let opened = start.open(&mut comm, &job)?;
     let config = opened.spec.clone();
-    let adapters = start.adapters_in_turn(&args.adapter, &job, &config)?;
+    let adapters = start.adapters_in_turn(&job, &config)?;
     let tokenizer = TextTokenizer::load(&job.model, &start.clock)?;
     let prompts = args.prompts(start.log, &tokenizer)?;
     let new = sampling.max_new_tokens;

@@ -11,7 +11,8 @@ use crate::plan::decide::DoesNotFit;
 use crate::plan::hardware::{Hardware, Reached};
 use crate::plan::report::Report;
 use crate::plan::trace;
-use crate::recipe::{self, Command, ComputeDtype};
+use crate::recipe::{self, Command, ComputeDtype, Job};
+use crate::start::Start;
 use crate::start::planned::{Machine, Planned};
 use crate::train::log::bytes;
 
@@ -117,7 +118,7 @@ pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Resul
     if !machine.world_size.is_multiple_of(machine.nodes) {
         return Err(usage(&format!("--nodes: {} ranks do not divide by {}", machine.world_size, machine.nodes)));
     }
-    let report = report(args, &machine, overrides)?;
+    let report = report(args, &machine, &job(args, overrides)?)?;
     if let Some(path) = &args.trace {
         trace::write(path, &report.timeline.spans)?;
     }
@@ -128,35 +129,36 @@ pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Resul
     Ok(())
 }
 
-/// Plans a recipe or a shape for a machine.
-fn report(args: &PlanArgs, machine: &Machine, overrides: &[String]) -> Result<Report> {
-    let (job, planned) = match (&args.config, &args.shape) {
-        (Some(path), _) => {
-            let job = recipe::load(path, Command::Plan, overrides)?;
-            let planned = Planned::of_model(&job, machine)?;
-            (job, planned)
-        }
-        (None, Some(name)) => {
+/// Returns the job of a recipe or a shape.
+fn job(args: &PlanArgs, overrides: &[String]) -> Result<Job> {
+    match &args.config {
+        Some(path) => Start::job_of_one(recipe::load(path, Command::Plan, overrides)?),
+        None => {
             let keys = shape::keys([args.seq, args.micro_batch, args.accum]);
-            let job = recipe::from_options(Command::PlanShape, keys, overrides)?;
-            let config = shape::spec(name, args.layers)?;
-            let planned = Planned::of_shape(name, config, &job, machine)?;
-            (job, planned)
+            Ok(recipe::from_options(Command::PlanShape, keys, overrides)?)
         }
-        (None, None) => unreachable!("clap asks for one of them"),
+    }
+}
+
+/// Plans a job for a machine.
+fn report(args: &PlanArgs, machine: &Machine, job: &Job) -> Result<Report> {
+    let planned = match &args.shape {
+        None => Planned::of_model(job, machine)?,
+        Some(name) => Planned::of_shape(name, shape::spec(name, args.layers)?, job, machine)?,
     };
     if job.quantization.compute_dtype == ComputeDtype::Float32 {
         return Err(usage("quantization.bnb_4bit_compute_dtype: found float32; a GPU computes in bfloat16 or float16"));
     }
-    planned.report(&job, machine)
+    planned.report(job, machine)
 }
 
 /// Prints for each kind of card the fewest that can do it.
 fn sweep(args: &PlanArgs, overrides: &[String]) -> Result<()> {
+    let job = job(args, overrides)?;
     println!("{:8} {:>5} {:>12} {:>12} {:>10}", "card", "cards", "GPU memory", "host memory", "tokens/s");
     for gpu in Hardware::names() {
         let hardware = Hardware::named(gpu)?;
-        let plan = |world_size| report(args, &args.machine(&hardware, world_size, 1), overrides);
+        let plan = |world_size| report(args, &args.machine(&hardware, world_size, 1), &job);
         let mut result = plan(1);
         for world_size in [2, 4, 8] {
             if result.as_ref().is_err_and(|error| error.is::<DoesNotFit>()) {

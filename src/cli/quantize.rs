@@ -8,12 +8,11 @@ use crate::checkpoint::made_up::MadeUp;
 use crate::comm::mpi::MpiComm;
 use crate::recipe::{self, Command};
 use crate::start::Start;
-use crate::start::agree::agree_on;
 use crate::train::log::bytes;
 
 #[derive(Args)]
 pub struct QuantizeArgs {
-    /// Hugging Face directory
+    /// Hugging Face directory, or ORG/NAME or ORG/NAME@REVISION of the hub
     #[arg(long, required_unless_present = "shape", conflicts_with = "shape")]
     model: Option<String>,
     #[arg(long, help = shape::made_up_help())]
@@ -32,7 +31,7 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &QuantizeArgs, overrides: &[S
     let command = if args.shape.is_some() { Command::QuantizeShape } else { Command::Quantize };
     let mut given = vec![("shards", args.output.clone().into())];
     given.extend(args.model.clone().map(|model| ("model", model.into())));
-    let job = agree_on(&mut comm, recipe::from_options(command, given, overrides)?)?;
+    let job = start.job(&mut comm, recipe::from_options(command, given, overrides)?)?;
     let num_shards = args.world_size as usize;
     let mut tell = |line| start.log.line(line);
     let made_up = args.shape.as_deref().map(made_up).transpose()?;

@@ -20,7 +20,7 @@ use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::model::spec::ModelSpec;
 use crate::recipe::{self, Command, Job, Steps};
-use crate::start::agree::{Agreed, agree_on, agree_on_inputs};
+use crate::start::agree::{Agreed, agree_on_inputs};
 use crate::start::begin::{Beginning, begin, with_batch_of_the_run};
 use crate::start::data::TrainingData;
 use crate::start::engine::{Setup, Work};
@@ -37,11 +37,11 @@ use crate::train::stop::{self, CONTROL_FILE, Deadline, Options, Stop};
 
 use super::check_trace;
 
-#[derive(Args)]
+#[derive(Args, Default)]
 pub struct TrainArgs {
-    /// The recipe
-    #[arg(short, long, default_value = "fsdp-qlora.yaml", value_parser = recipe::read_path)]
-    config: PathBuf,
+    /// The recipe; fsdp-qlora.yaml if it is not given, or --set alone where that file is not there
+    #[arg(short, long, value_parser = recipe::read_path)]
+    config: Option<PathBuf>,
     /// Write a trace of the second step for <https://ui.perfetto.dev>
     #[arg(long, value_parser = recipe::read_path)]
     trace: Option<PathBuf>,
@@ -53,17 +53,19 @@ pub struct TrainArgs {
     pub help_recipe: bool,
 }
 
-impl Default for TrainArgs {
-    fn default() -> TrainArgs {
-        TrainArgs { config: "fsdp-qlora.yaml".into(), trace: None, overwrite: false, help_recipe: false }
-    }
-}
+/// The recipe where the command line names none.
+const RECIPE: &str = "fsdp-qlora.yaml";
 
 /// Trains as a recipe says. Exit status 0: the adapter is in output_dir. If it had to be saved elsewhere, that is an
 /// error, and its message, the last line, names the place.
 pub fn run(start: &Start, mut comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<Outcome> {
     let started = Instant::now();
-    let job = agree_on(&mut comm, recipe::load(&args.config, Command::Train, overrides)?)?;
+    let path = args.config.as_deref().unwrap_or(Path::new(RECIPE));
+    let job = match args.config.is_none() && !overrides.is_empty() && !path.exists() {
+        true => recipe::from_options(Command::Train, Vec::new(), overrides)?,
+        false => recipe::load(path, Command::Train, overrides)?,
+    };
+    let job = start.job(&mut comm, job)?;
     let trace = args.trace.as_deref();
     check_trace(trace)?;
     let opened = start.open(&mut comm, &job)?;

@@ -6,10 +6,12 @@ use super::command::Command;
 use super::job::{OF_ADAPTER, ShardingStrategy, Strategy, is_set, when};
 use super::keys;
 use super::overrides::Written;
+use super::places::is_model;
 use super::scheduler;
 use super::steps::{Warmup, When};
 use crate::data::{Overlong, Packing};
 use crate::files::gguf_advice;
+use crate::hub::FORMS;
 use crate::model::targets::Modules;
 use crate::optim::lr::LrSchedulerType;
 
@@ -17,15 +19,19 @@ use crate::optim::lr::LrSchedulerType;
 pub(super) fn check_required(written: &mut Written, command: Command) {
     match written.get(&keys::MODEL) {
         _ if !command.needs_model() => {}
-        Some(None) => written.errors.push("model: missing, it must be a Hugging Face directory".into()),
-        Some(Some(dir)) if !dir.is_dir() => {
+        Some(None) => {
+            written.errors.push("model: missing, it must be a Hugging Face directory or an id of the hub".into())
+        }
+        Some(Some(dir)) if !is_model(&dir) => {
             let name = command.name_of(keys::MODEL.path).unwrap_or(keys::MODEL.path);
             written.errors.push(format!("{name}: found {}, {}", dir.display(), not_a_folder(&dir)));
         }
         _ => {}
     }
     if matches!(command, Command::Train | Command::Data | Command::Plan) && written.get(&keys::TRAIN) == Some(None) {
-        written.errors.push("data.train: missing, it must be a file, a directory, or a list of them".into());
+        written
+            .errors
+            .push("data.train: missing, it must be a file, a directory, an id of the hub, or a list of them".into());
     }
 }
 
@@ -37,12 +43,7 @@ fn not_a_folder(path: &Path) -> String {
     if path.is_file() {
         return "which is a file; give the folder of the model".into();
     }
-    let is_id = !path.is_absolute() && !path.starts_with(".");
-    let hub_id = if is_id { path.display().to_string() } else { "ORG/NAME".into() };
-    format!(
-        "which is not a directory; to use a model of the hub, `hf download {hub_id} --local-dir {}`",
-        path.display()
-    )
+    format!("which is not a directory, and no model of the hub ({FORMS})")
 }
 
 /// Largest number of tokens of a micro-batch, because kernels count rows in 32 bits.

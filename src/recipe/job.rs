@@ -72,7 +72,8 @@ choices! {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Job {
     pub command: Command,
-    /// An existing directory; empty if a shape replaces the model.
+    /// A directory; empty if a shape replaces the model. This path and those of data and adapter may name a repository of
+    /// the hub until `start` has located it.
     pub model: PathBuf,
     pub output_dir: PathBuf,
     /// Folder of the shard files; `None` means the user's cache folder.
@@ -80,6 +81,8 @@ pub struct Job {
     pub data: DataJob,
     pub quantization: QuantizationJob,
     pub lora: LoraJob,
+    /// Adapters of a command that uses them in turn and trains none.
+    pub adapters: Vec<PathBuf>,
     pub training: TrainingJob,
     pub fsdp: FsdpJob,
     values: Map<String, Value>,
@@ -91,6 +94,16 @@ impl Job {
     /// the run decides once it knows more.
     pub fn values(&self) -> Map<String, Value> {
         self.values.clone()
+    }
+
+    /// Changes the decided value of a key that the command reads.
+    pub(super) fn set_value(&mut self, path: &str, change: impl FnOnce(&mut Value)) {
+        self.values.entry(path).and_modify(change);
+    }
+
+    /// Returns this job with adapters to use in turn.
+    pub fn with_adapters(self, adapters: &[PathBuf]) -> Job {
+        Job { adapters: adapters.to_vec(), ..self }
     }
 
     /// Returns this job with steps of so many sequences on all ranks, whatever was written.
@@ -320,6 +333,7 @@ fn build(written: &Written, command: Command, values: Map<String, Value>) -> Opt
             dropout: written.get(&keys::LORA_DROPOUT)? as f32,
             adapter: written.get(&keys::ADAPTER)?,
         },
+        adapters: Vec::new(),
         training: build_training(written)?,
         fsdp: FsdpJob {
             sharding_strategy: written.get(&keys::SHARDING_STRATEGY)?,

@@ -80,7 +80,7 @@ const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep,
 
 keys! {
     MODEL: Option<PathBuf> = "model", "null", &[Train, Data, Plan], |v| nullable(v, path),
-        &["a Hugging Face directory"], "the model to start from (required)";
+        &["a Hugging Face directory", "ORG/NAME or ORG/NAME@REVISION of the hub"], "the model to start from (required)";
     OUTPUT_DIR: PathBuf = "output_dir", "./out", TRAINING, path, &["a directory"], "where adapter and metrics go";
     SHARDS: Option<PathBuf> = "shards", "auto", &[Train, Eval, Generate], |v| auto_or(v, path),
         &["auto", "a directory"], "where quantized shards are kept; auto: the user's cache folder";
@@ -88,7 +88,7 @@ keys! {
     TRAIN: Option<WrittenSources> = "data.train", "null", TRAINING_ROWS, |v| nullable(v, WrittenSources::read),
         WrittenSources::ALLOWED,
         "training data (required to train); weight: how often each row is in an epoch; split: the files of a folder that \
-         have this word in their names";
+         have this word in their names, or the split of a data set of the hub";
     EVAL: Option<WrittenEval> = "data.eval", "null", TRAINING_ROWS, |v| nullable(v, eval_data),
         &["null", "a fraction of data.train above 0 and below 1", "whatever data.train may be"],
         "held-out data; null: none";
@@ -162,7 +162,7 @@ keys! {
         &["true", "false"], "true: the adapter is scaled by alpha/sqrt(r); false: by alpha/r";
     LORA_BIAS: &str = "lora.bias", "none", TRAINING, |v| only(v, "none"), &["none"], "which biases are trained";
     ADAPTER: Option<PathBuf> = "lora.adapter", "null", TRAIN_PLAN, |v| nullable(v, path),
-        &["null", "a PEFT adapter directory"], "adapter to go on from, with its own r, alpha and targets; null: a new one";
+        &["null", "a PEFT adapter directory", "ORG/NAME or ORG/NAME@REVISION of the hub"], "adapter to go on from, with its own r, alpha and targets; null: a new one";
 
     BATCH_SIZE: usize = "training.per_device_train_batch_size", "1", TRAIN_PLAN, |v| integer(v, 1..=1 << 16),
         &["an integer from 1 to 65536"], "sequences of a micro-batch";

@@ -9,6 +9,7 @@ mod job;
 mod keys;
 mod overrides;
 mod paths;
+mod places;
 mod scheduler;
 mod sources;
 mod steps;
@@ -23,6 +24,7 @@ pub use job::{
 };
 use overrides::Written;
 pub use paths::read as read_path;
+pub use places::Located;
 use serde_json::Value;
 pub use steps::{Steps, When};
 
@@ -65,7 +67,7 @@ const MAX_BYTES: u64 = 1 << 20;
 /// A minimal recipe to begin with.
 const EXAMPLE: &str = "\
     # fsdp-qlora.yaml
-    model: ./SmolLM2-135M-Instruct    # a Hugging Face directory
+    model: ./SmolLM2-135M-Instruct    # a Hugging Face directory, or an id of the hub
     output_dir: ./out                 # the adapter goes there
     data:
       train: train.jsonl              # rows of {text}, {messages}, {prompt, completion}, …; `fsdp-qlora data` shows them
@@ -190,7 +192,7 @@ fsdp:
     #[test]
     fn all_errors_come_at_once() {
         let yaml = "
-model: meta-llama/Llama-3.1-8B
+model: ./Llama-3.1-8B
 lora: {r: 0, bias: all, lora_droput: 0.1}
 training: {learning_rate: fast, seed: -1, max_time: soon}
 fsdp: 5
@@ -199,7 +201,7 @@ max_steps: 3
         let found = recipe(yaml, &["x", "lora.r: 3=[", "fsdp.sharding_strategy=zero3"]).unwrap_err().to_string();
         for expected in [
             "recipe.yaml: 13 error(s)",
-            "model: found meta-llama/Llama-3.1-8B, which is not a directory; to use a model of the hub, `hf download",
+            "model: found ./Llama-3.1-8B, which is not a directory, and no model of the hub (ORG/NAME, ORG/NAME@REVISION)",
             "lora.r: found 0, allowed: an integer from 1 to 65536",
             "lora.bias: found \"all\", allowed: none",
             "lora.lora_droput: unknown key, the nearest known one is lora.lora_dropout",

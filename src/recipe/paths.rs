@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::hub::{Reference, SCHEME};
+
 /// Reads a path. The error says why the text is none.
 pub fn read(text: &str) -> Result<PathBuf, String> {
     read_at(text, std::env::var_os("HOME").map(PathBuf::from).as_deref())
@@ -13,6 +15,12 @@ fn read_at(text: &str, home: Option<&Path>) -> Result<PathBuf, String> {
     }
     if text.contains('\0') {
         return Err("a path has no zero byte".into());
+    }
+    if text.starts_with(SCHEME) {
+        let allowed = format!(
+            "{SCHEME}ORG/NAME@REVISION and {SCHEME}datasets/ORG/NAME@REVISION/PATH are allowed, @REVISION and /PATH may be left out"
+        );
+        return Reference::of_address(text).map(|_| text.into()).ok_or(allowed);
     }
     let is_variable = |(at, _)| text[at + 1..].starts_with(|c: char| c == '{' || c == '_' || c.is_ascii_alphabetic());
     if text.match_indices('$').any(is_variable) {
@@ -42,10 +50,11 @@ mod tests {
             ("./~", "./~"),
             ("costs 5$", "costs 5$"),
             ("$5", "$5"),
+            ("hf://datasets/o/n/a", "hf://datasets/o/n/a"),
         ] {
             assert_eq!(read(text), Ok(path.into()), "{text}");
         }
-        for text in ["~you/a", "${HOME}/a", "$HOME", "a/$x", "", "a\0b"] {
+        for text in ["~you/a", "${HOME}/a", "$HOME", "a/$x", "", "a\0b", "hf://x", "hf://datasets/o/n/../x"] {
             assert!(read(text).is_err(), "{text}");
         }
         assert!(read_at("~/a", None).unwrap_err().contains("HOME is not set"));

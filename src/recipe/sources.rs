@@ -35,6 +35,7 @@ impl WrittenSources {
     pub const ALLOWED: &[&str] = &[
         "a file",
         "a directory",
+        "ORG/NAME, ORG/NAME@REVISION or hf://datasets/ORG/NAME@REVISION/PATH of the hub",
         "{path: …, weight: a number above 0 and at most 1000, format: …, split: a word, columns: …}",
         "a list of them",
     ];
@@ -55,6 +56,7 @@ impl WrittenSources {
             weight: source.weight.unwrap_or(1.0),
             format: source.format.unwrap_or(format),
             split: source.split,
+            files: Vec::new(),
             columns: source.columns.unwrap_or_else(|| columns.clone()),
         };
         self.0.into_iter().map(decide).collect()
@@ -128,6 +130,7 @@ mod tests {
             weight: 0.5,
             format: Format::Sharegpt,
             split: Some("train".into()),
+            files: Vec::new(),
             columns: ColumnNames::read(&columns).unwrap(),
         };
         assert_eq!(sources, [plain.clone(), expected, plain]);

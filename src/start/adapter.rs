@@ -1,6 +1,6 @@
 //! The adapter that a run starts from: the one that its job names, or a new one.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
@@ -33,9 +33,9 @@ impl Start<'_> {
     ///
     /// # Errors
     /// One differs from the first in more than its values, so that it needs other memory.
-    pub fn adapters_in_turn(&self, dirs: &[PathBuf], job: &Job, config: &ModelSpec) -> Result<Vec<Adapter>> {
+    pub fn adapters_in_turn(&self, job: &Job, config: &ModelSpec) -> Result<Vec<Adapter>> {
         let mut adapters: Vec<Adapter> = Vec::new();
-        for dir in dirs {
+        for dir in &job.adapters {
             let mut adapter = self.adapter_at(dir, job, config)?;
             adapter.settings.dropout = 0.0;
             if let Some(first) = adapters.first() {
@@ -43,7 +43,7 @@ impl Start<'_> {
                     adapter.settings.lora_config() == first.settings.lora_config(),
                     "--adapter: {} and {} differ in r, alpha or target modules; adapters that take turns in a run have them \
                      in common; help: run the command once for each",
-                    dirs[0].display(),
+                    job.adapters[0].display(),
                     dir.display()
                 );
             }

@@ -33,7 +33,7 @@ const MAX_VALUES: usize = 8;
 
 /// A value that all ranks have in common.
 #[derive(Clone)]
-pub struct Agreed<T>(T);
+pub struct Agreed<T>(pub(super) T);
 
 impl<T> Deref for Agreed<T> {
     type Target = T;

@@ -81,6 +81,10 @@ impl Facts {
                 || matches!(job.data.eval, Some(EvalData::Sources(_))) && key == "data.eval";
             facts.add(key, if is_path { "a path".into() } else { value.to_string() });
         }
+        let wanted: Vec<String> = job.wanted().iter().map(|wanted| wanted.reference.to_string()).collect();
+        if !wanted.is_empty() {
+            facts.add("repositories of the hub", wanted.join(", "));
+        }
         facts
     }
 

@@ -1,7 +1,7 @@
 //! Does everything between a job and the first step: ranks agree, the model is opened, a device is taken, memory is
 //! budgeted, and the engine is made.
 //!
-//! A subcommand goes through these steps in this order: [`agree::agree_on`] for the job, [`Start::open`],
+//! A subcommand goes through these steps in this order: [`Start::job`], [`Start::open`],
 //! [`agree::agree_on_inputs`] for what was read, [`Start::base`], [`Start::with_engine`]. All of them are collective,
 //! over one communicator, which the engine's queue keeps in the end. [`planned`] answers for a machine that is not
 //! there.
@@ -14,24 +14,26 @@ pub mod data;
 pub mod engine;
 mod facts;
 mod host_memory;
+mod locate;
 pub mod options;
 pub mod placement;
 pub mod planned;
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use jiff::Zoned;
 
 use crate::checkpoint::load::{self, OpenedBase};
 use crate::checkpoint::made_up::MadeUp;
 use crate::comm::Comm;
+use crate::comm::local::LocalComm;
 use crate::comm::mpi::World;
 use crate::fsdp::exec::Base;
 use crate::recipe::{FsdpJob, Job};
 use crate::train::log::Log;
 
-use agree::Agreed;
+use agree::{Agreed, agree_on};
 pub use facts::Facts;
 use options::load_options;
 use placement::{DeviceKind, Placement};
@@ -51,6 +53,18 @@ impl Start<'_> {
     /// Returns the number of ranks that hold a base together.
     pub fn num_shards(&self, job: &FsdpJob) -> Result<usize> {
         options::num_shards(job, self.world.world_size, self.world.node_size)
+    }
+
+    /// Returns the job that all ranks have decided alike, with local files in the place of what it names of the hub. Collective.
+    pub fn job(&self, comm: &mut dyn Comm, job: Job) -> Result<Agreed<Job>> {
+        let Agreed(job) = agree_on(comm, job)?;
+        Ok(Agreed(locate::locate(comm, job, self.world.local_rank == 0, self.log)?))
+    }
+
+    /// Returns the job of a command that runs on rank 0 alone, with local files in the place of what it names of the hub.
+    pub fn job_of_one(job: Job) -> Result<Job> {
+        let mut alone = LocalComm::world(1).pop().context("a world of one rank")?;
+        locate::locate(&mut alone, job, true, Log { enabled: true })
     }
 
     /// Opens and checks a job's model, which must be the same on all ranks. Collective.

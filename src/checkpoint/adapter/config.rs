@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::CONFIG_FILE;
+use crate::checkpoint::folder;
 use crate::files::{self, MAX_SETTINGS_BYTES, listed, shown, shown_path};
 use crate::model::spec::ModelSpec;
 use crate::model::targets::{Layers, LoraKeys, MAX_RANK, Modules, Patterns};
@@ -231,7 +232,8 @@ pub fn remarks(dir: &Path, model: &Path) -> Result<Vec<String>> {
             shown_path(&model)
         ));
     }
-    if let Some(revision) = text("revision").filter(|&revision| revision != "main") {
+    let commit = folder::id_and_commit(&model).map(|(_, commit)| commit);
+    if let Some(revision) = text("revision").filter(|&text| text != "main" && Some(text) != commit.as_deref()) {
         remarks.push(format!(
             "{CONFIG_FILE} says that it was made for revision {:?} of its base, which is not compared",
             shown(revision)

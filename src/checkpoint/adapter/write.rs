@@ -8,7 +8,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Map, Value, json};
 
 use super::{Adapter, AdapterSettings, CONFIG_FILE, TENSORS_FILE, tensor_name};
-use crate::checkpoint::atomic;
+use crate::checkpoint::{atomic, folder};
 use crate::model::spec::{LayerSpec, ModelSpec, ModuleId, TEXT_TOWER};
 use crate::model::targets::{Layers, Modules};
 use crate::model::trainable::{LayerTrainables, LoraModule, Trainable};
@@ -87,7 +87,8 @@ pub fn write_tensors(path: &Path, views: Vec<(String, TensorView<'_>)>) -> Resul
 }
 
 /// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result
-/// is the matter of [`crate::checkpoint::output`]. `base` is the model's path.
+/// is the matter of [`crate::checkpoint::output`]. `base` is the
+/// model's path; that of a snapshot in the hub's cache is written as the model's id and commit.
 pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Result<()> {
     save_values(&adapter.settings, &adapter.layers, spec, base, dir)
 }
@@ -103,10 +104,16 @@ pub fn save_values<V: AsRef<[f32]>>(
     write_tensors(&dir.join(TENSORS_FILE), views(settings, spec, layers, "")?)?;
     let keys = &settings.keys;
     let alpha = if keys.alpha.fract() == 0.0 { json!(keys.alpha as i64) } else { json!(keys.alpha) };
+    // An adapter of a model of the hub names it as PEFT does, so that it serves wherever that can be reached.
+    let (base, revision) = match folder::id_and_commit(base) {
+        Some((id, commit)) => (json!(id), json!(commit)),
+        None => (json!(base), Value::Null),
+    };
     let mut peft = json!({
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": keys.r,
         "lora_alpha": alpha,
         // Through f64 0.05 would be written as 0.05000000074505806.

@@ -35,6 +35,11 @@ const FREE_KEYS: [&str; 14] = [
     "training.max_skipped_steps",
 ];
 
+/// Keys that name places, with the contents that are compared in their stead. Where these differ the places are told too: they name
+/// the commits of what is from the hub.
+const CONTENTS: [(&str, &[&str]); 3] =
+    [("model", &["base model", "tokenizer"]), ("data.train", &["training data"]), ("data.eval", &["evaluation data"])];
+
 /// Names of values that change the order of sums and nothing else: a run may go on with others.
 const NUM_RANKS: &str = "number of ranks";
 const MICRO_BATCH: &str = "training.per_device_train_batch_size";
@@ -122,7 +127,11 @@ impl RunIdentity {
     fn differences_in(&self, other: &RunIdentity, matters: impl Fn(&str) -> bool) -> String {
         let (mine, theirs) = (self.values(), other.values());
         let mut keys: Vec<&String> = mine.keys().chain(theirs.keys().filter(|key| !mine.contains_key(*key))).collect();
-        keys.retain(|key| mine.get(*key) != theirs.get(*key) && matters(key));
+        let differs = |key: &str| mine.get(key) != theirs.get(key);
+        let is_elsewhere = |key: &str| {
+            CONTENTS.iter().any(|(place, contents)| *place == key && contents.iter().any(|c| differs(c) && matters(c)))
+        };
+        keys.retain(|key| differs(key) && (matters(key) || is_elsewhere(key)));
         let text = |value: Option<&Value>| value.map_or("absent".into(), Value::to_string);
         let told = keys.iter().take(MAX_DIFFERENCES);
         let told =
@@ -237,6 +246,13 @@ pub mod tests {
         let told = other.differences(&read.identity);
         assert!(told.contains("training.learning_rate is 1.0 here and 0.30000000000000004 there"), "{told}");
         assert!(told.contains("number of ranks is 4 here and 2 there"), "{told}");
+        let (mut moved, mut began) = (identity(1.0), identity(1.0));
+        moved.recipe.insert("model".into(), json!("o/n@2"));
+        began.recipe.insert("model".into(), json!("o/n@1"));
+        assert_eq!(moved.obstacles(&began), "");
+        moved.base = "another".into();
+        let told = "model is \"o/n@2\" here and \"o/n@1\" there, base model is \"another\" here and \"b\" there";
+        assert_eq!(moved.obstacles(&began), told);
         std::fs::write(dir.path().join(RUN_FILE), "{").unwrap();
         assert!(
             format!("{:#}", RunRecord::read(dir.path()).unwrap_err()).contains("run.json: not the record of a run")

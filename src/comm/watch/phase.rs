@@ -7,6 +7,8 @@ pub enum Phase {
     Start,
     /// The exchange of what ranks must have in common.
     Agree,
+    /// Finding models and rows of the hub, and downloading them.
+    Fetch,
     /// Making shard files.
     Quantize,
     /// Reading and mapping what the model needs.
@@ -42,6 +44,7 @@ impl Phase {
         match self {
             Phase::Start => "the start of MPI".into(),
             Phase::Agree => "the agreement of the ranks".into(),
+            Phase::Fetch => "fetching from the hub".into(),
             Phase::Quantize => "making the shards".into(),
             Phase::Load => "loading the model".into(),
             Phase::Device => "starting the device".into(),
@@ -66,6 +69,7 @@ mod tests {
         let phases = [
             (Phase::Start, "start"),
             (Phase::Agree, "agree"),
+            (Phase::Fetch, "fetch"),
             (Phase::Quantize, "quantize"),
             (Phase::Load, "load"),
             (Phase::Device, "device"),

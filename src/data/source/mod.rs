@@ -27,7 +27,7 @@ use super::row::{Columns, Place, Row};
 use super::unread::Unread;
 use super::{Format, TextTokenizer};
 use crate::files;
-use open::{Kind, kind_of};
+pub use open::{Kind, kind_of};
 
 /// Bytes of the longest row. Tokenizing takes about 170 times as much host memory, 700 MiB, on every rank.
 pub const MAX_ROW_BYTES: usize = 4 << 20;
@@ -43,13 +43,22 @@ pub struct Source {
     pub format: Format,
     /// Part of a folder that is read: the files that have this word in their names, or lie in a folder of this name.
     pub split: Option<String>,
+    /// The files of a folder that are read, if it is not known by its names which ones are meant; else empty.
+    pub files: Vec<PathBuf>,
     pub columns: ColumnNames,
 }
 
 impl Source {
     /// A file or folder that is read once, and says itself what is in it.
     pub fn new(path: impl Into<PathBuf>) -> Source {
-        Source { path: path.into(), weight: 1.0, format: Format::Auto, split: None, columns: ColumnNames::default() }
+        Source {
+            path: path.into(),
+            weight: 1.0,
+            format: Format::Auto,
+            split: None,
+            files: Vec::new(),
+            columns: ColumnNames::default(),
+        }
     }
 }
 
@@ -115,6 +124,9 @@ const HELD_OUT: [&str; 7] = ["dev", "eval", "evaluation", "heldout", "test", "va
 /// Returns the file itself, or the files of the folder and of its split. A note says what is left out of a folder.
 fn files_of(source: &Source, notes: &mut Vec<String>) -> Result<Vec<PathBuf>> {
     let Source { path, split, .. } = source;
+    if !source.files.is_empty() {
+        return Ok(source.files.clone());
+    }
     if !path.is_dir() {
         let file = path.display();
         ensure!(split.is_none(), "{file}: split is for folders; found a file; help: remove split, or name the folder");
@@ -129,6 +141,13 @@ fn files_of(source: &Source, notes: &mut Vec<String>) -> Result<Vec<PathBuf>> {
     }
     let (folder, of) = (path.display(), split.as_ref().map_or(String::new(), |split| format!(" of the split {split}")));
     let kind = files.iter().map(|(kind, _)| *kind).min();
+    let of_the_cache = path.file_name().and_then(|name| name.to_str()?.strip_prefix("datasets--"));
+    if let (None, Some(id)) = (kind, of_the_cache.filter(|_| path.join("snapshots").is_dir())) {
+        let id = id.replacen("--", "/", 1);
+        bail!(
+            "{folder}: a repository in the hub's cache, whose rows are in a snapshot; help: {id} in the place of this path"
+        );
+    }
     let kind = kind.with_context(|| format!("{folder}: holds no file of rows{of}; allowed: {}", Kind::NAMES))?;
     let (read, left): (Vec<_>, Vec<_>) = files.into_iter().partition(|(k, _)| *k == kind);
     if let Some((_, first)) = left.first() {
@@ -154,11 +173,15 @@ fn entries(folder: &Path) -> Result<Vec<(Kind, PathBuf)>> {
     let place = || folder.display().to_string();
     let entries = std::fs::read_dir(folder).with_context(place)?;
     let files = entries.map(|e| e.map(|e| e.path())).collect::<std::io::Result<Vec<_>>>().with_context(place)?;
-    let is_about_rows = |file: &Path| NO_ROWS.iter().any(|name| file.ends_with(name));
     let of_rows = files.into_iter().filter(|file| !is_about_rows(file) && !file.is_dir());
     let mut files: Vec<_> = of_rows.filter_map(|file| Some((kind_of(&file)?.0, file))).collect();
     files.sort_by(|(_, a), (_, b)| a.cmp(b));
     Ok(files)
+}
+
+/// Tells whether a file says something about files of rows, by its name.
+pub fn is_about_rows(file: &Path) -> bool {
+    NO_ROWS.iter().any(|name| file.ends_with(name))
 }
 
 /// Tells whether one of these words stands in the name of a file, with no letter or digit before or behind it.

@@ -361,3 +361,12 @@ fn changed_files_are_read_or_refused() {
         }
     }
 }
+
+#[test]
+fn the_root_of_a_hub_cache_is_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("datasets--org--some--rows");
+    std::fs::create_dir_all(root.join("snapshots/abc")).unwrap();
+    let error = format!("{:#}", Rows::open(&[Source::new(root)]).err().unwrap());
+    assert!(error.contains("a repository in the hub's cache") && error.contains("help: org/some--rows in"), "{error}");
+}
