@@ -65,6 +65,11 @@ pub mod eval {
     pub use crate::train::eval::score;
 }
 
+/// Adapters in GGUF.
+pub mod gguf {
+    pub use crate::checkpoint::gguf::{Export, Type};
+}
+
 /// Texts, one token after the other.
 pub mod generate {
     pub use crate::train::generate::{Finish, Sampling, generate};
@@ -78,6 +83,11 @@ pub mod load {
 /// Ranks as threads.
 pub mod local {
     pub use crate::comm::local::groups;
+}
+
+/// Adapters merged into their bases.
+pub mod merge {
+    pub use crate::checkpoint::merge::{Form, Merge, Options};
 }
 
 /// NF4.

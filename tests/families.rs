@@ -9,6 +9,10 @@ mod adapters;
 mod four_bit;
 #[path = "families/generated.rs"]
 mod generated;
+#[path = "families/gguf.rs"]
+mod gguf;
+#[path = "families/merged.rs"]
+mod merged;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

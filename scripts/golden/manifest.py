@@ -29,6 +29,7 @@ MADE_BY = {
     "families": "families.py",
     "families-4bit": "four_bit.py",
     "generated.json": "generated.py",
+    "gguf.json": "converted.py",
 }
 
 

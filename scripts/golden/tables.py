@@ -19,6 +19,9 @@ TABLES = {
     "table of adapters": [
         ("to-peft", "trained here, in PEFT", max, "{:.1e}"), ("from-peft", "saved by PEFT, here", max, "{:.1e}"),
         ("and-back", "trained further here, in PEFT", max, "{:.1e}"), ("tokens", "tokens of `generate`", min, "{:.0%}")],
+    "table of merged models": [
+        ("merged", "logits", max, "{:.1e}"), ("merged-tensors", "tensors in float32", max, "{:.1e}"),
+        ("merged-bf16", "equal weights in bfloat16", min, "{:.3%}"), ("merged-nf4", "after NF4", max, "{:.1e}")],
 }
 
 

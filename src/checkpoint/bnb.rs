@@ -59,6 +59,11 @@ impl BaseModel {
         self.get(weight).is_some_and(|view| view.dtype == Dtype::U8)
     }
 
+    /// Returns whether the parts of bitsandbytes' 4-bit layout lie beside a tensor.
+    pub(super) fn has_quant_state(&self, weight: &str) -> bool {
+        self.get(&format!("{weight}.{QUANT_STATE}")).is_some()
+    }
+
     /// Reads a weight in bitsandbytes' NF4 layout, `weight` being e.g. `model.layers.0.mlp.up_proj.weight`.
     ///
     /// Errors name file and tensor: a part is missing or of another dtype or size; blocks other than 64 and 256;

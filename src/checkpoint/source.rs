@@ -26,6 +26,8 @@ pub struct BaseModel {
     files: Vec<MappedFile>,
     /// Name to (index in `files`, place there), sorted by name.
     tensors: BTreeMap<String, (usize, Entry)>,
+    /// Names in the files, where they differ from those in memory.
+    stored_names: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -118,7 +120,8 @@ impl BaseModel {
     }
 
     fn map<'a>(dir: &Path, names: impl IntoIterator<Item = &'a str>) -> Result<Self> {
-        let mut model = Self { dir: dir.to_owned(), files: Vec::new(), tensors: BTreeMap::new() };
+        let (tensors, stored_names) = (BTreeMap::new(), BTreeMap::new());
+        let mut model = Self { dir: dir.to_owned(), files: Vec::new(), tensors, stored_names };
         for name in names {
             let path = dir.join(name);
             let file = files::open(&path)?;
@@ -128,11 +131,14 @@ impl BaseModel {
             files::check_lfs_pointer(&path, beginning)?;
             files::check_html(&path, beginning)?;
             let tensors = header::parse(&map).with_context(|| shown_path(&path))?;
-            for (tensor, entry) in tensors {
-                let tensor = name_in_memory(&tensor);
+            for (stored, entry) in tensors {
+                let tensor = name_in_memory(&stored);
                 if let Some((other, _)) = model.tensors.get(&tensor) {
                     let other = shown_path(&model.files[*other].path);
                     bail!("{}: tensor {} is also in {other}", shown_path(&path), shown(&tensor));
+                }
+                if stored != tensor {
+                    model.stored_names.insert(tensor.clone(), stored);
                 }
                 model.tensors.insert(tensor, (model.files.len(), entry));
             }
@@ -149,6 +155,11 @@ impl BaseModel {
     /// Returns the names of all tensors, those in memory, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Returns the name that a tensor has in its file.
+    pub(super) fn stored_name<'a>(&'a self, name: &'a str) -> &'a str {
+        self.stored_names.get(name).map_or(name, String::as_str)
     }
 
     /// Number of tensors.

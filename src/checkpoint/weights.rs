@@ -95,7 +95,8 @@ fn embed_from_files(model: Arc<BaseModel>, spec: &ModelSpec) -> Box<Embed> {
     })
 }
 
-fn of_files(model: &BaseModel, tensor: &UnitTensor, out: &mut [u8]) -> Result<()> {
+/// Writes the records of a tensor in a model's files.
+pub(super) fn of_files(model: &BaseModel, tensor: &UnitTensor, out: &mut [u8]) -> Result<()> {
     let view = model.tensor(&tensor.name)?;
     let num_weights = tensor.elements.len();
     match tensor.encoding {

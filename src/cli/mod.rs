@@ -9,7 +9,9 @@ mod bench;
 mod cache;
 mod data;
 mod eval;
+mod export;
 mod generate;
+mod merge;
 mod plan;
 mod quantize;
 mod shape;
@@ -84,6 +86,10 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Continue prompts
     Generate(generate::GenerateArgs),
+    /// Add an adapter to its base and write a model that transformers loads
+    Merge(merge::MergeArgs),
+    /// Write an adapter in the format of another program
+    Export(export::ExportArgs),
     /// Decide where memory goes and predict how long steps take, for GPUs that need not be there
     Plan(plan::PlanArgs),
     /// List or remove shard files in the user's cache folder
@@ -123,6 +129,10 @@ impl Cli {
             progress::show();
         }
         let start = Start { world, log, clock, device, ranks_per_gpu: ranks_per_gpu as usize };
+        let no_device = |why: &str| match device != DeviceKind::Auto || ranks_per_gpu != 1 {
+            true => Err(usage(&format!("{why}: --device and --ranks-per-gpu are not for it"))),
+            false => Ok(()),
+        };
         match self.command.unwrap_or(Command::Train(train::TrainArgs::default())) {
             Command::Train(args) if args.help_recipe => {
                 if world.rank == 0 {
@@ -131,9 +141,7 @@ impl Cli {
             }
             Command::Train(args) => return train::run(&start, comm, &args, &overrides),
             Command::Data(args) => {
-                if device != DeviceKind::Auto || ranks_per_gpu != 1 {
-                    return Err(usage("data computes nothing: --device and --ranks-per-gpu are not for it"));
-                }
+                no_device("data computes nothing")?;
                 if world.rank == 0 {
                     data::run(&start, &args, &overrides)?;
                 }
@@ -141,6 +149,16 @@ impl Cli {
             Command::Quantize(args) => quantize::run(&start, comm, &args, &overrides)?,
             Command::Eval(args) => eval::run(&start, comm, &args, &overrides)?,
             Command::Generate(args) => generate::run(&start, comm, &args, &overrides)?,
+            Command::Merge(args) => {
+                no_device("merge computes on the CPU")?;
+                merge::run(&start, comm, &args, &overrides)?
+            }
+            Command::Export(args) => {
+                no_device("export computes nothing")?;
+                if world.rank == 0 {
+                    export::run(&start, &args, &overrides)?;
+                }
+            }
             Command::Plan(args) => {
                 if device != DeviceKind::Auto {
                     return Err(usage("plan computes nothing: --device is not for it; --gpu is"));
@@ -168,8 +186,9 @@ impl Cli {
 
 /// Options that ranks need not have in common: those that say where something lies, whose content is compared where
 /// it matters, and `--set`, of which the decided job is compared.
-const NOT_COMPARED: [&str; 12] = [
+const NOT_COMPARED: [&str; 13] = [
     "config",
+    "gguf",
     "trace",
     "model",
     "shards",

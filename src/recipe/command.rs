@@ -13,6 +13,8 @@ pub enum Command {
     PlanShape,
     Eval,
     Generate,
+    Merge,
+    Export,
     Quantize,
     /// `quantize` with a shape.
     QuantizeShape,
@@ -26,13 +28,15 @@ pub enum Command {
 
 impl Command {
     #[cfg(test)]
-    pub const ALL: [Command; 12] = [
+    pub const ALL: [Command; 14] = [
         Self::Train,
         Self::Data,
         Self::Plan,
         Self::PlanShape,
         Self::Eval,
         Self::Generate,
+        Self::Merge,
+        Self::Export,
         Self::Quantize,
         Self::QuantizeShape,
         Self::BenchStep,
@@ -50,6 +54,8 @@ impl Command {
             Self::PlanShape => "plan --shape",
             Self::Eval => "eval",
             Self::Generate => "generate",
+            Self::Merge => "merge",
+            Self::Export => "export",
             Self::Quantize => "quantize",
             Self::QuantizeShape => "quantize --shape",
             Self::BenchStep => "bench step",
@@ -72,6 +78,7 @@ impl Command {
                 (LENGTH, "--max-length"),
             ],
             Self::Generate => &[(MODEL, "--model"), (keys::ADAPTER.path, "--adapter"), (keys::SEED.path, "--seed")],
+            Self::Merge | Self::Export => &[(MODEL, "--model"), (keys::ADAPTER.path, "--adapter")],
             Self::Quantize => &[(MODEL, "--model"), (keys::SHARDS.path, "--output")],
             Self::QuantizeShape => &[(MODEL, "--shape"), (keys::SHARDS.path, "--output")],
             Self::BenchRun => &[
@@ -104,6 +111,7 @@ impl Command {
 
     /// Returns whether the command needs the folder of a model.
     pub(super) fn needs_model(self) -> bool {
-        matches!(self, Self::Train | Self::Data | Self::Plan | Self::Eval | Self::Generate | Self::Quantize)
+        use Command::{Data, Eval, Export, Generate, Merge, Plan, Quantize, Train};
+        matches!(self, Train | Data | Plan | Eval | Generate | Merge | Export | Quantize)
     }
 }

@@ -61,7 +61,7 @@ macro_rules! keys {
 }
 
 use Command::{
-    BenchKernels, BenchRun, BenchStep, Data, Eval, Generate, Plan, PlanShape, Quantize, QuantizeShape, Train,
+    BenchKernels, BenchRun, BenchStep, Data, Eval, Generate, Merge, Plan, PlanShape, Quantize, QuantizeShape, Train,
 };
 
 /// Lists of commands that read a key. Other keys in the recipe of `plan` or `data` are for `train` and are checked as
@@ -74,7 +74,7 @@ const TRAINING_ROWS: &[Command] = &[Train, Data];
 const ROWS: &[Command] = &[Train, Data, Eval];
 const ADAPTERS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchRun, BenchKernels];
 const BASES: &[Command] =
-    &[Train, Plan, PlanShape, Eval, Generate, Quantize, QuantizeShape, BenchStep, BenchRun, BenchKernels];
+    &[Train, Plan, PlanShape, Eval, Generate, Merge, Quantize, QuantizeShape, BenchStep, BenchRun, BenchKernels];
 const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchRun, BenchKernels];
 const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchRun];
 

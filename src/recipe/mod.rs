@@ -27,6 +27,7 @@ pub use paths::read as read_path;
 pub use places::Located;
 use serde_json::Value;
 pub use steps::{Steps, When};
+pub use values::read_size;
 
 /// All errors of a recipe, or of options that replace its keys. The program ends with status 2.
 #[derive(Debug, thiserror::Error)]

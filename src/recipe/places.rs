@@ -79,9 +79,9 @@ impl Job {
 
     fn model_wanted(&self) -> Option<Wanted> {
         let part = match self.command {
-            Command::Train | Command::Eval | Command::Generate | Command::Quantize => Part::Weights,
+            Command::Train | Command::Eval | Command::Generate | Command::Merge | Command::Quantize => Part::Weights,
             Command::Data => Part::Tokenizer,
-            Command::Plan => Part::Config,
+            Command::Plan | Command::Export => Part::Config,
             _ => return None,
         };
         Some(Wanted { reference: Reference::of(&self.model, Kind::Model)?, part })

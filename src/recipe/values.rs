@@ -146,6 +146,11 @@ pub(super) fn size(value: &Value) -> Option<usize> {
     (1.0..9e15).contains(&bytes).then_some(bytes as usize)
 }
 
+/// Reads a number of bytes as a key of a recipe has it, e.g. `5GB`. The error says what is allowed.
+pub fn read_size(text: &str) -> Result<usize, String> {
+    size(&Value::String(text.into())).ok_or("allowed: a size, e.g. 5GB".into())
+}
+
 /// Reads a duration: a number of seconds, or a text such as `3h50m`, `10s` or `03:50:00`.
 pub(super) fn seconds(value: &Value) -> Option<f64> {
     let seconds = match number(value) {

@@ -137,6 +137,9 @@ fn observe(args: &[&str], sets: &[&str], ranks: usize) -> String {
     files.retain(|file| !file.contains("/base-"));
     files.sort();
     seen += &files.join("\n").replace(place.path("").to_str().unwrap(), "");
+    if let Ok(merged) = std::fs::read(place.path("out/model.safetensors")) {
+        seen += &format!("\nmerged {:016x}", xxhash_rust::xxh3::xxh3_64(&merged));
+    }
     for out in ["out", "elsewhere"] {
         if let Ok(bytes) = std::fs::read(place.path(out).join("metrics.jsonl")) {
             for line in metrics(&bytes) {
@@ -259,6 +262,17 @@ fn generate() {
 #[test]
 fn quantize() {
     check("quantize", &["quantize", "--model", "model", "--output", "shards", "--world-size", "2"], &[&BASE]);
+}
+
+#[test]
+fn merge() {
+    let args = ["merge", "--model", "model", "--adapter", "adapter", "--output", "out", "--base", "dequantized"];
+    check("merge", &args, &[&BASE]);
+}
+
+#[test]
+fn export() {
+    check("export", &["export", "--model", "model", "--adapter", "adapter", "--gguf", "adapter.gguf"], &[]);
 }
 
 #[test]

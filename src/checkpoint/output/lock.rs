@@ -59,6 +59,13 @@ impl Lock {
         }
     }
 
+    /// Renames the locked folder, in one step, to a place where nothing is or an empty folder, and ends the lock.
+    pub fn rename_folder(mut self, to: &Path) -> std::io::Result<()> {
+        std::fs::rename(self.path.parent().unwrap_or(Path::new(".")), to)?;
+        (self.path, self.made_folder) = (to.join(LOCK_FILE), false);
+        Ok(())
+    }
+
     /// Returns whether the locked file is still in the folder.
     pub fn is_held(&self) -> bool {
         is_at(&self.file, &self.path)

@@ -24,8 +24,8 @@ use super::adapter::{CONFIG_FILE, TENSORS_FILE};
 use super::state::{self, Found as FoundCheckpoint};
 use super::{atomic, shards};
 use exchange::Left;
-use lock::Lock;
 pub use lock::is_at;
+pub(super) use lock::{LOCK_FILE, Lock};
 use record::{RUN_FILE, RunIdentity, RunRecord, State};
 
 /// Folder inside the output folder for a result that is not complete.

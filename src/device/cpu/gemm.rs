@@ -24,6 +24,11 @@ impl GemmOps for Cpu {
     }
 }
 
+/// C `[m, n]` = A `[m, k]` · B `[k, n]`, all in row-major order, on all threads of the current pool.
+pub fn product(c: &mut [f32], a: &[f32], b: &[f32], [m, n, k]: [usize; 3]) {
+    gemm_strided(c, n, (a, (k, 1)), (b, (n, 1)), [m, n, k], 1.0, 0.0, gemm::Parallelism::Rayon(0));
+}
+
 /// (row stride, column stride) of an operand that is `[rows, columns]` after any transposition.
 pub(super) fn strides(transpose: Transpose, rows: usize, columns: usize) -> (usize, usize) {
     match transpose {

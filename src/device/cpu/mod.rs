@@ -20,7 +20,9 @@ pub mod uniform;
 use std::time::Instant;
 
 use anyhow::Result;
+pub use gemm::product;
 pub use memory::{HostRegion, SharedFile, SharedWords};
+pub use nf4::dequantize_records;
 use rayon::prelude::*;
 
 use super::{Device, Element, View, ViewMut};

@@ -27,19 +27,12 @@ impl Nf4Ops for Cpu {
         args.num_weights()?;
         let Dequantize { weights, records, encoding } = args;
         let (weights, records) = (weights.host_mut(), records.host());
-        let one = |(weights, record): (&mut [f32], &[u8])| {
-            let parts = encoding.parts(weights.len());
-            match encoding {
-                Encoding::Nf4 { double_quant } => dequantize_nf4(weights, record, &parts, double_quant),
-                Encoding::Plain(dtype) => convert(weights, &record[parts.codes], dtype),
-            }
-        };
-        let chunks = records.chunks(encoding.parts(RECORD_WEIGHTS).bytes);
         if self.num_threads == 1 {
-            weights.chunks_mut(RECORD_WEIGHTS).zip(chunks).for_each(one);
+            dequantize_records(weights, records, encoding);
         } else {
-            let chunks: Vec<_> = weights.chunks_mut(RECORD_WEIGHTS).zip(chunks).collect();
-            chunks.into_par_iter().for_each(one);
+            let records = records.par_chunks(encoding.parts(RECORD_WEIGHTS).bytes);
+            let one = |(weights, record): (&mut [f32], &[u8])| dequantize_records(weights, record, encoding);
+            weights.par_chunks_mut(RECORD_WEIGHTS).zip(records).for_each(one);
         }
         Ok(())
     }
@@ -66,6 +59,18 @@ impl Nf4Ops for Cpu {
         codes.host_mut().copy_from_slice(&quantized.codes);
         nested_absmax.host_mut().copy_from_slice(&quantized.nested_absmax);
         Ok(())
+    }
+}
+
+/// Writes the weights of whole records that lie back to back; the last record of a tensor may be shorter.
+pub fn dequantize_records(weights: &mut [f32], records: &[u8], encoding: Encoding) {
+    let records = records.chunks(encoding.parts(RECORD_WEIGHTS).bytes);
+    for (weights, record) in weights.chunks_mut(RECORD_WEIGHTS).zip(records) {
+        let parts = encoding.parts(weights.len());
+        match encoding {
+            Encoding::Nf4 { double_quant } => dequantize_nf4(weights, record, &parts, double_quant),
+            Encoding::Plain(dtype) => convert(weights, &record[parts.codes], dtype),
+        }
     }
 }
 

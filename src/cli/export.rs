@@ -1,0 +1,78 @@
+//! `export`: writes an adapter in the format of another program. Only rank 0 works if there are several ranks.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use serde_json::Value;
+
+use crate::checkpoint::gguf::{Export, Type};
+use crate::files::shown_path;
+use crate::model::spec::ModelSpec;
+use crate::recipe::{self, Command};
+use crate::start::Start;
+use crate::train::log::bytes;
+
+/// The type of the matrices.
+#[derive(Clone, Copy, ValueEnum)]
+enum OutType {
+    F32,
+    F16,
+    Bf16,
+}
+
+#[derive(Args)]
+pub struct ExportArgs {
+    /// Hugging Face directory or id of the base, of which config.json is read
+    #[arg(long)]
+    model: String,
+    /// PEFT adapter, a folder or of the hub
+    #[arg(long)]
+    adapter: String,
+    /// Write the adapter in GGUF, for llama.cpp
+    #[arg(long, value_name = "FILE", value_parser = recipe::read_path)]
+    gguf: PathBuf,
+    /// Type of the matrices in the file
+    #[arg(long, value_enum, default_value_t = OutType::F32)]
+    outtype: OutType,
+    /// Replace the file
+    #[arg(long)]
+    overwrite: bool,
+}
+
+/// Writes the file, and prints the command line that serves it.
+pub fn run(start: &Start, args: &ExportArgs, overrides: &[String]) -> Result<()> {
+    let given: Vec<(&str, Value)> =
+        vec![("model", args.model.clone().into()), ("lora.adapter", args.adapter.clone().into())];
+    let job = Start::job_of_one(recipe::from_options(Command::Export, given, overrides)?)?;
+    check_free(&args.gguf, args.overwrite).context("--gguf")?;
+    let spec = ModelSpec::load(&job.model)?;
+    let adapter = start.named_adapter(&job, &spec)?.context("--adapter: missing")?;
+    let kind = match args.outtype {
+        OutType::F32 => Type::F32,
+        OutType::F16 => Type::F16,
+        OutType::Bf16 => Type::Bf16,
+    };
+    let export = Export::new(&adapter, &spec, &name(&args.adapter), kind).context("--gguf")?;
+    export.write(&args.gguf).context("--gguf")?;
+    start.log.line(format!("{}: {}", args.gguf.display(), bytes(export.bytes())));
+    start.log.line(
+        "MODEL.gguf is the base in GGUF: `python convert_hf_to_gguf.py MODEL --outfile MODEL.gguf` of llama.cpp makes it",
+    );
+    println!("llama-server -m MODEL.gguf --lora {}", args.gguf.display());
+    Ok(())
+}
+
+/// The name of an adapter's folder, which the file tells.
+fn name(adapter: &str) -> String {
+    let path = std::path::absolute(adapter).unwrap_or_else(|_| adapter.into());
+    path.file_name().map_or("adapter".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// Fails if a file is there that must not be replaced.
+fn check_free(path: &Path, overwrite: bool) -> Result<()> {
+    let Ok(found) = path.symlink_metadata() else { return Ok(()) };
+    ensure!(found.is_file(), "{}: it is there and is no file; name another file", shown_path(path));
+    ensure!(overwrite, "{}: it is there already\nhelp: name another file, or add --overwrite", shown_path(path));
+    Ok(())
+}
