@@ -117,6 +117,7 @@ fn what_cannot_be_merged_is_refused() {
     refused(&merge("original", &[])[..7], 2, "--base <BASE>");
     refused(&merge("original", &["--set", "quantization.load_in_4bit=false"]), 2, "there is nothing to set");
     refused(&merge("original", &["--device", "cuda"]), 2, "merge computes on the CPU");
+    refused(&merge("original", &["--json"]), 2, "--dataset <DATASET>");
     refused(&merge("original", &["--max-shard-size", "many"]), 2, "allowed: a size, e.g. 5GB");
     refused(&merge("dequantized", &[]), 1, "help: --set quantization.bnb_4bit_use_double_quant=false");
     refused(&merge("dequantized", &["--set", "quantization.load_in_4bit=false"]), 1, "bnb_4bit_use_double_quant=false");
@@ -153,6 +154,22 @@ fn a_checkpoint_in_4_bit_has_one_form() {
     succeeds(place.command(&of_checkpoint));
     // As each weight was before it was quantized.
     assert!(tensors(&place.path("of-checkpoint")).values().all(|(dtype, _)| *dtype != Dtype::U8));
+}
+
+#[test]
+fn the_adapter_and_both_forms_are_scored_side_by_side() {
+    let place = trained(&[]);
+    let args = merge("original", &["--dtype", "float32", "--dataset", "rows.jsonl", "--json", "--device", "cpu"]);
+    let output = place.command(&args).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let scores: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let found = |name: &str| scores[name]["loss"].as_f64().unwrap();
+    assert_eq!(found("adapter"), loss(&place, "model", &["--adapter", "out"]));
+    assert_eq!(found("merged_original"), loss(&place, "merged", &[]));
+    let (adapter, dequantized) = (found("adapter"), found("merged_dequantized"));
+    assert!((adapter - dequantized).abs() <= 1e-6 * adapter, "{scores}");
+    assert!((adapter - found("merged_original")).abs() > 1e-5 * adapter, "NF4 changes nothing: {scores}");
+    assert!(names(&place.path("")).iter().all(|name| !name.starts_with('.')), "{:?}", names(&place.path("")));
 }
 
 /// A fault when all is written and nothing is in its place: the process is killed, or fails.

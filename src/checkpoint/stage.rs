@@ -64,7 +64,7 @@ impl Stage {
     }
 
     /// Removes everything but the lock.
-    fn clear(&self) -> Result<()> {
+    pub fn clear(&self) -> Result<()> {
         for entry in fs::read_dir(&self.dir).with_context(|| shown_path(&self.dir))? {
             let path = entry.with_context(|| shown_path(&self.dir))?.path();
             if path.file_name().is_some_and(|name| name != LOCK_FILE) {

@@ -15,8 +15,8 @@ use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::batch::MicroBatch;
-use crate::recipe::{self, Command};
-use crate::start::agree::agree_on_inputs;
+use crate::recipe::{self, Command, Job};
+use crate::start::agree::{Agreed, agree_on_inputs};
 use crate::start::data::to_score;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
@@ -106,41 +106,55 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
     ];
     let job = recipe::from_options(Command::Eval, given, overrides)?.with_adapters(&args.adapter);
     let job = start.job(&mut comm, job)?;
-    for source in &job.data.train {
-        ensure!(source.path.exists(), "--dataset: {} is not there", source.path.display());
-    }
     let writes = args.per_token.as_deref().filter(|_| start.world.rank == 0);
     let file = writes.map(|path| LossFile::create(path, args.overwrite)).transpose().context("--per-token")?;
-    let opened = start.open(&mut comm, &job)?;
-    let config = opened.spec.clone();
-    let adapters = start.adapters_in_turn(&job, &config)?;
-    let mut inputs = Facts::default();
-    inputs.add_adapters("--adapter", &adapters);
-    let datasets = to_score(start, &job, &config, &mut inputs)?;
-    let max_tokens = datasets.iter().flat_map(|dataset| dataset.sequence_lengths()).max().unwrap_or(0);
-    let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
-    inputs.add_limits(&limits);
-    inputs.add("--per-token", args.per_token.is_some());
-    file.as_ref().map_or(Ok(()), |file| file.check_room(&datasets[0])).context("--per-token")?;
-    let inputs = agree_on_inputs(&mut comm, inputs)?;
-    let (placement, base) = start.base(&mut comm, opened, &job, &inputs)?;
-    let (world_size, rank) = (start.world.world_size, start.world.rank);
-    let batches: Vec<_> =
-        datasets.iter().map(|dataset| data::eval_micro_batches(dataset, max_tokens, world_size, rank)).collect();
-    let work = Scoring { adapters: &adapters, datasets: &batches, per_token: args.per_token.is_some() };
-    let setup = Setup { comm, base, adapter: adapters.first(), limits, job: &job };
-    let mut scored = start.with_engine(placement, setup, work)?;
-    if let (Some(file), Some(losses)) = (file, scored[0][0].1.take()) {
-        file.write(&datasets[0], max_tokens, &losses).context("--per-token")?;
-    }
+    let scores = scores(start, comm, &job, args.per_token.as_ref().map(|_| file))?;
     if start.log.enabled {
-        for (i, of_adapter) in scored.iter().enumerate() {
-            for (dataset, (score, _)) in args.dataset.iter().zip(of_adapter) {
+        for (i, of_adapter) in scores.iter().enumerate() {
+            for (dataset, score) in args.dataset.iter().zip(of_adapter) {
                 print(args, args.adapter.get(i), dataset, score);
             }
         }
     }
     Ok(())
+}
+
+/// Scores the data sets of a job with each of its adapters, or without one where there is none: by adapter and by data set.
+/// `per_token` is `Some` where the losses of single tokens are wanted, with the file on the rank that writes it.
+/// Collective.
+pub(super) fn scores(
+    start: &Start,
+    mut comm: MpiComm,
+    job: &Agreed<Job>,
+    per_token: Option<Option<LossFile>>,
+) -> Result<Vec<Vec<Score>>> {
+    for source in &job.data.train {
+        ensure!(source.path.exists(), "--dataset: {} is not there", source.path.display());
+    }
+    let (per_token, file) = (per_token.is_some(), per_token.flatten());
+    let opened = start.open(&mut comm, job)?;
+    let config = opened.spec.clone();
+    let adapters = start.adapters_in_turn(job, &config)?;
+    let mut inputs = Facts::default();
+    inputs.add_adapters("--adapter", &adapters);
+    let datasets = to_score(start, job, &config, &mut inputs)?;
+    let max_tokens = datasets.iter().flat_map(|dataset| dataset.sequence_lengths()).max().unwrap_or(0);
+    let limits = Limits::new(Mode::Score, max_tokens, MICRO_BATCHES);
+    inputs.add_limits(&limits);
+    inputs.add("--per-token", per_token);
+    file.as_ref().map_or(Ok(()), |file| file.check_room(&datasets[0])).context("--per-token")?;
+    let inputs = agree_on_inputs(&mut comm, inputs)?;
+    let (placement, base) = start.base(&mut comm, opened, job, &inputs)?;
+    let (world_size, rank) = (start.world.world_size, start.world.rank);
+    let batches: Vec<_> =
+        datasets.iter().map(|dataset| data::eval_micro_batches(dataset, max_tokens, world_size, rank)).collect();
+    let work = Scoring { adapters: &adapters, datasets: &batches, per_token };
+    let setup = Setup { comm, base, adapter: adapters.first(), limits, job };
+    let mut scored = start.with_engine(placement, setup, work)?;
+    if let (Some(file), Some(losses)) = (file, scored[0][0].1.take()) {
+        file.write(&datasets[0], max_tokens, &losses).context("--per-token")?;
+    }
+    Ok(scored.into_iter().map(|of_adapter| of_adapter.into_iter().map(|(score, _)| score).collect()).collect())
 }
 
 /// Prints a line about a data set. The names of adapter and data set stand before it where there are several.

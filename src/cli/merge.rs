@@ -6,13 +6,14 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
+use super::merge_scores::Scores;
 use super::usage;
 use crate::checkpoint::merge::{Form, Merge, Options, differing_files};
 use crate::checkpoint::source::Dtype;
 use crate::checkpoint::stage::Stage;
 use crate::checkpoint::trained;
 use crate::comm::mpi::MpiComm;
-use crate::recipe::{self, Command};
+use crate::recipe::{self, Command, Job};
 use crate::start::Start;
 use crate::train::log::bytes;
 
@@ -58,9 +59,23 @@ pub struct MergeArgs {
     /// Take a base that is not the one in the record of the adapter's run
     #[arg(long)]
     other_base: bool,
+    /// File or folder of rows, or a data set of the hub, to score: prints the loss of the adapter over its base and of both merged forms
+    #[arg(long)]
+    dataset: Option<String>,
+    /// Longer rows are handled as data.overlong says (--set)
+    #[arg(long, default_value_t = 1024, requires = "dataset")]
+    max_length: u64,
+    /// Print the scores as one JSON object
+    #[arg(long, requires = "dataset")]
+    json: bool,
 }
 
 impl MergeArgs {
+    /// True if an engine is made, on whichever device.
+    pub fn scores(&self) -> bool {
+        self.dataset.is_some()
+    }
+
     fn options(&self) -> Options {
         let form = match self.base {
             BaseArg::Original => Form::Original,
@@ -76,17 +91,15 @@ impl MergeArgs {
     }
 }
 
-/// Merges.
+/// Merges, and with --dataset scores what comes of it.
 pub fn run(start: &Start, mut comm: MpiComm, args: &MergeArgs, overrides: &[String]) -> Result<()> {
     if start.world.world_size > 1 {
         return Err(usage("merge is the work of one process: start it without mpirun"));
     }
-    if args.base == BaseArg::Original && !overrides.is_empty() {
+    if args.base == BaseArg::Original && !args.scores() && !overrides.is_empty() {
         return Err(usage("--set: with --base original nothing is quantized, so there is nothing to set"));
     }
-    let given: Vec<(&str, Value)> =
-        vec![("model", args.model.clone().into()), ("lora.adapter", args.adapter.clone().into())];
-    let job = start.job(&mut comm, recipe::from_options(Command::Merge, given, overrides)?)?;
+    let job = start.job(&mut comm, decide(args, overrides)?)?;
     let stage = Stage::make(&args.output).context("--output")?;
     start.threads(&mut comm)?;
     let mut opened = start.open(&mut comm, &job)?;
@@ -106,8 +119,30 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &MergeArgs, overrides: &[Stri
         start.log.line(format!("--adapter: its {} differ from the base's, which are copied", differing.join(", ")));
     }
     stage.check_room(merge.bytes()).context("--output")?;
+    let mut scores = args.scores().then(|| Scores::new(start, &job, &args.output, merge.bytes())).transpose()?;
+    if let Some(scores) = &mut scores {
+        scores.of_adapter(folder)?;
+        scores.of_other_form(&opened, &adapter, args.options())?;
+    }
     merge.write(stage.dir(), &mut |line| start.log.line(line))?;
     stage.finish().context("--output")?;
     start.log.line(format!("{}: {}", args.output.display(), bytes(merge.bytes())));
+    if let Some(mut scores) = scores {
+        scores.of_merged(args.options().form, &args.output)?;
+        scores.print(args.json);
+    }
     Ok(())
+}
+
+fn decide(args: &MergeArgs, overrides: &[String]) -> Result<Job> {
+    let mut given: Vec<(&str, Value)> =
+        vec![("model", args.model.clone().into()), ("lora.adapter", args.adapter.clone().into())];
+    let command = match &args.dataset {
+        None => Command::Merge,
+        Some(dataset) => {
+            given.extend([("data.train", dataset.clone().into()), ("data.max_length", args.max_length.into())]);
+            Command::MergeScored
+        }
+    };
+    Ok(recipe::from_options(command, given, overrides)?)
 }

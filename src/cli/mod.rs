@@ -12,6 +12,7 @@ mod eval;
 mod export;
 mod generate;
 mod merge;
+mod merge_scores;
 mod plan;
 mod quantize;
 mod shape;
@@ -150,7 +151,9 @@ impl Cli {
             Command::Eval(args) => eval::run(&start, comm, &args, &overrides)?,
             Command::Generate(args) => generate::run(&start, comm, &args, &overrides)?,
             Command::Merge(args) => {
-                no_device("merge computes on the CPU")?;
+                if !args.scores() {
+                    no_device("merge computes on the CPU")?;
+                }
                 merge::run(&start, comm, &args, &overrides)?
             }
             Command::Export(args) => {

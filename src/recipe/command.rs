@@ -14,6 +14,8 @@ pub enum Command {
     Eval,
     Generate,
     Merge,
+    /// `merge` that scores a data set.
+    MergeScored,
     Export,
     Quantize,
     /// `quantize` with a shape.
@@ -28,7 +30,7 @@ pub enum Command {
 
 impl Command {
     #[cfg(test)]
-    pub const ALL: [Command; 14] = [
+    pub const ALL: [Command; 15] = [
         Self::Train,
         Self::Data,
         Self::Plan,
@@ -36,6 +38,7 @@ impl Command {
         Self::Eval,
         Self::Generate,
         Self::Merge,
+        Self::MergeScored,
         Self::Export,
         Self::Quantize,
         Self::QuantizeShape,
@@ -55,6 +58,7 @@ impl Command {
             Self::Eval => "eval",
             Self::Generate => "generate",
             Self::Merge => "merge",
+            Self::MergeScored => "merge --dataset",
             Self::Export => "export",
             Self::Quantize => "quantize",
             Self::QuantizeShape => "quantize --shape",
@@ -71,7 +75,7 @@ impl Command {
         const LENGTH: &str = keys::MAX_LENGTH.path;
         match self {
             Self::Train | Self::Data | Self::Plan | Self::BenchCollectives => &[],
-            Self::Eval => &[
+            Self::Eval | Self::MergeScored => &[
                 (MODEL, "--model"),
                 (keys::ADAPTER.path, "--adapter"),
                 (keys::TRAIN.path, "--dataset"),
@@ -111,7 +115,7 @@ impl Command {
 
     /// Returns whether the command needs the folder of a model.
     pub(super) fn needs_model(self) -> bool {
-        use Command::{Data, Eval, Export, Generate, Merge, Plan, Quantize, Train};
-        matches!(self, Train | Data | Plan | Eval | Generate | Merge | Export | Quantize)
+        use Command::{Data, Eval, Export, Generate, Merge, MergeScored, Plan, Quantize, Train};
+        matches!(self, Train | Data | Plan | Eval | Generate | Merge | MergeScored | Export | Quantize)
     }
 }

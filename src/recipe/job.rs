@@ -111,6 +111,13 @@ impl Job {
         let training = TrainingJob { batch: BatchSize::Global(sequences), ..self.training.clone() };
         Job { training, ..self.clone() }
     }
+
+    /// Returns this job for another model, which is held as it is and has no adapter, with its shards in this folder.
+    pub fn on_merged(&self, model: PathBuf, shards: PathBuf) -> Job {
+        let quantization = QuantizationJob { load_in_4bit: false, double_quant: None, ..self.quantization.clone() };
+        let lora = LoraJob { adapter: None, ..self.lora.clone() };
+        Job { model, shards: Some(shards), quantization, lora, adapters: Vec::new(), ..self.clone() }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]

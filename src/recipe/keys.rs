@@ -61,7 +61,8 @@ macro_rules! keys {
 }
 
 use Command::{
-    BenchKernels, BenchRun, BenchStep, Data, Eval, Generate, Merge, Plan, PlanShape, Quantize, QuantizeShape, Train,
+    BenchKernels, BenchRun, BenchStep, Data, Eval, Generate, Merge, MergeScored, Plan, PlanShape, Quantize,
+    QuantizeShape, Train,
 };
 
 /// Lists of commands that read a key. Other keys in the recipe of `plan` or `data` are for `train` and are checked as
@@ -71,18 +72,21 @@ const TRAIN_PLAN: &[Command] = &[Train, Plan];
 const SAVES: &[Command] = &[Train, BenchRun];
 const STEPS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchRun];
 const TRAINING_ROWS: &[Command] = &[Train, Data];
-const ROWS: &[Command] = &[Train, Data, Eval];
+const ROWS: &[Command] = &[Train, Data, Eval, MergeScored];
 const ADAPTERS: &[Command] = &[Train, Plan, PlanShape, BenchStep, BenchRun, BenchKernels];
-const BASES: &[Command] =
-    &[Train, Plan, PlanShape, Eval, Generate, Merge, Quantize, QuantizeShape, BenchStep, BenchRun, BenchKernels];
-const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchRun, BenchKernels];
+#[rustfmt::skip]
+const BASES: &[Command] = &[
+    Train, Plan, PlanShape, Eval, Generate, Merge, MergeScored, Quantize, QuantizeShape, BenchStep, BenchRun, BenchKernels,
+];
+const COMPUTES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, MergeScored, BenchStep, BenchRun, BenchKernels];
+const BUDGETS: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, MergeScored, BenchStep, BenchRun];
 const ENGINES: &[Command] = &[Train, Plan, PlanShape, Eval, Generate, BenchStep, BenchRun];
 
 keys! {
     MODEL: Option<PathBuf> = "model", "null", &[Train, Data, Plan], |v| nullable(v, path),
         &["a Hugging Face directory", "ORG/NAME or ORG/NAME@REVISION of the hub"], "the model to start from (required)";
     OUTPUT_DIR: PathBuf = "output_dir", "./out", TRAINING, path, &["a directory"], "where adapter and metrics go";
-    SHARDS: Option<PathBuf> = "shards", "auto", &[Train, Eval, Generate], |v| auto_or(v, path),
+    SHARDS: Option<PathBuf> = "shards", "auto", &[Train, Eval, Generate, MergeScored], |v| auto_or(v, path),
         &["auto", "a directory"], "where quantized shards are kept; auto: the user's cache folder";
 
     TRAIN: Option<WrittenSources> = "data.train", "null", TRAINING_ROWS, |v| nullable(v, WrittenSources::read),
@@ -279,7 +283,7 @@ keys! {
         &["auto", "nccl", "host"],
         "how shards get to the other ranks of a node; nccl: by NCCL; host: each rank fetches all of them from shared host \
          memory; auto: the faster, measured";
-    VRAM_BUDGET: Option<usize> = "fsdp.vram_budget", "auto", ENGINES, |v| auto_or(v, size),
+    VRAM_BUDGET: Option<usize> = "fsdp.vram_budget", "auto", BUDGETS, |v| auto_or(v, size),
         &["auto", "a size, e.g. 22GiB"],
         "device memory that a rank may take, driver and libraries included; auto: what is free";
     HOST_BUDGET: Option<usize> = "fsdp.host_budget", "auto", ENGINES, |v| auto_or(v, size),

@@ -79,7 +79,12 @@ impl Job {
 
     fn model_wanted(&self) -> Option<Wanted> {
         let part = match self.command {
-            Command::Train | Command::Eval | Command::Generate | Command::Merge | Command::Quantize => Part::Weights,
+            Command::Train
+            | Command::Eval
+            | Command::Generate
+            | Command::Merge
+            | Command::MergeScored
+            | Command::Quantize => Part::Weights,
             Command::Data => Part::Tokenizer,
             Command::Plan | Command::Export => Part::Config,
             _ => return None,
@@ -100,7 +105,7 @@ impl Job {
 
     /// Returns the split that `data.train` means without saying it.
     fn unsaid_split(&self) -> Unsaid {
-        if self.command == Command::Eval { Unsaid::Only } else { Unsaid::Train }
+        if matches!(self.command, Command::Eval | Command::MergeScored) { Unsaid::Only } else { Unsaid::Train }
     }
 
     fn held_out(&self) -> &[Source] {

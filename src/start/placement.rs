@@ -1,6 +1,7 @@
 //! The device of a rank: its share of the host's cores, or a GPU with such a share beside it.
 
 use std::collections::HashMap;
+use std::sync::Once;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
@@ -56,7 +57,11 @@ impl Start<'_> {
                 .with_context(|| format!("RAYON_NUM_THREADS is {n:?}, allowed: 1 or more"))?,
             Err(_) => share,
         };
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting the threads")?;
+        // They are started once, whatever number of engines this process makes.
+        static STARTED: Once = Once::new();
+        let mut started = Ok(());
+        STARTED.call_once(|| started = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global());
+        started.context("starting the threads")?;
         Ok(threads)
     }
 

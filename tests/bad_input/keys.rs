@@ -268,6 +268,18 @@ fn quantize() {
 fn merge() {
     let args = ["merge", "--model", "model", "--adapter", "adapter", "--output", "out", "--base", "dequantized"];
     check("merge", &args, &[&BASE]);
+    let own = [
+        by("shards=shards"),
+        by("data.format=messages"),
+        by("data.columns={input_ids: labels}"),
+        by("data.packing=false"),
+        by("data.overlong=drop"),
+        by("data.loss_on=completion"),
+        by("quantization.bnb_4bit_compute_dtype=float16"),
+        by("fsdp.vram_budget=100KB"),
+    ];
+    let scored = ["--dataset", "rows.jsonl", "--max-length", "24", "--device", "cpu"];
+    check("merge --dataset", &[&args[..], &scored].concat(), &[&own, &BASE]);
 }
 
 #[test]
