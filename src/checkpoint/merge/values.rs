@@ -179,8 +179,8 @@ mod tests {
             write_as(&[value], dtype, &mut Vec::new(), &mut out).map(|()| out)
         };
         // Halfway between two numbers of bfloat16: to even.
-        assert_eq!(written(1.003_906_25, Dtype::BF16).unwrap(), bf16::from_f32(1.0).to_le_bytes());
-        assert_eq!(written(1.011_718_75, Dtype::BF16).unwrap(), bf16::from_f32(1.015_625).to_le_bytes());
+        assert_eq!(written(1.0 + 1.0 / 256.0, Dtype::BF16).unwrap(), bf16::from_f32(1.0).to_le_bytes());
+        assert_eq!(written(1.0 + 3.0 / 256.0, Dtype::BF16).unwrap(), bf16::from_f32(1.015_625).to_le_bytes());
         assert_eq!(written(65_519.0, Dtype::F16).unwrap(), f16::MAX.to_le_bytes());
         assert_eq!(written(0.1, Dtype::F32).unwrap(), 0.1f32.to_le_bytes());
         for (value, dtype) in [(65_520.0, Dtype::F16), (f32::NAN, Dtype::F32), (f32::INFINITY, Dtype::BF16)] {
