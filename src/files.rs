@@ -2,6 +2,7 @@
 //!
 //! Every input is a regular file. A FIFO would wait for a writer, a device may never end, and neither can be read
 //! twice.
+#![expect(unsafe_code, reason = "maps files")]
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -10,6 +11,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
+use memmap2::Mmap;
 use rustix::fs::{Mode, OFlags};
 use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::Xxh3;
@@ -93,6 +95,19 @@ pub fn digest(path: &Path) -> Result<(u64, u64)> {
             }
         }
     }
+}
+
+/// Maps a whole file read-only.
+pub fn map(path: &Path) -> Result<Mmap> {
+    map_opened(&open(path)?).with_context(|| shown_path(path))
+}
+
+/// Maps an open file read-only.
+pub fn map_opened(file: &File) -> Result<Mmap> {
+    // SAFETY: read-only, and no file is written in place by this program. Another process that cuts the file short
+    // under us makes a read fail with SIGBUS, which ends all ranks with a message (`comm::watch`); nothing but a copy
+    // of the whole file prevents that.
+    unsafe { Mmap::map(file) }.context("cannot be mapped")
 }
 
 /// Reads a whole text file of at most `max_bytes` in UTF-8.

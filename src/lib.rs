@@ -13,7 +13,7 @@
 //! | [`model`] | a model as a value ([`model::spec`]), the families that make it from a config.json ([`model::family`]), what is trained in it ([`model::trainable`]), and the math of its layers ([`model::stage`]) and head on device ops | that it is sharded: neither [`comm`] nor [`fsdp`] |
 //! | [`fsdp`] | layout, units, the schedule and its checker, the executor | files, data, the recipe |
 //! | [`optim`] | AdamW's numbers, learning rates, loss scaling, clipping | ranks, the recipe |
-//! | [`data`] | rows to documents to sequences to micro-batches | devices |
+//! | [`data`] | rows to tokens in a file ([`data::store`]) to documents to sequences to micro-batches | devices |
 //! | [`checkpoint`] | base models, shard files, adapters, the life of an output folder | the recipe |
 //! | [`hub`] | models, adapters and data sets by their names: the cache of `huggingface_hub`, and downloads into it | ranks, the recipe |
 //! | [`plan`] | the choice of what is kept where, and predictions of memory and time, for this machine or another | data, the recipe |
@@ -22,7 +22,7 @@
 //! | [`start`] | everything between a job and the first step: what all ranks must have in common ([`start::agree`]), placement, budgets, the engine; a plan for a machine that is not there | the command line, how a recipe is written |
 //! | [`mod@bench`] | measurements of this machine: steps on made-up weights, ops at the sizes of a layer, collectives | the command line, how a recipe is written |
 //! | [`cli`] | one file per subcommand | |
-//! | [`files`] | opening and reading input files, bounded; names of files as messages show them | everything else |
+//! | [`files`] | opening, mapping and reading input files, bounded; names of files as messages show them | everything else |
 //! | [`logging`], [`progress`], [`stderr`] | events as lines or JSON; how far long work is, as a bar or lines; lines on standard error, each written whole | everything else |
 //!
 //! Two more serve others: `choices` declares enums of a recipe's words, and `simd` compiles loops for wide vectors.

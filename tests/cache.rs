@@ -25,8 +25,10 @@ fn cache(place: &Place, args: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// The sets of shard files in the list.
 fn listed(place: &Place) -> Vec<Value> {
-    serde_json::from_str(&cache(place, &["list", "--json"])).unwrap()
+    let all: Vec<Value> = serde_json::from_str(&cache(place, &["list", "--json"])).unwrap();
+    all.into_iter().filter(|entry| entry["kind"] == "shards").collect()
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn six_steps_are_those_of_peft() {
         for (i, expected) in expected["steps"].as_array().unwrap().iter().enumerate() {
             // Rows in the order of the file: 4 a step, one a micro-batch.
             let micro = |m: usize| {
-                let document = &data.documents[4 * i + 2 * m + rank];
+                let document = data.document(4 * i + 2 * m + rank);
                 let mut batch = MicroBatch::new();
                 batch.push(document.sample_idx, &document.input_ids, &document.is_target);
                 batch

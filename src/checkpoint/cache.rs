@@ -7,13 +7,12 @@ use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 
-use crate::files::shown_path;
+use crate::files::{map, shown_path};
 use crate::fsdp::layout::LAYOUT_VERSION;
 
 use super::atomic;
 use super::donor::parse_name;
 use super::shards::{BESIDE_KEY, FORMAT, MODEL_KEY, read_header};
-use super::source::map;
 
 /// A set that lacks files may be one that is being made; it is left alone until it has not been used for this long.
 const BEING_MADE: Duration = Duration::from_secs(3600);
@@ -38,7 +37,7 @@ pub struct ShardSet {
     pub is_in_use: bool,
 }
 
-/// The outcome for a set that `prune` wants to remove.
+/// The outcome for what `prune` wants to remove.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Pruned {
     Removed,
@@ -67,7 +66,7 @@ pub fn list(root: &Path) -> Result<Vec<ShardSet>> {
 }
 
 /// Paths in a folder, sorted; none if the folder is not there.
-fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+pub fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = match std::fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -87,7 +86,7 @@ pub fn prune(root: &Path, older_than: Option<Duration>, dry_run: bool) -> Result
         let age = now.duration_since(set.last_used).unwrap_or_default();
         let is_useless = !set.is_complete || set.layout_version != Some(LAYOUT_VERSION);
         if is_useless && age >= BEING_MADE || older_than.is_some_and(|least| age >= least) {
-            let outcome = set.prune(dry_run);
+            let outcome = remove(&set.files, dry_run);
             pruned.push((set, outcome));
         }
     }
@@ -138,28 +137,31 @@ impl ShardSet {
             last_used,
         }
     }
+}
 
-    /// Removes the files if all of them can be locked, so that no run has one open.
-    fn prune(&self, dry_run: bool) -> Pruned {
-        let mut locks = Vec::new();
-        for path in &self.files {
-            match lock(path) {
-                Ok(file) => locks.push(file),
-                Err(TryLockError::WouldBlock) => return Pruned::InUse,
-                Err(TryLockError::Error(error)) => return Pruned::Left(format!("{}: {error}", shown_path(path))),
-            }
+/// Removes files if all of them can be locked, so that no run has one open.
+pub fn remove(files: &[PathBuf], dry_run: bool) -> Pruned {
+    let mut locks = Vec::new();
+    for path in files {
+        match lock(path) {
+            Ok(file) => locks.push(file),
+            Err(TryLockError::WouldBlock) => return Pruned::InUse,
+            Err(TryLockError::Error(error)) => return Pruned::Left(format!("{}: {error}", shown_path(path))),
         }
-        if dry_run {
-            return Pruned::WouldBeRemoved;
-        }
-        let removed = self.files.iter().try_for_each(std::fs::remove_file);
-        removed
-            .map_or_else(|error| Pruned::Left(format!("{}: {error}", shown_path(&self.folder))), |()| Pruned::Removed)
     }
+    if dry_run {
+        return Pruned::WouldBeRemoved;
+    }
+    for path in files {
+        if let Err(error) = std::fs::remove_file(path) {
+            return Pruned::Left(format!("{}: {error}", shown_path(path)));
+        }
+    }
+    Pruned::Removed
 }
 
 /// Locks a file against all others. A lock over NFS needs a file that is open for writing.
-fn lock(path: &Path) -> Result<File, TryLockError> {
+pub fn lock(path: &Path) -> Result<File, TryLockError> {
     let file = OpenOptions::new().read(true).write(true).open(path).map_err(TryLockError::Error)?;
     file.try_lock()?;
     Ok(file)

@@ -12,11 +12,10 @@ use anyhow::{Context, Result, ensure};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::watch;
-use crate::files::shown_path;
+use crate::files::{map_opened, shown_path};
 use crate::fsdp::layout::UnitLayout;
 
 use super::shards::{ShardSpec, open_in_use};
-use super::source::map_opened;
 
 /// All shards of a base for one number of ranks.
 pub(super) struct Donor {

@@ -26,10 +26,9 @@ use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::comm::{Comm, ShardBytes, SharedBytes, all_gather_bytes, all_gather_u64};
-use crate::files::{self, shown, shown_path};
+use crate::files::{self, map, map_opened, shown, shown_path};
 use crate::fsdp::layout::{LAYOUT_VERSION, UnitLayout};
 
-use super::source::{map, map_opened};
 use super::{atomic, header};
 
 /// Metadata key of the program that made a file.
@@ -222,7 +221,7 @@ impl ShardSpec {
 
 /// Opens a shard file and says, for as long as it is open, that it is in use: `cache prune` leaves it where it is. The
 /// time of the file's last change is that of its last use. Returns `None` if the file is not there.
-pub(super) fn open_in_use(path: &Path) -> Result<Option<File>> {
+pub fn open_in_use(path: &Path) -> Result<Option<File>> {
     loop {
         if !path.exists() {
             return Ok(None);

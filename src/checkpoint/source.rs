@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::folder::{self, INDEX_FILE, SINGLE_FILE};
 use super::header::{self, Entry};
-use crate::files::{self, shown, shown_path};
+use crate::files::{self, map_opened, shown, shown_path};
 
 /// Largest index that is read, in bytes; it holds some 300,000 tensors.
 pub const MAX_INDEX_BYTES: u64 = 32 << 20;
@@ -66,19 +66,6 @@ const RENAMED: [(&str, &str); 4] = [
 pub(super) fn name_in_memory(name: &str) -> String {
     let renamed = RENAMED.iter().find_map(|(old, new)| Some(format!("{new}{}", name.strip_prefix(old)?)));
     renamed.unwrap_or_else(|| name.into())
-}
-
-/// Maps a whole file read-only.
-pub(super) fn map(path: &Path) -> Result<Mmap> {
-    map_opened(&files::open(path)?).with_context(|| shown_path(path))
-}
-
-/// Maps an open file read-only.
-pub(super) fn map_opened(file: &File) -> Result<Mmap> {
-    // SAFETY: read-only, and no file is written in place by this program. Another process that cuts the file short
-    // under us makes a read fail with SIGBUS, which ends all ranks with a message (`comm::watch`); nothing but a copy
-    // of the whole file prevents that.
-    unsafe { Mmap::map(file) }.context("cannot be mapped")
 }
 
 impl BaseModel {

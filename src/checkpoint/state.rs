@@ -24,8 +24,7 @@ use super::adapter::{self, AdapterSettings, CONFIG_FILE, TENSORS_FILE};
 use super::atomic;
 use super::output::METRICS_FILE;
 use super::output::record::RunIdentity;
-use super::source::map;
-use crate::files;
+use crate::files::{self, map};
 use crate::model::spec::ModelSpec;
 use crate::optim::loss_scale::LossScaler;
 

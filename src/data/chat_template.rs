@@ -60,6 +60,7 @@ pub struct ChatTemplate {
     special_tokens: Vec<(String, String)>,
     marks_generation: bool,
     source: String,
+    now: Zoned,
 }
 
 /// Rendered text and the byte ranges that the assistant generates.
@@ -75,15 +76,21 @@ impl ChatTemplate {
     pub fn new(source: &str, special_tokens: Vec<(String, String)>, now: &Zoned) -> Result<ChatTemplate> {
         check_size(source)?;
         let (source, marks_generation) = rewrite_generation(&mark_joins(&source.replace("\r\n", "\n")));
-        let (text, now) = (source.clone(), now.clone());
+        let (text, time) = (source.clone(), now.clone());
         let environment = on_own_thread(move || {
-            let mut environment = environment(now)?;
+            let mut environment = environment(time)?;
             environment
                 .add_template_owned("chat", text)
                 .map_err(|e| anyhow!("the chat template is not valid: {}", described(&e)))?;
             Ok(environment)
         })?;
-        Ok(ChatTemplate { environment: Arc::new(environment), special_tokens, marks_generation, source })
+        Ok(ChatTemplate {
+            environment: Arc::new(environment),
+            special_tokens,
+            marks_generation,
+            source,
+            now: now.clone(),
+        })
     }
 
     /// Returns true if the template says which text the assistant generates.
@@ -97,6 +104,16 @@ impl ChatTemplate {
         let is_there = |word: &str| self.source.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == word);
         // Reasoning goes under two more names.
         is_there(word) || (REASONING.contains(&word) && REASONING[..2].iter().any(|name| is_there(name)))
+    }
+
+    /// Returns the time as far as the template may write it: a date where all formats that it gives to `strftime_now`
+    /// are literals of days, months and years, else the time to the second; `None` if it never asks for the time.
+    pub fn visible_time(&self) -> Option<String> {
+        let mut uses = self.source.split("strftime_now").skip(1).map(str::trim_start).peekable();
+        uses.peek()?;
+        let is_date = |text: &str| text.starts_with("is defined") || python::is_of_dates(text);
+        let format = if uses.all(is_date) { "%Y-%m-%d" } else { "%Y-%m-%dT%H:%M:%S%z" };
+        Some(self.now.strftime(format).to_string())
     }
 
     /// Renders a conversation; `add_generation_prompt` ends it where the assistant begins to speak.

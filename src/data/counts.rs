@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Serialize, Serializer};
 
-use super::row::Row;
+use super::place::Place;
 
 /// Counts of what happened to the rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -63,10 +63,10 @@ impl Serialize for Places {
 impl Places {
     const SHOWN: usize = 5;
 
-    pub fn add(&mut self, row: &Row) {
+    pub fn add(&mut self, place: &Place) {
         self.rows += 1;
         if self.rows <= Places::SHOWN {
-            self.first.push(row.place.to_string());
+            self.first.push(place.to_string());
         }
     }
 }

@@ -1,59 +1,82 @@
 //! A data set: documents, and the sequences that they make.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
-
-use crate::comm::watch;
-use crate::files::{counted, shown};
+use xxhash_rust::xxh3::Xxh3;
 
 use super::counts::{Counts, Places};
-use super::row::Row;
-use super::source::{Rows, Source};
-use super::tokenize::{self, Tokenized};
-use super::{DataOptions, Document, Overlong, Packing, TextTokenizer, pack};
+use super::cut::Builder;
+use super::pack::{Piece, Sequences};
+use super::place::Place;
+use super::source::{Files, Source};
+use super::store::{Entry, Store, TARGET};
+use super::tokens::{HELD_OUT, Making, Tokens, is_held_out};
+use super::{DataOptions, Document, TextTokenizer};
 
 /// Number of rows that a data set can show.
 pub const MAX_FIRST_ROWS: usize = 1000;
 
-/// Documents, and for each sequence the indices of its documents.
+/// Documents in a store of tokens, and for each sequence the indices of its documents.
 #[derive(Clone, Debug)]
 pub struct Dataset {
-    pub documents: Vec<Document>,
-    pub sequences: Vec<Vec<usize>>,
+    pub(super) store: Arc<Store>,
+    pub(super) documents: Vec<Piece>,
+    pub sequences: Sequences,
     pub counts: Counts,
     /// Sentences about the rows that would surprise whoever wrote them, to be told before training.
     pub notes: Vec<String>,
     /// Rows with a document over max_length, and rows with a document that has no target.
     pub overlong: Places,
     pub without_target: Places,
-    /// Indices of the first rows, see [`Document::row_idx`]; at most [`MAX_FIRST_ROWS`].
-    pub first_rows: Vec<usize>,
+    /// The first rows, at most [`MAX_FIRST_ROWS`].
+    pub first_rows: Vec<FirstRow>,
+}
+
+/// A row of a data set.
+#[derive(Clone, Debug)]
+pub struct FirstRow {
+    pub place: Place,
+    /// Its tokens among those of all rows, before anything is cut.
+    pub tokens: Range<usize>,
+}
+
+/// Tells which rows of a store a data set has: all, or those on one side of the fraction that is held out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Part {
+    All,
+    Training(f64),
+    HeldOut(f64),
+}
+
+impl Part {
+    /// Returns the number of times that an epoch has a row of this entry. A held-out row is there once, whatever its
+    /// weight.
+    pub(super) fn times(self, entry: &Entry) -> u32 {
+        match self {
+            Part::All => entry.times,
+            Part::Training(fraction) if is_held_out(entry.answer, fraction) => 0,
+            Part::Training(_) => entry.times,
+            Part::HeldOut(fraction) if is_held_out(entry.answer, fraction) => entry.times.min(1),
+            Part::HeldOut(_) => 0,
+        }
+    }
 }
 
 impl Dataset {
-    /// Reads files and folders. `tokenizer` may be missing where all rows are tokenized.
+    /// Reads files and folders into a temporary store. `tokenizer` may be missing where all rows are tokenized.
     pub fn load(
         sources: &[Source],
         tokenizer: Option<&TextTokenizer>,
         vocab_size: usize,
         options: &DataOptions,
     ) -> Result<Dataset> {
-        let mut rows = Rows::open(sources)?;
-        let mut builder = Builder::new(tokenizer, vocab_size, *options);
-        for (row_idx, row) in rows.by_ref().enumerate() {
-            watch::beat();
-            let (row, times) = row?;
-            builder.add(row_idx, &row, times)?;
-        }
-        let mut dataset = builder.finish()?;
-        dataset.notes.extend(rows.notes(tokenizer));
-        Ok(dataset)
+        let making = Making { tokenizer, vocab_size, loss_on: options.loss_on, held_out: 0.0 };
+        Dataset::of(Tokens::temporary(&making, Files::find(sources)?, &mut |_| {})?, options)
     }
 
-    /// Reads files and folders into two parts, training and held out. A held-out row is there once, whatever its weight. Rows are told apart by a hash of their answer,
-    /// so that no answer is in both. Held-out rows are never cut by packing: `wrapped` packs them as `true` does.
+    /// Reads files and folders like [`Dataset::load`], into two parts as [`Dataset::parts`] makes them.
     pub fn load_with_held_out(
         sources: &[Source],
         tokenizer: Option<&TextTokenizer>,
@@ -61,18 +84,26 @@ impl Dataset {
         options: &DataOptions,
         fraction: f64,
     ) -> Result<(Dataset, Dataset)> {
-        const HELD_OUT: &str = "data.eval: the held-out rows";
-        let mut rows = Rows::open(sources)?;
-        let mut train = Builder::new(tokenizer, vocab_size, *options);
-        let mut held_out = Builder::new(tokenizer, vocab_size, options.for_evaluation());
-        for (row_idx, row) in rows.by_ref().enumerate() {
-            watch::beat();
-            let (row, times) = row?;
-            match (xxh3_64(row.answer().as_bytes()) as f64 / u64::MAX as f64) < fraction {
-                true => held_out.add(row_idx, &row, times.min(1)).context(HELD_OUT)?,
-                false => train.add(row_idx, &row, times)?,
-            }
-        }
+        let making = Making { tokenizer, vocab_size, loss_on: options.loss_on, held_out: fraction };
+        Dataset::parts(Tokens::temporary(&making, Files::find(sources)?, &mut |_| {})?, options, fraction)
+    }
+
+    /// Cuts and packs the documents of all rows.
+    pub fn of(tokens: Tokens, options: &DataOptions) -> Result<Dataset> {
+        let Tokens { store, files } = tokens;
+        let store = Arc::new(store);
+        let mut dataset = Builder::read(&store, &files, Part::All, *options)?.finish()?;
+        dataset.notes.extend([files.notes(), &store.meta.notes].concat());
+        Ok(dataset)
+    }
+
+    /// Makes two parts of the rows, training and held out. Rows are told apart by a hash of their answer, so that no
+    /// answer is in both. Held-out rows are never cut by packing: `wrapped` packs them as `true` does.
+    pub fn parts(tokens: Tokens, options: &DataOptions, fraction: f64) -> Result<(Dataset, Dataset)> {
+        let Tokens { store, files } = tokens;
+        let store = Arc::new(store);
+        let train = Builder::read(&store, &files, Part::Training(fraction), *options)?;
+        let held_out = Builder::read(&store, &files, Part::HeldOut(fraction), options.for_evaluation())?;
         let (num_train, num_held_out) = (train.counts.rows, held_out.counts.rows);
         ensure!(
             num_train > 0 && num_held_out > 0,
@@ -80,197 +111,128 @@ impl Dataset {
              or another fraction"
         );
         let (mut train, held_out) = (train.finish()?, held_out.finish().context(HELD_OUT)?);
-        train.notes.extend(rows.notes(tokenizer));
+        train.notes.extend([files.notes(), &store.meta.notes].concat());
         Ok((train, held_out))
+    }
+
+    /// Makes a data set of the rows of a store, each of which is a document, and sequences of them.
+    pub(super) fn of_store(store: Store, documents: Vec<Piece>, sequences: Sequences, counts: Counts) -> Dataset {
+        Dataset {
+            store: Arc::new(store),
+            documents,
+            sequences,
+            counts,
+            notes: Vec::new(),
+            overlong: Places::default(),
+            without_target: Places::default(),
+            first_rows: Vec::new(),
+        }
+    }
+
+    pub fn num_documents(&self) -> usize {
+        self.documents.len()
+    }
+
+    /// Returns a document by its index, which is its sample index too.
+    pub fn document(&self, document: usize) -> Document {
+        let words = &self.store.words()[self.documents[document].range()];
+        Document {
+            sample_idx: document as u64,
+            input_ids: words.iter().map(|word| word & !TARGET).collect(),
+            is_target: words.iter().map(|word| word & TARGET != 0).collect(),
+        }
+    }
+
+    pub fn documents(&self) -> impl Iterator<Item = Document> + '_ {
+        (0..self.documents.len()).map(|document| self.document(document))
+    }
+
+    /// Counts the tokens of a document.
+    pub fn document_length(&self, document: usize) -> usize {
+        self.documents[document].len()
+    }
+
+    /// Returns the index of a document's first token among the tokens of all rows.
+    pub fn document_begin(&self, document: usize) -> usize {
+        self.documents[document].begin()
+    }
+
+    /// Returns, for each document, the index of its row, counted from 0 over all files, and the index of its first
+    /// token among the tokens of the row. A row that was split, or that says where documents begin, makes several.
+    pub fn origins(&self) -> Result<Vec<(usize, usize)>> {
+        let mut origins = Vec::with_capacity(self.documents.len());
+        each_row(&self.store, |row| {
+            let tokens = tokens_of(row);
+            while let Some(piece) = self.documents.get(origins.len()).filter(|piece| tokens.contains(&piece.begin())) {
+                origins.push((row[0].0.row_idx as usize, piece.begin() - tokens.start));
+            }
+            Ok(())
+        })?;
+        Ok(origins)
     }
 
     /// Counts the tokens of the longest document.
     pub fn longest_document(&self) -> usize {
-        self.documents.iter().map(|d| d.input_ids.len()).max().unwrap_or(0)
+        self.documents.iter().map(|d| d.len()).max().unwrap_or(0)
     }
 
     /// Counts the tokens of each sequence.
     pub fn sequence_lengths(&self) -> impl Iterator<Item = usize> + '_ {
-        self.sequences.iter().map(|s| s.iter().map(|&d| self.documents[d].input_ids.len()).sum())
+        self.sequences.iter().map(|documents| documents.map(|d| self.documents[d].len()).sum())
     }
 
-    /// Returns an xxh3 hash of all that training reads: the sequences in order, and the sample index, token ids and
-    /// targets of each of their documents. Two ranks with equal digests see the same data.
+    /// Returns an xxh3 hash of all that training reads: tokens and targets of all rows, the sequences in order, and
+    /// the place of each of their documents among the tokens. Two ranks with equal digests see the same data.
     pub fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
-        for sequence in &self.sequences {
-            hash.update(&(sequence.len() as u64).to_le_bytes());
-            for &Document { sample_idx, ref input_ids, ref is_target, .. } in
-                sequence.iter().map(|&d| &self.documents[d])
-            {
-                hash.update(&sample_idx.to_le_bytes());
-                hash.update(&(input_ids.len() as u64).to_le_bytes());
-                input_ids.iter().for_each(|id| hash.update(&id.to_le_bytes()));
-                is_target.iter().for_each(|&t| hash.update(&[u8::from(t)]));
+        let mut add = |number: usize| hash.update(&(number as u64).to_le_bytes());
+        add(self.store.words_digest() as usize);
+        for sequence in self.sequences.iter() {
+            for document in sequence {
+                let piece = self.documents[document];
+                [document, piece.begin(), piece.len()].into_iter().for_each(&mut add);
             }
+            add(usize::MAX);
         }
         hash.digest()
     }
 
     /// Counts the host memory that documents and sequences take for as long as the data set lives.
     pub fn host_bytes(&self) -> usize {
-        let of_document = |d: &Document| d.input_ids.capacity() * size_of::<u32>() + d.is_target.capacity();
-        let of_sequence = |s: &Vec<usize>| s.capacity() * size_of::<usize>();
-        self.documents.capacity() * size_of::<Document>()
-            + self.documents.iter().map(of_document).sum::<usize>()
-            + self.sequences.capacity() * size_of::<Vec<usize>>()
-            + self.sequences.iter().map(of_sequence).sum::<usize>()
+        self.store.host_bytes() + self.documents.capacity() * size_of::<Piece>() + self.sequences.host_bytes()
+    }
+
+    /// Counts the bytes of the mapped file of tokens.
+    pub fn mapped_bytes(&self) -> usize {
+        self.store.mapped_bytes()
     }
 }
 
-/// A data set whose rows are still being read.
-struct Builder<'a> {
-    tokenizer: Option<&'a TextTokenizer>,
-    vocab_size: usize,
-    options: DataOptions,
-    documents: Vec<Document>,
-    counts: Counts,
-    overlong: Places,
-    without_target: Places,
-    first_rows: Vec<usize>,
-    /// Rows whose prompt has other tokens by itself than before its completion.
-    other_prompt: Places,
-    /// Rows with a message that the chat template leaves out or changes, by the message's role.
-    unwritten: BTreeMap<String, Places>,
-}
-
-impl Builder<'_> {
-    fn new(tokenizer: Option<&TextTokenizer>, vocab_size: usize, options: DataOptions) -> Builder<'_> {
-        Builder {
-            tokenizer,
-            vocab_size,
-            options,
-            documents: Vec::new(),
-            counts: Counts { max_length: options.max_length, ..Counts::default() },
-            overlong: Places::default(),
-            without_target: Places::default(),
-            first_rows: Vec::new(),
-            other_prompt: Places::default(),
-            unwritten: BTreeMap::new(),
+/// Calls `take` for the entries of each row, each with the index of its first word.
+pub(super) fn each_row(store: &Store, mut take: impl FnMut(&[(Entry, usize)]) -> Result<()>) -> Result<()> {
+    let mut row: Vec<(Entry, usize)> = Vec::new();
+    store.each_entry(|entry, begin| {
+        if row.first().is_some_and(|(first, _)| first.row_idx != entry.row_idx) {
+            take(&row)?;
+            row.clear();
         }
-    }
-
-    /// Adds a row as often as it is in an epoch.
-    fn add(&mut self, row_idx: usize, row: &Row, times: usize) -> Result<()> {
-        if times == 0 {
-            return Ok(());
-        }
-        if self.first_rows.len() < MAX_FIRST_ROWS {
-            self.first_rows.push(row_idx);
-        }
-        let documents = tokenize::tokenize(row, self.tokenizer, self.vocab_size, self.options.loss_on)?;
-        for document in &documents {
-            if document.input_ids.len() > self.options.max_length {
-                self.overlong.add(row);
-            }
-            if !document.prompt_is_prefix {
-                self.other_prompt.add(row);
-            }
-            for role in &document.unwritten {
-                self.unwritten.entry(role.clone()).or_default().add(row);
-            }
-        }
-        for _ in 0..times {
-            self.counts.rows += 1;
-            let mut end = 0;
-            for document in &documents {
-                let mut first_position = end;
-                end += document.input_ids.len();
-                for (input_ids, is_target) in self.cut(document.clone()) {
-                    let (sample_idx, len) = (self.documents.len() as u64, input_ids.len());
-                    let document = Document { sample_idx, row_idx, first_position, input_ids, is_target };
-                    first_position += len;
-                    match document.num_target_tokens() {
-                        0 => {
-                            self.counts.without_target += 1;
-                            self.without_target.add(row);
-                        }
-                        _ => self.documents.push(document),
-                    }
-                }
-            }
-        }
+        row.push((*entry, begin));
         Ok(())
-    }
+    })?;
+    if row.is_empty() { Ok(()) } else { take(&row) }
+}
 
-    /// Returns the pieces that are left of a document after `overlong` has been applied.
-    fn cut(&mut self, document: Tokenized) -> Vec<(Vec<u32>, Vec<bool>)> {
-        let Tokenized { mut input_ids, mut is_target, .. } = document;
-        let limit = self.options.max_length;
-        if input_ids.len() <= limit {
-            return vec![(input_ids, is_target)];
-        }
-        match (self.options.overlong, self.options.packing) {
-            (Overlong::Truncate, _) => {
-                self.counts.truncated += 1;
-                input_ids.truncate(limit);
-                is_target.truncate(limit);
-                vec![(input_ids, is_target)]
-            }
-            // Packing will cut it where sequences end.
-            (Overlong::Split, Packing::Wrapped) => {
-                self.counts.split += 1;
-                vec![(input_ids, is_target)]
-            }
-            (Overlong::Split, _) => {
-                self.counts.split += 1;
-                input_ids.chunks(limit).zip(is_target.chunks(limit)).map(|(i, t)| (i.to_vec(), t.to_vec())).collect()
-            }
-            (Overlong::Drop | Overlong::Error, _) => {
-                self.counts.dropped += 1;
-                Vec::new()
-            }
-        }
-    }
-
-    fn finish(self) -> Result<Dataset> {
-        let Builder { options, mut documents, mut counts, overlong, without_target, .. } = self;
-        ensure!(
-            options.overlong != Overlong::Error || overlong.rows == 0,
-            "{} rows are longer than data.max_length ({}), and data.overlong is error: {overlong}",
-            overlong.rows,
-            options.max_length
-        );
-        ensure!(
-            !documents.is_empty(),
-            "no token of the {} rows counts in the loss (data.loss_on, data.max_length {})",
-            counts.rows,
-            options.max_length
-        );
-        let sequences = pack::pack(&mut documents, options.packing, options.max_length);
-        ensure!(!sequences.is_empty(), "no token counts in the loss of a sequence (data.packing)");
-        counts.sequences = sequences.len();
-        counts.tokens = documents.iter().map(|d| d.input_ids.len()).sum();
-        counts.target_tokens = documents.iter().map(Document::num_target_tokens).sum();
-        let mut notes = Vec::new();
-        if self.other_prompt.rows > 0 {
-            notes.push(format!(
-                "{} prompts have other tokens by themselves than before their completions; what counts begins at the first \
-                 token that differs, and generating from such a prompt begins otherwise than in training: {}",
-                self.other_prompt.rows, self.other_prompt
-            ));
-        }
-        for (role, places) in self.unwritten {
-            notes.push(format!(
-                "{} of the role {} do not stand in what the chat template writes, or not as they are: {places}",
-                counted(places.rows, "message"),
-                shown(&role)
-            ));
-        }
-        Ok(Dataset { documents, sequences, counts, notes, overlong, without_target, first_rows: self.first_rows })
-    }
+/// The words of a row.
+pub(super) fn tokens_of(row: &[(Entry, usize)]) -> Range<usize> {
+    let (first, last) = (row[0], row[row.len() - 1]);
+    first.1..last.1 + last.0.num_tokens as usize
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use super::super::{LossOn, tokenizer};
+    use super::super::{LossOn, Overlong, Packing, tokenizer};
     use super::*;
 
     const OPTIONS: DataOptions =
@@ -283,8 +245,8 @@ mod tests {
         Dataset::load(&[Source::new(path)], None, 100, &options)
     }
 
-    fn ids(dataset: &Dataset) -> Vec<&[u32]> {
-        dataset.documents.iter().map(|d| &d.input_ids[..]).collect()
+    fn ids(dataset: &Dataset) -> Vec<Vec<u32>> {
+        dataset.documents().map(|d| d.input_ids).collect()
     }
 
     fn error(text: &str, options: DataOptions) -> String {
@@ -306,49 +268,52 @@ mod tests {
         // The last piece, [9], predicts nothing.
         assert_eq!(ids(&split), [&[1, 2, 3, 4][..], &[5, 6, 7, 8], &[10, 11]]);
         assert_eq!((split.counts.split, split.counts.without_target), (1, 2));
-        let places: Vec<_> = split.documents.iter().map(|d| (d.sample_idx, d.row_idx, d.first_position)).collect();
-        assert_eq!(places, [(0, 0, 0), (1, 0, 4), (2, 1, 0)]);
+        assert_eq!(split.origins().unwrap(), [(0, 0), (0, 4), (1, 0)]);
         let dropped = of(Overlong::Drop).unwrap();
-        assert_eq!((ids(&dropped), dropped.counts.dropped), (vec![&[10, 11][..]], 1));
+        assert_eq!((ids(&dropped), dropped.counts.dropped), (vec![vec![10, 11]], 1));
         let refused = format!("{:#}", of(Overlong::Error).unwrap_err());
         assert!(refused.contains("1 rows are longer") && refused.contains("rows.jsonl:1"), "{refused}");
     }
 
     #[test]
     fn the_digest_covers_all_that_training_reads() {
-        let data = load(ROWS, OPTIONS).unwrap();
-        let digest_after = |change: &dyn Fn(&mut Dataset)| {
-            let mut changed = data.clone();
-            change(&mut changed);
-            changed.digest()
-        };
+        let packed = DataOptions { packing: Packing::BestFit, max_length: 5, ..OPTIONS };
+        let of = |rows: &str, options| load(rows, options).unwrap().digest();
+        let rows = "{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [4, 5]}\n";
         let digests = [
-            data.digest(),
-            digest_after(&|d| d.documents[0].input_ids[3] = 5),
-            digest_after(&|d| d.documents[1].is_target[1] = false),
-            digest_after(&|d| d.documents[1].sample_idx = 7),
-            digest_after(&|d| d.sequences.swap(0, 1)),
-            digest_after(&|d| d.sequences = vec![vec![0, 1]]),
-            digest_after(&|d| drop(d.sequences.pop())),
+            of(rows, OPTIONS),
+            of(&rows.replace("3]", "6]"), OPTIONS),
+            of(&rows.replace("3]", "3], \"labels\": [1, -100, 3]"), OPTIONS),
+            of(&rows.replace("5]", "5, 5]"), OPTIONS),
+            of(rows, packed),
+            of(rows, DataOptions { max_length: 2, ..OPTIONS }),
+            of("{\"input_ids\": [4, 5]}\n{\"input_ids\": [1, 2, 3]}\n", OPTIONS),
         ];
-        assert_eq!(load(ROWS, OPTIONS).unwrap().digest(), digests[0]);
+        assert_eq!(of(rows, OPTIONS), digests[0]);
+        let mut other_order = load(rows, OPTIONS).unwrap();
+        other_order.sequences = [[1], [0]].into_iter().collect();
+        assert_ne!(other_order.digest(), digests[0]);
         let different: std::collections::BTreeSet<u64> = digests.into();
         assert_eq!(different.len(), digests.len());
     }
 
     #[test]
-    fn host_memory_follows_the_tokens() {
-        let row = |n: usize| format!("{{\"input_ids\": {:?}}}\n", vec![1; n]);
-        let of = |n| load(&row(n), DataOptions { max_length: 100_000, ..OPTIONS }).unwrap().host_bytes();
-        let added = of(20_000) - of(10_000);
-        assert!((50_000..100_000).contains(&added), "{added} bytes for 10000 tokens");
+    fn host_memory_follows_the_documents_and_not_their_tokens() {
+        let of = |rows: usize, n: usize| {
+            let text = format!("{{\"input_ids\": {:?}}}\n", vec![1; n]).repeat(rows);
+            load(&text, DataOptions { max_length: 100_000, ..OPTIONS }).unwrap()
+        };
+        assert_eq!(of(100, 10).host_bytes(), of(100, 1000).host_bytes());
+        let of_9000 = of(10_000, 10).host_bytes() - of(1000, 10).host_bytes();
+        assert!((9000 * 20..9000 * 28).contains(&of_9000), "{of_9000} bytes for 9000 documents");
+        assert_eq!(of(100, 1000).mapped_bytes() - of(100, 10).mapped_bytes(), 100 * 990 * 4);
     }
 
     #[test]
     fn labels_and_padding() {
         let row = r#"{"input_ids": [0, 5, 6, 7], "labels": [-100, -100, -100, 7], "attention_mask": [0, 1, 1, 1]}"#;
         let data = load(row, OPTIONS).unwrap();
-        assert_eq!((ids(&data)[0], &data.documents[0].is_target), (&[5, 6, 7][..], &vec![false, false, true]));
+        assert_eq!((&ids(&data)[0], data.document(0).is_target), (&vec![5, 6, 7], vec![false, false, true]));
     }
 
     #[test]
@@ -378,11 +343,12 @@ mod tests {
         let split =
             |fraction| Dataset::load_with_held_out(&[Source::new(&path)], Some(&tokenizer), 320, &options, fraction);
         let (train, held_out) = split(0.3).unwrap();
-        assert_eq!(train.documents.len() + held_out.documents.len(), 200);
-        let answer = |d: &Document| d.input_ids.iter().zip(&d.is_target).filter(|x| *x.1).map(|x| *x.0).collect();
-        let answers: Vec<Vec<u32>> = train.documents.iter().map(answer).collect();
-        assert!(held_out.documents.iter().all(|d| !answers.contains(&answer(d))));
-        assert!((20..100).contains(&held_out.documents.len()), "{}", held_out.documents.len());
+        assert_eq!(train.num_documents() + held_out.num_documents(), 200);
+        let answer =
+            |d: Document| d.input_ids.iter().zip(&d.is_target).filter(|x| *x.1).map(|x| *x.0).collect::<Vec<u32>>();
+        let answers: Vec<Vec<u32>> = train.documents().map(answer).collect();
+        assert!(held_out.documents().all(|d| !answers.contains(&answer(d))));
+        assert!((20..100).contains(&held_out.num_documents()), "{}", held_out.num_documents());
         assert!(split(0.0).unwrap_err().to_string().contains("data.eval"));
     }
 
@@ -401,8 +367,8 @@ mod tests {
     fn documents_of_a_row_stay_apart() {
         let row = r#"{"input_ids": [5, 6, 7, 8, 9, 10], "position_ids": [0, 1, 2, 0, 1, 2]}"#;
         let data = load(row, DataOptions { packing: Packing::BestFit, ..OPTIONS }).unwrap();
-        assert_eq!((ids(&data), data.counts.target_tokens), (vec![&[5, 6, 7][..], &[8, 9, 10]], 4));
-        assert_eq!(data.documents.iter().map(|d| (d.row_idx, d.first_position)).collect::<Vec<_>>(), [(0, 0), (0, 3)]);
+        assert_eq!((ids(&data), data.counts.target_tokens), (vec![vec![5, 6, 7], vec![8, 9, 10]], 4));
+        assert_eq!(data.origins().unwrap(), [(0, 0), (0, 3)]);
         // Neither is longer than max_length, though the row is.
         assert_eq!((data.counts.rows, data.counts.truncated), (1, 0));
     }

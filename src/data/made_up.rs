@@ -1,8 +1,9 @@
 //! Rows of token ids that look random, for measurements.
 
-use super::Document;
-use super::counts::{Counts, Places};
+use super::counts::Counts;
 use super::dataset::Dataset;
+use super::pack::Piece;
+use super::store::Store;
 
 /// Returns the token ids of a sample, which depend on its number alone.
 pub fn input_ids(sample: u64, len: usize, vocab_size: usize) -> Vec<u32> {
@@ -16,30 +17,18 @@ const NUM_DOCUMENTS: usize = 64;
 impl Dataset {
     /// Makes sequences of one document each, of which every token counts.
     pub fn made_up(num_sequences: usize, len: usize, vocab_size: usize) -> Dataset {
-        let document = |i: usize| Document {
-            sample_idx: i as u64,
-            row_idx: i,
-            first_position: 0,
-            input_ids: input_ids(i as u64, len, vocab_size),
-            is_target: vec![true; len],
-        };
-        let documents: Vec<Document> = (0..num_sequences.min(NUM_DOCUMENTS)).map(document).collect();
+        let num_documents = num_sequences.min(NUM_DOCUMENTS);
+        let store = Store::in_memory((0..num_documents).map(|i| input_ids(i as u64, len, vocab_size)));
+        let documents = (0..num_documents).map(|i| Piece::new(i * len, len)).collect();
+        let sequences = (0..num_sequences).map(|i| [(i % NUM_DOCUMENTS) as u32]).collect();
         let counts = Counts {
-            rows: documents.len(),
+            rows: num_documents,
             sequences: num_sequences,
-            tokens: documents.len() * len,
-            target_tokens: documents.iter().map(Document::num_target_tokens).sum(),
+            tokens: num_documents * len,
+            target_tokens: num_documents * len.saturating_sub(1),
             max_length: len,
             ..Counts::default()
         };
-        Dataset {
-            documents,
-            sequences: (0..num_sequences).map(|i| vec![i % NUM_DOCUMENTS]).collect(),
-            counts,
-            notes: Vec::new(),
-            overlong: Places::default(),
-            without_target: Places::default(),
-            first_rows: Vec::new(),
-        }
+        Dataset::of_store(store, documents, sequences, counts)
     }
 }

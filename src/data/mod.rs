@@ -1,16 +1,20 @@
 //! Turns rows of files into micro-batches: [`source`] reads rows, [`row`] says which of their columns are read,
-//! [`tokenize`] makes documents of them, [`pack`] puts documents into sequences, [`dataset`] holds both, [`epochs`]
-//! divides sequences among steps, [`sampler`] deals them to ranks, [`preview`] shows what has become of rows.
+//! [`tokenize`] makes documents of them, [`parallel`] does so on several threads, [`tokens`] writes them to a file
+//! ([`store`]), [`dataset`] maps it and cuts documents, [`pack`] puts them into sequences, [`epochs`] divides sequences
+//! among steps, [`sampler`] deals them to ranks, [`preview`] shows what has become of rows.
 
 pub mod chat_template;
 pub mod column_names;
 pub mod counts;
+mod cut;
 pub mod dataset;
 pub mod epochs;
 mod growth;
 pub mod made_up;
 pub mod message;
 pub mod pack;
+mod parallel;
+mod place;
 pub mod preview;
 pub mod prompts;
 pub mod python;
@@ -18,10 +22,12 @@ pub mod row;
 pub mod sampler;
 pub mod source;
 mod special_tokens;
+pub mod store;
 pub mod text_stream;
 pub mod tokenize;
 pub mod tokenized;
 pub mod tokenizer;
+pub mod tokens;
 pub mod unread;
 pub mod variables;
 
@@ -108,23 +114,12 @@ impl DataOptions {
 pub struct Document {
     /// Unique in the data set; it seeds dropout.
     pub sample_idx: u64,
-    /// Index of the row that it comes from, counted from 0 over all files. A row that was split, or that says where
-    /// documents begin, makes several of them.
-    pub row_idx: usize,
-    /// Index of its first token among the tokens of its row, padding not counted.
-    pub first_position: usize,
     pub input_ids: Vec<u32>,
     /// True for each token that counts in the loss when it is predicted.
     pub is_target: Vec<bool>,
 }
 
 impl Document {
-    /// Makes the only document of a row.
-    #[cfg(test)]
-    pub fn of_row(row_idx: usize, input_ids: Vec<u32>, is_target: Vec<bool>) -> Document {
-        Document { sample_idx: row_idx as u64, row_idx, first_position: 0, input_ids, is_target }
-    }
-
     /// Counts the tokens that are predicted and count in the loss. The first token is never predicted.
     pub fn num_target_tokens(&self) -> usize {
         self.is_target.iter().skip(1).filter(|&&t| t).count()
@@ -164,7 +159,7 @@ mod tests {
     #[test]
     fn targets_are_marked() {
         let input_ids = vec![5, 6, 7];
-        let document = Document::of_row(0, input_ids, vec![true, false, true]);
+        let document = Document { sample_idx: 0, input_ids, is_target: vec![true, false, true] };
         assert_eq!(describe_sample(None, &document, 100), "[5, 6]【[7]】");
         assert_eq!(describe_sample(None, &document, 3), "[5,…");
     }
@@ -174,7 +169,7 @@ mod tests {
         let tokenizer = TextTokenizer::load(Path::new(tokenizer::tests::GOLDEN), &jiff::Zoned::now()).unwrap();
         let input_ids = tokenizer.encode("the quick fox", false).unwrap();
         let is_target = (0..input_ids.len()).map(|i| i == 0 || i + 1 == input_ids.len()).collect();
-        let document = Document::of_row(0, input_ids, is_target);
+        let document = Document { sample_idx: 0, input_ids, is_target };
         let last = tokenizer.decode(&document.input_ids[document.input_ids.len() - 1..], false).unwrap();
         let expected = format!("{}【{last}】", "the quick fox".strip_suffix(&last).unwrap());
         assert_eq!(describe_sample(Some(&tokenizer), &document, 100), expected);

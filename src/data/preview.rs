@@ -1,13 +1,9 @@
 //! Shows a data set as training will see it: the first rows token by token, and counts and lengths of all.
 
-use std::collections::BTreeMap;
-
-use anyhow::Result;
 use serde::Serialize;
 
 use super::counts::{Counts, Places};
 use super::dataset::Dataset;
-use super::source::{Rows, Source};
 use super::{Document, TextTokenizer};
 
 /// A data set as a person or a program reads it.
@@ -65,50 +61,42 @@ pub struct TokenPreview {
 }
 
 impl Preview {
-    /// Describes a data set and the first of the rows that it was read from, at most [`super::dataset::MAX_FIRST_ROWS`].
-    pub fn new(
-        dataset: &Dataset,
-        sources: &[Source],
-        tokenizer: Option<&TextTokenizer>,
-        num_rows: usize,
-    ) -> Result<Preview> {
-        let mut rows = BTreeMap::new();
+    /// Describes a data set and the first of its rows, at most [`super::dataset::MAX_FIRST_ROWS`].
+    pub fn new(dataset: &Dataset, tokenizer: Option<&TextTokenizer>, num_rows: usize) -> Preview {
         // Rows that are held out for evaluation, or left out by a weight, are no rows of this data set.
-        let shown = &dataset.first_rows[..num_rows.min(dataset.first_rows.len())];
-        let read = shown.last().map_or(0, |last| last + 1);
-        for (row_idx, row) in Rows::open(sources)?.take(read).enumerate() {
-            let place = row?.0.place.to_string();
-            if shown.binary_search(&row_idx).is_ok() {
-                rows.insert(row_idx, RowPreview { place, documents: Vec::new() });
-            }
-        }
+        let first = &dataset.first_rows[..num_rows.min(dataset.first_rows.len())];
+        let mut rows: Vec<RowPreview> =
+            first.iter().map(|row| RowPreview { place: row.place.to_string(), documents: Vec::new() }).collect();
         for (sequence, documents) in dataset.sequences.iter().enumerate() {
-            for document in documents.iter().map(|&d| &dataset.documents[d]) {
-                if let Some(row) = rows.get_mut(&document.row_idx) {
-                    row.documents.push(DocumentPreview::new(document, sequence, tokenizer));
+            for document in documents {
+                let begin = dataset.document_begin(document);
+                let row = first.partition_point(|row| row.tokens.end <= begin);
+                if first.get(row).is_some_and(|row| row.tokens.contains(&begin)) {
+                    let document = dataset.document(document);
+                    rows[row].documents.push(DocumentPreview::new(&document, sequence, tokenizer));
                 }
             }
         }
         let places = dataset.sequences.len() * dataset.counts.max_length;
-        Ok(Preview {
+        Preview {
             counts: dataset.counts,
-            documents: dataset.documents.len(),
-            lengths: Lengths::of(dataset.documents.iter().map(|d| d.input_ids.len()).collect()),
+            documents: dataset.num_documents(),
+            lengths: Lengths::of((0..dataset.num_documents()).map(|d| dataset.document_length(d) as u32).collect()),
             filled: dataset.counts.tokens as f64 / places.max(1) as f64,
             overlong_at: dataset.overlong.clone(),
             without_target_at: dataset.without_target.clone(),
             notes: dataset.notes.clone(),
-            first_rows: rows.into_values().collect(),
-        })
+            first_rows: rows,
+        }
     }
 }
 
 impl Lengths {
-    fn of(mut values: Vec<usize>) -> Lengths {
+    fn of(mut values: Vec<u32>) -> Lengths {
         values.sort_unstable();
         let percentile = |percent: usize| {
             let rank = (values.len() * percent).div_ceil(100).max(1);
-            values.get(rank - 1).copied().unwrap_or(0)
+            values.get(rank - 1).map_or(0, |&value| value as usize)
         };
         Lengths {
             shortest: percentile(0),
@@ -139,7 +127,7 @@ impl DocumentPreview {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{DataOptions, LossOn, Overlong, Packing};
+    use super::super::{DataOptions, LossOn, Overlong, Packing, Source};
     use super::*;
 
     #[test]
@@ -162,7 +150,7 @@ mod tests {
             DataOptions { max_length: 4, packing: Packing::BestFit, overlong: Overlong::Split, loss_on: LossOn::Auto };
         let preview = |source: Source| {
             let dataset = Dataset::load(std::slice::from_ref(&source), None, 100, &options).unwrap();
-            Preview::new(&dataset, &[source], None, 3).unwrap()
+            Preview::new(&dataset, None, 3)
         };
         let whole = preview(Source::new(&path));
         assert_eq!((whole.documents, whole.counts.rows, whole.counts.sequences), (4, 4, 3));

@@ -333,6 +333,16 @@ pub fn strftime(format: &str, now: &Zoned) -> Result<String, Error> {
     jiff::fmt::strtime::format(&rewritten, now).map_err(|e| invalid(format!("strftime_now({format:?}): {e}")))
 }
 
+/// Returns true if a text begins with the arguments of a call that are one literal, a format of days, months and years
+/// for [`strftime`].
+pub fn is_of_dates(text: &str) -> bool {
+    let argument = text.strip_prefix('(').unwrap_or_default().trim_start();
+    let Some(quote) = argument.chars().next().filter(|c| matches!(c, '"' | '\'')) else { return false };
+    let Some((format, rest)) = argument[1..].split_once(quote) else { return false };
+    let is_of_date = |code: &str| code.trim_start_matches('-').starts_with(|c| "aAbBdejmuwyY".contains(c));
+    rest.trim_start().starts_with(')') && format.split('%').skip(1).all(is_of_date)
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

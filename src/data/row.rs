@@ -6,16 +6,13 @@
 //! reads; of the rest, those that have a meaning in TRL, LLaMA-Factory or axolotl are refused by name, and the others
 //! are counted and told ([`super::unread`]).
 
-use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::Format;
 use super::column_names::ColumnNames;
 use super::message::{self, Message};
+use super::place::Place;
 use super::tokenized::TokenizedRow;
 use super::variables::{self, Variables};
 use crate::files::shown;
@@ -25,35 +22,10 @@ use crate::files::shown;
 pub struct Row {
     pub content: Content,
     pub place: Place,
-}
-
-/// The place of a row: `file:line`, or `file, row n` in a file whose rows are not lines.
-#[derive(Clone, Debug)]
-pub struct Place {
-    file: Arc<PathBuf>,
-    /// Number of a line or of a row, counted from 1.
-    number: usize,
-    is_line: bool,
-}
-
-impl Place {
-    pub fn line(file: &Arc<PathBuf>, number: usize) -> Place {
-        Place { file: file.clone(), number, is_line: true }
-    }
-
-    pub fn row(file: &Arc<PathBuf>, number: usize) -> Place {
-        Place { file: file.clone(), number, is_line: false }
-    }
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let file: &Path = &self.file;
-        match self.is_line {
-            true => write!(f, "{}:{}", file.display(), self.number),
-            false => write!(f, "{}, row {}", file.display(), self.number),
-        }
-    }
+    /// Index of its file among those of all sources.
+    pub file: usize,
+    /// Bytes of its text and numbers, more or less.
+    pub bytes: usize,
 }
 
 /// A row by its format.
@@ -304,6 +276,8 @@ fn string(name: &str, value: Value) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::data::python;
 
@@ -479,7 +453,7 @@ mod tests {
         ];
         let answer = |row: Value| {
             let content = read(row, Format::Auto).unwrap().0;
-            Row { content, place: Place::line(&Arc::default(), 1) }.answer()
+            Row { content, place: Place::line(&Arc::default(), 1), file: 0, bytes: 0 }.answer()
         };
         for row in answers {
             assert_eq!(answer(row.clone()), "a", "{row}");

@@ -92,7 +92,7 @@ pub fn eval_documents(
     rank: usize,
 ) -> impl Iterator<Item = usize> {
     let sequences = eval_sequences(dataset, max_tokens, world_size, rank).flatten();
-    sequences.flat_map(|sequence| dataset.sequences[sequence].iter().copied())
+    sequences.flat_map(|sequence| dataset.sequences.get(sequence))
 }
 
 /// Returns the sequences of each of a rank's micro-batches. A micro-batch takes as many of the next sequences as fit
@@ -120,7 +120,8 @@ fn eval_sequences(
 
 fn micro_batch(dataset: &Dataset, sequences: &[usize]) -> MicroBatch {
     let mut batch = MicroBatch::new();
-    for document in sequences.iter().flat_map(|&s| &dataset.sequences[s]).map(|&d| &dataset.documents[d]) {
+    for document in sequences.iter().flat_map(|&s| dataset.sequences.get(s)) {
+        let document = dataset.document(document);
         batch.push(document.sample_idx, &document.input_ids, &document.is_target);
     }
     batch
@@ -128,21 +129,17 @@ fn micro_batch(dataset: &Dataset, sequences: &[usize]) -> MicroBatch {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Document;
     use super::super::counts::Counts;
+    use super::super::pack::Piece;
+    use super::super::store::Store;
     use super::*;
 
     fn dataset(n: usize) -> Dataset {
-        let document = |i: usize| Document::of_row(i, vec![i as u32; 2 + i % 3], vec![true; 2 + i % 3]);
-        Dataset {
-            documents: (0..n).map(document).collect(),
-            sequences: (0..n).map(|i| vec![i]).collect(),
-            counts: Counts::default(),
-            notes: Vec::new(),
-            overlong: Default::default(),
-            without_target: Default::default(),
-            first_rows: Default::default(),
-        }
+        let lens: Vec<usize> = (0..n).map(|i| 2 + i % 3).collect();
+        let store = Store::in_memory(lens.iter().enumerate().map(|(i, &len)| vec![i as u32; len]));
+        let documents = (0..n).map(|i| Piece::new(lens[..i].iter().sum(), lens[i])).collect();
+        let sequences = (0..n as u32).map(|i| [i]).collect();
+        Dataset::of_store(store, documents, sequences, Counts::default())
     }
 
     #[test]

@@ -272,7 +272,7 @@ mod tests {
 
     use serde_json::json;
 
-    use super::super::source::{Rows, Source};
+    use super::super::source::{Files, Rows, Source};
     use super::super::tokenizer::tests::{GOLDEN, with_template};
     use super::*;
 
@@ -280,7 +280,7 @@ mod tests {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("rows.jsonl");
         std::fs::write(&path, row.to_string())?;
-        let (row, _) = Rows::open(&[Source::new(path)])?.next().unwrap()?;
+        let (row, _) = Rows::of(&Files::find(&[Source::new(path)])?).next().unwrap()?;
         Ok(tokenize(&row, Some(tokenizer), 320, loss_on)?.remove(0))
     }
 

@@ -160,6 +160,11 @@ impl TextTokenizer {
         self.template.as_ref().is_some_and(|(_, template)| template.mentions(word))
     }
 
+    /// Returns the time as far as the chat template may write it; see [`ChatTemplate::visible_time`].
+    pub fn visible_time(&self) -> Option<String> {
+        self.template.as_ref().and_then(|(_, template)| template.visible_time())
+    }
+
     /// The text of the end-of-sequence token.
     pub fn eos_token(&self) -> Option<&str> {
         self.eos_token.as_deref()

@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 
 use crate::data::preview::Preview;
+use crate::data::tokens::Making;
 use crate::data::{self, Dataset, Format, Source, TextTokenizer};
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
@@ -11,6 +12,7 @@ use crate::recipe::{EvalData, Job};
 use crate::train::log::bytes;
 
 use super::options::data_options;
+use super::tokens::tokens;
 use super::{Facts, Start};
 
 /// Steps of one rank in an epoch of made-up rows. Many numbers of ranks divide it, so that no step of theirs is short.
@@ -30,7 +32,7 @@ impl TrainingData {
     pub fn load(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts) -> Result<TrainingData> {
         let tokenizer = tokenizer(start, job)?;
         let tokenizer = tokenizer.as_ref();
-        let (train, eval) = datasets(job, tokenizer, config.vocab_size)?;
+        let (train, eval) = datasets(start, job, tokenizer, config.vocab_size)?;
         inputs.add_tokenizer(tokenizer);
         inputs.add_data("data.train", &train);
         eval.iter().for_each(|eval| inputs.add_data("data.eval", eval));
@@ -38,10 +40,8 @@ impl TrainingData {
         if let Some(eval) = &eval {
             tell(start, "evaluation data", eval, config);
         }
-        start.log.line(format!(
-            "first sample: {}",
-            data::describe_sample(tokenizer, &train.documents[train.sequences[0][0]], 1000)
-        ));
+        let first = train.sequences.get(0).next().context("the first sequence is empty")?;
+        start.log.line(format!("first sample: {}", data::describe_sample(tokenizer, &train.document(first), 1000)));
         Ok(TrainingData { tokenizer: tokenizer.map(TextTokenizer::identity), train, eval })
     }
 
@@ -69,17 +69,26 @@ impl TrainingData {
 }
 
 /// Reads the rows that a job trains on, and those that it evaluates on.
-fn datasets(job: &Job, tokenizer: Option<&TextTokenizer>, vocab_size: usize) -> Result<(Dataset, Option<Dataset>)> {
+fn datasets(
+    start: &Start,
+    job: &Job,
+    tokenizer: Option<&TextTokenizer>,
+    vocab_size: usize,
+) -> Result<(Dataset, Option<Dataset>)> {
     let (options, sources) = (data_options(job), &job.data.train);
+    let making = Making { tokenizer, vocab_size, loss_on: options.loss_on, held_out: 0.0 };
+    let tokens = |sources: &[Source], making: &Making, key: &str| tokens(start, &job.model, sources, making, key);
     Ok(match &job.data.eval {
-        None => (Dataset::load(sources, tokenizer, vocab_size, &options)?, None),
+        None => (Dataset::of(tokens(sources, &making, "data.train")?, &options)?, None),
         Some(EvalData::Sources(held_out)) => {
-            let eval = Dataset::load(held_out, tokenizer, vocab_size, &options.for_evaluation());
-            let eval = eval.context("data.eval")?;
-            (Dataset::load(sources, tokenizer, vocab_size, &options).context("data.train")?, Some(eval))
+            let eval = tokens(held_out, &making, "data.eval");
+            let eval = eval.and_then(|eval| Dataset::of(eval, &options.for_evaluation())).context("data.eval")?;
+            let train = tokens(sources, &making, "data.train");
+            (train.and_then(|train| Dataset::of(train, &options)).context("data.train")?, Some(eval))
         }
         Some(EvalData::Fraction(fraction)) => {
-            let (train, eval) = Dataset::load_with_held_out(sources, tokenizer, vocab_size, &options, *fraction)?;
+            let all = tokens(sources, &Making { held_out: *fraction, ..making }, "data.train")?;
+            let (train, eval) = Dataset::parts(all, &options, *fraction)?;
             (train, Some(eval))
         }
     })
@@ -89,13 +98,9 @@ fn datasets(job: &Job, tokenizer: Option<&TextTokenizer>, vocab_size: usize) -> 
 pub fn previews(start: &Start, job: &Job, config: &ModelSpec, num_rows: usize) -> Result<(Preview, Option<Preview>)> {
     let tokenizer = tokenizer(start, job)?;
     let tokenizer = tokenizer.as_ref();
-    let (train, eval) = datasets(job, tokenizer, config.vocab_size)?;
-    let held_out = match &job.data.eval {
-        Some(EvalData::Sources(held_out)) => held_out,
-        Some(EvalData::Fraction(_)) | None => &job.data.train,
-    };
-    let eval = eval.map(|eval| Preview::new(&eval, held_out, tokenizer, num_rows)).transpose()?;
-    Ok((Preview::new(&train, &job.data.train, tokenizer, num_rows)?, eval))
+    let (train, eval) = datasets(start, job, tokenizer, config.vocab_size)?;
+    let preview = |dataset: &Dataset| Preview::new(dataset, tokenizer, num_rows);
+    Ok((preview(&train), eval.as_ref().map(preview)))
 }
 
 /// Reads the data sets of a job that only scores them, tells what they have become, and adds to `inputs` what ranks must
@@ -104,12 +109,15 @@ pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts
     let options = data_options(job).for_evaluation();
     let tokenizer = tokenizer(start, job)?;
     inputs.add_tokenizer(tokenizer.as_ref());
+    let (tokenizer, vocab_size) = (tokenizer.as_ref(), config.vocab_size);
+    let making = Making { tokenizer, vocab_size, loss_on: options.loss_on, held_out: 0.0 };
+    let key = job.command.name_of("data.train").unwrap_or_default();
     let mut datasets = Vec::new();
     for source in &job.data.train {
-        let sources = std::slice::from_ref(source);
-        let dataset = Dataset::load(sources, tokenizer.as_ref(), config.vocab_size, &options)?;
+        let tokens = tokens(start, &job.model, std::slice::from_ref(source), &making, key)?;
+        let dataset = Dataset::of(tokens, &options)?;
         tell(start, &source.path.display().to_string(), &dataset, config);
-        inputs.add_data(job.command.name_of("data.train").unwrap_or_default(), &dataset);
+        inputs.add_data(key, &dataset);
         datasets.push(dataset);
     }
     Ok(datasets)
@@ -130,13 +138,14 @@ fn tokenizer(start: &Start, job: &Job) -> Result<Option<TextTokenizer>> {
 
 /// Says what the rows have become, and what of it may surprise.
 fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelSpec) {
-    start.log.line(format!("{name}: {}, {} of host memory", dataset.counts, bytes(dataset.host_bytes())));
+    let (host, mapped) = (bytes(dataset.host_bytes()), bytes(dataset.mapped_bytes()));
+    start.log.line(format!("{name}: {}, {host} of host memory beside {mapped} in a mapped file", dataset.counts));
     for note in &dataset.notes {
         start.log.warn(format!("{name}: {note}"));
     }
     let (longest, limit) = (dataset.longest_document(), config.max_position_embeddings);
     if longest > limit {
-        let rows = dataset.documents.iter().filter(|d| d.input_ids.len() > limit).count();
+        let rows = (0..dataset.num_documents()).filter(|&d| dataset.document_length(d) > limit).count();
         start.log.warn(format!(
             "{name}: {rows} documents are longer than the {limit} tokens that the model was made for (config.json: \
              max_position_embeddings), the longest has {longest}; data.max_length can cut them"

@@ -18,6 +18,7 @@ mod locate;
 pub mod options;
 pub mod placement;
 pub mod planned;
+pub mod tokens;
 
 use std::path::Path;
 

@@ -11,7 +11,7 @@ use tempfile::NamedTempFile;
 
 use crate::checkpoint::atomic;
 use crate::comm::{Queue, watch};
-use crate::data::{self, Dataset};
+use crate::data::{self, Dataset, Document};
 use crate::device::Device;
 use crate::files;
 
@@ -94,24 +94,21 @@ pub fn gather<D: Device, Q: Queue<D>>(queue: &mut Q, own: &[f32]) -> Result<Vec<
 
 /// Returns the lines of the file in their order.
 fn lines(dataset: &Dataset, max_tokens: usize, of_ranks: &[Vec<f32>]) -> Result<impl Iterator<Item = TokenLoss>> {
-    let mut of_documents: Vec<&[f32]> = vec![&[]; dataset.documents.len()];
+    let mut of_documents: Vec<&[f32]> = vec![&[]; dataset.num_documents()];
     for (rank, losses) in of_ranks.iter().enumerate() {
         let mut rest = &losses[..];
         for document in data::eval_documents(dataset, max_tokens, of_ranks.len(), rank) {
             watch::beat();
-            let targets = dataset.documents[document].num_target_tokens();
+            let targets = dataset.document(document).num_target_tokens();
             ensure!(targets <= rest.len(), "rank {rank} has {} losses, too few", losses.len());
             (of_documents[document], rest) = rest.split_at(targets);
         }
         ensure!(rest.is_empty(), "rank {rank} has {} losses, {} too many", losses.len(), rest.len());
     }
-    Ok(dataset.documents.iter().zip(of_documents).flat_map(|(document, losses)| {
-        let targets = (1..document.input_ids.len()).filter(|&i| document.is_target[i]);
-        targets.zip(losses).map(|(i, &loss)| TokenLoss {
-            row: document.row_idx,
-            position: document.first_position + i,
-            token: document.input_ids[i],
-            loss,
-        })
+    let documents = dataset.documents().zip(dataset.origins()?);
+    Ok(documents.zip(of_documents).flat_map(|((Document { input_ids, is_target, .. }, (row, first)), losses)| {
+        let targets = (1..input_ids.len()).filter(move |&i| is_target[i]);
+        let line = move |(i, &loss): (usize, &f32)| TokenLoss { row, position: first + i, token: input_ids[i], loss };
+        targets.zip(losses).map(line)
     }))
 }

@@ -119,13 +119,16 @@ impl Place {
         ranks
     }
 
-    /// Files below the folder whose names say that they are not finished, or that are results.
+    /// Files below the folder whose names say that they are not finished, or that are results. Tokens in the cache are
+    /// neither.
     pub fn results(&self) -> Vec<String> {
         fn walk(dir: &Path, found: &mut Vec<String>) {
             for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
                 let path = entry.path();
                 if path.is_dir() {
                     walk(&path, found);
+                } else if path.extension().is_some_and(|ending| ending == "tokens") {
+                    continue;
                 } else if ["out", "cache", "shards"].iter().any(|d| path.components().any(|c| c.as_os_str() == *d)) {
                     found.push(path.display().to_string());
                 }

@@ -13,7 +13,7 @@ const ROWS: usize = 24;
 fn one_step(packing: Packing, world_size: usize, num_threads: usize, seed: u64) -> Curve {
     let shards = tempfile::tempdir().unwrap();
     let data = rows(packing);
-    assert_eq!(data.documents.len(), ROWS);
+    assert_eq!(data.num_documents(), ROWS);
     let num_sequences = data.sequences.len();
     let num_micro_batches = num_sequences.div_ceil(world_size);
     let mut options = trainer();

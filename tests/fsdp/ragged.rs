@@ -33,7 +33,7 @@ fn three_steps_of_several_ranks_with_lora_plus_are_those_of_peft() {
             let mut engine = options.engine(groups, shards.path());
             for (i, expected) in expected["steps"].as_array().unwrap().iter().enumerate() {
                 let micro = |m: usize| {
-                    let document = &data.documents[4 * i + world_size * m + engine.queue.rank()];
+                    let document = data.document(4 * i + world_size * m + engine.queue.rank());
                     let mut batch = MicroBatch::new();
                     batch.push(document.sample_idx, &document.input_ids, &document.is_target);
                     batch

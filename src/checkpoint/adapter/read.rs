@@ -13,8 +13,8 @@ use super::origin::other_model;
 use super::{Adapter, AdapterSettings, CONFIG_FILE, PREFIX, TENSORS_FILE, tensor_name};
 use crate::checkpoint::header;
 use crate::checkpoint::output::STAGING;
-use crate::checkpoint::source::{map, name_in_memory};
-use crate::files::shown;
+use crate::checkpoint::source::name_in_memory;
+use crate::files::{map, shown};
 use crate::model::spec::{LayerSpec, ModelSpec};
 use crate::model::trainable::{Kind, LayerTrainables, LoraModule};
 

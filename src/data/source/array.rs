@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 
-use super::super::row::Place;
+use super::super::place::Place;
 use super::lines::{check_length, object};
 
 /// Tells whether the first character of a file, but for whitespace, begins an array. It stays there.

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::{Map, Value};
 
+use super::super::place::Place;
 use super::super::python;
-use super::super::row::Place;
 use super::MAX_ROW_BYTES;
 use crate::files;
 

@@ -16,20 +16,24 @@ mod open;
 mod parquet;
 mod table;
 
+use std::fmt::Debug;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value, json};
 
 use super::column_names::ColumnNames;
-use super::row::{Columns, Place, Row};
+use super::place::Place;
+use super::row::{Columns, Row};
 use super::unread::Unread;
 use super::{Format, TextTokenizer};
 use crate::files;
 pub use open::{Kind, kind_of};
 
-/// Bytes of the longest row. Tokenizing takes about 170 times as much host memory, 700 MiB, on every rank.
+/// Bytes of the longest row. Tokenizing takes about 170 times as much host memory, 700 MiB.
 pub const MAX_ROW_BYTES: usize = 4 << 20;
 
 /// Files whose rows are read alike.
@@ -62,39 +66,96 @@ impl Source {
     }
 }
 
-/// Iterates over the rows of sources, in order, each with the number of times that it is in an epoch. Errors name file
-/// and line, or file and row.
-pub struct Rows {
-    /// Files and their sources, the last one first.
-    files: Vec<(PathBuf, Arc<Source>)>,
-    open: Option<RowFile>,
-    unread: Unread,
+/// The files of sources, in order.
+pub struct Files {
+    pub list: Vec<SourceFile>,
+    /// Sentences about files of folders that are not read.
     notes: Vec<String>,
 }
 
-impl Rows {
+/// A file of rows.
+#[derive(Clone)]
+pub struct SourceFile {
+    pub path: Arc<PathBuf>,
+    pub source: Arc<Source>,
+}
+
+impl SourceFile {
+    /// Returns the ending of its name, which tells how it is read.
+    pub fn form(&self) -> impl Debug {
+        kind_of(&self.path)
+    }
+}
+
+impl Files {
     /// Finds the files of all sources.
-    pub fn open(sources: &[Source]) -> Result<Rows> {
-        let (mut files, mut notes) = (Vec::new(), Vec::new());
+    pub fn find(sources: &[Source]) -> Result<Files> {
+        let (mut list, mut notes) = (Vec::new(), Vec::new());
         for source in sources {
             let shared = Arc::new(source.clone());
-            files.extend(files_of(source, &mut notes)?.into_iter().map(|file| (file, shared.clone())));
+            let file = |path| SourceFile { path: Arc::new(path), source: shared.clone() };
+            list.extend(files_of(source, &mut notes)?.into_iter().map(file));
         }
-        files.reverse();
-        Ok(Rows { files, open: None, unread: Unread::default(), notes })
+        Ok(Files { list, notes })
     }
 
-    /// Returns sentences about files of folders, and about columns and keys of the rows read so far, that nothing
-    /// reads.
+    /// Returns sentences about files of folders that are not read.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Counts the bytes of all files that are there.
+    pub fn bytes(&self) -> u64 {
+        self.list.iter().filter_map(|file| Some(std::fs::metadata(&*file.path).ok()?.len())).sum()
+    }
+
+    /// Returns what file systems say about the files: a change of one nearly always changes this.
+    pub fn stamps(&self) -> Vec<Option<(u64, u64, i64, i64)>> {
+        let stamp = |file: &SourceFile| {
+            let found = std::fs::metadata(&*file.path).ok()?;
+            Some((found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
+        };
+        self.list.iter().map(stamp).collect()
+    }
+
+    /// Returns the place of a row.
+    pub fn place(&self, file: usize, number: usize, is_line: bool) -> Option<Place> {
+        let path = &self.list.get(file)?.path;
+        Some(if is_line { Place::line(path, number) } else { Place::row(path, number) })
+    }
+}
+
+/// Iterates over the rows of files, in order, each with the number of times that it is in an epoch. Errors name file
+/// and line, or file and row.
+pub struct Rows {
+    /// Files with their indices, the last one first.
+    files: Vec<(usize, SourceFile)>,
+    open: Option<RowFile>,
+    unread: Unread,
+    bytes_read: Arc<AtomicU64>,
+}
+
+impl Rows {
+    pub fn of(files: &Files) -> Rows {
+        let files = files.list.iter().cloned().enumerate().rev().collect();
+        Rows { files, open: None, unread: Unread::default(), bytes_read: Arc::default() }
+    }
+
+    /// Returns sentences about columns and keys of the rows read so far that nothing reads.
     pub fn notes(&self, tokenizer: Option<&TextTokenizer>) -> Vec<String> {
-        [&self.notes[..], &self.unread.notes(tokenizer)].concat()
+        self.unread.notes(tokenizer)
+    }
+
+    /// Returns a counter of the bytes of files that have been read.
+    pub fn bytes_read(&self) -> Arc<AtomicU64> {
+        self.bytes_read.clone()
     }
 
     fn next_row(&mut self) -> Result<Option<(Row, usize)>> {
         loop {
             if self.open.is_none() {
-                let Some((path, source)) = self.files.pop() else { return Ok(None) };
-                self.open = Some(RowFile::open(path, source)?);
+                let Some((idx, file)) = self.files.pop() else { return Ok(None) };
+                self.open = Some(RowFile::open(idx, file, &self.bytes_read)?);
             }
             if let Some(file) = &mut self.open {
                 match file.next_row(&mut self.unread)? {
@@ -197,6 +258,7 @@ fn has_word(file: &Path, words: &[impl AsRef<str>]) -> bool {
 
 /// A file of rows that is being read.
 struct RowFile {
+    idx: usize,
     objects: Objects,
     path: Arc<PathBuf>,
     source: Arc<Source>,
@@ -216,20 +278,22 @@ enum Objects {
 }
 
 impl Objects {
-    fn open(path: &Arc<PathBuf>) -> Result<Objects> {
+    /// Opens a file; what is read of it is added to `bytes_read`.
+    fn open(path: &Arc<PathBuf>, bytes_read: &Arc<AtomicU64>) -> Result<Objects> {
+        let reader = || open::reader(path, bytes_read);
         let Some((kind, _)) = kind_of(path) else {
             // A file that is not there is told as that, whatever its name.
             files::open(path)?;
             bail!("{}: the name has no known ending; allowed: {}", path.display(), Kind::NAMES)
         };
         Ok(match kind {
-            Kind::Jsonl => Objects::Lines(lines::Lines::new(open::reader(path)?, path.clone())),
-            Kind::Text => Objects::Texts(lines::Lines::new(open::reader(path)?, path.clone())),
-            Kind::Csv => Objects::Table(table::Table::new(open::reader(path)?, path.clone(), b',')?),
-            Kind::Tsv => Objects::Table(table::Table::new(open::reader(path)?, path.clone(), b'\t')?),
-            Kind::Parquet => Objects::Parquet(parquet::Parquet::new(open::file(path)?, path.clone())?),
+            Kind::Jsonl => Objects::Lines(lines::Lines::new(reader()?, path.clone())),
+            Kind::Text => Objects::Texts(lines::Lines::new(reader()?, path.clone())),
+            Kind::Csv => Objects::Table(table::Table::new(reader()?, path.clone(), b',')?),
+            Kind::Tsv => Objects::Table(table::Table::new(reader()?, path.clone(), b'\t')?),
+            Kind::Parquet => Objects::Parquet(parquet::Parquet::new(open::file(path, bytes_read)?, path.clone())?),
             Kind::Json => {
-                let mut reader = open::reader(path)?;
+                let mut reader = reader()?;
                 match array::is_array(&mut reader).with_context(|| path.display().to_string())? {
                     true => Objects::Array(array::Array::new(reader, path.clone())),
                     false => Objects::Lines(lines::Lines::new(reader, path.clone())),
@@ -255,20 +319,21 @@ impl Objects {
 
 /// Iterates over the objects of a file, each with its place.
 pub fn objects(path: &Path) -> Result<impl Iterator<Item = Result<(Place, Map<String, Value>)>>> {
-    let mut objects = Objects::open(&Arc::new(path.into()))?;
+    let mut objects = Objects::open(&Arc::new(path.into()), &Arc::default())?;
     Ok(std::iter::from_fn(move || objects.next().transpose()))
 }
 
 impl RowFile {
-    fn open(path: PathBuf, source: Arc<Source>) -> Result<RowFile> {
-        let path = Arc::new(path);
-        let objects = Objects::open(&path)?;
-        Ok(RowFile { objects, path, source, num_rows: 0, format: None })
+    fn open(idx: usize, file: SourceFile, bytes_read: &Arc<AtomicU64>) -> Result<RowFile> {
+        let SourceFile { path, source } = file;
+        let objects = Objects::open(&path, bytes_read)?;
+        Ok(RowFile { idx, objects, path, source, num_rows: 0, format: None })
     }
 
     /// Returns the next row, and the number of times that it is in an epoch.
     fn next_row(&mut self, unread: &mut Unread) -> Result<Option<(Row, usize)>> {
         let Some((place, object)) = self.objects.next()? else { return Ok(None) };
+        let bytes = object.iter().map(|(name, value)| name.len() + size(value)).sum();
         let mut columns = Columns::new(object, &self.source.columns);
         let is_auto = self.source.format == Format::Auto;
         let format = match (self.format, is_auto) {
@@ -286,7 +351,17 @@ impl RowFile {
         self.num_rows += 1;
         let until = |rows: usize| (rows as f64 * self.source.weight).floor() as usize;
         let times = until(self.num_rows) - until(self.num_rows - 1);
-        Ok(Some((Row { content, place }, times)))
+        Ok(Some((Row { content, place, file: self.idx, bytes }, times)))
+    }
+}
+
+/// Returns the bytes of the text of a value and of its numbers.
+fn size(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(list) => list.iter().map(size).sum(),
+        Value::Object(entries) => entries.iter().map(|(name, value)| name.len() + size(value)).sum(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => size_of::<Value>(),
     }
 }
 

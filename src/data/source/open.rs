@@ -3,6 +3,9 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 
 use anyhow::{Context, Result, ensure};
 
@@ -63,9 +66,10 @@ const BEGINNING: usize = 1024;
 /// Opens a file for reading from its beginning to its end, without its compression and its byte order mark.
 ///
 /// Errors: what is no regular file, a Git LFS pointer, an HTML page, and UTF-16.
-pub fn reader(path: &Path) -> Result<Box<dyn BufRead + Send>> {
+pub fn reader(path: &Path, bytes_read: &Arc<AtomicU64>) -> Result<Box<dyn BufRead + Send>> {
     let place = || path.display().to_string();
-    let mut file = BufReader::with_capacity(BUFFER_BYTES, files::open(path)?);
+    let counted = Counted { file: files::open(path)?, bytes_read: bytes_read.clone() };
+    let mut file = BufReader::with_capacity(BUFFER_BYTES, counted);
     files::check_lfs_pointer(path, file.fill_buf().with_context(place)?)?;
     let compression = kind_of(path).map_or(Compression::None, |(_, compression)| compression);
     let plain: Box<dyn Read + Send> = match compression {
@@ -86,8 +90,22 @@ pub fn reader(path: &Path) -> Result<Box<dyn BufRead + Send>> {
     Ok(Box::new(reader))
 }
 
-/// Opens a file that is not read in one go. A compressed one is written to a temporary file without a name first.
-pub fn file(path: &Path) -> Result<File> {
+/// A file that counts the bytes that are read of it.
+struct Counted {
+    file: File,
+    bytes_read: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = self.file.read(buffer)?;
+        self.bytes_read.fetch_add(n as u64, Relaxed);
+        Ok(n)
+    }
+}
+
+/// Opens a file that is not read in one go, and counts it as read. A compressed one is written to a temporary file without a name first.
+pub fn file(path: &Path, bytes_read: &Arc<AtomicU64>) -> Result<File> {
     let place = || path.display().to_string();
     let mut beginning = [0; BEGINNING];
     let mut file = files::open(path)?;
@@ -95,10 +113,11 @@ pub fn file(path: &Path) -> Result<File> {
     files::check_lfs_pointer(path, &beginning[..n])?;
     files::check_html(path, &beginning[..n])?;
     if let Some((_, Compression::None)) | None = kind_of(path) {
+        bytes_read.fetch_add(file.metadata().with_context(place)?.len(), Relaxed);
         return Ok(file);
     }
     let mut plain = tempfile::tempfile().context("a temporary file for what is compressed")?;
-    std::io::copy(&mut reader(path)?, &mut plain).with_context(place)?;
+    std::io::copy(&mut reader(path, bytes_read)?, &mut plain).with_context(place)?;
     plain.rewind().with_context(place)?;
     Ok(plain)
 }

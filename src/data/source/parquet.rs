@@ -10,7 +10,7 @@ use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value};
 
-use super::super::row::Place;
+use super::super::place::Place;
 use crate::files::shown;
 use crate::guarded::guarded;
 

@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use csv::{ErrorKind, ReaderBuilder, StringRecord};
 use serde_json::{Map, Value};
 
-use super::super::row::Place;
+use super::super::place::Place;
 use super::MAX_ROW_BYTES;
 use crate::files::{counted, shown};
 

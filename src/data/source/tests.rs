@@ -8,7 +8,7 @@ fn read_as(name: &str, bytes: &[u8]) -> Result<Vec<Row>> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join(name);
     std::fs::write(&path, bytes)?;
-    Rows::open(&[Source::new(path)])?.map(|row| Ok(row?.0)).collect()
+    Rows::of(&Files::find(&[Source::new(path)])?).map(|row| Ok(row?.0)).collect()
 }
 
 fn read_bytes(bytes: &[u8]) -> Result<Vec<Row>> {
@@ -121,10 +121,10 @@ fn errors_show_the_beginning_of_a_value() {
 type Opened = (Vec<(String, usize)>, Vec<String>);
 
 fn open(source: Source) -> Result<Opened> {
-    let mut rows = Rows::open(&[source])?;
+    let files = Files::find(&[source])?;
+    let mut rows = Rows::of(&files);
     let read = rows.by_ref().map(|row| row.map(|(row, times)| (row.answer(), times))).collect::<Result<_>>()?;
-    let notes = rows.notes(None);
-    Ok((read, notes))
+    Ok((read, [files.notes(), &rows.notes(None)].concat()))
 }
 
 #[test]
@@ -207,7 +207,7 @@ fn each_source_has_its_own_format() {
     let a = Source { format: Format::Text, ..Source::new(path("a.jsonl", both)) };
     let columns = ColumnNames::read(&json!({"completion": "text"})).unwrap();
     let b = Source { columns, ..Source::new(path("b.jsonl", both)) };
-    let rows = Rows::open(&[a, b]).unwrap().map(|row| row.unwrap().0.content).collect::<Vec<_>>();
+    let rows = Rows::of(&Files::find(&[a, b]).unwrap()).map(|row| row.unwrap().0.content).collect::<Vec<_>>();
     let expected = Content::PromptCompletion { prompt: "p".into(), completion: "t".into() };
     assert_eq!(rows, [Content::Text("t".into()), expected]);
 }
@@ -367,6 +367,6 @@ fn the_root_of_a_hub_cache_is_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path().join("datasets--org--some--rows");
     std::fs::create_dir_all(root.join("snapshots/abc")).unwrap();
-    let error = format!("{:#}", Rows::open(&[Source::new(root)]).err().unwrap());
+    let error = format!("{:#}", Files::find(&[Source::new(root)]).err().unwrap());
     assert!(error.contains("a repository in the hub's cache") && error.contains("help: org/some--rows in"), "{error}");
 }
