@@ -223,7 +223,7 @@ fn recipes() {
         &["learning_rate", "lora.r", "training.max_time: found \"soon\"", "data.packing"],
     );
     train_fails(&place, &["training.max_steps"], 2, &["training.max_steps"]);
-    train_fails(&place, &["model=org/name"], 2, &["model", "org/name"]);
+    train_fails(&place, &["model=./nowhere"], 2, &["model", "nowhere"]);
     let text = fails(place.command(&["train", "--unknown"]), 2);
     assert!(text.contains("--unknown"), "{text}");
 }
