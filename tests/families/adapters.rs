@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use fsdp_qlora::testing::{ModelSpec, adapter};
+use fsdp_qlora::testing::{Adapter, ModelSpec, adapter};
 use safetensors::SafeTensors;
 
 use super::{families, spellings};
@@ -43,7 +43,10 @@ fn adapters_are_saved_as_peft_saves_them() {
         let place = tempfile::tempdir().unwrap();
         adapter::save(&loaded, &spec, Path::new(name), place.path()).unwrap();
         assert_eq!(shapes(place.path()), shapes(&peft), "{name}");
-        assert_eq!(adapter::load(place.path(), &spec).unwrap(), loaded, "{name}");
+        let saved = adapter::load(place.path(), &spec).unwrap();
+        // Modules of a text tower are saved by their whole names, whatever pattern chose them.
+        let computes = |adapter: &Adapter| (adapter.settings.lora_config(), adapter.layers.clone());
+        assert_eq!(computes(&saved), computes(&loaded), "{name}");
         let place = tempfile::tempdir().unwrap();
         if with_old_names(&peft, place.path()) {
             assert_eq!(adapter::load(place.path(), &spec).unwrap(), loaded, "{name}");
