@@ -182,13 +182,14 @@ fn without_the_hub_the_cache_serves_or_the_command_is_named_that_fills_it() {
 fn one_rank_of_a_machine_downloads_and_the_others_wait_however_long_it_takes() {
     let hub = Hub::with_fault(&[("models/org/tiny", model())], |request, _, answer| {
         if request.is_storage {
-            std::thread::sleep(Duration::from_secs(4));
+            std::thread::sleep(Duration::from_secs(8));
         }
         answer
     });
     let place = Place::new();
-    // A wait in which no rank makes progress may take a second.
-    succeeds(hub.client_with(&place, place.mpirun(3, &one_step(&[])), &[("FSDP_QLORA_TIMEOUT_S", "1")]));
+    // A wait in which no rank makes progress may take five seconds.
+    let limits = [("FSDP_QLORA_TIMEOUT_S", "5"), ("FSDP_QLORA_START_TIMEOUT_S", "120")];
+    succeeds(hub.client_with(&place, place.mpirun(3, &one_step(&[])), &limits));
     assert_eq!((hub.count("GET", "/storage/"), hub.count("GET", "/api/")), (2, 1));
 
     let hub = Hub::with_fault(&[("models/org/tiny", model())], |request, _, answer| {
