@@ -24,7 +24,9 @@ class Differing(Attack):
         command = ["mpirun", "-np", "1", *program, ":", "-np", "1", *env, *program, *self.other]
         ended = place.wait(place.start(command))
         failure = how_it_failed(ended)
-        written = [p for d in ["out", "cache"] for p in place.path(d).rglob("*") if p.is_file() and "lock" not in p.name]
+        # Rows are compared as tokens, which are named by all that they are made of: a whole file of them is no one's result.
+        harmless = lambda file: "lock" in file.name or file.suffix == ".tokens"
+        written = [p for d in ["out", "cache"] for p in place.path(d).rglob("*") if p.is_file() and not harmless(p)]
         if failure == "refused" and written:
             return "lost", f"written: {written}\n{ended.text[-2000:]}"
         if failure == "refused" and not all(word in ended.text for word in ["rank 0", "rank 1"]):
