@@ -52,6 +52,7 @@ pub mod compile {
 
 /// Rows as micro-batches.
 pub mod data {
+    pub use crate::data::prompts::Prompts;
     pub use crate::data::{Source, eval_micro_batches, step_micro_batches};
 }
 

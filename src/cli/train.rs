@@ -24,6 +24,7 @@ use crate::start::agree::{Agreed, agree_on_inputs};
 use crate::start::begin::{Beginning, begin, with_batch_of_the_run};
 use crate::start::data::TrainingData;
 use crate::start::engine::{Setup, Work};
+use crate::start::placement::Placement;
 use crate::start::{Facts, Start};
 use crate::train::best;
 use crate::train::check;
@@ -138,8 +139,10 @@ fn train(
     let votes = comm.another()?;
     let weights = opened.weights.clone();
     let (placement, loaded) = start.base(&mut comm, opened, &job, &inputs)?;
+    let matrix_flops = placement.matrix_flops(start.ranks_per_gpu)?;
     let work = Training {
         start,
+        matrix_flops,
         job: &job,
         steps: &steps,
         config: &config,
@@ -197,6 +200,8 @@ fn watch_for_reasons_to_stop(start: &Start, job: &Job, started: Instant, votes: 
 /// A run from the first step to the saved adapter.
 struct Training<'a> {
     start: &'a Start<'a>,
+    /// Rate of this rank's GPU, see [`Placement::matrix_flops`].
+    matrix_flops: Option<f64>,
     job: &'a Job,
     steps: &'a Steps,
     config: &'a ModelSpec,
@@ -260,7 +265,8 @@ impl Work for Training<'_> {
             saving::restore(engine, checkpoint, &self.adapter.settings, self.config)?;
         }
         let (mut metrics, mut writer) = self.files(engine)?.unzip();
-        let Training { start, job, steps, config, adapter, data, trace, kept, output, weights, .. } = self;
+        let Training { start, matrix_flops, job, steps, config, adapter, data, trace, kept, output, weights, .. } =
+            self;
         let stop = watch_for_reasons_to_stop(start, job, self.started, self.votes);
         let num_bytes = metrics.as_ref().map_or(0, |metrics: &MetricsFile| metrics.lines().len());
         let mut run = Run {
@@ -277,6 +283,7 @@ impl Work for Training<'_> {
             log: start.log,
             trace,
             is_zero: &|weight| weights.is_zero(weight),
+            matrix_flops,
             stop,
             saved: progress,
         };

@@ -11,6 +11,7 @@ use super::{Comm, Gather, ShardSource, anywhere, barrier, watch};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{Cuda, HalfType};
 use crate::device::{Arena, Buffer, Device, MemoryPlan, Place};
+use crate::progress;
 
 /// Bytes that one thread copies at a time.
 const COPY_BYTES: usize = 1 << 20;
@@ -61,6 +62,7 @@ pub fn store<A: HalfType>(
     let mut host = HostMemory::new(cuda, comm, on_host, gather).context("shards in pinned host memory")?;
     // `None` stands for a unit in shared memory until that memory is published.
     let mut units: Vec<Option<StoredUnit<A>>> = Vec::new();
+    let num_units = shards.len();
     for (i, shard) in shards.into_iter().enumerate() {
         let (expected, shard) = (shard.bytes, shard.take(i)?);
         let bytes = (*shard).as_ref();
@@ -88,7 +90,9 @@ pub fn store<A: HalfType>(
         });
         shard.let_go();
         watch::beat();
+        progress::bar("loading", i + 1, num_units, String::new);
     }
+    progress::end();
     let mut shared = match host {
         HostMemory::Shared(draft) => draft.publish(comm)?.into_iter(),
         HostMemory::Own(_) | HostMemory::None => {

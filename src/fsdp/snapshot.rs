@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use crate::comm::Queue;
 use crate::device::cpu::Cpu;
 use crate::device::{Arena, Device, HostBuffer, Ops, Place};
+use crate::progress;
 
 use super::exec::Engine;
 use super::grads::Values;
@@ -57,13 +58,16 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     /// Returns the trained values of each layer on rank 0, and nothing elsewhere. Collective.
     pub fn trained_values(&mut self) -> Result<Vec<Vec<f32>>> {
         let (is_first, mut own, mut layers) = (self.queue.rank() == 0, Vec::new(), Vec::new());
-        for layer in 0..self.memory.trainables.len() {
+        let num_layers = self.memory.trainables.len();
+        for layer in 0..num_layers {
             let layout = self.trainable_layout(layer)?;
             let mut whole = vec![0.0; if is_first { layout.padded_len() } else { 0 }];
             self.collect(layer, Values::Master, is_first.then_some(&mut whole[..]), &mut own)?;
             whole.truncate(layout.len);
             layers.extend(is_first.then_some(whole));
+            progress::bar("collecting the adapter", layer + 1, num_layers, String::new);
         }
+        progress::end();
         Ok(layers)
     }
 

@@ -15,6 +15,7 @@ use crate::comm::{Comm, Gather, all_gather_u64, all_gather_u64s, boot_id};
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{self, Cuda, HalfType};
 use crate::model::spec::ModelSpec;
+use crate::plan::hardware::Hardware;
 use crate::plan::limits;
 use crate::recipe::{ComputeDtype, Job};
 
@@ -37,6 +38,20 @@ pub enum Placement {
     Cpu(Cpu),
     Bf16(Cuda<bf16>, Cpu),
     Fp16(Cuda<f16>, Cpu),
+}
+
+impl Placement {
+    /// Returns the rate at which this rank's part of its GPU multiplies large matrices, in FLOP/s; `None` on a CPU, and
+    /// on a GPU whose rate is not known.
+    pub fn matrix_flops(&self, ranks_per_gpu: usize) -> Result<Option<f64>> {
+        let name = match self {
+            Placement::Cpu(_) => return Ok(None),
+            Placement::Bf16(cuda, _) => cuda.name()?,
+            Placement::Fp16(cuda, _) => cuda.name()?,
+        };
+        let (hardware, is_known) = Hardware::of_device(&name)?;
+        Ok(is_known.then(|| hardware.shared_by(ranks_per_gpu).matrix_flops))
+    }
 }
 
 impl Start<'_> {

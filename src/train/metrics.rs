@@ -25,6 +25,10 @@ pub struct StepMetrics {
     pub learning_rate_b: Option<f64>,
     pub num_target_tokens: u64,
     pub tokens_per_second: f64,
+    /// Share of its GPU's rate of large matrix products that rank 0 reached, see `plan::ceiling`; written on GPUs whose
+    /// rate is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ceiling_share: Option<f64>,
     pub step_ms: f64,
     pub compute_ms: f64,
     pub gather_wait_ms: f64,

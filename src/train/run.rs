@@ -14,7 +14,7 @@ use crate::fsdp::exec::Engine;
 use crate::model::batch::MicroBatch;
 use crate::model::trainable::Kind;
 use crate::optim::adamw::Update;
-use crate::plan::trace;
+use crate::plan::{ceiling, trace};
 use crate::progress;
 use crate::recipe::{Steps, TrainingJob};
 
@@ -50,6 +50,8 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     /// Where rank 0 writes a trace of the second step, or of the only one.
     pub trace: Option<&'a Path>,
     pub is_zero: check::IsZero<'a>,
+    /// Rate at which this rank's GPU multiplies large matrices, in FLOP/s, if it is known.
+    pub matrix_flops: Option<f64>,
     pub stop: Stop,
     /// Progress in the newest checkpoint; that before the first step if there is none.
     pub saved: Progress,
@@ -97,7 +99,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             let (done, left) = (step_idx + 1 - first, num_steps - step_idx - 1);
             self.progress.step = step_idx + 1;
             let fate = skipping::note(&mut self.progress, &record);
-            self.record(&update, &record, start.elapsed().mul_f64(left as f64 / done as f64))?;
+            let ceiling_share = self.ceiling_share(&batches, &record);
+            self.record(&update, &record, ceiling_share, start.elapsed().mul_f64(left as f64 / done as f64))?;
             self.take_note(fate, &record, &update, &batches, &mut checked)?;
             let step = self.progress.step;
             self.progress.owes_evaluation = left == 0 || self.job.eval.is_at(step, self.steps.epochs);
@@ -261,8 +264,20 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         }
     }
 
+    /// Returns the share of its GPU's rate of matrix products that this rank reached in a step.
+    fn ceiling_share(&self, batches: &[MicroBatch], record: &StepRecord) -> Option<f64> {
+        let most = self.matrix_flops? * record.step_ms * 1e-3;
+        Some(ceiling::training_flops(self.engine.spec(), batches) / most)
+    }
+
     /// Writes the metrics of a step, and a line of the log. `left` is the time that the rest of the run will take.
-    fn record(&mut self, update: &Update, record: &StepRecord, left: Duration) -> Result<()> {
+    fn record(
+        &mut self,
+        update: &Update,
+        record: &StepRecord,
+        ceiling_share: Option<f64>,
+        left: Duration,
+    ) -> Result<()> {
         let (step, num_steps) = (self.progress.step, self.steps.num_steps);
         let tokens_per_second = record.num_tokens as f64 / (record.step_ms * 1e-3);
         let learning_rate_b = self.job.loraplus_lr_ratio.map(|ratio| update.learning_rate * ratio);
@@ -275,6 +290,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             learning_rate_b,
             num_target_tokens: record.num_target_tokens,
             tokens_per_second,
+            ceiling_share,
             step_ms: record.step_ms,
             compute_ms: record.compute_ms,
             gather_wait_ms: record.gather_wait_ms,
@@ -288,15 +304,15 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             metrics.write(&line)?;
         }
         let StepRecord { loss, grad_norm, .. } = record;
-        progress::bar("training", step, num_steps, || {
-            format!("loss {loss:.4}  {tokens_per_second:.0} tok/s  {} left", duration(left))
-        });
+        let of_ceiling =
+            ceiling_share.map_or(String::new(), |share| format!(" ({:.0} % of the ceiling)", 100.0 * share));
+        let speed = format!("{tokens_per_second:.0} tok/s{of_ceiling}  {} left", duration(left));
+        progress::bar("training", step, num_steps, || format!("loss {loss:.4}  {speed}"));
         if step.is_multiple_of(self.job.logging_steps) || step == num_steps {
             let of_b = learning_rate_b.map_or(String::new(), |rate| format!(" (B {rate:.2e})"));
             self.log.line(format!(
-                "step {step}/{num_steps}  loss {loss:.4}  grad_norm {grad_norm:.3}  lr {:.2e}{of_b}  {tokens_per_second:.0} tok/s  {} left",
-                update.learning_rate,
-                duration(left)
+                "step {step}/{num_steps}  loss {loss:.4}  grad_norm {grad_norm:.3}  lr {:.2e}{of_b}  {speed}",
+                update.learning_rate
             ));
         }
         Ok(())

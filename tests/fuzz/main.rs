@@ -45,6 +45,7 @@ targets! {
     config: base::config();
     header: base::header();
     index: base::index();
+    prompts: text_files::prompts();
     quant_state: base::quant_state();
     recipe: recipe::recipe();
     rows: text_files::rows();

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 use anyhow::Result;
-use fsdp_qlora::testing::data::Source;
+use fsdp_qlora::testing::data::{Prompts, Source};
 use fsdp_qlora::testing::{ChatTemplate, DataOptions, Dataset, Format, LossOn, Overlong, Packing, TextTokenizer};
 use jiff::Zoned;
 use serde_json::{Map, Value, json};
@@ -166,11 +166,36 @@ const TEMPLATE_WORDS: &[&str] = &[
     "(((((((",
 ];
 
-/// Rows of a data set; the form of the file and the options follow from the rows.
-pub fn rows() -> Target {
+/// A folder with a tokenizer and a chat template.
+fn with_tokenizer() -> (Folder, TextTokenizer) {
     let folder = Folder::new(&[(TOKENIZER, file(TOKENIZER)), (TOKENIZER_CONFIG, file(TOKENIZER_CONFIG))]);
     folder.write("chat_template.jinja", &file("generation_template.jinja"));
     let tokenizer = TextTokenizer::load(&folder.path(), &Zoned::now()).unwrap();
+    (folder, tokenizer)
+}
+
+/// Rows to be continued by `generate`; the form of the file and the option follow from the rows.
+pub fn prompts() -> Target {
+    let (folder, tokenizer) = with_tokenizer();
+    let read = move |input: &[u8]| {
+        let hash = hash(input);
+        let name = ["rows.jsonl", "rows.jsonl", "rows.json", "rows.csv", "rows.txt"][hash / 2 % 5];
+        folder.write(name, input);
+        let prompts = Prompts { tokenizer: &tokenizer, raw: hash % 2 == 0 };
+        let (rows, _) = prompts.of_file(&folder.path().join(name))?;
+        assert!(!rows.is_empty(), "no row and no message");
+        Ok(())
+    };
+    let words =
+        &["prompt", "messages", "text", "role", "content", "user", "assistant", "tools", "chat_template_kwargs"];
+    let seeds =
+        ["{\"prompt\": \"a\"}\n{\"text\": \"b\"}", "[{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}]"];
+    Target::new(Form::Lines, words, seeds.map(Vec::from).to_vec(), read)
+}
+
+/// Rows of a data set; the form of the file and the options follow from the rows.
+pub fn rows() -> Target {
+    let (folder, tokenizer) = with_tokenizer();
     let read = move |input: &[u8]| {
         let (name, format, options) = options(input);
         folder.write(name, input);
@@ -197,10 +222,14 @@ pub fn rows() -> Target {
     Target::new(Form::Lines, words, vec![fs::read(golden("qlora_steps/rows.jsonl")).unwrap()], read)
 }
 
-fn options(input: &[u8]) -> (&'static str, Format, DataOptions) {
+fn hash(input: &[u8]) -> usize {
     let mut hash = DefaultHasher::new();
     input.hash(&mut hash);
-    let hash = hash.finish() as usize;
+    hash.finish() as usize
+}
+
+fn options(input: &[u8]) -> (&'static str, Format, DataOptions) {
+    let hash = hash(input);
     let name = ["rows.jsonl", "rows.jsonl", "rows.jsonl", "rows.json", "rows.csv", "rows.txt"][hash / 2048 % 6];
     let format = [Format::Auto, Format::Auto, Format::Auto, Format::Messages][hash % 4];
     let options = DataOptions {
