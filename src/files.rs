@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use memmap2::Mmap;
@@ -55,6 +55,28 @@ fn check_regular(path: &Path, metadata: &std::fs::Metadata) -> Result<()> {
         () => "not a file",
     };
     bail!("{}: {found}; a regular file is needed here", shown_path(path))
+}
+
+/// Returns the path that a person has written: `~` is the folder `home`, and variables are refused, because no shell has expanded them.
+/// The error says why the text is no path.
+pub fn written_path(text: &str, home: Option<&Path>) -> Result<PathBuf, String> {
+    if text.is_empty() {
+        return Err("a path is not empty".into());
+    }
+    if text.contains('\0') {
+        return Err("a path has no zero byte".into());
+    }
+    let is_variable = |(at, _)| text[at + 1..].starts_with(|c: char| c == '{' || c == '_' || c.is_ascii_alphabetic());
+    if text.match_indices('$').any(is_variable) {
+        return Err("variables are not expanded here; write the path out".into());
+    }
+    let Some(rest) = text.strip_prefix('~') else { return Ok(text.into()) };
+    match (home, rest.strip_prefix('/')) {
+        (Some(home), Some(rest)) => Ok(home.join(rest.trim_start_matches('/'))),
+        (Some(home), None) if rest.is_empty() => Ok(home.into()),
+        (None, _) => Err("~ is the folder that HOME names, and HOME is not set".into()),
+        _ => Err("only ~ and ~/… are known, not the home folder of another user; write the path out".into()),
+    }
 }
 
 /// Returns whether something has this name. A broken link counts, so that reading it reports what is wrong.

@@ -1,9 +1,9 @@
-//! Requests to the hub. A redirect is followed by hand, because the token goes to the hub alone and never to another origin.
+//! Requests to the hub. Redirects are followed here and not by `ureq`, because the token goes to the hub and to no other origin.
 
 use std::io::Read;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use ureq::http::{HeaderMap, Uri, header};
 use ureq::tls::{PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
@@ -15,38 +15,34 @@ use crate::files::{shown, shown_path};
 /// Most redirects of one request.
 const MAX_REDIRECTS: usize = 10;
 
-/// Time for a connection to be made, and between two bytes of an answer.
+/// Longest time in which a connection is made.
 const CONNECT: Duration = Duration::from_secs(15);
-const SILENCE: Duration = Duration::from_secs(60);
 
-/// Variable with which `huggingface_hub` sets the time between two bytes, in seconds.
-const SILENCE_VARIABLE: &str = "HF_HUB_DOWNLOAD_TIMEOUT";
-
-/// Pauses before a request is tried again, one after the other, while no byte comes.
+/// Pauses before a request is tried again, one after the other, as long as no further byte arrives.
 const PAUSES_MS: [u64; 4] = [500, 1000, 2000, 4000];
 
-/// Longest time that the hub may ask to wait (Retry-After); its windows are of five minutes.
+/// Longest time for which the hub may ask the client to wait (Retry-After). The hub counts requests in windows of five minutes.
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
 
-/// Largest answer of the API: names of a million files.
+/// Largest answer of the API, with room for the names of a million files.
 const MAX_ANSWER_BYTES: u64 = 256 << 20;
 
 /// A request that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// No answer, or one that was cut.
+    /// There was no answer, or it was cut.
     #[error("{0}")]
     Network(String),
-    /// An answer that is no success.
+    /// The status of the answer is an error.
     #[error("{url} answered {status}{}", if said.is_empty() { String::new() } else { format!(" ({said})") })]
     Status { url: String, status: u16, code: String, said: String, wait: Option<Duration> },
-    /// Something that no second try mends.
+    /// A second try would fail as well.
     #[error("{0}")]
     Wrong(String),
 }
 
 impl Failure {
-    /// Returns the least time after which the request may succeed; `None` if it will not.
+    /// Returns the shortest time after which the request may succeed; `None` if it will not.
     fn wait(&self) -> Option<Duration> {
         match self {
             Failure::Network(_) => Some(Duration::ZERO),
@@ -63,7 +59,7 @@ impl Failure {
 pub struct Tries(usize);
 
 impl Tries {
-    /// Returns after a pause if the request is worth another try; else returns its failure.
+    /// Pauses and returns `Ok` if the request is worth another try; otherwise returns its failure.
     pub fn again(&mut self, failure: Failure, progress: &Progress) -> Result<(), Failure> {
         let (Some(pause), Some(wait)) = (PAUSES_MS.get(self.0), failure.wait()) else { return Err(failure) };
         let pause = wait.max(Duration::from_millis(*pause));
@@ -73,7 +69,7 @@ impl Tries {
         Ok(())
     }
 
-    /// Begins to count anew, as bytes have come.
+    /// Counts from the beginning again, because bytes have arrived.
     pub fn succeed(&mut self) {
         self.0 = 0;
     }
@@ -97,7 +93,7 @@ impl Answer {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Follow {
     All,
-    /// Only those that say nothing about the file that was asked for.
+    /// A redirect that describes the file is returned, and so is one that leaves the hub.
     UntilDescribed,
 }
 
@@ -110,23 +106,14 @@ pub struct Http {
 
 impl Http {
     pub fn new(settings: &Settings, token: Option<String>) -> Result<Http> {
-        let silence = match std::env::var(SILENCE_VARIABLE) {
-            Err(_) => SILENCE,
-            Ok(text) => {
-                let seconds = text.trim().parse().ok().filter(|seconds| *seconds > 0);
-                Duration::from_secs(
-                    seconds.with_context(|| format!("{SILENCE_VARIABLE} is {text:?}, allowed: seconds, 1 or more"))?,
-                )
-            }
-        };
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
             .max_redirects_will_error(false)
             .timeout_connect(Some(CONNECT))
-            .timeout_per_read(Some(silence))
+            .timeout_per_read(Some(settings.silence))
             .user_agent(concat!(env!("CARGO_PKG_NAME"), "/", env!("CARGO_PKG_VERSION")))
-            // The size of a file is that of its bytes as they are.
+            // Sizes and ranges count the bytes of the file itself, not those of a compressed form.
             .accept_encoding("identity")
             .tls_config(tls(settings)?);
         Ok(Http { agent: config.build().into(), endpoint: settings.endpoint.clone(), token })
@@ -150,7 +137,7 @@ impl Http {
         }
     }
 
-    /// Asks what a file is, which the hub says before it redirects to where the file lies.
+    /// Asks for the headers that describe a file. The hub sends them before it redirects to the storage.
     pub fn head(&self, url: &str, progress: &Progress) -> Result<Answer, Failure> {
         let mut tries = Tries::default();
         loop {
@@ -161,7 +148,7 @@ impl Http {
         }
     }
 
-    /// Asks for a file from its byte `from` on.
+    /// Asks for the bytes of a file from byte `from` to its end.
     pub fn get(&self, url: &str, from: u64) -> Result<Answer, Failure> {
         self.send("GET", url, from, Follow::All)
     }
@@ -175,16 +162,19 @@ impl Http {
             }
             let target = answer.header("location").unwrap_or_default();
             let target = absolute(&url, target).ok_or_else(|| {
-                Failure::Wrong(format!("{url} redirects to {:?}, which is no address", shown(target)))
+                let (from, to) = (without_query(&url), without_query(target));
+                Failure::Wrong(format!("{from} redirects to {to:?}, which is no address"))
             })?;
             let has = |name: &str| answer.headers.contains_key(name);
-            let is_described = has("x-linked-etag") || has("x-repo-commit") && origin(&target) != origin(&url);
-            if follow == Follow::UntilDescribed && is_described {
+            let leaves = origin(&target) != origin(&url) && (has("x-linked-etag") || has("x-repo-commit"));
+            // The hub may redirect to another of its own addresses, which states the size.
+            let is_described = has("x-linked-etag") && has("x-linked-size");
+            if follow == Follow::UntilDescribed && (is_described || leaves) {
                 return Ok(answer);
             }
             url = target;
         }
-        Err(Failure::Wrong(format!("{url}: more than {MAX_REDIRECTS} redirects")))
+        Err(Failure::Wrong(format!("{}: more than {MAX_REDIRECTS} redirects", without_query(&url))))
     }
 
     fn send_once(&self, method: &str, url: &str, from: u64) -> Result<Answer, Failure> {
@@ -196,7 +186,7 @@ impl Http {
         if from > 0 {
             request = request.header(header::RANGE, format!("bytes={from}-"));
         }
-        let request = request.body(()).map_err(|error| Failure::Wrong(format!("{}: {error}", shown(url))))?;
+        let request = request.body(()).map_err(|error| Failure::Wrong(format!("{}: {error}", without_query(url))))?;
         let response = self.agent.run(request).map_err(|error| failed(url, error))?;
         let (parts, body) = response.into_parts();
         let answer = Answer { status: parts.status.as_u16(), headers: parts.headers, body };
@@ -207,7 +197,7 @@ impl Http {
     }
 }
 
-/// Returns what connections trust.
+/// Returns the settings of TLS, with the certificates that the environment names.
 fn tls(settings: &Settings) -> Result<TlsConfig> {
     let Some((path, pem)) = settings.certificates()? else { return Ok(TlsConfig::default()) };
     let certificates = parse_pem(&pem).filter_map(|item| match item {
@@ -236,7 +226,7 @@ fn absolute(url: &str, target: &str) -> Option<String> {
     origin(target).filter(|(scheme, ..)| ["http", "https"].contains(&scheme.as_str())).map(|_| target.to_string())
 }
 
-/// The failure of an answer that ended early.
+/// Returns the failure of an answer that ended early.
 pub fn cut(url: &str, error: &std::io::Error) -> Failure {
     Failure::Network(format!("{}: the answer was cut: {error}", without_query(url)))
 }
@@ -245,13 +235,14 @@ fn failed(url: &str, error: ureq::Error) -> Failure {
     let url = without_query(url);
     match error {
         ureq::Error::HostNotFound => Failure::Network(format!("{url}: the name of the host is not known")),
-        // rustls hands its errors on as those of a connection.
+        // Errors of rustls arrive as errors of the connection.
         ureq::Error::Io(error) if error.to_string().contains("certificate") => Failure::Wrong(format!(
-            "{url}: {error}; help: where a proxy looks into traffic, SSL_CERT_FILE names a file with its certificate"
+            "{url}: {error}; help: if a proxy decrypts traffic, SSL_CERT_FILE must name a file with its certificate"
         )),
         ureq::Error::Io(error) => Failure::Network(format!("{url}: {error}")),
         ureq::Error::Timeout(what) => Failure::Network(format!("{url}: no answer in time ({what})")),
         ureq::Error::ConnectionFailed => Failure::Network(format!("{url}: no connection")),
+        ureq::Error::ConnectProxyFailed(error) => Failure::Network(format!("{url}: the proxy: {}", shown(&error))),
         ureq::Error::Protocol(error) => Failure::Network(format!("{url}: {error}")),
         error => Failure::Wrong(format!("{url}: {error}")),
     }
@@ -264,13 +255,13 @@ fn refused(url: &str, status: u16, answer: Answer) -> Failure {
     Failure::Status { url: without_query(url), status, code, said, wait: wait.map(Duration::from_secs) }
 }
 
-/// Reads the time until a limit is lifted that is used up: `"api";r=0;t=55`.
+/// Returns the seconds until requests are allowed again, from a header such as `"api";r=0;t=55`; `None` if requests are left.
 fn seconds_of_limit(header: &str) -> Option<u64> {
     let field = |name: &str| header.split(';').find_map(|part| part.trim().strip_prefix(name)?.parse().ok());
     field("t=").filter(|_| field("r=") == Some(0))
 }
 
-/// Returns an address as messages show it: the query of a signed one is a secret.
+/// Returns an address as messages show it, without its query, because the query of a signed address is a secret.
 fn without_query(url: &str) -> String {
     shown(url.split('?').next().unwrap_or_default())
 }

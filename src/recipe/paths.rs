@@ -1,7 +1,8 @@
-//! Reads paths that a user writes. `~` is the home folder; variables are refused, because no shell has expanded them.
+//! Reads the paths and the addresses of the hub that a user writes.
 
 use std::path::{Path, PathBuf};
 
+use crate::files;
 use crate::hub::{Reference, SCHEME};
 
 /// Reads a path. The error says why the text is none.
@@ -10,29 +11,13 @@ pub fn read(text: &str) -> Result<PathBuf, String> {
 }
 
 fn read_at(text: &str, home: Option<&Path>) -> Result<PathBuf, String> {
-    if text.is_empty() {
-        return Err("a path is not empty".into());
-    }
-    if text.contains('\0') {
-        return Err("a path has no zero byte".into());
-    }
     if text.starts_with(SCHEME) {
         let allowed = format!(
             "{SCHEME}ORG/NAME@REVISION and {SCHEME}datasets/ORG/NAME@REVISION/PATH are allowed, @REVISION and /PATH may be left out"
         );
         return Reference::of_address(text).map(|_| text.into()).ok_or(allowed);
     }
-    let is_variable = |(at, _)| text[at + 1..].starts_with(|c: char| c == '{' || c == '_' || c.is_ascii_alphabetic());
-    if text.match_indices('$').any(is_variable) {
-        return Err("variables are not expanded here; write the path out".into());
-    }
-    let Some(rest) = text.strip_prefix('~') else { return Ok(text.into()) };
-    match (home, rest.strip_prefix('/')) {
-        (Some(home), Some(rest)) => Ok(home.join(rest.trim_start_matches('/'))),
-        (Some(home), None) if rest.is_empty() => Ok(home.into()),
-        (None, _) => Err("~ is the folder that HOME names, and HOME is not set".into()),
-        _ => Err("only ~ and ~/… are known, not the home folder of another user; write the path out".into()),
-    }
+    files::written_path(text, home)
 }
 
 #[cfg(test)]
