@@ -22,7 +22,7 @@ const WEIGHTS: &str = "model.safetensors";
 
 type Files = BTreeMap<String, Vec<u8>>;
 
-/// The tiny model with its tokenizer, and files that nobody needs.
+/// The tiny model with its tokenizer, and files that no command needs.
 fn tiny() -> Files {
     let read = |name: &str| std::fs::read(golden(name)).unwrap();
     Files::from([
@@ -98,12 +98,12 @@ fn a_model_is_downloaded_once_into_the_cache_that_python_reads() {
     }
     assert_eq!(place.read(&cached("refs/main")), COMMIT.as_bytes());
     let blobs = std::fs::read_dir(place.path(&cached("blobs"))).unwrap().count();
-    assert_eq!(blobs, 4, "nothing that is not whole stays");
+    assert_eq!(blobs, 4, "no incomplete file stays");
     assert_eq!(run_record(&place)["recipe"]["model"], format!("org/tiny@{COMMIT}"));
     let adapter: Value = serde_json::from_slice(&place.read("out/adapter_config.json")).unwrap();
     assert_eq!((&adapter["base_model_name_or_path"], &adapter["revision"]), (&json!("org/tiny"), &json!(COMMIT)));
 
-    // What is in the cache needs no hub, by its branch and by its commit; the losses are those of the same files in a folder.
+    // Files in the cache need no hub, whether they are named by branch or by commit; the losses equal those of a folder with the files.
     let loss = metrics(&place.read("out/metrics.jsonl"))[0]["loss"].clone();
     hub.forget();
     for model in ["org/tiny", &format!("org/tiny@{COMMIT}"), "hf://org/tiny", "model"] {
@@ -132,7 +132,8 @@ fn weights_in_several_files_are_those_that_the_index_names() {
         if is_refused { Answer::new(403, &[], "") } else { answer }
     });
     let text = fails(hub.client(&place, place.command(&one_step(&[]))), 1);
-    assert!(text.contains(&format!("org/tiny@{COMMIT}")) && text.contains("answered 403"), "{text}");
+    let told = format!("org/tiny@{COMMIT}: the hub refuses to send model-1.safetensors (");
+    assert!(text.contains(&told) && text.contains("answered 403"), "{text}");
     let index = place.path(&cached(&format!("snapshots/{COMMIT}/model.safetensors.index.json")));
     assert!(!index.exists());
     succeeds(hub.client(&place, place.command(&one_step(&[]))));
@@ -147,7 +148,7 @@ fn without_the_hub_the_cache_serves_or_the_command_is_named_that_fills_it() {
     for variable in ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"] {
         let text = fails(offline(variable), 1);
         let help = format!(
-            "{variable} forbids asking the hub\nhelp: hf download org/tiny --revision main, where there is a network"
+            "{variable} forbids asking the hub\nhelp: run `hf download org/tiny --revision main` where there is a network"
         );
         assert!(text.contains(&help), "{text}");
     }
@@ -157,14 +158,14 @@ fn without_the_hub_the_cache_serves_or_the_command_is_named_that_fills_it() {
     remove_result(&place);
     succeeds(offline("HF_HUB_OFFLINE"));
 
-    // A cache of older versions of Python's library has no list of names: what is there serves, if it is enough.
+    // A cache of older versions of Python's library has no list of names; its files are used if they are enough.
     std::fs::remove_dir_all(place.path(&cached(".fsdp-qlora"))).unwrap();
     remove_result(&place);
     let text = succeeds(offline("HF_HUB_OFFLINE"));
-    assert!(text.contains("the cache has what is needed; whether the hub has more is not known"), "{text}");
+    assert!(text.contains("the cache has the files that are needed; the hub may have more"), "{text}");
     std::fs::remove_file(place.path(&cached(&format!("snapshots/{COMMIT}/{WEIGHTS}")))).unwrap();
     let text = fails(offline("HF_HUB_OFFLINE"), 1);
-    assert!(text.contains(&format!("help: hf download org/tiny --revision {COMMIT}")), "{text}");
+    assert!(text.contains(&format!("help: run `hf download org/tiny --revision {COMMIT}`")), "{text}");
     assert!(hub.log().is_empty(), "{:?}", hub.log());
 
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -173,9 +174,16 @@ fn without_the_hub_the_cache_serves_or_the_command_is_named_that_fills_it() {
     let place = Place::new();
     let text = fails(hub.client_with(&place, place.command(&one_step(&[])), &[("HF_ENDPOINT", &closed)]), 1);
     assert!(
-        text.contains("the hub cannot be reached: ") && text.contains("help: hf download org/tiny --revision main"),
+        text.contains("the hub cannot be reached: ")
+            && text.contains("help: run `hf download org/tiny --revision main`"),
         "{text}"
     );
+
+    // No folder is made whose name is a variable or another user's home.
+    for home in ["$SCRATCH/hf", "~other/hf"] {
+        let text = fails(hub.client_with(&place, place.command(&one_step(&[])), &[("HF_HOME", home)]), 1);
+        assert!(text.contains("HF_HOME: ") && text.contains("write the path out"), "{text}");
+    }
 }
 
 #[test]
@@ -187,7 +195,7 @@ fn one_rank_of_a_machine_downloads_and_the_others_wait_however_long_it_takes() {
         answer
     });
     let place = Place::new();
-    // A wait in which no rank makes progress may take five seconds.
+    // A wait in which no rank makes progress ends after five seconds.
     let limits = [("FSDP_QLORA_TIMEOUT_S", "5"), ("FSDP_QLORA_START_TIMEOUT_S", "120")];
     succeeds(hub.client_with(&place, place.mpirun(3, &one_step(&[])), &limits));
     assert_eq!((hub.count("GET", "/storage/"), hub.count("GET", "/api/")), (2, 1));
@@ -264,7 +272,7 @@ fn rows_by_the_name_of_their_data_set() {
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=org/rows", "data.eval=org/rows"]))), 1);
     assert!(text.contains("found the splits train, test; say which one is meant\nhelp: {path: org/rows@"), "{text}");
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=org/none"]))), 1);
-    assert!(text.contains("org/none: found neither a file or folder of this name nor a data set of the hub"), "{text}");
+    assert!(text.contains("org/none: no file or folder has this name, and the hub has no such data set"), "{text}");
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=data/none.jsonl"]))), 1);
     assert!(text.contains("data/none.jsonl: No such file"), "a name that ends as a file is none of the hub: {text}");
     hub.change("datasets/org/rows", |repository| {
@@ -353,7 +361,7 @@ fn a_folder_of_the_name_is_used_and_that_is_said() {
     symlink("../model", place.path("org/tiny")).unwrap();
     let text = succeeds(hub.client(&place, place.command(&one_step(&[]))));
     assert!(
-        text.contains("model: the folder org/tiny is here, so that the hub is not asked") && hub.log().is_empty(),
+        text.contains("model: the folder org/tiny is here, so the hub is not asked") && hub.log().is_empty(),
         "{text}"
     );
     assert_eq!(run_record(&place)["recipe"]["model"], "org/tiny");

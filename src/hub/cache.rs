@@ -1,13 +1,13 @@
-//! The cache of `huggingface_hub`, which this program reads and writes as that does.
+//! The cache of `huggingface_hub`, which this program reads and writes as Python does.
 //!
 //! | path in the folder of a repository, `models--ORG--NAME` | what it is |
 //! |---|---|
 //! | `refs/main` | the commit that the branch had when it was asked for |
-//! | `blobs/ETAG` | a file, by its sha256 (large files) or its hash in git |
-//! | `blobs/ETAG.HOST.incomplete` | the part of it that has come |
+//! | `blobs/ETAG` | a file, named by its sha256 (large files) or its hash in git |
+//! | `blobs/ETAG.HOST.incomplete` | the part of it that has arrived |
 //! | `snapshots/COMMIT/path` | a link to a blob |
-//! | `trees/COMMIT.json` | names of all files, if `huggingface_hub` 2 has written it |
-//! | `.fsdp-qlora/COMMIT.json` | names of all files, from this program: with a `trees` of its own, Python would take the files that were not needed for missing |
+//! | `trees/COMMIT.json` | names of all files, written by `huggingface_hub` 2 |
+//! | `.fsdp-qlora/COMMIT.json` | names of all files, written by this program; if it were in `trees`, Python would expect all these files in the snapshot |
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
@@ -20,14 +20,15 @@ use serde_json::Value;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::progress::Progress;
-use super::reference::{Kind, Reference, is_commit, is_inside};
+use super::reference::{Reference, is_commit, is_inside};
 use crate::checkpoint::atomic;
+use crate::comm::host_name;
 use crate::files::{self, shown_path};
 
-/// Largest file of names: those of a million files.
+/// Largest file of names, with room for those of a million files.
 const MAX_NAMES_BYTES: u64 = 256 << 20;
 
-/// Largest file of a commit.
+/// Largest file that names a commit.
 const MAX_REF_BYTES: u64 = 1000;
 
 /// Time between two tries to take a lock that another process holds.
@@ -40,15 +41,11 @@ pub struct Folder {
 }
 
 impl Folder {
-    pub fn new(cache: &Path, kind: Kind, id: &str) -> Folder {
+    pub fn of(cache: &Path, Reference { kind, id, .. }: &Reference) -> Folder {
         Folder { cache: cache.into(), name: format!("{}--{}", kind.plural(), id.replace('/', "--")) }
     }
 
-    pub fn of(cache: &Path, reference: &Reference) -> Folder {
-        Folder::new(cache, reference.kind, &reference.id)
-    }
-
-    pub fn path(&self) -> PathBuf {
+    fn path(&self) -> PathBuf {
         self.cache.join(&self.name)
     }
 
@@ -60,7 +57,7 @@ impl Folder {
         self.path().join("blobs").join(etag)
     }
 
-    /// Returns the commit of a revision as far as the cache knows it.
+    /// Returns the commit of a revision; `None` if the cache does not know it or has no file of it.
     pub fn commit(&self, revision: &str) -> Option<String> {
         if is_commit(revision) {
             return Some(revision.into());
@@ -69,7 +66,7 @@ impl Folder {
         Some(commit.trim().to_string()).filter(|commit| is_commit(commit) && self.snapshot(commit).is_dir())
     }
 
-    /// Notes the commit of a revision.
+    /// Records the commit of a revision.
     pub fn note_commit(&self, revision: &str, commit: &str) -> Result<()> {
         if is_commit(revision) || self.commit(revision).as_deref() == Some(commit) {
             return Ok(());
@@ -99,7 +96,7 @@ impl Folder {
         self.path().join(".fsdp-qlora").join(format!("{commit}.json"))
     }
 
-    /// Notes the names of all files of a commit.
+    /// Records the names of all files of a commit.
     pub fn note_names(&self, commit: &str, names: &[String]) -> Result<()> {
         atomic::write(&self.own_names(commit), &serde_json::to_vec(names)?)
     }
@@ -126,15 +123,15 @@ impl Folder {
     /// Links a file of a commit to its blob.
     pub fn link(&self, commit: &str, file: &str, etag: &str) -> Result<()> {
         let place = self.snapshot(commit).join(file);
-        let folder = place.parent().context("a file without a folder")?;
-        fs::create_dir_all(folder).with_context(|| shown_path(folder))?;
+        let folder = created_folder_of(&place)?;
         let up = "../".repeat(2 + file.matches('/').count());
         let target = format!("{up}blobs/{etag}");
         if fs::read_link(&place).is_ok_and(|found| found == Path::new(&target)) {
             return Ok(());
         }
-        let beside = folder.join(format!(".{etag}.{}.tmp", std::process::id()));
-        let linked = symlink(&target, &beside).and_then(|()| fs::rename(&beside, &place));
+        let linked = tempfile::Builder::new()
+            .make_in(folder, |beside| symlink(&target, beside))
+            .and_then(|link| link.persist(&place).map_err(|error| error.error));
         linked.with_context(|| {
             format!(
                 "{}: no link can be made there; help: HF_HUB_CACHE can name a folder on another file system",
@@ -143,22 +140,26 @@ impl Folder {
         })
     }
 
-    /// Opens the file that takes the bytes of a blob while they come. Each machine has its own, because locks of some shared file
-    /// systems hold on one machine alone.
-    pub fn incomplete(&self, etag: &str, host: &str) -> Result<(PathBuf, File)> {
-        let host = format!("{:08x}", xxh3_64(host.as_bytes()) as u32);
-        let path = self.path().join("blobs").join(format!("{etag}.{host}.incomplete"));
-        let folder = path.parent().context("a blob without a folder")?;
-        fs::create_dir_all(folder).with_context(|| shown_path(folder))?;
-        let file = OpenOptions::new().read(true).append(true).create(true).open(&path);
-        Ok((path.clone(), file.with_context(|| shown_path(&path))?))
+    /// Returns the path of the part of a blob that has arrived on this machine. Each machine has its own, because the locks of some
+    /// shared file systems hold on one machine only.
+    pub fn incomplete(&self, etag: &str) -> PathBuf {
+        let host = xxh3_64(host_name().as_bytes()) as u32;
+        self.path().join("blobs").join(format!("{etag}.{host:08x}.incomplete"))
     }
 
-    /// Waits for the lock that all processes take which download a blob, those of Python too. A file system without locks gives none.
+    /// Opens the file at [`Self::incomplete`], to read it and to append to it.
+    pub fn open_incomplete(&self, etag: &str) -> Result<File> {
+        let path = self.incomplete(etag);
+        created_folder_of(&path)?;
+        let file = OpenOptions::new().read(true).append(true).create(true).open(&path);
+        file.with_context(|| shown_path(&path))
+    }
+
+    /// Waits for the lock of a blob, which every process takes that downloads it, those of Python too. Returns `None` on a file system
+    /// without locks.
     pub fn lock(&self, etag: &str, progress: &Progress) -> Result<Option<File>> {
         let path = self.cache.join(".locks").join(&self.name).join(format!("{etag}.lock"));
-        let folder = path.parent().context("a lock without a folder")?;
-        fs::create_dir_all(folder).with_context(|| shown_path(folder))?;
+        created_folder_of(&path)?;
         let file = OpenOptions::new().write(true).create(true).truncate(false).open(&path);
         let file = file.with_context(|| shown_path(&path))?;
         let mut is_told = false;
@@ -167,7 +168,7 @@ impl Folder {
                 Ok(()) => return Ok(Some(file)),
                 Err(TryLockError::Error(_)) => return Ok(None),
                 Err(TryLockError::WouldBlock) if progress.is_stopped() => {
-                    bail!("ended while it waited for another process")
+                    bail!("the wait for another process was ended")
                 }
                 Err(TryLockError::WouldBlock) => {
                     if !is_told {
@@ -183,7 +184,7 @@ impl Folder {
         }
     }
 
-    /// Fails where the disk has less room.
+    /// Fails if the disk has no room for this many bytes more.
     pub fn check_room(&self, bytes: u64) -> Result<()> {
         fs::create_dir_all(self.path()).with_context(|| shown_path(&self.path()))?;
         let disk =
@@ -191,9 +192,43 @@ impl Folder {
         let free = disk.f_bavail * disk.f_frsize;
         ensure!(
             bytes <= free,
-            "{}: {bytes} bytes are to be downloaded, and {free} are free; help: HF_HUB_CACHE can name a folder on another disk",
+            "{}: {bytes} bytes have to be downloaded, and {free} are free; help: HF_HUB_CACHE can name a folder on another disk",
             shown_path(&self.path())
         );
         Ok(())
+    }
+}
+
+/// Returns the folder of a path, which is made if it is not there.
+fn created_folder_of(path: &Path) -> Result<&Path> {
+    let folder = path.parent().context("a file without a folder")?;
+    fs::create_dir_all(folder).with_context(|| shown_path(folder))?;
+    Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::reference::Kind;
+    use super::*;
+
+    #[test]
+    fn a_link_takes_the_place_of_another_and_leaves_nothing_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let reference = Reference::of_id("org/name", Kind::Model).unwrap();
+        let folder = Folder::of(dir.path(), &reference);
+        let (commit, [first, second]) = ("0".repeat(40), ["a".repeat(40), "b".repeat(40)]);
+        for etag in [&first, &second, &second] {
+            folder.link(&commit, "data/file", etag).unwrap();
+            let link = folder.snapshot(&commit).join("data/file");
+            assert_eq!(fs::read_link(&link).unwrap(), Path::new(&format!("../../../blobs/{etag}")));
+            assert_eq!(fs::read_dir(link.parent().unwrap()).unwrap().count(), 1);
+        }
+        // Files of equal content are linked at the same time.
+        std::thread::scope(|scope| {
+            for i in 0..8 {
+                let (folder, commit, etag) = (&folder, &commit, &first);
+                scope.spawn(move || folder.link(commit, &format!("data/{i}"), etag).unwrap());
+            }
+        });
     }
 }

@@ -1,11 +1,11 @@
-//! The files of a repository that the rows of a split are in: those that its README names, else those that have the split's name.
+//! Chooses the files with the rows of a split: those that the README of a repository names, else those that have the split's name.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use fancy_regex::Regex;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::model::some;
@@ -19,23 +19,23 @@ pub const README: &str = "README.md";
 /// Largest README, in bytes.
 pub const MAX_README_BYTES: u64 = 16 << 20;
 
-/// Words for one split, in names of files and folders; the first is that of the hub.
+/// Words for each split in names of files and folders; the first word is the hub's name of the split.
 const SPLITS: [&[&str]; 3] = [
     &["train", "training"],
     &["validation", "valid", "val", "dev"],
     &["test", "testing", "eval", "evaluation", "heldout"],
 ];
 
-/// The split that is meant where none is written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The split that is meant if none is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Unsaid {
-    /// `train`, for rows to train on.
+    /// The split `train`, or the only split that there is.
     Train,
-    /// The only one that there is.
+    /// The only split that there is.
     Only,
 }
 
-/// Returns the names of the files of a split, in their order.
+/// Returns the names of the files of a split, in the order of their names.
 pub fn files_of(
     reference: &Reference,
     names: &[String],
@@ -53,14 +53,14 @@ pub fn files_of(
     {
         ensure!(
             split.is_none(),
-            "{reference}: split is for folders and whole data sets; found a file; help: remove split"
+            "{reference}: split is for folders and whole data sets, and this is a file; help: remove split"
         );
         return Ok(vec![reference.path.clone()]);
     }
     if rows.is_empty() {
         let there: Vec<String> = names.iter().filter(inside).cloned().collect();
         bail!(
-            "{reference}: no file of rows is there; allowed: {}; there is:{}\nhelp: the hub keeps most data sets as parquet too, {}",
+            "{reference}: no file of rows is there; allowed: {}; there is:{}\nhelp: the hub also has most data sets as parquet: {}",
             source::Kind::NAMES,
             some(if there.is_empty() { names } else { &there }),
             reference.at("refs/convert/parquet")
@@ -79,7 +79,7 @@ pub fn files_of(
     Ok(files)
 }
 
-/// Fails where files are some of the parts of a split (`train-00000-of-00002.parquet`), as in a cache that was filled by halves.
+/// Fails if parts of a split (`train-00000-of-00002.parquet`) are missing, as in a cache that was filled only partly.
 fn check_parts(reference: &Reference, files: &[String]) -> Result<()> {
     let part = Regex::new(r"^(.*-)\d+(-of-(\d+)\b.*)$")?;
     let mut parts: BTreeMap<(String, String), (usize, usize)> = BTreeMap::new();
@@ -90,12 +90,12 @@ fn check_parts(reference: &Reference, files: &[String]) -> Result<()> {
         (*count, *all) = (*count + 1, text(3).parse().unwrap_or(0));
     }
     for ((before, behind), (count, all)) in parts {
-        ensure!(count == all, "{reference}: {count} files {}NNNNN{} are there", shown(&before), shown(&behind));
+        ensure!(count == all, "{reference}: found {count} of {all} files {}NNNNN{}", shown(&before), shown(&behind));
     }
     Ok(())
 }
 
-/// Tells whether a file may hold rows, by its name: no hidden file, and none that describes others.
+/// Tells by its name whether a file may hold rows. Hidden files and files that describe others hold none.
 fn is_of_rows(name: &str) -> bool {
     form_of(name).is_some()
         && !name.split('/').any(|part| part.starts_with('.'))
@@ -106,17 +106,17 @@ fn form_of(name: &str) -> Option<source::Kind> {
     kind_of(Path::new(name)).map(|(kind, _)| kind)
 }
 
-/// Files of a split.
+/// A split and its files.
 struct Split {
     name: String,
     files: Vec<String>,
 }
 
-/// Sorts files by the words in their names and folders. Without such words all are rows to train on.
+/// Sorts files into splits by the words in their names and folders. If no file has such a word, all belong to `train`.
 fn by_names(rows: &[&String]) -> Vec<Split> {
     let mut splits: Vec<Split> = SPLITS.map(|words| Split { name: words[0].into(), files: Vec::new() }).into();
     for name in rows {
-        // A name says more than the folder that it is in.
+        // The name of a file counts more than that of its folder.
         let place = name.rsplit('/').find_map(|part| SPLITS.iter().position(|words| has_word(part, words)));
         if let Some(place) = place {
             splits[place].files.push(name.to_string());
@@ -130,11 +130,12 @@ fn by_names(rows: &[&String]) -> Vec<Split> {
     splits
 }
 
-/// Tells whether one of these words stands in a name, with no letter or digit before or behind it.
+/// Tells whether a name has one of these words, with no letter or digit before or behind it.
 fn has_word(name: &str, words: &[&str]) -> bool {
     name.to_lowercase().split(|c: char| !c.is_alphanumeric()).any(|part| words.contains(&part))
 }
 
+/// Returns the files of the split that is written, else of the one that `unsaid` means.
 fn choose(reference: &Reference, splits: Vec<Split>, split: Option<&str>, unsaid: Unsaid) -> Result<Vec<String>> {
     let found: Vec<String> = splits.iter().map(|split| split.name.clone()).collect();
     let is = |of: &Split, name: &str| {
@@ -157,7 +158,7 @@ fn choose(reference: &Reference, splits: Vec<Split>, split: Option<&str>, unsaid
     }
 }
 
-/// Returns files that are all in one folder and of one form, which files of a split are.
+/// Returns the files in order if all are in one folder and of one form. Text files beside other forms are left out.
 fn of_one_form(reference: &Reference, mut files: Vec<String>) -> Result<Vec<String>> {
     files.sort();
     let forms: Vec<source::Kind> = files.iter().filter_map(|name| form_of(name)).collect();
@@ -170,7 +171,7 @@ fn of_one_form(reference: &Reference, mut files: Vec<String>) -> Result<Vec<Stri
     let is_clear = files.iter().all(|name| form_of(name) == best) && folders.iter().all(|folder| *folder == folders[0]);
     ensure!(
         is_clear,
-        "{reference}: these files are of several folders or forms, and which are meant is not clear:{}\nhelp: name a file or a \
+        "{reference}: these files are of several folders or forms, so it is not clear which are meant:{}\nhelp: name a file or a \
          folder, e.g. {}",
         listed(&files),
         address(reference, &files[0])
@@ -178,12 +179,12 @@ fn of_one_form(reference: &Reference, mut files: Vec<String>) -> Result<Vec<Stri
     Ok(files)
 }
 
-/// Returns how a user names one file of a repository.
+/// Returns the address of one file of a repository.
 fn address(reference: &Reference, file: &str) -> String {
     Reference { path: file.into(), ..reference.clone() }.to_string()
 }
 
-/// The front matter of a README as far as it is about files.
+/// The part of a README's front matter that names files.
 #[derive(Deserialize)]
 struct FrontMatter {
     #[serde(default)]
@@ -199,11 +200,11 @@ struct Configuration {
     data_dir: Option<String>,
 }
 
-/// Returns the configuration of a README that is meant where none is named; `None` if it has none.
+/// Returns the default configuration of a README; `None` if it has no configurations. Fails if it has several without a default.
 fn configuration(reference: &Reference, readme: &str) -> Result<Option<Configuration>> {
     let Some(yaml) = front_matter(readme) else { return Ok(None) };
     let parsed: Result<FrontMatter, _> = serde_saphyr::from_str(yaml);
-    // A front matter that cannot be read is one without configurations, as for `datasets`.
+    // Like `datasets`, this takes a front matter that cannot be read for one without configurations.
     let Ok(FrontMatter { mut configs }) = parsed else { return Ok(None) };
     configs.retain(|config| config.data_files.is_some() || config.data_dir.is_some());
     let is_default = |config: &Configuration| config.default || config.config_name.as_deref() == Some("default");
@@ -250,10 +251,7 @@ impl Configuration {
         };
         let named = named_splits(data_files);
         let named = named.with_context(|| {
-            format!(
-                "{reference}: its README has data_files in a form that is not known: {}",
-                shown(&data_files.to_string())
-            )
+            format!("{reference}: its README has data_files in an unknown form: {}", shown(&data_files.to_string()))
         })?;
         let mut splits = Vec::new();
         for (name, patterns) in named {
@@ -262,7 +260,7 @@ impl Configuration {
                 let pattern = pattern.trim_start_matches("./");
                 let pattern = if dir.is_empty() { pattern.to_string() } else { format!("{dir}/{pattern}") };
                 let regex = regex_of(&pattern).with_context(|| {
-                    format!("{reference}: its README has the pattern {}, which is not understood", shown(&pattern))
+                    format!("{reference}: its README has the pattern {}, which cannot be read", shown(&pattern))
                 })?;
                 files.extend(
                     rows.iter().filter(|name| regex.is_match(name).unwrap_or(false)).map(|name| name.to_string()),
@@ -270,7 +268,7 @@ impl Configuration {
             }
             ensure!(
                 !files.is_empty(),
-                "{reference}: its README names files of the split {}, of which none is there as rows",
+                "{reference}: its README names files of the split {}, and none of them is a file of rows that is there",
                 shown(&name)
             );
             files.sort();
@@ -282,7 +280,7 @@ impl Configuration {
     }
 }
 
-/// Returns splits with their patterns: one pattern or a list of them is of `train`, else each item names its split.
+/// Returns splits with their patterns. One pattern or a list of patterns belongs to `train`; otherwise each item names its split.
 fn named_splits(data_files: &Value) -> Option<Vec<(String, Vec<&str>)>> {
     fn patterns(value: &Value) -> Option<Vec<&str>> {
         match value {
@@ -303,7 +301,7 @@ fn named_splits(data_files: &Value) -> Option<Vec<(String, Vec<&str>)>> {
     }
 }
 
-/// Returns the regular expression of a pattern of paths: `*` and `?` stay inside a folder, `**` does not; `[…]` and `{a,b}` choose.
+/// Returns the regular expression of a pattern of paths. `*` and `?` match no slash, `**` does; `[…]` and `{a,b}` are alternatives.
 fn regex_of(pattern: &str) -> Result<Regex> {
     let mut regex = String::from("^");
     let (mut chars, mut braces) = (pattern.chars().peekable(), 0);
@@ -425,9 +423,9 @@ mod tests {
         let default = of(&format!("{two}, default: true}}\n"), &["de/train.csv", "en/train.csv"], None);
         assert_eq!(default.unwrap(), ["de/train.csv"]);
         for (configs, found) in [
-            ("- data_files: gone.csv\n", "names files of the split train, of which none is there"),
-            ("- data_files: 5\n", "data_files in a form that is not known: 5"),
-            ("- data_files: '[b-a].jsonl'\n", "the pattern [b-a].jsonl, which is not understood"),
+            ("- data_files: gone.csv\n", "names files of the split train, and none of them is"),
+            ("- data_files: 5\n", "data_files in an unknown form: 5"),
+            ("- data_files: '[b-a].jsonl'\n", "the pattern [b-a].jsonl, which cannot be read"),
             ("- data_dir: gone\n", "names the folder gone, which has no file of rows"),
         ] {
             let error = of(configs, &names, None).unwrap_err().to_string();
@@ -457,21 +455,26 @@ mod tests {
                 &["README.md", "script.py"],
                 None,
                 Unsaid::Train,
-                "there is:\n  README.md\n  script.py\nhelp: the hub keeps most data sets as parquet too, o/n@refs/convert/parquet",
+                "there is:\n  README.md\n  script.py\nhelp: the hub also has most data sets as parquet: o/n@refs/convert/parquet",
             ),
             (
                 &["train.jsonl", "train.parquet"],
                 None,
                 Unsaid::Train,
-                "is not clear:\n  train.jsonl\n  train.parquet\nhelp: name a file or a folder, e.g. hf://datasets/o/n/train.jsonl",
+                "it is not clear which are meant:\n  train.jsonl\n  train.parquet\nhelp: name a file or a folder, e.g. hf://datasets/o/n/train.jsonl",
             ),
-            (&["de/train.csv", "en/train.csv"], None, Unsaid::Train, "is not clear:\n  de/train.csv\n  en/train.csv"),
+            (
+                &["de/train.csv", "en/train.csv"],
+                None,
+                Unsaid::Train,
+                "it is not clear which are meant:\n  de/train.csv\n  en/train.csv",
+            ),
         ] {
             let error = files(names, None, "o/n", split, unsaid).unwrap_err().to_string();
             assert!(error.contains(found), "{found} is not in {error}");
         }
         let error = files(&PARTS[..4], None, "o/n", None, Unsaid::Train).unwrap_err().to_string();
-        assert!(error.contains("1 files data/train-NNNNN-of-00002.parquet are there"), "{error}");
+        assert!(error.contains("found 1 of 2 files data/train-NNNNN-of-00002.parquet"), "{error}");
         let error =
             files(&PARTS, None, "hf://datasets/o/n/data/test-00000-of-00001.parquet", Some("test"), Unsaid::Only);
         assert!(error.unwrap_err().to_string().contains("split is for folders"), "a file has no splits");

@@ -1,4 +1,5 @@
-//! One file of the hub becomes a blob of the cache: resumed where it was cut, and checked against the hash that the hub names.
+//! Downloads a file of the hub into a blob of the cache. A download that was cut goes on where it was, and the file is checked against
+//! the hash that the hub names.
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -11,24 +12,27 @@ use super::cache::Folder;
 use super::http::{Answer, Failure, Http, Tries, cut};
 use super::progress::Progress;
 use super::reference::is_commit;
-use crate::comm::host_name;
 use crate::files::{shown, shown_path};
 
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// A file of the hub: what the hub says of it before it sends it.
+/// The error of a download that is ended from outside.
+const STOPPED: &str = "ended, because another download failed";
+
+/// The description of a file, which the hub gives before it sends the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remote {
     /// Name in its repository.
     pub name: String,
     pub url: String,
-    /// sha256 of a large file, git's hash of a small one.
+    /// The sha256 of a large file, or git's hash of a small one.
     pub etag: String,
+    /// Size of the whole file.
     pub bytes: u64,
 }
 
 impl Remote {
-    /// Asks for the headers of a file. The large ones are described by the hub itself, before it redirects to their place.
+    /// Asks the hub for the headers of a file. For a large file the hub answers with a redirect whose headers describe it.
     pub fn ask(http: &Http, name: &str, url: String, progress: &Progress) -> Result<Remote, Failure> {
         let answer = http.head(&url, progress)?;
         let etag = answer.header("x-linked-etag").or(answer.header("etag")).unwrap_or_default();
@@ -39,8 +43,9 @@ impl Remote {
         match bytes.filter(|_| is_known) {
             Some(bytes) => Ok(Remote { name: name.into(), url, etag, bytes }),
             None => Err(Failure::Wrong(format!(
-                "{url}: found the ETag {:?} and the size {size:?}; allowed: a hash and a number, as the hub has them",
-                shown(&etag)
+                "{url}: found the ETag {:?} and the size {:?}; allowed: a hash and a number, as the hub has them",
+                shown(&etag),
+                shown(size.unwrap_or_default())
             ))),
         }
     }
@@ -50,7 +55,16 @@ fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
 }
 
-/// Brings a file into the blobs of its repository, if it is not there.
+/// Returns the number of bytes of a file that have not arrived on this machine.
+pub fn missing_bytes(folder: &Folder, remote: &Remote) -> u64 {
+    if is_whole(&folder.blob(&remote.etag), remote) {
+        return 0;
+    }
+    let arrived = fs::metadata(folder.incomplete(&remote.etag)).map_or(0, |metadata| metadata.len());
+    remote.bytes.saturating_sub(arrived)
+}
+
+/// Downloads a file into the blobs of its repository, if it is not there.
 pub fn download(http: &Http, folder: &Folder, remote: &Remote, progress: &Progress) -> Result<()> {
     let blob = folder.blob(&remote.etag);
     if is_whole(&blob, remote) {
@@ -62,19 +76,18 @@ pub fn download(http: &Http, folder: &Folder, remote: &Remote, progress: &Progre
         progress.add(remote.bytes);
         return Ok(());
     }
-    let (path, file) = folder.incomplete(&remote.etag, &host_name())?;
+    let path = folder.incomplete(&remote.etag);
     let place = || shown_path(&path);
-    let mut part = Part::resume(file, remote, progress).with_context(place)?;
+    let mut part = Part::resume(folder.open_incomplete(&remote.etag)?, remote, progress).with_context(place)?;
     let was_begun = part.bytes > 0;
     receive(http, &mut part, remote, progress)?;
     if let Err(error) = part.check(remote) {
         fs::remove_file(&path).with_context(place)?;
         progress.take_back(remote.bytes);
-        // The part from before may be of something else.
+        // What an earlier download has left may be wrong, and then a second one can succeed.
         ensure!(was_begun, error);
-        progress.note(format!("{error}; it comes again from its beginning"));
-        let (_, file) = folder.incomplete(&remote.etag, &host_name())?;
-        part = Part::resume(file, remote, progress).with_context(place)?;
+        progress.note(format!("{error}; it is downloaded again from its beginning"));
+        part = Part::resume(folder.open_incomplete(&remote.etag)?, remote, progress).with_context(place)?;
         receive(http, &mut part, remote, progress)?;
         if let Err(error) = part.check(remote) {
             fs::remove_file(&path).with_context(place)?;
@@ -89,7 +102,7 @@ fn is_whole(blob: &Path, remote: &Remote) -> bool {
     fs::metadata(blob).is_ok_and(|metadata| metadata.is_file() && metadata.len() == remote.bytes)
 }
 
-/// The part of a file that has come, and the hash of it.
+/// The part of a file that has arrived, and its hash.
 struct Part {
     file: File,
     bytes: u64,
@@ -97,7 +110,7 @@ struct Part {
 }
 
 impl Part {
-    /// Takes over what an earlier download has left.
+    /// Reads what an earlier download has left; more bytes than the file has are dropped.
     fn resume(mut file: File, remote: &Remote, progress: &Progress) -> Result<Part> {
         let found = file.metadata()?.len();
         if found > remote.bytes {
@@ -113,9 +126,7 @@ impl Part {
                     part.hash.update(&buffer[..n]);
                     part.bytes += n as u64;
                     progress.add(n as u64);
-                    if progress.is_stopped() {
-                        bail!("ended, as another download failed");
-                    }
+                    ensure!(!progress.is_stopped(), STOPPED);
                 }
             }
         }
@@ -148,7 +159,7 @@ impl Part {
     }
 }
 
-/// The hash of which an etag is: sha256, or sha1 of the file behind git's header of it.
+/// Returns the beginning of the hash that an etag is: sha256, or git's sha1 over a header and the file.
 fn new_hash(remote: &Remote) -> digest::Context {
     if is_sha256(&remote.etag) {
         return digest::Context::new(&digest::SHA256);
@@ -162,11 +173,10 @@ fn hex(digest: Digest) -> String {
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Receives what is missing of a file, in as many requests as it takes.
+/// Receives the rest of a file, in as many requests as it takes. It gives up if several requests one after the other bring nothing new.
 fn receive(http: &Http, part: &mut Part, remote: &Remote, progress: &Progress) -> Result<()> {
-    let mut tries = Tries::default();
+    let (mut tries, mut most) = (Tries::default(), part.bytes);
     while part.bytes < remote.bytes {
-        let before = part.bytes;
         let failure = match http.get(&remote.url, part.bytes) {
             Ok(answer) => {
                 if !continues(&answer, part.bytes) {
@@ -180,7 +190,9 @@ fn receive(http: &Http, part: &mut Part, remote: &Remote, progress: &Progress) -
             }
             Err(failure) => Some(failure),
         };
-        if part.bytes > before {
+        // A server may make the download restart again and again, so only bytes beyond all earlier ones count.
+        if part.bytes > most {
+            most = part.bytes;
             tries.succeed();
         }
         if let Some(failure) = failure {
@@ -190,7 +202,7 @@ fn receive(http: &Http, part: &mut Part, remote: &Remote, progress: &Progress) -
     Ok(())
 }
 
-/// Tells whether an answer goes on at this byte: a server may ignore the range and send all.
+/// Tells whether an answer begins at this byte; a server may ignore the range and send the whole file.
 fn continues(answer: &Answer, from: u64) -> bool {
     let begins = answer
         .header("content-range")
@@ -198,12 +210,12 @@ fn continues(answer: &Answer, from: u64) -> bool {
     from == 0 || answer.status == 206 && begins == Some(from)
 }
 
-/// Receives the bytes of one answer. Returns why it ended too early, if it did.
+/// Receives the bytes of one answer. Returns the failure of an answer that ended too early.
 fn receive_from(answer: Answer, part: &mut Part, remote: &Remote, progress: &Progress) -> Result<Option<Failure>> {
     let mut body = answer.body.into_reader();
     let mut buffer = vec![0; BUFFER_BYTES];
     while part.bytes < remote.bytes {
-        ensure!(!progress.is_stopped(), "ended, as another download failed");
+        ensure!(!progress.is_stopped(), STOPPED);
         let rest = (remote.bytes - part.bytes).min(BUFFER_BYTES as u64) as usize;
         match body.read(&mut buffer[..rest]) {
             Ok(0) => {

@@ -1,13 +1,13 @@
 //! The Hugging Face hub: models, adapters and data sets by their names.
 //!
-//! A repository is taken from the cache of `huggingface_hub` ([`cache`]), and what is missing there comes from the hub and goes into
-//! that very cache. [`Hub::choose`] decides commit and files once, so that all machines of a run have the same; [`Hub::fetch`] brings
-//! the files into the cache of one machine. No collective is in here: `start::locate` lets the other ranks wait.
+//! A repository is taken from the cache of `huggingface_hub` ([`cache`]); files that are missing there are downloaded into that cache.
+//! [`Hub::choose`] decides commit and files once, so that all machines of a run have the same ones; [`Hub::fetch`] downloads the files
+//! into the cache of one machine. This module has no collectives: `start::locate` makes the other ranks wait.
 //!
-//! The hub is not trusted with more than it needs: names from it never lead out of the folder of a repository, each file is
-//! checked against the hash that the hub names, and the token goes to the address of `HF_ENDPOINT` alone.
+//! The hub is not trusted more than necessary: file names from it never lead out of the folder of a repository, each file is checked
+//! against the hash that the hub names, and the token is sent to the address in `HF_ENDPOINT` only.
 //!
-//! Sources: the documentation of `huggingface_hub` on its cache and its environment variables, and the answers of its client.
+//! Sources: the documentation of the cache and of the environment variables of `huggingface_hub`, and the answers that its client gets.
 
 mod cache;
 mod dataset;
@@ -29,35 +29,33 @@ use crate::checkpoint::folder::{INDEX_FILE, SINGLE_FILE};
 use crate::files::{self, shown, shown_path};
 use cache::Folder;
 pub use dataset::Unsaid;
-use download::{Remote, download};
+use download::{Remote, download, missing_bytes};
 use http::{Failure, Http};
 pub use progress::Progress;
 pub use reference::{FORMS, Kind, Reference, SCHEME};
 use reference::{is_commit, is_inside};
 use settings::Settings;
 
-/// Files that are downloaded at a time.
+/// Number of files that are downloaded at the same time.
 const DOWNLOADS: usize = 4;
 
 /// The part of a repository that a command needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Part {
     /// The config.json of a model.
     Config,
-    /// The same with its tokenizer.
+    /// The config.json, generation_config.json and tokenizer of a model.
     Tokenizer,
-    /// The same with its weights.
+    /// The files of [`Part::Tokenizer`] and the weights.
     Weights,
+    /// The config and the tensors of an adapter of PEFT.
     Adapter,
-    /// The rows of a split.
-    Rows {
-        split: Option<String>,
-        unsaid: Unsaid,
-    },
+    /// The rows of a split of a data set.
+    Rows { split: Option<String>, unsaid: Unsaid },
 }
 
 /// A part of a repository.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wanted {
     pub reference: Reference,
     pub part: Part,
@@ -71,11 +69,11 @@ pub struct Chosen {
     pub files: Vec<String>,
 }
 
-/// The hub as the environment describes it, with its cache on this machine.
+/// The hub that the environment names, with its cache on this machine.
 pub struct Hub {
     settings: Settings,
     http: Http,
-    /// Place that the token is from.
+    /// The variable or the file that the token is from.
     token_place: Option<String>,
 }
 
@@ -87,7 +85,7 @@ impl Hub {
         Ok(Hub { http: Http::new(&settings, token)?, settings, token_place })
     }
 
-    /// Decides which commit and which files of it are meant. Asks the hub where the cache does not know.
+    /// Decides which commit is meant and which of its files are needed. Asks the hub if the cache does not know.
     pub fn choose(&self, wanted: &Wanted, progress: &Progress) -> Result<Chosen> {
         let folder = Folder::of(&self.settings.cache, &wanted.reference);
         let commit = match folder.commit(&wanted.reference.revision) {
@@ -101,14 +99,14 @@ impl Hub {
         }
         let (names, doubt) = match self.ask_names(&reference, &folder, progress) {
             Ok(names) => (names, None),
-            // The cache may have all that is needed.
+            // The cache may have every file that is needed.
             Err(doubt) => (folder.present(&commit), Some(doubt)),
         };
         let files = self.files(&reference, &names, &wanted.part, &folder, progress);
         match (files, doubt) {
             (Ok(files), Some(_)) if files.iter().all(|file| folder.has(&commit, file)) => {
                 progress.note(format!(
-                    "{reference}: the cache has what is needed; whether the hub has more is not known, as it was not reached"
+                    "{reference}: the cache has the files that are needed; the hub may have more of them"
                 ));
                 Ok(Chosen { reference, files })
             }
@@ -117,8 +115,8 @@ impl Hub {
         }
     }
 
-    /// Brings the files that are missing into the cache of this machine.
-    pub fn fetch(&self, chosen: &Chosen, progress: &Progress) -> Result<()> {
+    /// Downloads the chosen files that the cache of this machine lacks.
+    pub fn fetch(&self, wanted: &Wanted, chosen: &Chosen, progress: &Progress) -> Result<()> {
         let Chosen { reference, files } = chosen;
         let folder = Folder::of(&self.settings.cache, reference);
         let commit = &reference.revision;
@@ -128,37 +126,41 @@ impl Hub {
         if remotes.is_empty() {
             return Ok(());
         }
-        let bytes = remotes.iter().map(|remote| remote.bytes).sum();
-        folder.check_room(bytes)?;
-        progress.expect(bytes);
-        // An index comes last, so that a folder which has one has all that it names.
+        folder.check_room(remotes.iter().map(|remote| missing_bytes(&folder, remote)).sum())?;
+        progress.expect(remotes.iter().map(|remote| remote.bytes).sum());
+        // The index comes last, so that a folder with an index has all files that it names.
         let (index, others): (Vec<&Remote>, Vec<&Remote>) =
             remotes.iter().partition(|remote| remote.name == INDEX_FILE);
         self.download_all(reference, &folder, &others, progress)?;
-        self.download_all(reference, &folder, &index, progress)
+        self.download_all(reference, &folder, &index, progress)?;
+        // Only the cache of rank 0's machine knows the branch so far; a commit that this one has for it stays.
+        match folder.commit(&wanted.reference.revision) {
+            Some(_) => Ok(()),
+            None => folder.note_commit(&wanted.reference.revision, commit),
+        }
     }
 
-    /// Returns where the files of this machine's cache are.
+    /// Returns the paths of the chosen files in the cache of this machine. Fails if one is not there.
     pub fn places(&self, chosen: &Chosen) -> Result<Vec<PathBuf>> {
         let folder = Folder::of(&self.settings.cache, &chosen.reference);
         let snapshot = folder.snapshot(&chosen.reference.revision);
         let absent = chosen.files.iter().find(|file| !folder.has(&chosen.reference.revision, file));
         ensure!(
             absent.is_none(),
-            "{}: is not there, though a rank of this machine has brought it into its cache; help: give all ranks the same HF_HOME and \
-             HF_HUB_CACHE",
+            "{}: is not there, although a rank of this machine has downloaded it into its cache; help: give all ranks the same \
+             HF_HOME and HF_HUB_CACHE",
             shown_path(&snapshot.join(absent.map_or("", String::as_str)))
         );
         Ok(chosen.files.iter().map(|file| snapshot.join(file)).collect())
     }
 
-    /// Returns the folder that has all files of a model or an adapter.
+    /// Returns the folder of the first chosen file, in which all files of a model or an adapter are.
     pub fn folder(&self, chosen: &Chosen) -> Result<PathBuf> {
         let first = self.places(chosen)?.into_iter().next().context("no file was chosen")?;
         first.parent().map(PathBuf::from).context("a file without a folder")
     }
 
-    /// Returns the folder of all repositories.
+    /// Returns the folder of all repositories, as messages show it.
     pub fn cache(&self) -> String {
         shown_path(&self.settings.cache)
     }
@@ -166,7 +168,7 @@ impl Hub {
     fn ask_commit(&self, reference: &Reference, folder: &Folder, progress: &Progress) -> Result<String> {
         let answer = self.ask(reference, progress)?;
         let commit = answer["sha"].as_str().unwrap_or_default().to_string();
-        ensure!(is_commit(&commit), "{}: found the commit {:?}, which is none", self.settings.endpoint, shown(&commit));
+        ensure!(is_commit(&commit), "{}: found {:?}, which is not a commit", self.settings.endpoint, shown(&commit));
         self.note_names(&reference.at(&commit), folder, &answer)?;
         folder.note_commit(&reference.revision, &commit)?;
         Ok(commit)
@@ -177,7 +179,7 @@ impl Hub {
         self.note_names(reference, folder, &answer)
     }
 
-    /// Reads the names of all files from an answer, and keeps them in the cache, if it can be written.
+    /// Returns the names of all files in an answer, and writes them into the cache if that is possible.
     fn note_names(&self, reference: &Reference, folder: &Folder, answer: &serde_json::Value) -> Result<Vec<String>> {
         let siblings = answer["siblings"]
             .as_array()
@@ -198,7 +200,7 @@ impl Hub {
         self.http.json(&url, progress).map_err(|failure| self.explain(reference, None, failure))
     }
 
-    /// Asks the hub what a file is.
+    /// Asks the hub for the description of a file.
     fn describe(&self, reference: &Reference, file: &str, progress: &Progress) -> Result<Remote> {
         self.check_online(reference)?;
         let prefix = if reference.kind == Kind::Dataset { "datasets/" } else { "" };
@@ -215,14 +217,13 @@ impl Hub {
     fn check_online(&self, reference: &Reference) -> Result<()> {
         let Some(variable) = self.settings.offline else { return Ok(()) };
         bail!(
-            "{reference} is not complete in the cache {} and {variable} forbids asking the hub\nhelp: {}, where there is a network",
+            "{reference} is not complete in the cache {}, and {variable} forbids asking the hub\nhelp: run `{}` where there is a network",
             self.cache(),
             reference.download_line()
         )
     }
 
-    /// Chooses the files of a part. Reads the index of the weights, or the README of a data set, from the hub where the cache does not
-    /// have it.
+    /// Chooses the files of a part. Downloads the index of the weights or the README of a data set if the cache does not have it.
     fn files(
         &self,
         reference: &Reference,
@@ -260,21 +261,21 @@ impl Hub {
         }
     }
 
-    /// Returns the place of a small file, downloaded if it is not in the cache. An index is not linked into its snapshot, because
-    /// the files that it names may not be there yet.
+    /// Returns the path of a small file, which is downloaded if it is not in the cache. An index is not linked into its snapshot,
+    /// because the files that it names may not be there yet.
     fn blob(&self, reference: &Reference, file: &str, folder: &Folder, progress: &Progress) -> Result<PathBuf> {
         if folder.has(&reference.revision, file) {
             return Ok(folder.snapshot(&reference.revision).join(file));
         }
         let remote = self.describe(reference, file, progress)?;
-        self.download_one(reference, folder, &remote, &Progress::default())?;
+        self.download_one(reference, folder, &remote, progress)?;
         if file != INDEX_FILE {
             folder.link(&reference.revision, file, &remote.etag)?;
         }
         Ok(folder.blob(&remote.etag))
     }
 
-    /// Downloads files and links each as soon as it is whole. The first failure ends the others.
+    /// Downloads files and links each one as soon as it is complete. The first failure ends the other downloads and is returned.
     fn download_all(
         &self,
         reference: &Reference,
@@ -289,8 +290,9 @@ impl Hub {
             {
                 let done = self.download_one(reference, folder, remote, progress);
                 if let Err(error) = done.and_then(|()| folder.link(&reference.revision, &remote.name, &remote.etag)) {
-                    progress.stop();
+                    // The others fail because they are stopped, so the error must be kept before.
                     failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    progress.stop();
                 }
             }
         };
@@ -306,7 +308,7 @@ impl Hub {
         download(&self.http, folder, remote, progress).map_err(explain)
     }
 
-    /// Returns the error of a request that failed: what it means, and what to do.
+    /// Returns an error that says what the failure of a request means and what helps.
     fn explain(&self, reference: &Reference, file: Option<&str>, failure: Failure) -> anyhow::Error {
         let Reference { id, revision, kind, .. } = reference;
         let what = if *kind == Kind::Dataset { "data set" } else { "model" };
@@ -316,24 +318,27 @@ impl Hub {
         };
         let login = "a token comes from `hf auth login` or HF_TOKEN";
         let page = format!("{}/{}{id}", self.settings.endpoint, if *kind == Kind::Dataset { "datasets/" } else { "" });
-        let text = match &failure {
-            Failure::Status { code, status: 401 | 403, .. } if code == "GatedRepo" => {
-                format!("{reference} is gated ({failure}), {token}\nhelp: accept the conditions at {page}; {login}")
+        let text = match (&failure, file) {
+            (Failure::Status { code, status: 401 | 403, .. }, _) if code == "GatedRepo" => {
+                format!("{reference} is gated ({failure}); {token}\nhelp: accept the conditions at {page}; {login}")
             }
-            Failure::Status { code, .. } if code == "RevisionNotFound" => {
+            (Failure::Status { code, .. }, _) if code == "RevisionNotFound" => {
                 format!("{reference}: the hub has no revision {} of this {what}", shown(revision))
             }
-            Failure::Status { status: 404, .. } if file.is_some() => {
-                format!("{reference}: the hub has no file {} ({failure})", shown(file.unwrap_or_default()))
+            (Failure::Status { status: 404, .. }, Some(file)) => {
+                format!("{reference}: the hub has no file {} ({failure})", shown(file))
             }
-            Failure::Status { status: 401 | 403 | 404, .. } => format!(
-                "{reference}: found neither a file or folder of this name nor a {what} of the hub, or it is private ({failure}), {token}\n\
+            (Failure::Status { status: 401 | 403, .. }, Some(file)) => {
+                format!("{reference}: the hub refuses to send {} ({failure}); {token}\nhelp: {login}", shown(file))
+            }
+            (Failure::Status { status: 401 | 403 | 404, .. }, None) => format!(
+                "{reference}: no file or folder has this name, and the hub has no such {what} or keeps it private ({failure}); {token}\n\
                  help: {login}"
             ),
-            Failure::Status { .. } | Failure::Wrong(_) => format!("{reference}: {failure}"),
-            Failure::Network(_) => format!(
-                "{reference} is not complete in the cache {}, and the hub cannot be reached: {failure}\nhelp: {}, where there is a \
-                 network; HF_HUB_OFFLINE=1 keeps from asking the hub",
+            (Failure::Status { .. } | Failure::Wrong(_), _) => format!("{reference}: {failure}"),
+            (Failure::Network(_), _) => format!(
+                "{reference} is not complete in the cache {}, and the hub cannot be reached: {failure}\nhelp: run `{}` where there is \
+                 a network; with HF_HUB_OFFLINE=1 the hub is not asked",
                 self.cache(),
                 reference.download_line()
             ),
@@ -342,7 +347,7 @@ impl Hub {
     }
 }
 
-/// Returns a text as a part of an address, with its slashes or without.
+/// Escapes a text that becomes a part of an address. Slashes are kept if `with_slashes`.
 fn escaped(text: &str, with_slashes: bool) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.~".contains(&b) || with_slashes && b == b'/';
     text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()

@@ -1,4 +1,4 @@
-//! The files of a repository that a model or an adapter consists of, by their names.
+//! Chooses the files of a model or an adapter among the names of all files of a repository.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,7 +13,7 @@ use crate::checkpoint::output::TOKENIZER_FILES;
 use crate::checkpoint::source::MAX_INDEX_BYTES;
 use crate::files::{self, listed, shown};
 
-/// File with the tokens at which a text ends.
+/// File that names the tokens at which a generated text ends.
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
 #[derive(Deserialize)]
@@ -21,7 +21,7 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Returns the files of a model without its weights.
+/// Returns the files of a model without its weights: config.json, and with `with_tokenizer` the tokenizer and generation_config.json.
 pub fn about(reference: &Reference, names: &[String], with_tokenizer: bool) -> Result<Vec<String>> {
     ensure!(has(names, CONFIG_FILE), "{reference}: {}", no_model(reference, names));
     let others =
@@ -29,14 +29,15 @@ pub fn about(reference: &Reference, names: &[String], with_tokenizer: bool) -> R
     Ok([CONFIG_FILE].into_iter().chain(others).map(String::from).collect())
 }
 
-/// The weights of a model.
+/// The form of the weights of a model.
 pub enum Weights {
+    /// All weights are in one file.
     Single,
-    /// The files are those that the index names.
+    /// An index names the files.
     Indexed,
 }
 
-/// Returns the form of the weights, the one that transformers prefers.
+/// Returns the form of the weights. One file is preferred to an index, as in transformers.
 pub fn weights(reference: &Reference, names: &[String]) -> Result<Weights> {
     match (has(names, SINGLE_FILE), has(names, INDEX_FILE)) {
         (true, _) => Ok(Weights::Single),
@@ -47,7 +48,8 @@ pub fn weights(reference: &Reference, names: &[String]) -> Result<Weights> {
     }
 }
 
-/// Returns the files that an index names; the index comes from somebody else, and names files beside it alone.
+/// Returns the files that an index names, each once. Fails if one of them is not in the index's own folder, because the index comes
+/// from somebody else.
 pub fn shards(index: &Path) -> Result<Vec<String>> {
     let Index { weight_map } = files::read_json(index, MAX_INDEX_BYTES)?;
     let mut shards: Vec<String> = weight_map.into_values().collect();
@@ -68,7 +70,7 @@ pub fn adapter(reference: &Reference, names: &[String]) -> Result<Vec<String>> {
     let missing = wanted.iter().find(|name| !has(names, name));
     ensure!(
         missing.is_none(),
-        "{reference}: no adapter of PEFT, as there is no {}; there is:{}",
+        "{reference}: not an adapter of PEFT, because there is no {}; there is:{}",
         missing.unwrap_or(&""),
         some(names)
     );
@@ -79,7 +81,7 @@ fn has(names: &[String], name: &str) -> bool {
     names.iter().any(|found| found == name)
 }
 
-/// Says what a repository without a config.json is.
+/// Says what a repository without a config.json holds.
 fn no_model(reference: &Reference, names: &[String]) -> String {
     if has(names, adapter::CONFIG_FILE) {
         return format!("an adapter ({}), not a base model; give its base as the model", adapter::CONFIG_FILE);
@@ -87,7 +89,7 @@ fn no_model(reference: &Reference, names: &[String]) -> String {
     format!("there is no {CONFIG_FILE}{}", other_weights(reference, names))
 }
 
-/// Says which weights there are in the place of safetensors.
+/// Says which weights are there instead of safetensors.
 fn other_weights(reference: &Reference, names: &[String]) -> String {
     let with = |endings: &[&str]| names.iter().find(|name| endings.iter().any(|ending| name.ends_with(ending)));
     if let Some(name) = with(&[".bin", ".pth", ".pt", ".ckpt"]) {
@@ -104,7 +106,7 @@ fn other_weights(reference: &Reference, names: &[String]) -> String {
     format!("; there is:{}", some(names))
 }
 
-/// Lists names of files.
+/// Lists the names of files, one on each line; ` nothing` if there are none.
 pub fn some(names: &[String]) -> String {
     let shown: Vec<String> = names.iter().map(|name| shown(name)).collect();
     if shown.is_empty() { " nothing".into() } else { listed(&shown) }

@@ -15,7 +15,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The word in folders of the cache and in addresses of the API.
+    /// Returns the word for this kind in folders of the cache and in addresses of the API.
     pub fn plural(self) -> &'static str {
         match self {
             Kind::Model => "models",
@@ -32,23 +32,23 @@ pub struct Reference {
     pub id: String,
     /// A branch, a tag or a commit.
     pub revision: String,
-    /// A file or folder in the repository; empty for all of it.
+    /// A file or folder in the repository; empty for the whole repository.
     pub path: String,
 }
 
-/// The branch that is meant where no revision is written.
+/// The branch that is meant if no revision is written.
 const MAIN: &str = "main";
 
-/// Beginning of an address of the hub, as `huggingface_hub` and others write it.
+/// Beginning of an address of the hub, from `huggingface_hub`'s `HfFileSystem`.
 pub const SCHEME: &str = "hf://";
 
-/// Forms of [`Reference::of`], for messages.
+/// The short forms that [`Reference::of`] reads, for messages.
 pub const FORMS: &str = "ORG/NAME, ORG/NAME@REVISION";
 
 impl Reference {
     /// Returns the repository that a path stands for: `ORG/NAME`, `ORG/NAME@REVISION`, or `hf://ORG/NAME@REVISION` for a model and
-    /// `hf://datasets/ORG/NAME@REVISION/PATH` for a data set. What is on disk is no repository, whatever its name, nor is what ends
-    /// as a file does.
+    /// `hf://datasets/ORG/NAME@REVISION/PATH` for a data set. Returns `None` for a path that exists on disk, and for one that ends like
+    /// the name of a file.
     pub fn of(path: &Path, kind: Kind) -> Option<Reference> {
         let text = path.to_str()?;
         if text.starts_with(SCHEME) {
@@ -64,7 +64,7 @@ impl Reference {
         Self::of_id(text, kind)
     }
 
-    /// Reads `ORG/NAME` or `ORG/NAME@REVISION`, whatever is on disk.
+    /// Reads `ORG/NAME` or `ORG/NAME@REVISION`, even if such a path exists on disk.
     pub fn of_id(text: &str, kind: Kind) -> Option<Reference> {
         let (id, revision) = text.split_once('@').unwrap_or((text, MAIN));
         Some(Reference { kind, id: checked_id(id)?, revision: checked_revision(revision)?, path: String::new() })
@@ -93,19 +93,19 @@ impl Reference {
         Some(Reference { kind, id, revision, path: path.into() })
     }
 
-    /// Returns the same at a commit.
+    /// Returns this repository at a commit or another revision.
     pub fn at(&self, commit: &str) -> Reference {
         Reference { revision: commit.into(), ..self.clone() }
     }
 
-    /// Returns the command that brings the repository into the cache, on a machine that reaches the hub.
+    /// Returns the command that downloads the repository into the cache.
     pub fn download_line(&self) -> String {
         let kind = if self.kind == Kind::Dataset { " --repo-type dataset" } else { "" };
         format!("hf download {} --revision {}{kind}", self.id, self.revision)
     }
 }
 
-/// As a user would write it.
+/// Writes a repository in the form that a user would write.
 impl Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let Reference { kind, id, revision, path } = self;
@@ -120,7 +120,7 @@ impl Display for Reference {
     }
 }
 
-/// Returns an id if it has the form of those of the hub.
+/// Returns an id if it has the form that the hub requires.
 fn checked_id(id: &str) -> Option<String> {
     let is_part = |part: &str| {
         let inner = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
@@ -141,13 +141,13 @@ fn checked_revision(revision: &str) -> Option<String> {
     (is_inside(revision) && revision.len() <= 200 && revision.chars().all(is_plain)).then(|| revision.to_string())
 }
 
-/// Tells whether a relative path stays inside its folder, and has no empty or hidden meaning on the way.
+/// Tells whether a path is relative and stays inside its folder, with no part that is empty, `.` or `..`.
 pub fn is_inside(path: &str) -> bool {
     !path.contains(['\\', '\0']) && path.split('/').all(|part| !["", ".", ".."].contains(&part))
 }
 
-/// Returns the length of the revision with which a text begins: `refs/convert/NAME` and `refs/pr/NUMBER` have slashes, as a branch
-/// has none in an address.
+/// Returns the length of the revision at the beginning of a text. `refs/convert/NAME` and `refs/pr/NUMBER` have slashes; other
+/// revisions have none in an address.
 fn end_of_revision(text: &str) -> usize {
     let slashes = if text.starts_with("refs/convert/") || text.starts_with("refs/pr/") { 2 } else { 0 };
     text.match_indices('/').nth(slashes).map_or(text.len(), |(at, _)| at)

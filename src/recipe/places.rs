@@ -1,4 +1,4 @@
-//! The places that a job names: those of the hub, and the local ones that replace them.
+//! The places that a job names: repositories of the hub, and the local files that replace them.
 
 use std::path::{Path, PathBuf};
 
@@ -11,16 +11,17 @@ use super::keys;
 use crate::data::Source;
 use crate::hub::{Kind, Part, Reference, Unsaid, Wanted};
 
-/// A part of a repository of the hub in the cache of this machine.
+/// The files of a repository of the hub in the cache of this machine.
 pub struct Located {
     /// The repository at a commit.
     pub reference: Reference,
+    /// The folder of the first file.
     pub folder: PathBuf,
     pub files: Vec<PathBuf>,
 }
 
 impl Job {
-    /// Returns what the job names of the hub, each part once.
+    /// Returns the parts of repositories that the job names, each once.
     pub fn wanted(&self) -> Vec<Wanted> {
         let adapters = self.lora.adapter.iter().chain(&self.adapters).filter_map(|path| self.adapter_wanted(path));
         let mut all: Vec<Wanted> = self.model_wanted().into_iter().chain(adapters).collect();
@@ -35,7 +36,7 @@ impl Job {
         wanted
     }
 
-    /// Returns the job with local paths in the place of what it names of the hub. Its values name the commits.
+    /// Returns the job with local paths instead of repositories. Its values name the repositories at their commits.
     pub fn located(mut self, find: impl Fn(&Wanted) -> Result<Located>) -> Result<Job> {
         if let Some(wanted) = self.model_wanted() {
             let Located { reference, folder, .. } = find(&wanted)?;
@@ -61,7 +62,7 @@ impl Job {
         Ok(self)
     }
 
-    /// Says which folders are used although the hub might have repositories of their names.
+    /// Returns a line for each folder that is used although the hub may have a repository of that name.
     pub fn folders_called_like_repositories(&self) -> Vec<String> {
         let mut paths = vec![(keys::MODEL.path, &self.model, Kind::Model)];
         paths.retain(|_| self.command.needs_model());
@@ -72,7 +73,7 @@ impl Job {
         paths.retain(|(_, path, kind)| path.is_dir() && Reference::of_id(&path.to_string_lossy(), *kind).is_some());
         let told = |(key, path, _): (&'static str, &PathBuf, Kind)| {
             let name = self.command.name_of(key).unwrap_or(key);
-            format!("{name}: the folder {} is here, so that the hub is not asked", path.display())
+            format!("{name}: the folder {} is here, so the hub is not asked", path.display())
         };
         paths.into_iter().map(told).collect()
     }
@@ -103,7 +104,7 @@ impl Job {
         Some(Wanted { reference, part: Part::Rows { split: source.split.clone(), unsaid } })
     }
 
-    /// Returns the split that `data.train` means without saying it.
+    /// Returns the split that `data.train` stands for if it names none.
     fn unsaid_split(&self) -> Unsaid {
         if matches!(self.command, Command::Eval | Command::MergeScored) { Unsaid::Only } else { Unsaid::Train }
     }
@@ -115,7 +116,7 @@ impl Job {
         }
     }
 
-    /// Returns sources with local files, and puts the commits into the values of their key.
+    /// Returns sources with local files, and writes the commits into the values of their key.
     fn located_rows(
         &mut self,
         key: &'static str,
@@ -141,7 +142,7 @@ impl Job {
     }
 }
 
-/// Returns what a model's path may be, of what is on disk or of the hub; `None` if it is neither.
+/// Tells whether a path can be that of a model: a folder, or the id of a repository of the hub.
 pub(super) fn is_model(path: &Path) -> bool {
     path.is_dir() || Reference::of(path, Kind::Model).is_some()
 }

@@ -1,4 +1,4 @@
-//! Downloads that go wrong on the way: cut, damaged, refused; and where the token goes.
+//! Downloads that are cut, damaged, refused or redirected, and the requests that the token goes with.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{COMMIT, WEIGHTS, cached, hub, model, one_step, remove_result, tiny};
 use crate::common::cli::{Place, fails, succeeds, train_with};
 use crate::common::golden;
-use crate::common::hub::{Answer, Hub, sha256};
+use crate::common::hub::{Answer, Hub, git_hash, sha256};
 
 #[test]
 fn the_token_goes_to_the_hub_alone_and_into_no_file() {
@@ -78,7 +78,7 @@ fn a_download_that_is_cut_goes_on_where_it_was() {
     succeeds(hub.client(&place, place.command(&one_step(&[]))));
     assert_eq!(ranges(&hub), ["", "bytes=100000-", "bytes=100000-"]);
 
-    // A server that knows no ranges sends all again.
+    // A server that ignores ranges sends the whole file again.
     let hub = fault(|nth, answer| match nth {
         0 => Answer { cut: Some(CUT), ..answer },
         _ => Answer::new(200, &[], std::fs::read(golden("tiny/model.safetensors")).unwrap()),
@@ -86,6 +86,35 @@ fn a_download_that_is_cut_goes_on_where_it_was() {
     let place = Place::new();
     succeeds(hub.client(&place, place.command(&one_step(&[]))));
     assert_eq!(ranges(&hub), ["", "bytes=100000-"]);
+
+    // A server that cuts each answer and refuses ranges never sends the whole file, so the download gives up.
+    let hub = fault(|nth, answer| match nth % 2 {
+        0 => Answer { cut: Some(CUT), ..answer },
+        _ => Answer::new(416, &[], ""),
+    });
+    let place = Place::new();
+    let text = fails(hub.client(&place, place.command(&one_step(&[]))), 1);
+    assert!(text.contains("the hub cannot be reached: "), "{text}");
+    assert_eq!(ranges(&hub).len(), 9, "five answers that are cut, and four refusals between them");
+}
+
+#[test]
+fn a_redirect_within_the_hub_is_followed_with_the_token() {
+    let config = tiny()["config.json"].clone();
+    let etag = format!("\"{}\"", git_hash(&config));
+    let hub = Hub::with_fault(&[("models/org/tiny", model())], move |request, _, answer| match &*request.path {
+        "/kept/config" => Answer::new(200, &[("ETag", &*etag)], config.clone()),
+        path if path.ends_with("/config.json") => {
+            Answer::new(307, &[("Location", "/kept/config"), ("X-Linked-Etag", &*etag)], "")
+        }
+        _ => answer,
+    });
+    let place = Place::new();
+    succeeds(hub.client_with(&place, place.command(&one_step(&[])), &[("HF_TOKEN", "hf_secret")]));
+    let log = hub.log();
+    let kept: Vec<_> = log.iter().filter(|request| request.path == "/kept/config").collect();
+    assert_eq!(kept.len(), 2, "HEAD and GET: {log:?}");
+    assert!(kept.iter().all(|request| request.header("authorization") == "Bearer hf_secret"), "{kept:?}");
 }
 
 #[test]
@@ -115,7 +144,7 @@ fn bytes_that_are_not_those_of_the_hub_are_refused() {
 }
 
 #[test]
-fn what_an_earlier_download_has_left_of_something_else_is_not_kept() {
+fn a_wrong_part_that_an_earlier_download_has_left_is_not_kept() {
     let (hub, place) = (hub(), Place::new());
     succeeds(hub.client(&place, place.command(&one_step(&[]))));
     // The blob becomes the part of a download whose first bytes are wrong.
@@ -129,7 +158,7 @@ fn what_an_earlier_download_has_left_of_something_else_is_not_kept() {
     hub.forget();
     let text = succeeds(hub.client(&place, place.command(&one_step(&[]))));
     assert!(
-        text.contains("model.safetensors: its sha256 is") && text.contains("it comes again from its beginning"),
+        text.contains("model.safetensors: its sha256 is") && text.contains("it is downloaded again from its beginning"),
         "{text}"
     );
     let ranges: Vec<String> =
@@ -160,7 +189,7 @@ fn what_the_hub_refuses_is_told_with_what_to_do() {
         (
             &fails_at("", none, "org/none", false),
             &[
-                "org/none: found neither a file or folder of this name nor a model of the hub, or it is private",
+                "org/none: no file or folder has this name, and the hub has no such model or keeps it private",
                 "help: a token",
             ],
         ),
