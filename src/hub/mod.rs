@@ -48,6 +48,8 @@ pub enum Part {
     Tokenizer,
     /// The files of [`Part::Tokenizer`] and the weights.
     Weights,
+    /// The files of [`Part::Weights`] and all others that a merged model keeps.
+    Merge,
     /// The config and the tensors of an adapter of PEFT.
     Adapter,
     /// The rows of a split of a data set.
@@ -233,11 +235,10 @@ impl Hub {
         progress: &Progress,
     ) -> Result<Vec<String>> {
         match part {
-            Part::Config => model::about(reference, names, false),
-            Part::Tokenizer => model::about(reference, names, true),
+            Part::Config | Part::Tokenizer => model::about(reference, names, part),
             Part::Adapter => model::adapter(reference, names),
-            Part::Weights => {
-                let mut files = model::about(reference, names, true)?;
+            Part::Weights | Part::Merge => {
+                let mut files = model::about(reference, names, part)?;
                 match model::weights(reference, names)? {
                     model::Weights::Single => files.push(SINGLE_FILE.into()),
                     model::Weights::Indexed => {

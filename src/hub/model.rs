@@ -6,9 +6,11 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 use serde::Deserialize;
 
+use super::Part;
 use super::reference::{Reference, is_inside};
 use crate::checkpoint::adapter;
 use crate::checkpoint::folder::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
+use crate::checkpoint::merge;
 use crate::checkpoint::output::TOKENIZER_FILES;
 use crate::checkpoint::source::MAX_INDEX_BYTES;
 use crate::files::{self, listed, shown};
@@ -21,11 +23,15 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Returns the files of a model without its weights: config.json, and with `with_tokenizer` the tokenizer and generation_config.json.
-pub fn about(reference: &Reference, names: &[String], with_tokenizer: bool) -> Result<Vec<String>> {
+/// Returns the files of a part of a model, without its weights.
+pub fn about(reference: &Reference, names: &[String], part: &Part) -> Result<Vec<String>> {
     ensure!(has(names, CONFIG_FILE), "{reference}: {}", no_model(reference, names));
-    let others =
-        [GENERATION_CONFIG_FILE].into_iter().chain(TOKENIZER_FILES).filter(|name| with_tokenizer && has(names, name));
+    let is_wanted = |name: &str| match part {
+        Part::Config => false,
+        Part::Merge => merge::is_copied(name),
+        _ => name == GENERATION_CONFIG_FILE || TOKENIZER_FILES.contains(&name),
+    };
+    let others = names.iter().map(String::as_str).filter(|name| is_wanted(name));
     Ok([CONFIG_FILE].into_iter().chain(others).map(String::from).collect())
 }
 
@@ -137,10 +143,14 @@ mod tests {
             "pytorch_model.bin",
             "tokenizer.json",
             "chat_template.jinja",
+            "preprocessor_config.json",
+            "additional_chat_templates/rag.jinja",
         ]);
-        assert_eq!(about(&reference, &all, false).unwrap(), ["config.json"]);
+        assert_eq!(about(&reference, &all, &Part::Config).unwrap(), ["config.json"]);
         let with_tokenizer = ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"];
-        assert_eq!(about(&reference, &all, true).unwrap(), with_tokenizer);
+        assert_eq!(about(&reference, &all, &Part::Weights).unwrap(), with_tokenizer);
+        let of_merge = ["preprocessor_config.json", "additional_chat_templates/rag.jinja"];
+        assert_eq!(about(&reference, &all, &Part::Merge).unwrap(), [&with_tokenizer[..], &of_merge].concat());
         assert!(matches!(weights(&reference, &all).unwrap(), Weights::Indexed));
         let index = tempfile::NamedTempFile::new().unwrap();
         let write = |map: &str| std::fs::write(index.path(), format!("{{\"weight_map\": {map}}}")).unwrap();
@@ -168,7 +178,7 @@ mod tests {
             ),
             (&[], "there is no config.json; there is: nothing"),
         ] {
-            let error = match about(&reference, &names(files), true) {
+            let error = match about(&reference, &names(files), &Part::Weights) {
                 Err(error) => error.to_string(),
                 Ok(_) => weights(&reference, &names(files)).err().unwrap().to_string(),
             };

@@ -80,12 +80,8 @@ impl Job {
 
     fn model_wanted(&self) -> Option<Wanted> {
         let part = match self.command {
-            Command::Train
-            | Command::Eval
-            | Command::Generate
-            | Command::Merge
-            | Command::MergeScored
-            | Command::Quantize => Part::Weights,
+            Command::Train | Command::Eval | Command::Generate | Command::Quantize => Part::Weights,
+            Command::Merge | Command::MergeScored => Part::Merge,
             Command::Data => Part::Tokenizer,
             Command::Plan | Command::Export => Part::Config,
             _ => return None,

@@ -1,9 +1,9 @@
 //! Merges an adapter into its base: a folder of safetensors files that transformers loads without PEFT.
 //!
-//! A projection becomes W + scale · B · A, computed in f32 and rounded once, to the type that is written. W is what the
-//! base has, or what training computed with, where that was quantized: [`Form`]. All other tensors are copied. Tensors
-//! are read, changed and written one after the other, in the order of the base's files, so that memory depends on the
-//! largest tensor alone.
+//! A projection becomes W + scale · B · A, computed in f32 and rounded once, to the type that is written. [`Form`] says
+//! whether W is what the base has or what training computed with. All other tensors are copied. Tensors are read,
+//! changed and written one after the other, in the order of the base's files, so that memory depends on the adapter and
+//! the largest tensor alone.
 
 mod files;
 mod settings;
@@ -26,14 +26,14 @@ use crate::model::spec::{ModelSpec, ModuleId, TensorId};
 use crate::plan::memory::text as bytes;
 use crate::quant::record::Encoding;
 
-pub use settings::differing_files;
+pub use settings::{differing_files, is_copied};
 
 /// The weights that the adapter is added to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// Those of the base, in 16 or 32 bit.
+    /// The base's own weights, in 16 or 32 bit.
     Original,
-    /// Those that training computed with: quantized to NF4 and dequantized.
+    /// The weights that QLoRA computes with: quantized to NF4 and dequantized.
     Dequantized,
 }
 
@@ -41,9 +41,9 @@ pub enum Form {
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub form: Form,
-    /// Type of all tensors of floats; `None` keeps that of each, and of a tensor in 4 bit that which it had before.
+    /// Type of all tensors of floats. `None` keeps the type of each; a tensor in 4 bit gets the type that it had before.
     pub dtype: Option<Dtype>,
-    /// Most bytes of tensors in a file that has more than one of them.
+    /// Largest number of bytes of the tensors in a file. A larger tensor has a file of its own.
     pub max_shard_bytes: usize,
 }
 
@@ -51,16 +51,17 @@ pub struct Options {
 struct Planned<'a> {
     /// Name in the base's file, and in the result.
     stored: &'a str,
-    /// Name in memory.
+    /// Name in memory, by which [`BaseModel`] finds it.
     name: &'a str,
+    /// Type in the result.
     dtype: Dtype,
     shape: Vec<usize>,
-    /// The weight of a linear module that training holds, or that the base has in 4 bit.
+    /// How the tensor is held if it is a projection or in 4 bit; `None` for all others, which are copied.
     linear: Option<Linear>,
 }
 
 impl Planned<'_> {
-    /// Elements of a row.
+    /// Number of elements of a row.
     fn columns(&self) -> usize {
         self.shape.last().map_or(1, |&columns| columns.max(1))
     }
@@ -74,11 +75,11 @@ impl Planned<'_> {
 struct Linear {
     /// How training holds it, or how it lies in the base where training leaves it alone: beside a text tower.
     tensor: UnitTensor,
-    /// Its layer and module, if it is a projection.
+    /// Layer and module of a projection; `None` for a module beside a text tower.
     place: Option<(usize, ModuleId)>,
 }
 
-/// A base, its adapter, and what the result will be.
+/// A merge that has been decided: a base, its adapter, and the files of the result.
 pub struct Merge<'a> {
     opened: &'a OpenedBase,
     model: &'a Arc<BaseModel>,
@@ -89,12 +90,12 @@ pub struct Merge<'a> {
 }
 
 impl<'a> Merge<'a> {
-    /// Decides what is written. The adapter belongs to this base.
+    /// Decides what is written. The adapter must have been loaded for this base.
     ///
     /// # Errors
     /// The base has no weights of the form that is wanted.
     pub fn new(opened: &'a OpenedBase, adapter: &'a Adapter, options: Options) -> Result<Merge<'a>> {
-        let Weights::Files(stamps) = &opened.weights else { bail!("made-up weights are not merged") };
+        let Weights::Files(stamps) = &opened.weights else { bail!("made-up weights cannot be merged") };
         let model = stamps.model();
         let tensors = planned(opened, model, options.dtype)?;
         let in_4bit = |tensor: &Planned<'_>| model.has_quant_state(tensor.name);
@@ -104,13 +105,13 @@ impl<'a> Merge<'a> {
         match options.form {
             Form::Original => ensure!(
                 !tensors.iter().any(in_4bit),
-                "--base original: {} is a checkpoint in 4 bit, which has no others\n\
-                 help: --base dequantized, or --model with the model in 16 bit that it was made from",
+                "--base original: {} is a checkpoint in 4 bit and has no weights in 16 bit\n\
+                 help: --base dequantized; or --model with the model in 16 bit that it was made from, and --other-base",
                 shown_path(model.dir())
             ),
             Form::Dequantized => ensure!(
                 tensors.iter().any(is_nf4),
-                "--base dequantized: with quantization.load_in_4bit=false nothing is quantized; allowed: --base original"
+                "--base dequantized: nothing is quantized with quantization.load_in_4bit=false; allowed: --base original"
             ),
         }
         let files = files::split(tensors, options.max_shard_bytes);
@@ -122,7 +123,7 @@ impl<'a> Merge<'a> {
         self.files.iter().flatten().map(Planned::bytes).sum()
     }
 
-    /// Writes the whole folder, which is empty, and syncs it. `tell` gets progress.
+    /// Writes all files of the result into an empty folder and syncs them. `tell` gets a line for each file of weights.
     ///
     /// # Errors
     /// A file cannot be written; a value is too large for the type that is written; the base changed meanwhile.
@@ -181,8 +182,7 @@ fn projections(opened: &OpenedBase) -> HashMap<String, Linear> {
     projections
 }
 
-/// Returns whether transformers makes a tensor of others or of the configuration, and does not save it.
+/// Returns whether transformers derives a tensor from another one or from the configuration, and does not save it.
 fn is_derived(spec: &ModelSpec, name: &str) -> bool {
-    let is_tied_head = spec.head.is_tied && name == spec.head.untied_name && name != spec.embedding.name;
-    name.ends_with(".rotary_emb.inv_freq") || is_tied_head
+    name.ends_with(".rotary_emb.inv_freq") || spec.head.is_tied && name == spec.head.untied_name
 }

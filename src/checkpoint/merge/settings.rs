@@ -1,6 +1,7 @@
 //! The files beside the weights: config.json, and those of the tokenizer, the generation and the processors.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -12,7 +13,7 @@ use crate::checkpoint::output::TOKENIZER_FILES;
 use crate::checkpoint::source::Dtype;
 use crate::files::{self, MAX_SETTINGS_BYTES, MAX_TOKENIZER_BYTES, shown_path};
 
-/// Files of a model's folder that are copied, besides [`TOKENIZER_FILES`].
+/// Files of a model's folder that are copied in addition to [`TOKENIZER_FILES`].
 const COPIED_FILES: [&str; 13] = [
     "generation_config.json",
     "chat_template.json",
@@ -29,11 +30,19 @@ const COPIED_FILES: [&str; 13] = [
     "NOTICE",
 ];
 
-/// Folder of further chat templates.
+/// Folder of the chat templates that a model has in addition to its main one.
 const TEMPLATES: &str = "additional_chat_templates";
 
-/// Parts of a config.json that have types of their own.
+/// Keys of config.json whose values are configurations with types of their own.
 const PARTS: [&str; 2] = ["text_config", "vision_config"];
+
+/// Returns whether a file of a base goes into the result as it is. `name` is its path in the base's folder.
+pub fn is_copied(name: &str) -> bool {
+    let template = name.strip_prefix(TEMPLATES).and_then(|rest| rest.strip_prefix('/'));
+    TOKENIZER_FILES.contains(&name)
+        || COPIED_FILES.contains(&name)
+        || template.is_some_and(|file| !file.contains('/') && file.ends_with(".jinja"))
+}
 
 /// Writes config.json of a base without what says that it is in 4 bit, and copies the other files.
 pub(super) fn write(base: &Path, dir: &Path, dtype: Option<Dtype>) -> Result<()> {
@@ -45,11 +54,14 @@ pub(super) fn write(base: &Path, dir: &Path, dtype: Option<Dtype>) -> Result<()>
             copy(&base.join(name), &dir.join(name))?;
         }
     }
-    let Ok(templates) = std::fs::read_dir(base.join(TEMPLATES)) else { return Ok(()) };
-    let copies = dir.join(TEMPLATES);
+    let (originals, copies) = (base.join(TEMPLATES), dir.join(TEMPLATES));
+    let templates = match std::fs::read_dir(&originals) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        found => found.with_context(|| shown_path(&originals))?,
+    };
     std::fs::create_dir(&copies).with_context(|| shown_path(&copies))?;
     for entry in templates {
-        let path = entry.with_context(|| shown_path(&base.join(TEMPLATES)))?.path();
+        let path = entry.with_context(|| shown_path(&originals))?.path();
         if let Some(name) = path.file_name().filter(|_| path.extension().is_some_and(|e| e == "jinja")) {
             copy(&path, &copies.join(name))?;
         }
@@ -67,7 +79,9 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     write().with_context(|| format!("{}: cannot be copied to {}", shown_path(from), shown_path(to)))
 }
 
-/// Removes `quantization_config` and, if all floats get one type, names that, everywhere.
+/// Returns the configuration of the result: `quantization_config` is removed everywhere, and so is `auto_map`, which
+/// names code that is not copied, since transformers has the architecture itself. A type that all floats get is named
+/// everywhere.
 fn merged_config(mut config: Map<String, Value>, dtype: Option<Dtype>) -> Map<String, Value> {
     let word = match dtype {
         Some(Dtype::F32) => Some("float32"),
@@ -85,6 +99,7 @@ fn merged_config(mut config: Map<String, Value>, dtype: Option<Dtype>) -> Map<St
         }
         is_named
     };
+    config.shift_remove("auto_map");
     for part in PARTS {
         if let Some(Value::Object(part)) = config.get_mut(part) {
             change(part);
@@ -97,7 +112,7 @@ fn merged_config(mut config: Map<String, Value>, dtype: Option<Dtype>) -> Map<St
     config
 }
 
-/// Returns the files of a tokenizer that an adapter has beside it and that differ from the base's, which are copied.
+/// Returns the names of the tokenizer's files beside an adapter that differ from the base's. The base's are copied.
 pub fn differing_files(adapter: &Path, base: &Path) -> Vec<&'static str> {
     let read = |dir: &Path, name: &str| files::read(&dir.join(name), MAX_TOKENIZER_BYTES).ok();
     let differs =
@@ -114,7 +129,7 @@ mod tests {
     fn a_config_says_what_the_result_is() {
         let merged = |config: Value, dtype| Value::Object(merged_config(config.as_object().unwrap().clone(), dtype));
         let config = json!({
-            "a": 1, "quantization_config": {}, "torch_dtype": "bfloat16", "b": 2,
+            "a": 1, "quantization_config": {}, "torch_dtype": "bfloat16", "auto_map": {"AutoConfig": "c.Config"}, "b": 2,
             "text_config": {"dtype": "bfloat16", "quantization_config": {}}, "vision_config": {"c": 3},
         });
         let as_base = merged(config.clone(), None);
@@ -139,6 +154,12 @@ mod tests {
         let has = |name: &str| out.path().join(name).exists();
         assert!(has("tokenizer.json") && has("merges.txt") && has("additional_chat_templates/rag.jinja"));
         assert!(!has("notes.txt") && has(CONFIG_FILE));
+        assert!(is_copied("merges.txt") && is_copied("additional_chat_templates/rag.jinja"));
+        assert!(
+            ["notes.txt", "additional_chat_templates", "additional_chat_templates/a/b.jinja"]
+                .iter()
+                .all(|name| !is_copied(name))
+        );
         assert!(differing_files(adapter.path(), base.path()).is_empty());
         for (name, content) in [("tokenizer.json", "tokenizer.json"), ("chat_template.jinja", "other")] {
             std::fs::write(adapter.path().join(name), content).unwrap();
