@@ -4,8 +4,10 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Command;
 
 use common::cli::{Place, TRAIN, fails, succeeds, train_with};
+use common::hub::{Hub, Repository};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -120,7 +122,23 @@ fn what_cannot_be_merged_is_refused() {
     refused(&merge("original", &["--json"]), 2, "--dataset <DATASET>");
     refused(&merge("original", &["--max-shard-size", "many"]), 2, "allowed: a size, e.g. 5GB");
     refused(&merge("dequantized", &[]), 1, "help: --set quantization.bnb_4bit_use_double_quant=false");
-    refused(&merge("dequantized", &["--set", "quantization.load_in_4bit=false"]), 1, "bnb_4bit_use_double_quant=false");
+    refused(
+        &merge("dequantized", &["--set", "quantization.load_in_4bit=false"]),
+        1,
+        "help: leave out --set quantization",
+    );
+    // The scores are those of the base as training held it, and another base changes nothing about that.
+    let scored = ["--dataset", "rows.jsonl", "--device", "cpu"];
+    refused(&merge("original", &scored), 1, "help: --set quantization.bnb_4bit_use_double_quant=false");
+    refused(&merge("dequantized", &["--other-base"]), 1, "help: --set quantization.bnb_4bit_use_double_quant=false");
+    // The result never takes the place of what it is made from.
+    for input in ["model", "out"] {
+        let before = tensors(&place.path(input));
+        let mut onto_itself = merge("original", &[]);
+        onto_itself[6] = input;
+        refused(&onto_itself, 1, "it is there already");
+        assert!(before == tensors(&place.path(input)), "{input}");
+    }
     let text = fails(place.mpirun(2, &merge("original", &[])), 2);
     assert!(text.contains("merge is the work of one process"), "{text}");
     // Another base of the same shape.
@@ -170,6 +188,40 @@ fn the_adapter_and_both_forms_are_scored_side_by_side() {
     assert!((adapter - dequantized).abs() <= 1e-6 * adapter, "{scores}");
     assert!((adapter - found("merged_original")).abs() > 1e-5 * adapter, "NF4 changes nothing: {scores}");
     assert!(names(&place.path("")).iter().all(|name| !name.starts_with('.')), "{:?}", names(&place.path("")));
+}
+
+#[test]
+fn a_model_of_the_hub_comes_with_all_files_that_are_copied() {
+    let place = trained(&[]);
+    place.write("model/preprocessor_config.json", "{}");
+    place.write("model/notes.txt", "notes");
+    let files = names(&place.path("model")).into_iter().map(|name| {
+        let bytes = place.read(&format!("model/{name}"));
+        (name, bytes)
+    });
+    let hub = Hub::start(&[("models/org/tiny", Repository::new(&"0123456789".repeat(4), files))]);
+    let mut of_hub = merge("original", &[]);
+    of_hub[2] = "org/tiny";
+    succeeds(hub.client(&place, place.command(&of_hub)));
+    let expected: Vec<_> = names(&place.path("model")).into_iter().filter(|name| name != "notes.txt").collect();
+    assert_eq!(names(&place.path("merged")), expected);
+    assert_eq!(hub.count("HEAD", "notes.txt"), 0);
+}
+
+#[test]
+fn a_full_disk_leaves_nothing_behind() {
+    let place = trained(&[]);
+    // A limit on the size of files makes write fail as a full disk does; MPI is told to do without files of its own.
+    let program = place.command(&[]);
+    let path = program.get_program().to_str().unwrap();
+    let run = format!("trap '' XFSZ; ulimit -f 200; exec {path} {}", merge("original", &[]).join(" "));
+    let mut shell = Command::new("bash");
+    shell.args(["-c", &run]).current_dir(place.path(""));
+    shell.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    shell.env("PMIX_MCA_gds", "hash").env("OMPI_MCA_btl", "self");
+    let text = fails(shell, 1);
+    assert!(text.contains("model.safetensors: ") && text.contains("File too large"), "{text}");
+    assert!(names(&place.path("")).iter().all(|name| !name.contains("merged")), "{:?}", names(&place.path("")));
 }
 
 /// A fault when all is written and nothing is in its place: the process is killed, or fails.

@@ -1,6 +1,6 @@
 //! A folder that appears under its name when it is whole: it is filled beside its place, under a lock, and renamed.
 //!
-//! A process that is killed leaves the hidden folder, which the next one for the same place takes over and empties.
+//! A process that is killed leaves the hidden folder. The next process for the same place takes it over and empties it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -24,14 +24,22 @@ impl Stage {
     /// Makes an empty folder that is to become `place`.
     ///
     /// # Errors
-    /// Something is at `place` already that is no empty folder; an empty one cannot be replaced, as it is a mount
-    /// point, for instance; another process fills the same folder.
+    /// Something is at `place` already that is no empty folder; an empty one cannot be replaced, for instance because
+    /// it is a mount point; another process fills the same folder.
     pub fn make(place: &Path) -> Result<Stage> {
+        check_free(place)?;
+        Self::beside(place)
+    }
+
+    /// Makes an empty folder beside `place` that is removed when it is dropped. Nothing is done to `place` itself.
+    ///
+    /// # Errors
+    /// The folder cannot be made; another process fills it.
+    pub fn beside(place: &Path) -> Result<Stage> {
         let place = std::path::absolute(place).context("the working directory")?;
         let (Some(name), Some(parent)) = (place.file_name(), place.parent()) else {
             bail!("{}: no name of a folder", shown_path(&place));
         };
-        check_free(&place)?;
         let dir = parent.join(format!(".{}.fsdp-qlora-new", name.to_string_lossy()));
         let lock = Lock::take(&dir)?;
         let stage = Stage { lock: Some(lock), dir, place };
@@ -50,8 +58,10 @@ impl Stage {
         atomic::check_room(&file, &self.place, bytes)
     }
 
-    /// Puts the folder in its place. The files in it have been synced. If that fails, the whole folder stays where it
-    /// is, which the error says.
+    /// Puts the folder in its place. The files in it must have been synced.
+    ///
+    /// # Errors
+    /// The folder cannot be renamed. Then it stays where it is, and the error names that place.
     pub fn finish(mut self) -> Result<()> {
         watch::phase(Phase::Save)?;
         atomic::sync_folder(&self.dir)?;
@@ -79,20 +89,19 @@ impl Stage {
 impl Drop for Stage {
     fn drop(&mut self) {
         if self.lock.is_some() {
-            // What stays behind, the next process for this place removes.
+            // The next process for this place removes what stays behind.
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
 }
 
-/// Fails unless nothing is there, or an empty folder, which is removed.
+/// Fails if something is at `place` that is no empty folder. An empty folder is removed.
 fn check_free(place: &Path) -> Result<()> {
     let Ok(found) = place.symlink_metadata() else { return Ok(()) };
     let is_empty = found.is_dir() && fs::read_dir(place).is_ok_and(|mut entries| entries.next().is_none());
-    ensure!(is_empty, "{}: it is there already\nhelp: name a new folder, or remove this one", shown_path(place));
-    fs::remove_dir(place).with_context(|| {
-        format!("{}: cannot be replaced by a whole folder; help: name one inside of it", shown_path(place))
-    })
+    ensure!(is_empty, "{}: it is there already\nhelp: name a new folder", shown_path(place));
+    fs::remove_dir(place)
+        .with_context(|| format!("{}: this folder cannot be replaced; name a folder inside it", shown_path(place)))
 }
 
 #[cfg(test)]
@@ -111,7 +120,7 @@ mod tests {
         assert!(!out.exists());
         drop(stage);
         assert_eq!(left(), 0);
-        // As a killed process leaves it.
+        // A killed process leaves such a folder.
         fs::create_dir_all(place.path().join("a/.out.fsdp-qlora-new/folder")).unwrap();
         fs::create_dir(&out).unwrap();
         let stage = Stage::make(&out).unwrap();
@@ -121,7 +130,12 @@ mod tests {
         assert_eq!((names, left()), (vec!["file".into()], 1));
         let error = Stage::make(&out).err().unwrap().to_string();
         assert!(error.contains("it is there already\nhelp: name a new folder"), "{error}");
-        assert!(Stage::make(Path::new("/")).is_err());
+        // A folder for what is not kept needs no free place.
+        let scratch = Stage::beside(&out).unwrap();
+        fs::write(scratch.dir().join("file"), "not kept").unwrap();
+        drop(scratch);
+        assert_eq!((fs::read_to_string(out.join("file")).unwrap().as_str(), left()), ("whole", 1));
+        assert!(Stage::make(Path::new("/")).is_err() && Stage::beside(Path::new("/")).is_err());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The run that an adapter came from, which says which base it was trained on and in what form.
+//! The run that an adapter came from. Its record says on which base the adapter was trained, and in what form.
 
 use std::path::Path;
 
@@ -9,7 +9,8 @@ use super::output::record::{RunIdentity, RunRecord};
 use super::state;
 use crate::files::shown_path;
 
-/// Returns the run that wrote the adapter in a folder: a result, or a checkpoint. Adapters of other programs have none.
+/// Returns the run that wrote the adapter in a folder, which is a result or a checkpoint. Returns `None` for adapters of
+/// other programs.
 pub fn run_of(adapter: &Path) -> Result<Option<RunIdentity>> {
     if let Some(record) = RunRecord::read(adapter)? {
         return Ok(Some(record.identity));
@@ -18,7 +19,7 @@ pub fn run_of(adapter: &Path) -> Result<Option<RunIdentity>> {
     is_checkpoint.then(|| state::read_state(adapter).map(|state| state.run)).transpose()
 }
 
-/// Fails if a run was on another base than the one in `model`, whose identity is `base`.
+/// Fails if a run trained on another base than the one in `model`, whose identity is `base`.
 pub fn check_base(run: &RunIdentity, base: &str, model: &Path) -> Result<()> {
     ensure!(
         run.base == base,
@@ -32,20 +33,26 @@ pub fn check_base(run: &RunIdentity, base: &str, model: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Fails if a run held its base in another form than NF4 with this kind of scales, where `None` is the default.
-pub fn check_quantization(run: &RunIdentity, double_quant: Option<bool>) -> Result<()> {
+/// Fails if a run held its base, one in 16 bit, in another form than these keys of `quantization` say. `None` stands for
+/// the default of `bnb_4bit_use_double_quant`, which is true.
+pub fn check_quantization(run: &RunIdentity, load_in_4bit: bool, double_quant: Option<bool>) -> Result<()> {
     let key = |key: &str| run.recipe.get(key).cloned().unwrap_or_default();
+    let in_4bit = key("quantization.load_in_4bit") != Value::Bool(false);
     ensure!(
-        key("quantization.load_in_4bit") != Value::Bool(false),
-        "--base dequantized: the adapter was trained with quantization.load_in_4bit=false, on weights that were not quantized; \
-         allowed: --base original"
+        in_4bit || !load_in_4bit,
+        "the adapter was trained with quantization.load_in_4bit=false, on weights that were not quantized\n\
+         help: --base original; with --dataset, add --set quantization.load_in_4bit=false"
+    );
+    ensure!(
+        !in_4bit || load_in_4bit,
+        "the adapter was trained with quantization.load_in_4bit=true\n\
+         help: leave out --set quantization.load_in_4bit=false"
     );
     let trained = key("quantization.bnb_4bit_use_double_quant");
-    // On one base, null and what it stands for mean the same.
     let word = |found: Value| if found.is_null() { Value::Bool(true) } else { found };
     ensure!(
-        trained.is_null() && double_quant.is_none() || word(trained.clone()) == word(double_quant.into()),
-        "--base dequantized: the adapter was trained with quantization.bnb_4bit_use_double_quant={trained}\n\
+        !in_4bit || word(trained.clone()) == word(double_quant.into()),
+        "the adapter was trained with quantization.bnb_4bit_use_double_quant={trained}\n\
          help: --set quantization.bnb_4bit_use_double_quant={trained}"
     );
     Ok(())
@@ -67,22 +74,21 @@ mod tests {
         check_base(&run, &run.base.clone(), dir.path()).unwrap();
         let error = check_base(&run, "another", dir.path()).unwrap_err().to_string();
         assert!(error.contains("was trained on another base") && error.contains("help: give the base"), "{error}");
-        let mut check = |in_4bit: Value, trained: Value, wanted| {
-            run.recipe.insert("quantization.load_in_4bit".into(), in_4bit);
+        let mut check = |in_4bit: bool, trained: Value, load_in_4bit, double_quant| {
+            run.recipe.insert("quantization.load_in_4bit".into(), in_4bit.into());
             run.recipe.insert("quantization.bnb_4bit_use_double_quant".into(), trained);
-            check_quantization(&run, wanted).map_err(|error| error.to_string())
+            check_quantization(&run, load_in_4bit, double_quant).map_err(|error| error.to_string())
         };
         for (trained, wanted) in
             [(json!(null), None), (json!(true), None), (json!(null), Some(true)), (json!(false), Some(false))]
         {
-            check(json!(true), trained, wanted).unwrap();
+            check(true, trained, true, wanted).unwrap();
         }
-        assert!(
-            check(json!(true), json!(false), None)
-                .unwrap_err()
-                .ends_with("--set quantization.bnb_4bit_use_double_quant=false")
-        );
-        assert!(check(json!(true), json!(true), Some(false)).is_err());
-        assert!(check(json!(false), json!(null), None).unwrap_err().contains("allowed: --base original"));
+        let error = check(true, json!(false), true, None).unwrap_err();
+        assert!(error.ends_with("--set quantization.bnb_4bit_use_double_quant=false"), "{error}");
+        assert!(check(true, json!(true), true, Some(false)).is_err());
+        check(false, json!(null), false, None).unwrap();
+        assert!(check(false, json!(null), true, None).unwrap_err().contains("help: --base original"));
+        assert!(check(true, json!(null), false, None).unwrap_err().contains("help: leave out --set"));
     }
 }

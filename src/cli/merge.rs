@@ -29,7 +29,7 @@ enum BaseArg {
 /// The type of the result.
 #[derive(Clone, Copy, ValueEnum)]
 enum DtypeArg {
-    /// As each tensor of the base
+    /// The type that each tensor has in the base
     Base,
     Float32,
     Float16,
@@ -44,7 +44,7 @@ pub struct MergeArgs {
     /// PEFT adapter, a folder or of the hub
     #[arg(long)]
     adapter: String,
-    /// Folder of the result, which is not there yet
+    /// Folder of the result; nothing may be there yet
     #[arg(long, value_parser = recipe::read_path)]
     output: PathBuf,
     /// The weights that the adapter is added to
@@ -53,13 +53,13 @@ pub struct MergeArgs {
     /// Type of the weights that are written
     #[arg(long, value_enum, default_value_t = DtypeArg::Base)]
     dtype: DtypeArg,
-    /// Most bytes of a file that has more than one tensor
+    /// Largest size of a file of weights; a larger tensor has a file of its own
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = recipe::read_size)]
     max_shard_size: usize,
-    /// Take a base that is not the one in the record of the adapter's run
+    /// Take a base other than the one that the adapter was trained on
     #[arg(long)]
     other_base: bool,
-    /// File or folder of rows, or a data set of the hub, to score: prints the loss of the adapter over its base and of both merged forms
+    /// File or folder of rows, or a data set of the hub: print the loss of the adapter over its base and of both merged forms
     #[arg(long)]
     dataset: Option<String>,
     /// Longer rows are handled as data.overlong says (--set)
@@ -71,7 +71,7 @@ pub struct MergeArgs {
 }
 
 impl MergeArgs {
-    /// True if an engine is made, on whichever device.
+    /// Returns whether the result is scored, which needs a device.
     pub fn scores(&self) -> bool {
         self.dataset.is_some()
     }
@@ -91,7 +91,7 @@ impl MergeArgs {
     }
 }
 
-/// Merges, and with --dataset scores what comes of it.
+/// Merges the adapter into its base. With --dataset, scores the adapter and both merged forms.
 pub fn run(start: &Start, mut comm: MpiComm, args: &MergeArgs, overrides: &[String]) -> Result<()> {
     if start.world.world_size > 1 {
         return Err(usage("merge is the work of one process: start it without mpirun"));
@@ -105,11 +105,16 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &MergeArgs, overrides: &[Stri
     let mut opened = start.open(&mut comm, &job)?;
     let adapter = start.named_adapter(&job, &opened.spec)?.context("--adapter: missing")?;
     let folder = job.lora.adapter.as_deref().context("--adapter: missing")?;
-    if let Some(run) = trained::run_of(folder).context("--adapter")?.filter(|_| !args.other_base) {
-        trained::check_base(&run, &opened.identity(), &job.model).context("--adapter")?;
-        // A checkpoint in 4 bit has its own form.
-        if args.base == BaseArg::Dequantized && opened.spec.quantization.is_none() {
-            trained::check_quantization(&run, job.quantization.double_quant)?;
+    if let Some(run) = trained::run_of(folder).context("--adapter")? {
+        if !args.other_base {
+            trained::check_base(&run, &opened.identity(), &job.model).context("--adapter")?;
+        }
+        // A checkpoint in 4 bit has a form of its own.
+        let is_quantized_here = opened.spec.quantization.is_none();
+        if is_quantized_here && (args.base == BaseArg::Dequantized || args.scores()) {
+            let quantization = &job.quantization;
+            trained::check_quantization(&run, quantization.load_in_4bit, quantization.double_quant)
+                .context("--adapter")?;
         }
     }
     opened.keep_digests(&mut |line| start.log.line(line));

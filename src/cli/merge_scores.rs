@@ -1,4 +1,4 @@
-//! The scores that `merge --dataset` prints: of the adapter over its base, and of what both forms of the base merge to.
+//! The scores that `merge --dataset` prints, of the adapter over its base and of the models that both forms merge to.
 
 use std::path::Path;
 
@@ -19,16 +19,17 @@ use crate::train::eval::Score;
 pub struct Scores<'a> {
     start: &'a Start<'a>,
     job: &'a Agreed<Job>,
-    /// Place of a model and shards that are not kept.
+    /// Folder of a model and of shards that are not kept.
     scratch: Stage,
     scores: Vec<(&'static str, Score)>,
 }
 
 impl<'a> Scores<'a> {
-    /// Makes the place for what is not kept, beside the result: a model of so many bytes, and its shards.
+    /// Makes the folder for what is not kept, beside the result. It must have room for a model of so many bytes and its
+    /// shards.
     pub fn new(start: &'a Start, job: &'a Agreed<Job>, output: &Path, model_bytes: usize) -> Result<Scores<'a>> {
         let name = output.file_name().unwrap_or_default().to_string_lossy();
-        let scratch = Stage::make(&output.with_file_name(format!("{name}-scored"))).context("--dataset")?;
+        let scratch = Stage::beside(&output.with_file_name(format!("{name}-scored"))).context("--dataset")?;
         scratch.check_room(model_bytes.saturating_mul(2)).context("--dataset")?;
         Ok(Scores { start, job, scratch, scores: Vec::new() })
     }
@@ -39,7 +40,7 @@ impl<'a> Scores<'a> {
         self.score("adapter", job)
     }
 
-    /// Scores the result of the other form, if the base has one.
+    /// Scores the model that the other form merges to, if the base has that form.
     pub fn of_other_form(&mut self, opened: &OpenedBase, adapter: &Adapter, options: Options) -> Result<()> {
         let form = match options.form {
             Form::Original => Form::Dequantized,
@@ -58,7 +59,7 @@ impl<'a> Scores<'a> {
         self.of_merged(form, &model)
     }
 
-    /// Scores a merged model. Its shards are not kept, nor what is beside them.
+    /// Scores a merged model, and empties the folder of what is not kept.
     pub fn of_merged(&mut self, form: Form, model: &Path) -> Result<()> {
         let job = self.job.on_merged(model.into(), self.scratch.dir().join("shards"));
         let name = match form {
@@ -76,7 +77,7 @@ impl<'a> Scores<'a> {
         Ok(())
     }
 
-    /// Prints a line for each, or one object.
+    /// Prints a line for each score, or all scores as one JSON object.
     pub fn print(&self, as_json: bool) {
         let line = |score: &Score| {
             json!({"loss": score.loss, "perplexity": score.loss.exp(), "token_accuracy": score.token_accuracy,
