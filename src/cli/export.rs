@@ -23,7 +23,7 @@ enum OutType {
 
 #[derive(Args)]
 pub struct ExportArgs {
-    /// Hugging Face directory or id of the base, of which config.json is read
+    /// The base, a Hugging Face directory or ORG/NAME of the hub; only its config.json is read
     #[arg(long)]
     model: String,
     /// PEFT adapter, a folder or of the hub
@@ -57,13 +57,19 @@ pub fn run(start: &Start, args: &ExportArgs, overrides: &[String]) -> Result<()>
     export.write(&args.gguf).context("--gguf")?;
     start.log.line(format!("{}: {}", args.gguf.display(), bytes(export.bytes())));
     start.log.line(
-        "MODEL.gguf is the base in GGUF: `python convert_hf_to_gguf.py MODEL --outfile MODEL.gguf` of llama.cpp makes it",
+        "MODEL.gguf stands for the base in GGUF; `python convert_hf_to_gguf.py MODEL --outfile MODEL.gguf` of llama.cpp makes it",
     );
-    println!("llama-server -m MODEL.gguf --lora {}", args.gguf.display());
+    println!("llama-server -m MODEL.gguf --lora {}", quoted(&args.gguf.to_string_lossy()));
     Ok(())
 }
 
-/// The name of an adapter's folder, which the file tells.
+/// Returns a word as a shell reads it, in quotes if it has characters that a shell would change.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/._-".contains(c);
+    if word.chars().all(is_plain) { word.into() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}
+
+/// Returns the name of an adapter's folder, which becomes the name of the adapter in the file.
 fn name(adapter: &str) -> String {
     let path = std::path::absolute(adapter).unwrap_or_else(|_| adapter.into());
     path.file_name().map_or("adapter".into(), |name| name.to_string_lossy().into_owned())
@@ -72,7 +78,22 @@ fn name(adapter: &str) -> String {
 /// Fails if a file is there that must not be replaced.
 fn check_free(path: &Path, overwrite: bool) -> Result<()> {
     let Ok(found) = path.symlink_metadata() else { return Ok(()) };
-    ensure!(found.is_file(), "{}: it is there and is no file; name another file", shown_path(path));
+    ensure!(
+        found.is_file(),
+        "{}: something that is no regular file is there\nhelp: name another file",
+        shown_path(path)
+    );
     ensure!(overwrite, "{}: it is there already\nhelp: name another file, or add --overwrite", shown_path(path));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_printed_command_line_can_be_copied() {
+        assert_eq!(quoted("out/adapter-1.gguf"), "out/adapter-1.gguf");
+        assert_eq!(quoted("my adapter's.gguf"), r"'my adapter'\''s.gguf'");
+    }
 }

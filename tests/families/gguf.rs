@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use super::{families, model_with};
 use crate::common::golden;
 
-/// A model of gguf.json.
+/// The entry of a model in gguf.json.
 #[derive(Debug, PartialEq, Deserialize)]
 struct Digests {
     metadata: Map<String, Value>,
@@ -56,7 +56,7 @@ fn crc(bytes: &[u8]) -> u32 {
     crc.sum()
 }
 
-/// The pairs, the number of tensors, and the digests of their descriptions and data.
+/// Returns the pairs, the number of tensors, and the digests of their descriptions and data.
 fn read(path: &Path) -> (Map<String, Value>, usize, u32, u32) {
     let bytes = fs::read(path).unwrap();
     let mut reader = Reader { bytes: &bytes, at: 0 };

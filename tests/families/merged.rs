@@ -13,7 +13,7 @@ use crate::common::{EngineOptions, golden, on_all_ranks, relative_error};
 /// Largest relative error of the logits of a row, against base and adapter of this program.
 const MERGED: f64 = 1e-5;
 
-/// Writes the merged model in f32, in several files.
+/// Writes the merged model in f32, in several files, and returns its folder.
 fn merged(model: &Path, adapter: &Adapter, form: Form) -> TempDir {
     let (out, shards) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let options =
@@ -32,7 +32,7 @@ fn logits(options: &EngineOptions, adapter: bool) -> Vec<f32> {
     on_all_ranks(1, |groups| last_logits(&mut options.engine(groups, shards.path()), &golden_files, adapter)).remove(0)
 }
 
-/// Checks a model merged in this form; `theirs` are logits of PEFT. Returns the relative error.
+/// Checks a model that is merged in this form. `theirs` is the file of PEFT's logits.
 fn check(what: &str, model: &Path, adapter_dir: &Path, form: Form, theirs: Option<&Path>) {
     let spec = ModelSpec::load(model).unwrap();
     let adapter = adapter::load(adapter_dir, &spec).unwrap();

@@ -6,7 +6,7 @@
 use std::io::{self, Write};
 
 const VERSION: u32 = 3;
-/// Used where no pair gives another one.
+/// Alignment of the data in a file whose pairs give no other.
 const ALIGNMENT: usize = 32;
 
 /// A value of a pair.
@@ -26,7 +26,7 @@ pub enum Type {
 }
 
 impl Type {
-    /// The number of the type in `ggml_type`.
+    /// Number of the type in `ggml_type`.
     fn number(self) -> u32 {
         match self {
             Type::F32 => 0,
@@ -48,7 +48,7 @@ impl Type {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Info {
     pub name: String,
-    /// `[rows, columns]`; a row lies together.
+    /// `[rows, columns]`, in row-major order.
     pub shape: [usize; 2],
     pub kind: Type,
 }
@@ -82,7 +82,7 @@ pub fn header(pairs: &[(&str, Value)], infos: &[Info]) -> Vec<u8> {
     for info in infos {
         add_string(&mut out, &info.name);
         out.extend((info.shape.len() as u32).to_le_bytes());
-        // The dimension that lies together comes first.
+        // Dimensions go from the innermost to the outermost.
         info.shape.iter().rev().for_each(|&size| out.extend((size as u64).to_le_bytes()));
         out.extend(info.kind.number().to_le_bytes());
         out.extend((offset as u64).to_le_bytes());
@@ -97,15 +97,15 @@ fn add_string(out: &mut Vec<u8>, text: &str) {
     out.extend(text.as_bytes());
 }
 
-/// Writes the bytes of a tensor, and those up to the next one.
+/// Writes the bytes of a tensor, and zeros up to the place of the next one.
 pub fn write_data(out: &mut impl Write, bytes: &[u8]) -> io::Result<()> {
     out.write_all(bytes)?;
     out.write_all(&[0; ALIGNMENT][..bytes.len().next_multiple_of(ALIGNMENT) - bytes.len()])
 }
 
-/// Bytes of a whole file with such a header.
-pub fn file_bytes(header: &[u8], infos: &[Info]) -> usize {
-    header.len() + infos.iter().map(|info| info.bytes().next_multiple_of(ALIGNMENT)).sum::<usize>()
+/// Number of bytes of a file with this header and these tensors.
+pub fn file_bytes<'a>(header: &[u8], infos: impl IntoIterator<Item = &'a Info>) -> usize {
+    header.len() + infos.into_iter().map(|info| info.bytes().next_multiple_of(ALIGNMENT)).sum::<usize>()
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! An adapter in GGUF, as llama.cpp's `convert_lora_to_gguf.py` writes it and `llama-server --lora` reads it.
 //!
-//! Sources: that script with `conversion/*.py` and `gguf-py` of llama.cpp (as in llama-cpp-python 0.3.36), which give the names of
-//! architectures and tensors, and say which rows change their places.
+//! The names of architectures and tensors, and the rows that are reordered, are those of that script with `conversion/*.py` and
+//! `gguf-py` of llama.cpp, as in llama-cpp-python 0.3.36.
 
 mod format;
 
@@ -20,13 +20,13 @@ use crate::model::trainable::{Kind, LayerTrainables, LoraModule, Trainable};
 pub use format::Type;
 use format::{Info, Value};
 
-/// Version of the quantized types, which every file has.
+/// Version of GGUF's quantized types. Every file names it.
 const QUANTIZATION_VERSION: u32 = 2;
 
 /// An architecture of llama.cpp.
 struct Architecture {
     name: &'static str,
-    /// True where rotation takes neighbouring elements of a head for a pair: rows of q and k are in that order.
+    /// True if rotation pairs neighbouring elements of a head, so that the rows of q and k are reordered.
     pairs_are_neighbours: bool,
 }
 
@@ -47,7 +47,7 @@ const ARCHITECTURES: [(&str, Architecture); 13] = [
     ("gemma3", Architecture { name: "gemma3", pairs_are_neighbours: false }),
 ];
 
-/// llama.cpp's name of a module.
+/// Returns llama.cpp's name of a module.
 fn module_name(module: ModuleId) -> &'static str {
     match module {
         ModuleId::Q => "attn_q",
@@ -66,9 +66,9 @@ struct Matrix<'a> {
     info: Info,
     /// Its values, `[rows, columns]`.
     values: &'a [f32],
-    /// Number of heads whose rows change their places; `None`: they stay.
+    /// Number of heads if the rows of each head are reordered; `None` if all rows stay in their places.
     permuted_heads: Option<usize>,
-    /// Factor of the values: not 1 where the scale of the module is not that of the file.
+    /// Factor of the values. It differs from 1 where the scale of the module is not the one that the file's alpha gives.
     factor: f32,
 }
 
@@ -79,7 +79,7 @@ pub struct Export<'a> {
 }
 
 impl<'a> Export<'a> {
-    /// Decides what is written; `name` is what the file says that it is.
+    /// Decides what is written. The file has `name` as its `general.name`.
     ///
     /// # Errors
     /// The converter of llama.cpp has no architecture for adapters of this family.
@@ -92,7 +92,7 @@ impl<'a> Export<'a> {
         // llama.cpp scales by alpha / r.
         let keys = &adapter.settings.keys;
         let alpha = if keys.use_rslora { keys.alpha * (keys.r as f64).sqrt() } else { keys.alpha };
-        let matrices = matrices(adapter, spec, architecture, (alpha, kind))?;
+        let matrices = matrices(adapter, spec, architecture, alpha, kind)?;
         let text = |text: &str| Value::String(text.into());
         let pairs = [
             ("general.architecture", text(architecture.name)),
@@ -106,10 +106,9 @@ impl<'a> Export<'a> {
         Ok(Export { header: format::header(&pairs, &infos), matrices })
     }
 
-    /// Bytes of the file.
+    /// Number of bytes of the file.
     pub fn bytes(&self) -> usize {
-        let infos: Vec<Info> = self.matrices.iter().map(|matrix| matrix.info.clone()).collect();
-        format::file_bytes(&self.header, &infos)
+        format::file_bytes(&self.header, self.matrices.iter().map(|matrix| &matrix.info))
     }
 
     /// Writes the file, which appears when it is whole.
@@ -130,7 +129,8 @@ fn matrices<'a>(
     adapter: &'a Adapter,
     spec: &ModelSpec,
     architecture: &Architecture,
-    (alpha, kind): (f64, Type),
+    alpha: f64,
+    kind: Type,
 ) -> Result<Vec<Matrix<'a>>> {
     let lora = adapter.settings.lora_config();
     let mut named = Vec::new();
@@ -151,13 +151,13 @@ fn matrices<'a>(
     Ok(named.into_iter().map(|(_, matrix)| matrix).collect())
 }
 
-/// Returns the factor of B of a module in a file of this alpha. Scales that differ by rounding alone are the same.
+/// Returns the factor of a module's B in a file of this alpha. Scales that differ by rounding alone count as equal.
 fn factor(module: &LoraModule, alpha: f64) -> f32 {
     let factor = f64::from(module.scale) * module.lora_rank as f64 / alpha;
     if (factor - 1.0).abs() < 1e-6 { 1.0 } else { factor as f32 }
 }
 
-/// Returns the number of heads whose rows a module has that are rotated.
+/// Returns the number of heads of a module whose output is rotated, or `None` for another module.
 fn rotated_heads(layer: &LayerSpec, module: ModuleId) -> Option<usize> {
     match module {
         ModuleId::Q => Some(layer.attention.num_heads),
@@ -190,8 +190,8 @@ impl Matrix<'_> {
     }
 }
 
-/// The row of Hugging Face that comes to this row: element i of the first half of a head, and of the second, become
-/// neighbours (`LlamaModel.permute`).
+/// Returns the row of the Hugging Face model that is put in this row. Row i of the first half of a head and row i of its
+/// second half become neighbours (`LlamaModel.permute` of llama.cpp).
 fn row_before(row: usize, head_dim: usize) -> usize {
     let (head, place) = (row / head_dim, row % head_dim);
     head * head_dim + place % 2 * (head_dim / 2) + place / 2

@@ -14,7 +14,7 @@ use crate::checkpoint::atomic;
 use crate::checkpoint::folder::{INDEX_FILE, SINGLE_FILE};
 use crate::files::shown_path;
 
-/// Distributes tensors over files in their order: a file is full where the next tensor would exceed `max_bytes`.
+/// Distributes tensors over files in their order. A file is full when the next tensor would make it exceed `max_bytes`.
 /// Within a file, wider types come first, so that every tensor is aligned.
 pub(super) fn split(tensors: Vec<Planned<'_>>, max_bytes: usize) -> Vec<Vec<Planned<'_>>> {
     let (mut files, mut bytes): (Vec<Vec<Planned<'_>>>, usize) = (Vec::new(), 0);
@@ -32,7 +32,7 @@ pub(super) fn split(tensors: Vec<Planned<'_>>, max_bytes: usize) -> Vec<Vec<Plan
     files
 }
 
-/// The name of a file, as transformers names it.
+/// Returns the name that transformers gives to a file.
 pub(super) fn name(idx: usize, num_files: usize) -> String {
     match num_files {
         1 => SINGLE_FILE.into(),
@@ -41,7 +41,7 @@ pub(super) fn name(idx: usize, num_files: usize) -> String {
 }
 
 impl Merge<'_> {
-    /// Writes a file and syncs it.
+    /// Writes the file of these tensors and syncs it.
     pub(super) fn write_file(&self, path: &Path, tensors: &[Planned<'_>]) -> Result<()> {
         let place = || format!("{}: cannot be written", shown_path(path));
         let mut file = BufWriter::new(File::create(path).with_context(place)?);
@@ -68,7 +68,7 @@ fn header(tensors: &[Planned<'_>]) -> Result<Vec<u8>> {
     Ok([&(json.len() as u64).to_le_bytes()[..], &json].concat())
 }
 
-/// Writes `model.safetensors.index.json`.
+/// Writes and syncs `model.safetensors.index.json`, in the form in which transformers writes it.
 pub(super) fn write_index(dir: &Path, files: &[Vec<Planned<'_>>]) -> Result<()> {
     let tensors = || files.iter().flatten();
     let mut places: Vec<(&str, Value)> = files

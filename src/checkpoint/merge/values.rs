@@ -14,13 +14,13 @@ use crate::files::shown;
 use crate::model::trainable::{Kind, LayerTrainables, LoraModule};
 use crate::quant::record::{Encoding, RECORD_WEIGHTS};
 
-/// Bytes that are copied, and elements that are computed, at a time.
+/// Number of bytes that are copied at a time, and about as many elements are computed at a time.
 const PIECE: usize = 1 << 22;
 
-/// W, of which a range of elements can be read as f32.
+/// The values of W, which are read as f32, a range of elements at a time.
 enum Source<'a> {
     Plain(TensorView<'a>),
-    /// Records of the whole tensor; ranges begin with one.
+    /// Records of the whole tensor. A range that is read must begin with a record.
     Records(Vec<u8>, Encoding),
 }
 
@@ -47,7 +47,7 @@ struct Delta<'a> {
 }
 
 impl Delta<'_> {
-    /// Adds the delta of the rows from `first_row` on to `weights`, `[rows, in_features]`. `product` has as many
+    /// Adds the delta of the rows from `first_row` on to `weights`, `[rows, in_features]`. `scratch` must have as many
     /// elements.
     fn add_to(&self, weights: &mut [f32], scratch: &mut [f32], first_row: usize) {
         let in_features = self.a.len() / self.lora_rank;
@@ -119,8 +119,8 @@ impl Merge<'_> {
                 let len = values.len();
                 delta.add_to(values, &mut scratch[..len], first / tensor.columns());
             }
-            write_as(values, tensor.dtype, &mut halves, out)
-                .with_context(|| format!("tensor {}, elements from {first} on", shown(tensor.stored)))?;
+            write_as(values, first, tensor.dtype, &mut halves, out)
+                .with_context(|| format!("tensor {}", shown(tensor.stored)))?;
         }
         Ok(())
     }
@@ -136,8 +136,8 @@ fn gcd(a: usize, b: usize) -> usize {
     if b == 0 { a } else { gcd(b, a % b) }
 }
 
-/// Writes the values in this type, rounded to nearest, ties to even.
-fn write_as(values: &[f32], dtype: Dtype, halves: &mut Vec<u16>, out: &mut impl Write) -> Result<()> {
+/// Writes the values in this type, rounded to nearest, ties to even. The first value is element `first` of its tensor.
+fn write_as(values: &[f32], first: usize, dtype: Dtype, halves: &mut Vec<u16>, out: &mut impl Write) -> Result<()> {
     halves.resize(values.len(), 0);
     let (bytes, not_finite): (&[u8], _) = match dtype {
         Dtype::F32 => (bytemuck::cast_slice(values), values.iter().position(|x| !x.is_finite())),
@@ -154,7 +154,8 @@ fn write_as(values: &[f32], dtype: Dtype, halves: &mut Vec<u16>, out: &mut impl 
         other => bail!("dtype {other:?}; allowed: F32, F16, BF16"),
     };
     if let Some(idx) = not_finite {
-        bail!("element {idx} is {}, which is no number of {dtype:?}; help: --dtype bfloat16 or float32", values[idx]);
+        let (at, value) = (first + idx, values[idx]);
+        bail!("element {at} is {value}, which {dtype:?} cannot hold\nhelp: --dtype bfloat16 or float32");
     }
     out.write_all(bytes).context("it cannot be written")
 }
@@ -176,15 +177,16 @@ mod tests {
     fn values_are_rounded_once_and_must_fit() {
         let written = |value: f32, dtype| {
             let mut out = Vec::new();
-            write_as(&[value], dtype, &mut Vec::new(), &mut out).map(|()| out)
+            write_as(&[value], 7, dtype, &mut Vec::new(), &mut out).map(|()| out)
         };
-        // Halfway between two numbers of bfloat16: to even.
+        // These lie halfway between two numbers of bfloat16, and go to the even one.
         assert_eq!(written(1.0 + 1.0 / 256.0, Dtype::BF16).unwrap(), bf16::from_f32(1.0).to_le_bytes());
         assert_eq!(written(1.0 + 3.0 / 256.0, Dtype::BF16).unwrap(), bf16::from_f32(1.015_625).to_le_bytes());
         assert_eq!(written(65_519.0, Dtype::F16).unwrap(), f16::MAX.to_le_bytes());
         assert_eq!(written(0.1, Dtype::F32).unwrap(), 0.1f32.to_le_bytes());
         for (value, dtype) in [(65_520.0, Dtype::F16), (f32::NAN, Dtype::F32), (f32::INFINITY, Dtype::BF16)] {
-            assert!(written(value, dtype).unwrap_err().to_string().contains("is no number of"), "{value}");
+            let error = written(value, dtype).unwrap_err().to_string();
+            assert!(error.contains(&format!("element 7 is {value}, which {dtype:?} cannot hold")), "{error}");
         }
     }
 }
