@@ -32,7 +32,7 @@ STRING, U32, F32 = 8, 4, 6
 
 
 def llama_cpp(place):
-    """The folder of llama.cpp's scripts, unpacked into `place`."""
+    """Unpacks llama.cpp's scripts into `place` and returns their folder."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", place,
                f"llama-cpp-python=={VERSION}"]
     subprocess.run(command, check=True)
@@ -43,7 +43,7 @@ def llama_cpp(place):
 
 
 def convert(scripts, base, adapter, out, outtype="f32"):
-    """Whether the script wrote an adapter to `out`. It runs in this process, where what it imports is imported once."""
+    """Returns whether the script wrote an adapter to `out`. It runs in this process, so that its imports are loaded once."""
     script = scripts / "convert_lora_to_gguf.py"
     before = sys.argv, sys.path[:]
     sys.argv = [str(word) for word in [script, "--base", base, "--outfile", out, "--outtype", outtype, adapter]]
@@ -58,12 +58,12 @@ def convert(scripts, base, adapter, out, outtype="f32"):
     finally:
         logging.disable(logging.NOTSET)
         sys.argv, sys.path[:] = before
-    # Of some architectures it writes the base instead.
+    # For some architectures it writes the base instead.
     return any(name.endswith(".lora_a") for name in read(out)["tensors"])
 
 
 def read(path):
-    """The parts of a GGUF file: its pairs, the name, dims, type and bytes of each tensor, and the bytes of all descriptions and all data."""
+    """Returns the parts of a GGUF file: its pairs, the dims, type and bytes of each tensor by name, and the bytes of all descriptions and data."""
     file = path.read_bytes()
     at = 0
 
@@ -95,6 +95,7 @@ def read(path):
 
 
 def digest(scripts, name, place):
+    """Returns the entry of a model in gguf.json."""
     base = place_of(name, next(iter(MODELS[name].cases)), place / name)
     adapter, outs = folder(f"families/{name}") / "adapter", [place / "f32.gguf", place / "f16.gguf"]
     for out, outtype in zip(outs, ["f32", "f16"]):

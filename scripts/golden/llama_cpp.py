@@ -3,12 +3,12 @@
 
 usage: llama_cpp.py PROGRAM [MODEL...]
 
-It needs the packages of requirements.txt and `pip install llama-cpp-python==0.3.36`, which compiles llama.cpp for some minutes; so nothing
-else calls it. The models are those whose adapters the converter knows (converted.py). Their bases become GGUF files in float32 by llama.cpp's
-own classes, without a vocabulary. Prints a line `parity MODEL QUANTITY VALUE` for each comparison:
+This script needs the packages of requirements.txt and `pip install llama-cpp-python==0.3.36`, which compiles llama.cpp for some minutes, so
+nothing else calls it. The models are those whose adapters the converter knows (converted.py). llama.cpp's own classes write their bases as
+GGUF files in float32, without a vocabulary. The script prints a line `parity MODEL QUANTITY VALUE` for each comparison:
 
   llama-losses   what the adapter adds to the loss of each token: ‖difference‖ / ‖ours‖, llama.cpp against `eval --per-token` (allowed: 0.02)
-  llama-logits   the same of what it adds to all logits, against PEFT (allowed: 0.02)
+  llama-logits   what the adapter adds to all logits, compared in the same way with PEFT (allowed: 0.02)
   llama-argmax   the share of positions whose most likely token is PEFT's (allowed: 0.95 and more)
 """
 
@@ -50,7 +50,7 @@ with torch.inference_mode():
 
 
 def logits_of_llama_cpp(base, adapter=None):
-    """The logits of all rows, one after the other."""
+    """Returns the logits of all rows, one after the other."""
     from llama_cpp import GGML_TYPE_F32, Llama
 
     rows = []
@@ -63,7 +63,7 @@ def logits_of_llama_cpp(base, adapter=None):
 
 
 def losses(logits):
-    """The loss of each target token of all rows."""
+    """Returns the loss of each target token of all rows."""
     targets = token_rows()
     parts = logits.split([row.shape[1] for row in targets])
     return torch.cat([torch.nn.functional.cross_entropy(part[:-1], row[0, 1:], reduction="none") for part, row in zip(parts, targets)])

@@ -10,7 +10,7 @@ differs, or a loss of a token by more than 1e-4. All runs are on the CPU in f32,
   skipped           the same where llm_int8_skip_modules leaves a part of the modules in 16 bit
   tokens            tokens of `generate` that are those of transformers, of all cases, without and with PEFT's adapter: 1 is all
   to-peft           an adapter on all linear modules that `train` wrote: losses in PEFT. No tensor may be missing or left over there.
-  to-peft-ragged    an adapter whose modules have several ranks and scales, or none: losses in PEFT
+  to-peft-ragged    an adapter whose modules differ in rank and scale, and that leaves modules out: losses in PEFT
   to-peft-nf4       an adapter that `train` wrote of the 4-bit checkpoint with double quantization, in PEFT on bitsandbytes' model
   from-peft         an adapter that PEFT saved: losses here
   and-back          the same after more training here: losses in PEFT
@@ -45,7 +45,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 TOLERANCE = 1e-4
-# Shares: two sums in f32 may differ in their last bit, where one of a hundred thousand lies between two numbers of bf16.
+# The least shares. Two sums in f32 may differ in their last bit, and about one in a hundred thousand then rounds to another number of bf16.
 LEAST = {"tokens": 1.0, "merged-bf16": 0.999}
 IN_16_BIT = ["quantization.load_in_4bit=false"]
 RAGGED = ["lora.rank_pattern={down_proj: 7, '.*layers\\.0\\.self_attn\\..*': 2}", "lora.alpha_pattern={down_proj: 3}",
@@ -54,7 +54,7 @@ ROWS = [row[0].tolist() for row in token_rows()]
 
 
 def add_tokenizer(place, eos=SIZES["eos_token_id"]):
-    """One whose text of token 5 is `t05`. Tokenizer and config.json get this eos token."""
+    """Writes a tokenizer in which the text of token 5 is `t05`. Tokenizer and config.json get this eos token."""
     tokenizer = Tokenizer(WordLevel({f"t{i:02}": i for i in range(SIZES["vocab_size"])}, unk_token="t0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(place / "tokenizer.json"))
@@ -75,7 +75,7 @@ class Program:
         self.rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ROWS))
 
     def llama_cpp(self):
-        """The scripts of llama.cpp, fetched once."""
+        """Returns the folder of llama.cpp's scripts, which are fetched once."""
         place = self.place / "llama_cpp"
         if not place.exists():
             place.mkdir()
@@ -91,14 +91,14 @@ class Program:
         return done.stdout
 
     def losses(self, model, adapter=None, settings=()):
-        """The loss of each target token of ROWS, one after the other."""
+        """Returns the loss of each target token of ROWS, one after the other."""
         out = self.place / "losses.jsonl"
         named = ["--adapter", adapter] if adapter else []
         self.run("eval", "--model", model, *named, "--dataset", self.rows, "--per-token", out, "--overwrite", settings=settings)
         return torch.tensor([json.loads(line)["loss"] for line in out.read_text().splitlines()], dtype=torch.float64)
 
     def tokens(self, model, length, max_new_tokens, adapter=None):
-        """What `generate` appends to the first tokens of the last of ROWS."""
+        """Returns the tokens that `generate` appends to the first tokens of the last of ROWS."""
         prompt = " ".join(f"t{token:02}" for token in ROWS[-1][:length])
         named = ["--adapter", adapter] if adapter else []
         text = self.run("generate", "--model", model, *named, "--raw", "--prompt", prompt, "--max-new-tokens", max_new_tokens,
@@ -106,7 +106,7 @@ class Program:
         return [int(word.removeprefix("t")) for word in text.split()]
 
     def merge(self, model, adapter, base, dtype):
-        """The folder of a merged model, in several files."""
+        """Merges into several files and returns the folder."""
         out = self.place / f"merged-{base}-{dtype}"
         shutil.rmtree(out, ignore_errors=True)
         self.run("merge", "--model", model, "--adapter", adapter, "--output", out, "--base", base, "--dtype", dtype, "--max-shard-size", "20KB")
@@ -126,7 +126,7 @@ class Program:
 
 @torch.no_grad()
 def losses_of(model):
-    """The loss of each target token of ROWS, by transformers."""
+    """Returns the loss of each target token of ROWS, computed by transformers."""
     losses = []
     for row in token_rows():
         logits = model(input_ids=row, use_cache=False).logits[0, :-1].double()
@@ -135,7 +135,7 @@ def losses_of(model):
 
 
 def with_adapter(model, adapter):
-    """The model with an adapter, which must have exactly the tensors that PEFT expects there."""
+    """Returns the model with an adapter, which must have exactly the tensors that PEFT expects there."""
     with warnings.catch_warnings(action="error", category=UserWarning):
         peft = PeftModel.from_pretrained(model, adapter)
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
@@ -152,13 +152,13 @@ def difference(found, expected):
 
 
 def moved(with_it, without):
-    """Checks that an adapter matters at all."""
+    """Checks that an adapter changes the losses at all, and returns them."""
     assert difference(with_it, without) > 100 * TOLERANCE
     return with_it
 
 
 def skipped(name):
-    """A module of each kind as llm_int8_skip_modules names it: the head (which would be in 4 bit if the list did not name it), a part of
+    """Returns a module of each kind that llm_int8_skip_modules can name: the head (which would be in 4 bit if the list did not name it), a part of
     a layer, and the end of a name. `mlp` alone leaves nothing in 16 bit, since it neither begins nor ends the path of a linear module."""
     layers = "model.language_model.layers" if MODELS[name].language_model else "model.layers"
     return ["lm_head", f"{layers}.0.self_attn", "down_proj", "mlp"]
@@ -217,7 +217,7 @@ def compare_merged(program, name, plain):
 
 
 def compare_gguf(program, name, plain):
-    """Yields the number of bytes that differ, of families whose adapters the converter knows."""
+    """Yields the number of bytes that differ, for families whose adapters the converter knows."""
     if not json.loads((ROOT / "gguf.json").read_text())[name]:
         return
     adapter, ours, theirs = folder(f"families/{name}") / "adapter", program.place / "ours.gguf", program.place / "theirs.gguf"
@@ -241,7 +241,7 @@ def compare_tokens(program, name, place):
     for case in MODELS[name].cases:
         files = place / "tokens" / case
         expected = generated(name, case, files)
-        # A token that ends no text.
+        # The eos token becomes one that no text has.
         add_tokenizer(files, min(set(range(SIZES["vocab_size"])) - {token for texts in expected.values() for text in texts for token in text}))
         for key, adapter in adapters.items():
             for prompt, theirs in zip(PROMPTS, expected[key], strict=True):
