@@ -61,9 +61,10 @@ pub struct Progress {
     pub last_update: usize,
     /// True once an update with a learning rate above 0 was made: from then on lora_A has a gradient.
     pub has_learned: bool,
-    /// Number of steps that were skipped because their loss or gradient was not finite: all of them, and those since
-    /// the last update. An overflow that lowers the loss scale is not one of them.
+    /// Number of steps that were skipped because their loss or gradient was not finite. An overflow that lowers the loss
+    /// scale is not one of them.
     pub num_skipped: usize,
+    /// Number of steps that were skipped since the last update.
     pub skipped_in_a_row: usize,
     pub loss_scaler: LossScaler,
     /// True if the evaluation that is due after the step was abandoned.
@@ -181,7 +182,8 @@ impl Checkpoint<'_> {
             );
             rename(&path, &old)?;
         }
-        rename(&new, &path)?;
+        // The next checkpoint would remove the older one of this step where it lies now.
+        rename(&new, &path).inspect_err(|_| drop(std::fs::rename(&old, &path)))?;
         atomic::sync_folder(output)?;
         remove(&old)?;
         Ok(path)
@@ -300,7 +302,7 @@ impl Found {
             let found = Digest::of(path, &digest.name)?;
             ensure!(
                 found == *digest,
-                "{}: {} bytes with digest {}, written were {} bytes with digest {}",
+                "{}: damaged: it has {} bytes with digest {}, and {} bytes with digest {} were written",
                 path.join(&digest.name).display(),
                 found.bytes,
                 found.xxh3,
@@ -315,8 +317,8 @@ impl Found {
         Ok(Found { path: path.into(), state })
     }
 
-    /// Sees to it that an output folder has the best checkpoint that this one knows of, which may be beside this one
-    /// instead. If neither place has it, that is said, and the run goes on without it.
+    /// Copies the best checkpoint that this one knows of into an output folder, from beside this one, unless it is there
+    /// already. If neither place has it, `say` is told so, and the run goes on without it.
     pub fn bring_best(&mut self, output: &Path, say: &mut dyn FnMut(String)) -> Result<()> {
         let best = &mut self.state.progress.evaluations.best_checkpoint;
         let Some(Scored { step, .. }) = *best else { return Ok(()) };

@@ -81,7 +81,7 @@ fn any_byte_that_changes_is_found() {
             for damaged in [&flipped[..], &whole[..at]] {
                 std::fs::write(path.join(name), damaged).unwrap();
                 let error = format!("{:#}", Found::open(&path).err().unwrap());
-                assert!(error.contains(name) && error.contains("written were"), "{error}");
+                assert!(error.contains(name) && error.contains("were written"), "{error}");
             }
         }
         std::fs::write(path.join(name), whole).unwrap();
