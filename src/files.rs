@@ -16,6 +16,8 @@ use rustix::fs::{Mode, OFlags};
 use serde::de::DeserializeOwned;
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::comm::watch;
+
 /// Largest JSON file of settings: config.json, generation_config.json, adapter_config.json, tokenizer_config.json.
 pub const MAX_SETTINGS_BYTES: u64 = 4 << 20;
 
@@ -106,16 +108,21 @@ pub fn read(path: &Path, max_bytes: u64) -> Result<Vec<u8>> {
 
 /// Returns the number of bytes of a file and their XXH3 of 64 bits.
 pub fn digest(path: &Path) -> Result<(u64, u64)> {
-    let (mut file, mut hash, mut bytes) = (open(path)?, Xxh3::new(), 0);
-    let mut buffer = vec![0; DIGEST_BYTES];
+    digest_of(open(path)?).with_context(|| shown_path(path))
+}
+
+/// Reads to the end. Returns the number of bytes and their XXH3 of 64 bits.
+pub fn digest_of(mut from: impl Read) -> std::io::Result<(u64, u64)> {
+    let (mut hash, mut bytes, mut buffer) = (Xxh3::new(), 0, vec![0; DIGEST_BYTES]);
     loop {
-        match file.read(&mut buffer).with_context(|| shown_path(path))? {
+        match from.read(&mut buffer)? {
             0 => return Ok((bytes, hash.digest())),
             n => {
                 hash.update(&buffer[..n]);
                 bytes += n as u64;
             }
         }
+        watch::beat();
     }
 }
 

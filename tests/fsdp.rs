@@ -279,7 +279,7 @@ fn packed_documents_are_scored_as_if_they_were_alone() {
         let (world_size, rank) = (2, engine.queue.rank());
         let mut score = |packing, max_tokens| {
             let data = rows(packing);
-            let batches = data::eval_micro_batches(&data, max_tokens, world_size, rank);
+            let batches: Vec<_> = data::eval_micro_batches(&data, max_tokens, world_size, rank).collect();
             eval::score(&mut engine, &batches, true).unwrap()
         };
         let (alone, packed, wide) =
@@ -300,7 +300,8 @@ fn quantized_on_the_fly_or_by_bitsandbytes() {
         let data = rows(Packing::None);
         on_all_ranks(1, |groups| {
             let mut engine = options.engine(groups, shards.path());
-            eval::score(&mut engine, &data::eval_micro_batches(&data, 200, 1, 0), false).unwrap().loss
+            let batches: Vec<_> = data::eval_micro_batches(&data, 200, 1, 0).collect();
+            eval::score(&mut engine, &batches, false).unwrap().loss
         })[0]
     };
     assert_eq!(score("tiny", false).to_string(), score("tiny-bnb4", false).to_string());

@@ -141,8 +141,8 @@ fn messages_that_the_template_leaves_out_are_told() {
         .join("\n"),
     );
     let notes = data_json(&place, &[])["train"]["notes"].clone();
-    let said = "3 messages of the role critic do not stand in what the chat template writes, or not as they are: \
-                rows.jsonl:1, rows.jsonl:2, rows.jsonl:2";
+    let said = "3 messages of the role critic that the chat template leaves out or changes: rows.jsonl:1, rows.jsonl:2, \
+                rows.jsonl:2";
     assert_eq!(notes, json!([said]));
     let text = succeeds(place.command(&train_with(&["training.max_steps=1"])));
     assert!(text.contains(said), "{text}");

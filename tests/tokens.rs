@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use common::cli::{Place, TRAIN, metrics, succeeds, train_with};
+use common::running::{Running, signal};
 
 /// Names in the folder of tokens, sorted.
 fn cached(place: &Place) -> Vec<PathBuf> {
@@ -84,7 +85,7 @@ fn a_damaged_file_is_made_again_and_said() {
 fn whoever_waits_for_a_writer_that_is_killed_takes_its_place() {
     let place = Place::new();
     place.write("rows.jsonl", "{\"input_ids\": [5, 6, 7, 8, 9, 10, 11, 12]}\n".repeat(200_000));
-    let args = ["data", "-c", "recipe.yaml", "--json"];
+    let args = ["data", "-c", "recipe.yaml"];
     let mut writer = place.command(&args).stdout(std::process::Stdio::null()).spawn().unwrap();
     let begun = Instant::now();
     let is_being_written = || {
@@ -95,12 +96,18 @@ fn whoever_waits_for_a_writer_that_is_killed_takes_its_place() {
         assert!(begun.elapsed() < Duration::from_secs(60) && writer.try_wait().unwrap().is_none());
         std::thread::sleep(Duration::from_millis(2));
     }
-    let waiting = place.command(&args).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    // A process that is stopped keeps its lock.
+    signal(writer.id(), "STOP");
+    let mut waiting = Running::start(&place, place.command(&args));
+    assert!(waiting.says("data.train: another process is tokenizing the same rows"), "{}", waiting.text());
+    assert!(is_being_written());
     writer.kill().unwrap();
     writer.wait().unwrap();
-    let shown: serde_json::Value = serde_json::from_slice(&waiting.wait_with_output().unwrap().stdout).unwrap();
-    assert_eq!(shown["train"]["rows"], 200_000);
+    let (status, told) = waiting.ends();
+    assert_eq!(status, Some(0), "{told}");
     only_file(&place);
+    let shown: serde_json::Value = serde_json::from_str(&data(&place, &["--json"]).0).unwrap();
+    assert_eq!(shown["train"]["rows"], 200_000);
 }
 
 #[test]
@@ -140,5 +147,7 @@ fn the_tokens_in_the_cache_are_listed_and_pruned() {
     assert!(cache(&["prune", "--older-than", "0s"]).contains("removed: ") && !file.exists());
     std::fs::write(&file, "no tokens").unwrap();
     assert!(cache(&["list"]).contains("damaged"));
-    assert!(cache(&["prune"]).contains("removed: ") && !file.exists());
+    // A process that was killed leaves its lock.
+    place.write("cache/tokens/0123.lock", "");
+    assert!(cache(&["prune"]).contains("removed: ") && cached(&place).is_empty());
 }

@@ -9,12 +9,11 @@ use serde_json::{Value, json};
 use crate::checkpoint::adapter::Adapter;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
-use crate::data;
+use crate::data::{self, Dataset};
 use crate::device::Ops;
 use crate::fsdp::exec::Engine;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
-use crate::model::batch::MicroBatch;
 use crate::recipe::{self, Command, Job};
 use crate::start::agree::{Agreed, agree_on_inputs};
 use crate::start::data::to_score;
@@ -59,8 +58,7 @@ type Scored = (Score, Option<Vec<Vec<f32>>>);
 
 struct Scoring<'a> {
     adapters: &'a [Adapter],
-    /// This rank's micro-batches, by data set.
-    datasets: &'a [Vec<MicroBatch>],
+    datasets: &'a [Dataset],
     per_token: bool,
 }
 
@@ -70,7 +68,7 @@ impl Work for Scoring<'_> {
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Self::Output> {
         in_turn(engine, self.adapters, |engine, adapter| {
-            self.datasets.iter().map(|batches| self.score(engine, batches, adapter.is_some())).collect()
+            self.datasets.iter().map(|dataset| self.score(engine, dataset, adapter.is_some())).collect()
         })
     }
 }
@@ -79,18 +77,20 @@ impl Scoring<'_> {
     fn score<D: Ops, Q: Queue<D>>(
         &self,
         engine: &mut Engine<D, Q>,
-        batches: &[MicroBatch],
+        dataset: &Dataset,
         adapter: bool,
     ) -> Result<Scored> {
-        if !self.per_token {
-            return Ok((eval::score(engine, batches, adapter)?, None));
-        }
+        let (world_size, rank) = (engine.queue.world_size(), engine.queue.rank());
+        let batches = data::eval_micro_batches(dataset, engine.limits().max_tokens, world_size, rank);
         let mut losses = Vec::new();
         let score = eval::score_each(engine, batches, adapter, |log_probabilities| {
-            // A loss is subtracted from 0, so that 0 is not written as -0.
-            losses.extend(log_probabilities.iter().map(|&log_p| (0.0 - log_p) as f32));
+            if self.per_token {
+                // A loss is subtracted from 0, so that 0 is not written as -0.
+                losses.extend(log_probabilities.iter().map(|&log_p| (0.0 - log_p) as f32));
+            }
         })?;
-        Ok((score, Some(per_token::gather(&mut engine.queue, &losses)?)))
+        let losses = self.per_token.then(|| per_token::gather(&mut engine.queue, &losses)).transpose()?;
+        Ok((score, losses))
     }
 }
 
@@ -145,10 +145,7 @@ pub(super) fn scores(
     file.as_ref().map_or(Ok(()), |file| file.check_room(&datasets[0])).context("--per-token")?;
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let (placement, base) = start.base(&mut comm, opened, job, &inputs)?;
-    let (world_size, rank) = (start.world.world_size, start.world.rank);
-    let batches: Vec<_> =
-        datasets.iter().map(|dataset| data::eval_micro_batches(dataset, max_tokens, world_size, rank)).collect();
-    let work = Scoring { adapters: &adapters, datasets: &batches, per_token };
+    let work = Scoring { adapters: &adapters, datasets: &datasets, per_token };
     let setup = Setup { comm, base, adapter: adapters.first(), limits, job };
     let mut scored = start.with_engine(placement, setup, work)?;
     if let (Some(file), Some(losses)) = (file, scored[0][0].1.take()) {

@@ -8,7 +8,6 @@ use anyhow::{Context, Result, ensure};
 use super::counts::{Counts, Places};
 use super::dataset::{Dataset, FirstRow, MAX_FIRST_ROWS, Part, each_row, tokens_of};
 use super::pack::{self, Piece};
-use super::place::Place;
 use super::source::Files;
 use super::store::{Entry, Store, TARGET};
 use super::{DataOptions, Overlong, Packing};
@@ -61,10 +60,10 @@ impl<'a> Builder<'a> {
         if self.first_rows.len() < MAX_FIRST_ROWS {
             self.first_rows.push(FirstRow { place: place.clone(), tokens: tokens_of(row) });
         }
+        if documents.iter().any(|(document, _)| document.num_tokens as usize > self.options.max_length) {
+            self.overlong.add(&place);
+        }
         for (document, _) in documents {
-            if document.num_tokens as usize > self.options.max_length {
-                self.overlong.add(&place);
-            }
             let remark = self.store.meta.remarks.get(document.remark as usize).context("a remark is missing")?;
             if remark.other_prompt {
                 self.other_prompt.add(&place);
@@ -73,37 +72,41 @@ impl<'a> Builder<'a> {
                 self.unwritten.entry(role.clone()).or_default().add(&place);
             }
         }
+        let without_target = self.counts.without_target;
         for _ in 0..times {
             self.counts.rows += 1;
             for &(document, begin) in documents {
-                self.cut(&document, begin, &place);
+                self.cut(&document, begin);
             }
+        }
+        if self.counts.without_target > without_target {
+            self.without_target.add(&place);
         }
         Ok(())
     }
 
     /// Adds the pieces that are left of a document after `overlong` has been applied.
-    fn cut(&mut self, document: &Entry, begin: usize, place: &Place) {
+    fn cut(&mut self, document: &Entry, begin: usize) {
         let (len, limit) = (document.num_tokens as usize, self.options.max_length);
         if len <= limit {
-            return self.push(Piece::new(begin, len), document.num_targets as usize, place);
+            return self.push(Piece::new(begin, len), document.num_targets as usize);
         }
         match (self.options.overlong, self.options.packing) {
             (Overlong::Truncate, _) => {
                 self.counts.truncated += 1;
                 let piece = Piece::new(begin, limit);
-                self.push(piece, self.num_targets(document, piece), place);
+                self.push(piece, self.num_targets(document, piece));
             }
             // Packing will cut it where sequences end.
             (Overlong::Split, Packing::Wrapped) => {
                 self.counts.split += 1;
-                self.push(Piece::new(begin, len), document.num_targets as usize, place);
+                self.push(Piece::new(begin, len), document.num_targets as usize);
             }
             (Overlong::Split, _) => {
                 self.counts.split += 1;
                 for at in (0..len).step_by(limit) {
                     let piece = Piece::new(begin + at, limit.min(len - at));
-                    self.push(piece, self.num_targets(document, piece), place);
+                    self.push(piece, self.num_targets(document, piece));
                 }
             }
             (Overlong::Drop | Overlong::Error, _) => self.counts.dropped += 1,
@@ -118,12 +121,9 @@ impl<'a> Builder<'a> {
         }
     }
 
-    fn push(&mut self, piece: Piece, num_targets: usize, place: &Place) {
+    fn push(&mut self, piece: Piece, num_targets: usize) {
         match num_targets {
-            0 => {
-                self.counts.without_target += 1;
-                self.without_target.add(place);
-            }
+            0 => self.counts.without_target += 1,
             _ => {
                 self.counts.target_tokens += num_targets;
                 self.documents.push(piece);
@@ -136,8 +136,8 @@ impl<'a> Builder<'a> {
         let Builder { store, options, mut documents, mut counts, overlong, without_target, .. } = self;
         ensure!(
             options.overlong != Overlong::Error || overlong.rows == 0,
-            "{} rows are longer than data.max_length ({}), and data.overlong is error: {overlong}",
-            overlong.rows,
+            "{} with more than data.max_length ({}) tokens, and data.overlong is error: {overlong}",
+            counted(overlong.rows, "row"),
             options.max_length
         );
         ensure!(
@@ -160,14 +160,15 @@ impl<'a> Builder<'a> {
         let mut notes = Vec::new();
         if self.other_prompt.rows > 0 {
             notes.push(format!(
-                "{} prompts have other tokens by themselves than before their completions; what counts begins at the first \
-                 token that differs, and generating from such a prompt begins otherwise than in training: {}",
-                self.other_prompt.rows, self.other_prompt
+                "{} with a prompt that has other tokens by itself than before its completion; the first token that differs is \
+                 the first that counts, and after such a prompt alone a text begins otherwise than in training: {}",
+                counted(self.other_prompt.rows, "row"),
+                self.other_prompt
             ));
         }
         for (role, places) in self.unwritten {
             notes.push(format!(
-                "{} of the role {} do not stand in what the chat template writes, or not as they are: {places}",
+                "{} of the role {} that the chat template leaves out or changes: {places}",
                 counted(places.rows, "message"),
                 shown(&role)
             ));

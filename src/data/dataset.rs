@@ -27,7 +27,7 @@ pub struct Dataset {
     pub counts: Counts,
     /// Sentences about the rows that would surprise whoever wrote them, to be told before training.
     pub notes: Vec<String>,
-    /// Rows with a document over max_length, and rows with a document that has no target.
+    /// Rows with a document over max_length, and rows with a document, or a piece of one, that has no target.
     pub overlong: Places,
     pub without_target: Places,
     /// The first rows, at most [`MAX_FIRST_ROWS`].
@@ -222,7 +222,7 @@ pub(super) fn each_row(store: &Store, mut take: impl FnMut(&[(Entry, usize)]) ->
     if row.is_empty() { Ok(()) } else { take(&row) }
 }
 
-/// The words of a row.
+/// Returns the range of the words of a row.
 pub(super) fn tokens_of(row: &[(Entry, usize)]) -> Range<usize> {
     let (first, last) = (row[0], row[row.len() - 1]);
     first.1..last.1 + last.0.num_tokens as usize
@@ -272,7 +272,10 @@ mod tests {
         let dropped = of(Overlong::Drop).unwrap();
         assert_eq!((ids(&dropped), dropped.counts.dropped), (vec![vec![10, 11]], 1));
         let refused = format!("{:#}", of(Overlong::Error).unwrap_err());
-        assert!(refused.contains("1 rows are longer") && refused.contains("rows.jsonl:1"), "{refused}");
+        assert!(
+            refused.contains("1 row with more than data.max_length (4) tokens") && refused.contains("rows.jsonl:1"),
+            "{refused}"
+        );
     }
 
     #[test]
@@ -421,7 +424,9 @@ mod tests {
             plain.replace("for\", \"completion\": \" the", "for \", \"completion\": \"the")
         ));
         assert!(
-            told.len() == 1 && told[0].contains("1 prompts have other tokens") && told[0].ends_with("rows.jsonl:2"),
+            told.len() == 1
+                && told[0].contains("1 row with a prompt that has other tokens by itself")
+                && told[0].ends_with("rows.jsonl:2"),
             "{told:?}"
         );
         assert_eq!(notes(plain), Vec::<String>::new());

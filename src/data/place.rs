@@ -1,4 +1,4 @@
-//! Where a row stands.
+//! The place of a row in its file, for messages.
 
 use std::fmt;
 use std::path::{Path, PathBuf};

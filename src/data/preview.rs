@@ -16,7 +16,7 @@ pub struct Preview {
     pub lengths: Lengths,
     /// Fraction of the places of sequences of `max_length` tokens that have a token.
     pub filled: f64,
-    /// Places of the first documents over `max_length`, and of the first rows with a document that has no target.
+    /// Places of the first rows with a document over `max_length`, and of those with a document that has no target.
     pub overlong_at: Places,
     pub without_target_at: Places,
     pub notes: Vec<String>,
@@ -63,7 +63,7 @@ pub struct TokenPreview {
 impl Preview {
     /// Describes a data set and the first of its rows, at most [`super::dataset::MAX_FIRST_ROWS`].
     pub fn new(dataset: &Dataset, tokenizer: Option<&TextTokenizer>, num_rows: usize) -> Preview {
-        // Rows that are held out for evaluation, or left out by a weight, are no rows of this data set.
+        // The data set has no rows that are held out for evaluation or left out by a weight.
         let first = &dataset.first_rows[..num_rows.min(dataset.first_rows.len())];
         let mut rows: Vec<RowPreview> =
             first.iter().map(|row| RowPreview { place: row.place.to_string(), documents: Vec::new() }).collect();
@@ -168,6 +168,8 @@ mod tests {
         assert_eq!(whole.first_rows.iter().map(ids).collect::<Vec<_>>(), expected);
         // 11 tokens in three sequences of at most 4.
         assert_eq!((whole.filled, whole.lengths.longest), (11.0 / 12.0, 4));
+        let twice = preview(Source { weight: 2.0, ..Source::new(&path) });
+        assert_eq!((twice.counts.without_target, twice.without_target_at.rows), (2, 1), "a place is told once");
         let half = preview(Source { weight: 0.5, ..Source::new(&path) });
         assert_eq!(half.first_rows.len(), 2);
         assert!(half.first_rows[0].place.ends_with("rows.jsonl:2") && half.first_rows[1].place.ends_with(":4"));

@@ -78,10 +78,15 @@ pub fn step_micro_batches(
         .collect()
 }
 
-/// Returns a rank's micro-batches of a whole data set. Every rank gets the same number of micro-batches; the last ones
-/// may be empty.
-pub fn eval_micro_batches(dataset: &Dataset, max_tokens: usize, world_size: usize, rank: usize) -> Vec<MicroBatch> {
-    eval_sequences(dataset, max_tokens, world_size, rank).map(|group| micro_batch(dataset, &group)).collect()
+/// Returns a rank's micro-batches of a whole data set, each of which is made when it is asked for, because all of them
+/// may not fit into memory. Every rank gets the same number of micro-batches; the last ones may be empty.
+pub fn eval_micro_batches(
+    dataset: &Dataset,
+    max_tokens: usize,
+    world_size: usize,
+    rank: usize,
+) -> impl ExactSizeIterator<Item = MicroBatch> {
+    eval_sequences(dataset, max_tokens, world_size, rank).map(move |group| micro_batch(dataset, &group))
 }
 
 /// Returns the indices of the documents of a rank's [`eval_micro_batches`], in their order there.
@@ -102,7 +107,7 @@ fn eval_sequences(
     max_tokens: usize,
     world_size: usize,
     rank: usize,
-) -> impl Iterator<Item = Vec<usize>> + use<> {
+) -> impl ExactSizeIterator<Item = Vec<usize>> + use<> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     let mut room = 0;
     for (sequence, len) in dataset.sequence_lengths().enumerate() {
@@ -196,7 +201,9 @@ mod tests {
     #[test]
     fn evaluation_sees_each_sequence_once() {
         for world_size in 1..=4 {
-            let ranks: Vec<_> = (0..world_size).map(|r| eval_micro_batches(&dataset(10), 7, world_size, r)).collect();
+            let data = dataset(10);
+            let of_rank = |rank| eval_micro_batches(&data, 7, world_size, rank).collect::<Vec<_>>();
+            let ranks: Vec<_> = (0..world_size).map(of_rank).collect();
             assert!(ranks.iter().all(|b| b.len() == ranks[0].len()));
             let mut all: Vec<u64> = ranks.iter().flatten().flat_map(|b| b.sample_idx.clone()).collect();
             all.sort_unstable();

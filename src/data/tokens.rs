@@ -1,4 +1,4 @@
-//! Rows as a store of tokens ([`super::store`]): what it is known by, and how it is made.
+//! Makes a store of tokens ([`super::store`]) of rows, and the name by which it is found again.
 
 use std::fs::File;
 use std::sync::atomic::Ordering::Relaxed;
@@ -15,14 +15,14 @@ use super::tokenize::{self, Tokenized};
 use super::{LossOn, TextTokenizer};
 use crate::files;
 
-/// What decides the tokens of rows, beside the rows. Cutting and packing come later.
+/// Everything besides the rows that decides their tokens. Cutting and packing come later.
 #[derive(Clone, Copy)]
 pub struct Making<'a> {
-    /// It may be missing where all rows are tokenized.
+    /// `None` is allowed where all rows hold token ids.
     pub tokenizer: Option<&'a TextTokenizer>,
     pub vocab_size: usize,
     pub loss_on: LossOn,
-    /// Fraction of the rows that is held out; errors of these say so.
+    /// Fraction of the rows that is held out. The error of such a row says that it is one.
     pub held_out: f64,
 }
 
@@ -32,10 +32,10 @@ pub struct Tokens {
     pub files: Files,
 }
 
-/// How far the making of a store has come.
+/// The progress of making a store.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
-    /// Bytes of the files that have been read, and of all files, compressed where they are.
+    /// Bytes that have been read, and bytes of all files, both as they are on disk, compressed or not.
     pub bytes_read: u64,
     pub bytes: u64,
     pub rows: u64,
@@ -127,7 +127,7 @@ impl Making<'_> {
 impl Tokens {
     /// Tokenizes rows into a temporary file without a name.
     pub fn temporary(making: &Making, files: Files, tell: &mut dyn FnMut(Progress)) -> Result<Tokens> {
-        let mut file = tempfile::tempfile().context("a temporary file for tokens")?;
+        let mut file = tempfile::tempfile().context("making a temporary file for tokens")?;
         making.write(&files, Vec::new(), &mut file, "a temporary file", tell)?;
         Ok(Tokens { store: Store::open(file)?, files })
     }

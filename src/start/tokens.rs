@@ -26,12 +26,12 @@ use super::Start;
 
 /// Ending of a file of tokens.
 pub const ENDING: &str = "tokens";
-/// Ending of the file that the writer of another one locks.
+/// Ending of the file that the writer of a file of tokens locks.
 const LOCK_ENDING: &str = "lock";
 
 /// Time between two looks at a file that another process is writing.
 const LOOK: Duration = Duration::from_millis(50);
-/// Time that the first rank of a node has to begin to write, before another rank does: rank 0 tells its progress.
+/// Time for which the other ranks of a node leave the writing to the first one, because rank 0 tells its progress.
 const FIRST_RANK: Duration = Duration::from_millis(500);
 /// Time between two lines about progress.
 const TELL: Duration = Duration::from_secs(10);
@@ -46,16 +46,18 @@ pub fn folder() -> Result<PathBuf> {
 pub fn tokens(start: &Start, model: &Path, sources: &[Source], making: &Making, key: &str) -> Result<Tokens> {
     let files = Files::find(sources)?;
     let stamps = files.stamps();
-    // A file that cannot be read is told when the rows before it have been looked at.
-    let Ok(name) = making.key(&files) else { return Tokens::temporary(making, files, &mut |_| {}) };
-    let place = match folder() {
-        Ok(folder) => folder.join(format!("{name}.{ENDING}")),
-        Err(error) => return uncached(start, making, files, key, &error),
-    };
-    let _lock = match find(start, &place, key) {
-        Ok(Found::Tokens(store)) => return Ok(Tokens { store, files }),
-        Ok(Found::Nothing(lock)) => lock,
-        Err(error) => return uncached(start, making, files, key, &error),
+    let name = making.key(&files)?;
+    let place = folder().map(|folder| folder.join(format!("{name}.{ENDING}")));
+    let found = place.and_then(|place| Ok((find(start, &place, key)?, place)));
+    let (_lock, place) = match found {
+        Ok((Found::Tokens(store), _)) => return Ok(Tokens { store, files }),
+        Ok((Found::Nothing(lock), place)) => (lock, place),
+        Err(error) => {
+            tracing::warn!("{key}: tokens are not kept: {error:#}");
+            let tokens = Tokens::temporary(making, files, &mut shown(start, key));
+            progress::end();
+            return tokens;
+        }
     };
     let mut out = atomic::beside(&place)?;
     let made_from: Vec<&Path> = [model].into_iter().chain(sources.iter().map(|source| source.path.as_path())).collect();
@@ -72,11 +74,6 @@ pub fn tokens(start: &Start, model: &Path, sources: &[Source], making: &Making, 
     Ok(Tokens { store, files })
 }
 
-fn uncached(start: &Start, making: &Making, files: Files, key: &str, error: &anyhow::Error) -> Result<Tokens> {
-    tracing::warn!("{key}: tokens are not kept: {error:#}");
-    Tokens::temporary(making, files, &mut shown(start, key))
-}
-
 enum Found {
     Tokens(Store),
     /// This process has to write the file.
@@ -86,32 +83,48 @@ enum Found {
 /// Waits for the file while another process writes it. Fails if the cache folder cannot be written to.
 fn find(start: &Start, place: &Path, key: &str) -> Result<Found> {
     let begun = Instant::now();
-    let (mut wait, mut written) = (None, 0);
+    let (mut wait, mut written, mut damage) = (None, 0, None);
     loop {
-        // A damaged file stays there until it is replaced.
-        let damage = match open(place) {
-            Ok(Some(store)) => return Ok(Found::Tokens(store)),
-            Ok(None) => None,
-            Err(error) => Some(error),
-        };
+        if let Some(store) = open_unless_damaged(place, &mut damage) {
+            return Ok(Found::Tokens(store));
+        }
         let is_first = start.world.local_rank == 0 || begun.elapsed() >= FIRST_RANK;
         if is_first && let Some(lock) = Lock::take(place)? {
             // The file may have come between the look and the lock.
-            if let Ok(Some(store)) = open(place) {
+            if let Some(store) = open_unless_damaged(place, &mut damage) {
                 return Ok(Found::Tokens(store));
             }
-            if let Some(error) = damage {
+            if let Some((_, error)) = damage {
                 tracing::warn!("{}: damaged: {error:#}; it is made again", shown_path(place));
             }
             return Ok(Found::Nothing(lock));
         }
-        wait.get_or_insert_with(|| watch::wait(format!("the tokens of {key}")));
+        wait.get_or_insert_with(|| {
+            start.log.line(format!("{key}: another process is tokenizing the same rows; waiting for it"));
+            watch::wait(format!("the tokens of {key}"))
+        });
         let now = bytes_written(place);
         if now != written {
             watch::beat();
         }
         written = now;
         std::thread::sleep(LOOK);
+    }
+}
+
+/// Opens the file of tokens if it is there and whole. `damage` keeps the inode of a damaged file with the error: such a
+/// file stays there until it is replaced, and whoever waits for that does not read all of it again at each look.
+fn open_unless_damaged(place: &Path, damage: &mut Option<(u64, anyhow::Error)>) -> Option<Store> {
+    let inode = place.metadata().ok()?.ino();
+    if damage.as_ref().is_some_and(|(damaged, _)| *damaged == inode) {
+        return None;
+    }
+    match open(place) {
+        Ok(found) => found,
+        Err(error) => {
+            *damage = Some((inode, error));
+            None
+        }
     }
 }
 
@@ -169,10 +182,15 @@ pub struct TokenFile {
     pub content: Option<(u64, Meta)>,
 }
 
+/// Returns the files in a folder whose names have this ending.
+fn files_with(folder: &Path, ending: &'static str) -> Result<impl Iterator<Item = PathBuf>> {
+    Ok(cache::entries(folder)?.into_iter().filter(move |path| path.extension().is_some_and(|e| e == ending)))
+}
+
 /// Lists the files of tokens in a folder, the one that was used last first.
 pub fn list(folder: &Path) -> Result<Vec<TokenFile>> {
     let mut found = Vec::new();
-    for path in cache::entries(folder)?.into_iter().filter(|path| path.extension().is_some_and(|e| e == ENDING)) {
+    for path in files_with(folder, ENDING)? {
         // Another process may have removed it by now.
         let (Ok(metadata), Ok(file)) = (path.metadata(), files::open(&path)) else { continue };
         let is_in_use = matches!(cache::lock(&path), Err(TryLockError::WouldBlock));
@@ -197,6 +215,8 @@ pub fn prune(folder: &Path, older_than: Option<Duration>, dry_run: bool) -> Resu
     }
     if !dry_run {
         atomic::remove_abandoned(folder);
+        // A lock that nobody holds was left by a process that was killed. It is removed when it is dropped.
+        files_with(folder, LOCK_ENDING)?.for_each(|path| drop(Lock::take(&path)));
     }
     Ok(pruned)
 }

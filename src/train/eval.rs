@@ -25,14 +25,14 @@ pub struct Score {
 
 /// Scores this rank's micro-batches; every rank has the same number of them. Collective.
 pub fn score<D: Ops, Q: Queue<D>>(engine: &mut Engine<D, Q>, batches: &[MicroBatch], adapter: bool) -> Result<Score> {
-    score_each(engine, batches, adapter, |_| ())
+    score_each(engine, batches.iter().cloned(), adapter, |_| ())
 }
 
 /// Scores like [`score`], and calls `each` with the log-probabilities of the target tokens of each micro-batch, in
 /// order.
 pub fn score_each<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
-    batches: &[MicroBatch],
+    batches: impl ExactSizeIterator<Item = MicroBatch>,
     adapter: bool,
     each: impl FnMut(&[f64]),
 ) -> Result<Score> {
@@ -42,7 +42,7 @@ pub fn score_each<D: Ops, Q: Queue<D>>(
 /// Scores like [`score_each`], unless it is abandoned (`None`). `abandons` gets the part that is done.
 pub fn score_unless<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
-    batches: &[MicroBatch],
+    mut batches: impl ExactSizeIterator<Item = MicroBatch>,
     adapter: bool,
     mut each: impl FnMut(&[f64]),
     abandons: &mut Abandons<'_>,
@@ -50,13 +50,14 @@ pub fn score_unless<D: Ops, Q: Queue<D>>(
     let (mut sum, mut num, mut most_likely) = (0.0, 0.0, 0.0);
     let (limits, descriptor) = (engine.limits(), Descriptor::scored(adapter));
     let at_once = limits.inputs(NumUnits::new(engine.spec()), Mode::Score, &vec![descriptor; limits.max_micro_batches]);
-    let groups = batches.chunks(at_once.num_live_micro_batches());
-    let (whole, num_groups) = (groups.len(), groups.len() as f64);
-    for (i, group) in groups.enumerate() {
-        progress::bar("evaluating", i, whole, String::new);
+    let group_size = at_once.num_live_micro_batches();
+    let num_groups = batches.len().div_ceil(group_size);
+    for i in 0..num_groups {
+        progress::bar("evaluating", i, num_groups, String::new);
+        let group: Vec<MicroBatch> = batches.by_ref().take(group_size).collect();
         let (micro_batches, before) = (vec![descriptor; group.len()], i as f64);
         let args = RunArgs::forward(Mode::Score, &micro_batches);
-        let output = engine.run_unless(&args, group, &mut |done| abandons((before + done) / num_groups))?;
+        let output = engine.run_unless(&args, &group, &mut |done| abandons((before + done) / num_groups as f64))?;
         let Some(output) = output else { return Ok(None) };
         most_likely += output.num_most_likely as f64;
         for micro in output.log_probabilities {

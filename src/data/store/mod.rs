@@ -1,5 +1,5 @@
-//! Tokens of rows in a file, which all ranks of a node map. Nothing of it depends on how the documents will be cut and
-//! packed, so that a recipe may change that without a row being read again.
+//! Tokens of rows in a file, which all ranks of a node map. Nothing in it depends on how the documents will be cut and
+//! packed, so that a recipe may change that without tokenizing rows again.
 //!
 //! | bytes | content |
 //! |---|---|
@@ -9,7 +9,7 @@
 //! | `num_entries` × [`Entry`] | the documents in the same order |
 //! | `meta_bytes` | [`Meta`] as JSON |
 //!
-//! Numbers are little-endian. A row that is in no epoch is not there.
+//! Numbers are little-endian. A row that is in no epoch has no entry.
 
 mod writer;
 
@@ -21,7 +21,7 @@ use anyhow::{Context, Result, ensure};
 use bytemuck::{Pod, Zeroable};
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::{Xxh3, xxh3_64};
+use xxhash_rust::xxh3::xxh3_64;
 
 use crate::comm::watch;
 use crate::files;
@@ -31,14 +31,13 @@ pub use writer::Writer;
 pub const TARGET: u32 = 1 << 31;
 
 /// Version of what is made of rows. It is raised with every change after which the same rows become other tokens,
-/// targets, entries or notes: a file of before is then not used any more.
+/// targets, entries or notes. Files of other versions are not used.
 pub const MADE_BY: &str = concat!(env!("CARGO_PKG_NAME"), " ", env!("CARGO_PKG_VERSION"), ", tokens 1");
 
 const MAGIC: [u8; 24] = *b"fsdp-qlora tokens\0\0\0\0\0\0\0";
 
-/// Number of entries, and of bytes, that are read at a time.
+/// Number of entries that are read at a time.
 const READ_ENTRIES: usize = 4096;
-const READ_BYTES: usize = 1 << 20;
 
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -97,7 +96,7 @@ impl Entry {
     }
 }
 
-/// What there is to tell about a document.
+/// Facts about a document that are told to the user.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Remark {
     /// The tokens of the prompt alone are not those that the document begins with.
@@ -109,7 +108,7 @@ pub struct Remark {
 /// The part of a store that people read.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
-    /// The first one has nothing to tell.
+    /// The first one is the default, which tells nothing.
     pub remarks: Vec<Remark>,
     /// Sentences about all rows.
     pub notes: Vec<String>,
@@ -119,7 +118,7 @@ pub struct Meta {
     pub made_from: Vec<String>,
 }
 
-/// A store that is open.
+/// An open store.
 #[derive(Debug)]
 pub struct Store {
     content: Content,
@@ -134,7 +133,7 @@ enum Content {
 }
 
 impl Store {
-    /// Maps a file whose bytes are all read and compared with their checksums.
+    /// Maps a file after all of its bytes have been compared with their checksums.
     pub fn open(file: File) -> Result<Store> {
         let (header, size) = header(&file)?;
         let words_bytes = 4 * header.num_words;
@@ -148,7 +147,7 @@ impl Store {
         Ok(Store { content: Content::Mapped { file, map, header }, words_digest, meta })
     }
 
-    /// Makes a store of rows of one document each, all of whose tokens count, which is in no file.
+    /// Makes a store without a file, of rows that are one document each and whose tokens all count.
     pub fn in_memory(rows: impl Iterator<Item = Vec<u32>>) -> Store {
         let (mut words, mut entries) = (Vec::new(), Vec::new());
         for (row_idx, ids) in (0..).zip(rows) {
@@ -162,7 +161,7 @@ impl Store {
         Store { content: Content::Memory { words, entries }, words_digest, meta }
     }
 
-    /// Reads the number of tokens of a file, and what it says of itself, without looking at the tokens.
+    /// Reads the number of tokens of a file and its [`Meta`], without looking at the tokens.
     pub fn peek(file: &File) -> Result<(u64, Meta)> {
         let (header, size) = header(file)?;
         Ok((header.num_words, meta(file, &header, size)?))
@@ -183,7 +182,7 @@ impl Store {
         self.words_digest
     }
 
-    /// Bytes of the mapped file.
+    /// Bytes of the mapped file; 0 where there is none.
     pub fn mapped_bytes(&self) -> usize {
         match &self.content {
             Content::Mapped { map, .. } => map.len(),
@@ -191,7 +190,7 @@ impl Store {
         }
     }
 
-    /// Bytes of host memory that a store takes that is in no file.
+    /// Bytes of host memory of the tokens and entries; 0 where they are in a mapped file.
     pub fn host_bytes(&self) -> usize {
         match &self.content {
             Content::Mapped { .. } => 0,
@@ -219,7 +218,7 @@ impl Store {
         let mut entries = vec![Entry::zeroed(); READ_ENTRIES.min(left)];
         while left > 0 {
             let entries = &mut entries[..READ_ENTRIES.min(left)];
-            file.read_exact_at(bytemuck::cast_slice_mut(entries), at).context("the tokens' file")?;
+            file.read_exact_at(bytemuck::cast_slice_mut(entries), at).context("reading the file of tokens")?;
             take_all(entries)?;
             watch::beat();
             at += size_of_val(entries) as u64;
@@ -233,14 +232,14 @@ impl Store {
 fn header(file: &File) -> Result<(Header, u64)> {
     let mut header = Header::zeroed();
     let size = file.metadata()?.len();
-    file.read_exact_at(bytemuck::bytes_of_mut(&mut header), 0).context("no header")?;
-    ensure!(header.magic == MAGIC && header.sealed().digest == header.digest, "its header is not whole");
+    file.read_exact_at(bytemuck::bytes_of_mut(&mut header), 0).context("its header cannot be read")?;
+    ensure!(header.magic == MAGIC && header.sealed().digest == header.digest, "its header is damaged");
     let expected = || {
         let entries = header.num_entries.checked_mul(size_of::<Entry>() as u64)?;
         let words = header.num_words.checked_mul(4)?.checked_add(header.padding() as u64)?;
         entries.checked_add(words)?.checked_add(header.meta_bytes)?.checked_add(Header::BYTES as u64)
     };
-    ensure!(expected() == Some(size), "its {size} bytes are not those that its header tells");
+    ensure!(expected() == Some(size), "it has {size} bytes, but its header says otherwise");
     Ok((header, size))
 }
 
@@ -250,18 +249,12 @@ fn meta(file: &File, header: &Header, size: u64) -> Result<Meta> {
     Ok(serde_json::from_slice(&meta)?)
 }
 
-/// XXH3 of a range of a file, which is not mapped, so that its pages do not count as this process's.
+/// Returns the XXH3 of a range of a file. The file is read, because the pages of a mapping would count as this process's
+/// memory.
 fn digest(mut file: &File, begin: u64, bytes: u64) -> Result<u64> {
     file.seek(SeekFrom::Start(begin))?;
-    let (mut hash, mut buffer) = (Xxh3::new(), vec![0; READ_BYTES]);
-    let mut file = file.take(bytes);
-    loop {
-        match file.read(&mut buffer)? {
-            0 => return Ok(hash.digest()),
-            n => hash.update(&buffer[..n]),
-        }
-        watch::beat();
-    }
+    let (_, digest) = files::digest_of(file.take(bytes))?;
+    Ok(digest)
 }
 
 #[cfg(test)]

@@ -8,9 +8,12 @@ use anyhow::{Context, Result, ensure};
 use bytemuck::Zeroable;
 use xxhash_rust::xxh3::Xxh3;
 
-use super::{Entry, Header, MADE_BY, MAGIC, Meta, READ_BYTES, Remark, TARGET};
+use super::{Entry, Header, MADE_BY, MAGIC, Meta, Remark, TARGET};
 use crate::data::parallel::Numbered;
 use crate::data::tokenize::Tokenized;
+
+/// Bytes that are written, or read, at a time.
+const BUFFER_BYTES: usize = 1 << 20;
 
 /// A store that is being written. It has no header before it is complete.
 pub struct Writer<'a> {
@@ -27,13 +30,13 @@ pub struct Writer<'a> {
 impl<'a> Writer<'a> {
     /// Writes to an empty file, which messages call `place`.
     pub fn new(file: &'a mut File, place: &'a str) -> Result<Writer<'a>> {
-        let entries = tempfile::tempfile().context("a temporary file (in $TMPDIR, or /tmp)")?;
-        let mut out = BufWriter::with_capacity(READ_BYTES, file);
+        let entries = tempfile::tempfile().context("making a temporary file in $TMPDIR, or /tmp")?;
+        let mut out = BufWriter::with_capacity(BUFFER_BYTES, file);
         out.write_all(&[0; Header::BYTES]).with_context(|| cannot(place))?;
         Ok(Writer {
             out,
             place,
-            entries: BufWriter::with_capacity(READ_BYTES, entries),
+            entries: BufWriter::with_capacity(BUFFER_BYTES, entries),
             words: Vec::new(),
             hash: Xxh3::new(),
             num_words: 0,
@@ -88,7 +91,7 @@ impl<'a> Writer<'a> {
         self.num_words
     }
 
-    /// Appends the entries and what is told of all rows, and writes the header.
+    /// Appends the entries and [`Meta`], and writes the header.
     pub fn finish(self, notes: Vec<String>, made_from: Vec<String>) -> Result<()> {
         let place = self.place;
         self.append(notes, made_from).with_context(|| cannot(place))
@@ -115,7 +118,7 @@ impl<'a> Writer<'a> {
         append(&[0; 4][..header.padding()])?;
         let mut entries = self.entries.into_inner().map_err(std::io::IntoInnerError::into_error)?;
         entries.rewind()?;
-        let mut buffer = vec![0; READ_BYTES];
+        let mut buffer = vec![0; BUFFER_BYTES];
         loop {
             match entries.read(&mut buffer)? {
                 0 => break,
