@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""How fast rows are tokenized, in how much memory, and how full sequences are, beside PyPI's tokenizers and TRL:
+"""Measures how fast rows are tokenized, in how much memory, and how full sequences are, beside PyPI's tokenizers and TRL:
 tokenizing.py PROGRAM ROWS.jsonl TOKENIZER.json... [--threads N] [--repeats K] [--short BYTES]
 
 ROWS has a column `text`. For each tokenizer, the program (`data`, with an empty cache) and `Tokenizer.encode_batch` take turns on the
 same rows with as many threads. The program's time is that of the whole command less that of the same command on one row, so that the
 loading of the tokenizer counts on neither side; reading, checking, writing and packing of rows count on the program's side only.
 encode_batch gets lists of 1,000 texts that are in memory already, and its result is dropped. Peak memory is that of the program's process
-on all rows and on the first BYTES of them. Seconds of cores
-count the work where other programs have the cores too. Each line of the output is a JSON object.
+on all rows and on the first BYTES of them. Seconds of cores measure the work even where other programs use the same cores. Each line of
+the output is a JSON object.
 """
 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import tempfile
@@ -69,7 +70,7 @@ def measure(args, source, folder):
 
     def run(rows, name):
         cache = folder / name
-        subprocess.run(["rm", "-rf", cache], check=True)
+        shutil.rmtree(cache, ignore_errors=True)
         return ours(args.program, folder, rows, args.threads, cache)
 
     loads = [run(one, "cache-one") for _ in range(3)]

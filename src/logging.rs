@@ -1,11 +1,11 @@
-//! Writes what is told to standard error: events of `tracing`, as lines for people or as JSON.
+//! Writes events of `tracing` to standard error, as lines for people or as JSON.
 
 use std::fmt::{self, Debug};
 use std::io;
 use std::sync::OnceLock;
 
 use clap::ValueEnum;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::fmt::format::Writer;
@@ -14,7 +14,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use crate::stderr;
 
-/// A form of what is told; the comments are its help.
+/// The form of events on standard error. The comments of the variants are the help of the option.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum LogFormat {
     /// Lines for people
@@ -27,7 +27,7 @@ pub enum LogFormat {
 /// Installs the subscriber of this process. `quiet` leaves out everything but warnings and errors.
 pub fn install(rank: usize, format: LogFormat, quiet: bool) {
     let level = if quiet { Level::WARN } else { Level::INFO };
-    let subscriber = tracing_subscriber::fmt().with_max_level(level).with_writer(|| Lines);
+    let subscriber = tracing_subscriber::fmt().with_max_level(level).with_writer(move || Lines(format));
     INSTALLED.get_or_init(|| (rank, format));
     // A second call, from a test of this crate, changes nothing.
     let _ = tracing::subscriber::set_global_default(subscriber.event_format(Form { rank, format }).finish());
@@ -40,13 +40,23 @@ static INSTALLED: OnceLock<(usize, LogFormat)> = OnceLock::new();
 pub fn error(prefix: &str, message: &str) {
     match INSTALLED.get() {
         Some((rank, LogFormat::Json)) => {
-            stderr::line(&json!({"level": "error", "rank": rank, "message": message}).to_string());
+            stderr::unchanged_line(&json_line(Level::ERROR, *rank, message, Map::new()));
         }
         _ => stderr::line(&format!("{prefix}{message}")),
     }
 }
 
-/// The form of an event.
+/// Returns an event as a line of JSON. Its message is escaped and cut before it is encoded, so that the line stays JSON.
+fn json_line(level: Level, rank: usize, message: &str, others: Map<String, Value>) -> String {
+    let mut object = Map::new();
+    object.insert("level".into(), level.as_str().to_lowercase().into());
+    object.insert("rank".into(), rank.into());
+    object.insert("message".into(), stderr::harmless(message).into());
+    object.extend(others);
+    Value::Object(object).to_string()
+}
+
+/// Writes an event in the form of this process.
 struct Form {
     rank: usize,
     format: LogFormat,
@@ -62,12 +72,8 @@ where
         event.record(&mut fields);
         match self.format {
             LogFormat::Json => {
-                let mut object = Map::new();
-                object.insert("level".into(), event.metadata().level().as_str().to_lowercase().into());
-                object.insert("rank".into(), self.rank.into());
-                object.insert("message".into(), fields.message.into());
-                object.extend(fields.others);
-                write!(writer, "{}", Value::Object(object))
+                let level = *event.metadata().level();
+                write!(writer, "{}", json_line(level, self.rank, &fields.message, fields.others))
             }
             // Rank 0 speaks for all.
             LogFormat::Text if self.rank == 0 => write!(writer, "{}", fields.message),
@@ -107,15 +113,34 @@ impl Visit for Fields {
     }
 }
 
-/// Standard error, an event at a time.
-struct Lines;
+/// Standard error, which gets an event of this form at a time.
+struct Lines(LogFormat);
 
 impl io::Write for Lines {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        stderr::line(&String::from_utf8_lossy(event));
+        let text = String::from_utf8_lossy(event);
+        match self.0 {
+            LogFormat::Text => stderr::line(&text),
+            LogFormat::Json => stderr::unchanged_line(&text),
+        }
         Ok(event.len())
     }
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_json_stays_json() {
+        let long = "\"".repeat(20_000);
+        let line = json_line(Level::WARN, 1, &format!("\u{202e}\n{long}"), Map::new());
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!((&event["level"], &event["rank"]), (&"warn".into(), &1.into()));
+        let message = event["message"].as_str().unwrap();
+        assert!(message.starts_with("\\u{202e}\n\"") && message.ends_with(" more bytes)"), "{message:.40}");
     }
 }

@@ -1,4 +1,5 @@
-//! How far long work is: a bar on a terminal, lines elsewhere. Rank 0 shows one piece of work at a time.
+//! Shows how far long work has come, as a bar on a terminal and as lines elsewhere. Rank 0 shows one piece of work at a
+//! time.
 
 use std::fmt::Debug;
 use std::io::{IsTerminal, Write};
@@ -14,7 +15,7 @@ use crate::files::escaped;
 const WIDTH: u16 = 100;
 const STYLE: &str = "{prefix} {wide_bar} {pos}/{len} {msg}";
 
-/// Where progress goes.
+/// The way in which progress is shown.
 enum Show {
     Nothing,
     Lines,
@@ -40,7 +41,7 @@ fn screen() -> MutexGuard<'static, Screen> {
     SCREEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Shows progress from now on: as a bar if a person looks at standard error, else as lines.
+/// Shows progress from now on, as a bar if a person looks at standard error, else as lines.
 pub fn show() {
     screen().show = if is_watched() { Show::Bar } else { Show::Lines };
 }
@@ -78,7 +79,8 @@ pub fn end() {
     }
 }
 
-/// Writes beside the bar, whatever another thread does with it.
+/// Writes with the bar off the screen, which comes back afterwards. While another thread draws the bar, nobody waits for
+/// it: the text is then written at once.
 pub fn aside(write: impl FnOnce()) {
     let screen = SCREEN.try_lock();
     match screen.as_ref().ok().and_then(|screen| screen.work.as_ref()?.bar.as_ref()) {

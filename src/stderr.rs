@@ -11,14 +11,19 @@ const MAX_BYTES: usize = 16 << 10;
 /// Writes a line in one call, because the launcher mixes what ranks write and must not get half a line. Text that
 /// came from a file can neither move the cursor nor fill the screen.
 pub fn line(text: &str) {
+    unchanged_line(&harmless(text));
+}
+
+/// Writes a line in one call like [`line`], but neither escapes nor cuts it.
+pub fn unchanged_line(text: &str) {
     progress::aside(|| {
         // If standard error is closed, there is nowhere to report it.
-        let _ = std::io::stderr().write_all(format!("{}\n", harmless(text)).as_bytes());
+        let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
     });
 }
 
 /// Returns the text with control characters except newlines escaped, cut to 16 KiB.
-fn harmless(text: &str) -> String {
+pub fn harmless(text: &str) -> String {
     let end = (0..=MAX_BYTES.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
     let lines: Vec<_> = text[..end].split('\n').map(escaped).collect();
     let rest = match text.len() - end {

@@ -1,4 +1,4 @@
-//! Rows in every form: what `data` prints of them, and what training from them gives.
+//! Checks rows in every form: what `data` prints of them, and what training from them gives.
 
 mod common;
 

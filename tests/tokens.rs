@@ -1,5 +1,5 @@
-//! Rows are tokenized once: what stands in the cache folder after runs, also of several ranks, after damage, and when
-//! the process that tokenizes is killed.
+//! Checks that rows are tokenized once, by the files in the cache folder: after runs of one and of several ranks, after
+//! damage, and after the process that tokenizes was killed.
 
 mod common;
 

@@ -1,4 +1,4 @@
-//! What a command tells on standard error: lines, JSON, only warnings, or a bar on a terminal.
+//! Checks what a command writes to standard error: lines, JSON, only warnings, or a bar on a terminal.
 
 mod common;
 

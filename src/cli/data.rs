@@ -30,7 +30,7 @@ pub struct DataArgs {
     json: bool,
 }
 
-/// Prints the first rows and what has become of all.
+/// Prints the first rows, and counts of what has become of all rows.
 pub fn run(start: &Start, args: &DataArgs, overrides: &[String]) -> Result<()> {
     let job = Start::job_of_one(recipe::load(&args.config, Command::Data, overrides)?)?;
     let config = ModelSpec::load(&job.model)?;

@@ -69,13 +69,13 @@ pub struct GenerateArgs {
     /// Most prompts of a rank that go through the layers together
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=1 << 12))]
     batch_size: u32,
-    /// Print one JSON object for each adapter and prompt
+    /// Print a JSON object for the text of a single prompt too; several texts are always printed as objects
     #[arg(long)]
     json: bool,
 }
 
 impl GenerateArgs {
-    /// Returns the rule of choice.
+    /// Returns the rule by which tokens are chosen.
     fn sampling(&self) -> Result<Sampling> {
         let GenerateArgs { temperature, top_k, top_p, .. } = *self;
         if !(temperature >= 0.0 && temperature.is_finite()) {
@@ -103,7 +103,7 @@ impl GenerateArgs {
             all.extend(of_file);
             note.iter().for_each(|note| log.line(note));
         }
-        ensure!(all.iter().all(|prompt| !prompt.is_empty()), "a prompt has no token");
+        ensure!(all.iter().all(|prompt| !prompt.is_empty()), "--prompt and --prompts: a prompt has no token");
         Ok(all)
     }
 }
@@ -146,7 +146,7 @@ impl Generation<'_> {
         Ok(())
     }
 
-    /// True if there is one text, which is then printed as it comes.
+    /// Tells whether there is one text for people, which is printed while it is written.
     fn is_single(&self) -> bool {
         self.prompts.len() == 1 && self.adapters.len() <= 1 && !self.args.json
     }

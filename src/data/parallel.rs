@@ -24,7 +24,7 @@ pub struct Numbered {
 }
 
 /// Starts the threads that tokenize: as many as `RAYON_NUM_THREADS` says, else one for each core that this process may
-/// use. Those that compute start later.
+/// use. The threads that compute are others, which start later.
 pub fn threads() -> Result<ThreadPool> {
     let threads = ThreadPoolBuilder::new().thread_name(|i| format!("tokenize {i}"));
     threads.build().context("starting the threads that tokenize")

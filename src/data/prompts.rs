@@ -9,12 +9,12 @@ use serde_json::Value;
 use super::TextTokenizer;
 use super::column_names::ColumnNames;
 use super::message::{self, Message};
-use super::row::Columns;
+use super::row::{Columns, OF_TEMPLATE};
 use super::source;
 use super::variables::{self, Variables};
 use crate::files::shown;
 
-/// Columns of which a row has one: a text, or messages.
+/// The columns that a prompt may be in, as a text or as messages. A row has one of them.
 const COLUMNS: [&str; 3] = ["prompt", "messages", "text"];
 
 /// The way from a prompt to tokens.
@@ -70,7 +70,7 @@ impl Prompts<'_> {
         match value {
             Value::String(text) if column != "messages" => {
                 if let Some(name) = variables.keys().next() {
-                    bail!("{name}: it is for the chat template, which renders messages only");
+                    bail!("{name}: {OF_TEMPLATE}");
                 }
                 self.of_text(&text)
             }

@@ -97,7 +97,7 @@ const MEDIA: &str = "images, videos and audio are not read; remove the rows that
 const PREFERENCE: &str =
     "preferences are not trained on; data.format messages or prompt_completion reads the other columns";
 const OF_TOKENS: &str = "it tells of tokens, but the row has no input_ids";
-const OF_TEMPLATE: &str = "it is for the chat template, which renders messages only";
+pub const OF_TEMPLATE: &str = "it is for the chat template, which renders messages only";
 
 /// Columns that have a meaning in TRL, LLaMA-Factory or axolotl, and why they are refused where they are not read.
 const REFUSED: [(&str, &str); 24] = [

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::TextTokenizer;
 
-/// What a token may end in before the next one completes a character.
+/// The character in which a text ends whose last token has only a part of a character.
 const INCOMPLETE: char = char::REPLACEMENT_CHARACTER;
 
 /// A text that grows token by token, until one of its stop texts is in it.

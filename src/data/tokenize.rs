@@ -82,8 +82,8 @@ fn text(content: &Content, tokenizer: &TextTokenizer, loss_on: LossOn) -> Result
             after_prompt(&prompt, &[completion], &Variables::new(), tokenizer, loss_on)
         }
         Content::Alpaca(Alpaca { system, history, instruction, input, output }) => {
-            ensure!(system.is_empty(), "system: it needs a chat template, which the model has not");
-            ensure!(history.is_empty(), "history: it needs a chat template, which the model has not");
+            ensure!(system.is_empty(), "system: it needs a chat template, and the model has none");
+            ensure!(history.is_empty(), "history: it needs a chat template, and the model has none");
             let prompt = alpaca_prompt(instruction, input);
             strings(&prompt, &format!("{prompt}{}", with_eos(output, tokenizer)), true, tokenizer, loss_on)
         }

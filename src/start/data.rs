@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use crate::data::preview::Preview;
 use crate::data::tokens::Making;
 use crate::data::{self, Dataset, Format, Source, TextTokenizer};
+use crate::files::counted;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::Mode;
 use crate::model::spec::ModelSpec;
@@ -145,10 +146,11 @@ fn tell(start: &Start, name: &str, dataset: &Dataset, config: &ModelSpec) {
     }
     let (longest, limit) = (dataset.longest_document(), config.max_position_embeddings);
     if longest > limit {
-        let rows = (0..dataset.num_documents()).filter(|&d| dataset.document_length(d) > limit).count();
+        let longer = (0..dataset.num_documents()).filter(|&d| dataset.document_length(d) > limit).count();
         start.log.warn(format!(
-            "{name}: {rows} documents are longer than the {limit} tokens that the model was made for (config.json: \
-             max_position_embeddings), the longest has {longest}; data.max_length can cut them"
+            "{name}: {} with more tokens than the {limit} that the model was made for (config.json: max_position_embeddings); \
+             the longest has {longest}, and data.max_length can cut them",
+            counted(longer, "document")
         ));
     }
 }

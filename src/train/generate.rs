@@ -17,6 +17,10 @@ use crate::model::batch::{MicroBatch, NO_TARGET};
 use crate::model::rope::RopeConfig;
 use crate::model::spec::ModelSpec;
 
+/// The error where a logit is NaN.
+const NO_NUMBERS: &str =
+    "a logit is not a number: the model or its adapter is damaged, or was trained to numbers that are not finite";
+
 /// The rule by which the next token is chosen. Temperature, top-k and top-p apply in this order, as in transformers.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
@@ -53,12 +57,12 @@ pub struct Continuation {
     pub finish: Finish,
 }
 
-/// Hears on every rank of all texts, each by the index of its prompt.
+/// Follows all texts, on every rank. Each text is named by the index of its prompt.
 pub trait Listener {
-    /// Hears of all new tokens of a text when it has one more. Answers whether the text ends with it, alike on every
-    /// rank.
+    /// Gets all new tokens of a text each time it has one more. Returns whether the text ends there, which must be the
+    /// same on every rank.
     fn grows(&mut self, prompt: usize, tokens: &[u32]) -> Result<bool>;
-    /// Hears of a text that has come to its end.
+    /// Gets a text that has come to its end.
     fn ends(&mut self, prompt: usize, continuation: &Continuation) -> Result<()>;
 }
 
@@ -113,10 +117,11 @@ impl<'a> Text<'a> {
     }
 }
 
-/// Checks that a text does not grow from a length of short factors of LongRoPE to one of long factors: its keys would be of both.
+/// Checks that a text does not grow from a length that LongRoPE rotates by its short factors to one that it rotates by
+/// its long factors, because the keys that are kept would be of both.
 ///
 /// # Errors
-/// It may grow so; the error says how many new tokens are allowed.
+/// The text may grow so far. The error says how many new tokens are allowed.
 pub fn check_length(spec: &ModelSpec, prompt: usize, max_new_tokens: usize) -> Result<()> {
     for length in spec.ropes.iter().filter_map(RopeConfig::short_length) {
         // The last new token is not computed with.
@@ -130,8 +135,11 @@ pub fn check_length(spec: &ModelSpec, prompt: usize, max_new_tokens: usize) -> R
     Ok(())
 }
 
-/// Continues each prompt until a token of `stop`, the limit, or the listener's word. Collective; every rank returns all
-/// continuations, in the order of the prompts.
+/// Continues each prompt until a token of `stop` is chosen, the text has as many new tokens as are allowed, or the
+/// listener ends it. Every rank returns all continuations, in the order of the prompts. Collective.
+///
+/// # Errors
+/// A prompt has no token, or a logit is NaN.
 pub fn generate<D: Ops, Q: Queue<D>>(
     engine: &mut Engine<D, Q>,
     prompts: &[Vec<u32>],
@@ -164,7 +172,9 @@ pub fn generate<D: Ops, Q: Queue<D>>(
         let mut chosen = vec![0.0; num];
         for (micro, &place) in own.iter().enumerate() {
             if let Some(idx) = place {
-                chosen[micro] = f64::from(choose(&engine.last_logits(micro)?, sampling, texts[idx].uniform()));
+                let logits = engine.last_logits(micro)?;
+                ensure!(!logits.iter().any(|logit| logit.is_nan()), "prompt {idx}: {NO_NUMBERS}");
+                chosen[micro] = f64::from(choose(&logits, sampling, texts[idx].uniform()));
             }
         }
         let chosen = engine.queue.all_gather_f64("next tokens", &chosen)?;
