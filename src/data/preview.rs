@@ -67,15 +67,20 @@ impl Preview {
         let first = &dataset.first_rows[..num_rows.min(dataset.first_rows.len())];
         let mut rows: Vec<RowPreview> =
             first.iter().map(|row| RowPreview { place: row.place.to_string(), documents: Vec::new() }).collect();
+        let mut shown = Vec::new();
         for (sequence, documents) in dataset.sequences.iter().enumerate() {
             for document in documents {
                 let begin = dataset.document_begin(document);
                 let row = first.partition_point(|row| row.tokens.end <= begin);
                 if first.get(row).is_some_and(|row| row.tokens.contains(&begin)) {
-                    let document = dataset.document(document);
-                    rows[row].documents.push(DocumentPreview::new(&document, sequence, tokenizer));
+                    shown.push((document, row, sequence));
                 }
             }
+        }
+        // The pieces of a row that was split may be in sequences of another order.
+        shown.sort_unstable();
+        for (document, row, sequence) in shown {
+            rows[row].documents.push(DocumentPreview::new(&dataset.document(document), sequence, tokenizer));
         }
         let places = dataset.sequences.len() * dataset.counts.max_length;
         Preview {
@@ -173,5 +178,18 @@ mod tests {
         let half = preview(Source { weight: 0.5, ..Source::new(&path) });
         assert_eq!(half.first_rows.len(), 2);
         assert!(half.first_rows[0].place.ends_with("rows.jsonl:2") && half.first_rows[1].place.ends_with(":4"));
+    }
+
+    #[test]
+    fn the_pieces_of_a_row_are_shown_in_its_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        std::fs::write(&path, "{\"input_ids\": [1, 2]}\n{\"input_ids\": [5, 6, 7, 8, 9, 10]}\n").unwrap();
+        let options =
+            DataOptions { max_length: 4, packing: Packing::BestFit, overlong: Overlong::Split, loss_on: LossOn::Auto };
+        let dataset = Dataset::load(&[Source::new(&path)], None, 100, &options).unwrap();
+        let preview = Preview::new(&dataset, None, 2);
+        let pieces = preview.first_rows[1].documents.iter().map(|d| (d.tokens[0].id, d.sequence));
+        assert_eq!(pieces.collect::<Vec<_>>(), [(5, 1), (9, 0)], "the second piece is beside the first row");
     }
 }
