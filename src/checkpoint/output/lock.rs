@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::comm::host_name;
+
 /// Name of the file that is locked.
 pub const LOCK_FILE: &str = ".fsdp-qlora.lock";
 
@@ -18,12 +20,6 @@ pub struct Lock {
     made_folder: bool,
     /// Reason why the file system gives no lock; `None` if it does.
     pub unlocked: Option<String>,
-}
-
-/// Name of this machine.
-pub fn host() -> String {
-    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-    if name.trim().is_empty() { "unknown".into() } else { name.trim().into() }
 }
 
 impl Lock {
@@ -50,7 +46,7 @@ impl Lock {
             if !is_at(&file, &path) {
                 continue;
             }
-            let told = format!("host {}, process {}\n", host(), std::process::id());
+            let told = format!("host {}, process {}\n", host_name(), std::process::id());
             file.set_len(0)
                 .and_then(|()| file.rewind())
                 .and_then(|()| file.write_all(told.as_bytes()))
@@ -100,7 +96,7 @@ mod tests {
         let dir = place.path().join("out");
         let lock = Lock::take(&dir).unwrap();
         let error = Lock::take(&dir).err().unwrap().to_string();
-        assert!(error.contains(&format!("host {}, process {}", host(), std::process::id())), "{error}");
+        assert!(error.contains(&format!("host {}, process {}", host_name(), std::process::id())), "{error}");
         drop(lock);
         assert!(!dir.exists(), "an empty folder that it made is removed");
         std::fs::create_dir(&dir).unwrap();

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::super::atomic;
+use crate::comm::host_name;
 use crate::files;
 
 /// Name of the file.
@@ -166,7 +167,7 @@ impl RunRecord {
             reason: None,
             started: now(),
             ended: None,
-            host: super::lock::host(),
+            host: host_name(),
             pid: std::process::id(),
             identity,
             adapter_step: None,
