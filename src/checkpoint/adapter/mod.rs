@@ -51,7 +51,7 @@ impl Adapter {
 /// The settings in `adapter_config.json` that the computation needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdapterSettings {
-    /// Which modules have an adapter, and of which rank, as PEFT's keys say it.
+    /// PEFT's keys, which say which modules have an adapter, and of which rank and scale.
     pub keys: LoraKeys,
     pub dropout: f32,
     /// Initialization that PEFT used, kept for the file that is saved.
@@ -148,6 +148,13 @@ pub(super) mod tests {
         assert_eq!(load(dir.path(), &config()).unwrap(), adapter);
         let json: Value = serde_json::from_slice(&std::fs::read(dir.path().join(CONFIG_FILE)).unwrap()).unwrap();
         assert_eq!((&json["lora_dropout"], &json["lora_alpha"]), (&json!(0.05), &json!(8)));
+        for alpha in [0.5, 1e20] {
+            let dir = tempfile::tempdir().unwrap();
+            let keys = LoraKeys::uniform(4, alpha, Modules::with_ids(&[ModuleId::Q]));
+            let adapter = fresh(AdapterSettings::new(keys, 0.0, &config()).unwrap(), &config(), 42);
+            save(&adapter, &config(), Path::new("base"), dir.path()).unwrap();
+            assert!(load(dir.path(), &config()).unwrap() == adapter, "alpha {alpha}");
+        }
     }
 
     /// An adapter whose modules differ, as a recipe would have it.

@@ -13,6 +13,9 @@ use crate::model::spec::{LayerSpec, ModelSpec, ModuleId, TEXT_TOWER};
 use crate::model::targets::{Layers, Modules};
 use crate::model::trainable::{LayerTrainables, LoraModule, Trainable};
 
+/// All integers below this are exact in f64, and fit into i64.
+const EXACT_INTEGERS: f64 = (1u64 << 53) as f64;
+
 /// Returns PEFT's keys that say which modules have the adapter. Where other towers of the model have modules of these
 /// names too, they are a pattern of whole names, or all whole names.
 fn selection(settings: &AdapterSettings, spec: &ModelSpec) -> Result<Map<String, Value>> {
@@ -103,7 +106,8 @@ pub fn save_values<V: AsRef<[f32]>>(
 ) -> Result<()> {
     write_tensors(&dir.join(TENSORS_FILE), views(settings, spec, layers, "")?)?;
     let keys = &settings.keys;
-    let alpha = if keys.alpha.fract() == 0.0 { json!(keys.alpha as i64) } else { json!(keys.alpha) };
+    let is_integer = keys.alpha.fract() == 0.0 && keys.alpha < EXACT_INTEGERS;
+    let alpha = if is_integer { json!(keys.alpha as i64) } else { json!(keys.alpha) };
     // An adapter of a model of the hub names it as PEFT does, so that it serves wherever that can be reached.
     let (base, revision) = match folder::id_and_commit(base) {
         Some((id, commit)) => (json!(id), json!(commit)),
