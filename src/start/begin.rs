@@ -19,7 +19,8 @@ pub struct Beginning {
 }
 
 /// Returns the job of the run that goes on in an output folder, if one does: its steps have as many sequences as
-/// before, whatever the number of ranks is now. Rank 0 has the folder. Collective.
+/// before, whatever the number of ranks is now. Where this number of ranks cannot share such a step, the run there is
+/// another one, and [`begin`] says so. Rank 0 has the folder. Collective.
 pub fn with_batch_of_the_run(
     comm: &mut dyn Comm,
     job: Agreed<Job>,
@@ -31,12 +32,14 @@ pub fn with_batch_of_the_run(
     let mut kept = None;
     if let Some(output) = output
         && let Some(sequences) = output.global_batch_size(&job.values(), resume)?.filter(|kept| *kept != own)
+        && let Ok(run) = identity(&job.with_global_batch(sequences))
     {
-        let run = identity(&job.with_global_batch(sequences))?;
         kept = output.knows(&run, resume).then_some(sequences);
     }
     if let Some(sequences) = kept {
-        log.line(format!("a step keeps its {sequences} sequences; {own} would be those of so many ranks"));
+        log.line(format!(
+            "each step keeps the {sequences} sequences that the run began with; with this number of ranks it would have {own}"
+        ));
     }
     agree_on_batch(comm, job, kept)
 }
