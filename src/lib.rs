@@ -122,3 +122,4 @@ pub use logging::{LogFormat, error as log_error, install as install_log};
 pub use recipe::RecipeError;
 pub use start::agree::Disagreement;
 pub use train::run::Outcome;
+pub use train::stop::STOPPED;

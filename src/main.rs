@@ -6,12 +6,9 @@ use std::io::IsTerminal;
 
 use clap::Parser;
 use fsdp_qlora::{
-    Cli, Disagreement, LogFormat, Outcome, RecipeError, World, abort, install_log, is_guarded, launcher_rank,
+    Cli, Disagreement, LogFormat, Outcome, RecipeError, STOPPED, World, abort, install_log, is_guarded, launcher_rank,
     log_error, watch,
 };
-
-/// Exit status of a run that has saved a checkpoint and can go on (EX_TEMPFAIL of sysexits.h).
-const STOPPED: i32 = 75;
 
 fn main() {
     let cli = match Cli::try_parse() {

@@ -259,6 +259,22 @@ fn a_run_that_is_stopped_before_its_first_step_is_whole_begins_again() {
 }
 
 #[test]
+fn a_signal_before_the_first_step_ends_all_ranks() {
+    let place = place();
+    let mut command = place.mpirun(2, &TRAIN);
+    // Rank 1 never comes to the first step.
+    command.env("FSDP_QLORA_FAULT", "hang:1:decide");
+    let mut running = Running::start(&place, command);
+    assert!(running.says("device: "), "{}", running.text());
+    assert!(signal(place.ranks()[0], "TERM"));
+    let (status, text) = running.ends();
+    assert_eq!(status, Some(75), "{text}");
+    assert!(text.contains("stopped by SIGTERM to rank") && text.contains("before the first step"), "{text}");
+    succeeds(place.mpirun(2, &TRAIN));
+    assert!(is_finished(&place));
+}
+
+#[test]
 fn a_deadline_stops_a_run_before_it_has_passed() {
     for (set, seconds, reason) in [
         ("training.max_time=8s", 0, "training.max_time"),
@@ -347,11 +363,21 @@ fn another_number_of_ranks_keeps_the_global_batch() {
     let steps = ["training.global_batch_size=null", "training.gradient_accumulation_steps=3"];
     let place = stopped(2, &steps);
     let text = succeeds(place.mpirun(4, &train_with(&steps)));
-    assert!(text.contains("a step keeps its 6 sequences; 12 would be those of so many ranks"), "{text}");
+    assert!(text.contains("each step keeps the 6 sequences that the run began with"), "{text}");
     assert!(text.contains("number of ranks is 4 here and 2 there"), "{text}");
     let lines = metrics(&place.read("out/metrics.jsonl"));
     let last = lines.iter().rfind(|line| line["loss"].is_f64()).unwrap();
     assert_eq!(last["epoch"], (NUM_STEPS * 6) as f64 / 24.0);
+}
+
+#[test]
+fn ranks_that_cannot_share_a_step_do_not_go_on() {
+    let batch = ["training.global_batch_size=null", "training.gradient_accumulation_steps=1"];
+    let place = stopped(2, &[&batch[..], &["training.max_steps=200"]].concat());
+    let other = train_with(&[&batch[..], &["training.max_steps=2"]].concat());
+    let text = fails(place.mpirun(3, &other), 1);
+    assert!(text.contains("sequences of a step is 3 here and 2 there") && text.contains("--overwrite"), "{text}");
+    succeeds(place.mpirun(3, &[&other[..], &["--overwrite"]].concat()));
 }
 
 #[test]

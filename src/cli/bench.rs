@@ -18,6 +18,7 @@ use crate::start::Start;
 use crate::start::agree::agree_on;
 use crate::start::data::TrainingData;
 use crate::train::run::Outcome;
+use crate::train::stop;
 
 #[derive(Subcommand)]
 pub enum Bench {
@@ -114,6 +115,7 @@ fn run_of_train(
     overrides: &[String],
 ) -> Result<Outcome> {
     let started = Instant::now();
+    stop::listen(start.world.rank)?;
     watch::keep_steps();
     keys.extend([
         ("model", json!(args.shards)),

@@ -38,7 +38,7 @@ use crate::train::run::Outcome;
 const AFTER_HELP: &str = "Without a subcommand: train -c ./fsdp-qlora.yaml
 
 Exit status: 0 the command is done, or was finished before; 2 the command line or the recipe is wrong, or the ranks \
-were not started alike; 75 a signal stopped the run after it had saved a checkpoint, and the same command goes on; \
+were not started alike; 75 the run was stopped early, with a checkpoint where a step was whole, and the same command goes on; \
 1 anything else, and also an adapter that had to be saved elsewhere than in output_dir (the last line names the place)";
 
 /// Most ranks, or shards, that the command line takes: a larger number is a slip of the pen, and the work of planning

@@ -61,6 +61,7 @@ const RECIPE: &str = "fsdp-qlora.yaml";
 /// error, and its message, the last line, names the place.
 pub fn run(start: &Start, mut comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<Outcome> {
     let started = Instant::now();
+    stop::listen(start.world.rank)?;
     let path = args.config.as_deref().unwrap_or(Path::new(RECIPE));
     let job = match args.config.is_none() && !overrides.is_empty() && !path.exists() {
         true => recipe::from_options(Command::Train, Vec::new(), overrides)?,
@@ -292,7 +293,6 @@ impl Work for Training<'_> {
             steps.num_steps,
             adapter.layers.iter().map(Vec::len).sum::<usize>()
         ));
-        stop::listen()?;
         let outcome = run.run()?;
         let (progress, epoch) = (run.progress, steps.epochs.after(run.progress.step));
         watch::phase(Phase::Save)?;

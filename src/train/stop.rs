@@ -14,7 +14,8 @@ use anyhow::{Context, Result};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::flag;
 
-use crate::comm::Comm;
+use crate::comm::mpi::abort;
+use crate::comm::{Comm, watch};
 use crate::files;
 
 use super::log::{Log, duration};
@@ -23,6 +24,9 @@ use super::log::{Log, duration};
 pub const CONTROL_FILE: &str = "control";
 
 const MAX_CONTROL_BYTES: u64 = 1 << 10;
+
+/// Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h).
+pub const STOPPED: i32 = 75;
 
 /// Exit status of a program that an interrupt ended, as shells have it.
 const INTERRUPTED: i32 = 130;
@@ -33,14 +37,21 @@ const VOTE_SECONDS: f64 = 1.0;
 const VOTE_PART: f64 = 1.0 / 32.0;
 const FIRST_VOTE_PART: f64 = 1.0 / 256.0;
 
-/// Time that saving may take at a deadline, before a save of this run has been measured.
-const UNMEASURED_SAVE: Duration = Duration::from_secs(30);
+/// Least time that is kept for saving at a deadline.
+const LEAST_SAVE: Duration = Duration::from_secs(30);
 
 /// The last signal that came; 0 before the first.
 static CAUGHT: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
-/// Takes note of the signals from here on, in the place of ending at once. A second SIGINT ends the program at once.
-pub fn listen() -> Result<()> {
+/// True once a [`Stop`] looks for signals.
+static IS_WATCHED: AtomicBool = AtomicBool::new(false);
+
+/// Time between two looks for a signal while no [`Stop`] does so.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Takes note of the signals from here on, in the place of ending at once. Until a [`Stop`] looks for them, a signal
+/// ends all ranks with [`STOPPED`], since there is nothing to save. A second SIGINT ends the program at once.
+pub fn listen(rank: usize) -> Result<()> {
     let caught = CAUGHT.get_or_init(Arc::default);
     let interrupted = Arc::new(AtomicBool::new(false));
     let listen = || -> std::io::Result<()> {
@@ -51,7 +62,29 @@ pub fn listen() -> Result<()> {
         }
         Ok(())
     };
-    listen().context("signals cannot be caught")
+    listen().context("signals cannot be caught")?;
+    let thread = std::thread::Builder::new().name("signals".into());
+    thread.spawn(move || end_before_the_first_step(rank)).context("starting the thread that looks for signals")?;
+    Ok(())
+}
+
+/// Returns the signal that came to this rank, if one did.
+fn signal() -> Option<Reason> {
+    Reason::of_signal(CAUGHT.get().map_or(0, |caught| caught.load(Ordering::Relaxed)))
+}
+
+/// Ends all ranks if a signal comes before a [`Stop`] looks for it.
+fn end_before_the_first_step(rank: usize) {
+    while !IS_WATCHED.load(Ordering::Relaxed) {
+        if let Some(reason) = signal() {
+            if watch::takes_the_word(false) {
+                let reason = reason.text(rank);
+                tracing::warn!("stopped by {reason} before the first step; help: the same `train` again goes on");
+            }
+            abort(STOPPED);
+        }
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// A reason to stop.
@@ -192,6 +225,7 @@ pub struct Stop {
 impl Stop {
     /// Watches from here on. All ranks have `comm`, which is used for nothing else.
     pub fn new(comm: Box<dyn Comm>, options: Options) -> Stop {
+        IS_WATCHED.store(true, Ordering::Relaxed);
         let now = Instant::now();
         let stop = Stop {
             comm,
@@ -200,7 +234,7 @@ impl Stop {
             last_look: now,
             wants_checkpoint: false,
             owes_checkpoint: false,
-            save: UNMEASURED_SAVE,
+            save: LEAST_SAVE,
             activity: Activity::Step,
             began: now,
             next_vote: 0.0,
@@ -266,9 +300,8 @@ impl Stop {
     /// Looks for a reason on this rank.
     fn look(&mut self) {
         let before = std::mem::replace(&mut self.last_look, Instant::now());
-        let signal = CAUGHT.get().map_or(0, |caught| caught.load(Ordering::Relaxed));
         let deadline = self.options.deadline.filter(|deadline| deadline.is_near(self.options.grace, self.save));
-        self.notice(Reason::of_signal(signal).or_else(|| Some(deadline?.reason)), before);
+        self.notice(signal().or_else(|| Some(deadline?.reason)), before);
     }
 
     /// Takes note of a reason that came up after a time.
