@@ -399,7 +399,8 @@ mod tests {
         let [m, n, k, r] = SIZES;
         let right = [m * n, n * k, m * k, m * r, n * r, r * k, m, m * k, n];
         assert_eq!(errors(right), [const { None }; 5]);
-        // Which of linear, down, output, input and dropout look at y, W, x, u, B, A, positions, scratch and bias.
+        // A line for each of y, W, x, u, B, A, positions, scratch and bias says whether linear, down, output, input and
+        // dropout look at it.
         let looks: [[bool; 5]; 9] = [
             [true, false, true, true, false],
             [true, false, false, true, false],

@@ -17,7 +17,7 @@ use crate::guarded::guarded;
 /// Longest regular expression, in bytes.
 const MAX_PATTERN: usize = 1 << 14;
 
-/// Most steps back of a regular expression in one name. A pattern is tried on the names of all modules.
+/// Most backtracking steps of a regular expression in one name. A pattern is tried on the names of all modules.
 const MAX_BACKTRACKS: usize = 10_000;
 
 /// Most names or expressions of a key.
@@ -132,7 +132,7 @@ fn names(value: &Value) -> Option<Vec<String>> {
     list.iter().map(|name| name.as_str().filter(|name| !name.is_empty()).map(String::from)).collect()
 }
 
-/// An expression, or a list of names.
+/// Writes `all-linear`, an expression, or a list of names.
 impl Serialize for Modules {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
@@ -183,7 +183,7 @@ impl<T: Copy> Patterns<T> {
         for (pattern, _) in &self.0 {
             ensure!(
                 any(modules, |module| pattern.matches(module))?,
-                "found {:?}, which is the name of no module with an adapter; allowed: ends of their names, e.g. {}",
+                "found {:?}, which matches no module with an adapter; allowed: expressions for ends of their names, e.g. {}",
                 shown(&pattern.text),
                 modules.first().map_or("", |module| module)
             );
@@ -192,7 +192,7 @@ impl<T: Copy> Patterns<T> {
     }
 }
 
-/// A mapping.
+/// Writes a mapping of expressions to values.
 impl<T: Serialize> Serialize for Patterns<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.0.iter().map(|(pattern, value)| (&pattern.text, value)))
@@ -204,7 +204,7 @@ impl<T: Serialize> Serialize for Patterns<T> {
 pub struct Layers {
     /// `None` allows all.
     pub indices: Option<Vec<usize>>,
-    /// Names of the list of layers; any list if there are none.
+    /// Names of the list of layers; if there are none, any list counts.
     pub patterns: Vec<LayersPattern>,
 }
 
@@ -304,7 +304,7 @@ impl LoraKeys {
     /// A module that is no projection of a layer gets one too, or a regular expression takes too much work.
     pub fn modules(&self, spec: &ModelSpec) -> Result<Vec<Vec<LoraModule>>> {
         for other in others(spec) {
-            ensure!(!self.is_target(&other)?, "target_modules: {other} is one; allowed: projections of layers");
+            ensure!(!self.is_target(&other)?, "target_modules: found {other}; allowed: projections of layers");
         }
         let has_whole_names =
             |module: &Module| matches!(&self.targets, Modules::Names(names) if names.contains(&module.name));
@@ -334,10 +334,11 @@ impl LoraKeys {
         Ok(LoraModule { id: module.id, lora_rank, scale: scale as f32 })
     }
 
-    /// Returns the modules of each layer that get a new adapter, see [`LoraKeys::modules`]. What PEFT warns of is refused.
+    /// Returns the modules of each layer that get a new adapter, see [`LoraKeys::modules`]. Keys that PEFT only warns of
+    /// are refused.
     ///
     /// # Errors
-    /// There are none, or a name, an expression or a layer is none of this model.
+    /// No module gets an adapter, or a name, an expression or a layer is not in this model.
     pub fn new_modules(&self, spec: &ModelSpec) -> Result<Vec<Vec<LoraModule>>> {
         let modules = self.modules(spec)?;
         let all: Vec<&str> = spec.modules().map(|module| module.name.as_str()).collect();
@@ -367,7 +368,7 @@ impl LoraKeys {
     }
 }
 
-/// Fails where a name or an expression is of no module.
+/// Fails if a name or an expression matches no module.
 fn check_names(modules: Option<&Modules>, all: &[&str], spec: &ModelSpec) -> Result<()> {
     let unknown = match modules {
         None | Some(Modules::AllLinear) => None,
@@ -446,10 +447,7 @@ mod tests {
         assert!(told.starts_with("target_modules: no module gets an adapter"), "{told}");
         let rank = |v: &Value| v.as_u64().map(|r| r as usize);
         let told = error(|keys| keys.rank_pattern = Patterns::read(&json!({"q_proj": 4, "proj": 3}), rank).unwrap());
-        assert!(
-            told.starts_with("rank_pattern: found \"proj\", which is the name of no module with an adapter"),
-            "{told}"
-        );
+        assert!(told.starts_with("rank_pattern: found \"proj\", which matches no module with an adapter"), "{told}");
         let told = error(|keys| keys.alpha_pattern = Patterns::read(&json!({"w1": 3.0}), Value::as_f64).unwrap());
         assert!(told.starts_with("alpha_pattern: found \"w1\""), "{told}");
     }
@@ -464,7 +462,7 @@ mod tests {
             (json!(r".*norm|.*q_proj"), "model.layers.0.input_layernorm"),
         ] {
             let told = error(|keys| keys.targets = Modules::read(&targets).unwrap());
-            assert_eq!(told, format!("target_modules: {other} is one; allowed: projections of layers"));
+            assert_eq!(told, format!("target_modules: found {other}; allowed: projections of layers"));
         }
         let told = error(|keys| {
             keys.targets = Modules::read(&json!(["model.layers.0.mlp.up_proj"])).unwrap();

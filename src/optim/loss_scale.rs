@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 /// The scale and what has happened since it changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LossScaler {
-    /// `None`: nothing is scaled.
+    /// `None` if nothing is scaled.
     scale: Option<f32>,
     good_steps: u32,
 }

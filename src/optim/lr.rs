@@ -158,7 +158,7 @@ impl LrScheduler {
     }
 }
 
-/// Returns a wave from 1 to 0 and back, so many times.
+/// Returns a wave that goes from 1 to 0 and back `num_cycles` times while `progress` goes from 0 to 1.
 fn half_wave(num_cycles: f64, progress: f64) -> f64 {
     0.5 * (1.0 + (PI * num_cycles * 2.0 * progress).cos())
 }

@@ -106,7 +106,7 @@ impl Job {
         Job { adapters: adapters.to_vec(), ..self }
     }
 
-    /// Returns this job with steps of so many sequences on all ranks, whatever was written.
+    /// Returns this job with steps of this many sequences on all ranks, whatever was written.
     pub fn with_global_batch(&self, sequences: usize) -> Job {
         let training = TrainingJob { batch: BatchSize::Global(sequences), ..self.training.clone() };
         Job { training, ..self.clone() }
@@ -269,7 +269,7 @@ fn values(written: &Written, command: Command) -> Option<Map<String, Value>> {
     let mut values = Map::new();
     for key in keys::ALL.iter().filter(|key| command.name_of(key.path).is_some()) {
         let value = match (key.decided)(written)? {
-            // A key whose `None` is no null calls it auto.
+            // A key that does not allow null calls its `None` auto.
             Value::Null if !(key.is_allowed)(&Value::Null) => "auto".into(),
             value => value,
         };

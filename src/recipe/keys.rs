@@ -213,22 +213,22 @@ keys! {
     WEIGHT_DECAY: f64 = "training.weight_decay", "0.0", TRAINING, not_negative,
         &["a number of at least 0"], "AdamW's decoupled decay";
     LORAPLUS_LR_RATIO: Option<f64> = "training.loraplus_lr_ratio", "null", TRAINING, |v| nullable(v, positive),
-        &["null (1)", "a number above 0"], "LoRA+: the learning rate of the matrices B is so many times that of A";
+        &["null (1)", "a number above 0"], "LoRA+: the learning rate of the matrices B is this many times that of A";
     SEED: u64 = "training.seed", "42", TRAINING, |v| integer(v, 0..=MAX_INTEGER).map(|n| n as u64),
         &["an integer from 0 to 9007199254740992"], "data order, dropout and new adapters follow from it";
     LOGGING_STEPS: usize = "training.logging_steps", "1", TRAINING, count,
-        &["an integer of at least 1"], "a line every so many steps";
+        &["an integer of at least 1"], "number of steps from one line of the log to the next";
     SAVE_STRATEGY: Strategy = "training.save_strategy", "steps", TRAINING, choice,
         Strategy::ALLOWED, "steps: checkpoints as save_steps says; epoch: one at the end of each epoch";
     SAVE_STEPS: Option<usize> = "training.save_steps", "100", TRAINING, |v| nullable(v, count),
         &["null (no checkpoints but when the run is stopped)", "an integer of at least 1"],
-        "a checkpoint every so many steps, in output_dir";
+        "number of steps from one checkpoint in output_dir to the next";
     SAVE_TOTAL_LIMIT: Option<usize> = "training.save_total_limit", "2", SAVES, |v| nullable(v, count),
         &["null (all are kept)", "an integer of at least 1"], "checkpoints that are kept; older ones are removed";
     MAX_SKIPPED_STEPS: usize = "training.max_skipped_steps", "5", TRAINING, |v| integer(v, 0..=MAX_INTEGER),
         &["an integer of at least 0"],
-        "so many steps in a row whose loss or gradient is not finite end the run, they update nothing; 0: the first one \
-         does";
+        "this many steps in a row whose loss or gradient is not finite end the run; such a step updates nothing; 0: the \
+         first one ends the run";
     RESUME: Resume = "training.resume", "auto", SAVES, resume,
         &["auto", "never", "a checkpoint directory"],
         "auto: go on from the newest complete checkpoint of the same run in output_dir, if there is one; never: begin \
@@ -245,7 +245,7 @@ keys! {
         "steps: held-out loss as eval_steps says; epoch: at the end of each epoch; in both cases before and after \
          training too";
     EVAL_STEPS: Option<usize> = "training.eval_steps", "null", TRAINING, |v| nullable(v, count),
-        &["null (before and after training only)", "an integer of at least 1"], "held-out loss every so many steps";
+        &["null (before and after training only)", "an integer of at least 1"], "number of steps from one held-out loss to the next";
     LOAD_BEST_MODEL_AT_END: bool = "training.load_best_model_at_end", "false", TRAINING, Value::as_bool,
         &["true", "false"],
         "true: the result is the best adapter by metric_for_best_model, of the checkpoints and the last step; false: that \
@@ -254,7 +254,7 @@ keys! {
         &["eval_loss", "loss"], "eval_loss: the held-out loss, of which less is better; loss: another name of it";
     EARLY_STOPPING_PATIENCE: Option<usize> = "training.early_stopping_patience", "null", TRAINING, |v| nullable(v, count),
         &["null (never)", "an integer of at least 1"],
-        "the run ends after so many evaluations in a row that are no better than the best before";
+        "the run ends after this many evaluations in a row that are no better than the best before";
     EARLY_STOPPING_THRESHOLD: f64 = "training.early_stopping_threshold", "0", TRAINING, not_negative,
         &["a number of at least 0"], "early stopping takes an evaluation for better if it gains more than this";
 

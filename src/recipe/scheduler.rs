@@ -53,7 +53,7 @@ impl Kwargs<'_> {
                 .push(format!("min_lr: found {}, allowed: at most {rate}, {learning_rate}", min_lr.unwrap_or(0.0)));
         }
         if self.has("min_lr_rate") == self.has("min_lr") {
-            self.problems.push("min_lr, min_lr_rate: one of the two must be there".into());
+            self.problems.push("min_lr, min_lr_rate: exactly one of the two must be given".into());
         }
         rate.or(min_lr.map(|min_lr| min_lr / learning_rate)).unwrap_or(0.0)
     }
@@ -92,8 +92,8 @@ fn read(name: LrSchedulerType, written: &Map<String, Value>, learning_rate: f64)
     };
     let Kwargs { written, known, mut problems } = kwargs;
     let unknown = written.keys().filter(|key| !known.contains(&key.as_str())).map(|key| {
-        let allowed = if known.is_empty() { "no argument".into() } else { known.join(", ") };
-        format!("{}: no argument of {}, allowed: {allowed}", shown(key), name.word())
+        let allowed = if known.is_empty() { "none".into() } else { known.join(", ") };
+        format!("{}: not an argument of {}, allowed: {allowed}", shown(key), name.word())
     });
     problems.extend(unknown);
     match problems.is_empty() {
@@ -225,15 +225,15 @@ mod tests {
     }
 
     #[test]
-    fn arguments_that_a_schedule_has_not_are_refused_with_those_that_it_has() {
+    fn arguments_that_a_schedule_does_not_have_are_refused_with_those_that_it_has() {
         for (name, written, expected) in [
-            ("linear", json!({"power": 2}), "power: no argument of linear, allowed: no argument"),
-            ("polynomial", json!({"pow": 2}), "pow: no argument of polynomial, allowed: power, lr_end"),
+            ("linear", json!({"power": 2}), "power: not an argument of linear, allowed: none"),
+            ("polynomial", json!({"pow": 2}), "pow: not an argument of polynomial, allowed: power, lr_end"),
             ("polynomial", json!({"power": -1}), "power: found -1, allowed: a number of at least 0"),
             ("polynomial", json!({"lr_end": 0.1}), "lr_end: found 0.1, allowed: below training.learning_rate, 0.001"),
             ("cosine", json!({"num_cycles": "x"}), "num_cycles: found \"x\", allowed: a number of at least 0"),
-            ("cosine_with_min_lr", json!({}), "min_lr, min_lr_rate: one of the two must be there"),
-            ("cosine_with_min_lr", json!({"min_lr": 0, "min_lr_rate": 0}), "one of the two must be there"),
+            ("cosine_with_min_lr", json!({}), "min_lr, min_lr_rate: exactly one of the two must be given"),
+            ("cosine_with_min_lr", json!({"min_lr": 0, "min_lr_rate": 0}), "exactly one of the two must be given"),
             (
                 "cosine_with_min_lr",
                 json!({"min_lr": 1}),

@@ -76,8 +76,11 @@ impl TrainingJob {
         let global = self.global_batch_size(world_size);
         let epochs = Epochs::new(num_sequences, global, self.drop_last).ok_or_else(|| {
             let (drop_last, batch) = (keys::DROP_LAST.path, keys::GLOBAL_BATCH_SIZE.path);
+            // A step of so few sequences would be refused where the ranks cannot share it.
+            let can_be_shared = world_size <= num_sequences.div_ceil(self.per_device_train_batch_size);
+            let lower = if can_be_shared { format!("lower {batch}, or ") } else { String::new() };
             RecipeError::one(format!(
-                "{drop_last}: found true, but {} do not fill a step of {global}; help: lower {batch}, or remove {drop_last}",
+                "{drop_last}: found true, but {} do not fill a step of {global}; help: {lower}remove {drop_last}",
                 counted(num_sequences, "sequence")
             ))
         })?;
@@ -283,6 +286,9 @@ mod tests {
         assert!(steps.plan.contains("16 sequences, which leave 3 sequences out of each epoch"), "{}", steps.plan);
         let error = job.steps(5, 2).unwrap_err().to_string();
         assert!(error.contains("training.drop_last: found true, but 5 sequences do not fill a step of 16"), "{error}");
+        assert!(error.contains("help: lower training.global_batch_size, or remove"), "{error}");
+        let error = job.steps(5, 8).unwrap_err().to_string();
+        assert!(error.ends_with("help: remove training.drop_last"), "8 ranks cannot share 5 sequences: {error}");
     }
 
     #[test]

@@ -173,7 +173,7 @@ pub(super) fn why_no_path(value: &Value) -> Option<String> {
     }
 }
 
-/// Says why transformers' scheduler of this name is none here; `None` if the value is no such name.
+/// Says why a scheduler that transformers has is not available here; `None` if the value is not the name of one.
 pub(super) fn why_no_scheduler(value: &Value) -> Option<String> {
     let name = value.as_str().filter(|name| ["reduce_lr_on_plateau", "greedy"].contains(name))?;
     Some(format!("{name} follows the losses, and the learning rates of a run are decided before its first step"))

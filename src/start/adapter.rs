@@ -86,8 +86,8 @@ pub fn new_settings(lora: &LoraJob, config: &ModelSpec) -> Result<AdapterSetting
     let there = host_memory::available_bytes();
     ensure!(
         needed < there as f64,
-        "lora.r: {} makes an adapter of {}, and {} of host memory are available: lower lora.r, or lora.target_modules to fewer",
-        lora.keys.r,
+        "lora.r: the adapter takes {}, and {} of host memory are available: lower lora.r or the ranks of lora.rank_pattern, or \
+         name fewer modules in lora.target_modules",
         bytes(needed as usize),
         bytes(there)
     );

@@ -23,7 +23,7 @@ use super::{Start, host_memory};
 /// The rate that is assumed between nodes when choices are weighed: 10 Gbit/s.
 const NETWORK_BYTES_PER_S: f64 = 1.25e9;
 
-/// A run of which it is not decided yet what is kept and where.
+/// A run for which it is not decided yet what is kept where.
 pub struct Undecided<'a> {
     pub sizes: Sizes<'a>,
     pub adapter: Option<&'a Adapter>,

@@ -148,7 +148,7 @@ impl Start<'_> {
 
 /// Returns the index of the GPU that each rank takes among those that it sees, given by identity: the first that has
 /// room for another rank. Ranks that see all GPUs of their machine take them in their order; a launcher may also show
-/// each rank the only one that is its own. `None`: one rank finds no room.
+/// each rank its own GPU alone. Returns `None` if a rank finds no room.
 fn take_gpus(visible: &[Vec<u64>], ranks_per_gpu: usize) -> Option<Vec<usize>> {
     let mut num_ranks = HashMap::new();
     let mut take = |gpus: &Vec<u64>| {

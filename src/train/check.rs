@@ -143,7 +143,7 @@ mod tests {
         let line = judge(&spec(), &expanded, 14, Kind::B, true, &base).unwrap().unwrap();
         assert!(line.starts_with("3 of 14 lora_B") && line.contains("layers.1.self_attn.q_proj.lora_B"), "{line}");
         assert_eq!(judge(&spec(), &[], 14, Kind::B, true, &base).unwrap(), None);
-        // The same modules of a layer that has all its weights, and the zero weights themselves.
+        // These are modules of a layer that has all its weights, and the zero weights themselves.
         for wrong in [(0, ModuleId::Q), (0, ModuleId::Gate), (1, ModuleId::O), (1, ModuleId::Down)] {
             let error = judge(&spec(), &[(1, ModuleId::Q), wrong], 14, Kind::B, true, &base).unwrap_err().to_string();
             let name = format!("layers.{}.", wrong.0);

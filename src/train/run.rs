@@ -47,7 +47,7 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub metrics: Option<&'a mut MetricsFile>,
     pub writer: Option<&'a mut Writer>,
     pub log: Log,
-    /// Where rank 0 writes a trace of the second step, or of the only one.
+    /// The file to which rank 0 writes a trace of the second step, or of the only one.
     pub trace: Option<&'a Path>,
     pub is_zero: check::IsZero<'a>,
     /// Rate at which this rank's GPU multiplies large matrices, in FLOP/s, if it is known.

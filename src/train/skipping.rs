@@ -45,7 +45,8 @@ pub fn note(progress: &mut Progress, record: &StepRecord) -> Fate {
     Fate::Skipped
 }
 
-/// Says that a step was skipped. Fails if so many in a row end the run; 0 means that the first one does.
+/// Returns the message about a step that was skipped. Fails if `most` in a row were; 0 and 1 mean that the first one ends
+/// the run.
 pub fn allow(progress: &Progress, record: &StepRecord, update: &Update, most: usize) -> Result<String> {
     let (StepRecord { loss, grad_norm, .. }, rate) = (record, update.learning_rate);
     let Progress { step, skipped_in_a_row, .. } = progress;

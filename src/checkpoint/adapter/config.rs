@@ -106,7 +106,7 @@ impl Keys {
     fn read_layers(&mut self, targets: Option<&Modules>) -> Option<Layers> {
         let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty) || value.as_str() == Some("");
         for key in ["layers_to_transform", "layers_pattern"] {
-            // PEFT takes an empty list for absent.
+            // PEFT treats an empty list as absent.
             self.map.retain(|name, value| name != key || !is_empty(value));
             let found = self.map.get(key).filter(|value| !value.is_null()).cloned();
             let is_list = targets.is_none_or(|targets| matches!(targets, Modules::Names(_)));

@@ -89,9 +89,9 @@ pub fn write_tensors(path: &Path, views: Vec<(String, TensorView<'_>)>) -> Resul
         .with_context(|| format!("{}: cannot be written", path.display()))
 }
 
-/// Writes both files durably into a folder that has no adapter yet: how the folder takes the place of another result
-/// is the matter of [`crate::checkpoint::output`]. `base` is the
-/// model's path; that of a snapshot in the hub's cache is written as the model's id and commit.
+/// Writes both files durably into a folder that has no adapter yet; [`crate::checkpoint::output`] puts the folder in
+/// the place of another result. `base` is the model's path; that of a snapshot in the hub's cache is written as the
+/// model's id and commit.
 pub fn save(adapter: &Adapter, spec: &ModelSpec, base: &Path, dir: &Path) -> Result<()> {
     save_values(&adapter.settings, &adapter.layers, spec, base, dir)
 }

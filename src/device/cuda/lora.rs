@@ -39,12 +39,12 @@ impl Kernels {
     }
 }
 
-/// Features and threads of a block of `lora_input`; its tokens are a part of all, of at least as many, and there are at most so many parts.
+/// Features and threads of a block of `lora_input`, which takes one part of the tokens; the fewest tokens of a part, and the most parts.
 const INPUT_FEATURES: usize = 32;
 const INPUT_THREADS: u32 = 128;
 const INPUT_MIN_TOKENS: usize = 256;
 const INPUT_MAX_PARTS: usize = 4;
-/// Features of a warp of `lora_output`, and the fewest tokens and the number of its blocks, which fill a large GPU.
+/// Features of a warp of `lora_output`, the fewest tokens of a block, and the number of blocks that fills a large GPU.
 const OUTPUT_WARP_FEATURES: usize = 64;
 const OUTPUT_MIN_TOKENS: usize = 128;
 const OUTPUT_BLOCKS: usize = 128;
@@ -90,7 +90,7 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         unsafe { self.launch("lora_dropout", Grid::elements(eights), args) }
     }
 
-    /// Without a kernel, LoRA's part is written first, and the base product adds to it: one pass over y less than a second sum would take.
+    /// Without a kernel, LoRA's part is written first, and the base product adds to it, which saves the pass over y of a separate sum.
     fn lora_linear(&self, args: LoraLinear<'_, Cuda<A>>) -> Result<()> {
         let [m, n, k] = args.sizes()?;
         if let Some(grid) = self.hopper_linear_grid([m, n, k], args.lora_rank) {
