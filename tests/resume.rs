@@ -338,8 +338,9 @@ fn a_signal_to_any_rank_stops_all_with_a_checkpoint() {
         assert_eq!(run["state"], "stopped", "{run}");
         assert!(run["reason"].as_str().unwrap().contains(&format!("SIG{name}")), "{run}");
         assert!(text.contains(&format!("after step {step}")), "{text}");
-        let text = succeeds(place.mpirun(3, &TRAIN));
+        let text = succeeds(place.mpirun(3, &[&TRAIN[..], &["--trace", "trace.json"]].concat()));
         assert!(text.contains(&format!("going on after step {step},")), "{text}");
+        assert!(text.contains(&format!("trace of step {}: trace.json", (step + 2).min(NUM_STEPS))), "{text}");
         if ranks == 3 {
             assert!(place.read(ADAPTER) == whole.read(ADAPTER), "{name}: the adapters differ");
             assert_eq!(decided(&place.read("out/metrics.jsonl")), decided(&whole.read("out/metrics.jsonl")));

@@ -47,7 +47,7 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub metrics: Option<&'a mut MetricsFile>,
     pub writer: Option<&'a mut Writer>,
     pub log: Log,
-    /// The file to which rank 0 writes a trace of the second step, or of the only one.
+    /// The file to which rank 0 writes a trace of the second step after this start, or of the only one.
     pub trace: Option<&'a Path>,
     pub is_zero: check::IsZero<'a>,
     /// Rate at which this rank's GPU multiplies large matrices, in FLOP/s, if it is known.
@@ -95,7 +95,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             }
             watch::phase(Phase::Step(step_idx + 1))?;
             let batches = self.batches(&mut sampler, step_idx);
-            let Some((record, update)) = self.step(step_idx, &batches)? else { return self.stopped() };
+            let is_traced = self.trace.is_some() && step_idx == (first + 1).min(num_steps - 1);
+            let Some((record, update)) = self.step(step_idx, &batches, is_traced)? else { return self.stopped() };
             let (done, left) = (step_idx + 1 - first, num_steps - step_idx - 1);
             self.progress.step = step_idx + 1;
             let fate = skipping::note(&mut self.progress, &record);
@@ -158,16 +159,19 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     }
 
     /// Takes a step, with a trace of it if one is wanted. Returns `None` if the step was abandoned.
-    fn step(&mut self, step_idx: usize, batches: &[MicroBatch]) -> Result<Option<(StepRecord, Update)>> {
-        let (num_steps, num_updates) = (self.steps.num_steps, self.progress.num_updates);
-        let update = self.update(step_idx, num_steps, num_updates, self.progress.loss_scaler.scale());
+    fn step(
+        &mut self,
+        step_idx: usize,
+        batches: &[MicroBatch],
+        is_traced: bool,
+    ) -> Result<Option<(StepRecord, Update)>> {
+        let update = self.update(step_idx);
         let args = StepArgs {
             step: step_idx as u32 + 1,
             num_micro_batches: batches.len(),
             update: &update,
             seed: self.job.seed,
         };
-        let is_traced = self.trace.is_some() && step_idx == 1.min(num_steps - 1);
         self.engine.record_spans(is_traced);
         self.stop.begin(Activity::Step);
         let Some(record) = step_unless(self.engine, batches, &args, &mut |done| self.stop.abandons(done))? else {
@@ -234,18 +238,19 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(())
     }
 
-    fn update(&self, step_idx: usize, num_steps: usize, num_updates: u32, loss_scale: f32) -> Update {
-        let job = self.job;
+    /// Returns the update that a step ends with.
+    fn update(&self, step_idx: usize) -> Update {
+        let (job, steps) = (self.job, self.steps);
         Update {
-            learning_rate: job.learning_rate * job.lr_scheduler.factor(step_idx, self.steps.warmup_steps, num_steps),
+            learning_rate: job.learning_rate * job.lr_scheduler.factor(step_idx, steps.warmup_steps, steps.num_steps),
             lr_ratio: job.loraplus_lr_ratio.unwrap_or(1.0),
             beta1: job.adam_beta1,
             beta2: job.adam_beta2,
             epsilon: job.adam_epsilon,
             weight_decay: job.weight_decay,
             max_grad_norm: job.max_grad_norm,
-            loss_scale,
-            step: num_updates + 1,
+            loss_scale: self.progress.loss_scaler.scale(),
+            step: self.progress.num_updates + 1,
         }
     }
 
