@@ -450,7 +450,7 @@ fn look(dir: &Path) -> Found {
 /// Says how a run that did not finish has ended, and when and where it was started.
 fn told(record: &RunRecord) -> String {
     let how = match (record.state, &record.reason) {
-        (State::Running, _) => "was killed".into(),
+        (State::Running, _) => "was killed or has crashed".into(),
         (State::Stopped, _) => "was stopped".into(),
         (_, reason) => format!("failed ({})", reason.as_deref().unwrap_or_default()),
     };

@@ -49,7 +49,7 @@ const MICRO_BATCH: &str = "training.per_device_train_batch_size";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// The run is working; or it was killed, if nobody holds the lock.
+    /// The run is working. If nobody holds the lock, it was killed or has crashed.
     Running,
     /// The run was ended early, by a signal for example, and has saved.
     Stopped,
