@@ -242,7 +242,7 @@ fn a_real_run_that_is_killed_and_stopped_ends_with_the_bits_of_one_that_was_not(
     assert!(running.says("going on after step "), "{}", running.text());
     assert!(signal(running.child.id(), "TERM"));
     let (status, text) = running.ends();
-    // The signal may come before the ranks listen, or after the last step.
+    // The signal may come before the first step, or after the last one.
     assert!([Some(75), Some(0)].contains(&status), "{text}");
     assert!(text.matches("supervise ").count() >= 4 && text.contains("starting again in 0.1 s"), "{text}");
     let text = succeeds(supervise_ranks(&place, &args));
