@@ -230,7 +230,7 @@ impl Layers {
         }
     }
 
-    /// Reads the name of a list of layers, or several of which one is there.
+    /// Reads the name of a list of layers, or several names, of which the first that a module has counts.
     pub fn read_patterns(value: &Value) -> Option<Vec<LayersPattern>> {
         let texts = match value {
             Value::String(text) if !text.is_empty() => vec![text.clone()],

@@ -1,5 +1,5 @@
-//! The memory that a rank may take, and with it the decision what of a run is kept where. All ranks decide alike,
-//! since the least of what they have counts.
+//! The memory that a rank may take, and the decision where each part of a run is kept. All ranks decide alike, since
+//! only the least that any of them has counts.
 
 use anyhow::Result;
 

@@ -49,7 +49,7 @@ static IS_WATCHED: AtomicBool = AtomicBool::new(false);
 /// Time between two looks for a signal while no [`Stop`] does so.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Takes note of the signals from here on, in the place of ending at once. Until a [`Stop`] looks for them, a signal
+/// Takes note of the signals from here on, instead of ending at once. Until a [`Stop`] looks for them, a signal
 /// ends all ranks with [`STOPPED`], since there is nothing to save. A second SIGINT ends the program at once.
 pub fn listen(rank: usize) -> Result<()> {
     let caught = CAUGHT.get_or_init(Arc::default);
