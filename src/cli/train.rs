@@ -24,7 +24,6 @@ use crate::start::agree::{Agreed, agree_on_inputs};
 use crate::start::begin::{Beginning, begin, with_batch_of_the_run};
 use crate::start::data::TrainingData;
 use crate::start::engine::{Setup, Work};
-use crate::start::placement::Placement;
 use crate::start::{Facts, Start};
 use crate::train::best;
 use crate::train::check;
@@ -201,7 +200,7 @@ fn watch_for_reasons_to_stop(start: &Start, job: &Job, started: Instant, votes: 
 /// A run from the first step to the saved adapter.
 struct Training<'a> {
     start: &'a Start<'a>,
-    /// Rate of this rank's GPU, see [`Placement::matrix_flops`].
+    /// Rate of this rank's GPU, see [`crate::start::placement::Placement::matrix_flops`].
     matrix_flops: Option<f64>,
     job: &'a Job,
     steps: &'a Steps,

@@ -181,7 +181,7 @@ pub fn prompts() -> Target {
         let hash = hash(input);
         let name = ["rows.jsonl", "rows.jsonl", "rows.json", "rows.csv", "rows.txt"][hash / 2 % 5];
         folder.write(name, input);
-        let prompts = Prompts { tokenizer: &tokenizer, raw: hash % 2 == 0 };
+        let prompts = Prompts { tokenizer: &tokenizer, raw: hash.is_multiple_of(2) };
         let (rows, _) = prompts.of_file(&folder.path().join(name))?;
         assert!(!rows.is_empty(), "no row and no message");
         Ok(())
