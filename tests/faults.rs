@@ -71,8 +71,10 @@ fn in_every_phase(kind: &str, is_told: impl Fn(&str) -> bool) {
 
 #[test]
 fn a_rank_that_is_killed_in_any_phase_is_named_and_a_restart_goes_on() {
-    // The launcher may end the other ranks before one of them says it.
-    in_every_phase("kill", |text| text.contains("was killed or has crashed") || text.contains("signal 9"));
+    // The launcher may end the other ranks before one of them says it. Open MPI 4 does not name the signal if the others
+    // had not come to MPI_Init yet.
+    let told = ["was killed or has crashed", "signal 9", "1 process returned\na non-zero exit code"];
+    in_every_phase("kill", |text| told.iter().any(|told| text.contains(told)));
 }
 
 #[test]
