@@ -23,12 +23,14 @@ from four_bit import load, place_of
 from peft.tuners.lora import LoraLayer
 from run_program import IN_16_BIT, RAGGED, Program, add_tokenizer, with_adapter
 from vllm.config.lora import LoRAConfig
-from vllm.lora.lora_model import LoRAModel
+from vllm.lora import lora_model
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.model_executor.models.registry import ModelRegistry
 
 TOLERANCE = 1e-6
 MAX_RANK = 16
+# Memory can be pinned only where there is a GPU.
+lora_model.PIN_MEMORY = False
 # Modules that vLLM serves as they are. Those that it packs, and those that a model has fused, come from the model's class.
 UNPACKED = {"o_proj", "down_proj"}
 
@@ -40,13 +42,19 @@ def known_to_vllm(plain):
     return registered and registered.load_model_cls()
 
 
+def renaming(known):
+    """Returns what turns names of checkpoints into those of vLLM, or `None`, without the packing of modules."""
+    mapper = getattr(known, "hf_to_vllm_mapper", None)
+    return mapper and mapper.get_rename_mapper()
+
+
 def deltas_of_vllm(known, adapter):
     """Returns scale · B · A of each module, by the name that vLLM gives it."""
     helper = PEFTHelper.from_local_dir(str(adapter), max_position_embeddings=None)
     helper.validate_legal(LoRAConfig(max_lora_rank=MAX_RANK))
     expected = UNPACKED | {part for parts in known.packed_modules_mapping.values() for part in parts}
-    model = LoRAModel.from_local_checkpoint(str(adapter), expected, helper, lora_model_id=1, device="cpu", dtype=torch.float32,
-                                            weights_mapper=getattr(known, "hf_to_vllm_mapper", None))
+    model = lora_model.LoRAModel.from_local_checkpoint(str(adapter), expected, helper, lora_model_id=1, device="cpu",
+                                                       dtype=torch.float32, weights_mapper=renaming(known))
     return {name: weights.scaling * (weights.lora_b @ weights.lora_a) for name, weights in model.loras.items()}
 
 
@@ -57,7 +65,7 @@ def deltas_of_peft(peft):
 
 def difference(known, ours, theirs):
     """Returns the largest relative difference of a module; both have the same modules under the names of vLLM."""
-    mapper = getattr(known, "hf_to_vllm_mapper", None)
+    mapper = renaming(known)
     expected = {(mapper and mapper._map_name(name)) or name: delta for name, delta in theirs.items()}
     assert ours.keys() == expected.keys(), sorted(ours.keys() ^ expected.keys())
     return max(((ours[name] - delta).norm() / delta.norm()).item() for name, delta in expected.items())

@@ -11,6 +11,7 @@ use parquet::record::{Field, Row};
 use serde_json::{Map, Number, Value};
 
 use super::super::place::Place;
+use super::lines::check_length;
 use crate::files::shown;
 use crate::guarded::guarded;
 
@@ -34,6 +35,7 @@ impl Parquet {
         let record = guarded("parquet", || Ok(self.records.next().transpose()?));
         let Some(record) = record.with_context(|| place.to_string())? else { return Ok(None) };
         self.row += 1;
+        check_length(record.get_column_iter().map(|(_, field)| length(field)).sum(), &place)?;
         let object = object(&record).with_context(|| place.to_string())?;
         Ok(Some((place, object)))
     }
@@ -42,6 +44,18 @@ impl Parquet {
 fn object(record: &Row) -> Result<Map<String, Value>> {
     let field = |(name, field): (&String, &Field)| Ok((name.clone(), value(field).with_context(|| shown(name))?));
     record.get_column_iter().map(field).collect()
+}
+
+/// Returns the bytes of a field's texts, and one for each other value.
+fn length(field: &Field) -> usize {
+    match field {
+        Field::Str(text) => text.len(),
+        Field::Bytes(bytes) => bytes.len(),
+        Field::Group(record) => record.get_column_iter().map(|(_, field)| length(field)).sum(),
+        Field::ListInternal(list) => list.elements().iter().map(length).sum(),
+        Field::MapInternal(map) => map.entries().iter().map(|(key, field)| length(key) + length(field)).sum(),
+        _ => 1,
+    }
 }
 
 /// Returns a field as JSON has it. Dates, times and decimals become text.
@@ -77,4 +91,32 @@ fn value(field: &Field) -> Result<Value> {
         }
         other => Value::String(other.to_string()),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use parquet::data_type::{ByteArray, ByteArrayType};
+    use parquet::file::writer::SerializedFileWriter;
+    use parquet::schema::parser::parse_message_type;
+
+    use super::super::MAX_ROW_BYTES;
+    use super::*;
+
+    #[test]
+    fn the_longest_row_is_bounded() {
+        let schema = parse_message_type("message rows { required binary text (utf8); }").unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        let mut writer = SerializedFileWriter::new(&mut file, Arc::new(schema), Arc::default()).unwrap();
+        let mut rows = writer.next_row_group().unwrap();
+        let mut column = rows.next_column().unwrap().unwrap();
+        let texts = [MAX_ROW_BYTES, MAX_ROW_BYTES + 1].map(|length| ByteArray::from("a".repeat(length).into_bytes()));
+        column.typed::<ByteArrayType>().write_batch(&texts, None, None).unwrap();
+        column.close().unwrap();
+        rows.close().unwrap();
+        writer.close().unwrap();
+        let mut read = Parquet::new(file, Arc::new("rows.parquet".into())).unwrap();
+        assert!(read.next_object().unwrap().is_some());
+        let error = format!("{:#}", read.next_object().unwrap_err());
+        assert!(error.contains("rows.parquet, row 2: the row is longer than 4 MiB"), "{error}");
+    }
 }
