@@ -31,8 +31,10 @@ TOLERANCE = 1e-6
 MAX_RANK = 16
 # Memory can be pinned only where there is a GPU.
 lora_model.PIN_MEMORY = False
-# Modules that vLLM serves as they are. Those that it packs, and those that a model has fused, come from the model's class.
+# Modules that a class of vLLM's own serves as they are; those that it packs, and those that a model has fused, come from the class. A class
+# that runs transformers' model packs none.
 UNPACKED = {"o_proj", "down_proj"}
+ALL = UNPACKED | {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
 def known_to_vllm(plain):
@@ -52,7 +54,8 @@ def deltas_of_vllm(known, adapter):
     """Returns scale · B · A of each module, by the name that vLLM gives it."""
     helper = PEFTHelper.from_local_dir(str(adapter), max_position_embeddings=None)
     helper.validate_legal(LoRAConfig(max_lora_rank=MAX_RANK))
-    expected = UNPACKED | {part for parts in known.packed_modules_mapping.values() for part in parts}
+    packed = {part for parts in known.packed_modules_mapping.values() for part in parts}
+    expected = UNPACKED | packed if packed else ALL
     model = lora_model.LoRAModel.from_local_checkpoint(str(adapter), expected, helper, lora_model_id=1, device="cpu",
                                                        dtype=torch.float32, weights_mapper=renaming(known))
     return {name: weights.scaling * (weights.lora_b @ weights.lora_a) for name, weights in model.loras.items()}
