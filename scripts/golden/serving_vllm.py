@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Loads adapters that `fsdp-qlora train` wrote with vLLM's own loader, on the CPU, and compares what they add with PEFT.
 
-usage: vllm_loader.py PROGRAM [MODEL...]
+usage: serving_vllm.py PROGRAM [MODEL...]
 
 It needs the packages of requirements.txt and vLLM (tried with 0.33.0: `pip install --no-deps vllm==0.33.0`, and the packages that its import
 asks for); so nothing else calls it. vLLM checks the configuration, the names and the ranks as it does before it serves an adapter; no

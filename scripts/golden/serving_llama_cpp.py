@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Serves adapters that `fsdp-qlora export --gguf` wrote with llama.cpp itself, and compares with this program and with PEFT.
 
-usage: llama_cpp.py PROGRAM [MODEL...]
+usage: serving_llama_cpp.py PROGRAM [MODEL...]
 
 This script needs the packages of requirements.txt and `pip install llama-cpp-python==0.3.36`, which compiles llama.cpp for some minutes, so
 nothing else calls it. The models are those whose adapters the converter knows (converted.py). llama.cpp's own classes write their bases as
