@@ -198,10 +198,11 @@ lora: {r: 0, bias: all, lora_droput: 0.1}
 training: {learning_rate: fast, seed: -1, max_time: soon}
 fsdp: 5
 max_steps: 3
+optim: adamw
 ";
         let found = recipe(yaml, &["x", "lora.r: 3=[", "fsdp.sharding_strategy=zero3"]).unwrap_err().to_string();
         for expected in [
-            "recipe.yaml: 13 error(s)",
+            "recipe.yaml: 14 error(s)",
             "model: found ./Llama-3.1-8B, which is not a directory, and no model of the hub (ORG/NAME, ORG/NAME@REVISION)",
             "lora.r: found 0, allowed: an integer from 1 to 65536",
             "lora.bias: found \"all\", allowed: none",
@@ -211,13 +212,14 @@ max_steps: 3
             "training.max_time: found \"soon\", allowed: null, a duration above 0",
             "fsdp: found 5, this is a mapping of keys",
             "max_steps: unknown key, the nearest known one is training.max_steps",
+            "optim: unknown key, `fsdp-qlora train --help-recipe` lists all keys",
             "--set x: expected key=value",
             "fsdp.sharding_strategy: found \"zero3\", allowed: full_shard, hybrid_shard, no_shard",
             "data.train: missing",
         ] {
             assert!(found.contains(expected), "{expected} is not in {found}");
         }
-        assert_eq!(found.lines().count(), 1 + 13, "{found}");
+        assert_eq!(found.lines().count(), 1 + 14, "{found}");
     }
 
     #[test]

@@ -113,7 +113,12 @@ impl Written {
                 let is_read = key.readers.contains(&reader);
                 if is_read { check_value(key, path, value) } else { Some(not_read(reader, path)) }
             }
-            None => Some(format!("{}: unknown key, the nearest known one is {}", shown(path), nearest(path))),
+            None => {
+                let help = nearest(path).map_or("`fsdp-qlora train --help-recipe` lists all keys".to_string(), |key| {
+                    format!("the nearest known one is {key}")
+                });
+                Some(format!("{}: unknown key, {help}", shown(path)))
+            }
         };
         let problems: Vec<String> = self.values.iter().filter_map(problem).collect();
         self.errors.extend(problems);
@@ -145,12 +150,17 @@ fn not_read(command: Command, path: &str) -> String {
     }
 }
 
-/// Returns the known key with the smallest edit distance, with or without its section.
-fn nearest(path: &str) -> &'static str {
-    let last = |path: &'static str| path.rsplit('.').next().unwrap_or(path);
-    let distance = |key: &&KeyInfo| {
+/// Returns the known key with the smallest edit distance, with or without its section; first of all one that has the
+/// written word in its name. Returns `None` where no key is near.
+fn nearest(path: &str) -> Option<&'static str> {
+    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
+    let word = last(path);
+    let has_word = |key: &KeyInfo| word.len() > 2 && last(key.path).contains(&word);
+    let distance = |key: &KeyInfo| {
         let full = strsim::damerau_levenshtein(path, key.path);
-        full.min(strsim::damerau_levenshtein(path.rsplit('.').next().unwrap_or(path), last(key.path)))
+        full.min(strsim::damerau_levenshtein(&word, &last(key.path)))
     };
-    keys::ALL.iter().min_by_key(distance).map_or("", |key| key.path)
+    let key = keys::ALL.iter().min_by_key(|key| (!has_word(key), distance(key)))?;
+    let is_near = has_word(key) || distance(key) <= word.chars().count() / 3;
+    is_near.then_some(key.path)
 }
