@@ -343,7 +343,7 @@ impl LoraKeys {
         let modules = self.modules(spec)?;
         let all: Vec<&str> = spec.modules().map(|module| module.name.as_str()).collect();
         for (key, named) in [("target_modules", Some(&self.targets)), ("exclude_modules", self.excluded.as_ref())] {
-            check_names(named, &all, spec).context(key)?;
+            check_names(named, &all, spec, key).context(key)?;
         }
         let too_large = self.layers.indices.iter().flatten().find(|index| **index >= spec.num_layers());
         if let Some(index) = too_large {
@@ -369,7 +369,7 @@ impl LoraKeys {
 }
 
 /// Fails if a name or an expression matches no module.
-fn check_names(modules: Option<&Modules>, all: &[&str], spec: &ModelSpec) -> Result<()> {
+fn check_names(modules: Option<&Modules>, all: &[&str], spec: &ModelSpec, key: &str) -> Result<()> {
     let unknown = match modules {
         None | Some(Modules::AllLinear) => None,
         Some(Modules::Pattern(pattern)) => (!any(all, |module| pattern.matches(module))?).then_some(&pattern.text),
@@ -378,8 +378,13 @@ fn check_names(modules: Option<&Modules>, all: &[&str], spec: &ModelSpec) -> Res
     let Some(name) = unknown else { return Ok(()) };
     let ids: BTreeSet<ModuleId> = spec.modules().map(|module| module.id).collect();
     let ids: Vec<&str> = ids.into_iter().map(ModuleId::name).collect();
+    let all_linear = match (key, name.as_str()) {
+        ("exclude_modules", _) => "",
+        (_, "all-linear") => "all-linear without a list, ",
+        _ => "all-linear, ",
+    };
     bail!(
-        "this model has no {}; allowed: all-linear, {}, whole names such as {}, or an expression that matches whole names",
+        "this model has no {}; allowed: {all_linear}{}, whole names such as {}, or an expression that matches whole names",
         shown(name),
         ids.join(", "),
         all.first().map_or("", |module| module)
@@ -440,7 +445,9 @@ mod tests {
         let told = error(|keys| keys.targets = names(json!("q_proj")));
         assert!(told.starts_with("target_modules: this model has no q_proj;"), "{told}");
         let told = error(|keys| keys.excluded = Some(names(json!(["lm_head"]))));
-        assert!(told.starts_with("exclude_modules: this model has no lm_head"), "{told}");
+        assert!(told.starts_with("exclude_modules: this model has no lm_head; allowed: q_proj, k_proj"), "{told}");
+        let told = error(|keys| keys.targets = names(json!(["all-linear"])));
+        assert!(told.contains("has no all-linear; allowed: all-linear without a list, q_proj, k_proj"), "{told}");
         let told = error(|keys| keys.layers.indices = Some(vec![0, 2]));
         assert_eq!(told, "layers_to_transform: found 2, allowed: layers of this model, 0 to 1");
         let told = error(|keys| keys.excluded = Some(names(json!(".*"))));
