@@ -1,6 +1,6 @@
 //! Decides what is kept where: takes the fastest choice that fits.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::comm::Gather;
 use crate::device::{MemoryPlan, Ops};
@@ -180,21 +180,31 @@ impl Workload<'_> {
         with(first(0, 3 * layers, |stage| !fits(stage + 1)))
     }
 
+    /// Returns the cost of the choice that lacks least memory; of several such choices, that of the one that takes least
+    /// of the device.
+    fn smallest<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<Cost> {
+        let gather = wishes.gather.unwrap_or(Gather::Collective);
+        let cost = |residency: Residency| {
+            self.sizes.cost::<D>(&self.least::<D>(Limits { gather, residency, ..limits }, wishes, budget))
+        };
+        let lacks = |cost: &Cost| {
+            let host = cost.host_bytes().saturating_sub(budget.host);
+            cost.device_bytes().saturating_sub(budget.device).saturating_add(host)
+        };
+        let costs = residencies(wishes).into_iter().rev().map(cost).collect::<Result<Vec<Cost>>>()?;
+        costs.into_iter().min_by_key(lacks).context("there is no choice of what is kept where")
+    }
+
     /// Returns the text of a refusal: how much is needed, how much is there, and which keys make the run fit, the
     /// cheapest first.
     fn refusal<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Result<String> {
-        let smallest = |wishes: &Wishes, limits: Limits| -> Result<Cost> {
-            let residency = residencies(wishes).pop().unwrap_or(Residency::ALL);
-            let gather = wishes.gather.unwrap_or(Gather::Collective);
-            self.sizes.cost::<D>(&self.least::<D>(Limits { gather, residency, ..limits }, wishes, budget))
-        };
-        let cost = smallest(wishes, limits)?;
+        let cost = self.smallest::<D>(limits, wishes, budget)?;
         let needs = |cost: &Cost| (cost.device_bytes(), cost.host_bytes());
         let fits = |cost: &Cost| needs(cost).0 <= budget.device && needs(cost).1 <= budget.host;
         let mut keys = Vec::new();
         // Keeps a change that makes the run fit, and says whether it does.
         let mut offer = |key: String, wishes: &Wishes, limits: Limits| -> Result<bool> {
-            let cost = smallest(wishes, limits)?;
+            let cost = self.smallest::<D>(limits, wishes, budget)?;
             if fits(&cost) {
                 let (device, host) = (text(needs(&cost).0), text(needs(&cost).1));
                 keys.push(format!("{key} (needs {device} of device and {host} of host memory)"));
@@ -231,7 +241,10 @@ impl Workload<'_> {
             (needs(&cost).1, budget.host, "host memory", "host_budget"),
         ] {
             if needed > there {
-                keys.push(format!("{} more of {memory} (a larger machine, or fsdp.{key})", text(needed - there)));
+                keys.push(format!(
+                    "{} more of {memory} (a larger machine, or fsdp.{key}) for each rank",
+                    text(needed - there)
+                ));
             }
         }
         keys.push("more ranks".into());
@@ -401,6 +414,16 @@ mod tests {
             let smaller: usize = named.split(' ').next().unwrap().parse().unwrap();
             let limits = Limits { max_tokens: smaller * 2048, ..limits };
             work.decide::<Gpu>(limits, &collective(), budget).unwrap();
+        });
+    }
+
+    #[test]
+    fn a_refusal_asks_for_no_host_memory_that_the_device_can_spare() {
+        with_8b(1, |work| {
+            let budget = Budget { device: 40 * GIB, host: 1 << 20 };
+            let limits = Limits { snapshot: true, ..limits() };
+            let error = work.decide::<Gpu>(limits, &collective(), budget).unwrap_err().to_string();
+            assert!(error.contains("of host memory (snapshot "), "{error}");
         });
     }
 
