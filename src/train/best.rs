@@ -56,9 +56,10 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         }
         if let (true, Some(best)) = (stops, evaluations.best) {
             self.log.line(format!(
-                "training ends early: {num_no_better} evaluation(s) in a row were no better than eval_loss {:.4} after step {} \
-                 (training.early_stopping_patience)",
-                best.eval_loss, best.step
+                "training ends early: {num_no_better} evaluation(s) in a row did not beat the best before by more than {} \
+                 (training.early_stopping_patience, training.early_stopping_threshold); the lowest eval_loss is {:.4}, \
+                 after step {}",
+                job.early_stopping_threshold, best.eval_loss, best.step
             ));
         }
         is_last || stops
