@@ -288,7 +288,7 @@ fn a_deadline_stops_a_run_before_it_has_passed() {
         assert_eq!(status, Some(75), "{text}");
         assert!(newest(&place) <= 6, "{text}");
         assert!(record(&place)["reason"].as_str().unwrap().starts_with(reason), "{text}");
-        assert!(text.contains("the run stops with a checkpoint before"), "{text}");
+        assert!(text.contains("the run stops with a checkpoint within the next"), "{text}");
     }
 }
 

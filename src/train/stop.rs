@@ -162,7 +162,7 @@ impl Deadline {
     pub fn text(&self) -> String {
         let left = duration(self.at.saturating_duration_since(Instant::now()));
         let what = if self.reason == Reason::SlurmEnd { "SLURM_JOB_END_TIME" } else { "training.max_time" };
-        format!("the run stops with a checkpoint before {left} have passed ({what})")
+        format!("the run stops with a checkpoint within the next {left} ({what})")
     }
 
     /// Returns whether it is time to stop. Before the deadline the grace passes and the run saves; this margin is a
