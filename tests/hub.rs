@@ -274,7 +274,10 @@ fn rows_by_the_name_of_their_data_set() {
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=org/none"]))), 1);
     assert!(text.contains("org/none: no file or folder has this name, and the hub has no such data set"), "{text}");
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=data/none.jsonl"]))), 1);
-    assert!(text.contains("data/none.jsonl: No such file"), "a name that ends as a file is none of the hub: {text}");
+    assert!(
+        text.contains("data.train: data/none.jsonl: No such file"),
+        "a name that ends as a file is none of the hub: {text}"
+    );
     hub.change("datasets/org/rows", |repository| {
         repository.revisions.insert("refs/convert/parquet".into(), MOVED.into());
         repository

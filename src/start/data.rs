@@ -80,7 +80,10 @@ fn datasets(
     let making = Making { tokenizer, vocab_size, loss_on: options.loss_on, held_out: 0.0 };
     let tokens = |sources: &[Source], making: &Making, key: &str| tokens(start, &job.model, sources, making, key);
     Ok(match &job.data.eval {
-        None => (Dataset::of(tokens(sources, &making, "data.train")?, &options)?, None),
+        None => {
+            let train = tokens(sources, &making, "data.train").context("data.train")?;
+            (Dataset::of(train, &options)?, None)
+        }
         Some(EvalData::Sources(held_out)) => {
             let eval = tokens(held_out, &making, "data.eval");
             let eval = eval.and_then(|eval| Dataset::of(eval, &options.for_evaluation())).context("data.eval")?;
@@ -88,7 +91,8 @@ fn datasets(
             (train.and_then(|train| Dataset::of(train, &options)).context("data.train")?, Some(eval))
         }
         Some(EvalData::Fraction(fraction)) => {
-            let all = tokens(sources, &Making { held_out: *fraction, ..making }, "data.train")?;
+            let making = Making { held_out: *fraction, ..making };
+            let all = tokens(sources, &making, "data.train").context("data.train")?;
             let (train, eval) = Dataset::parts(all, &options, *fraction)?;
             (train, Some(eval))
         }
