@@ -70,7 +70,8 @@ struct Common {
     /// The form of what is told on standard error
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
-    /// Override a key of the recipe, e.g. --set training.max_steps=100
+    /// Override a key of the recipe, e.g. --set quantization.load_in_4bit=false; `train --help-recipe` says which
+    /// commands read which keys
     #[arg(long = "set", global = true, value_name = "KEY=VALUE")]
     overrides: Vec<String>,
 }
