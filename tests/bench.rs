@@ -61,6 +61,10 @@ fn shards_are_made_up_alike_by_any_number_of_ranks_and_only_in_a_folder_of_their
     assert!(fails(place.command(&auto), 2).contains("--output: found auto"));
     let both = [&QUANTIZE[..], &["--model", "model"]].concat();
     assert!(fails(place.command(&both), 2).contains("cannot be used with"));
+    for option in ["--output=out", "--save-steps=2"] {
+        let text = fails(place.command(&["bench", "step", "--shape", "model", option]), 2);
+        assert!(text.contains("cannot be used with"), "{option}: {text}");
+    }
     let nowhere = ["bench", "step", "--shards", "nowhere", "--output", "out"];
     assert!(fails(place.command(&nowhere), 1).contains("help: `fsdp-qlora quantize --shape NAME --output nowhere"));
 }

@@ -57,10 +57,10 @@ pub struct StepArgs {
     #[arg(long, conflicts_with = "shape", requires = "output")]
     shards: Option<String>,
     /// With --shards: folder of the checkpoints, the metrics and the adapter
-    #[arg(long, requires = "shards")]
+    #[arg(long, requires = "shards", conflicts_with = "shape")]
     output: Option<String>,
     /// With --shards: a checkpoint every so many steps
-    #[arg(long, requires = "shards", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, requires = "shards", conflicts_with = "shape", value_parser = clap::value_parser!(u32).range(1..))]
     save_steps: Option<u32>,
 }
 
