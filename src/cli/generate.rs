@@ -60,9 +60,9 @@ pub struct GenerateArgs {
     /// Choose among the most likely tokens that have this probability together, for a temperature above 0
     #[arg(long)]
     top_p: Option<f64>,
-    /// Seed of the random choice, for a temperature above 0
-    #[arg(long, default_value_t = 42)]
-    seed: u64,
+    /// Seed of the random choice, for a temperature above 0; 42 if it is not given
+    #[arg(long)]
+    seed: Option<u64>,
     /// Text before which the answer ends, besides the model's own end; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
@@ -77,21 +77,25 @@ pub struct GenerateArgs {
 impl GenerateArgs {
     /// Returns the rule by which tokens are chosen.
     fn sampling(&self) -> Result<Sampling> {
-        let GenerateArgs { temperature, top_k, top_p, .. } = *self;
+        let GenerateArgs { temperature, top_k, top_p, seed, .. } = *self;
         if !(temperature >= 0.0 && temperature.is_finite()) {
             return Err(usage(&format!("--temperature: found {temperature}; allowed: 0 or more")));
         }
         if let Some(top_p) = top_p.filter(|top_p| !(*top_p > 0.0 && *top_p <= 1.0)) {
             return Err(usage(&format!("--top-p: found {top_p}; allowed: above 0, at most 1")));
         }
-        if temperature == 0.0 && (top_k.is_some() || top_p.is_some()) {
-            return Err(usage("--top-k and --top-p are for a --temperature above 0"));
+        if temperature == 0.0 && (top_k.is_some() || top_p.is_some() || seed.is_some()) {
+            return Err(usage("--top-k, --top-p and --seed are for a --temperature above 0"));
         }
         if self.stop.iter().any(String::is_empty) {
             return Err(usage("--stop: found an empty text"));
         }
         let (top_k, max_new_tokens) = (top_k.map(|k| k as usize), self.max_new_tokens as usize);
-        Ok(Sampling { temperature, top_k, top_p: top_p.unwrap_or(1.0), seed: self.seed, max_new_tokens })
+        Ok(Sampling { temperature, top_k, top_p: top_p.unwrap_or(1.0), seed: self.seed(), max_new_tokens })
+    }
+
+    fn seed(&self) -> u64 {
+        self.seed.unwrap_or(42)
     }
 
     /// Returns the tokens of all prompts: those of the command line, then those of the file.
@@ -207,7 +211,7 @@ impl Listener for Printer<'_> {
 /// Prints what the model writes after each prompt.
 pub fn run(start: &Start, mut comm: MpiComm, args: &GenerateArgs, overrides: &[String]) -> Result<()> {
     let sampling = args.sampling()?;
-    let given: Vec<(&str, Value)> = vec![("model", args.model.clone().into()), ("training.seed", args.seed.into())];
+    let given: Vec<(&str, Value)> = vec![("model", args.model.clone().into()), ("training.seed", args.seed().into())];
     let job = recipe::from_options(Command::Generate, given, overrides)?.with_adapters(&args.adapter);
     let job = start.job(&mut comm, job)?;
     let opened = start.open(&mut comm, &job)?;
