@@ -297,13 +297,8 @@ fn a_word_in_the_control_file_saves_or_stops() {
     let place = place();
     std::fs::create_dir(place.path("out")).unwrap();
     place.write("out/control", "stop");
-    let mut running = Running::start(
-        &place,
-        place.mpirun(
-            2,
-            &[&TRAIN[..], &["--set", "training.save_steps=null", "--set", "training.max_steps=100000"]].concat(),
-        ),
-    );
+    let sets = ["training.save_steps=null", "training.max_steps=100000", "training.resume=never"];
+    let mut running = Running::start(&place, place.mpirun(2, &train_with(&sets)));
     assert!(running.says("out/control was there before the run began, and is removed"));
     assert!(running.says("step 3/"));
     for (word, answer) in
@@ -317,6 +312,7 @@ fn a_word_in_the_control_file_saves_or_stops() {
     assert_eq!(status, Some(75), "{text}");
     assert_eq!(text.matches("checkpoint: ").count(), 2, "{text}");
     assert!(record(&place)["reason"].as_str().unwrap().starts_with("\"stop\" in output_dir/control"), "{text}");
+    assert!(text.contains("help: `train --set training.resume=auto` goes on"), "the same command would not: {text}");
 }
 
 #[test]

@@ -8,8 +8,8 @@ use clap::Args;
 
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::load::OpenedBase;
-use crate::checkpoint::output::Output;
 use crate::checkpoint::output::record::RunIdentity;
+use crate::checkpoint::output::{Output, Resume};
 use crate::checkpoint::room::Want;
 use crate::checkpoint::state::Found;
 use crate::checkpoint::weights::Weights;
@@ -245,11 +245,14 @@ impl Training<'_> {
 }
 
 /// Notes in run.json that the run was stopped, and says how to go on.
-fn note_stop(output: &mut Output, step: usize, reason: &str, log: Log) -> Result<()> {
+fn note_stop(output: &mut Output, step: usize, reason: &str, resume: &Resume, log: Log) -> Result<()> {
     output.stop(format!("{reason}, after step {step}"))?;
-    let help = match step {
-        0 => "no step was whole; help: the same `train` again begins with the first",
-        _ => "help: the same `train` again goes on from there",
+    let help = match (step, resume) {
+        (0, _) => "no step was whole; help: the same `train` again begins with the first",
+        (_, Resume::Auto) => "help: the same `train` again goes on from there",
+        (_, Resume::Never | Resume::From(_)) => {
+            "help: `train --set training.resume=auto` goes on from the newest checkpoint of output_dir"
+        }
     };
     log.line(format!("stopped by {reason} after step {step}; {help}"));
     Ok(())
@@ -296,7 +299,7 @@ impl Work for Training<'_> {
         let (progress, epoch) = (run.progress, steps.epochs.after(run.progress.step));
         watch::phase(Phase::Save)?;
         if let Outcome::Stopped { step, reason } = &outcome {
-            output.map_or(Ok(()), |output| note_stop(output, *step, reason, start.log))?;
+            output.map_or(Ok(()), |output| note_stop(output, *step, reason, &job.training.resume, start.log))?;
             engine.queue.all_gather_f64("end", &[0.0])?;
             return Ok(outcome);
         }
