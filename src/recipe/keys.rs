@@ -166,7 +166,7 @@ keys! {
         &["true", "false"], "true: the adapter is scaled by alpha/sqrt(r); false: by alpha/r";
     LORA_BIAS: &str = "lora.bias", "none", TRAINING, |v| only(v, "none"), &["none"], "which biases are trained";
     ADAPTER: Option<PathBuf> = "lora.adapter", "null", TRAIN_PLAN, |v| nullable(v, path),
-        &["null", "a PEFT adapter directory", "ORG/NAME or ORG/NAME@REVISION of the hub"], "adapter to go on from, with its own r, alpha and targets; null: a new one";
+        &["null", "a PEFT adapter directory", "ORG/NAME or ORG/NAME@REVISION of the hub"], "adapter to go on from, with its own r, alpha and targets, and the recipe's lora_dropout; null: a new one";
 
     BATCH_SIZE: usize = "training.per_device_train_batch_size", "1", TRAIN_PLAN, |v| integer(v, 1..=1 << 16),
         &["an integer from 1 to 65536"], "sequences of a micro-batch";
