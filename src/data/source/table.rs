@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
-use csv::{ErrorKind, ReaderBuilder, StringRecord};
+use csv::{ReaderBuilder, StringRecord};
 use serde_json::{Map, Value};
 
 use super::super::place::Place;
@@ -23,7 +23,7 @@ pub struct Table {
 
 impl Table {
     pub fn new(reader: Box<dyn BufRead + Send>, path: Arc<PathBuf>, delimiter: u8) -> Result<Table> {
-        let limited = Limited { reader, left: MAX_READ_BYTES };
+        let limited = Limited { reader, left: MAX_READ_BYTES, end: END, given: 0, last: Vec::new() };
         let reader = ReaderBuilder::new().delimiter(delimiter).has_headers(false).flexible(true).from_reader(limited);
         let mut table = Table { reader, path, names: Vec::new(), record: StringRecord::new() };
         if let Some(place) = table.read()? {
@@ -52,44 +52,76 @@ impl Table {
     /// Reads a record, and returns the line that it begins in.
     fn read(&mut self) -> Result<Option<Place>> {
         self.reader.get_mut().left = MAX_READ_BYTES;
-        let begin = self.reader.position().line() as usize;
-        match self.reader.read_record(&mut self.record) {
-            Ok(false) => Ok(None),
-            Ok(true) => {
-                let line = self.record.position().map_or(begin, |position| position.line() as usize);
-                Ok(Some(Place::line(&self.path, line)))
-            }
-            Err(error) => {
-                let line = error.position().map_or(begin, |position| position.line() as usize);
-                let why = match error.kind() {
-                    ErrorKind::Utf8 { err, .. } => format!("not UTF-8: {err}"),
-                    ErrorKind::Io(error) => error.to_string(),
-                    _ => error.to_string(),
-                };
-                bail!("{}: {}", Place::line(&self.path, line), shown(&why))
-            }
+        let next = Place::line(&self.path, self.reader.position().line() as usize);
+        let mut record = std::mem::take(&mut self.record).into_byte_record();
+        match self.reader.read_byte_record(&mut record) {
+            Ok(false) => return Ok(None),
+            Ok(true) => {}
+            Err(error) => bail!("{next}: {}", shown(&error.to_string())),
         }
+        // The library's own line of a record is that of the empty lines before it, or of the \n of a \r\n before it.
+        let (position, read) = (self.reader.position(), self.reader.get_ref());
+        let within = record.as_slice().iter().filter(|&&byte| byte == b'\n').count();
+        let ended = position.line() as usize - usize::from(read.ends_line(position.byte()));
+        let place = Place::line(&self.path, ended.saturating_sub(within));
+        if read.end.is_empty() && position.byte() == read.given {
+            let is_end = record.len() == 1 && record[0].is_empty();
+            ensure!(is_end, "{place}: the file ends within the quotes of this row; help: close them");
+            return Ok(None);
+        }
+        match StringRecord::from_byte_record(record) {
+            Ok(record) => self.record = record,
+            Err(error) => bail!("{place}: {}", shown(&format!("not UTF-8: {}", error.utf8_error()))),
+        }
+        Ok(Some(place))
     }
 }
 
 /// Bytes that are read for one record: those of the longest, and what the library reads ahead.
 const MAX_READ_BYTES: usize = MAX_ROW_BYTES + (64 << 10);
 
-/// A reader that fails where one record, such as one with a quote that is never closed, takes too much of it.
+/// What is read after a file: a record of one empty field, unless the quotes of the last row are open. They would hold
+/// the line break and end with the quote.
+const END: &[u8] = b"\n\"";
+
+/// A reader that fails where one record, such as one with a quote that is not closed, takes too much of it.
 struct Limited {
     reader: Box<dyn BufRead + Send>,
     left: usize,
+    /// The part of [`END`] that is still to be read.
+    end: &'static [u8],
+    /// Number of bytes that have been read, with those of [`END`].
+    given: u64,
+    /// The bytes that were read last.
+    last: Vec<u8>,
+}
+
+impl Limited {
+    /// Tells whether a line ends before this position of the file, which lies in the bytes that were read last.
+    fn ends_line(&self, position: u64) -> bool {
+        let begin = self.given - self.last.len() as u64;
+        let before = position.checked_sub(begin + 1).and_then(|i| self.last.get(i as usize));
+        before == Some(&b'\n')
+    }
 }
 
 impl Read for Limited {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let n = self.reader.read(buffer)?;
+        let mut n = self.reader.read(buffer)?;
         self.left = self.left.checked_sub(n).ok_or_else(|| {
             std::io::Error::other(format!(
                 "the row is longer than {} MiB, the longest that is read; help: close its quotes, or make several rows of it",
                 MAX_ROW_BYTES >> 20
             ))
         })?;
+        if n == 0 {
+            n = self.end.read(buffer)?;
+        }
+        if n > 0 {
+            self.given += n as u64;
+            self.last.clear();
+            self.last.extend_from_slice(&buffer[..n]);
+        }
         Ok(n)
     }
 }

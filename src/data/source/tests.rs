@@ -292,6 +292,10 @@ fn errors_of_each_form_name_the_row() {
         ("rows.json", &array, "rows.json, row 2: the row is longer than 4 MiB"),
         ("rows.csv", "text,id\na,1\nb\n", "rows.csv:3: found 1 field; allowed: 2, one for each name"),
         ("rows.csv", "text,text\na,1\n", "rows.csv:1: two columns have the name text"),
+        ("rows.csv", "text\r\na\r\n\r\n1,2\r\n", "rows.csv:4: found 2 fields; allowed: 1, one for each name"),
+        ("rows.tsv", "text\n\n\n\"a\nb\"\tc\n", "rows.tsv:4: found 2 fields; allowed: 1, one for each name"),
+        ("rows.csv", "text\na\n\"b\nc\n", "rows.csv:3: the file ends within the quotes of this row; help: close them"),
+        ("rows.csv", "text\r\n\"b\"\"", "rows.csv:2: the file ends within the quotes of this row; help: close them"),
         ("rows.csv", "body\na\n", "rows.csv:2: found the columns [\"body\"]"),
         ("rows.csv", "text\n", "rows.csv: has no rows"),
         ("rows.csv", "", "rows.csv: has no rows"),
@@ -309,6 +313,8 @@ fn errors_of_each_form_name_the_row() {
         let error = error_as(name, text.as_bytes());
         assert!(error.contains(said) && error.len() < 1000, "{name} {said}: {error}");
     }
+    let rows = read_as("rows.csv", b"text,n\n\"a\",\"\"\n5\" tall,2\n\"c\n\",\"\"").unwrap();
+    assert_eq!(answers(&rows), ["a", "5\" tall", "c\n"]);
     let error = error_as("rows.csv", b"text\na\ncaf\xe9\n");
     assert!(error.contains("rows.csv:3: not UTF-8"), "{error}");
 }
