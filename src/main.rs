@@ -65,8 +65,12 @@ fn end_all_ranks_on_panic(prefix: String) {
         if is_guarded() {
             return;
         }
-        // The reader of standard output is gone, so there is nobody to report to.
-        if info.payload().downcast_ref::<String>().is_some_and(|text| text.starts_with("failed printing to stdout")) {
+        let text = info.payload().downcast_ref::<String>();
+        if let Some(why) = text.and_then(|text| text.strip_prefix("failed printing to stdout: ")) {
+            // Nobody waits for a word where the reader of standard output is gone, but on a full disk a result is lost.
+            if !why.starts_with("Broken pipe") && watch::takes_the_word(false) {
+                log_error(&prefix, &format!("error: standard output: {why}"));
+            }
             abort(1);
         }
         let thread = std::thread::current();

@@ -57,3 +57,12 @@ fn a_terminal_has_a_bar_and_a_pipe_has_none() {
     let quiet = on_a_terminal(&place, "train -c recipe.yaml --overwrite --quiet");
     assert!(!quiet.contains('━') && !quiet.contains("step"), "{quiet:?}");
 }
+
+#[test]
+fn a_result_that_cannot_be_printed_is_an_error() {
+    let place = Place::new();
+    let mut eval = place.command(&["eval", "--model", "model", "--dataset", "rows.jsonl", "--quiet"]);
+    eval.stdout(std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap());
+    let said = fails(eval, 1);
+    assert!(said.contains("error: standard output: No space left on device"), "{said}");
+}
