@@ -270,7 +270,7 @@ fn rows_by_the_name_of_their_data_set() {
     assert!(std::fs::read_link(place.path(&snapshot)).unwrap().starts_with("../../../blobs"));
 
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=org/rows", "data.eval=org/rows"]))), 1);
-    assert!(text.contains("found the splits train, test; say which one is meant\nhelp: {path: org/rows@"), "{text}");
+    assert!(text.contains("found the splits train, test; say which one is meant\nhelp: name a file: hf://"), "{text}");
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=org/none"]))), 1);
     assert!(text.contains("org/none: no file or folder has this name, and the hub has no such data set"), "{text}");
     let text = fails(hub.client(&place, place.command(&one_step(&["data.train=data/none.jsonl"]))), 1);

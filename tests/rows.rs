@@ -170,7 +170,7 @@ fn sources_have_weights_and_splits() {
     assert_eq!(texts("eval"), ["cd<|im_end|>"]);
     let refused = fails(place.command(&["data", "-c", "recipe.yaml", "--set", "data.train=set"]), 1);
     assert!(
-        refused.contains("which are splits; help: name the file, or say the split: {path: set, split: train}"),
+        refused.contains("which are splits; help: name the file, or in a recipe the split: {path: set, split: train}"),
         "{refused}"
     );
 }

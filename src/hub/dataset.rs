@@ -63,7 +63,7 @@ pub fn files_of(
             "{reference}: no file of rows is there; allowed: {}; there is:{}\nhelp: the hub also has most data sets as parquet: {}",
             source::Kind::NAMES,
             some(if there.is_empty() { names } else { &there }),
-            reference.at("refs/convert/parquet")
+            Reference { path: String::new(), ..reference.at("refs/convert/parquet") }
         );
     }
     let configured = if reference.path.is_empty() {
@@ -147,9 +147,11 @@ fn choose(reference: &Reference, splits: Vec<Split>, split: Option<&str>, unsaid
         (None, _) if splits.len() == 1 => &found[0],
         (None, Unsaid::Train) => SPLITS[0][0],
         (None, Unsaid::Only) => bail!(
-            "{reference}: found the splits {}; say which one is meant\n{help}, or name a file: {}",
+            "{reference}: found the splits {}; say which one is meant\nhelp: name a file: {}, or in a recipe the split: {{path: \
+             {reference}, split: {}}}",
             found.join(", "),
-            address(reference, &splits[0].files[0])
+            address(reference, &splits[0].files[0]),
+            shown(&found[0])
         ),
     };
     match splits.into_iter().find(|split| is(split, wanted)) {
@@ -447,8 +449,9 @@ mod tests {
                 &PARTS[..],
                 None,
                 Unsaid::Only,
-                "found the splits train, test; say which one is meant\nhelp: {path: o/n, split: train}, or name a file: hf://datasets/o/n/data/train-00000",
+                "found the splits train, test; say which one is meant\nhelp: name a file: hf://datasets/o/n/data/train-00000",
             ),
+            (&PARTS[..], None, Unsaid::Only, ".parquet, or in a recipe the split: {path: o/n, split: train}"),
             (&PARTS, Some("dev"), Unsaid::Train, "found no split dev, but train, test"),
             (&["README.md", "script.py"], None, Unsaid::Train, "no file of rows is there; allowed: .jsonl, "),
             (
@@ -473,6 +476,8 @@ mod tests {
             let error = files(names, None, "o/n", split, unsaid).unwrap_err().to_string();
             assert!(error.contains(found), "{found} is not in {error}");
         }
+        let error = files(&PARTS, None, "hf://datasets/o/n/data/none.jsonl", None, Unsaid::Train).unwrap_err();
+        assert!(error.to_string().ends_with("as parquet: o/n@refs/convert/parquet"), "{error}");
         let error = files(&PARTS[..4], None, "o/n", None, Unsaid::Train).unwrap_err().to_string();
         assert!(error.contains("found 1 of 2 files data/train-NNNNN-of-00002.parquet"), "{error}");
         let error =

@@ -221,7 +221,7 @@ fn files_of(source: &Source, notes: &mut Vec<String>) -> Result<Vec<PathBuf>> {
     {
         let name = |file: &Path| file.file_name().unwrap_or_default().display().to_string();
         bail!(
-            "{folder}: found {} and {}, which are splits; help: name the file, or say the split: {{path: {folder}, split: train}}",
+            "{folder}: found {} and {}, which are splits; help: name the file, or in a recipe the split: {{path: {folder}, split: train}}",
             name(train),
             name(other)
         );

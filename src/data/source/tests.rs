@@ -178,7 +178,7 @@ fn a_split_is_a_part_of_a_folder() {
     assert_eq!(of("extra").unwrap(), ["extra"]);
     assert!(of("dev").unwrap_err().to_string().contains("holds no file of rows of the split dev"));
     let error = open(Source::new(dir.path())).unwrap_err().to_string();
-    assert!(error.contains("which are splits; help: name the file, or say the split"), "{error}");
+    assert!(error.contains("which are splits; help: name the file, or in a recipe the split"), "{error}");
     let file = Source { split: Some("train".into()), ..Source::new(dir.path().join("test.jsonl")) };
     assert!(open(file).unwrap_err().to_string().contains("split is for folders"));
 }
