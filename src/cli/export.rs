@@ -1,5 +1,6 @@
 //! `export`: writes an adapter in the format of another program. Only rank 0 works if there are several ranks.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -7,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::checkpoint::gguf::{Export, Type};
-use crate::files::shown_path;
+use crate::files::{self, shown_path};
 use crate::model::spec::ModelSpec;
 use crate::recipe::{self, Command};
 use crate::start::Start;
@@ -35,7 +36,7 @@ pub struct ExportArgs {
     /// Type of the matrices in the file
     #[arg(long, value_enum, default_value_t = OutType::F32)]
     outtype: OutType,
-    /// Replace the file
+    /// Replace the file, if it is one in GGUF
     #[arg(long)]
     overwrite: bool,
 }
@@ -75,7 +76,7 @@ fn name(adapter: &str) -> String {
     path.file_name().map_or("adapter".into(), |name| name.to_string_lossy().into_owned())
 }
 
-/// Fails if a file is there that must not be replaced.
+/// Fails if a file is there that must not be replaced, such as a file of the adapter.
 fn check_free(path: &Path, overwrite: bool) -> Result<()> {
     let Ok(found) = path.symlink_metadata() else { return Ok(()) };
     ensure!(
@@ -84,6 +85,10 @@ fn check_free(path: &Path, overwrite: bool) -> Result<()> {
         shown_path(path)
     );
     ensure!(overwrite, "{}: it is there already\nhelp: name another file, or add --overwrite", shown_path(path));
+    let mut beginning = Vec::new();
+    files::open(path)?.take(4).read_to_end(&mut beginning).with_context(|| shown_path(path))?;
+    let is_gguf = beginning.is_empty() || beginning == b"GGUF";
+    ensure!(is_gguf, "{}: it is no GGUF file, and only those are replaced\nhelp: name another file", shown_path(path));
     Ok(())
 }
 
@@ -95,5 +100,17 @@ mod tests {
     fn the_printed_command_line_can_be_copied() {
         assert_eq!(quoted("out/adapter-1.gguf"), "out/adapter-1.gguf");
         assert_eq!(quoted("my adapter's.gguf"), r"'my adapter'\''s.gguf'");
+    }
+
+    #[test]
+    fn only_gguf_files_are_replaced() {
+        let place = tempfile::tempdir().unwrap();
+        let file = place.path().join("adapter");
+        check_free(&file, false).unwrap();
+        for (bytes, is_replaced) in [("GGUF and more", true), ("", true), ("{\"r\": 8}", false), ("GG", false)] {
+            std::fs::write(&file, bytes).unwrap();
+            assert_eq!(check_free(&file, true).is_ok(), is_replaced, "{bytes}");
+            assert!(check_free(&file, false).is_err());
+        }
     }
 }
