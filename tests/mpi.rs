@@ -279,6 +279,7 @@ fn a_file_of_losses_replaces_nothing_unasked() {
             1,
             "rank 0: error: --per-token: losses.jsonl: is there already\nhelp: name another file",
         ),
+        ("rows.jsonl", &["--overwrite"], 1, "--per-token: rows.jsonl: is a file of --dataset; name another file"),
         ("folder", &["--overwrite"], 1, "--per-token: folder: is there and is not a regular file"),
         ("link", &["--overwrite"], 1, "--per-token: link: is there and is not a regular file"),
         ("losses.jsonl/more", &[], 1, "--per-token: losses.jsonl: cannot be created"),

@@ -107,7 +107,8 @@ pub fn run(start: &Start, mut comm: MpiComm, args: &EvalArgs, overrides: &[Strin
     let job = recipe::from_options(Command::Eval, given, overrides)?.with_adapters(&args.adapter);
     let job = start.job(&mut comm, job)?;
     let writes = args.per_token.as_deref().filter(|_| start.world.rank == 0);
-    let file = writes.map(|path| LossFile::create(path, args.overwrite)).transpose().context("--per-token")?;
+    let file = writes.map(|path| LossFile::create(path, args.overwrite, &job.data.train)).transpose();
+    let file = file.context("--per-token")?;
     let scores = scores(start, comm, &job, args.per_token.as_ref().map(|_| file))?;
     if start.log.enabled {
         for (i, of_adapter) in scores.iter().enumerate() {

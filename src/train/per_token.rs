@@ -11,6 +11,7 @@ use tempfile::NamedTempFile;
 
 use crate::checkpoint::atomic;
 use crate::comm::{Queue, watch};
+use crate::data::source::Source;
 use crate::data::{self, Dataset, Document};
 use crate::device::Device;
 use crate::files;
@@ -43,12 +44,16 @@ pub struct LossFile {
 }
 
 impl LossFile {
-    /// Makes a temporary file beside `path`. Fails if `path` is there, unless it is a file and `overwrite` is true.
-    pub fn create(path: &Path, overwrite: bool) -> Result<LossFile> {
+    /// Makes a temporary file beside `path`. Fails if `path` is there, unless it is a file, `overwrite` is true, and no
+    /// rows are read from it.
+    pub fn create(path: &Path, overwrite: bool, sources: &[Source]) -> Result<LossFile> {
         if let Ok(found) = path.symlink_metadata() {
             let place = files::shown_path(path);
             ensure!(found.is_file(), "{place}: is there and is not a regular file; name another file");
             ensure!(overwrite, "{place}: is there already\nhelp: name another file, or add --overwrite");
+            let real = path.canonicalize().with_context(|| place.clone())?;
+            let is_read = |source: &Source| source.path.canonicalize().is_ok_and(|rows| real.starts_with(rows));
+            ensure!(!sources.iter().any(is_read), "{place}: is a file of --dataset; name another file");
         }
         Ok(LossFile { path: path.into(), file: atomic::beside(path)? })
     }
