@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{ArgGroup, Args};
 use serde_json::{Value, json};
 
@@ -101,13 +101,13 @@ impl GenerateArgs {
     /// Returns the tokens of all prompts: those of the command line, then those of the file.
     fn prompts(&self, log: Log, tokenizer: &TextTokenizer) -> Result<Vec<Vec<u32>>> {
         let prompts = Prompts { tokenizer, raw: self.raw };
-        let mut all: Vec<Vec<u32>> = self.prompt.iter().map(|text| prompts.of_text(text)).collect::<Result<_>>()?;
+        let of_texts = self.prompt.iter().map(|text| prompts.of_text(text)).collect::<Result<Vec<_>>>();
+        let mut all = of_texts.context("--prompt")?;
         if let Some(file) = &self.prompts {
             let (of_file, note) = prompts.of_file(file)?;
             all.extend(of_file);
             note.iter().for_each(|note| log.line(note));
         }
-        ensure!(all.iter().all(|prompt| !prompt.is_empty()), "--prompt and --prompts: a prompt has no token");
         Ok(all)
     }
 }

@@ -30,13 +30,19 @@ impl Prompts<'_> {
     pub fn of_text(&self, text: &str) -> Result<Vec<u32>> {
         match self.tokenizer.has_chat_template() && !self.raw {
             true => self.of_messages(&[Message::new("user", text)], &Variables::new()),
-            false => self.tokenizer.encode(text, true),
+            false => self.encode(text, true),
         }
     }
 
     fn of_messages(&self, messages: &[Message], variables: &Variables) -> Result<Vec<u32>> {
         let keys: Vec<Value> = messages.iter().map(|message| message.keys.clone()).collect();
-        self.tokenizer.encode(&self.tokenizer.render_with(&keys, variables, true)?.text, false)
+        self.encode(&self.tokenizer.render_with(&keys, variables, true)?.text, false)
+    }
+
+    fn encode(&self, text: &str, special_tokens: bool) -> Result<Vec<u32>> {
+        let tokens = self.tokenizer.encode(text, special_tokens)?;
+        ensure!(!tokens.is_empty(), "the prompt has no token");
+        Ok(tokens)
     }
 
     /// Returns the tokens of each row of a file, and a sentence about the columns that are not read.
@@ -147,6 +153,8 @@ mod tests {
             let error = prompts.of_file(&file("rows.jsonl", row)).unwrap_err();
             assert!(format!("{error:#}").contains(expected), "{error:#}");
         }
+        let error = raw.of_file(&file("rows.jsonl", "{\"text\": \"a\"}\n{\"text\": \"\"}")).unwrap_err();
+        assert!(format!("{error:#}").ends_with("rows.jsonl:2: the prompt has no token"), "{error:#}");
         let error =
             raw.of_file(&file("rows.jsonl", r#"{"messages": [{"role": "user", "content": "a"}]}"#)).unwrap_err();
         assert!(format!("{error:#}").contains("--raw leaves out"), "{error:#}");
