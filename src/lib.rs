@@ -118,7 +118,7 @@ pub use cli::Cli;
 pub use comm::mpi::{World, abort, launcher_rank};
 pub use comm::watch;
 pub use guarded::is_guarded;
-pub use logging::{LogFormat, error as log_error, install as install_log};
+pub use logging::{LogFormat, error as log_error, install as install_log, is_json as is_json_log};
 pub use recipe::RecipeError;
 pub use start::agree::Disagreement;
 pub use train::run::Outcome;

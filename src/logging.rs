@@ -24,6 +24,16 @@ pub enum LogFormat {
     Json,
 }
 
+impl LogFormat {
+    /// Returns the form that a command line asks for which is not understood as a whole.
+    pub fn asked_for() -> LogFormat {
+        let words: Vec<_> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+        let is_json = words.iter().any(|word| word == "--log-format=json")
+            || words.windows(2).any(|pair| pair == ["--log-format", "json"]);
+        if is_json { LogFormat::Json } else { LogFormat::Text }
+    }
+}
+
 /// Installs the subscriber of this process. `quiet` leaves out everything but warnings and errors.
 pub fn install(rank: usize, format: LogFormat, quiet: bool) {
     let level = if quiet { Level::WARN } else { Level::INFO };
@@ -35,6 +45,11 @@ pub fn install(rank: usize, format: LogFormat, quiet: bool) {
 
 /// The rank and the form of this process's events.
 static INSTALLED: OnceLock<(usize, LogFormat)> = OnceLock::new();
+
+/// Tells whether the events of this process are JSON.
+pub fn is_json() -> bool {
+    matches!(INSTALLED.get(), Some((_, LogFormat::Json)))
+}
 
 /// Writes the error that ends the run. `prefix` names the rank where there are several.
 pub fn error(prefix: &str, message: &str) {

@@ -6,8 +6,8 @@ use std::io::IsTerminal;
 
 use clap::Parser;
 use fsdp_qlora::{
-    Cli, Disagreement, LogFormat, Outcome, RecipeError, STOPPED, World, abort, install_log, is_guarded, launcher_rank,
-    log_error, watch,
+    Cli, Disagreement, LogFormat, Outcome, RecipeError, STOPPED, World, abort, install_log, is_guarded, is_json_log,
+    launcher_rank, log_error, watch,
 };
 
 fn main() {
@@ -21,7 +21,7 @@ fn main() {
         Ok(world) => world,
         Err(error) => fail(&error, &prefix(launcher_rank(), 1)),
     };
-    let (log_format, quiet) = cli.as_ref().map_or((LogFormat::Text, false), Cli::log);
+    let (log_format, quiet) = cli.as_ref().map_or_else(|_| (LogFormat::asked_for(), false), Cli::log);
     install_log(world.rank, log_format, quiet);
     let prefix = prefix(world.rank, world.world_size);
     end_all_ranks_on_panic(prefix.clone());
@@ -45,6 +45,7 @@ fn fail(error: &anyhow::Error, prefix: &str) -> ! {
     let status = if refused { 2 } else { 1 };
     if watch::takes_the_word(true) {
         match error.downcast_ref::<clap::Error>() {
+            Some(usage) if is_json_log() => log_error(prefix, usage.render().to_string().trim_end()),
             Some(usage) if std::io::stderr().is_terminal() => eprint!("{}", usage.render().ansi()),
             Some(usage) => eprint!("{}", usage.render()),
             None => log_error(prefix, &format!("error: {error:#}")),

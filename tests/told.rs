@@ -30,6 +30,15 @@ fn events_are_objects() {
     let error: Value = serde_json::from_str(failed.lines().next().unwrap()).unwrap();
     assert_eq!(error["level"], "error");
     assert!(error["message"].as_str().unwrap().contains("learning_rate"), "{error}");
+    let generate = ["generate", "--model", "model", "--prompt", "a", "--log-format=json"];
+    for (wrong, words) in [
+        (vec!["eval", "--log-format", "json"], "--dataset <DATASET>"),
+        ([&generate[..], &["--top-k", "5"]].concat(), "--top-k and --top-p are for a --temperature above 0"),
+    ] {
+        let failed = fails(place.command(&wrong), 2);
+        let error: Value = serde_json::from_str(failed.lines().next().unwrap()).unwrap();
+        assert!(error["message"].as_str().unwrap().contains(words), "{error}");
+    }
 }
 
 /// Runs the program with standard error on a terminal. Returns what the terminal got.
