@@ -94,5 +94,6 @@ fn a_cache_folder_that_cannot_be_made_is_named() {
         command.env("FSDP_QLORA_CACHE", place.path("file/cache"));
         let text = fails(command, 1);
         assert!(text.contains("file/cache") && text.contains("Not a directory"), "{text}");
+        assert!(text.contains("the shards cannot be written; another folder") && !text.contains("no room"), "{text}");
     }
 }

@@ -63,7 +63,7 @@ impl OpenedBase {
         let (rank, world_size, num_units) = (comm.rank(), comm.world_size(), self.layouts.len());
         let shards = Want { dir: self.shard_spec.dir.clone(), bytes: writes.len() * self.shard_spec.data_bytes() };
         let wants: Vec<Want> = self.kept_free.iter().cloned().chain((!writes.is_empty()).then_some(shards)).collect();
-        room::check(comm, &wants).context("no room for the shards; another folder can be given with `shards`")?;
+        room::check(comm, &wants).context("the shards cannot be written; another folder can be given with `shards`")?;
         let wanted = all_gather_u64s(comm, &writes.iter().map(|&shard| shard as u64).collect::<Vec<_>>())?;
         let folders = ranks_with_this_folder(comm, &self.shard_spec.dir)?;
         let made = Made { makers: makers(comm, num_units)?, beside: beside(&wanted, &folders, rank) };
