@@ -1,6 +1,7 @@
 //! Makes a store of tokens ([`super::store`]) of rows, and the name by which it is found again.
 
 use std::fs::File;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
@@ -63,11 +64,16 @@ impl Making<'_> {
         add(format!("{MADE_BY}, {} {:?}", self.vocab_size, self.loss_on));
         add(self.tokenizer.map_or("none".into(), TextTokenizer::identity));
         add(self.tokenizer.and_then(TextTokenizer::visible_time).unwrap_or_default());
-        for file in &files.list {
+        for (i, file) in files.list.iter().enumerate() {
             let (bytes, content) = files::digest(&file.path)?;
             let source = &file.source;
             add(format!("{} {:?} {:?} {:?}", source.weight.to_bits(), source.format, source.columns, file.form()));
             add(format!("{bytes} {content:016x}"));
+            // A fraction of the rows is taken of all files of a source together.
+            let goes_on = files.list[..i].last().is_some_and(|before| Arc::ptr_eq(&before.source, source));
+            if goes_on && source.weight.fract() != 0.0 {
+                add("of the same source".into());
+            }
         }
         Ok(format!("{:032x}", digest.digest128()))
     }

@@ -30,7 +30,7 @@ use super::place::Place;
 use super::row::{Columns, Row};
 use super::unread::Unread;
 use super::{Format, TextTokenizer};
-use crate::files;
+use crate::files::{self, counted};
 pub use open::{Kind, kind_of};
 
 /// Bytes of the longest row. Tokenizing takes about 170 times as much host memory, 700 MiB.
@@ -63,6 +63,11 @@ impl Source {
             files: Vec::new(),
             columns: ColumnNames::default(),
         }
+    }
+
+    /// Returns how often its first rows are in an epoch together.
+    fn times(&self, num_rows: usize) -> usize {
+        (num_rows as f64 * self.weight).floor() as usize
     }
 }
 
@@ -131,6 +136,8 @@ pub struct Rows {
     /// Files with their indices, the last one first.
     files: Vec<(usize, SourceFile)>,
     open: Option<RowFile>,
+    /// Number of rows of the files before the open one that are of its source.
+    num_rows: usize,
     unread: Unread,
     bytes_read: Arc<AtomicU64>,
 }
@@ -138,7 +145,7 @@ pub struct Rows {
 impl Rows {
     pub fn of(files: &Files) -> Rows {
         let files = files.list.iter().cloned().enumerate().rev().collect();
-        Rows { files, open: None, unread: Unread::default(), bytes_read: Arc::default() }
+        Rows { files, open: None, num_rows: 0, unread: Unread::default(), bytes_read: Arc::default() }
     }
 
     /// Returns sentences about columns and keys of the rows read so far that nothing reads.
@@ -155,7 +162,7 @@ impl Rows {
         loop {
             if self.open.is_none() {
                 let Some((idx, file)) = self.files.pop() else { return Ok(None) };
-                self.open = Some(RowFile::open(idx, file, &self.bytes_read)?);
+                self.open = Some(RowFile::open(idx, file, self.num_rows, &self.bytes_read)?);
             }
             if let Some(file) = &mut self.open {
                 match file.next_row(&mut self.unread)? {
@@ -163,8 +170,20 @@ impl Rows {
                     None => ensure!(file.format.is_some(), "{}: has no rows", file.path.display()),
                 }
             }
-            self.open = None;
+            self.num_rows = self.open.take().map_or(Ok(0), |file| self.end(&file))?;
         }
+    }
+
+    /// Returns the number of rows before those of the next file, which are 0 unless it is of the same source. Fails if
+    /// a source ends of which no row is taken.
+    fn end(&self, file: &RowFile) -> Result<usize> {
+        let RowFile { source, num_rows, .. } = file;
+        if self.files.last().is_some_and(|(_, next)| Arc::ptr_eq(&next.source, source)) {
+            return Ok(*num_rows);
+        }
+        let (place, weight, rows) = (source.path.display(), source.weight, counted(*num_rows, "row"));
+        ensure!(source.times(*num_rows) > 0, "{place}: a weight of {weight} takes none of its {rows}");
+        Ok(0)
     }
 }
 
@@ -262,7 +281,7 @@ struct RowFile {
     objects: Objects,
     path: Arc<PathBuf>,
     source: Arc<Source>,
-    /// Number of rows that have been read.
+    /// Number of rows that have been read, with those of the files before it that are of its source.
     num_rows: usize,
     /// `None` before the first row.
     format: Option<Format>,
@@ -324,10 +343,10 @@ pub fn objects(path: &Path) -> Result<impl Iterator<Item = Result<(Place, Map<St
 }
 
 impl RowFile {
-    fn open(idx: usize, file: SourceFile, bytes_read: &Arc<AtomicU64>) -> Result<RowFile> {
+    fn open(idx: usize, file: SourceFile, num_rows: usize, bytes_read: &Arc<AtomicU64>) -> Result<RowFile> {
         let SourceFile { path, source } = file;
         let objects = Objects::open(&path, bytes_read)?;
-        Ok(RowFile { idx, objects, path, source, num_rows: 0, format: None })
+        Ok(RowFile { idx, objects, path, source, num_rows, format: None })
     }
 
     /// Returns the next row, and the number of times that it is in an epoch.
@@ -349,8 +368,7 @@ impl RowFile {
         columns.refuse_rest(format, is_auto).with_context(|| place.to_string())?;
         unread.count(&columns, &content);
         self.num_rows += 1;
-        let until = |rows: usize| (rows as f64 * self.source.weight).floor() as usize;
-        let times = until(self.num_rows) - until(self.num_rows - 1);
+        let times = self.source.times(self.num_rows) - self.source.times(self.num_rows - 1);
         Ok(Some((Row { content, place, file: self.idx, bytes }, times)))
     }
 }

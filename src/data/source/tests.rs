@@ -194,6 +194,17 @@ fn a_weight_is_the_number_of_times() {
         let (rows, _) = open(Source { weight, ..Source::new(&path) }).unwrap();
         assert_eq!(rows.iter().map(|row| row.1).collect::<Vec<_>>(), times, "{weight}");
     }
+    let none = Source { weight: 0.2, ..Source::new(&path) };
+    let error = Rows::of(&Files::find(&[none, Source::new(&path)]).unwrap()).find_map(Result::err).unwrap().to_string();
+    assert!(error.ends_with("rows.txt: a weight of 0.2 takes none of its 4 rows"), "{error}");
+    // The rows of a folder's files are counted together, and those of each source alone.
+    for name in ["a.txt", "b.txt", "c.txt"] {
+        std::fs::create_dir_all(dir.path().join("folder")).unwrap();
+        std::fs::write(dir.path().join("folder").join(name), "a\n").unwrap();
+    }
+    let folder = Source { weight: 0.5, ..Source::new(dir.path().join("folder")) };
+    let rows = Rows::of(&Files::find(&[folder.clone(), folder]).unwrap());
+    assert_eq!(rows.map(|row| row.unwrap().1).collect::<Vec<_>>(), [0, 1, 0, 0, 1, 0]);
 }
 
 #[test]

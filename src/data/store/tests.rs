@@ -147,6 +147,16 @@ fn the_key_follows_all_that_decides_the_tokens() {
     let text = dir.path().join("rows.json");
     std::fs::copy(&path, &text).unwrap();
     keys.push(key(&making, &Source::new(text)));
+    // Half of the rows of a folder are others than half of the rows of each of its files.
+    std::fs::create_dir(dir.path().join("folder")).unwrap();
+    let files = ["a.jsonl", "b.jsonl"].map(|name| dir.path().join("folder").join(name));
+    for file in &files {
+        std::fs::copy(&path, file).unwrap();
+    }
+    let half = |path: &Path| Source { weight: 0.5, ..Source::new(path) };
+    let each = files.each_ref().map(|file| half(file));
+    keys.push(making.key(&Files::find(&each).unwrap()).unwrap());
+    keys.push(key(&making, &half(&dir.path().join("folder"))));
     let before = path.metadata().unwrap().modified().unwrap();
     std::fs::write(&path, ROWS.replace('8', "9")).unwrap();
     File::options().write(true).open(&path).unwrap().set_modified(before).unwrap();
