@@ -144,4 +144,7 @@ fn options_that_cannot_be_meant() {
     let eval = ["eval", "--model", "model", "--dataset", "rows.jsonl", "--dataset", "rows.jsonl"];
     let text = fails(place.command(&[&eval[..], &["--per-token", "losses.jsonl"]].concat()), 2);
     assert!(text.contains("--per-token is for one --dataset"), "{text}");
+    place.write("one.jsonl", "{\"input_ids\": [5]}\n");
+    let text = fails(place.command(&[&eval[..], &["--dataset", "one.jsonl"]].concat()), 1);
+    assert!(text.contains("one.jsonl: no token of the 1 rows counts in the loss"), "{text}");
 }

@@ -120,7 +120,7 @@ pub fn to_score(start: &Start, job: &Job, config: &ModelSpec, inputs: &mut Facts
     let mut datasets = Vec::new();
     for source in &job.data.train {
         let tokens = tokens(start, &job.model, std::slice::from_ref(source), &making, key)?;
-        let dataset = Dataset::of(tokens, &options)?;
+        let dataset = Dataset::of(tokens, &options).with_context(|| source.path.display().to_string())?;
         tell(start, &source.path.display().to_string(), &dataset, config);
         inputs.add_data(key, &dataset);
         datasets.push(dataset);
