@@ -40,12 +40,16 @@ use crate::guarded::guarded;
 const FILES: [&str; 5] =
     ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE];
 const TEMPLATE_FILE: &str = "chat_template.jinja";
+/// The template that transformers takes for conversations with tools.
+pub const TOOL_TEMPLATE_FILE: &str = "additional_chat_templates/tool_use.jinja";
 
 /// Text to token ids and back.
 pub struct TextTokenizer {
     tokenizer: Tokenizer,
     /// The template and the file that it stands in.
     template: Option<(PathBuf, ChatTemplate)>,
+    /// The file with another template for conversations with tools.
+    tool_template: Option<PathBuf>,
     eos_token: Option<String>,
     eos_token_ids: Vec<u32>,
     identity: String,
@@ -95,7 +99,8 @@ impl TextTokenizer {
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
         let identity = identity(dir, eos_token.as_deref(), &eos_token_ids)?;
-        Ok(TextTokenizer { tokenizer, template, eos_token, eos_token_ids, identity })
+        let tool_template = tool_template(dir, &named_by.config);
+        Ok(TextTokenizer { tokenizer, template, tool_template, eos_token, eos_token_ids, identity })
     }
 
     /// A digest in hex of all files that decide how text becomes tokens, and of the end-of-sequence token and ids.
@@ -152,6 +157,13 @@ impl TextTokenizer {
         let Some((file, template)) = &self.template else {
             bail!("the tokenizer has no chat template (tokenizer_config.json: chat_template, or chat_template.jinja)")
         };
+        if let (Some(of_tools), true) = (&self.tool_template, variables.contains_key("tools")) {
+            bail!(
+                "tools: {} has a chat template for them, tool_use, and only the default one is read; help: make tool_use \
+                 the text of {TEMPLATE_FILE}",
+                of_tools.display()
+            );
+        }
         template.render_with(messages, variables, add_generation_prompt).with_context(|| file.display().to_string())
     }
 
@@ -269,9 +281,19 @@ fn identity(dir: &Path, eos_token: Option<&str>, eos_token_ids: &[u32]) -> Resul
     Ok(format!("{:032x}", digest.digest128()))
 }
 
+/// Returns the file with a template named `tool_use`, where transformers would find it.
+fn tool_template(dir: &Path, config: &Map<String, Value>) -> Option<PathBuf> {
+    if files::is_there(&dir.join(TEMPLATE_FILE)) {
+        return Some(dir.join(TOOL_TEMPLATE_FILE)).filter(|file| files::is_there(file));
+    }
+    let list = config.get("chat_template")?.as_array()?;
+    let is_there = list.iter().any(|template| template.get("name").is_some_and(|name| name == "tool_use"));
+    is_there.then(|| dir.join("tokenizer_config.json"))
+}
+
 /// The default chat template and its file: chat_template.jinja before tokenizer_config.json. Other templates
-/// (`additional_chat_templates/`, other names of a list) have to be asked for in transformers; nothing asks for them
-/// here.
+/// (`additional_chat_templates/`, other names of a list) have to be asked for in transformers, but for `tool_use`;
+/// nothing asks for them here.
 fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<(PathBuf, String)>> {
     let path = dir.join(TEMPLATE_FILE);
     if files::is_there(&path) {
@@ -355,6 +377,14 @@ pub mod tests {
         assert_eq!(render(&[("chat_template.jinja", "j")]), "j");
         let error = with_files(json!({"chat_template": [{"name": "rag", "template": "r"}]}), &[]).err().unwrap();
         assert!(format!("{error:#}").contains("tokenizer_config.json: chat_template"), "{error:#}");
+        let tools = Map::from_iter([("tools".to_string(), json!([{"name": "f"}]))]);
+        let named = |name: &str| json!({"name": name, "template": "t"});
+        let both = with_files(json!({"chat_template": [named("default"), named("tool_use")]}), &[]).unwrap();
+        assert_eq!(both.render(&[], false).unwrap().text, "t");
+        let error = both.render_with(&[], &tools, false).unwrap_err().to_string();
+        assert!(error.contains("tokenizer_config.json has a chat template for them, tool_use"), "{error}");
+        let one = with_files(config.clone(), &[("chat_template.jinja", "j")]).unwrap();
+        assert_eq!(one.render_with(&[], &tools, false).unwrap().text, "j");
         let refused = with_files(config.clone(), &[("chat_template.jinja", "{{ raise_exception('no') }}")]).unwrap();
         let error = format!("{:#}", refused.render(&[], false).unwrap_err());
         assert!(error.contains("chat_template.jinja: the chat template refuses: invalid operation: no"), "{error}");

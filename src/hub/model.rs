@@ -13,6 +13,7 @@ use crate::checkpoint::folder::{CONFIG_FILE, INDEX_FILE, SINGLE_FILE};
 use crate::checkpoint::merge;
 use crate::checkpoint::output::TOKENIZER_FILES;
 use crate::checkpoint::source::MAX_INDEX_BYTES;
+use crate::data::tokenizer::TOOL_TEMPLATE_FILE;
 use crate::files::{self, listed, shown};
 
 /// File that names the tokens at which a generated text ends.
@@ -29,7 +30,7 @@ pub fn about(reference: &Reference, names: &[String], part: &Part) -> Result<Vec
     let is_wanted = |name: &str| match part {
         Part::Config => false,
         Part::Merge => merge::is_copied(name),
-        _ => name == GENERATION_CONFIG_FILE || TOKENIZER_FILES.contains(&name),
+        _ => [GENERATION_CONFIG_FILE, TOOL_TEMPLATE_FILE].contains(&name) || TOKENIZER_FILES.contains(&name),
     };
     let others = names.iter().map(String::as_str).filter(|name| is_wanted(name));
     Ok([CONFIG_FILE].into_iter().chain(others).map(String::from).collect())
@@ -145,11 +146,13 @@ mod tests {
             "chat_template.jinja",
             "preprocessor_config.json",
             "additional_chat_templates/rag.jinja",
+            "additional_chat_templates/tool_use.jinja",
         ]);
         assert_eq!(about(&reference, &all, &Part::Config).unwrap(), ["config.json"]);
         let with_tokenizer = ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja"];
-        assert_eq!(about(&reference, &all, &Part::Weights).unwrap(), with_tokenizer);
-        let of_merge = ["preprocessor_config.json", "additional_chat_templates/rag.jinja"];
+        let of_tools = "additional_chat_templates/tool_use.jinja";
+        assert_eq!(about(&reference, &all, &Part::Weights).unwrap(), [&with_tokenizer[..], &[of_tools]].concat());
+        let of_merge = ["preprocessor_config.json", "additional_chat_templates/rag.jinja", of_tools];
         assert_eq!(about(&reference, &all, &Part::Merge).unwrap(), [&with_tokenizer[..], &of_merge].concat());
         assert!(matches!(weights(&reference, &all).unwrap(), Weights::Indexed));
         let index = tempfile::NamedTempFile::new().unwrap();
