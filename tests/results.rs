@@ -74,6 +74,10 @@ fn the_same_run_is_finished_and_another_is_refused() {
     assert!(text.contains("already finished") && !text.contains("step 1/3"), "{text}");
     // Keys of logging and movement do not make it another run.
     succeeds(place.mpirun(2, &train_with(&["training.logging_steps=3", "fsdp.activation_checkpointing=full"])));
+    // Nor do ranks: a run may go on with others. The run keeps the sequences of its steps.
+    let text = succeeds(place.command(&TRAIN));
+    assert!(text.contains("already finished") && text.contains("number of ranks is 1 here and 2 there"), "{text}");
+    assert!(before == files(&place.path("out")), "the result was touched");
     let refused = |command: Command, word: &str| {
         let text = fails(command, 1);
         assert!(text.contains(word) && text.contains("--overwrite"), "{word} in {text}");
@@ -81,7 +85,6 @@ fn the_same_run_is_finished_and_another_is_refused() {
         assert_eq!(hidden(&place), Vec::<String>::new());
     };
     refused(place.mpirun(2, &train_with(&["training.learning_rate=2e-2"])), "learning_rate");
-    refused(place.command(&TRAIN), "number of ranks is 1 here and 2 there");
     let rows = place.read("rows.jsonl");
     place.write("rows.jsonl", [&rows[..], &rows[..]].concat());
     refused(place.mpirun(2, &TRAIN), "training data");

@@ -133,7 +133,6 @@ fn train(
     config.remarks.iter().chain([&steps.plan]).for_each(|line| start.log.line(line.clone()));
     let run = identity(&job)?;
     let Some(beginning) = begin(&mut comm, &job, output.as_mut(), run.clone(), start.log)? else {
-        start.log.line(format!("already finished: the adapter of this very run is in {}", job.output_dir.display()));
         return Ok(Outcome::Finished);
     };
     let votes = comm.another()?;

@@ -70,8 +70,8 @@ pub fn run_record() -> Target {
             folder.write("run.json", input);
             let found = RunRecord::read(&folder.path())?.expect("a record that is there");
             assert_eq!(
-                whole.identity.differences(&found.identity).is_empty(),
-                found.identity.differences(&whole.identity).is_empty()
+                whole.identity.obstacles(&found.identity).is_empty(),
+                found.identity.obstacles(&whole.identity).is_empty()
             );
             Ok(())
         }

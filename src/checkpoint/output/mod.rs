@@ -191,14 +191,16 @@ impl Output {
         matches!(resume, Resume::From(_)) || records.any(|record| run.obstacles(&record.identity).is_empty())
     }
 
-    /// Begins a run: decides where it writes and from where it goes on, and writes `run.json`. `say` gets lines for
-    /// people.
+    /// Begins a run: decides where it writes and from where it goes on, and writes `run.json`. `say` tells the user.
     pub fn begin(&mut self, run: RunIdentity, resume: &Resume, say: &mut dyn FnMut(String)) -> Result<Begun> {
         let place = self.dir.display();
         match &self.found {
             Found::Finished(record) if !self.overwrite => {
-                let differences = run.differences(&record.identity);
-                ensure!(differences.is_empty(), "{place} has the result of another run ({differences}); {HELP}");
+                let obstacles = run.obstacles(&record.identity);
+                ensure!(obstacles.is_empty(), "{place} has the result of another run ({obstacles}); {HELP}");
+                let mut changes = run.changes(&record.identity);
+                changes.insert_str(0, if changes.is_empty() { "" } else { "; " });
+                say(format!("already finished: the adapter of this run is in {place}{changes}"));
                 return Ok(Begun::Finished);
             }
             Found::Unfinished(record) if !self.overwrite => {

@@ -59,7 +59,7 @@ pub enum State {
     Failed,
 }
 
-/// Everything that decides a result. Runs with equal identities are the same run.
+/// Everything that decides a result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunIdentity {
     pub world_size: usize,
@@ -101,12 +101,8 @@ pub struct RunRecord {
 }
 
 impl RunIdentity {
-    /// Says in which values `other` differs from this; empty if it does not.
-    pub fn differences(&self, other: &RunIdentity) -> String {
-        self.differences_in(other, |key| !self.is_free(key))
-    }
-
-    /// Says which differences keep this run from going on where `other` stopped; empty if it can.
+    /// Says which differences make this another run than `other`, which can neither go on where that stopped nor take its
+    /// result for its own; empty if there are none.
     pub fn obstacles(&self, other: &RunIdentity) -> String {
         self.differences_in(other, |key| ![NUM_RANKS, MICRO_BATCH].contains(&key) && !self.is_free(key))
     }
@@ -233,20 +229,20 @@ pub mod tests {
         let mut other = identity(0.1 + 0.2);
         other.recipe["output_dir"] = json!("/home/out");
         other.recipe["fsdp.gather"] = json!("host");
-        assert_eq!(read.identity.differences(&other), "");
+        assert_eq!(read.identity.obstacles(&other), "");
         let (mut best, mut rarer) = (identity(1.0), identity(1.0));
         for (run, save_steps) in [(&mut best, 10), (&mut rarer, 20)] {
             run.recipe.insert("training.save_steps".into(), json!(save_steps));
         }
-        assert_eq!(best.differences(&rarer), "");
+        assert_eq!(best.obstacles(&rarer), "");
         best.recipe.insert("training.load_best_model_at_end".into(), json!(true));
         rarer.recipe.insert("training.load_best_model_at_end".into(), json!(true));
         assert_eq!(best.obstacles(&rarer), "training.save_steps is 10 here and 20 there");
         other.recipe["training.learning_rate"] = json!(1.0);
         other.world_size = 4;
-        let told = other.differences(&read.identity);
-        assert!(told.contains("training.learning_rate is 1.0 here and 0.30000000000000004 there"), "{told}");
-        assert!(told.contains("number of ranks is 4 here and 2 there"), "{told}");
+        let told = other.obstacles(&read.identity);
+        assert_eq!(told, "training.learning_rate is 1.0 here and 0.30000000000000004 there");
+        assert_eq!(other.changes(&read.identity), "number of ranks is 4 here and 2 there");
         let (mut moved, mut began) = (identity(1.0), identity(1.0));
         moved.recipe.insert("model".into(), json!("o/n@2"));
         began.recipe.insert("model".into(), json!("o/n@1"));
