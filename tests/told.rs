@@ -33,7 +33,7 @@ fn events_are_objects() {
     let generate = ["generate", "--model", "model", "--prompt", "a", "--log-format=json"];
     for (wrong, words) in [
         (vec!["eval", "--log-format", "json"], "--dataset <DATASET>"),
-        ([&generate[..], &["--top-k", "5"]].concat(), "--top-k and --top-p are for a --temperature above 0"),
+        ([&generate[..], &["--top-k", "5"]].concat(), "--top-k, --top-p and --seed are for a --temperature above 0"),
     ] {
         let failed = fails(place.command(&wrong), 2);
         let error: Value = serde_json::from_str(failed.lines().next().unwrap()).unwrap();
