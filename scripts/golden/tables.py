@@ -22,6 +22,9 @@ TABLES = {
     "table of merged models": [
         ("merged", "logits", max, "{:.1e}"), ("merged-tensors", "tensors in float32", max, "{:.1e}"),
         ("merged-bf16", "equal weights in bfloat16", min, "{:.3%}"), ("merged-nf4", "after NF4", max, "{:.1e}")],
+    "table of llama.cpp": [
+        ("llama-base", "the base", max, "{:.1e}"), ("llama-losses", "losses", max, "{:.1e}"), ("llama-logits", "logits", max, "{:.1e}"),
+        ("llama-argmax", "equal tokens", min, "{:.0%}")],
 }
 
 
