@@ -25,7 +25,7 @@ pub enum LogFormat {
 }
 
 impl LogFormat {
-    /// Returns the form that a command line asks for which is not understood as a whole.
+    /// Returns the form that the command line asks for, even if the rest of it cannot be parsed.
     pub fn asked_for() -> LogFormat {
         let words: Vec<_> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
         let is_json = words.iter().any(|word| word == "--log-format=json")

@@ -14,7 +14,7 @@ pub fn line(text: &str) {
     unchanged_line(&harmless(text));
 }
 
-/// Writes a line in one call like [`line`], but neither escapes nor cuts it.
+/// Writes a line in one call like [`line()`], but neither escapes nor cuts it.
 pub fn unchanged_line(text: &str) {
     progress::aside(|| {
         // If standard error is closed, there is nowhere to report it.
