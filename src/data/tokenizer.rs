@@ -286,9 +286,12 @@ fn tool_template(dir: &Path, config: &Map<String, Value>) -> Option<PathBuf> {
     if files::is_there(&dir.join(TEMPLATE_FILE)) {
         return Some(dir.join(TOOL_TEMPLATE_FILE)).filter(|file| files::is_there(file));
     }
-    let list = config.get("chat_template")?.as_array()?;
-    let is_there = list.iter().any(|template| template.get("name").is_some_and(|name| name == "tool_use"));
-    is_there.then(|| dir.join("tokenizer_config.json"))
+    template_named(config.get("chat_template")?.as_array()?, "tool_use").map(|_| dir.join("tokenizer_config.json"))
+}
+
+/// Returns the template of this name in a list of them; the last one if there are several.
+fn template_named<'a>(list: &'a [Value], name: &str) -> Option<&'a Value> {
+    list.iter().rfind(|template| template.get("name").is_some_and(|found| found == name))
 }
 
 /// The default chat template and its file: chat_template.jinja before tokenizer_config.json. Other templates
@@ -306,8 +309,7 @@ fn template_source(dir: &Path, config: &Map<String, Value>) -> Result<Option<(Pa
         None | Some(Value::Null) => return Ok(None),
         Some(Value::String(source)) => source.clone(),
         Some(Value::Array(list)) => {
-            let default = list.iter().rfind(|t| t.get("name").is_some_and(|n| n == "default"));
-            let source = default.and_then(|t| t.get("template")?.as_str()).map(str::to_string);
+            let source = template_named(list, "default").and_then(|t| t.get("template")?.as_str()).map(str::to_string);
             source.with_context(|| format!("{}: none of the list is named default", place()))?
         }
         Some(other) => {
