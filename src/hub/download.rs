@@ -84,7 +84,7 @@ pub fn download(http: &Http, folder: &Folder, remote: &Remote, progress: &Progre
     if let Err(error) = part.check(remote) {
         fs::remove_file(&path).with_context(place)?;
         progress.take_back(remote.bytes);
-        // What an earlier download has left may be wrong, and then a second one can succeed.
+        // The part that an earlier download has left may be wrong; then a second download can succeed.
         ensure!(was_begun, error);
         progress.note(format!("{error}; it is downloaded again from its beginning"));
         part = Part::resume(folder.open_incomplete(&remote.etag)?, remote, progress).with_context(place)?;

@@ -198,9 +198,9 @@ impl Output {
             Found::Finished(record) if !self.overwrite => {
                 let obstacles = run.obstacles(&record.identity);
                 ensure!(obstacles.is_empty(), "{place} has the result of another run ({obstacles}); {HELP}");
-                let mut changes = run.changes(&record.identity);
-                changes.insert_str(0, if changes.is_empty() { "" } else { "; " });
-                say(format!("already finished: the adapter of this run is in {place}{changes}"));
+                let changes = run.changes(&record.identity);
+                let more = if changes.is_empty() { changes } else { format!("; {changes}") };
+                say(format!("already finished: the adapter of this run is in {place}{more}"));
                 return Ok(Begun::Finished);
             }
             Found::Unfinished(record) if !self.overwrite => {

@@ -80,8 +80,8 @@ impl Table {
 /// Bytes that are read for one record: those of the longest, and what the library reads ahead.
 const MAX_READ_BYTES: usize = MAX_ROW_BYTES + (64 << 10);
 
-/// What is read after a file: a record of one empty field, unless the quotes of the last row are open. They would hold
-/// the line break and end with the quote.
+/// These bytes are read after a file. They make a record of one empty field, unless the quotes of the last row are open:
+/// then the line break is within the quotes, and the quote closes them.
 const END: &[u8] = b"\n\"";
 
 /// A reader that fails where one record, such as one with a quote that is not closed, takes too much of it.
