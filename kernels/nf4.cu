@@ -16,50 +16,92 @@ __device__ __forceinline__ void store(float *y, float value) { *y = value; }
 
 __device__ __forceinline__ u32 align16(u32 bytes) { return (bytes + 15) / 16 * 16; }
 
+// A tensor's records, or some of them, and its weights.
+template <typename T>
+struct Part {
+    T *weights;
+    const u8 *records;
+    u64 num_weights;
+};
+
+template <typename T>
+struct Parts {
+    Part<T> at[4];
+};
+
+__device__ __forceinline__ float code_to_weight(const float *codebook, u32 bytes, int j, float scale) {
+    u32 nibble = bytes >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15;
+    return __fmul_rn(codebook[nibble], scale);
+}
+
+// Eight weights from four bytes of codes.
+template <typename T>
+__device__ __forceinline__ void store_eight(T *out, u32 bytes, float scale, const float *codebook) {
+    float values[8];
+    for (int j = 0; j < 8; j++) values[j] = code_to_weight(codebook, bytes, j, scale);
+    if (sizeof(T) == 2) {
+        uint4 packed = {pack_act(values[0], values[1]), pack_act(values[2], values[3]), pack_act(values[4], values[5]),
+                        pack_act(values[6], values[7])};
+        *(uint4 *)out = packed;
+    } else {
+        for (int j = 0; j < 8; j++) store(out + j, values[j]);
+    }
+}
+
 // w = code · absmax, absmax = map[u8] · nested_absmax + offset, each product and sum rounded to f32 by itself: bitsandbytes
 // dequantizes the absmax in one kernel, adds the offset in another, and multiplies in a third.
-// codebook [16], map [256]: uploaded once by the host. A thread takes eight weights at a time.
+// codebook [16], map [256]: uploaded once by the host. The records of up to eight parts follow each other in the grid: a block finds
+// its part by counting. A thread takes eight weights at a time. It reads the codes of a whole record before it waits for the absmax.
 template <typename T>
-__device__ void dequantize_nf4_records(T *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 double_quant,
+__device__ void dequantize_nf4_records(const Parts<T> &some, const Parts<T> &others, u64 record_bytes, u32 double_quant,
                                        const float *codebook, const float *map) {
+    static const u32 THREADS = 256, ROUNDS = RECORD_WEIGHTS / 8 / THREADS;
     __shared__ float codes_to_f32[16];
     __shared__ float absmax[RECORD_WEIGHTS / BLOCK];
-    u64 first = (u64)blockIdx.x * RECORD_WEIGHTS;
-    u32 count = (u32)(num_weights - first < RECORD_WEIGHTS ? num_weights - first : RECORD_WEIGHTS);
+    Part<T> part = some.at[0];
+    u32 index = blockIdx.x;
+#pragma unroll
+    for (int i = 1; i < 8; i++) {
+        u32 num_records = (u32)((part.num_weights + RECORD_WEIGHTS - 1) / RECORD_WEIGHTS);
+        if (index >= num_records) {
+            index -= num_records;
+            part = i < 4 ? some.at[i % 4] : others.at[i % 4];
+        }
+    }
+    u64 first = (u64)index * RECORD_WEIGHTS;
+    u32 count = (u32)(part.num_weights - first < RECORD_WEIGHTS ? part.num_weights - first : RECORD_WEIGHTS);
     u32 num_blocks = (count + BLOCK - 1) / BLOCK;
-    const u8 *record = records + blockIdx.x * record_bytes;
-    const u8 *codes;
+    const u8 *record = part.records + index * record_bytes;
+    const u8 *codes = record + (double_quant ? align16(16 + num_blocks) : align16(4 * num_blocks));
+    T *out = part.weights + first;
+    bool is_whole = count == RECORD_WEIGHTS;
+    u32 bytes[ROUNDS];
+    if (is_whole) {
+#pragma unroll
+        for (int k = 0; k < ROUNDS; k++) bytes[k] = ((const u32 *)codes)[threadIdx.x + k * THREADS];
+    }
     if (threadIdx.x < 16) codes_to_f32[threadIdx.x] = codebook[threadIdx.x];
     if (double_quant) {
         float scale = ((const float *)record)[0], offset = ((const float *)record)[1];
-        for (u32 i = threadIdx.x; i < num_blocks; i += blockDim.x) absmax[i] = __fadd_rn(__fmul_rn(map[record[16 + i]], scale), offset);
-        codes = record + align16(16 + num_blocks);
+        for (u32 i = threadIdx.x; i < num_blocks; i += THREADS) absmax[i] = __fadd_rn(__fmul_rn(map[record[16 + i]], scale), offset);
     } else {
-        for (u32 i = threadIdx.x; i < num_blocks; i += blockDim.x) absmax[i] = ((const float *)record)[i];
-        codes = record + align16(4 * num_blocks);
+        for (u32 i = threadIdx.x; i < num_blocks; i += THREADS) absmax[i] = ((const float *)record)[i];
     }
     __syncthreads();
-    T *out = weights + first;
-    u32 whole = count / 8 * 8;
-    for (u32 i = threadIdx.x * 8; i < whole; i += blockDim.x * 8) {
-        u32 bytes = *(const u32 *)(codes + i / 2);
-        float scale = absmax[i / BLOCK];
-        float values[8];
-        for (int j = 0; j < 8; j++) {
-            u32 nibble = bytes >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15;
-            values[j] = __fmul_rn(codes_to_f32[nibble], scale);
+    if (is_whole) {
+#pragma unroll
+        for (int k = 0; k < ROUNDS; k++) {
+            u32 i = (threadIdx.x + k * THREADS) * 8;
+            store_eight(out + i, bytes[k], absmax[i / BLOCK], codes_to_f32);
         }
-        if (sizeof(T) == 2) {
-            uint4 packed = {pack_act(values[0], values[1]), pack_act(values[2], values[3]), pack_act(values[4], values[5]),
-                            pack_act(values[6], values[7])};
-            *(uint4 *)(out + i) = packed;
-        } else {
-            for (int j = 0; j < 8; j++) store(out + i + j, values[j]);
-        }
+        return;
     }
-    for (u32 i = whole + threadIdx.x; i < count; i += blockDim.x) {
-        u32 nibble = codes[i / 2] >> (i % 2 ? 0 : 4) & 15;
-        store(out + i, __fmul_rn(codes_to_f32[nibble], absmax[i / BLOCK]));
+    u32 whole = count / 8 * 8;
+    for (u32 i = threadIdx.x * 8; i < whole; i += THREADS * 8) {
+        store_eight(out + i, *(const u32 *)(codes + i / 2), absmax[i / BLOCK], codes_to_f32);
+    }
+    for (u32 i = whole + threadIdx.x; i < count; i += THREADS) {
+        store(out + i, code_to_weight(codes_to_f32, codes[i / 2], i % 2, absmax[i / BLOCK]));
     }
 }
 
@@ -96,14 +138,14 @@ __device__ void convert_records(T *weights, const u8 *records, u64 num_weights, 
     }
 }
 
-extern "C" __global__ void dequantize_nf4(Act *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 double_quant,
+extern "C" __global__ void dequantize_nf4(Parts<Act> some, Parts<Act> others, u64 record_bytes, u32 double_quant,
                                           const float *codebook, const float *map) {
-    dequantize_nf4_records(weights, records, num_weights, record_bytes, double_quant, codebook, map);
+    dequantize_nf4_records(some, others, record_bytes, double_quant, codebook, map);
 }
 
-extern "C" __global__ void dequantize_nf4_f32(float *weights, const u8 *records, u64 num_weights, u64 record_bytes,
-                                              u32 double_quant, const float *codebook, const float *map) {
-    dequantize_nf4_records(weights, records, num_weights, record_bytes, double_quant, codebook, map);
+extern "C" __global__ void dequantize_nf4_f32(Parts<float> some, Parts<float> others, u64 record_bytes, u32 double_quant,
+                                              const float *codebook, const float *map) {
+    dequantize_nf4_records(some, others, record_bytes, double_quant, codebook, map);
 }
 
 extern "C" __global__ void convert(Act *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {

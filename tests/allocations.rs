@@ -113,7 +113,8 @@ fn after_the_first_step_nothing_stays_on_the_heap_and_no_block_is_larger_than_an
             for number in 1..=6 {
                 let batches = data::step_micro_batches(&data, &mut sampler, 4 * (number - 1), 4, 1, 1, 0);
                 let update = update(number as u32, 1e-2);
-                let args = StepArgs { step: number as u32, num_micro_batches: 4, update: &update, seed: 42 };
+                let args =
+                    StepArgs { step: number as u32, num_micro_batches: 4, update: &update, seed: 42, next: None };
                 let start = settled();
                 let (record, [live, peak, largest]) = counted(|| step(&mut engine, &batches, &args));
                 assert!(record.unwrap().updated);

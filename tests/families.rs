@@ -183,7 +183,7 @@ fn step_errors<D: Ops, Q: Queue<D>>(
         loss_scale: 1.0,
         step: 1,
     };
-    let args = StepArgs { step: 1, num_micro_batches: batches.len(), update: &update, seed: 42 };
+    let args = StepArgs { step: 1, num_micro_batches: batches.len(), update: &update, seed: 42, next: None };
     let record = step(engine, batches, &args).unwrap();
     assert_eq!(record.num_target_tokens, case.num_target_tokens);
     let trainables = Trainables::new(engine.spec(), grads.settings.lora_config());

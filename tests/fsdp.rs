@@ -23,7 +23,7 @@ use fsdp_qlora::testing::{
 
 /// Takes one step with the seed of all tests.
 fn take_step(engine: &mut CpuEngine, batches: &[MicroBatch], num_micro_batches: usize, update: &Update) -> StepRecord {
-    let args = StepArgs { step: update.step, num_micro_batches, update, seed: 42 };
+    let args = StepArgs { step: update.step, num_micro_batches, update, seed: 42, next: None };
     step(engine, batches, &args).unwrap()
 }
 
@@ -358,6 +358,7 @@ fn run_without(
             objective: Some(&Quadratic { linear: 0.01, square: 0.0 }),
             dropout: None,
             update: Some(&update),
+            next: None,
         };
         let rank = engine.queue.rank();
         let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 6, 1, world_size, rank);

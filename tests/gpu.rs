@@ -141,7 +141,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
             loss_scale: 1.0,
             step: step_idx as u32 + 1,
         };
-        let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: 42 };
+        let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: 42, next: None };
         curve.losses.push(step(&mut engine, &batches, &args).unwrap().loss);
         if step_idx == 0 {
             curve.grads =

@@ -12,7 +12,7 @@ use fsdp_qlora::testing::{
 /// Arguments of a run that trains some of its micro-batches.
 fn trains<'a>(micro_batches: &'a [Descriptor], objective: &'a dyn Objective, update: &'a Update) -> RunArgs<'a> {
     let (mode, dropout, update) = (Mode::Train, None, Some(update));
-    RunArgs { mode, micro_batches, objective: Some(objective), dropout, update }
+    RunArgs { mode, micro_batches, objective: Some(objective), dropout, update, next: None }
 }
 
 #[test]

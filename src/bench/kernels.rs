@@ -144,7 +144,7 @@ impl<'a, D: Ops> Kernels<'a, D> {
         let (records, mut weights) = (self.zeros::<u8>(encoding.tensor_bytes(len))?, self.zeros::<D::Act>(len)?);
         let bytes = (records.len() + len * size_of::<D::Act>()) as f64;
         self.timer.time(&format!("dequantize {}, {}", module.id, encoding.name()), Amount::Bytes(bytes), || {
-            self.device.dequantize(Dequantize { weights: weights.view_mut(), records: records.view(), encoding })
+            self.device.dequantize(vec![Dequantize { weights: weights.view_mut(), records: records.view(), encoding }])
         })
     }
 

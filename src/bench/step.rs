@@ -93,12 +93,17 @@ impl Work for Steps<'_> {
         let (mut scaler, mut num_updates) = (LossScaler::new(D::NEEDS_LOSS_SCALING), 0);
         let num_micro_batches = job.training.accumulation_steps(start.world.world_size);
         let num_steps = WARM_UP_STEPS + bench.steps;
+        let vocab_size = engine.spec().vocab_size;
+        let batches = |step_idx: u32| -> Vec<MicroBatch> {
+            let first = u64::from(step_idx) * num_micro_batches as u64;
+            let micros = first..first + num_micro_batches as u64;
+            micros.map(|micro| batch(job, vocab_size, micro, start.world.rank as u64)).collect()
+        };
+        let mut next = batches(1);
         for step_idx in 1..=num_steps + u32::from(bench.trace.is_some()) {
             engine.record_spans(step_idx > num_steps);
             watch::phase(Phase::Step(step_idx as usize))?;
-            let micro = |m| (step_idx as usize * num_micro_batches + m) as u64;
-            let batch = |m| batch(job, engine.spec().vocab_size, micro(m), start.world.rank as u64);
-            let batches: Vec<MicroBatch> = (0..num_micro_batches).map(batch).collect();
+            let batches = std::mem::replace(&mut next, batches(step_idx + 1));
             let update = Update {
                 learning_rate: 1e-4,
                 lr_ratio: 1.0,
@@ -110,7 +115,8 @@ impl Work for Steps<'_> {
                 loss_scale: scaler.scale(),
                 step: num_updates + 1,
             };
-            let step_args = StepArgs { step: step_idx, num_micro_batches, update: &update, seed: SEED };
+            let step_args =
+                StepArgs { step: step_idx, num_micro_batches, update: &update, seed: SEED, next: next.first() };
             let record = step(engine, &batches, &step_args)?;
             let StepRecord { loss, grad_norm, updated, .. } = record;
             let goes_on = loss.is_finite() && scaler.note(updated);

@@ -6,11 +6,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use cudarc::driver::{CudaEvent, CudaStream};
 
+use super::communicators::Communicators;
 use super::cuda_store::{self, PROBE_BYTES, PROBES, Stored, StoredUnit};
-use super::nccl::{self, Communicators, Nccl};
+use super::guarded::Guarded;
+use super::nccl::{self, Nccl};
 use super::spans::{Lane, Span};
 use super::watch::{self, Limit, Probe, Probed};
 use super::{
@@ -18,7 +20,7 @@ use super::{
     broadcast, collect,
 };
 use crate::device::cuda::{Cuda, HalfType};
-use crate::device::{Arena, Buffer, Device, Element, Place, ViewMut};
+use crate::device::{Arena, Buffer, Device, Element, HostBuffer, Place, View, ViewMut};
 
 /// Options of a queue.
 #[derive(Clone, Copy, Debug, Default)]
@@ -123,7 +125,7 @@ impl<A: HalfType> CudaQueue<A> {
         let communication = cuda.new_stream()?;
         {
             let _wait = watch::wait_within("the first collectives of NCCL", Limit::Start, Some(nccl::HELP));
-            nccl.all().iter().try_for_each(|nccl| first_use(&cuda, nccl, &communication))?;
+            nccl.use_first(&cuda, &communication)?;
         }
         let (started, actions) = channel();
         let help = (!nccl.all().is_empty()).then_some(nccl::HELP);
@@ -256,58 +258,6 @@ impl<A: HalfType> CudaQueue<A> {
         self.cuda.order(self.cuda.compute(), self.stream(lane))?;
         self.cuda.fill_on(self.stream(lane), slot, 0xFF)
     }
-
-    /// Replaces this rank's part of `values` by the sum over all ranks. The other ranks' values arrive in `received`.
-    fn sum_part(
-        &self,
-        nccl: &Nccl,
-        mut values: ViewMut<'_, Cuda<A>, f32>,
-        received: &mut Buffer<Cuda<A>, f32>,
-        stream: &CudaStream,
-    ) -> Result<()> {
-        let (len, ranks, rank) = (values.len(), nccl.world_size(), nccl.rank());
-        ensure!(len.is_multiple_of(ranks) && len <= received.len(), "{len} gradients, {} planned", received.len());
-        nccl.all_to_all(values.view(), received.first_mut(len), stream)?;
-        // The sum overwrites this rank's part, which has been sent already.
-        let own = rank * (len / ranks)..(rank + 1) * (len / ranks);
-        self.cuda.sum_parts_on(stream, values.range_mut(own), received.first(len))
-    }
-
-    /// Replaces this rank's shard of `full` by the sum over all ranks.
-    fn sum_over_ranks(
-        &self,
-        mut full: ViewMut<'_, Cuda<A>, f32>,
-        received: &mut Buffer<Cuda<A>, f32>,
-        stream: &CudaStream,
-    ) -> Result<()> {
-        let Position { shard, num_shards, .. } = self.position();
-        if let Some(nccl) = &self.nccl.shards {
-            let len = full.len();
-            self.sum_part(nccl, full.range_mut(0..len), received, stream)?;
-        }
-        let Some(nccl) = &self.nccl.replicas else { return Ok(()) };
-        let part = full.len() / num_shards;
-        let mut own = full.into_range(shard * part..(shard + 1) * part);
-        self.sum_part(nccl, own.range_mut(0..part), received, stream)?;
-        nccl.all_gather_in_place(own, stream)
-    }
-}
-
-/// Runs each collective once on a few bytes. NCCL allocates its buffers at the first use, which must come before memory is
-/// planned.
-fn first_use<A: HalfType>(cuda: &Cuda<A>, nccl: &Nccl, stream: &CudaStream) -> Result<()> {
-    const BYTES_OF_A_RANK: usize = 256;
-    let len = nccl.world_size() * BYTES_OF_A_RANK;
-    let carve = |arena: &mut Arena<Cuda<A>>| -> Result<[Buffer<Cuda<A>, u8>; 2]> {
-        Ok([arena.carve("sent", len)?, arena.carve("received", len)?])
-    };
-    let [mut sent, mut received] = Arena::carved(cuda, carve)?;
-    cuda.fill_bytes(sent.view_mut(), 0)?;
-    cuda.order(cuda.compute(), stream)?;
-    nccl.all_gather_in_place(sent.view_mut(), stream)?;
-    nccl.all_to_all(sent.view(), received.view_mut(), stream)?;
-    cuda.order(stream, cuda.compute())?;
-    cuda.synchronize()
 }
 
 impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
@@ -333,6 +283,14 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         self.groups.position()
     }
 
+    fn whole<'a>(&self, shard: &'a Stored<A>) -> Option<View<'a, Cuda<A>, u8>> {
+        match &shard.0 {
+            StoredUnit::Shard(Place::Device(shard)) if self.position().num_shards == 1 => Some(shard.view()),
+            StoredUnit::Whole(unit) => Some(unit.view()),
+            StoredUnit::Shard(_) | StoredUnit::Node(_) => None,
+        }
+    }
+
     fn gather_frozen(
         &mut self,
         name: String,
@@ -342,13 +300,7 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         let (mut marks, delays) = (Marks::new(), self.delays);
         let gathered = match &shard.0 {
             StoredUnit::Shard(shard) => self.gather(shard, &mut out, &mut marks),
-            StoredUnit::Whole(unit) => {
-                self.poison(Lane::Communication, out.view_mut())?;
-                self.on(Lane::Communication, Lane::Compute, delays.before_gather, &mut marks, |stream| {
-                    self.cuda.copy_on(stream, out.first_mut(unit.len()), unit.view())
-                })
-                .map(|()| Lane::Communication)
-            }
+            StoredUnit::Whole(_) => bail!("{name}: the whole unit is on the GPU, so that nothing is to be gathered"),
             StoredUnit::Node(shards) => {
                 self.poison(Lane::Fetch, out.view_mut())?;
                 self.on(Lane::Fetch, Lane::Compute, delays.before_fetch, &mut marks, |stream| {
@@ -393,7 +345,7 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         ensure!(len <= full.len(), "{} gradients into {} of {len}", full.len(), shard.len());
         let mut received = std::mem::replace(&mut self.received, Buffer::none());
         self.on(Lane::Communication, Lane::Compute, self.delays.before_reduce, &mut marks, |stream| {
-            self.sum_over_ranks(full.first_mut(len), &mut received, stream)
+            self.nccl.sum_over_ranks(&self.cuda, position, full.first_mut(len), &mut received, stream)
         })
         .with_context(|| name.clone())?;
         self.received = received;
@@ -445,6 +397,20 @@ impl<A: HalfType> Queue<Cuda<A>> for CudaQueue<A> {
         let done = self.end(name, Lane::Fetch, marks)?;
         copy.host.copied_until(&done);
         Ok(Pending { value: copy, kind: Kind::Copy, done })
+    }
+
+    fn upload<T: Element>(
+        &mut self,
+        name: String,
+        device: ViewMut<'_, Cuda<A>, T>,
+        host: &mut Guarded<HostBuffer<T>>,
+    ) -> Result<()> {
+        let compute = self.cuda.compute();
+        let from = host.on_stream(compute)?.first(device.len());
+        // SAFETY: the host's buffer is guarded until the end of the copy: the host cannot write to it before.
+        unsafe { self.cuda.fetch_on(compute, device, from) }?;
+        host.copied_until(&self.end(name, Lane::Compute, Marks::new())?);
+        Ok(())
     }
 
     /// Makes the compute stream wait; the host runs on.

@@ -7,8 +7,9 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::device::cpu::Cpu;
-use crate::device::{Buffer, Element, MemoryPlan, Place};
+use crate::device::{Buffer, Element, HostBuffer, MemoryPlan, Place, ViewMut};
 
+use super::guarded::Guarded;
 use super::node::{Draft, Published};
 use super::spans::{Lane, Span};
 use super::sums::{all_reduce, exchange};
@@ -284,6 +285,17 @@ impl Queue<Cpu> for HostQueue {
             copy.device.first_mut(copy.len).host_mut().copy_from_slice(host.first(copy.len).host());
             Ok(copy)
         })
+    }
+
+    fn upload<T: Element>(
+        &mut self,
+        _name: String,
+        device: ViewMut<'_, Cpu, T>,
+        host: &mut Guarded<HostBuffer<T>>,
+    ) -> Result<()> {
+        let len = device.len();
+        device.host_mut().copy_from_slice(host.wait_on_host()?.first(len).host());
+        Ok(())
     }
 
     fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {

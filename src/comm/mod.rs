@@ -1,6 +1,7 @@
 //! Communication between ranks. [`Comm`] has blocking collectives on host memory. [`Queue`], which the executor uses,
 //! has ordered queues of collectives on device memory and of copies between device and host.
 
+mod communicators;
 pub mod cuda_queue;
 pub mod cuda_store;
 pub mod guarded;
@@ -21,7 +22,7 @@ use anyhow::{Context, Result, ensure};
 use bytemuck::Pod;
 
 use crate::choices::choices;
-use crate::device::{Buffer, Device, Element, HostBuffer, Place};
+use crate::device::{Buffer, Device, Element, HostBuffer, Place, View, ViewMut};
 use guarded::Guarded;
 use spans::Span;
 
@@ -173,6 +174,12 @@ pub trait Queue<D: Device> {
         self.position().world_size
     }
 
+    /// Returns the frozen bytes of a unit, all shards one after the other, if they lie on the device already. Such a
+    /// unit need not be gathered. They are never written to.
+    fn whole<'a>(&self, _shard: &'a Self::Shard) -> Option<View<'a, D, u8>> {
+        None
+    }
+
     /// Gathers a unit's frozen shards: shard s lands at `s · shard_len` of `out`, which may be longer.
     fn gather_frozen(
         &mut self,
@@ -199,6 +206,15 @@ pub trait Queue<D: Device> {
 
     /// Copies the first `len` elements from the host.
     fn fetch<T: Element>(&mut self, name: String, copy: HostCopy<D, T>) -> Result<Self::Pending<HostCopy<D, T>>>;
+
+    /// Copies from the beginning of host memory to the device, as a part of the computation: what the compute queue is
+    /// given from here on comes after it.
+    fn upload<T: Element>(
+        &mut self,
+        name: String,
+        device: ViewMut<'_, D, T>,
+        host: &mut Guarded<HostBuffer<T>>,
+    ) -> Result<()>;
 
     /// Orders whatever the compute queue is given from here on after the action, and returns the action's buffers. On
     /// a GPU the host does not wait: it reaches memory of its own only through [`Guarded::wait_on_host`].

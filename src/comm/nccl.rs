@@ -7,14 +7,14 @@
 #![expect(unsafe_code, reason = "calls NCCL")]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use libloading::os::unix::{Library, Symbol};
 
+use super::Comm;
 use super::watch::{self, Limit};
-use super::{Comm, Groups};
 use crate::device::cuda::{Cuda, HalfType, libraries};
 use crate::device::{Element, View, ViewMut};
 
@@ -282,27 +282,5 @@ impl Drop for Nccl {
             // SAFETY: made in `new`, used no more; what is under way is given up.
             unsafe { (self.abort)(self.handle) };
         }
-    }
-}
-
-/// NCCL's communicators between the ranks that hold a base together and between those that hold the same shard;
-/// `None` for a group of one rank.
-pub(super) struct Communicators {
-    pub shards: Option<Arc<Nccl>>,
-    pub replicas: Option<Arc<Nccl>>,
-}
-
-impl Communicators {
-    /// Connects the ranks of each group. Collective.
-    pub fn new(groups: &mut Groups) -> Result<Communicators> {
-        let connect = |comm: &mut dyn Comm| match comm.world_size() {
-            1 => Ok(None),
-            _ => anyhow::Ok(Some(Arc::new(Nccl::new(comm)?))),
-        };
-        Ok(Communicators { shards: connect(&mut *groups.shards)?, replicas: connect(&mut *groups.replicas)? })
-    }
-
-    pub fn all(&self) -> Vec<Arc<Nccl>> {
-        self.shards.iter().chain(&self.replicas).cloned().collect()
     }
 }

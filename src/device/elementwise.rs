@@ -23,8 +23,9 @@ pub trait ElementwiseOps: Device {
     fn round(y: &mut [Self::Act], x: &[f32]);
     /// x as the activation type has it.
     fn rounded(x: f32) -> f32;
-    /// Sum of squares in f64, always in the same order ([`SUM_PARTS`], [`SUM_LANES`]). Waits for the compute queue.
-    fn sum_of_squares(&self, x: View<'_, Self, f32>) -> Result<f64>;
+    /// The sum of squares of each x in f64, always in the same order ([`SUM_PARTS`], [`SUM_LANES`]). Waits for the
+    /// compute queue.
+    fn sums_of_squares(&self, x: &[View<'_, Self, f32>]) -> Result<Vec<f64>>;
 }
 
 /// Checks that y and x have one length, and returns it.

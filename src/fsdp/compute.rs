@@ -1,14 +1,12 @@
-//! The computation of an engine: embedding, layers and head of one micro-batch at a time.
+//! The computation of an engine: layers and head of one micro-batch at a time.
 
 use anyhow::{Result, bail, ensure};
-use rayon::prelude::*;
 
 use crate::comm::Queue;
 use crate::device::Ops;
 use crate::model::batch::MicroBatch;
 use crate::model::head::{self, Scores};
 use crate::model::layer;
-use crate::model::spec::Embedding;
 use crate::model::stage::{Saved, StageContext};
 
 use super::exec::{Engine, Grad};
@@ -17,32 +15,7 @@ use super::run::RunArgs;
 use super::schedule::Mode;
 use super::unit::{HEAD_PIECE_ROWS, Unit, head_piece_rows};
 
-/// Number of tokens whose embedding rows one thread copies at a time.
-const EMBED_TOKENS: usize = 16;
-
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
-    pub(super) fn embed(&mut self, micro: usize, batch: &MicroBatch) -> Result<()> {
-        let (tokens, m) = (batch.num_tokens(), self.live(micro));
-        ensure!(tokens <= self.limits.max_tokens, "{tokens} tokens, planned for {}", self.limits.max_tokens);
-        self.memory.batches[m].load(&self.device, &self.base.spec, batch)?;
-        let hidden = self.base.spec.hidden_size;
-        let Embedding { scale, rounds_scale, .. } = self.base.spec.embedding;
-        let scale = if rounds_scale { D::rounded(scale) } else { scale };
-        let (rows, embed) = (&mut self.embedding[..tokens * hidden], &self.base.embed);
-        let parts = rows.par_chunks_mut(EMBED_TOKENS * hidden).zip(batch.input_ids.par_chunks(EMBED_TOKENS));
-        parts.try_for_each_init(Vec::new, |values, (rows, ids)| {
-            values.resize(rows.len(), 0.0);
-            embed(ids, values)?;
-            values.iter_mut().for_each(|value| *value *= scale);
-            D::round(rows, values);
-            anyhow::Ok(())
-        })?;
-        let mut boundary = self.boundaries.take_free()?;
-        self.device.upload(boundary.first_mut(rows.len()), rows)?;
-        self.boundaries.insert(0, m, boundary);
-        Ok(())
-    }
-
     pub(super) fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, whole: bool) -> Result<()> {
         ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
         let m = self.live(micro);

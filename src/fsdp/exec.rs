@@ -1,7 +1,6 @@
 //! The executor: all that a rank holds, and how it performs an action.
 
 use anyhow::{Context, Result, ensure};
-use bytemuck::Zeroable;
 
 use crate::comm::spans::Span;
 use crate::comm::watch::{self, Phase};
@@ -59,8 +58,6 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) boundaries: Boundaries<D, Q>,
     /// The unit whose dense weights are in memory.
     pub(super) dense: Option<Unit>,
-    /// Embedded rows of a micro-batch, on their way to the device.
-    pub(super) embedding: Vec<D::Act>,
     plan: Plans,
     /// Spans of the last run, if they were recorded.
     pub(super) spans: Option<Vec<Span>>,
@@ -89,6 +86,10 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let resident = limits.residency.of_units(units.count());
         watch::phase(Phase::Copy)?;
         let shards = queue.store(std::mem::take(&mut base.shards), &resident, limits.gather)?;
+        for ((shard, layout), (unit, resident)) in shards.iter().zip(&base.layouts).zip(units.all().zip(resident)) {
+            let planned = limits.has_whole::<D>(layout, resident);
+            ensure!(queue.whole(shard).is_some() == planned, "{unit} is not where it was planned");
+        }
         let mut arena = Arena::allocate(&device, plan.device.clone())?;
         let mut on_host = match plan.host.total_bytes() {
             0 => Arena::measure(),
@@ -100,7 +101,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let grads = memory.grads.drain(..).map(Grad::Here).collect();
         let boundaries =
             Boundaries::new(std::mem::take(&mut memory.boundaries), std::mem::take(&mut memory.host_boundaries));
-        let embedding = vec![D::Act::zeroed(); limits.max_tokens * base.spec.hidden_size];
         let dense = None;
         Ok(Self {
             device,
@@ -116,7 +116,6 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             grads,
             boundaries,
             dense,
-            embedding,
             plan,
             spans: None,
         })
@@ -215,6 +214,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
                 self.boundaries.wait_fetch(&mut self.queue, layer, m)
             }
             Action::Optimizer => {
+                if let Some(next) = args.next {
+                    self.embed_ahead(next)?;
+                }
                 let update = args.update.context("no update was given")?;
                 let sum = output.log_probabilities.iter().flatten().sum();
                 (output.grad_norm, output.updated) = self.update(update, sum)?;

@@ -51,16 +51,18 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     /// Clips by the global norm and updates. Returns the norm before clipping, and whether there was an update. No
     /// rank updates if the norm or any rank's sum of log-probabilities is not finite; all ranks see the same numbers.
     pub(super) fn update(&mut self, update: &Update, log_probability: f64) -> Result<(f64, bool)> {
-        let mut sum_of_squares = 0.0;
+        let (mut on_device, mut on_host) = (Vec::new(), Vec::new());
         for (layer, trainable) in self.memory.trainables.iter().enumerate() {
             let grad = trainable.grad.as_ref().with_context(|| not_waited_for(layer))?;
             // If several ranks hold the same values, each sums a part of its own.
             let own = self.trainable_layout(layer)?.replica_range(self.queue.position().replica);
-            sum_of_squares += match grad.wait_on_host()? {
-                Place::Device(grad) => self.device.sum_of_squares(grad.view().range(own))?,
-                Place::Host(grad) => self.host.sum_of_squares(grad.view().range(own))?,
-            };
+            match grad.wait_on_host()? {
+                Place::Device(grad) => on_device.push(grad.view().range(own)),
+                Place::Host(grad) => on_host.push(grad.view().range(own)),
+            }
         }
+        let (on_device, on_host) = (self.device.sums_of_squares(&on_device)?, self.host.sums_of_squares(&on_host)?);
+        let sum_of_squares = on_device.iter().chain(&on_host).sum();
         let loss_scale = f64::from(update.loss_scale);
         let sums = self.queue.all_reduce_f64("global gradient norm", &[sum_of_squares, log_probability])?;
         let norm = sums[0].sqrt() / loss_scale;

@@ -106,7 +106,8 @@ impl UnitLayout {
         (begin < end).then(|| (weights_before(begin)..weights_before(end), begin - shard.start..end - shard.start))
     }
 
-    /// Returns where the tensor lies in the gathered unit: one segment for each shard that holds some of it.
+    /// Returns where the tensor lies in the gathered unit: one segment for each shard that holds some of it, in the order
+    /// of the weights.
     pub fn segments(&self, tensor_idx: usize) -> Vec<Segment> {
         let segment = |shard: usize| {
             let (weights, bytes) = self.part(tensor_idx, shard)?;

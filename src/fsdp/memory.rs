@@ -17,6 +17,7 @@ use crate::model::stage::{Scratch, Widths};
 use crate::model::trainable::Trainables;
 use crate::model::weights::LayerWeights;
 
+use super::embedding::Rows;
 use super::layout::{TrainableLayout, UnitLayout};
 use super::schedule::{self, Accumulation, Descriptor, Keep, Mode};
 use super::snapshot::Snapshot;
@@ -107,6 +108,12 @@ impl Limits {
         inputs
     }
 
+    /// Returns whether a rank has the whole of a unit on its device, so that it is not gathered. The host is its own
+    /// device, but it leaves shards in their files and copies them from there.
+    pub fn has_whole<D: Ops>(&self, layout: &UnitLayout, is_resident: bool) -> bool {
+        is_resident && !D::IS_HOST && (self.gather == Gather::Host || layout.num_shards() == 1)
+    }
+
     /// Makes the schedule's inputs for the largest step.
     pub fn largest(&self, units: NumUnits) -> schedule::Inputs {
         self.inputs(units, self.mode, &vec![Descriptor::of(self.mode); self.max_micro_batches])
@@ -135,6 +142,8 @@ pub struct Memory<D: Ops> {
     /// Device buffers for boundaries, and host buffers for those that wait there.
     pub boundaries: Vec<Buffer<D, D::Act>>,
     pub host_boundaries: Vec<HostBuffer<D::Act>>,
+    /// Host buffers for embedded rows.
+    pub(super) rows: Rows<D>,
     /// `None` where none is planned, or where another has it.
     pub snapshot: Option<Snapshot>,
     pub activations: Activations<D>,
@@ -162,6 +171,11 @@ impl ShardedTrainables<'_> {
     /// The layout of each layer's values.
     pub fn layouts(&self) -> impl Iterator<Item = TrainableLayout> {
         (0..self.trainables.layers.len()).map(|layer| self.layout(layer))
+    }
+
+    /// Returns whether a rank has all trainable values on its device, so that none are gathered.
+    pub fn are_whole(&self, residency: &Residency) -> bool {
+        residency.trainables && self.num_shards == 1
     }
 
     /// Number of values of the layer that has most, padding included.
@@ -207,12 +221,16 @@ impl<D: Ops> Memory<D> {
         let (tokens, hidden) = (limits.max_tokens, spec.hidden_size);
         let widths = Widths::new(spec, sharded.map(|sharded| sharded.trainables));
         let padded_len = sharded.map_or(0, |sharded| sharded.padded_len());
-        let flat_bytes = layouts.iter().map(UnitLayout::gathered_bytes).max().unwrap_or(0);
+        let resident = limits.residency.of_units(units.count());
+        let gathered =
+            layouts.iter().zip(resident).filter(|(layout, resident)| !limits.has_whole::<D>(layout, *resident));
+        let flat_bytes = gathered.map(|(layout, _)| layout.gathered_bytes()).max().unwrap_or(0);
+        let gathered_len = sharded.map_or(0, |s| if s.are_whole(&limits.residency) { 0 } else { s.padded_len() });
         let slots = (0..limits.num_slots)
             .map(|i| {
                 Ok((
                     arena.carve(&format!("slots/{i}/flat"), flat_bytes)?,
-                    arena.carve(&format!("slots/{i}/lora"), padded_len)?,
+                    arena.carve(&format!("slots/{i}/lora"), gathered_len)?,
                 ))
             })
             .collect::<Result<_>>()?;
@@ -234,6 +252,7 @@ impl<D: Ops> Memory<D> {
         let host_boundaries = (0..inputs.num_offloaded_boundaries())
             .map(|i| host.carve(&format!("boundaries/{i}"), tokens * hidden))
             .collect::<Result<_>>()?;
+        let rows = Rows::carve(host, tokens, hidden)?;
         let snapshot = sharded.filter(|_| limits.snapshot);
         let snapshot = snapshot.map(|sharded| Snapshot::carve(host, sharded.layouts())).transpose()?;
         let activations = Activations::carve(arena, units.layers, live, &widths, limits)?;
@@ -256,6 +275,7 @@ impl<D: Ops> Memory<D> {
             grads,
             boundaries,
             host_boundaries,
+            rows,
             snapshot,
             activations,
             scratch,

@@ -3,6 +3,7 @@
 
 pub mod check;
 mod compute;
+mod embedding;
 pub mod exec;
 pub mod grads;
 pub mod layout;

@@ -35,12 +35,14 @@ pub struct RunArgs<'a> {
     pub dropout: Option<(u64, u32)>,
     /// The update that [`Action::Optimizer`] makes.
     pub update: Option<&'a Update>,
+    /// The first micro-batch of the next run, if it is known. Its rows are looked up while a GPU computes.
+    pub next: Option<&'a MicroBatch>,
 }
 
 impl<'a> RunArgs<'a> {
     /// Makes the arguments of a run that does not train.
     pub fn forward(mode: Mode, micro_batches: &'a [Descriptor]) -> RunArgs<'a> {
-        RunArgs { mode, micro_batches, objective: None, dropout: None, update: None }
+        RunArgs { mode, micro_batches, objective: None, dropout: None, update: None, next: None }
     }
 
     /// Returns whether the adapter takes part in any micro-batch.

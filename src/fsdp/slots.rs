@@ -2,29 +2,33 @@
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::comm::guarded::Guarded;
 use crate::comm::{Queue, TrainableBuffers};
-use crate::device::{Buffer, Dequantize, Ops, View, ViewMut};
+use crate::device::{Buffer, Dequantize, Element, Ops, Place, View, ViewMut};
 use crate::model::spec::TensorId;
-use crate::quant::record::Encoding;
 
 use super::exec::Engine;
+use super::layout::UnitLayout;
 use super::unit::Unit;
 
 /// State of a slot. A gathering slot's buffers are with the queue.
 pub(super) enum Slot<D: Ops, Q: Queue<D>> {
     Free(Buffer<D, u8>, Buffer<D, f32>),
-    Gathering(Unit, Q::Pending<Buffer<D, u8>>, LoraPart<D, Q>),
+    Gathering(Unit, Part<Q::Pending<Buffer<D, u8>>, Buffer<D, u8>>, LoraPart<D, Q>),
     Unsharded(Unit, Buffer<D, u8>, Buffer<D, f32>),
     /// The slot is between two states, which shows only after an error.
     Moving,
 }
 
-/// The trainable values of a unit that is being gathered, or the buffer that a unit without trainable values leaves
-/// unused.
-pub(super) enum LoraPart<D: Ops, Q: Queue<D>> {
-    Gathering(Q::Pending<TrainableBuffers<D>>),
-    Unused(Buffer<D, f32>),
+/// The frozen bytes or the trainable values of a unit that is being gathered.
+pub(super) enum Part<P, B> {
+    Gathering(P),
+    /// There is nothing to gather: the unit has no such part, or the whole of it lies on the device already. The
+    /// slot's buffer is not used.
+    Unused(B),
 }
+
+type LoraPart<D, Q> = Part<<Q as Queue<D>>::Pending<TrainableBuffers<D>>, Buffer<D, f32>>;
 
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     pub(super) fn gather(&mut self, unit: Unit, slot: usize, adapter: bool) -> Result<()> {
@@ -32,14 +36,18 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             bail!("slot {slot} is not free");
         };
         let shard = &self.shards[self.units.idx(unit)];
-        let frozen = self.queue.gather_frozen(format!("gather of {unit}"), shard, flat)?;
+        let frozen = match self.queue.whole(shard) {
+            Some(_) => Part::Unused(flat),
+            None => Part::Gathering(self.queue.gather_frozen(format!("gather of {unit}"), shard, flat)?),
+        };
+        let gathers_lora = adapter && self.sharded().is_some_and(|sharded| !sharded.are_whole(&self.limits.residency));
         let lora = match unit {
-            Unit::Layer(layer) if adapter && self.trainables().is_some() => {
+            Unit::Layer(layer) if gathers_lora => {
                 let shard = self.memory.trainables[layer].master.take().context("the LoRA shard is being gathered")?;
                 let buffers = TrainableBuffers { shard, full };
-                LoraPart::Gathering(self.queue.gather_trainable(format!("gather of the LoRA of {unit}"), buffers)?)
+                Part::Gathering(self.queue.gather_trainable(format!("gather of the LoRA of {unit}"), buffers)?)
             }
-            _ => LoraPart::Unused(full),
+            _ => Part::Unused(full),
         };
         self.slots[slot] = Slot::Gathering(unit, frozen, lora);
         Ok(())
@@ -50,15 +58,18 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             bail!("slot {slot} is not being gathered");
         };
         ensure!(gathering == unit, "slot {slot} gathers {gathering}");
-        let flat = self.queue.wait(frozen)?;
+        let flat = match frozen {
+            Part::Gathering(pending) => self.queue.wait(pending)?,
+            Part::Unused(flat) => flat,
+        };
         let full = match (lora, unit) {
-            (LoraPart::Gathering(pending), Unit::Layer(layer)) => {
+            (Part::Gathering(pending), Unit::Layer(layer)) => {
                 let TrainableBuffers { shard, full } = self.queue.wait(pending)?;
                 self.memory.trainables[layer].master = Some(shard);
                 full
             }
-            (LoraPart::Unused(full), _) => full,
-            (LoraPart::Gathering(_), Unit::HeadPiece(_)) => bail!("a head piece has no LoRA"),
+            (Part::Unused(full), _) => full,
+            (Part::Gathering(_), Unit::HeadPiece(_)) => bail!("a head piece has no LoRA"),
         };
         self.slots[slot] = Slot::Unsharded(unit, flat, full);
         Ok(())
@@ -69,24 +80,33 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             bail!("slot {slot} does not hold {unit}: its gather was not waited for");
         };
         ensure!(*held == unit, "slot {slot} holds {held}");
-        let (device, layout, memory) = (&self.device, &self.base.layouts[self.units.idx(unit)], &mut self.memory);
+        let idx = self.units.idx(unit);
+        let has_whole_lora = self.sharded().is_some_and(|sharded| sharded.are_whole(&self.limits.residency));
+        let (device, layout, memory) = (&self.device, &self.base.layouts[idx], &mut self.memory);
+        let flat = self.queue.whole(&self.shards[idx]).unwrap_or_else(|| flat.view());
         self.dense = Some(unit);
+        let mut linears = Vec::new();
+        for (module, weight) in memory.layer.linears_mut() {
+            if let Some(idx) = layout.tensors().iter().position(|tensor| tensor.id == TensorId::Weight(module)) {
+                linears.extend(parts(layout, idx, flat, weight.first_mut(layout.tensors()[idx].elements.len())));
+            }
+        }
+        device.dequantize(linears)?;
         for (idx, tensor) in layout.tensors().iter().enumerate() {
             let len = tensor.elements.len();
-            let parts = layout.segments(idx).into_iter().map(|segment| {
-                let records = flat.view().range(segment.bytes);
-                (segment.weights, records, tensor.encoding)
-            });
             match tensor.id {
-                TensorId::Rows => to_act(device, memory.head_piece.first_mut(len), parts)?,
-                TensorId::Weight(module) => to_act(device, memory.layer.linear_mut(module)?.first_mut(len), parts)?,
+                TensorId::Rows => device.dequantize(parts(layout, idx, flat, memory.head_piece.first_mut(len)))?,
+                TensorId::Weight(_) => {}
                 id @ (TensorId::Norm(_) | TensorId::Bias(_)) => {
-                    to_f32(device, memory.layer.vector_mut(id)?.first_mut(len), parts)?;
+                    let vector = memory.layer.vector_mut(id)?;
+                    parts(layout, idx, flat, vector.first_mut(len))
+                        .into_iter()
+                        .try_for_each(|part| device.dequantize_f32(part))?;
                     if let (Unit::Layer(layer), TensorId::Norm(norm)) = (unit, id)
                         && let offset = self.base.spec.layers[layer].norm_offset(norm)
                         && offset != 0.0
                     {
-                        device.add_scalar(memory.layer.vector_mut(id)?.first_mut(len), offset)?;
+                        device.add_scalar(vector.first_mut(len), offset)?;
                     }
                 }
             }
@@ -94,7 +114,12 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         match (unit, &self.trainables) {
             (Unit::Layer(layer), Some(trainables)) if adapter => {
                 let len = trainables.layers[layer].len();
-                device.cast(memory.layer.trainable.first_mut(len), full.first(len))
+                let master = memory.trainables[layer].master.as_ref().filter(|_| has_whole_lora);
+                let values = match master.map(Guarded::wait_on_host).transpose()? {
+                    Some(Place::Device(master)) => master,
+                    _ => full,
+                };
+                device.cast(memory.layer.trainable.first_mut(len), values.first(len))
             }
             _ => Ok(()),
         }
@@ -111,25 +136,18 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 }
 
-/// A run of records of one tensor: the place of its weights, its bytes, and their encoding.
-type Part<'a, D> = (std::ops::Range<usize>, View<'a, D, u8>, Encoding);
-
-fn to_act<'a, D: Ops>(
-    device: &D,
-    mut weights: ViewMut<'_, D, D::Act>,
-    mut parts: impl Iterator<Item = Part<'a, D>>,
-) -> Result<()> {
-    parts.try_for_each(|(range, records, encoding)| {
-        device.dequantize(Dequantize { weights: weights.range_mut(range), records, encoding })
-    })
-}
-
-fn to_f32<'a, D: Ops>(
-    device: &D,
-    mut weights: ViewMut<'_, D, f32>,
-    mut parts: impl Iterator<Item = Part<'a, D>>,
-) -> Result<()> {
-    parts.try_for_each(|(range, records, encoding)| {
-        device.dequantize_f32(Dequantize { weights: weights.range_mut(range), records, encoding })
-    })
+/// Returns the parts of tensor `idx` of a gathered unit, one for each shard that has some of it.
+fn parts<'a, D: Ops, T: Element>(
+    layout: &UnitLayout,
+    idx: usize,
+    flat: View<'a, D, u8>,
+    mut weights: ViewMut<'a, D, T>,
+) -> Vec<Dequantize<'a, D, T>> {
+    let (encoding, mut parts) = (layout.tensors()[idx].encoding, Vec::new());
+    for segment in layout.segments(idx) {
+        let (part, rest) = weights.split_at(segment.weights.len());
+        parts.push(Dequantize { weights: part, records: flat.range(segment.bytes), encoding });
+        weights = rest;
+    }
+    parts
 }

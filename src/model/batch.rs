@@ -10,6 +10,9 @@ use super::spec::ModelSpec;
 /// Marks a position in [`MicroBatch::targets`] whose prediction does not count in the loss.
 pub const NO_TARGET: u32 = u32::MAX;
 
+/// Cosines and sines of the tokens' angles, `[T, half]`; twice as many dimensions are rotated.
+pub type CosSin = (Vec<f32>, Vec<f32>);
+
 /// Host-side descriptor of one micro-batch: documents laid end to end, without padding.
 ///
 /// T is the number of tokens, D the number of documents. A micro-batch may be empty (T = 0): a rank gets an empty one
@@ -56,6 +59,11 @@ impl MicroBatch {
         self.input_ids.len()
     }
 
+    /// Computes the cosines and sines of each of the model's rotations.
+    pub fn cos_sin(&self, spec: &ModelSpec) -> Vec<CosSin> {
+        spec.ropes.iter().map(|rope| rope.cos_sin(&self.positions, &self.documents)).collect()
+    }
+
     /// Number of tokens that count in the loss.
     pub fn num_target_tokens(&self) -> usize {
         self.targets.iter().filter(|&&t| t != NO_TARGET).count()
@@ -74,7 +82,7 @@ pub struct BatchBuffers<D: Device> {
     pub num_tokens: usize,
 }
 
-/// Cosines and sines, `[T, half]`; twice as many dimensions are rotated.
+/// A [`CosSin`] on the device.
 struct Rotation<D: Device> {
     cos: Buffer<D, f32>,
     sin: Buffer<D, f32>,
@@ -105,13 +113,12 @@ impl<D: Device> BatchBuffers<D> {
         (cos.first(self.num_tokens * half), sin.first(self.num_tokens * half))
     }
 
-    /// Uploads a micro-batch. In generation its first position is the number of past tokens.
-    pub fn load(&mut self, device: &D, spec: &ModelSpec, batch: &MicroBatch) -> Result<()> {
+    /// Uploads a micro-batch with its cosines and sines. In generation its first position is the number of past tokens.
+    pub fn load(&mut self, device: &D, batch: &MicroBatch, cos_sin: &[CosSin]) -> Result<()> {
         let tokens = batch.num_tokens();
-        for (rotation, rope) in self.rotations.iter_mut().zip(&spec.ropes) {
-            let (cos, sin) = rope.cos_sin(&batch.positions, &batch.documents);
-            device.upload(rotation.cos.first_mut(cos.len()), &cos)?;
-            device.upload(rotation.sin.first_mut(sin.len()), &sin)?;
+        for (rotation, (cos, sin)) in self.rotations.iter_mut().zip(cos_sin) {
+            device.upload(rotation.cos.first_mut(cos.len()), cos)?;
+            device.upload(rotation.sin.first_mut(sin.len()), sin)?;
         }
         self.documents.put(device, &batch.documents, batch.num_past_tokens)?;
         let mut sample_idx = Vec::with_capacity(tokens);

@@ -49,10 +49,9 @@ impl<D: Device> LayerWeights<D> {
         found.map(|(_, buffer)| buffer.first(len)).with_context(|| format!("the layer has no {id}"))
     }
 
-    /// The buffer of a module's weight.
-    pub fn linear_mut(&mut self, id: ModuleId) -> Result<&mut Buffer<D, D::Act>> {
-        let found = self.linears.iter_mut().find(|(of, _)| *of == id);
-        found.map(|(_, buffer)| buffer).with_context(|| format!("the layer has no {id}"))
+    /// The buffers of all modules' weights.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (ModuleId, &mut Buffer<D, D::Act>)> {
+        self.linears.iter_mut().map(|(module, buffer)| (*module, buffer))
     }
 
     /// A and B of a module, if it is a target.

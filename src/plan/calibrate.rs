@@ -135,7 +135,7 @@ impl MeasuredRun {
             let (sizes, cost) = (workload.sizes, workload.sizes.cost::<Cuda<half::bf16>>(limits)?);
             let libraries = hardware.library_bytes(sizes.num_communicators(), self.ranks_per_gpu);
             let embedding = synthetic::embedding_bytes(sizes.spec);
-            let process = sizes.process_bytes(limits.max_tokens, self.ranks_per_gpu, embedding);
+            let process = sizes.process_bytes(self.ranks_per_gpu, embedding);
             Ok((cost.device_bytes() + libraries, cost.host_bytes() + process))
         })?;
         let host_bytes = (host_bytes * self.world_size) as f64;

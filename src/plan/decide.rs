@@ -348,7 +348,7 @@ mod tests {
 
     #[test]
     fn with_room_for_everything_nothing_moves() {
-        let budget = Budget { device: 80 * GIB, host: 0 };
+        let budget = Budget { device: 80 * GIB, host: 16 << 20 };
         let choice = with_8b(1, |work| work.decide::<Gpu>(limits(), &collective(), budget).unwrap());
         assert_eq!((choice.residency, choice.keep), (Residency::ALL, Keep::EVERYTHING));
     }

@@ -73,16 +73,15 @@ impl Sizes<'_> {
     }
 
     /// Host memory of a rank's process on a GPU besides what is pinned, without page cache: libraries, the values
-    /// that a new adapter starts from (A; B is zero, and no page of it has been written), the embedded rows of a
-    /// micro-batch, and an embedding table that is not in a file.
-    pub fn process_bytes(&self, max_tokens: usize, ranks_per_gpu: usize, embedding_bytes: usize) -> usize {
+    /// that a new adapter starts from (A; B is zero, and no page of it has been written), and an embedding table that
+    /// is not in a file.
+    pub fn process_bytes(&self, ranks_per_gpu: usize, embedding_bytes: usize) -> usize {
         let communication = if self.world_size > 1 { COMMUNICATION_HOST_BYTES } else { 0 };
         let sockets = if ranks_per_gpu > 1 { SOCKETS_HOST_BYTES } else { 0 };
         let all = self.trainables.iter().flat_map(|trainables| &trainables.layers).flat_map(|layer| layer.list());
         let values: usize = all.filter(|trainable| trainable.kind == Kind::A).map(|a| a.range.len()).sum();
         let adapter = values * size_of::<f32>();
-        let rows = max_tokens * self.spec.hidden_size * size_of::<u16>();
-        LIBRARIES_HOST_BYTES + communication + sockets + adapter + rows + embedding_bytes
+        LIBRARIES_HOST_BYTES + communication + sockets + adapter + embedding_bytes
     }
 
     /// All memory of a run with these limits, in the activation type of `D`. On the host shards are mapped files,

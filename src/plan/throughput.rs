@@ -15,8 +15,6 @@ use super::memory::Sizes;
 
 /// Rate of AdamW on the host, in bytes of values, gradients and moments.
 const HOST_UPDATE_BYTES_PER_S: f64 = 20e9;
-/// Rate at which rows of the embedding are copied from pageable memory to the device.
-const PAGEABLE_BYTES_PER_S: f64 = 6e9;
 /// Bytes of an activation.
 const ACT: f64 = 2.0;
 
@@ -124,7 +122,7 @@ impl Workload<'_> {
         let everything = Saved { attention: true, mlp: true, rest: true };
         match *action {
             Action::Dequantize { unit, .. } => self.dequantize_seconds(unit),
-            Action::Embed { .. } => tokens * h * ACT / PAGEABLE_BYTES_PER_S,
+            Action::Embed { .. } => tokens * h * ACT / hw.host_bytes_per_s,
             Action::Forward { layer, .. } => {
                 self.seconds(spec.layers[layer].forward_cost(&at, everything, true), limits)
             }

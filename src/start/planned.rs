@@ -94,7 +94,7 @@ impl Planned {
         let sizes = Sizes { spec: &config, layouts: &layouts, trainables: Some(&trainables), world_size };
         let limits = step_limits(job, world_size);
         let library_bytes = hardware.library_bytes(sizes.num_communicators(), ranks_per_gpu);
-        let process_bytes = sizes.process_bytes(limits.max_tokens, ranks_per_gpu, embedding_bytes);
+        let process_bytes = sizes.process_bytes(ranks_per_gpu, embedding_bytes);
         let budget = machine.budget(job, library_bytes, process_bytes);
         let shared = hardware.shared_by(ranks_per_gpu);
         let in_a_node = sizes.num_shards() <= machine.node_size();

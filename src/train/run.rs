@@ -89,14 +89,16 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let (start, first, mut checked) = (Instant::now(), self.progress.step, Checked::default());
         self.progress.owes_evaluation |= first == 0;
         let Some(mut is_last) = self.judge(first == num_steps)? else { return self.stopped() };
+        let mut next = (first < num_steps).then(|| self.batches(&mut sampler, first));
         for step_idx in first..num_steps {
-            if is_last {
-                break;
-            }
+            let Some(batches) = next.take().filter(|_| !is_last) else { break };
             watch::phase(Phase::Step(step_idx + 1))?;
-            let batches = self.batches(&mut sampler, step_idx);
+            next = (step_idx + 1 < num_steps).then(|| self.batches(&mut sampler, step_idx + 1));
             let is_traced = self.trace.is_some() && step_idx == (first + 1).min(num_steps - 1);
-            let Some((record, update)) = self.step(step_idx, &batches, is_traced)? else { return self.stopped() };
+            let upcoming = next.as_ref().and_then(|batches| batches.first());
+            let Some((record, update)) = self.step(step_idx, &batches, upcoming, is_traced)? else {
+                return self.stopped();
+            };
             let (done, left) = (step_idx + 1 - first, num_steps - step_idx - 1);
             self.progress.step = step_idx + 1;
             let fate = skipping::note(&mut self.progress, &record);
@@ -158,11 +160,12 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(Outcome::Stopped { step: self.progress.step, reason })
     }
 
-    /// Takes a step, with a trace of it if one is wanted. Returns `None` if the step was abandoned.
+    /// Takes a step, with a trace of it if one is wanted. `next` is the first micro-batch of the step after it. Returns `None` if the step was abandoned.
     fn step(
         &mut self,
         step_idx: usize,
         batches: &[MicroBatch],
+        next: Option<&MicroBatch>,
         is_traced: bool,
     ) -> Result<Option<(StepRecord, Update)>> {
         let update = self.update(step_idx);
@@ -171,6 +174,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             num_micro_batches: batches.len(),
             update: &update,
             seed: self.job.seed,
+            next,
         };
         self.engine.record_spans(is_traced);
         self.stop.begin(Activity::Step);

@@ -45,6 +45,8 @@ pub struct StepArgs<'a> {
     pub update: &'a Update,
     /// Seed of dropout.
     pub seed: u64,
+    /// This rank's first micro-batch of the next step, if it is known.
+    pub next: Option<&'a MicroBatch>,
 }
 
 /// Runs this rank's micro-batches of a step.
@@ -63,7 +65,7 @@ pub fn step_unless<D: Ops, Q: Queue<D>>(
     args: &StepArgs<'_>,
     abandons: &mut Abandons<'_>,
 ) -> Result<Option<StepRecord>> {
-    let StepArgs { step, num_micro_batches, update, seed } = *args;
+    let StepArgs { step, num_micro_batches, update, seed, next } = *args;
     let start = Instant::now();
     let targets: usize = batches.iter().map(MicroBatch::num_target_tokens).sum();
     let tokens: usize = batches.iter().map(MicroBatch::num_tokens).sum();
@@ -77,6 +79,7 @@ pub fn step_unless<D: Ops, Q: Queue<D>>(
             objective: Some(&objective),
             dropout: Some((seed, step)),
             update: Some(update),
+            next,
         },
         batches,
         abandons,

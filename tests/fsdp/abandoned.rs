@@ -15,7 +15,7 @@ fn state(engine: &mut CpuEngine) -> Vec<Vec<f32>> {
 /// Takes a step unless it has to be abandoned before an action. Returns whether it was taken.
 fn takes_step(engine: &mut CpuEngine, batches: &[MicroBatch], abandoned_before: usize) -> bool {
     let update = update(1, 1e-2);
-    let args = StepArgs { step: 1, num_micro_batches: 3, update: &update, seed: 42 };
+    let args = StepArgs { step: 1, num_micro_batches: 3, update: &update, seed: 42, next: None };
     let mut num_asked = 0;
     let mut abandons = |_| {
         num_asked += 1;

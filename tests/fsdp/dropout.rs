@@ -24,7 +24,8 @@ fn one_step(packing: Packing, world_size: usize, num_threads: usize, seed: u64) 
         let (rank, mut sampler) = (engine.queue.rank(), Sampler::new(num_sequences, 42));
         let batches = data::step_micro_batches(&data, &mut sampler, 0, num_sequences, 1, world_size, rank);
         let update = update(1, 1e-2);
-        let record = step(&mut engine, &batches, &StepArgs { step: 1, num_micro_batches, update: &update, seed });
+        let record =
+            step(&mut engine, &batches, &StepArgs { step: 1, num_micro_batches, update: &update, seed, next: None });
         let grads = layers(&mut engine, Values::Grad);
         Curve { losses: vec![record.unwrap().loss], grads, values: layers(&mut engine, Values::Master) }
     });

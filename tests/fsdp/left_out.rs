@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use anyhow::Result;
 use fsdp_qlora::testing::{
-    Buffer, Cpu, Element, Gather, HostCopy, HostQueue, Keep, Packing, Position, Queue, Residency, Sampler, ShardSource,
-    Span, StepArgs, TrainableBuffers, Values, Waits, data, step,
+    Buffer, Cpu, Element, Gather, Guarded, HostBuffer, HostCopy, HostQueue, Keep, Packing, Position, Queue, Residency,
+    Sampler, ShardSource, Span, StepArgs, TrainableBuffers, Values, ViewMut, Waits, data, step,
 };
 
 use crate::common::on_all_ranks;
@@ -105,6 +105,15 @@ impl Queue<Cpu> for LeavesOut {
         self.inner.fetch(name, copy).map(Pending::Started)
     }
 
+    fn upload<T: Element>(
+        &mut self,
+        name: String,
+        device: ViewMut<'_, Cpu, T>,
+        host: &mut Guarded<HostBuffer<T>>,
+    ) -> Result<()> {
+        self.inner.upload(name, device, host)
+    }
+
     fn wait<T: Send + 'static>(&mut self, pending: Pending<T>) -> Result<T> {
         match pending {
             Pending::Started(pending) => self.inner.wait(pending),
@@ -154,7 +163,8 @@ fn one_step(gather: Gather, residency: Residency, left_out: Option<usize>) -> (V
         let rank = engine.queue.rank();
         let batches = data::step_micro_batches(&data, &mut Sampler::new(24, 1), 0, 6, 1, 2, rank);
         let update = update(1, 1e-2);
-        step(&mut engine, &batches, &StepArgs { step: 1, num_micro_batches: 3, update: &update, seed: 42 }).unwrap();
+        step(&mut engine, &batches, &StepArgs { step: 1, num_micro_batches: 3, update: &update, seed: 42, next: None })
+            .unwrap();
         let mut values = layers(&mut engine, Values::Grad);
         values.extend(layers(&mut engine, Values::Master));
         (values, engine.queue.num_actions)

@@ -31,7 +31,7 @@ use gated::gated_activations;
 use gemm::gemm_of_all_transpositions;
 use half::{bf16, f16};
 use lora::{lora_dropout_has_the_masks_of_the_cpu, lora_linear, lora_products};
-use nf4::{dequantize_is_exact, quantize_is_exact};
+use nf4::{dequantize_is_exact, quantize_is_exact, tensors_are_dequantized_together};
 use rms_norm::rms_norm;
 use rope::rope;
 use rows::rows_are_moved_and_reach_nothing_else;
@@ -169,6 +169,7 @@ for_both_types!(
     elementwise,
     gemm_of_all_transpositions,
     dequantize_is_exact,
+    tensors_are_dequantized_together,
     lora_dropout_has_the_masks_of_the_cpu,
     lora_products,
     lora_linear,

@@ -12,7 +12,7 @@ pub fn dequantize_is_exact<A: Tested>() {
     {
         let records = put(d, records);
         let (mut act, mut f32s) = (buffer(d, len), buffer(d, len));
-        d.dequantize(Dequantize { weights: act.view_mut(), records: records.view(), encoding }).unwrap();
+        d.dequantize(vec![Dequantize { weights: act.view_mut(), records: records.view(), encoding }]).unwrap();
         d.dequantize_f32(Dequantize { weights: f32s.view_mut(), records: records.view(), encoding }).unwrap();
         [get_act(d, &act), get(d, &f32s)]
     }
@@ -47,6 +47,42 @@ pub fn dequantize_is_exact<A: Tested>() {
     fn compare<A: Tested>([act, f32s]: &[Vec<f32>; 2], [_, reference]: &[Vec<f32>; 2]) {
         assert!(f32s == reference, "f32 weights of {}", f32s.len());
         assert!(act.iter().zip(reference).all(|(a, &r)| *a == rounded::<A>(r)), "16-bit weights of {}", act.len());
+    }
+}
+
+/// Tensors of several encodings, more than one launch takes, give what each gives by itself.
+pub fn tensors_are_dequantized_together<A: Tested>() {
+    let (_guard, cuda) = gpu::<A>();
+    let nf4 = |double_quant| Encoding::Nf4 { double_quant };
+    let lens = [40_000, 64, 16_384, 7, 0, 32_768, 100, 16_385, 5, 49_153, 128];
+    let mut tensors: Vec<(usize, Encoding)> = lens.map(|len| (len, nf4(true))).to_vec();
+    tensors.insert(9, (24_583, Encoding::Plain(Dtype::Bf16)));
+    tensors.extend([(33_000, nf4(false)), (99, nf4(true))]);
+    let bytes = |i: usize, len: usize, encoding: Encoding| -> Vec<u8> {
+        let mut records = vec![0u8; encoding.tensor_bytes(len)];
+        let Encoding::Nf4 { double_quant } = encoding else { return records };
+        let weights = random(len, 0.02, i as u64 + 1);
+        let read = |first: usize, out: &mut [f32]| {
+            out.copy_from_slice(&weights[first..first + out.len()]);
+            Ok(())
+        };
+        nf4::quantize(len, double_quant, read).unwrap().write_records(&mut records).unwrap();
+        records
+    };
+    let on_gpu = |&(i, (len, encoding)): &(usize, (usize, Encoding))| put(&cuda, &bytes(i, len, encoding));
+    let listed: Vec<(usize, (usize, Encoding))> = tensors.into_iter().enumerate().collect();
+    let records: Vec<Buffer<Cuda<A>, u8>> = listed.iter().map(on_gpu).collect();
+    let weights = |len| put_act(&cuda, &vec![1.0; len]);
+    let mut together: Vec<Buffer<Cuda<A>, A>> = listed.iter().map(|&(_, (len, _))| weights(len)).collect();
+    let parts = together.iter_mut().zip(&records).zip(&listed).map(|((weights, records), &(_, (_, encoding)))| {
+        Dequantize { weights: weights.view_mut(), records: records.view(), encoding }
+    });
+    cuda.dequantize(parts.collect()).unwrap();
+    for ((&(i, (len, encoding)), records), together) in listed.iter().zip(&records).zip(&together) {
+        let mut alone = weights(len);
+        let part = Dequantize { weights: alone.view_mut(), records: records.view(), encoding };
+        cuda.dequantize(vec![part]).unwrap();
+        assert!(get_act(&cuda, together) == get_act(&cuda, &alone), "tensor {i}");
     }
 }
 

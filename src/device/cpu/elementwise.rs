@@ -49,16 +49,19 @@ impl ElementwiseOps for Cpu {
         x
     }
 
-    fn sum_of_squares(&self, x: View<'_, Cpu, f32>) -> Result<f64> {
-        let part = x.len().div_ceil(SUM_PARTS).max(1);
-        let mut sums = [0f64; SUM_PARTS];
-        let parts = x.host().par_chunks(part);
-        sums.par_iter_mut()
-            .zip(parts)
-            .with_min_len(SUM_PARTS.div_ceil(self.num_threads))
-            .for_each(|(sum, x)| *sum = sum_of_part(x));
-        Ok(sums.iter().sum())
+    fn sums_of_squares(&self, x: &[View<'_, Cpu, f32>]) -> Result<Vec<f64>> {
+        Ok(x.iter().map(|x| sum_of_squares(x.host(), self.num_threads)).collect())
     }
+}
+
+fn sum_of_squares(x: &[f32], num_threads: usize) -> f64 {
+    let part = x.len().div_ceil(SUM_PARTS).max(1);
+    let mut sums = [0f64; SUM_PARTS];
+    sums.par_iter_mut()
+        .zip(x.par_chunks(part))
+        .with_min_len(SUM_PARTS.div_ceil(num_threads))
+        .for_each(|(sum, x)| *sum = sum_of_part(x));
+    sums.iter().sum()
 }
 
 fn sum_of_part(x: &[f32]) -> f64 {

@@ -23,7 +23,11 @@ const PAIRS: [[f32; 2]; 256] = {
 };
 
 impl Nf4Ops for Cpu {
-    fn dequantize(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
+    fn dequantize(&self, parts: Vec<Dequantize<'_, Cpu, f32>>) -> Result<()> {
+        parts.into_iter().try_for_each(|part| self.dequantize_f32(part))
+    }
+
+    fn dequantize_f32(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
         args.num_weights()?;
         let Dequantize { weights, records, encoding } = args;
         let (weights, records) = (weights.host_mut(), records.host());
@@ -35,10 +39,6 @@ impl Nf4Ops for Cpu {
             weights.par_chunks_mut(RECORD_WEIGHTS).zip(records).for_each(one);
         }
         Ok(())
-    }
-
-    fn dequantize_f32(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
-        self.dequantize(args)
     }
 
     fn quantize_nf4(&self, args: QuantizeNf4<'_, Cpu>) -> Result<()> {

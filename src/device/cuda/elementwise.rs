@@ -7,6 +7,7 @@ use crate::device::elementwise::{bias_lens, same_len};
 use crate::device::{ElementwiseOps, SUM_LANES, SUM_PARTS, View, ViewMut};
 
 use super::launch::{Grid, args};
+use super::memory::NUM_SUMS;
 use super::{Cuda, HalfType};
 
 impl<A: HalfType> ElementwiseOps for Cuda<A> {
@@ -45,12 +46,18 @@ impl<A: HalfType> ElementwiseOps for Cuda<A> {
         rounded[0].into()
     }
 
-    fn sum_of_squares(&self, x: View<'_, Cuda<A>, f32>) -> Result<f64> {
+    fn sums_of_squares(&self, x: &[View<'_, Cuda<A>, f32>]) -> Result<Vec<f64>> {
         let grid = Grid { blocks: (SUM_PARTS, 1), threads: SUM_LANES as u32, shared_bytes: 0 };
-        // SAFETY: the kernel writes as many sums as there are blocks, which is what the table holds, and declares these arguments in
-        // this order.
-        unsafe { self.launch("sum_of_squares", grid, args![self.tables.sums(), x, x.len() as u64]) }?;
-        Ok(self.read_sums()?.iter().sum())
+        let mut sums = Vec::with_capacity(x.len());
+        for x in x.chunks(NUM_SUMS) {
+            for (i, x) in x.iter().enumerate() {
+                // SAFETY: the kernel writes as many sums as there are blocks, which is what a row of the table holds, and declares
+                // these arguments in this order.
+                unsafe { self.launch("sum_of_squares", grid, args![self.tables.sums(i), *x, x.len() as u64]) }?;
+            }
+            sums.extend(self.read_sums(x.len())?.chunks_exact(SUM_PARTS).map(|parts| parts.iter().sum::<f64>()));
+        }
+        Ok(sums)
     }
 }
 

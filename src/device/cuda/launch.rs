@@ -10,7 +10,7 @@ use crate::device::{Element, View, ViewMut};
 use super::memory::TableAddr;
 use super::{Cuda, HalfType};
 
-/// One argument of a kernel, in the low bytes: an address, a number or a tensor map.
+/// One argument of a kernel, in the low bytes: an address, a number, an array of structs or a tensor map.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct Arg([u64; 16]);
@@ -52,6 +52,15 @@ impl<A: HalfType, T: Element> From<ViewMut<'_, Cuda<A>, T>> for Arg {
 impl<A: HalfType, T: Element> From<Option<View<'_, Cuda<A>, T>>> for Arg {
     fn from(view: Option<View<'_, Cuda<A>, T>>) -> Arg {
         Arg::bits(view.map_or(0, |view| view.addr() as u64))
+    }
+}
+
+/// An array of structs of three words, no more than five of them.
+impl From<&[[u64; 3]]> for Arg {
+    fn from(structs: &[[u64; 3]]) -> Arg {
+        let (words, mut arg) = (structs.as_flattened(), [0; 16]);
+        arg[..words.len()].copy_from_slice(words);
+        Arg(arg)
     }
 }
 

@@ -82,13 +82,16 @@ pub struct Tables {
     region: DeviceRegion,
 }
 
+/// Sums of squares that are made before the host reads them.
+pub(super) const NUM_SUMS: usize = 128;
+
 /// Offsets of the tables: the NF4 code book, its thresholds, the 8-bit dynamic map, partial sums, the workspace of
 /// cuBLAS.
 const CODEBOOK_AT: u64 = 0;
 const THRESHOLDS_AT: u64 = 64;
 const MAP_AT: u64 = 256;
-const SUMS_AT: u64 = MAP_AT + 1024;
-const WORKSPACE_AT: u64 = 4096;
+const SUMS_AT: u64 = 4096;
+const WORKSPACE_AT: u64 = SUMS_AT + (NUM_SUMS * SUM_PARTS * size_of::<f64>()) as u64;
 
 impl Tables {
     /// Allocates and fills them; the context is bound to this thread.
@@ -122,9 +125,10 @@ impl Tables {
         TableAddr(self.region.addr + MAP_AT)
     }
 
-    /// f64 `[SUM_PARTS]`
-    pub fn sums(&self) -> TableAddr {
-        TableAddr(self.region.addr + SUMS_AT)
+    /// f64 `[SUM_PARTS]`, one of [`NUM_SUMS`] such rows.
+    pub fn sums(&self, row: usize) -> TableAddr {
+        assert!(row < NUM_SUMS, "row {row} of {NUM_SUMS}");
+        TableAddr(self.region.addr + SUMS_AT + (row * SUM_PARTS * size_of::<f64>()) as u64)
     }
 
     /// [`gemm::WORKSPACE_BYTES`]
@@ -191,11 +195,15 @@ impl<A: HalfType> Cuda<A> {
             .map_err(|e| anyhow!("copy from the GPU: {e}"))
     }
 
-    /// Reads what a kernel left in [`Tables::sums`]. Waits for the compute stream.
-    pub(super) fn read_sums(&self) -> Result<[f64; SUM_PARTS]> {
-        let mut sums = [0f64; SUM_PARTS];
+    /// Reads what kernels left in the first rows of [`Tables::sums`]. Waits for the compute stream.
+    pub(super) fn read_sums(&self, rows: usize) -> Result<Vec<f64>> {
+        ensure!(rows <= NUM_SUMS, "{rows} rows of {NUM_SUMS}");
+        let mut sums = vec![0f64; rows * SUM_PARTS];
+        if sums.is_empty() {
+            return Ok(sums);
+        }
         // SAFETY: the range holds as many f64, and the copy is waited for.
-        unsafe { result::memcpy_dtoh_async(&mut sums, self.tables.sums().0, self.compute.cu_stream()) }
+        unsafe { result::memcpy_dtoh_async(&mut sums, self.tables.sums(0).0, self.compute.cu_stream()) }
             .map_err(|e| anyhow!("copy from the GPU: {e}"))?;
         self.synchronize()?;
         Ok(sums)
