@@ -35,13 +35,15 @@ pub struct Reached {
 const REACHED: Reached =
     Reached { products: 0.97, memory: 0.72, attention_forward: 0.24, attention_backward: 0.17, kernel_seconds: 6.0e-6 };
 
-/// Shares of attention's own kernels for these GPUs, forward and backward, measured on an H100 (2026-11-26).
+/// These GPUs have kernels of their own. Their shares are fitted to `benches/results/h100-calibration.jsonl` (2026-11-28), but for those of
+/// attention, which `bench kernels` measured (2026-11-26).
 const HOPPER: [&str; 2] = ["h100", "h200"];
-const HOPPER_ATTENTION: [f64; 2] = [0.65, 0.50];
+const REACHED_ON_HOPPER: Reached =
+    Reached { products: 0.88, memory: 0.96, attention_forward: 0.65, attention_backward: 0.50, kernel_seconds: 5.1e-6 };
 
-/// Share of its speed that a GPU keeps when processes take turns on it, from two runs of two ranks on an H100, benches/results.md
-/// (2026-11-25).
-const TURNS: f64 = 0.8;
+/// Share of its speed that a GPU keeps when processes take turns on it, from a run of two ranks on an H100, benches/results.md
+/// (2026-11-28).
+const TURNS: f64 = 0.7;
 
 /// Rate of NCCL between two processes of a machine through its network stack, as a step of two ranks on an H100
 /// reaches it.
@@ -83,13 +85,7 @@ impl Hardware {
             memory_bytes_per_s: memory * 1e9,
             host_bytes_per_s: host * 1e9,
             peer_bytes_per_s: peer * 1e9,
-            reached: match HOPPER.contains(name) {
-                true => {
-                    let [attention_forward, attention_backward] = HOPPER_ATTENTION;
-                    Reached { attention_forward, attention_backward, ..REACHED }
-                }
-                false => REACHED,
-            },
+            reached: if HOPPER.contains(name) { REACHED_ON_HOPPER } else { REACHED },
         })
     }
 

@@ -12,9 +12,9 @@ use crate::model::spec::ModelSpec;
 use crate::model::trainable::{Kind, Trainables};
 
 /// Host bytes of a process with CUDA's libraries, those that MPI and NCCL add, and those of NCCL's sockets, all
-/// without page cache. They were measured with `bench step` on H100s (2026-11-25).
-const LIBRARIES_HOST_BYTES: usize = 318_000_000;
-const COMMUNICATION_HOST_BYTES: usize = 341_000_000;
+/// without page cache. They were measured with `bench step` on H100s (2026-11-28; with NCCL 2026-11-25).
+const LIBRARIES_HOST_BYTES: usize = 300_000_000;
+const COMMUNICATION_HOST_BYTES: usize = 359_000_000;
 const SOCKETS_HOST_BYTES: usize = 85_000_000;
 
 /// A model over some ranks, as far as memory goes.

@@ -4,9 +4,12 @@ use std::collections::HashMap;
 
 use crate::comm::Gather;
 use crate::comm::spans::{Lane, Span};
+use crate::device::cuda::DEQUANTIZED_TOGETHER;
+use crate::fsdp::layout::UnitTensor;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Action, build};
 use crate::fsdp::unit::{NumUnits, Unit, head_piece_rows};
+use crate::model::spec::TensorId;
 use crate::model::stage::Saved;
 use crate::model::stage::cost::{Circumstances, Cost};
 
@@ -153,8 +156,11 @@ impl Workload<'_> {
         let layout = &self.sizes.layouts[NumUnits::new(self.sizes.spec).idx(unit)];
         let dense: usize = layout.tensors().iter().map(|t| t.elements.len()).sum();
         let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
-        // A kernel for each tensor's part in each shard, and the cast of LoRA values.
-        let launches = (layout.tensors().len() * layout.num_shards() + 1) as f64;
+        // A kernel for some weights' parts in shards together, for each vector's part, and for the cast of LoRA values.
+        let is_vector = |tensor: &&UnitTensor| matches!(tensor.id, TensorId::Norm(_) | TensorId::Bias(_));
+        let (vectors, shards) = (layout.tensors().iter().filter(is_vector).count(), layout.num_shards());
+        let weights = (layout.tensors().len() - vectors) * shards;
+        let launches = (weights.div_ceil(DEQUANTIZED_TOGETHER) + vectors * shards + 1) as f64;
         (layout.gathered_bytes() as f64 + dense as f64 * ACT) / rate + launches * self.hardware.reached.kernel_seconds
     }
 

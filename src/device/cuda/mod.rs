@@ -41,6 +41,7 @@ use attention_hopper::Hopper;
 pub use compile::HEAD_DIMS;
 use compile::{AttentionVariant, Source};
 use launch::{Grid, args};
+pub use nf4::DEQUANTIZED_TOGETHER;
 
 /// Bytes of a GPU's memory that a process takes before it has allocated anything: the driver's context, the kernels, cuBLAS and its
 /// workspace.

@@ -37,8 +37,8 @@ impl<A: HalfType> Nf4Ops for Cuda<A> {
     }
 }
 
-/// Parts of tensors that one launch dequantizes.
-const PARTS: usize = 8;
+/// Number of tensors, or parts of them, that one launch dequantizes.
+pub const DEQUANTIZED_TOGETHER: usize = 8;
 
 impl<A: HalfType> Cuda<A> {
     /// Dequantizes with the kernels that `nf4` and `plain` name.
@@ -51,7 +51,7 @@ impl<A: HalfType> Cuda<A> {
                 continue;
             };
             let mut group = vec![part];
-            while group.len() < PARTS
+            while group.len() < DEQUANTIZED_TOGETHER
                 && let Some(part) = parts.next_if(|part| part.encoding == encoding)
             {
                 group.push(part);
@@ -61,15 +61,15 @@ impl<A: HalfType> Cuda<A> {
         Ok(())
     }
 
-    /// Dequantizes up to [`PARTS`] parts of one encoding.
+    /// Dequantizes up to [`DEQUANTIZED_TOGETHER`] parts of one encoding.
     fn dequantize_group<T: Element>(
         &self,
         group: Vec<Dequantize<'_, Cuda<A>, T>>,
         double_quant: bool,
         kernel: &str,
     ) -> Result<()> {
-        ensure!(group.len() <= PARTS, "{} parts, allowed: {PARTS}", group.len());
-        let (mut listed, mut num_records) = ([[0u64; 3]; PARTS], 0);
+        ensure!(group.len() <= DEQUANTIZED_TOGETHER, "{} parts, allowed: {DEQUANTIZED_TOGETHER}", group.len());
+        let (mut listed, mut num_records) = ([[0u64; 3]; DEQUANTIZED_TOGETHER], 0);
         for (place, part) in listed.iter_mut().zip(group) {
             let len = part.num_weights()?;
             num_records += len.div_ceil(RECORD_WEIGHTS);
@@ -77,7 +77,7 @@ impl<A: HalfType> Cuda<A> {
         }
         let record_bytes = Encoding::Nf4 { double_quant }.parts(RECORD_WEIGHTS).bytes as u64;
         let (codebook, map) = (self.tables.codebook(), self.tables.map());
-        let (some, others) = (&listed[..PARTS / 2], &listed[PARTS / 2..]);
+        let (some, others) = (&listed[..DEQUANTIZED_TOGETHER / 2], &listed[DEQUANTIZED_TOGETHER / 2..]);
         let args = args![some, others, record_bytes, u32::from(double_quant), codebook, map];
         // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order. It takes a block a record.
         unsafe { self.launch(kernel, Grid::rows(num_records), args) }
