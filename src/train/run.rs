@@ -177,7 +177,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             next,
         };
         self.engine.record_spans(is_traced);
-        self.stop.begin(Activity::Step);
+        self.stop.begin(Activity::Step)?;
         let Some(record) = step_unless(self.engine, batches, &args, &mut |done| self.stop.abandons(done))? else {
             return Ok(None);
         };
@@ -332,7 +332,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let step = self.progress.step;
         let (world_size, rank) = (self.engine.queue.world_size(), self.engine.queue.rank());
         let batches = data::eval_micro_batches(dataset, self.engine.limits().max_tokens, world_size, rank);
-        self.stop.begin(Activity::Evaluation);
+        self.stop.begin(Activity::Evaluation)?;
         let score = eval::score_unless(self.engine, batches, true, |_| (), &mut |done| self.stop.abandons(done))
             .with_context(|| format!("evaluation after step {step}"))?;
         let Some(score) = score else { return Ok(None) };

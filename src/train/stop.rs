@@ -6,19 +6,18 @@
 //! within the grace goes on to its end; a longer one is abandoned.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use signal_hook::flag;
+use libc::{SIGINT, SIGTERM, SIGUSR1, c_int};
 
 use crate::comm::mpi::abort;
 use crate::comm::{Comm, watch};
 use crate::files;
 
 use super::log::{Log, duration};
+use super::signals;
 
 /// Name of the file in the output folder in which people ask for a checkpoint or for the end of the run.
 pub const CONTROL_FILE: &str = "control";
@@ -27,9 +26,6 @@ const MAX_CONTROL_BYTES: u64 = 1 << 10;
 
 /// Exit status of a run that was stopped and can go on (EX_TEMPFAIL of sysexits.h).
 pub const STOPPED: i32 = 75;
-
-/// Exit status of a program that an interrupt ended, as shells have it.
-const INTERRUPTED: i32 = 130;
 
 /// Time between two votes, and the largest part of a step or an evaluation between them: the first once it is known
 /// how long such a thing takes, the second until then.
@@ -40,29 +36,16 @@ const FIRST_VOTE_PART: f64 = 1.0 / 256.0;
 /// Least time that is kept for saving at a deadline.
 const LEAST_SAVE: Duration = Duration::from_secs(30);
 
-/// The last signal that came; 0 before the first.
-static CAUGHT: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
-
 /// True once a [`Stop`] looks for signals.
 static IS_WATCHED: AtomicBool = AtomicBool::new(false);
 
 /// Time between two looks for a signal while no [`Stop`] does so.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Takes note of the signals from here on, instead of ending at once. Until a [`Stop`] looks for them, a signal
-/// ends all ranks with [`STOPPED`], since there is nothing to save. A second SIGINT ends the program at once.
+/// Takes note of the signals from here on, instead of ending at once ([`signals::claim`]). Until a [`Stop`] looks for
+/// them, a signal ends all ranks with [`STOPPED`], since there is nothing to save.
 pub fn listen(rank: usize) -> Result<()> {
-    let caught = CAUGHT.get_or_init(Arc::default);
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let listen = || -> std::io::Result<()> {
-        flag::register_conditional_shutdown(SIGINT, INTERRUPTED, interrupted.clone())?;
-        flag::register(SIGINT, interrupted.clone())?;
-        for signal in [SIGTERM, SIGINT, SIGUSR1] {
-            flag::register_usize(signal, caught.clone(), signal as usize)?;
-        }
-        Ok(())
-    };
-    listen().context("signals cannot be caught")?;
+    signals::claim()?;
     let thread = std::thread::Builder::new().name("signals".into());
     thread.spawn(move || end_before_the_first_step(rank)).context("starting the thread that looks for signals")?;
     Ok(())
@@ -70,7 +53,7 @@ pub fn listen(rank: usize) -> Result<()> {
 
 /// Returns the signal that came to this rank, if one did.
 fn signal() -> Option<Reason> {
-    Reason::of_signal(CAUGHT.get().map_or(0, |caught| caught.load(Ordering::Relaxed)))
+    signals::caught().and_then(Reason::of_signal)
 }
 
 /// Ends all ranks if a signal comes before a [`Stop`] looks for it.
@@ -111,8 +94,8 @@ impl Reason {
         Self::ALL.get((number as usize).checked_sub(1)?).copied()
     }
 
-    fn of_signal(signal: usize) -> Option<Reason> {
-        match i32::try_from(signal).ok()? {
+    fn of_signal(signal: c_int) -> Option<Reason> {
+        match signal {
             SIGINT => Some(Reason::Sigint),
             SIGTERM => Some(Reason::Sigterm),
             SIGUSR1 => Some(Reason::Sigusr1),
@@ -246,8 +229,10 @@ impl Stop {
     }
 
     /// Says that an activity begins. Every rank says so.
-    pub fn begin(&mut self, activity: Activity) {
+    pub fn begin(&mut self, activity: Activity) -> Result<()> {
+        signals::claim()?;
         (self.activity, self.began, self.next_vote) = (activity, Instant::now(), 0.0);
+        Ok(())
     }
 
     /// Takes note of how long a save took.
