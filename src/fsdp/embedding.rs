@@ -60,6 +60,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
 
     /// Copies the rows of some tokens to the buffer, once the device has read what is in it.
     fn look_up(&mut self, ids: &[u32]) -> Result<()> {
+        self.memory.rows.ahead = None;
         let Embedding { scale, rounds_scale, .. } = self.base.spec.embedding;
         let scale = if rounds_scale { D::rounded(scale) } else { scale };
         let (hidden, embed) = (self.base.spec.hidden_size, &self.base.embed);
