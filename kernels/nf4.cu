@@ -24,6 +24,7 @@ struct Part {
     u64 num_weights;
 };
 
+// Half of the parts of a launch (`DEQUANTIZED_TOGETHER` in src/device/cuda/nf4.rs); `Arg` in launch.rs has no room for more than five.
 template <typename T>
 struct Parts {
     Part<T> at[4];
@@ -51,7 +52,8 @@ __device__ __forceinline__ void store_eight(T *out, u32 bytes, float scale, cons
 // w = code · absmax, absmax = map[u8] · nested_absmax + offset, each product and sum rounded to f32 by itself: bitsandbytes
 // dequantizes the absmax in one kernel, adds the offset in another, and multiplies in a third.
 // codebook [16], map [256]: uploaded once by the host. The records of up to eight parts follow each other in the grid: a block finds
-// its part by counting. A thread takes eight weights at a time. It reads the codes of a whole record before it waits for the absmax.
+// its part by counting; parts without weights have no block. A thread takes eight weights at a time. Where a record is whole, it reads
+// all its codes before it waits for the absmax.
 template <typename T>
 __device__ void dequantize_nf4_records(const Parts<T> &some, const Parts<T> &others, u64 record_bytes, u32 double_quant,
                                        const float *codebook, const float *map) {

@@ -43,11 +43,12 @@
 //! action. The communication thread gathers a unit into one of two slots while the unit before it computes. When its
 //! gather has been waited for, the unit is dequantized into the one set of dense weights, all micro-batches pass
 //! through it, and it is resharded. A unit that a GPU has as a whole already ([`comm::Queue::whole`]) is dequantized
-//! from where it is, and adapter values likewise; then the slots take no memory. A micro-batch may be scored without a backward pass, with the adapter or without
-//! it, beside others that train ([`fsdp::schedule::Descriptor`]). [`model::layer`] runs the stages of a layer one after
-//! the other; a stage is a flat list of ops forward, the same list cut short for a recompute, and a list backward. The
-//! head gives the log-probabilities of the target tokens; an [`Objective`](fsdp::run::Objective)
-//! ([`train::objective`]) turns them into the coefficients of their gradients.
+//! from where it is, and adapter values likewise; where nothing is gathered, the slots take no memory. A micro-batch may
+//! be scored without a backward pass, with the adapter or without it, beside others that train
+//! ([`fsdp::schedule::Descriptor`]). [`model::layer`] runs the stages of a layer one after the other; a stage is a flat
+//! list of ops forward, the same list cut short for a recompute, and a list backward. The head gives the
+//! log-probabilities of the target tokens; an [`Objective`](fsdp::run::Objective) ([`train::objective`]) turns them into
+//! the coefficients of their gradients.
 //!
 //! The host looks up the embedding of the first micro-batch of the next step while a GPU still computes this one
 //! (`fsdp::embedding`), and reads the norm of the gradients of all layers at once, so that a GPU hardly waits for it.

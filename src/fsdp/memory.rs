@@ -108,8 +108,8 @@ impl Limits {
         inputs
     }
 
-    /// Returns whether a rank has the whole of a unit on its device, so that it is not gathered. The host is its own
-    /// device, but it leaves shards in their files and copies them from there.
+    /// Returns whether a rank has the whole of a unit on its device, so that it is not gathered. Where the host is the
+    /// device, shards stay in their files, and even a whole unit is copied from there.
     pub fn has_whole<D: Ops>(&self, layout: &UnitLayout, is_resident: bool) -> bool {
         is_resident && !D::IS_HOST && (self.gather == Gather::Host || layout.num_shards() == 1)
     }
@@ -131,7 +131,7 @@ pub struct TrainableState<D: Ops> {
 
 /// All device memory of a run.
 pub struct Memory<D: Ops> {
-    /// Gathered units: frozen bytes and trainable values.
+    /// Gathered units: frozen bytes and trainable values. Buffers into which nothing is ever gathered are empty.
     pub slots: Vec<(Buffer<D, u8>, Buffer<D, f32>)>,
     pub layer: LayerWeights<D>,
     pub head_piece: Buffer<D, D::Act>,
@@ -142,7 +142,7 @@ pub struct Memory<D: Ops> {
     /// Device buffers for boundaries, and host buffers for those that wait there.
     pub boundaries: Vec<Buffer<D, D::Act>>,
     pub host_boundaries: Vec<HostBuffer<D::Act>>,
-    /// Host buffers for embedded rows.
+    /// Host buffer for embedded rows.
     pub(super) rows: Rows<D>,
     /// `None` where none is planned, or where another has it.
     pub snapshot: Option<Snapshot>,

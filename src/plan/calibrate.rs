@@ -263,7 +263,7 @@ mod tests {
         let (alone, two) = (read("h100.jsonl"), read("h100-x2.jsonl"));
         assert!(alone.len() >= 8 && two.len() >= 5);
         let mut wrong = Vec::new();
-        // Two GPUs were measured with an earlier program than one, each beside its own calibration.
+        // The runs of two GPUs are of an earlier program than those of one, so each set has a calibration of its own.
         let calibrations = [("h100-calibration.jsonl", alone), ("h100-x2-calibration.jsonl", two)];
         for (hardware, runs) in calibrations.map(|(name, runs)| (calibrated(name), runs)) {
             for run in &runs {

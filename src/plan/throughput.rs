@@ -156,7 +156,8 @@ impl Workload<'_> {
         let layout = &self.sizes.layouts[NumUnits::new(self.sizes.spec).idx(unit)];
         let dense: usize = layout.tensors().iter().map(|t| t.elements.len()).sum();
         let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
-        // A kernel for some weights' parts in shards together, for each vector's part, and for the cast of LoRA values.
+        // One kernel takes several parts of weights, a part for each shard; each part of a vector and the cast of LoRA
+        // values have one of their own.
         let is_vector = |tensor: &&UnitTensor| matches!(tensor.id, TensorId::Norm(_) | TensorId::Bias(_));
         let (vectors, shards) = (layout.tensors().iter().filter(is_vector).count(), layout.num_shards());
         let weights = (layout.tensors().len() - vectors) * shards;

@@ -160,7 +160,8 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(Outcome::Stopped { step: self.progress.step, reason })
     }
 
-    /// Takes a step, with a trace of it if one is wanted. `next` is the first micro-batch of the step after it. Returns `None` if the step was abandoned.
+    /// Takes a step, with a trace of it if one is wanted. `next` is the first micro-batch of the step after it. Returns
+    /// `None` if the step was abandoned.
     fn step(
         &mut self,
         step_idx: usize,

@@ -1,5 +1,5 @@
-//! The signals that stop a run. Libraries that are loaded later may take a signal for themselves, and then end the program where it should
-//! be saved, so a run claims the signals again before each of its parts.
+//! The signals that stop a run. A library that is loaded later may take a signal for itself, so that the signal ends the program before
+//! the run is saved. The run therefore claims its signals again before each step and each evaluation.
 #![expect(unsafe_code, reason = "catches signals")]
 
 use std::io;
@@ -16,15 +16,15 @@ static CAUGHT: AtomicI32 = AtomicI32::new(0);
 
 static WAS_INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// Takes note of the signals from here on, instead of ending at once; a second SIGINT ends the program at once. Whoever had the signals
-/// before does not get them any more.
+/// Takes note of the signals from here on, instead of ending at once; a second SIGINT ends the program at once. Handlers that were there
+/// before are not called any more.
 pub fn claim() -> Result<()> {
     // SAFETY: all bytes of the struct may be 0, which means no flags and no signals to block.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = note as *const () as libc::sighandler_t;
     action.sa_flags = libc::SA_RESTART;
     for signal in [SIGTERM, SIGINT, SIGUSR1] {
-        // SAFETY: `note` has the signature of a handler, and calls what a handler may call alone.
+        // SAFETY: `note` has the signature of a handler, and calls only what a handler may call.
         let result = unsafe { libc::sigaction(signal, &action, std::ptr::null_mut()) };
         (result == 0).then_some(()).ok_or_else(io::Error::last_os_error).context("signals cannot be caught")?;
     }

@@ -82,7 +82,7 @@ pub struct Tables {
     region: DeviceRegion,
 }
 
-/// Sums of squares that are made before the host reads them.
+/// Number of sums of squares that are made before the host reads them.
 pub(super) const NUM_SUMS: usize = 128;
 
 /// Offsets of the tables: the NF4 code book, its thresholds, the 8-bit dynamic map, partial sums, the workspace of

@@ -37,7 +37,7 @@ impl<A: HalfType> Nf4Ops for Cuda<A> {
     }
 }
 
-/// Number of tensors, or parts of them, that one launch dequantizes.
+/// Number of tensors, or parts of them, that one launch dequantizes: twice the length of `Parts` in kernels/nf4.cu.
 pub const DEQUANTIZED_TOGETHER: usize = 8;
 
 impl<A: HalfType> Cuda<A> {
