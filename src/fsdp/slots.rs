@@ -117,7 +117,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
                 let master = memory.trainables[layer].master.as_ref().filter(|_| has_whole_lora);
                 let values = match master.map(Guarded::wait_on_host).transpose()? {
                     Some(Place::Device(master)) => master,
-                    _ => full,
+                    None if !has_whole_lora => full,
+                    _ => bail!("the LoRA of layer {layer} is not on the device"),
                 };
                 device.cast(memory.layer.trainable.first_mut(len), values.first(len))
             }

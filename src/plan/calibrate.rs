@@ -242,7 +242,7 @@ mod tests {
     fn a_fit_explains_the_runs() {
         let mut truth = Hardware::named("h100").unwrap();
         truth.reached =
-            Reached { products: 0.8, memory: 0.4, kernel_seconds: 1.5 * truth.reached.kernel_seconds, ..truth.reached };
+            Reached { products: 0.7, memory: 0.6, kernel_seconds: 1.5 * truth.reached.kernel_seconds, ..truth.reached };
         let (before, runs) = (Hardware::named("h100").unwrap(), runs(&truth));
         let fitted = fit(&before, &runs).unwrap();
         for run in &runs {

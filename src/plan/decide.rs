@@ -157,7 +157,9 @@ impl Workload<'_> {
         }
         if wishes.units.is_none() && least.residency.units < num_units {
             let fits = |units: usize| self.fits::<D>(&with_units(choice, units), budget).unwrap_or(false);
-            choice = with_units(choice, first(choice.residency.units, num_units, |units| !fits(units + 1)));
+            let units = first(choice.residency.units, num_units, |units| !fits(units + 1));
+            // If all units are resident they may need no slots, and all may fit where one less would not.
+            choice = with_units(choice, if fits(num_units) { num_units } else { units });
         }
         if wishes.keep.is_none() {
             choice = self.most_kept::<D>(choice, budget);
