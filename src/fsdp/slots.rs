@@ -40,7 +40,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Some(_) => Part::Unused(flat),
             None => Part::Gathering(self.queue.gather_frozen(format!("gather of {unit}"), shard, flat)?),
         };
-        let gathers_lora = adapter && self.sharded().is_some_and(|sharded| !sharded.are_whole(&self.limits.residency));
+        let gathers_lora = adapter && self.trainables.is_some() && !self.has_whole_trainables();
         let lora = match unit {
             Unit::Layer(layer) if gathers_lora => {
                 let shard = self.memory.trainables[layer].master.take().context("the LoRA shard is being gathered")?;
@@ -51,6 +51,11 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         };
         self.slots[slot] = Slot::Gathering(unit, frozen, lora);
         Ok(())
+    }
+
+    /// Returns whether this rank has all trainable values on its device.
+    fn has_whole_trainables(&self) -> bool {
+        self.sharded().is_some_and(|sharded| sharded.are_whole(&self.limits.residency))
     }
 
     pub(super) fn wait_gather(&mut self, unit: Unit, slot: usize) -> Result<()> {
@@ -81,7 +86,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         };
         ensure!(*held == unit, "slot {slot} holds {held}");
         let idx = self.units.idx(unit);
-        let has_whole_lora = self.sharded().is_some_and(|sharded| sharded.are_whole(&self.limits.residency));
+        let has_whole_lora = self.has_whole_trainables();
         let (device, layout, memory) = (&self.device, &self.base.layouts[idx], &mut self.memory);
         let flat = self.queue.whole(&self.shards[idx]).unwrap_or_else(|| flat.view());
         self.dense = Some(unit);
