@@ -124,12 +124,18 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
         engine.load_trainable(layer, values).unwrap();
     }
     let mut curve = Curve { losses: Vec::new(), grads: Vec::new(), values: Vec::new() };
-    for step_idx in 0..num_steps {
+    let batches_of = |step_idx| -> Vec<MicroBatch> {
         let mut batches: Vec<MicroBatch> =
             (0..num_micro_batches).map(|m| micro_batch(step_idx, m * world_size + rank)).collect();
         if options.reversed {
             batches.reverse();
         }
+        batches
+    };
+    for step_idx in 0..num_steps {
+        let batches = batches_of(step_idx);
+        // The second step begins with another micro-batch than the first one was told.
+        let next = batches_of(if step_idx == 0 { 0 } else { step_idx + 1 });
         let update = Update {
             learning_rate: 1e-3,
             lr_ratio: 1.0,
@@ -141,7 +147,8 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
             loss_scale: 1.0,
             step: step_idx as u32 + 1,
         };
-        let args = StepArgs { step: step_idx as u32 + 1, num_micro_batches, update: &update, seed: 42, next: None };
+        let step_number = step_idx as u32 + 1;
+        let args = StepArgs { step: step_number, num_micro_batches, update: &update, seed: 42, next: next.first() };
         curve.losses.push(step(&mut engine, &batches, &args).unwrap().loss);
         if step_idx == 0 {
             curve.grads =
