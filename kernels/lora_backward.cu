@@ -1,23 +1,54 @@
 // LoRA's backward: of up to three modules that share an input x, dA += d_uᵀ · dropout(x) and d_x = Σ mask ∘ (d_u · A), or d_x += that; of
 // one output, d_u = d_y · B and dB += d_yᵀ · u.
+#include "gated.cuh"
 #include "lora.cuh"
 
+// The modules' input x [T, features]; in a kernel whose input is gated, x is the gate of f(x) · up.
+struct Input {
+    const Act *x, *up;
+    u64 is_gelu;
+};
+
+// Eight features of a token, as they are loaded, and as they go into products.
+template <bool GATED> struct Features {
+    Pairs x;
+    __device__ __forceinline__ void load_from(const Input &input, u32 row, u32 eight, u32 rows, u32 eights) {
+        x = load(input.x, row, eight, rows, eights);
+    }
+    __device__ __forceinline__ Pairs value(bool) const { return x; }
+};
+template <> struct Features<true> {
+    Pairs gate, up;
+    __device__ __forceinline__ void load_from(const Input &input, u32 row, u32 eight, u32 rows, u32 eights) {
+        gate = load(input.x, row, eight, rows, eights);
+        up = load(input.up, row, eight, rows, eights);
+    }
+    template <class F> __device__ __forceinline__ Pairs made() const {
+        Pairs x;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+            x.at[j] = pack_act(gated<F>(low(gate.at[j]), low(up.at[j])), gated<F>(high(gate.at[j]), high(up.at[j])));
+        return x;
+    }
+    __device__ __forceinline__ Pairs value(bool is_gelu) const { return is_gelu ? made<GeluTanh>() : made<Silu>(); }
+};
+
 // A chunk of 16 tokens, as a warp of `input` loads it. Matrix i of a d_u: tokens i / 2, ranks i % 2.
-template <int N, int M> struct Chunk {
-    Pairs x[2];
+template <int N, int M, bool GATED> struct Chunk {
+    Features<GATED> x[2];
     u32 sample[2], position[2];
     u32 d_u[N][M][4];
 };
 
-template <int R8, int N, int M>
-__device__ __forceinline__ Chunk<N, M> load_chunk(const Module *modules, const Act *x, const Mask &mask, u32 first, u32 eight, u32 end,
-                                                  u32 eights) {
+template <int R8, int N, int M, bool GATED>
+__device__ __forceinline__ Chunk<N, M, GATED> load_chunk(const Module *modules, const Input &x, const Mask &mask, u32 first,
+                                                         u32 eight, u32 end, u32 eights) {
     u32 lane = threadIdx.x % 32, row = lane / 4;
-    Chunk<N, M> chunk = {};
+    Chunk<N, M, GATED> chunk = {};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         u32 token = first + 8 * half + row;
-        chunk.x[half] = load(x, token, eight, end, eights);
+        chunk.x[half].load_from(x, token, eight, end, eights);
         if (token < end && mask.is_there()) {
             chunk.sample[half] = (u32)mask.sample_idx[token];
             chunk.position[half] = mask.positions[token];
@@ -39,8 +70,8 @@ __device__ __forceinline__ Chunk<N, M> load_chunk(const Module *modules, const A
 // x [T, features]; r is 8 · R8. A block has 32 features of the tokens of one part; its warps take turns at the chunks of 16 tokens, and
 // load the next chunk while they work on one. x is read once, and each mask drawn once. The sums of a part go to `parts`
 // [part, module, r, features].
-template <int R8, int N, int WARPS>
-__device__ __forceinline__ void input(Act *d_x, float *parts, const Module *modules, const Act *x, const Mask &mask, u32 tokens,
+template <int R8, int N, int WARPS, bool GATED>
+__device__ __forceinline__ void input(Act *d_x, float *parts, const Module *modules, const Input &x, const Mask &mask, u32 tokens,
                                        u32 eights, u32 part_tokens, bool accumulate) {
     const int M = (R8 + 1) / 2;
     // A as an operand, for each lane.
@@ -60,10 +91,11 @@ __device__ __forceinline__ void input(Act *d_x, float *parts, const Module *modu
     __syncthreads();
     float sums[N * 4 * M][4] = {};
     u32 end = min((blockIdx.y + 1) * part_tokens, tokens), first = blockIdx.y * part_tokens + 16 * warp;
-    Chunk<N, M> next = load_chunk<R8, N, M>(modules, x, mask, first, eight, end, eights);
+    Chunk<N, M, GATED> next = load_chunk<R8, N, M, GATED>(modules, x, mask, first, eight, end, eights);
     for (; first < end; first += WARPS * 16) {
-        Chunk<N, M> chunk = next;
-        next = load_chunk<R8, N, M>(modules, x, mask, first + WARPS * 16, eight, end, eights);
+        Chunk<N, M, GATED> chunk = next;
+        next = load_chunk<R8, N, M, GATED>(modules, x, mask, first + WARPS * 16, eight, end, eights);
+        Pairs x_of[2] = {chunk.x[0].value(x.is_gelu), chunk.x[1].value(x.is_gelu)};
         Half halves[2];
         if (mask.is_there())
 #pragma unroll
@@ -87,7 +119,7 @@ __device__ __forceinline__ void input(Act *d_x, float *parts, const Module *modu
             for (int half = 0; half < 2; half++)
 #pragma unroll
                 for (int j = 0; j < 4; j++) {
-                    columns[j][half] = transpose(keep(chunk.x[half].at[j], words[half][j], mask.threshold));
+                    columns[j][half] = transpose(keep(x_of[half].at[j], words[half][j], mask.threshold));
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float kept = is_kept(words[half], 2 * j + i, mask.threshold) ? products[j][2 * half + i] : 0.0f;
@@ -264,13 +296,15 @@ extern "C" __global__ void lora_add_input(float *d_a0, float *d_a1, float *d_a2,
 }
 
 // Kernels of N modules, in blocks of 4 warps. BLOCKS: at a time on a multiprocessor.
-#define LORA_INPUT(R, N, BLOCKS)                                                                                            \
+#define LORA_INPUT_KERNEL(NAME, R, N, GATED, BLOCKS)                                                                        \
     extern "C" __global__ void __launch_bounds__(128, BLOCKS)                                                               \
-        lora_input_##R##_##N(Act *d_x, float *parts, MODULE_PARAMETERS, const Act *x, MASK_PARAMETERS, u32 tokens,          \
-                             u32 eights, u32 part_tokens, u32 accumulate) {                                                 \
+        NAME(Act *d_x, float *parts, MODULE_PARAMETERS, Input x, MASK_PARAMETERS, u32 tokens, u32 eights,                   \
+             u32 part_tokens, u32 accumulate) {                                                                             \
         const Module modules[] = MODULES;                                                                                   \
-        input<R / 8, N, 4>(d_x, parts, modules, x, MASK, tokens, eights, part_tokens, accumulate);                          \
+        input<R / 8, N, 4, GATED>(d_x, parts, modules, x, MASK, tokens, eights, part_tokens, accumulate);                   \
     }
+#define LORA_INPUT(R, N, BLOCKS) LORA_INPUT_KERNEL(lora_input_##R##_##N, R, N, false, BLOCKS)
+#define LORA_INPUT_GATED(R, BLOCKS) LORA_INPUT_KERNEL(lora_input_##R##_gated, R, 1, true, BLOCKS)
 LORA_INPUT(8, 1, 5)
 LORA_INPUT(8, 2, 3)
 LORA_INPUT(8, 3, 3)
@@ -279,6 +313,10 @@ LORA_INPUT(16, 2, 3)
 LORA_INPUT(16, 3, 3)
 LORA_INPUT(32, 1, 3)
 LORA_INPUT(64, 1, 2)
+LORA_INPUT_GATED(8, 4)
+LORA_INPUT_GATED(16, 4)
+LORA_INPUT_GATED(32, 3)
+LORA_INPUT_GATED(64, 2)
 
 // WARPS: in a block, of 64 features each. The host has the same numbers.
 #define LORA_OUTPUT(R, WARPS)                                                                                               \

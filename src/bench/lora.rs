@@ -112,6 +112,7 @@ impl<D: Ops> Kernels<'_, D> {
         self.timer.time(&name, self.moved(2 * x.len()), || {
             let (d_x, grads, modules) = (d_x.view_mut(), d_a.view_mut(), &modules[..]);
             let (accumulate, in_features, scratch) = (false, k, scratch.view_mut());
+            let x = Input::Plain(x);
             self.device.lora_input(LoraInput { d_x, accumulate, grads, modules, x, in_features, mask, scratch })
         })
     }

@@ -39,6 +39,15 @@ pub trait GatedOps: Device {
     fn gated_backward(&self, args: GatedBackward<'_, Self>) -> Result<()>;
 }
 
+impl<'a, D: GatedOps> GatedForward<'a, D> {
+    /// Makes y and returns it.
+    pub(super) fn made(self, ops: &D) -> Result<View<'a, D, D::Act>> {
+        let GatedForward { mut y, gate, up, activation } = self;
+        ops.gated_forward(GatedForward { y: y.range_mut(0..y.len()), gate, up, activation })?;
+        Ok(y.into_view())
+    }
+}
+
 impl<D: Device> GatedForward<'_, D> {
     /// Checks all lengths; returns the one that they have.
     pub(super) fn num_elements(&self) -> Result<usize> {

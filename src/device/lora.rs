@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
-use super::{Device, ElementwiseOps, Gemm, GemmOps, Transpose, View, ViewMut, product};
+use super::{Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, Transpose, View, ViewMut, product};
 
 use Transpose::{No, Yes};
 
@@ -97,10 +97,17 @@ pub struct LoraInput<'a, 'm, D: Device> {
     pub accumulate: bool,
     pub grads: ViewMut<'a, D, f32>,
     pub modules: &'m [InputModule<'a, D>],
-    pub x: View<'a, D, D::Act>,
+    pub x: Input<'a, D>,
     pub in_features: usize,
     pub mask: Option<DropoutMask<'a, D>>,
     pub scratch: ViewMut<'a, D, D::Act>,
+}
+
+/// The input x of modules.
+pub enum Input<'a, D: Device> {
+    Plain(View<'a, D, D::Act>),
+    /// An MLP's activation that is not there. A device makes it as it reads gate and up, or puts it where these arguments say.
+    Gated(GatedForward<'a, D>),
 }
 
 /// One of the modules of [`LoraInput`].
@@ -123,7 +130,7 @@ pub struct InputLora<'a, D: Device> {
 }
 
 /// LoRA's products. Where a device has no kernel of its own, they are made of other ops.
-pub trait LoraOps: GemmOps + ElementwiseOps {
+pub trait LoraOps: GemmOps + ElementwiseOps + GatedOps {
     /// See [`LoraDropout`].
     fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()>;
 
@@ -179,6 +186,12 @@ pub(super) fn output<D: LoraOps>(ops: &D, args: LoraOutput<'_, D>) -> Result<()>
 pub(super) fn input<D: LoraOps>(ops: &D, args: LoraInput<'_, '_, D>) -> Result<()> {
     let [m, k] = args.sizes()?;
     let LoraInput { mut d_x, accumulate, mut grads, modules, x, mask, mut scratch, .. } = args;
+    // Without an adapter nobody reads x.
+    let x = match x {
+        Input::Plain(x) => x,
+        Input::Gated(args) if modules.iter().all(|module| module.lora.is_none()) => args.gate,
+        Input::Gated(args) => args.made(ops)?,
+    };
     let mut beta = if accumulate { 1.0 } else { 0.0 };
     for InputModule { outputs, output_scale, lora } in modules {
         for &[weight, d_y] in outputs {
@@ -294,8 +307,12 @@ impl<D: Device> LoraInput<'_, '_, D> {
     pub(super) fn sizes(&self) -> Result<[usize; 2]> {
         let k = self.in_features;
         ensure!(k > 0, "lora_input: no features");
-        let m = self.x.len() / k;
-        ensure!([self.x.len(), self.d_x.len()] == [m * k; 2], "lora_input: x {} d_x {}", self.x.len(), self.d_x.len());
+        let x = match &self.x {
+            Input::Plain(x) => x.len(),
+            Input::Gated(args) => args.num_elements()?,
+        };
+        let m = x / k;
+        ensure!([x, self.d_x.len()] == [m * k; 2], "lora_input: x {x} d_x {}", self.d_x.len());
         for InputModule { outputs, lora, .. } in self.modules {
             for [weight, d_y] in outputs {
                 let [weight, d_y, n] = [weight.len(), d_y.len(), weight.len() / k];
@@ -385,7 +402,7 @@ mod tests {
                 output_scale: 1.0,
                 lora: Some(lora),
             }],
-            x: x_view,
+            x: Input::Plain(x_view),
             in_features: SIZES[2],
             mask: Some(mask),
             scratch: scratch.view_mut(),

@@ -186,6 +186,11 @@ impl<'a, D: Device, T: Element> ViewMut<'a, D, T> {
         }
     }
 
+    /// Returns the same range, shared from here on.
+    pub fn into_view(self) -> View<'a, D, T> {
+        View { addr: self.addr, len: self.len, _borrow: PhantomData, _device: PhantomData }
+    }
+
     /// Returns the same range, shared for as long as this borrow is not used.
     pub fn view(&self) -> View<'_, D, T> {
         View { addr: self.addr, len: self.len, _borrow: PhantomData, _device: PhantomData }

@@ -6,8 +6,8 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 
 use crate::device::{
-    Arena, Buffer, DownModule, DropoutMask, InputLora, InputModule, LoraDown, LoraInput, LoraLinear, LoraOutput, Ops,
-    Transpose::Yes, View, ViewMut, product,
+    Arena, Buffer, DownModule, DropoutMask, Input, InputLora, InputModule, LoraDown, LoraInput, LoraLinear, LoraOutput,
+    Ops, Transpose::Yes, View, ViewMut, product,
 };
 
 use super::spec::{Module, ModuleId, Rows, TensorId};
@@ -155,7 +155,7 @@ impl<'a, D: Ops> Linears<'a, D> {
         let Backward { d_x, accumulate, grads, x, mask, u, dropped, d_u } = args;
         let Some(first) = self.0.first() else { return Ok(()) };
         let in_features = first.module.in_features;
-        let m = x.len() / in_features;
+        let m = d_x.len() / in_features;
         for linear in &self.0 {
             let Some(lora) = &linear.lora else { continue };
             let Lora { lora_rank: r, scale, matrices, b_range, .. } = lora;
@@ -209,7 +209,7 @@ pub struct Backward<'a, D: Ops> {
     pub accumulate: bool,
     /// The layer's gradients, which are added to.
     pub grads: &'a mut Buffer<D, f32>,
-    pub x: View<'a, D, D::Act>,
+    pub x: Input<'a, D>,
     /// `None` without dropout.
     pub mask: Option<DropoutMask<'a, D>>,
     pub u: &'a LoraInputs<D>,

@@ -165,7 +165,7 @@ impl Products {
             accumulate,
             grads: d_a.view_mut(),
             modules: &inputs,
-            x: x.view(),
+            x: Input::Plain(x.view()),
             in_features: k,
             mask,
             scratch: scratch.view_mut(),
@@ -255,6 +255,61 @@ pub fn lora_linear<A: Tested>() {
             let result = run(&cuda, sizes, lora_rank, [1.0, 1.0, bias, scale]);
             close_as(&what, &result, &plain, &reference, 2.0);
             assert!(run(&cuda, sizes, lora_rank, [1.0, 1.0, bias, scale]) == result, "{what}: the same bits again");
+        }
+    }
+}
+
+/// An activation that is not there gives the gradients of one that is, to the bit, whether a rank has a kernel for it or not.
+pub fn lora_input_of_a_gated_activation<A: Tested>() {
+    let (_guard, cuda) = gpu::<A>();
+    let d = &cuda;
+    for (tokens, features, ranks) in
+        [(33, 576, &[16][..]), (300, 520, &[8]), (257, 1032, &[64]), (40, 320, &[24]), (64, 72, &[16; 2])]
+    {
+        let len = tokens * features;
+        let [gate, up] = [1, 2].map(|seed| put_act(d, &random(len, 2.0, seed)));
+        for (activation, probability) in [(Activation::Silu, 0.0), (Activation::Silu, 0.1), (Activation::GeluTanh, 0.1)]
+        {
+            let run = |is_there: bool| {
+                let (mut act, mut d_x, mut scratch) = (buffer(d, len), buffer(d, len), buffer(d, len));
+                let mut d_a = put(d, &random(features * ranks.iter().sum::<usize>(), 1.0, 4));
+                let of: Vec<_> = ranks
+                    .iter()
+                    .map(|&r| (put_act(d, &random(tokens * r, 0.1, 5)), put_act(d, &random(r * features, 0.1, 6))))
+                    .collect();
+                let (positions, sample_idx) = indices(d, tokens);
+                let (sample_idx, positions) = (sample_idx.view(), positions.view());
+                let mask = DropoutMask { probability, seed: 42 << 33, step: 7, sample_idx, positions };
+                let mut before = 0;
+                let mut modules = Vec::new();
+                for ((d_u, a), &lora_rank) in of.iter().zip(ranks) {
+                    let a_range = before..before + lora_rank * features;
+                    before = a_range.end;
+                    let lora = InputLora { d_u: d_u.view(), a: a.view(), a_range, lora_rank, number: FIRST };
+                    modules.push(InputModule { outputs: Vec::new(), output_scale: 1.0, lora: Some(lora) });
+                }
+                let args = GatedForward { y: act.view_mut(), gate: gate.view(), up: up.view(), activation };
+                let x = match is_there {
+                    true => {
+                        d.gated_forward(args).unwrap();
+                        Input::Plain(act.view())
+                    }
+                    false => Input::Gated(args),
+                };
+                d.lora_input(LoraInput {
+                    d_x: d_x.view_mut(),
+                    accumulate: false,
+                    grads: d_a.view_mut(),
+                    modules: &modules,
+                    x,
+                    in_features: features,
+                    mask: (probability > 0.0).then_some(mask),
+                    scratch: scratch.view_mut(),
+                })
+                .unwrap();
+                (get_act(d, &d_x), get(d, &d_a))
+            };
+            assert!(run(false) == run(true), "[{tokens}, {features}] r {ranks:?} p {probability} {activation:?}");
         }
     }
 }

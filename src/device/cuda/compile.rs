@@ -58,6 +58,10 @@ pub static SOURCES: [Source; 11] = [
             "lora_input_16_3",
             "lora_input_32_1",
             "lora_input_64_1",
+            "lora_input_8_gated",
+            "lora_input_16_gated",
+            "lora_input_32_gated",
+            "lora_input_64_gated",
             "lora_add_input",
             "lora_output_8",
             "lora_output_16",
@@ -132,11 +136,12 @@ impl AttentionVariant {
 }
 
 /// The headers that the files include, by name.
-const HEADERS: [(&CStr, &str); 6] = [
+const HEADERS: [(&CStr, &str); 7] = [
     (c"common.cuh", include_str!("../../../kernels/common.cuh")),
     (c"attention.cuh", include_str!("../../../kernels/attention.cuh")),
     (c"attention_sum.cuh", include_str!("../../../kernels/attention_sum.cuh")),
     (c"attention_hopper.cuh", include_str!("../../../kernels/attention_hopper.cuh")),
+    (c"gated.cuh", include_str!("../../../kernels/gated.cuh")),
     (c"hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
     (c"lora.cuh", include_str!("../../../kernels/lora.cuh")),
 ];

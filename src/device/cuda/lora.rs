@@ -3,10 +3,10 @@
 use anyhow::{Result, ensure};
 
 use crate::device::{
-    DownModule, DropoutMask, ElementwiseOps, InputLora, InputModule, LoraDown, LoraDropout, LoraInput, LoraLinear,
-    LoraOps, LoraOutput,
+    Activation, DownModule, DropoutMask, ElementwiseOps, GatedForward, Input, InputLora, InputModule, LoraDown,
+    LoraDropout, LoraInput, LoraLinear, LoraOps, LoraOutput,
     Transpose::{No, Yes},
-    View, ViewMut, lora, product,
+    ViewMut, lora, product,
 };
 
 use super::launch::{Arg, Grid, args};
@@ -178,6 +178,11 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         let scratch = needed.and_then(|len| Scratch::new(&args.scratch, len));
         let Some(scratch) = scratch else { return lora::input(self, args) };
         let LoraInput { mut d_x, mut accumulate, mut grads, modules, x, mask, .. } = args;
+        // A kernel makes the input of one module as it reads it.
+        let x = match x {
+            Input::Gated(args) if targets.len() > 1 => Input::Plain(args.made(self)?),
+            x => x,
+        };
         let mut at = 0;
         for targets in targets.chunk_by(|a, b| a.lora_rank == b.lora_rank) {
             let parts = parts[at];
@@ -185,7 +190,7 @@ impl<A: HalfType> LoraOps for Cuda<A> {
             for targets in targets.chunks(parts.kernels.max_modules) {
                 let (d_x, grads) = (d_x.range_mut(0..tokens * features), grads.range_mut(0..grads.len()));
                 // SAFETY: the lengths were checked above, and the scratch holds the parts of as many modules.
-                unsafe { self.lora_part_of_input(d_x, accumulate, grads, targets, x, mask, &scratch, parts) }?;
+                unsafe { self.lora_part_of_input(d_x, accumulate, grads, targets, &x, mask, &scratch, parts) }?;
                 accumulate = true;
             }
         }
@@ -248,7 +253,7 @@ impl<A: HalfType> Cuda<A> {
         accumulate: bool,
         mut grads: ViewMut<'_, Cuda<A>, f32>,
         targets: &[&InputLora<'_, Cuda<A>>],
-        x: View<'_, Cuda<A>, A>,
+        x: &Input<'_, Cuda<A>>,
         mask: Option<DropoutMask<'_, Cuda<A>>>,
         scratch: &Scratch,
         parts: InputParts,
@@ -260,6 +265,15 @@ impl<A: HalfType> Cuda<A> {
         let [sample_idx, positions, seed, step, threshold, scale] = mask_args(mask);
         let (t, eights, part_tokens, accumulate) =
             (tokens as u32, (features / 8) as u32, part_tokens as u32, u32::from(accumulate));
+        // The kernels' struct Input.
+        let (kernel, x) = match x {
+            Input::Plain(x) => (targets.len().to_string(), [x.addr() as u64, 0, 0]),
+            Input::Gated(GatedForward { gate, up, activation, .. }) => {
+                let is_gelu = u64::from(*activation == Activation::GeluTanh);
+                ("gated".into(), [gate.addr() as u64, up.addr() as u64, is_gelu])
+            }
+        };
+        let x = &[x][..];
         let args = args![
             d_x,
             sums,
@@ -287,7 +301,7 @@ impl<A: HalfType> Cuda<A> {
         let blocks = (features.div_ceil(INPUT_FEATURES), num_parts);
         let grid = Grid { blocks, threads: INPUT_THREADS, shared_bytes: 0 };
         // SAFETY: the caller's duty.
-        unsafe { self.launch(&format!("lora_input_{}_{}", kernels.lora_rank, targets.len()), grid, args) }?;
+        unsafe { self.launch(&format!("lora_input_{}_{kernel}", kernels.lora_rank), grid, args) }?;
         let mut d_a = [Arg::from(0u64); MODULES];
         for (arg, lora) in d_a.iter_mut().zip(targets) {
             *arg = Arg::from(grads.range_mut(lora.a_range.clone()));

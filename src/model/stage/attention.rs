@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use crate::device::{
-    Arena, AttentionBackward, AttentionForward, AttentionShape, Buffer, Normed, Ops, Rope, View, ViewMut,
+    Arena, AttentionBackward, AttentionForward, AttentionShape, Buffer, Input, Normed, Ops, Rope, View, ViewMut,
 };
 use crate::model::linear::{Backward, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
@@ -310,7 +310,7 @@ pub fn backward<D: Ops>(
         }
     };
     let ((o, rows), d_x, mask) = (stage.output(ctx)?, d_attention.first_mut(q_len), ctx.dropout_mask());
-    let (x_o, grads_o, u) = (scores.out.first(q_len), &mut *grads, &output.u);
+    let (x_o, grads_o, u) = (Input::Plain(scores.out.first(q_len)), &mut *grads, &output.u);
     let args = Backward { d_x, accumulate: false, grads: grads_o, x: x_o, mask, u, dropped, d_u };
     o.backward(ops, [(&rows, d_y)], args)?;
     scores_backward(ctx, stage, saves, scratch)?;
@@ -385,7 +385,7 @@ fn project_backward<D: Ops>(
         false => (d.first_mut(hidden), x),
     };
     let (accumulate, mask, u) = (!normed, ctx.dropout_mask(), &inputs.u);
-    let args = Backward { d_x, accumulate, grads, x: x_in, mask, u, dropped, d_u };
+    let args = Backward { d_x, accumulate, grads, x: Input::Plain(x_in), mask, u, dropped, d_u };
     Linears::new(ctx, stage.inputs())?.backward(ops, d_outputs, args)?;
     // 1. Norm.
     let Some(norm) = &stage.norm else { return Ok(()) };

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::device::{Activation, Arena, Buffer, GatedBackward, GatedForward, Normed, Ops, View, ViewMut};
+use crate::device::{Activation, Arena, Buffer, GatedBackward, GatedForward, Input, Normed, Ops, View, ViewMut};
 use crate::model::linear::{Backward, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
 
@@ -194,7 +194,7 @@ pub fn backward<D: Ops>(
         }
     };
     let ((down, rows), d_x, mask) = (stage.output(ctx)?, d_act.first_mut(inner), ctx.dropout_mask());
-    let (x, grads_down) = (rest.act.first(inner), &mut *grads);
+    let (x, grads_down) = (Input::Plain(rest.act.first(inner)), &mut *grads);
     let args = Backward { d_x, accumulate: false, grads: grads_down, x, mask, u, dropped, d_u };
     down.backward(ops, [(&rows, d_y)], args)?;
     // 3. Activation.
@@ -212,7 +212,7 @@ pub fn backward<D: Ops>(
         Some(_) => (d_norm.first_mut(hidden), false, rest.normed.first(hidden)),
         None => (d.first_mut(hidden), true, input.first(hidden)),
     };
-    let args = Backward { d_x, accumulate, grads, x, mask, u, dropped, d_u };
+    let args = Backward { d_x, accumulate, grads, x: Input::Plain(x), mask, u, dropped, d_u };
     Linears::new(ctx, stage.inputs().rev())?.backward(ops, d_outputs, args)?;
     // 1. Norm.
     let Some(norm) = &stage.norm else { return Ok(()) };
