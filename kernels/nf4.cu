@@ -30,6 +30,23 @@ struct Parts {
     Part<T> at[4];
 };
 
+// The part that a block works on, and the number of its record there. The records of up to eight parts follow each other in the grid: a
+// block finds its part by counting; parts without weights have no block.
+template <typename T>
+__device__ __forceinline__ Part<T> find_part(const Parts<T> &some, const Parts<T> &others, u32 &index) {
+    Part<T> part = some.at[0];
+    index = blockIdx.x;
+#pragma unroll
+    for (int i = 1; i < 8; i++) {
+        u32 num_records = (u32)((part.num_weights + RECORD_WEIGHTS - 1) / RECORD_WEIGHTS);
+        if (index >= num_records) {
+            index -= num_records;
+            part = i < 4 ? some.at[i % 4] : others.at[i % 4];
+        }
+    }
+    return part;
+}
+
 __device__ __forceinline__ float code_to_weight(const float *codebook, u32 bytes, int j, float scale) {
     u32 nibble = bytes >> (j / 2 * 8 + (j % 2 ? 0 : 4)) & 15;
     return __fmul_rn(codebook[nibble], scale);
@@ -51,25 +68,16 @@ __device__ __forceinline__ void store_eight(T *out, u32 bytes, float scale, cons
 
 // w = code · absmax, absmax = map[u8] · nested_absmax + offset, each product and sum rounded to f32 by itself: bitsandbytes
 // dequantizes the absmax in one kernel, adds the offset in another, and multiplies in a third.
-// codebook [16], map [256]: uploaded once by the host. The records of up to eight parts follow each other in the grid: a block finds
-// its part by counting; parts without weights have no block. A thread takes eight weights at a time. Where a record is whole, it reads
-// all its codes before it waits for the absmax.
+// codebook [16], map [256]: uploaded once by the host. A thread takes eight weights at a time. Where a record is whole, it reads all its
+// codes before it waits for the absmax.
 template <typename T>
 __device__ void dequantize_nf4_records(const Parts<T> &some, const Parts<T> &others, u64 record_bytes, u32 double_quant,
                                        const float *codebook, const float *map) {
     static const u32 THREADS = 256, ROUNDS = RECORD_WEIGHTS / 8 / THREADS;
     __shared__ float codes_to_f32[16];
     __shared__ float absmax[RECORD_WEIGHTS / BLOCK];
-    Part<T> part = some.at[0];
-    u32 index = blockIdx.x;
-#pragma unroll
-    for (int i = 1; i < 8; i++) {
-        u32 num_records = (u32)((part.num_weights + RECORD_WEIGHTS - 1) / RECORD_WEIGHTS);
-        if (index >= num_records) {
-            index -= num_records;
-            part = i < 4 ? some.at[i % 4] : others.at[i % 4];
-        }
-    }
+    u32 index;
+    Part<T> part = find_part(some, others, index);
     u64 first = (u64)index * RECORD_WEIGHTS;
     u32 count = (u32)(part.num_weights - first < RECORD_WEIGHTS ? part.num_weights - first : RECORD_WEIGHTS);
     u32 num_blocks = (count + BLOCK - 1) / BLOCK;
@@ -122,20 +130,24 @@ __device__ __forceinline__ Float8 eight_plain_weights(const u8 *record, u32 at, 
     return values;
 }
 
-// Records of plain weights: dtype 0 f32, 1 f16, 2 bf16. A thread takes eight weights at a time; they lie in one record. Weights of the
-// type of activations are copied.
+// Records of plain weights: dtype 0 f32, 1 f16, 2 bf16. A thread takes eight weights at a time. Weights of the type of activations are
+// copied.
 template <typename T>
-__device__ void convert_records(T *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
-    for (u64 i = thread_idx() * 8; i < num_weights; i += num_threads() * 8) {
-        const u8 *record = records + i / RECORD_WEIGHTS * record_bytes;
-        u32 at = i % RECORD_WEIGHTS;
-        if (num_weights - i < 8) {
-            for (u64 j = i; j < num_weights; j++) store(weights + j, plain_weight(record, at + j - i, dtype));
+__device__ void convert_records(const Parts<T> &some, const Parts<T> &others, u64 record_bytes, u32 dtype) {
+    u32 index;
+    Part<T> part = find_part(some, others, index);
+    u64 first = (u64)index * RECORD_WEIGHTS;
+    u32 count = (u32)(part.num_weights - first < RECORD_WEIGHTS ? part.num_weights - first : RECORD_WEIGHTS);
+    const u8 *record = part.records + index * record_bytes;
+    T *out = part.weights + first;
+    for (u32 i = threadIdx.x * 8; i < count; i += blockDim.x * 8) {
+        if (count - i < 8) {
+            for (u32 j = i; j < count; j++) store(out + j, plain_weight(record, j, dtype));
         } else if (sizeof(T) == 2 && dtype == ACT_DTYPE) {
-            *(uint4 *)(weights + i) = *(const uint4 *)(record + at * 2);
+            *(uint4 *)(out + i) = *(const uint4 *)(record + i * 2);
         } else {
-            Float8 values = eight_plain_weights(record, at, dtype);
-            for (int j = 0; j < 8; j++) store(weights + i + j, values.at[j]);
+            Float8 values = eight_plain_weights(record, i, dtype);
+            for (int j = 0; j < 8; j++) store(out + i + j, values.at[j]);
         }
     }
 }
@@ -150,12 +162,12 @@ extern "C" __global__ void dequantize_nf4_f32(Parts<float> some, Parts<float> ot
     dequantize_nf4_records(some, others, record_bytes, double_quant, codebook, map);
 }
 
-extern "C" __global__ void convert(Act *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
-    convert_records(weights, records, num_weights, record_bytes, dtype);
+extern "C" __global__ void convert(Parts<Act> some, Parts<Act> others, u64 record_bytes, u32 dtype) {
+    convert_records(some, others, record_bytes, dtype);
 }
 
-extern "C" __global__ void convert_f32(float *weights, const u8 *records, u64 num_weights, u64 record_bytes, u32 dtype) {
-    convert_records(weights, records, num_weights, record_bytes, dtype);
+extern "C" __global__ void convert_f32(Parts<float> some, Parts<float> others, u64 record_bytes, u32 dtype) {
+    convert_records(some, others, record_bytes, dtype);
 }
 
 // Codes and absmax of the blocks of a tensor, as bitsandbytes' kQuantizeBlockwise finds them: the code of w is the number of

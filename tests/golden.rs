@@ -43,7 +43,7 @@ fn dequantize(tensor: &Nf4Tensor) -> Vec<f32> {
     let cpu = Cpu::new(1);
     let (mut weights, mut records) = carve(&mut Arena::allocate(&cpu, measured.into_plan()).unwrap());
     tensor.write_records(records.view_mut().host_mut()).unwrap();
-    cpu.dequantize_f32(Dequantize { weights: weights.view_mut(), records: records.view(), encoding }).unwrap();
+    cpu.dequantize_f32(vec![Dequantize { weights: weights.view_mut(), records: records.view(), encoding }]).unwrap();
     weights.view().host().to_vec()
 }
 

@@ -35,8 +35,8 @@ pub struct QuantizeAbsmax<'a, D> {
 pub trait Nf4Ops: Device {
     /// Writes weights in the activation type, see [`Dequantize`], of any number of tensors or parts of them.
     fn dequantize(&self, parts: Vec<Dequantize<'_, Self, Self::Act>>) -> Result<()>;
-    /// Writes weights in f32 (norms and biases), see [`Dequantize`].
-    fn dequantize_f32(&self, args: Dequantize<'_, Self, f32>) -> Result<()>;
+    /// Writes weights in f32 (norms and biases), see [`Dequantize`], of any number of tensors or parts of them.
+    fn dequantize_f32(&self, parts: Vec<Dequantize<'_, Self, f32>>) -> Result<()>;
     /// See [`QuantizeNf4`].
     fn quantize_nf4(&self, args: QuantizeNf4<'_, Self>) -> Result<()>;
     /// See [`QuantizeAbsmax`].

@@ -90,30 +90,29 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let (device, layout, memory) = (&self.device, &self.base.layouts[idx], &mut self.memory);
         let flat = self.queue.whole(&self.shards[idx]).unwrap_or_else(|| flat.view());
         self.dense = Some(unit);
-        let mut linears = Vec::new();
+        let place = |id: TensorId| layout.tensors().iter().position(|tensor| tensor.id == id);
+        let len = |idx: usize| layout.tensors()[idx].elements.len();
+        let mut dense = Vec::new();
         for (module, weight) in memory.layer.linears_mut() {
-            if let Some(idx) = layout.tensors().iter().position(|tensor| tensor.id == TensorId::Weight(module)) {
-                linears.extend(parts(layout, idx, flat, weight.first_mut(layout.tensors()[idx].elements.len())));
-            }
+            let Some(idx) = place(TensorId::Weight(module)) else { continue };
+            dense.extend(parts(layout, idx, flat, weight.first_mut(len(idx))));
         }
-        device.dequantize(linears)?;
-        for (idx, tensor) in layout.tensors().iter().enumerate() {
-            let len = tensor.elements.len();
-            match tensor.id {
-                TensorId::Rows => device.dequantize(parts(layout, idx, flat, memory.head_piece.first_mut(len)))?,
-                TensorId::Weight(_) => {}
-                id @ (TensorId::Norm(_) | TensorId::Bias(_)) => {
-                    let vector = memory.layer.vector_mut(id)?;
-                    parts(layout, idx, flat, vector.first_mut(len))
-                        .into_iter()
-                        .try_for_each(|part| device.dequantize_f32(part))?;
-                    if let (Unit::Layer(layer), TensorId::Norm(norm)) = (unit, id)
-                        && let offset = self.base.spec.layers[layer].norm_offset(norm)
-                        && offset != 0.0
-                    {
-                        device.add_scalar(vector.first_mut(len), offset)?;
-                    }
-                }
+        if let Some(idx) = place(TensorId::Rows) {
+            dense.extend(parts(layout, idx, flat, memory.head_piece.first_mut(len(idx))));
+        }
+        device.dequantize(dense)?;
+        let mut vectors = Vec::new();
+        for (id, vector) in memory.layer.vectors_mut() {
+            let Some(idx) = place(id) else { continue };
+            vectors.extend(parts(layout, idx, flat, vector.first_mut(len(idx))));
+        }
+        device.dequantize_f32(vectors)?;
+        for (id, vector) in memory.layer.vectors_mut() {
+            if let (Unit::Layer(layer), TensorId::Norm(norm), Some(idx)) = (unit, id, place(id))
+                && let offset = self.base.spec.layers[layer].norm_offset(norm)
+                && offset != 0.0
+            {
+                device.add_scalar(vector.first_mut(len(idx)), offset)?;
             }
         }
         match (unit, &self.trainables) {

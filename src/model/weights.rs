@@ -37,10 +37,9 @@ impl<D: Device> LayerWeights<D> {
         found.map(|(_, buffer)| buffer.first(len)).with_context(|| format!("the layer has no {}", name(id)))
     }
 
-    /// The buffer of a norm or a bias.
-    pub fn vector_mut(&mut self, id: TensorId) -> Result<&mut Buffer<D, f32>> {
-        let found = self.vectors.iter_mut().find(|(of, _)| *of == id);
-        found.map(|(_, buffer)| buffer).with_context(|| format!("the layer has no {}", name(id)))
+    /// The buffers of all norms and biases.
+    pub fn vectors_mut(&mut self) -> impl Iterator<Item = (TensorId, &mut Buffer<D, f32>)> {
+        self.vectors.iter_mut().map(|(id, buffer)| (*id, buffer))
     }
 
     /// The weight of a module, of `len` elements.

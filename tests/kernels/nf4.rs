@@ -13,7 +13,7 @@ pub fn dequantize_is_exact<A: Tested>() {
         let records = put(d, records);
         let (mut act, mut f32s) = (buffer(d, len), buffer(d, len));
         d.dequantize(vec![Dequantize { weights: act.view_mut(), records: records.view(), encoding }]).unwrap();
-        d.dequantize_f32(Dequantize { weights: f32s.view_mut(), records: records.view(), encoding }).unwrap();
+        d.dequantize_f32(vec![Dequantize { weights: f32s.view_mut(), records: records.view(), encoding }]).unwrap();
         [get_act(d, &act), get(d, &f32s)]
     }
     for len in [1, 63, 64, 65, 16_383, 16_384, 16_385, 576 * 1536 + 7, 4096 * 4096].into_iter().filter(|&n| is_run(n)) {
@@ -56,12 +56,20 @@ pub fn tensors_are_dequantized_together<A: Tested>() {
     let nf4 = |double_quant| Encoding::Nf4 { double_quant };
     let lens = [40_000, 64, 16_384, 7, 0, 32_768, 100, 16_385, 5, 49_153, 128];
     let mut tensors: Vec<(usize, Encoding)> = lens.map(|len| (len, nf4(true))).to_vec();
-    tensors.insert(9, (24_583, Encoding::Plain(Dtype::Bf16)));
+    for (i, len) in [24_583, 16_384, 0, 130].into_iter().enumerate() {
+        tensors.insert(9 + i, (len, Encoding::Plain(Dtype::Bf16)));
+    }
     tensors.extend([(33_000, nf4(false)), (99, nf4(true))]);
     let bytes = |i: usize, len: usize, encoding: Encoding| -> Vec<u8> {
         let mut records = vec![0u8; encoding.tensor_bytes(len)];
-        let Encoding::Nf4 { double_quant } = encoding else { return records };
         let weights = random(len, 0.02, i as u64 + 1);
+        let Encoding::Nf4 { double_quant } = encoding else {
+            // Whole records take 2 bytes a weight and no more.
+            for (two, &w) in records.chunks_mut(2).zip(&weights) {
+                two.copy_from_slice(&bf16::from_f32(w).to_le_bytes());
+            }
+            return records;
+        };
         let read = |first: usize, out: &mut [f32]| {
             out.copy_from_slice(&weights[first..first + out.len()]);
             Ok(())

@@ -24,19 +24,21 @@ const PAIRS: [[f32; 2]; 256] = {
 
 impl Nf4Ops for Cpu {
     fn dequantize(&self, parts: Vec<Dequantize<'_, Cpu, f32>>) -> Result<()> {
-        parts.into_iter().try_for_each(|part| self.dequantize_f32(part))
+        self.dequantize_f32(parts)
     }
 
-    fn dequantize_f32(&self, args: Dequantize<'_, Cpu, f32>) -> Result<()> {
-        args.num_weights()?;
-        let Dequantize { weights, records, encoding } = args;
-        let (weights, records) = (weights.host_mut(), records.host());
-        if self.num_threads == 1 {
-            dequantize_records(weights, records, encoding);
-        } else {
-            let records = records.par_chunks(encoding.parts(RECORD_WEIGHTS).bytes);
-            let one = |(weights, record): (&mut [f32], &[u8])| dequantize_records(weights, record, encoding);
-            weights.par_chunks_mut(RECORD_WEIGHTS).zip(records).for_each(one);
+    fn dequantize_f32(&self, parts: Vec<Dequantize<'_, Cpu, f32>>) -> Result<()> {
+        for part in parts {
+            part.num_weights()?;
+            let Dequantize { weights, records, encoding } = part;
+            let (weights, records) = (weights.host_mut(), records.host());
+            if self.num_threads == 1 {
+                dequantize_records(weights, records, encoding);
+            } else {
+                let records = records.par_chunks(encoding.parts(RECORD_WEIGHTS).bytes);
+                let one = |(weights, record): (&mut [f32], &[u8])| dequantize_records(weights, record, encoding);
+                weights.par_chunks_mut(RECORD_WEIGHTS).zip(records).for_each(one);
+            }
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Records to dense weights, and weights to codes.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::Result;
 
 use crate::device::{Dequantize, Element, Nf4Ops, QuantizeAbsmax, QuantizeNf4};
 use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
@@ -13,8 +13,8 @@ impl<A: HalfType> Nf4Ops for Cuda<A> {
         self.dequantize_by(parts, "dequantize_nf4", "convert")
     }
 
-    fn dequantize_f32(&self, args: Dequantize<'_, Cuda<A>, f32>) -> Result<()> {
-        self.dequantize_by(vec![args], "dequantize_nf4_f32", "convert_f32")
+    fn dequantize_f32(&self, parts: Vec<Dequantize<'_, Cuda<A>, f32>>) -> Result<()> {
+        self.dequantize_by(parts, "dequantize_nf4_f32", "convert_f32")
     }
 
     fn quantize_nf4(&self, args: QuantizeNf4<'_, Cuda<A>>) -> Result<()> {
@@ -41,60 +41,44 @@ impl<A: HalfType> Nf4Ops for Cuda<A> {
 pub const DEQUANTIZED_TOGETHER: usize = 8;
 
 impl<A: HalfType> Cuda<A> {
-    /// Dequantizes with the kernels that `nf4` and `plain` name.
+    /// Dequantizes with the kernels that `nf4` and `plain` name: neighbours of one encoding in one launch.
     fn dequantize_by<T: Element>(&self, parts: Vec<Dequantize<'_, Cuda<A>, T>>, nf4: &str, plain: &str) -> Result<()> {
-        let mut parts = parts.into_iter().peekable();
-        while let Some(part) = parts.next() {
-            let encoding = part.encoding;
-            let Encoding::Nf4 { double_quant } = encoding else {
-                self.convert(part, plain)?;
-                continue;
-            };
-            let mut group = vec![part];
-            while group.len() < DEQUANTIZED_TOGETHER
-                && let Some(part) = parts.next_if(|part| part.encoding == encoding)
-            {
-                group.push(part);
+        for group in parts.chunk_by(|a, b| a.encoding == b.encoding) {
+            for parts in group.chunks(DEQUANTIZED_TOGETHER) {
+                self.dequantize_group(parts, nf4, plain)?;
             }
-            self.dequantize_group(group, double_quant, nf4)?;
         }
         Ok(())
     }
 
     /// Dequantizes up to [`DEQUANTIZED_TOGETHER`] parts of one encoding.
-    fn dequantize_group<T: Element>(
-        &self,
-        group: Vec<Dequantize<'_, Cuda<A>, T>>,
-        double_quant: bool,
-        kernel: &str,
-    ) -> Result<()> {
-        ensure!(group.len() <= DEQUANTIZED_TOGETHER, "{} parts, allowed: {DEQUANTIZED_TOGETHER}", group.len());
+    fn dequantize_group<T: Element>(&self, parts: &[Dequantize<'_, Cuda<A>, T>], nf4: &str, plain: &str) -> Result<()> {
         let (mut listed, mut num_records) = ([[0u64; 3]; DEQUANTIZED_TOGETHER], 0);
-        for (place, part) in listed.iter_mut().zip(group) {
+        for (place, part) in listed.iter_mut().zip(parts) {
             let len = part.num_weights()?;
             num_records += len.div_ceil(RECORD_WEIGHTS);
             *place = [part.weights.addr() as u64, part.records.addr() as u64, len as u64];
         }
-        let record_bytes = Encoding::Nf4 { double_quant }.parts(RECORD_WEIGHTS).bytes as u64;
-        let (codebook, map) = (self.tables.codebook(), self.tables.map());
         let (some, others) = (&listed[..DEQUANTIZED_TOGETHER / 2], &listed[DEQUANTIZED_TOGETHER / 2..]);
-        let args = args![some, others, record_bytes, u32::from(double_quant), codebook, map];
-        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order. It takes a block a record.
-        unsafe { self.launch(kernel, Grid::rows(num_records), args) }
-    }
-
-    fn convert<T: Element>(&self, part: Dequantize<'_, Cuda<A>, T>, kernel: &str) -> Result<()> {
-        let len = part.num_weights()?;
-        let Dequantize { weights, records, encoding } = part;
-        let Encoding::Plain(dtype) = encoding else { bail!("{kernel}: records in 4 bit") };
+        let Some(Dequantize { encoding, .. }) = parts.first() else { return Ok(()) };
         let record_bytes = encoding.parts(RECORD_WEIGHTS).bytes as u64;
-        let dtype: u32 = match dtype {
-            Dtype::F32 => 0,
-            Dtype::F16 => 1,
-            Dtype::Bf16 => 2,
-        };
-        let args = args![weights, records, len as u64, record_bytes, dtype];
-        // SAFETY: the lengths were checked above, and the kernel declares these arguments in this order.
-        unsafe { self.launch(kernel, Grid::elements(len.div_ceil(8)), args) }
+        let grid = Grid::rows(num_records);
+        match encoding {
+            Encoding::Nf4 { double_quant } => {
+                let (codebook, map) = (self.tables.codebook(), self.tables.map());
+                let args = args![some, others, record_bytes, u32::from(*double_quant), codebook, map];
+                // SAFETY: the lengths were checked above; the kernel declares these arguments in this order, and takes a block a record.
+                unsafe { self.launch(nf4, grid, args) }
+            }
+            Encoding::Plain(dtype) => {
+                let dtype: u32 = match dtype {
+                    Dtype::F32 => 0,
+                    Dtype::F16 => 1,
+                    Dtype::Bf16 => 2,
+                };
+                // SAFETY: as above.
+                unsafe { self.launch(plain, grid, args![some, others, record_bytes, dtype]) }
+            }
+        }
     }
 }
