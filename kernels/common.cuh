@@ -53,6 +53,10 @@ __device__ __forceinline__ u32 pack_act(float low, float high) {
     return packed;
 }
 
+// The numbers of a pair.
+__device__ __forceinline__ float low(u32 pair) { return to_f32(Act{(u16)pair}); }
+__device__ __forceinline__ float high(u32 pair) { return to_f32(Act{(u16)(pair >> 16)}); }
+
 __device__ __forceinline__ Act to_act(float value) { return Act{(u16)pack_act(value, 0.0f)}; }
 
 // Sum over the threads of a block, in an order that depends on the block's size alone. Every thread gets it.

@@ -83,9 +83,6 @@ struct alignas(16) Pairs {
     u32 at[4];
 };
 
-__device__ __forceinline__ float low(u32 pair) { return to_f32(Act{(u16)pair}); }
-__device__ __forceinline__ float high(u32 pair) { return to_f32(Act{(u16)(pair >> 16)}); }
-
 // Eight features of a row, or zeros where it does not exist.
 __device__ __forceinline__ Pairs load(const Act *x, u32 row, u32 eight, u32 rows, u32 eights) {
     Pairs pairs = {};

@@ -1,4 +1,4 @@
-// A module's product with what LoRA adds, on Hopper (sm_90a): y is summed in f32, rounded once and written once.
+// A module's product with what LoRA adds, on Hopper (sm_90a): y is summed in f32, and written once.
 //
 // A block makes tiles of 128 rows and 256 columns of y. One warp brings 64 columns of both operands at a time by bulk copies while two
 // warpgroups multiply them (wgmma), each of them 64 rows. Two blocks whose tiles lie one below the other are a pair, and each of them
@@ -6,6 +6,7 @@
 // of tiles, so that the L2 cache holds what they share.
 #include "common.cuh"
 #include "hopper.cuh"
+#include "rope.cuh"
 
 static const int ROWS = 128, COLUMNS = 256, DEPTH = 64, STAGES = 4, THREADS = 384;
 
@@ -146,34 +147,75 @@ __device__ __forceinline__ uint4 gather_run(u32 v0, u32 v1, u32 v2, u32 v3) {
     return high ? uint4{s0, s1, b0, b1} : uint4{a0, a1, s0, s1};
 }
 
-// Writes output_scale · (acc + bias) to y [m, n], from a row and a column on; n is a multiple of 8.
-__device__ __forceinline__ void store(Act *y, const float (&acc)[COLUMNS / 2], const float *bias, int row, int column, int m, int n,
-                                      float output_scale) {
+// The last step on y [m, n], whose values are rounded before it. Where there are angles [m, head_dim / 2], heads turn by them as in
+// rope.cu; where there is a residual [m, n], it is added.
+struct Finish {
+    const float *cos, *sin;
+    int head_dim;
+    const Act *residual;
+};
+
+// Turns the heads of D features in a row of a tile, which has whole heads: a thread's pairs of neighbouring features, of every run of eight.
+template <int D> __device__ __forceinline__ void turn(u32 (&pairs)[COLUMNS / 8], const Finish &finish, int row) {
+    // Runs between two features that turn together.
+    const int APART = D / 16;
+    u64 at = (u64)row * (D / 2) + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int run = 0; run < APART; run++) {
+        float2 c = *(const float2 *)(finish.cos + at + 8 * run), s = *(const float2 *)(finish.sin + at + 8 * run);
+#pragma unroll
+        for (int i = run; i < COLUMNS / 8; i += 2 * APART) {
+            float a0 = low(pairs[i]), a1 = high(pairs[i]), b0 = low(pairs[i + APART]), b1 = high(pairs[i + APART]);
+            turn_pair(a0, b0, c.x, s.x);
+            turn_pair(a1, b1, c.y, s.y);
+            pairs[i] = pack_act(a0, a1), pairs[i + APART] = pack_act(b0, b1);
+        }
+    }
+}
+
+__device__ __forceinline__ u32 add_pair(u32 a, u32 b) { return pack_act(low(a) + low(b), high(a) + high(b)); }
+
+// Writes output_scale · (acc + bias), finished, to y [m, n], from a row and a column on; n is a multiple of 8.
+__device__ __forceinline__ void store(Act *y, const float (&acc)[COLUMNS / 2], const float *bias, const Finish &finish, int row, int column,
+                                      int m, int n, float output_scale) {
     int lane = threadIdx.x % 32;
     row += threadIdx.x / 32 % 4 * 16 + lane / 4;
 #pragma unroll
-    for (int half = 0; half < 2; half++, row += 8)
+    for (int half = 0; half < 2; half++, row += 8) {
+        u32 pairs[COLUMNS / 8];
+#pragma unroll
+        for (int run = 0; run < COLUMNS / 8; run++) {
+            int at = column + 8 * run + lane % 4 * 2;
+            float first = acc[4 * run + 2 * half], second = acc[4 * run + 2 * half + 1];
+            if (bias && at < n) first += bias[at], second += bias[at + 1];
+            pairs[run] = pack_act(first * output_scale, second * output_scale);
+        }
+        if (finish.cos) {
+            if (finish.head_dim == 128)
+                turn<128>(pairs, finish, min(row, m - 1));
+            else
+                turn<64>(pairs, finish, min(row, m - 1));
+        }
 #pragma unroll
         for (int runs = 0; runs < COLUMNS / 8; runs += 4) {
-            u32 pairs[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                int e = 4 * (runs + j) + 2 * half, at = column + 8 * (runs + j) + lane % 4 * 2;
-                float low = acc[e], high = acc[e + 1];
-                if (bias && at < n) low += bias[at], high += bias[at + 1];
-                pairs[j] = pack_act(low * output_scale, high * output_scale);
-            }
-            uint4 run = gather_run(pairs[0], pairs[1], pairs[2], pairs[3]);
+            uint4 run = gather_run(pairs[runs], pairs[runs + 1], pairs[runs + 2], pairs[runs + 3]);
             int at = column + 8 * (runs + lane % 4);
-            if (row < m && at < n) *(uint4 *)(y + (u64)row * n + at) = run;
+            if (row >= m || at >= n) continue;
+            u64 to = (u64)row * n + at;
+            if (finish.residual) {
+                uint4 more = *(const uint4 *)(finish.residual + to);
+                run = uint4{add_pair(run.x, more.x), add_pair(run.y, more.y), add_pair(run.z, more.z), add_pair(run.w, more.w)};
+            }
+            *(uint4 *)(y + to) = run;
         }
+    }
 }
 
-// y [m, n] = output_scale · (x [m, k] · Wᵀ + bias + scale · u [m, r] · Bᵀ), W [n, k], B [n, r]: `base` has x and W, `lora` u and B, whose r
-// is at most 16 · STEPS, or any where STEPS fill a stage.
+// y [m, n] = output_scale · (x [m, k] · Wᵀ + bias + scale · u [m, r] · Bᵀ), finished; W [n, k], B [n, r]: `base` has x and W, `lora` u and B,
+// whose r is at most 16 · STEPS, or any where STEPS fill a stage.
 template <int STEPS>
-__device__ __forceinline__ void linear(Act *y, const Operands &base, const Operands &lora, const float *bias, int m, int n, float scale,
-                                       float output_scale) {
+__device__ __forceinline__ void linear(Act *y, const Operands &base, const Operands &lora, const float *bias, const Finish &finish, int m,
+                                       int n, float scale, float output_scale) {
     Block block;
     Tiles tiles(m, n);
     int row, column;
@@ -201,7 +243,7 @@ __device__ __forceinline__ void linear(Act *y, const Operands &base, const Opera
                 for (int e = 0; e < COLUMNS / 2; e++) acc[e] *= scale;
             }
             multiply<DEPTH / 16>(acc, block, stage, warpgroup, base.k, true);
-            store(y, acc, bias, row + 64 * warpgroup, column, m, n, output_scale);
+            store(y, acc, bias, finish, row + 64 * warpgroup, column, m, n, output_scale);
         }
     }
     // The other block writes here and tells barriers here until both are done.
@@ -211,9 +253,10 @@ __device__ __forceinline__ void linear(Act *y, const Operands &base, const Opera
 #define LORA_LINEAR(NAME, STEPS)                                                                                                  \
     extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)                                            \
         NAME(Act *y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,                               \
-             const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap b, const float *bias, int m, int n, int k, int r, \
-             float scale, float output_scale) {                                                                                   \
-        linear<STEPS>(y, Operands{&x, &weight, k}, Operands{&u, &b, r}, bias, m, n, scale, output_scale);                         \
+             const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap b, const float *bias, const float *cos,       \
+             const float *sin, int head_dim, const Act *residual, int m, int n, int k, int r, float scale, float output_scale) {  \
+        const Finish finish = {cos, sin, head_dim, residual};                                                                     \
+        linear<STEPS>(y, Operands{&x, &weight, k}, Operands{&u, &b, r}, bias, finish, m, n, scale, output_scale);                 \
     }
 LORA_LINEAR(lora_linear_hopper_16, 1)
 LORA_LINEAR(lora_linear_hopper, DEPTH / 16)

@@ -168,8 +168,8 @@ impl<'a, D: Ops> Kernels<'a, D> {
         let (cos, sin) = (self.f32s(tokens * head_dim / 2)?, self.f32s(tokens * head_dim / 2)?);
         let mut q = self.act(tokens * num_heads * head_dim)?;
         self.timer.time("rope", Amount::Bytes((2 * q.len() * size_of::<D::Act>()) as f64), || {
-            let (cos, sin) = (cos.view(), sin.view());
-            d.rope(Rope { x: q.view_mut(), cos, sin, num_heads, head_dim, rotary_dim: head_dim, inverse: false })
+            let rotation = Rotation { cos: cos.view(), sin: sin.view(), num_heads, head_dim, rotary_dim: head_dim };
+            d.rope(Rope { x: q.view_mut(), rotation, inverse: false })
         })
     }
 

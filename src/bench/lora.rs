@@ -67,7 +67,8 @@ impl<D: Ops> Kernels<'_, D> {
         self.timer.time(&format!("{id} x·Wᵀ + {scale}·u·Bᵀ, r {r}"), flops, || {
             let (y, weight, u, b) = (y.view_mut(), weight.view(), u.view(), b.view());
             let bias = bias.as_ref().map(|bias| bias.view());
-            self.device.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank: r, scale, output_scale })
+            let finish = Finish::Nothing;
+            self.device.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank: r, scale, output_scale, finish })
         })
     }
 

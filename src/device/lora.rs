@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
-use super::{Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, Transpose, View, ViewMut, product};
+use super::{
+    Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, Rope, RopeOps, Rotation, Transpose, View, ViewMut,
+    product,
+};
 
 use Transpose::{No, Yes};
 
@@ -44,8 +47,8 @@ pub struct LoraDropout<'a, D: Device> {
     pub accumulate: bool,
 }
 
-/// y = output_scale · (x · Wᵀ + bias + scale · u · Bᵀ). x `[T, in]`, W `[out, in]`, bias `[out]`, u `[T, r]`, B `[out, r]`, y `[T, out]`. The order of
-/// these sums is the device's own.
+/// y = output_scale · (x · Wᵀ + bias + scale · u · Bᵀ), and its finish. x `[T, in]`, W `[out, in]`, bias `[out]`, u `[T, r]`, B `[out, r]`, y
+/// `[T, out]`. The order of these sums is the device's own.
 pub struct LoraLinear<'a, D: Device> {
     pub y: ViewMut<'a, D, D::Act>,
     pub x: View<'a, D, D::Act>,
@@ -56,6 +59,27 @@ pub struct LoraLinear<'a, D: Device> {
     pub lora_rank: usize,
     pub scale: f32,
     pub output_scale: f32,
+    pub finish: Finish<'a, D>,
+}
+
+/// The last step on the output y of a linear module. It takes the values of y as they are rounded.
+pub enum Finish<'a, D: Device> {
+    Nothing,
+    /// y += this.
+    Add(View<'a, D, D::Act>),
+    /// The heads of y turn to their positions.
+    Rotate(Rotation<'a, D>),
+}
+
+impl<D: ElementwiseOps + RopeOps> Finish<'_, D> {
+    /// Takes the step as an op of its own.
+    pub fn run(self, ops: &D, mut y: ViewMut<'_, D, D::Act>) -> Result<()> {
+        match self {
+            Finish::Nothing => Ok(()),
+            Finish::Add(x) => ops.add(y, x),
+            Finish::Rotate(rotation) => ops.rope(Rope { x: y.range_mut(0..y.len()), rotation, inverse: false }),
+        }
+    }
 }
 
 /// u = dropout(x) · Aᵀ of modules that share x `[T, in]`, without dropout where there is no mask. With a mask, scratch is at least as long
@@ -130,19 +154,20 @@ pub struct InputLora<'a, D: Device> {
 }
 
 /// LoRA's products. Where a device has no kernel of its own, they are made of other ops.
-pub trait LoraOps: GemmOps + ElementwiseOps + GatedOps {
+pub trait LoraOps: GemmOps + ElementwiseOps + GatedOps + RopeOps {
     /// See [`LoraDropout`].
     fn lora_dropout(&self, args: LoraDropout<'_, Self>) -> Result<()>;
 
-    /// See [`LoraLinear`]: the base first, then the bias, then LoRA.
+    /// See [`LoraLinear`]: the base first, then the bias, then LoRA, and the finish last.
     fn lora_linear(&self, args: LoraLinear<'_, Self>) -> Result<()> {
         let [m, n, k] = args.sizes()?;
-        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale } = args;
+        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale, finish } = args;
         product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
         if let Some(bias) = bias {
             self.add_bias(y.range_mut(0..m * n), bias, output_scale)?;
         }
-        product(self, y, u, (b, Yes), [m, n, r], output_scale * scale, 1.0)
+        product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], output_scale * scale, 1.0)?;
+        finish.run(self, y)
     }
 
     /// See [`LoraDown`].
@@ -263,6 +288,11 @@ impl<D: Device> LoraLinear<'_, D> {
         );
         let bias = self.bias.map_or(n, |bias| bias.len());
         ensure!(bias == n, "lora_linear: bias {bias} for {n} features");
+        match &self.finish {
+            Finish::Nothing => {}
+            Finish::Add(x) => ensure!(x.len() == y, "lora_linear: {} elements to add to y {y}", x.len()),
+            Finish::Rotate(rotation) => drop(rotation.num_tokens(y)?),
+        }
         Ok([m, n, k])
     }
 }
@@ -373,6 +403,7 @@ mod tests {
             lora_rank: r,
             scale: 1.0,
             output_scale: 1.0,
+            finish: Finish::Nothing,
         });
         let (x_view, number, module) = (other_x.view(), 1, 1);
         let down = cpu.lora_down(LoraDown {

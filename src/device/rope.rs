@@ -9,13 +9,18 @@ use super::{Device, View, ViewMut};
 /// head_dim]`; cos, sin `[T, rotary_dim / 2]` with any attention scaling in them.
 pub struct Rope<'a, D: Device> {
     pub x: ViewMut<'a, D, D::Act>,
+    pub rotation: Rotation<'a, D>,
+    pub inverse: bool,
+}
+
+/// The angles of T tokens and the heads that turn by them.
+pub struct Rotation<'a, D: Device> {
     pub cos: View<'a, D, f32>,
     pub sin: View<'a, D, f32>,
     pub num_heads: usize,
     pub head_dim: usize,
     /// Even, `head_dim` at most.
     pub rotary_dim: usize,
-    pub inverse: bool,
 }
 
 /// Rotary position embedding.
@@ -24,11 +29,18 @@ pub trait RopeOps: Device {
     fn rope(&self, args: Rope<'_, Self>) -> Result<()>;
 }
 
-impl<D: Device> Rope<'_, D> {
-    /// Checks all lengths; returns T.
-    pub(super) fn num_tokens(&self) -> Result<usize> {
-        let Rope { num_heads, head_dim, rotary_dim, .. } = *self;
-        let [x, cos, sin] = [self.x.len(), self.cos.len(), self.sin.len()];
+impl<D: Device> Clone for Rotation<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D: Device> Copy for Rotation<'_, D> {}
+
+impl<D: Device> Rotation<'_, D> {
+    /// Checks all lengths, with that of what turns; returns T.
+    pub(super) fn num_tokens(&self, x: usize) -> Result<usize> {
+        let Rotation { cos, sin, num_heads, head_dim, rotary_dim } = *self;
+        let [cos, sin] = [cos.len(), sin.len()];
         ensure!(
             rotary_dim > 0 && rotary_dim.is_multiple_of(2) && cos.is_multiple_of(rotary_dim / 2),
             "rope: cos {cos} for {rotary_dim} elements of a head"

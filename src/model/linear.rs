@@ -6,8 +6,8 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 
 use crate::device::{
-    Arena, Buffer, DownModule, DropoutMask, Input, InputLora, InputModule, LoraDown, LoraInput, LoraLinear, LoraOutput,
-    Ops, Transpose::Yes, View, ViewMut, product,
+    Arena, Buffer, DownModule, DropoutMask, Finish, Input, InputLora, InputModule, LoraDown, LoraInput, LoraLinear,
+    LoraOutput, Ops, Transpose::Yes, View, ViewMut, product,
 };
 
 use super::spec::{Module, ModuleId, Rows, TensorId};
@@ -95,7 +95,8 @@ impl<'a, D: Ops> Linear<'a, D> {
         };
         let (lora_rank, scale) = (*lora_rank, *scale);
         let (u, b) = (u.get(id)?.first(m * lora_rank), matrices.b.range(rows.start * lora_rank..rows.end * lora_rank));
-        ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale })
+        let finish = Finish::Nothing;
+        ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale, finish })
     }
 }
 

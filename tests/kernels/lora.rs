@@ -222,7 +222,9 @@ pub fn lora_linear<A: Tested>() {
         let bias = (bias > 0.0).then_some(bias_values.view());
         let (x, weight, u, b) = (x.view(), weight.view(), u.view(), b.view());
         let y_out = y.view_mut();
-        d.lora_linear(LoraLinear { y: y_out, x, weight, bias, u, b, lora_rank, scale: 0.5, output_scale }).unwrap();
+        let finish = Finish::Nothing;
+        d.lora_linear(LoraLinear { y: y_out, x, weight, bias, u, b, lora_rank, scale: 0.5, output_scale, finish })
+            .unwrap();
         get_act(d, &y)
     }
     let cpu = Cpu::new(1);
@@ -255,6 +257,65 @@ pub fn lora_linear<A: Tested>() {
             let result = run(&cuda, sizes, lora_rank, [1.0, 1.0, bias, scale]);
             close_as(&what, &result, &plain, &reference, 2.0);
             assert!(run(&cuda, sizes, lora_rank, [1.0, 1.0, bias, scale]) == result, "{what}: the same bits again");
+        }
+    }
+}
+
+/// A product that is finished is the product and then the op, to the bit, whether a size has a kernel for it or not.
+pub fn lora_linear_and_its_finish<A: Tested>() {
+    let (_guard, cuda) = gpu::<A>();
+    let d = &cuda;
+    const LORA_RANK: usize = 16;
+    // Tokens, features, heads, head_dim and rotary_dim. All but the first two fill a Hopper's tiles.
+    for [tokens, k, num_heads, head_dim, rotary_dim] in [
+        [7, 64, 3, 128, 128],
+        [1, 72, 2, 64, 64],
+        [1000, 72, 32, 128, 128],
+        [1023, 200, 32, 128, 128],
+        [1024, 64, 64, 64, 64],
+        [1024, 64, 16, 256, 256],
+        [1024, 64, 32, 128, 64],
+    ] {
+        let n = num_heads * head_dim;
+        let (x, weight) = (put_act(d, &random(tokens * k, 1.0, 1)), put_act(d, &random(n * k, 0.1, 2)));
+        let (u, b) = (put_act(d, &random(tokens * LORA_RANK, 1.0, 3)), put_act(d, &random(n * LORA_RANK, 0.1, 4)));
+        let (bias, residual) = (put(d, &random(n, 1.0, 5)), put_act(d, &random(tokens * n, 1.0, 6)));
+        let angles = random(tokens * rotary_dim / 2, 3.0, 7);
+        let cos = put(d, &angles.iter().map(|angle| angle.cos()).collect::<Vec<_>>());
+        let sin = put(d, &angles.iter().map(|angle| angle.sin()).collect::<Vec<_>>());
+        let rotation = Rotation { cos: cos.view(), sin: sin.view(), num_heads, head_dim, rotary_dim };
+        for i in 0..3 {
+            let finish = || match i {
+                0 => Finish::Nothing,
+                1 => Finish::Add(residual.view()),
+                _ => Finish::Rotate(rotation),
+            };
+            let run = |together: bool| {
+                let mut y = buffer(d, tokens * n);
+                let [now, later] = match together {
+                    true => [finish(), Finish::Nothing],
+                    false => [Finish::Nothing, finish()],
+                };
+                d.lora_linear(LoraLinear {
+                    y: y.view_mut(),
+                    x: x.view(),
+                    weight: weight.view(),
+                    bias: Some(bias.view()),
+                    u: u.view(),
+                    b: b.view(),
+                    lora_rank: LORA_RANK,
+                    scale: 0.5,
+                    output_scale: 0.22,
+                    finish: now,
+                })
+                .unwrap();
+                later.run(d, y.view_mut()).unwrap();
+                get_act(d, &y)
+            };
+            assert!(
+                run(true) == run(false),
+                "finish {i} of [{tokens}, {k}] · {num_heads} heads of {head_dim}, {rotary_dim} turn"
+            );
         }
     }
 }

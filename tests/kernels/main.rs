@@ -30,7 +30,10 @@ use fsdp_qlora::testing::*;
 use gated::gated_activations;
 use gemm::gemm_of_all_transpositions;
 use half::{bf16, f16};
-use lora::{lora_dropout_has_the_masks_of_the_cpu, lora_input_of_a_gated_activation, lora_linear, lora_products};
+use lora::{
+    lora_dropout_has_the_masks_of_the_cpu, lora_input_of_a_gated_activation, lora_linear, lora_linear_and_its_finish,
+    lora_products,
+};
 use nf4::{dequantize_is_exact, quantize_is_exact, tensors_are_dequantized_together};
 use rms_norm::rms_norm;
 use rope::rope;
@@ -173,6 +176,7 @@ for_both_types!(
     lora_dropout_has_the_masks_of_the_cpu,
     lora_products,
     lora_input_of_a_gated_activation,
+    lora_linear_and_its_finish,
     lora_linear,
     adamw,
     cross_entropy_over_pieces,

@@ -12,7 +12,8 @@ pub fn rope<A: Tested>() {
         let angles = tokens * rotary_dim / 2;
         let (cos, sin) = (put(d, &random(angles, 0.5, 2)), put(d, &random(angles, 0.5, 3)));
         let (cos, sin) = (cos.view(), sin.view());
-        d.rope(Rope { x: x.view_mut(), cos, sin, num_heads, head_dim, rotary_dim, inverse }).unwrap();
+        let rotation = Rotation { cos, sin, num_heads, head_dim, rotary_dim };
+        d.rope(Rope { x: x.view_mut(), rotation, inverse }).unwrap();
         get_act(d, &x)
     }
     // Tokens, heads, elements of a head, and how many of them turn.

@@ -2,14 +2,14 @@
 
 use anyhow::Result;
 
-use crate::device::{Rope, RopeOps};
+use crate::device::{Rope, RopeOps, Rotation};
 
 use super::Cpu;
 
 impl RopeOps for Cpu {
     fn rope(&self, args: Rope<'_, Cpu>) -> Result<()> {
-        args.num_tokens()?;
-        let Rope { x, cos, sin, num_heads, head_dim, rotary_dim, inverse } = args;
+        args.rotation.num_tokens(args.x.len())?;
+        let Rope { x, rotation: Rotation { cos, sin, num_heads, head_dim, rotary_dim }, inverse } = args;
         let (x, cos, sin) = (x.host_mut(), cos.host(), sin.host());
         let (width, half) = (num_heads * head_dim, rotary_dim / 2);
         let sign = if inverse { -1.0 } else { 1.0 };
@@ -50,8 +50,8 @@ mod tests {
         let (mut x, angles) = (buffer(&start), [0.25_f32, 0.5, 0.75, 1.0]);
         let (cos, sin) = (buffer(&angles.map(f32::cos)), buffer(&angles.map(f32::sin)));
         let rotate = |x: &mut crate::device::Buffer<Cpu, f32>, inverse| {
-            let (cos, sin) = (cos.view(), sin.view());
-            cpu.rope(Rope { x: x.view_mut(), cos, sin, num_heads, head_dim, rotary_dim, inverse }).unwrap();
+            let rotation = Rotation { cos: cos.view(), sin: sin.view(), num_heads, head_dim, rotary_dim };
+            cpu.rope(Rope { x: x.view_mut(), rotation, inverse }).unwrap();
         };
         rotate(&mut x, false);
         for (i, (&found, &before)) in x.view().host().iter().zip(&start).enumerate() {
@@ -66,8 +66,8 @@ mod tests {
         rotate(&mut x, true);
         assert!(x.view().host().iter().zip(&start).all(|(x, before)| (x - before).abs() <= 1e-5));
         // More elements than a head has cannot turn.
-        let (x, cos, sin) = (x.view_mut(), cos.view(), sin.view());
-        let args = Rope { x, cos, sin, num_heads: 12, head_dim: 2, rotary_dim, inverse: false };
+        let rotation = Rotation { cos: cos.view(), sin: sin.view(), num_heads: 12, head_dim: 2, rotary_dim };
+        let args = Rope { x: x.view_mut(), rotation, inverse: false };
         assert!(cpu.rope(args).unwrap_err().to_string().contains("12 heads of 2, of which 4 turn"));
     }
 }

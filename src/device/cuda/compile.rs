@@ -136,13 +136,14 @@ impl AttentionVariant {
 }
 
 /// The headers that the files include, by name.
-const HEADERS: [(&CStr, &str); 7] = [
+const HEADERS: [(&CStr, &str); 8] = [
     (c"common.cuh", include_str!("../../../kernels/common.cuh")),
     (c"attention.cuh", include_str!("../../../kernels/attention.cuh")),
     (c"attention_sum.cuh", include_str!("../../../kernels/attention_sum.cuh")),
     (c"attention_hopper.cuh", include_str!("../../../kernels/attention_hopper.cuh")),
     (c"gated.cuh", include_str!("../../../kernels/gated.cuh")),
     (c"hopper.cuh", include_str!("../../../kernels/hopper.cuh")),
+    (c"rope.cuh", include_str!("../../../kernels/rope.cuh")),
     (c"lora.cuh", include_str!("../../../kernels/lora.cuh")),
 ];
 

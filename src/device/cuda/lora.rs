@@ -96,10 +96,13 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         if let Some(grid) = self.hopper_linear_grid([m, n, k], args.lora_rank) {
             return self.hopper_lora_linear(args, [m, n, k], grid);
         }
-        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale } = args;
+        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale, finish } = args;
         product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], output_scale * scale, 0.0)?;
         product(self, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 1.0)?;
-        bias.map_or(Ok(()), |bias| self.add_bias(y, bias, output_scale))
+        if let Some(bias) = bias {
+            self.add_bias(y.range_mut(0..m * n), bias, output_scale)?;
+        }
+        finish.run(self, y)
     }
 
     /// Modules of one rank share a kernel. Where a rank has none, all is made of other ops.

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::device::LoraLinear;
+use crate::device::{Finish, LoraLinear, Rotation};
 
 use super::attention_hopper::{Hopper, SHARED_BYTES};
 use super::launch::{Grid, args, tile_map};
@@ -40,13 +40,27 @@ impl<A: HalfType> Cuda<A> {
         [m, n, k]: [usize; 3],
         grid: Grid,
     ) -> Result<()> {
-        let LoraLinear { y, x, weight, bias, u, b, lora_rank: r, scale, output_scale } = args;
+        let LoraLinear { mut y, x, weight, bias, u, b, lora_rank: r, scale, output_scale, finish } = args;
+        // The kernel turns heads of two sizes, and whole ones.
+        let can_turn = |r: &Rotation<'_, _>| [64, 128].contains(&r.head_dim) && r.rotary_dim == r.head_dim;
+        let (finish, later) = match finish {
+            Finish::Rotate(rotation) if !can_turn(&rotation) => (Finish::Nothing, Finish::Rotate(rotation)),
+            finish => (finish, Finish::Nothing),
+        };
+        let (cos, sin, head_dim, residual) = match finish {
+            Finish::Nothing => (None, None, 0, None),
+            Finish::Add(residual) => (None, None, 0, Some(residual)),
+            Finish::Rotate(Rotation { cos, sin, head_dim, .. }) => (Some(cos), Some(sin), head_dim as i32, None),
+        };
         let map = |matrix, width| tile_map(matrix, width, DEPTH);
         let (x, weight, u, b) = (map(x, k)?, map(weight, k)?, map(u, r)?, map(b, r)?);
-        let args = args![y, x, weight, u, b, bias, m as i32, n as i32, k as i32, r as i32, scale, output_scale];
+        let (m, n, k, rank) = (m as i32, n as i32, k as i32, r as i32);
+        let out = y.range_mut(0..y.len());
+        let args = args![out, x, weight, u, b, bias, cos, sin, head_dim, residual, m, n, k, rank, scale, output_scale];
         let kernel = if r <= 16 { KERNELS[0] } else { KERNELS[1] };
         // SAFETY: the lengths were checked by the caller, and the kernel declares these arguments in this order.
-        unsafe { self.launch(kernel, grid, args) }
+        unsafe { self.launch(kernel, grid, args) }?;
+        later.run(self, y)
     }
 }
 

@@ -2,15 +2,15 @@
 
 use anyhow::{Result, ensure};
 
-use crate::device::{Rope, RopeOps};
+use crate::device::{Rope, RopeOps, Rotation};
 
 use super::launch::{Grid, args};
 use super::{Cuda, HalfType};
 
 impl<A: HalfType> RopeOps for Cuda<A> {
     fn rope(&self, args: Rope<'_, Cuda<A>>) -> Result<()> {
-        let tokens = args.num_tokens()?;
-        let Rope { x, cos, sin, num_heads, head_dim, rotary_dim, inverse } = args;
+        let tokens = args.rotation.num_tokens(args.x.len())?;
+        let Rope { x, rotation: Rotation { cos, sin, num_heads, head_dim, rotary_dim }, inverse } = args;
         ensure!(rotary_dim.is_multiple_of(16), "rope: {rotary_dim} elements turn, allowed: a multiple of 16");
         ensure!(head_dim.is_multiple_of(8), "rope: head_dim {head_dim}, allowed: a multiple of 8");
         let sign: f32 = if inverse { -1.0 } else { 1.0 };

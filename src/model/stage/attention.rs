@@ -4,7 +4,8 @@
 use anyhow::Result;
 
 use crate::device::{
-    Arena, AttentionBackward, AttentionForward, AttentionShape, Buffer, Input, Normed, Ops, Rope, View, ViewMut,
+    Arena, AttentionBackward, AttentionForward, AttentionShape, Buffer, Input, Normed, Ops, Rope, Rotation, View,
+    ViewMut,
 };
 use crate::model::linear::{Backward, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
@@ -106,7 +107,7 @@ impl Attention {
     ) -> Result<()> {
         let (Some(rope), head_dim) = (rope, self.head_dim) else { return Ok(()) };
         let (rotary_dim, (cos, sin)) = (ctx.spec.ropes[rope].rotary_dim, ctx.batch.rotation(rope));
-        ctx.ops.rope(Rope { x, cos, sin, num_heads, head_dim, rotary_dim, inverse })
+        ctx.ops.rope(Rope { x, rotation: Rotation { cos, sin, num_heads, head_dim, rotary_dim }, inverse })
     }
 }
 
