@@ -226,6 +226,21 @@ fn movement_and_lifetime_do_not_change_a_bit() {
 }
 
 #[test]
+fn backward_of_a_single_micro_batch_finds_what_forward_left() {
+    let run = |accumulation, keep| {
+        let mut options = trainer();
+        (options.accumulation, options.keep) = (accumulation, keep);
+        train(&options, 2, GLOBAL_BATCH / 2, 4, 0.1)
+    };
+    let reference = run(Accumulation::Layer, Keep::EVERYTHING);
+    for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
+        for keep in KEEPS {
+            assert!(run(accumulation, keep) == reference, "{accumulation:?}, {keep:?}");
+        }
+    }
+}
+
+#[test]
 fn nodes_that_each_hold_a_base() {
     for (world_size, num_shards) in [(4, 2), (6, 2), (6, 3)] {
         let reference = train(&trainer(), world_size, 1, 4, 0.1);

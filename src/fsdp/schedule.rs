@@ -272,9 +272,15 @@ impl Inputs {
         }
     }
 
-    /// Returns whether some activations of a layer are computed again.
-    pub fn recomputes(&self, layer: usize) -> bool {
-        !self.keep.of(layer, self.units.layers).all()
+    /// Returns whether some activations of a layer are computed again for a micro-batch. If nothing runs between its
+    /// forward through the last layer and its backward but the head, the values still lie where forward left them.
+    pub fn recomputes(&self, layer: usize, micro: usize) -> bool {
+        let turns_back = match self.accumulation {
+            Accumulation::Layer => self.trained().next() == Some(micro) && micro + 1 == self.num_micro_batches(),
+            Accumulation::MicroBatch => true,
+        };
+        let layers = self.units.layers;
+        !(turns_back && layer + 1 == layers) && !self.keep.of(layer, layers).all()
     }
 
     fn grad_slot(&self, layer: usize) -> usize {
@@ -355,7 +361,7 @@ fn backward_visit(inputs: &Inputs, trained: &[usize], layer: usize) -> Visit {
         before.push(Action::WaitReduce { layer: reused, grad_slot });
     }
     for &micro in trained {
-        if inputs.recomputes(layer) {
+        if inputs.recomputes(layer, micro) {
             compute.push(Action::Recompute { layer, micro });
         }
         compute.push(Action::Backward { layer, micro, grad_slot, first: Some(micro) == first });
