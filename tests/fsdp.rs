@@ -184,10 +184,12 @@ fn the_same_global_batch_on_any_number_of_ranks() {
 }
 
 /// Choices of kept activations: nothing, parts of some layers or of all, everything.
-const KEEPS: [Keep; 5] = [
+const KEEPS: [Keep; 7] = [
     Keep::NOTHING,
-    Keep { attention: 1, mlp: 0, rest: 0 },
-    Keep { attention: 0, mlp: 2, rest: 1 },
+    Keep { lora: 1, ..Keep::NOTHING },
+    Keep::LORA,
+    Keep { attention: 1, ..Keep::NOTHING },
+    Keep { mlp: 2, rest: 1, ..Keep::NOTHING },
     Keep::DEAREST,
     Keep::EVERYTHING,
 ];

@@ -304,7 +304,8 @@ mod tests {
     /// Every kind of schedule of small models.
     fn all_small_inputs() -> Vec<Inputs> {
         let mut all = Vec::new();
-        let keeps = [Keep::NOTHING, Keep::DEAREST, Keep { attention: 0, mlp: 1, rest: 1 }, Keep::EVERYTHING];
+        let keeps =
+            [Keep::NOTHING, Keep::LORA, Keep::DEAREST, Keep { mlp: 1, rest: 1, ..Keep::NOTHING }, Keep::EVERYTHING];
         for (layers, head_pieces, m, num_slots) in
             [(1, 1, 1, 2), (2, 1, 1, 2), (3, 2, 2, 2), (5, 3, 3, 2), (2, 1, 8, 3)]
         {
