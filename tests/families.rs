@@ -292,8 +292,9 @@ fn check_case(what: &str, folder: &Path, case_name: &str, config: &Path, case: &
     let apart: Vec<MicroBatch> =
         golden.rows.iter().enumerate().map(|(i, row)| micro_batch(std::slice::from_ref(row), i)).collect();
     // Whatever is kept for backward and whatever is computed again.
-    let only = |[attention, mlp, rest]: [usize; 3]| Keep { attention, mlp, rest };
-    for keep in [Keep::NOTHING, Keep::DEAREST, Keep::EVERYTHING, only([0, 9, 0]), only([9, 0, 0]), only([0, 0, 9])] {
+    let only = |[attention, mlp, rest]: [usize; 3]| Keep { lora: 0, attention, mlp, rest };
+    let groups = [only([0, 9, 0]), only([9, 0, 0]), only([0, 0, 9])];
+    for keep in [Keep::NOTHING, Keep::LORA, Keep::DEAREST, Keep::EVERYTHING].into_iter().chain(groups) {
         let options = EngineOptions { keep, ..options.clone() };
         check_step(&format!("{what}, {keep:?}"), &options, &apart, case, &grads);
     }

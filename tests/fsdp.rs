@@ -184,10 +184,12 @@ fn the_same_global_batch_on_any_number_of_ranks() {
 }
 
 /// Choices of kept activations: nothing, parts of some layers or of all, everything.
-const KEEPS: [Keep; 5] = [
+const KEEPS: [Keep; 7] = [
     Keep::NOTHING,
-    Keep { attention: 1, mlp: 0, rest: 0 },
-    Keep { attention: 0, mlp: 2, rest: 1 },
+    Keep { lora: 1, ..Keep::NOTHING },
+    Keep::LORA,
+    Keep { attention: 1, ..Keep::NOTHING },
+    Keep { mlp: 2, rest: 1, ..Keep::NOTHING },
     Keep::DEAREST,
     Keep::EVERYTHING,
 ];
@@ -221,6 +223,21 @@ fn movement_and_lifetime_do_not_change_a_bit() {
                     );
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn backward_of_a_single_micro_batch_finds_what_forward_left() {
+    let run = |accumulation, keep| {
+        let mut options = trainer();
+        (options.accumulation, options.keep) = (accumulation, keep);
+        train(&options, 2, GLOBAL_BATCH / 2, 4, 0.1)
+    };
+    let reference = run(Accumulation::Layer, Keep::EVERYTHING);
+    for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
+        for keep in KEEPS {
+            assert!(run(accumulation, keep) == reference, "{accumulation:?}, {keep:?}");
         }
     }
 }

@@ -175,7 +175,9 @@ fn alone(_: Option<usize>) -> Groups {
 fn variants() -> Vec<Options> {
     let mut all = Vec::new();
     let partly = Residency { units: 3, boundary_buffers: 13, ..Residency::ALL };
-    for keep in [Keep::NOTHING, Keep { attention: 2, mlp: 3, rest: 1 }, Keep::DEAREST, Keep::EVERYTHING] {
+    let parts = Keep { lora: 4, attention: 2, mlp: 3, rest: 1 };
+    let some_u = Keep { lora: 2, ..Keep::NOTHING };
+    for keep in [Keep::NOTHING, some_u, Keep::LORA, parts, Keep::DEAREST, Keep::EVERYTHING] {
         for (gather, residency, delay_ms) in [
             (Gather::Collective, Residency::ALL, 0),
             (Gather::Host, Residency::ALL, 0),

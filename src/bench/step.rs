@@ -14,7 +14,7 @@ use crate::data::made_up::input_ids;
 use crate::device::Ops;
 use crate::fsdp::exec::{Base, Engine};
 use crate::fsdp::memory::Residency;
-use crate::fsdp::schedule::Keep;
+use crate::fsdp::schedule::Inputs;
 use crate::fsdp::unit::NumUnits;
 use crate::model::batch::MicroBatch;
 use crate::model::spec::ModelSpec;
@@ -160,8 +160,8 @@ impl Steps<'_> {
         let tokens = (micro_batch * seq * accum * world_size) as f64;
         let seconds = step_ms * 1e-3 * world_size as f64;
         let (limits, num_layers) = (*engine.limits(), config.num_layers());
-        let (model, hardware) = flops_per_token(config, seq, limits.keep);
         let inputs = limits.largest(NumUnits::new(config));
+        let (model, hardware) = flops_per_token(config, seq, &inputs);
         let residency = Residency {
             units: limits.residency.units.min(engine.num_units()),
             boundary_buffers: inputs.num_boundary_buffers,
@@ -206,19 +206,19 @@ fn batch(job: &Job, vocab_size: usize, micro: u64, rank: u64) -> MicroBatch {
 
 /// Returns the (model, hardware) FLOPs of a token: two for each weight forward and two backward (the frozen base has no
 /// gradient), the head likewise; causal attention 2·T·q_width forward and 5·T·q_width backward (its scores are
-/// computed again). The hardware computes once more those parts of
-/// forward that are not kept. LoRA is left out.
-fn flops_per_token(spec: &ModelSpec, seq: usize, keep: Keep) -> (f64, f64) {
+/// computed again). The hardware computes once more those parts of forward that are recomputed. LoRA is left out.
+fn flops_per_token(spec: &ModelSpec, seq: usize, inputs: &Inputs) -> (f64, f64) {
     let at = Circumstances { hidden_size: spec.hidden_size, max_length: seq, has_dropout: false };
     let flops = |cost: Cost| 2.0 * cost.weights + cost.forward_scores + cost.backward_scores;
     let head = (spec.vocab_size * spec.hidden_size) as f64;
     let (mut model, mut again) = (4.0 * head, 0.0);
     for (layer, stages) in spec.layers.iter().enumerate() {
-        model += flops(stages.forward_cost(&at, Saved { attention: true, mlp: true, rest: true }, true));
+        model += flops(stages.forward_cost(&at, Saved::EVERYTHING, true));
         model += flops(stages.backward_cost(&at));
-        let kept = keep.of(layer, spec.num_layers());
-        let computed = Saved { attention: !kept.attention, mlp: !kept.mlp, rest: !kept.rest };
-        again += flops(stages.forward_cost(&at, computed, false));
+        let computed = inputs.keep.of(layer, spec.num_layers()).missing();
+        let num_recomputed = inputs.trained().filter(|&micro| inputs.recomputes(layer, micro)).count();
+        let share = num_recomputed as f64 / inputs.num_micro_batches() as f64;
+        again += share * flops(stages.forward_cost(&at, computed, false));
     }
     (model, model + again)
 }

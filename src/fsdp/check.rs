@@ -46,7 +46,8 @@ struct State<'a> {
     /// Number of layers whose backward is left for each micro-batch: it holds the output gradient of the last of
     /// them.
     backward: Vec<Option<usize>>,
-    recomputed: Vec<Option<usize>>,
+    /// The layer and micro-batch whose values lie in the buffers that are shared by all layers that keep none.
+    shared: Option<(usize, usize)>,
     /// All boundaries, by the layer whose input they are and by live micro-batch.
     boundaries: Vec<Boundary>,
     free_boundary_buffers: usize,
@@ -86,7 +87,7 @@ fn follow<'a>(actions: &[Action], inputs: &'a Inputs) -> Result<State<'a>> {
         forward: vec![None; m],
         pieces: vec![None; m],
         backward: vec![None; m],
-        recomputed: vec![None; m],
+        shared: None,
         boundaries: vec![Boundary::Nowhere; (inputs.units.layers + 1) * inputs.num_live_micro_batches()],
         free_boundary_buffers: inputs.num_boundary_buffers,
         grads: vec![Grad::Free; inputs.num_grad_slots()],
@@ -124,6 +125,7 @@ impl State<'_> {
                 if !self.inputs.micro_batches[micro].gradient {
                     self.free_boundary(layer, micro)?;
                 }
+                self.save(layer, micro);
                 advance(&mut self.forward[micro], Some(layer), layer + 1)
             }
             Action::HeadBegin { micro } => {
@@ -139,7 +141,7 @@ impl State<'_> {
             Action::HeadBackward { micro } => self.head_backward(micro),
             Action::Recompute { layer, micro } => {
                 self.needs(Unit::Layer(layer))?;
-                self.recomputed[micro] = Some(layer);
+                self.save(layer, micro);
                 self.boundary(layer, micro, Boundary::Here, Boundary::Here)
             }
             Action::Put { layer, micro } => self.boundary(layer, micro, Boundary::Here, Boundary::Putting),
@@ -203,6 +205,18 @@ impl State<'_> {
         Ok(())
     }
 
+    /// Returns whether a layer uses the buffers that all layers share which keep none.
+    fn shares(&self, layer: usize) -> bool {
+        !self.inputs.keep.of(layer, self.inputs.units.layers).all()
+    }
+
+    /// A forward pass of a layer, whole or again, leaves values for backward.
+    fn save(&mut self, layer: usize, micro: usize) {
+        if self.shares(layer) {
+            self.shared = Some((layer, micro));
+        }
+    }
+
     fn head_score(&mut self, micro: usize) -> Result<()> {
         let NumUnits { layers, head_pieces } = self.inputs.units;
         ensure!(self.pieces[micro] == Some(head_pieces), "a head piece is missing");
@@ -233,8 +247,12 @@ impl State<'_> {
 
     fn backward(&mut self, layer: usize, micro: usize, grad_slot: usize, first: bool) -> Result<()> {
         self.needs(Unit::Layer(layer))?;
-        if self.inputs.recomputes(layer) {
-            ensure!(self.recomputed[micro].take() == Some(layer), "its activations are not recomputed");
+        if self.shares(layer) {
+            ensure!(
+                self.shared == Some((layer, micro)),
+                "its activations are not recomputed: the shared buffers hold those of (layer, micro-batch) {:?}",
+                self.shared
+            );
         }
         advance(&mut self.backward[micro], Some(layer + 1), layer)?;
         // The gradient takes the place of the layer's input, and the buffer of its output.
@@ -286,7 +304,8 @@ mod tests {
     /// Every kind of schedule of small models.
     fn all_small_inputs() -> Vec<Inputs> {
         let mut all = Vec::new();
-        let keeps = [Keep::NOTHING, Keep::DEAREST, Keep { attention: 0, mlp: 1, rest: 1 }, Keep::EVERYTHING];
+        let keeps =
+            [Keep::NOTHING, Keep::LORA, Keep::DEAREST, Keep { mlp: 1, rest: 1, ..Keep::NOTHING }, Keep::EVERYTHING];
         for (layers, head_pieces, m, num_slots) in
             [(1, 1, 1, 2), (2, 1, 1, 2), (3, 2, 2, 2), (5, 3, 3, 2), (2, 1, 8, 3)]
         {
@@ -358,6 +377,61 @@ mod tests {
                 let removed = fewer.remove(i);
                 assert!(check(&fewer, &inputs).is_err(), "{inputs:?} without action {i}, {removed:?}");
             }
+        }
+    }
+
+    #[test]
+    fn the_last_layer_is_recomputed_unless_its_forward_came_just_before() {
+        for inputs in all_small_inputs().into_iter().filter(|inputs| inputs.mode == Mode::Train) {
+            let last = inputs.units.layers - 1;
+            let actions = build(&inputs);
+            let num_recomputes = |of: usize| {
+                let is_one = |action: &&Action| matches!(action, Action::Recompute { layer, .. } if *layer == of);
+                actions.iter().filter(is_one).count()
+            };
+            for layer in 0..=last {
+                let is_kept = inputs.keep.of(layer, last + 1).all();
+                let only_last = inputs.trained().eq([inputs.num_micro_batches() - 1]);
+                let follows = inputs.accumulation == Accumulation::MicroBatch || only_last;
+                let expected = if is_kept || layer == last && follows { 0 } else { inputs.trained().count() };
+                assert_eq!(num_recomputes(layer), expected, "{inputs:?}, layer {layer}");
+            }
+        }
+    }
+
+    #[test]
+    fn backward_finds_no_values_where_another_forward_has_written() {
+        let of = |num: usize, accumulation| Inputs {
+            units: NumUnits { layers: 2, head_pieces: 1 },
+            mode: Mode::Train,
+            micro_batches: vec![Descriptor::TRAINED; num],
+            accumulation,
+            keep: Keep::NOTHING,
+            num_slots: 2,
+            num_boundary_buffers: 3 * num,
+        };
+        let refuses = |actions: &[Action], inputs: &Inputs, holder: (usize, usize)| {
+            let error = format!("{:#}", check(actions, inputs).unwrap_err());
+            assert!(error.contains(&format!("hold those of (layer, micro-batch) {:?}", Some(holder))), "{error}");
+        };
+        // The other micro-batch's forward came last.
+        let inputs = of(2, Accumulation::Layer);
+        let mut actions = build(&inputs);
+        actions.retain(|action| *action != Action::Recompute { layer: 1, micro: 0 });
+        refuses(&actions, &inputs, (1, 1));
+        // The layer before is computed again while the last layer is on its way.
+        for inputs in [of(1, Accumulation::Layer), of(2, Accumulation::MicroBatch)] {
+            let (mut actions, unit) = (build(&inputs), Unit::Layer(0));
+            check(&actions, &inputs).unwrap();
+            let is_backward = |action: &Action| matches!(action, Action::Backward { layer: 1, micro: 0, .. });
+            let before_wait = actions.iter().position(is_backward).unwrap() - 2;
+            let again = [
+                Action::Wait { unit, slot: 0 },
+                Action::Dequantize { unit, slot: 0 },
+                Action::Recompute { layer: 0, micro: 0 },
+            ];
+            actions.splice(before_wait..before_wait, again);
+            refuses(&actions, &inputs, (0, 0));
         }
     }
 

@@ -10,6 +10,7 @@ use crate::device::{Arena, Buffer, HostBuffer, MemoryPlan, Ops, Place};
 use crate::model::batch::BatchBuffers;
 use crate::model::head::HeadState;
 use crate::model::layer::LayerSaves;
+use crate::model::linear::LoraInputs;
 use crate::model::spec::ModelSpec;
 use crate::model::stage::attention::{AttentionSaves, Inputs, KeyValue, Output, Scores};
 use crate::model::stage::mlp::{MlpSaves, Products, Rest};
@@ -295,6 +296,8 @@ pub struct Activations<D: Ops> {
     output: Kept<Output<D>>,
     products: Kept<Products<D>>,
     rest: Kept<Rest<D>>,
+    attention_u: Kept<LoraInputs<D>>,
+    mlp_u: Kept<LoraInputs<D>>,
 }
 
 /// One group of a stage's saved values.
@@ -327,7 +330,8 @@ impl<T> Kept<T> {
 impl<D: Ops> Activations<D> {
     fn carve(arena: &mut Arena<D>, layers: usize, live: usize, widths: &Widths, limits: &Limits) -> Result<Self> {
         let (tokens, mode) = (limits.max_tokens, limits.mode);
-        let keep = if mode == Mode::Train { limits.keep } else { Keep::NOTHING };
+        let keep = if mode == Mode::Train { limits.keep.clamped(layers) } else { Keep::NOTHING };
+        let Widths { attention_modules, mlp_modules, .. } = widths;
         let name = |part: &str, i: usize| format!("activations/{part}{i}");
         Ok(Activations {
             scores: Kept::new(layers, keep.attention, live, |i| {
@@ -337,6 +341,12 @@ impl<D: Ops> Activations<D> {
             products: Kept::new(layers, keep.mlp, live, |i| Products::carve(arena, &name("mlp", i), widths, tokens))?,
             inputs: Kept::new(layers, keep.rest, live, |i| Inputs::carve(arena, &name("rest", i), widths, tokens))?,
             rest: Kept::new(layers, keep.rest, live, |i| Rest::carve(arena, &name("rest", i), widths, tokens))?,
+            attention_u: Kept::new(layers, keep.lora, live, |i| {
+                LoraInputs::carve(arena, &name("lora", i), attention_modules, tokens)
+            })?,
+            mlp_u: Kept::new(layers, keep.lora, live, |i| {
+                LoraInputs::carve(arena, &name("lora", i), mlp_modules, tokens)
+            })?,
             key_values: match mode {
                 Mode::Generate => Kept::new(layers, layers, live, |i| {
                     KeyValue::carve(arena, &format!("key_values/{i}"), widths, limits.max_context)
@@ -356,8 +366,13 @@ impl<D: Ops> Activations<D> {
                 inputs: self.inputs.of(layer, micro),
                 key_value: self.key_values.of(layer, micro),
                 output: self.output.of(layer, micro),
+                u: self.attention_u.of(layer, micro),
             },
-            mlp: MlpSaves { products: self.products.of(layer, micro), rest: self.rest.of(layer, micro) },
+            mlp: MlpSaves {
+                products: self.products.of(layer, micro),
+                rest: self.rest.of(layer, micro),
+                u: self.mlp_u.of(layer, micro),
+            },
         }
     }
 }

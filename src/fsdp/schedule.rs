@@ -35,9 +35,13 @@ choices! {
 }
 
 /// The groups of saved values ([`Saved`]) that forward keeps for backward, besides boundaries: for each group the
-/// number of layers that keep it, counted from the last layer. The other layers compute it again.
+/// number of layers that keep it, counted from the last layer. The other layers compute it again. A layer that keeps
+/// any group keeps LoRA's u too, so that there are fewer combinations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Keep {
+    /// Absent in lines of benchmarks that are older than the group.
+    #[serde(default)]
+    pub lora: usize,
     pub attention: usize,
     pub mlp: usize,
     pub rest: usize,
@@ -45,21 +49,45 @@ pub struct Keep {
 
 impl Keep {
     /// Keeps no group, so that all layers are recomputed.
-    pub const NOTHING: Keep = Keep { attention: 0, mlp: 0, rest: 0 };
+    pub const NOTHING: Keep = Keep { lora: 0, attention: 0, mlp: 0, rest: 0 };
+    /// Keeps LoRA's u alone, which costs most to compute again for its size.
+    pub const LORA: Keep = Keep { lora: usize::MAX, ..Keep::NOTHING };
     /// Keeps the groups that cost most to compute again.
-    pub const DEAREST: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: 0 };
+    pub const DEAREST: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, ..Keep::LORA };
     /// Keeps every group, so that no layer is recomputed.
-    pub const EVERYTHING: Keep = Keep { attention: usize::MAX, mlp: usize::MAX, rest: usize::MAX };
+    pub const EVERYTHING: Keep = Keep { rest: usize::MAX, ..Keep::DEAREST };
 
-    /// Returns this choice, limited to a model of `layers` layers.
+    /// Returns this choice for a model of `layers` layers.
     pub fn clamped(self, layers: usize) -> Keep {
-        Keep { attention: self.attention.min(layers), mlp: self.mlp.min(layers), rest: self.rest.min(layers) }
+        let lora = self.lora.max(self.attention).max(self.mlp).max(self.rest);
+        let all = Keep { lora: layers, attention: layers, mlp: layers, rest: layers };
+        Keep { lora, ..self }.at_most(all)
+    }
+
+    /// Returns the larger number of each group.
+    pub fn at_least(self, least: Keep) -> Keep {
+        self.with(least, usize::max)
+    }
+
+    /// Returns the smaller number of each group.
+    pub fn at_most(self, most: Keep) -> Keep {
+        self.with(most, usize::min)
+    }
+
+    fn with(self, other: Keep, f: fn(usize, usize) -> usize) -> Keep {
+        Keep {
+            lora: f(self.lora, other.lora),
+            attention: f(self.attention, other.attention),
+            mlp: f(self.mlp, other.mlp),
+            rest: f(self.rest, other.rest),
+        }
     }
 
     /// Returns the groups that layer `layer` of `layers` keeps.
     pub fn of(&self, layer: usize, layers: usize) -> Saved {
         let kept = |num: usize| layers - layer <= num;
-        Saved { attention: kept(self.attention), mlp: kept(self.mlp), rest: kept(self.rest) }
+        let Keep { lora, attention, mlp, rest } = self.clamped(layers);
+        Saved { lora: kept(lora), attention: kept(attention), mlp: kept(mlp), rest: kept(rest) }
     }
 }
 
@@ -272,9 +300,16 @@ impl Inputs {
         }
     }
 
-    /// Returns whether some activations of a layer are computed again.
-    pub fn recomputes(&self, layer: usize) -> bool {
-        !self.keep.of(layer, self.units.layers).all()
+    /// Returns whether some activations of a layer are computed again for a micro-batch. If nothing runs between its
+    /// forward through the last layer and its backward but the head, the values still lie where forward left them.
+    pub fn recomputes(&self, layer: usize, micro: usize) -> bool {
+        let turns_back = match self.accumulation {
+            Accumulation::Layer => self.trained().next() == Some(micro) && micro + 1 == self.num_micro_batches(),
+            Accumulation::MicroBatch => true,
+        };
+        let layers = self.units.layers;
+        let is_there = turns_back && layer + 1 == layers;
+        !is_there && !self.keep.of(layer, layers).all()
     }
 
     fn grad_slot(&self, layer: usize) -> usize {
@@ -355,7 +390,7 @@ fn backward_visit(inputs: &Inputs, trained: &[usize], layer: usize) -> Visit {
         before.push(Action::WaitReduce { layer: reused, grad_slot });
     }
     for &micro in trained {
-        if inputs.recomputes(layer) {
+        if inputs.recomputes(layer, micro) {
             compute.push(Action::Recompute { layer, micro });
         }
         compute.push(Action::Backward { layer, micro, grad_slot, first: Some(micro) == first });
@@ -403,6 +438,29 @@ fn weave(visits: &[Visit], num_slots: usize) -> Vec<Action> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_layer_that_keeps_a_group_keeps_u_too() {
+        let of = |lora, attention, mlp, rest| Keep { lora, attention, mlp, rest };
+        assert_eq!(of(0, 1, 0, 2).clamped(4), of(2, 1, 0, 2));
+        assert_eq!(of(3, 1, 9, 0).clamped(4), of(4, 1, 4, 0));
+        assert_eq!([Keep::NOTHING, Keep::LORA].map(|keep| keep.clamped(4).lora), [0, 4]);
+        for keep in [of(0, 1, 0, 2), of(1, 0, 2, 0), of(3, 1, 2, 0), Keep::LORA, Keep::DEAREST, Keep::EVERYTHING] {
+            for layer in 0..4 {
+                let Saved { lora, attention, mlp, rest } = keep.of(layer, 4);
+                assert!(lora || !(attention || mlp || rest), "{keep:?}, layer {layer}");
+                assert_eq!(lora, 4 - layer <= keep.clamped(4).lora, "{keep:?}, layer {layer}");
+            }
+        }
+        assert!(!Keep::DEAREST.of(3, 4).all() && Keep::EVERYTHING.of(0, 4).all());
+    }
+
+    #[test]
+    fn lines_of_benchmarks_without_u_are_read() {
+        let read = |line: &str| serde_json::from_str::<Keep>(line).unwrap();
+        assert_eq!(read(r#"{"attention": 0, "mlp": 0, "rest": 0}"#), Keep::NOTHING);
+        assert_eq!(read(&serde_json::to_string(&Keep::LORA.clamped(4)).unwrap()), Keep { lora: 4, ..Keep::NOTHING });
+    }
 
     #[test]
     fn the_documented_schedule_is_what_is_built() {

@@ -114,13 +114,10 @@ impl<'a, D: Ops> Linears<'a, D> {
         Ok(Linears(linears))
     }
 
-    /// For each of `outputs`, rows of a module and their y `[T, rows]`: y = output_scale · (x `[T, in]` · Wᵀ + bias +
-    /// scale · u · Bᵀ), with the module's u `[T, r]` = dropout(x) · Aᵀ. Without outputs only u is computed, which is
-    /// all that backward needs of a layer's last module. `dropped` is scratch.
-    pub fn forward<'y, const N: usize>(
+    /// u `[T, r]` = dropout(x `[T, in]`) · Aᵀ of each module. `dropped` is scratch.
+    pub fn down(
         &self,
         ops: &D,
-        outputs: [(&Rows, ViewMut<'y, D, D::Act>); N],
         u: &mut LoraInputs<D>,
         x: View<'_, D, D::Act>,
         mask: Option<DropoutMask<'_, D>>,
@@ -135,10 +132,21 @@ impl<'a, D: Ops> Linears<'a, D> {
             let u = u.first_mut(x.len() / module.in_features * lora.lora_rank);
             modules.push(DownModule { u, a: lora.matrices.a, lora_rank: lora.lora_rank, number: module.number });
         }
-        if !modules.is_empty() {
-            let (modules, scratch) = (&mut modules[..], dropped.view_mut());
-            ops.lora_down(LoraDown { modules, x, mask, scratch })?;
+        if modules.is_empty() {
+            return Ok(());
         }
+        ops.lora_down(LoraDown { modules: &mut modules[..], x, mask, scratch: dropped.view_mut() })
+    }
+
+    /// For each of `outputs`, rows of a module and their y `[T, rows]`: y = output_scale · (x `[T, in]` · Wᵀ + bias +
+    /// scale · u · Bᵀ), with the module's u `[T, r]` of [`Linears::down`].
+    pub fn forward<const N: usize>(
+        &self,
+        ops: &D,
+        outputs: [(&Rows, ViewMut<'_, D, D::Act>); N],
+        u: &LoraInputs<D>,
+        x: View<'_, D, D::Act>,
+    ) -> Result<()> {
         for (rows, y) in outputs {
             self.of(rows)?.forward(ops, &rows.rows, y, x, u)?;
         }
@@ -219,7 +227,7 @@ pub struct Backward<'a, D: Ops> {
     pub d_u: &'a mut Buffer<D, D::Act>,
 }
 
-/// The values that backward needs of each module of a stage: u = dropout(x) · Aᵀ, `[T, r]`.
+/// The values that backward needs of each module of a stage besides its input: u = dropout(x) · Aᵀ, `[T, r]`.
 pub struct LoraInputs<D: Ops>(Vec<(ModuleId, Buffer<D, D::Act>)>);
 
 impl<D: Ops> LoraInputs<D> {

@@ -150,8 +150,8 @@ impl MeasuredRun {
     pub fn name(&self) -> String {
         let MeasuredRun { shape, layers, micro_batch, seq, accum, world_size, gather, keep, residency, .. } = self;
         format!(
-            "{shape} {layers} layers, {world_size} x {accum} x {micro_batch} x {seq}, {gather}, {} units, {} boundaries, keeps {}/{}/{}",
-            residency.units, residency.boundary_buffers, keep.attention, keep.mlp, keep.rest
+            "{shape} {layers} layers, {world_size} x {accum} x {micro_batch} x {seq}, {gather}, {} units, {} boundaries, keeps {}/{}/{}/{}",
+            residency.units, residency.boundary_buffers, keep.lora, keep.attention, keep.mlp, keep.rest
         )
     }
 }

@@ -12,10 +12,9 @@ use crate::model::stage::cost::Circumstances;
 /// head as many for a target token; attention's scores take twice as many backward as forward. Neither LoRA's own
 /// products count nor values that are computed again.
 pub fn training_flops(spec: &ModelSpec, batches: &[MicroBatch]) -> f64 {
-    let everything = Saved { attention: true, mlp: true, rest: true };
     let of_document = |tokens: usize| {
         let at = Circumstances { hidden_size: spec.hidden_size, max_length: tokens, has_dropout: false };
-        let costs = spec.layers.iter().map(|layer| layer.forward_cost(&at, everything, true));
+        let costs = spec.layers.iter().map(|layer| layer.forward_cost(&at, Saved::EVERYTHING, true));
         tokens as f64 * costs.map(|cost| 4.0 * cost.weights + 3.0 * cost.forward_scores).sum::<f64>()
     };
     let of_batch = |batch: &MicroBatch| {

@@ -10,39 +10,13 @@ use crate::model::stage::Widths;
 
 use super::memory::{Cost, text};
 use super::throughput::Workload;
+use super::wishes::{KeepRange, Levers, Wishes, gathers, residencies};
 
 /// The memory that a rank may take, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     pub device: usize,
     pub host: usize,
-}
-
-/// The parts of the decision that the user has fixed; for the others, `None`, the fastest choice is taken.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wishes {
-    pub keep: Option<Keep>,
-    /// Units whose shards are resident.
-    pub units: Option<usize>,
-    pub trainables: Option<bool>,
-    pub offload_boundaries: Option<bool>,
-    /// The only way to gather, or `None` if both are possible.
-    pub gather: Option<Gather>,
-    pub levers: Levers,
-}
-
-/// The keys and options that can make a run fit, under the names that the user's command has for them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Levers {
-    /// The key that chooses between layer- and micro-batch-major accumulation.
-    pub accumulation: Option<&'static str>,
-    /// The key that sets the micro-batches of a step, and the value that makes it one micro-batch.
-    pub micro_batches: Option<(&'static str, usize)>,
-    /// The key that sets the sequences of a micro-batch. `max_length` is the key that sets the tokens of a sequence.
-    pub batch_size: Option<&'static str>,
-    pub max_length: Option<&'static str>,
-    /// Keys that say what is kept where.
-    pub placement: Vec<&'static str>,
 }
 
 /// No choice fits. The text says how much is needed, how much is there, and which keys would help.
@@ -81,10 +55,8 @@ impl Workload<'_> {
                         best = Some((seconds, choice));
                     }
                 }
-                // No choice is faster than one that moves nothing and recomputes nothing.
-                if residency == Residency::ALL
-                    && last.is_some_and(|l| l.keep == Keep::EVERYTHING || wishes.keep.is_some())
-                {
+                // No choice is faster than one that moves nothing and recomputes as little as it may.
+                if residency == Residency::ALL && last.is_some_and(|last| last.keep == wishes.keep.most) {
                     break;
                 }
             }
@@ -133,10 +105,10 @@ impl Workload<'_> {
         Ok(cost.device_bytes() <= budget.device && cost.host_bytes() <= budget.host)
     }
 
-    /// Returns the choice that takes least of the device within the wishes: no activation is kept, and as few units
-    /// are on the device as host memory has room for the others.
+    /// Returns the choice that takes least of the device within the wishes: as few activations are kept as may be, and
+    /// as few units are on the device as host memory has room for the others.
     fn least<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
-        let least = Limits { keep: wishes.keep.unwrap_or(Keep::NOTHING), ..limits };
+        let least = Limits { keep: wishes.keep.least, ..limits };
         if wishes.units.is_some() || limits.residency.units > 0 {
             return least;
         }
@@ -152,34 +124,34 @@ impl Workload<'_> {
         let (mut choice, num_units) = (least, self.sizes.layouts.len());
         let device = self.sizes.cost::<D>(&choice)?.device_bytes();
         let for_activations = device + (budget.device - device) / SHARES * share;
-        if wishes.keep.is_none() {
-            choice = self.most_kept::<D>(choice, Budget { device: for_activations, ..budget });
-        }
+        choice = self.most_kept::<D>(choice, wishes, Budget { device: for_activations, ..budget });
         if wishes.units.is_none() && least.residency.units < num_units {
             let fits = |units: usize| self.fits::<D>(&with_units(choice, units), budget).unwrap_or(false);
             let units = first(choice.residency.units, num_units, |units| !fits(units + 1));
             // If all units are resident they may need no slots, and all may fit where one less would not.
             choice = with_units(choice, if fits(num_units) { num_units } else { units });
         }
-        if wishes.keep.is_none() {
-            choice = self.most_kept::<D>(choice, budget);
-        }
-        Ok(choice)
+        Ok(self.most_kept::<D>(choice, wishes, budget))
     }
 
-    /// Returns the choice that keeps most: the group that is dearest to recompute in as many layers as fit, then the
-    /// next group.
-    fn most_kept<D: Ops>(&self, limits: Limits, budget: Budget) -> Limits {
+    /// Returns the choice that keeps most within the wishes: the group that is dearest to recompute for its size in as
+    /// many layers as fit, then the next group.
+    fn most_kept<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
+        if wishes.keep.is_decided() {
+            return limits;
+        }
+        let KeepRange { least, most } = wishes.keep;
         let layers = self.sizes.spec.num_layers();
         let attention_first = self.attention_is_dearer(&limits);
         let with = |stage: usize| {
             let of = |place: usize| stage.saturating_sub(place * layers).min(layers);
-            let (attention, mlp) = if attention_first { (of(0), of(1)) } else { (of(1), of(0)) };
-            let keep = if stage == 3 * layers { Keep::EVERYTHING } else { Keep { attention, mlp, rest: of(2) } };
+            let (attention, mlp) = if attention_first { (of(1), of(2)) } else { (of(2), of(1)) };
+            let kept = Keep { lora: of(0), attention, mlp, rest: of(3) };
+            let keep = if stage == 4 * layers { most } else { kept.at_least(least).at_most(most) };
             Limits { keep, ..limits }
         };
         let fits = |stage: usize| self.fits::<D>(&with(stage), budget).unwrap_or(false);
-        with(first(0, 3 * layers, |stage| !fits(stage + 1)))
+        with(first(0, 4 * layers, |stage| !fits(stage + 1)))
     }
 
     /// Returns the cost of the choice that lacks least memory; of several such choices, that of the one that takes least
@@ -286,37 +258,6 @@ fn first(from: usize, to: usize, has: impl Fn(usize) -> bool) -> usize {
     low
 }
 
-/// Ways to gather that are possible.
-fn gathers(wishes: &Wishes) -> Vec<Gather> {
-    wishes.gather.map_or(vec![Gather::Collective, Gather::Host], |gather| vec![gather])
-}
-
-/// Returns the choices of what streams: nothing, then shards, then boundaries too, then also the adapter and its
-/// optimizer state.
-fn residencies(wishes: &Wishes) -> Vec<Residency> {
-    let all = Residency::ALL;
-    let streamed = Residency { units: 0, ..all };
-    let offloaded = Residency { boundary_buffers: 0, ..streamed };
-    let minimal = Residency { trainables: false, ..offloaded };
-    let mut residencies: Vec<Residency> = Vec::new();
-    for residency in [all, streamed, offloaded, minimal] {
-        let boundary_buffers = match wishes.offload_boundaries {
-            Some(true) => 0,
-            Some(false) => usize::MAX,
-            None => residency.boundary_buffers,
-        };
-        let residency = Residency {
-            units: wishes.units.unwrap_or(residency.units),
-            trainables: wishes.trainables.unwrap_or(residency.trainables),
-            boundary_buffers,
-        };
-        if residencies.last() != Some(&residency) {
-            residencies.push(residency);
-        }
-    }
-    residencies
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::throughput::Links;
@@ -374,6 +315,27 @@ mod tests {
     }
 
     #[test]
+    fn u_is_kept_first_and_in_as_many_layers_as_there_is_room_for() {
+        with_8b(1, |work| {
+            let wishes = Wishes { keep: KeepRange::AT_MOST_LORA, ..collective() };
+            let cost = |keep| work.sizes.cost::<Gpu>(&Limits { keep, ..limits() }).unwrap().device_bytes();
+            let (without, with) = (cost(Keep::NOTHING), cost(Keep::LORA));
+            let of = |device: usize, wishes: &Wishes| {
+                let (units, trainables, offload_boundaries) = (Some(usize::MAX), Some(true), Some(false));
+                let resident = Wishes { units, trainables, offload_boundaries, ..wishes.clone() };
+                work.decide::<Gpu>(limits(), &resident, Budget { device, host: 40 * GIB }).unwrap()
+            };
+            assert_eq!(of(40 * GIB, &wishes).keep, Keep::LORA, "nothing else where there is room");
+            assert_eq!(of(without, &wishes).keep, Keep::NOTHING, "no u where there is none");
+            let some = of(without + (with - without) / 2, &wishes).keep;
+            assert!((1..32).contains(&some.lora) && Keep { lora: 0, ..some } == Keep::NOTHING, "{some:?}");
+            // The fastest choice begins with u too.
+            assert_eq!(of(without + (with - without) / 2, &collective()).keep, some);
+            assert!(of(with + GIB, &collective()).keep.lora >= 32);
+        });
+    }
+
+    #[test]
     fn where_the_host_is_short_units_stay_on_the_device() {
         with_8b(1, |work| {
             let of = |host: usize| work.decide::<Gpu>(limits(), &collective(), Budget { device: 7 * GIB, host });
@@ -384,7 +346,8 @@ mod tests {
 
     #[test]
     fn what_is_wished_is_done() {
-        let wishes = Wishes { keep: Some(Keep::DEAREST), units: Some(7), trainables: Some(false), ..collective() };
+        let wishes =
+            Wishes { keep: KeepRange::only(Keep::DEAREST), units: Some(7), trainables: Some(false), ..collective() };
         let budget = Budget { device: 40 * GIB, host: 40 * GIB };
         let choice = with_8b(1, |work| work.decide::<Gpu>(limits(), &wishes, budget).unwrap());
         assert_eq!((choice.keep, choice.residency.units, choice.residency.trainables), (Keep::DEAREST, 7, false));
@@ -433,7 +396,7 @@ mod tests {
     fn a_refusal_names_what_the_command_reads_alone() {
         with_8b(1, |work| {
             let levers = Levers { max_length: Some("--max-length"), ..Levers::default() };
-            let wishes = Wishes { levers, keep: Some(Keep::NOTHING), ..collective() };
+            let wishes = Wishes { levers, keep: KeepRange::only(Keep::NOTHING), ..collective() };
             let limits = Limits { max_length: 1 << 20, ..Limits::new(Mode::Score, 1 << 20, 4) };
             let budget = Budget { device: 3 * GIB, host: usize::MAX };
             let error = work.decide::<Gpu>(limits, &wishes, budget).unwrap_err().to_string();

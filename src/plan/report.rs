@@ -113,11 +113,11 @@ impl Display for Report {
         )?;
         cost.host.by_owner().into_iter().try_for_each(|(name, bytes)| owner(f, &name, bytes))?;
         let (resident, gather) = (self.resident_units(), limits.gather.word());
-        let Keep { attention, mlp, rest } = limits.keep.clamped(*num_layers);
+        let Keep { lora, attention, mlp, rest } = limits.keep.clamped(*num_layers);
         writeln!(f, "\n{resident} of {num_units} units are resident; gathers by {gather}")?;
         writeln!(
             f,
-            "of {num_layers} layers, attention is kept in {attention}, large projections in {mlp}, the rest in {rest}"
+            "of {num_layers} layers, LoRA's u is kept in {lora}, attention in {attention}, large projections in {mlp}, the rest in {rest}"
         )?;
         writeln!(
             f,

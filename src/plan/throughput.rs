@@ -122,16 +122,14 @@ impl Workload<'_> {
         let (hw, reached, tokens) = (self.hardware, self.hardware.reached, limits.max_tokens as f64);
         let (spec, at, h) = (self.sizes.spec, self.circumstances(limits), self.hidden());
         let moved = |elements: f64| Cost { elements, ..Cost::default() };
-        let everything = Saved { attention: true, mlp: true, rest: true };
         match *action {
             Action::Dequantize { unit, .. } => self.dequantize_seconds(unit),
             Action::Embed { .. } => tokens * h * ACT / hw.host_bytes_per_s,
             Action::Forward { layer, .. } => {
-                self.seconds(spec.layers[layer].forward_cost(&at, everything, true), limits)
+                self.seconds(spec.layers[layer].forward_cost(&at, Saved::EVERYTHING, true), limits)
             }
             Action::Recompute { layer, .. } => {
-                let kept = limits.keep.of(layer, spec.num_layers());
-                let computed = Saved { attention: !kept.attention, mlp: !kept.mlp, rest: !kept.rest };
+                let computed = limits.keep.of(layer, spec.num_layers()).missing();
                 self.seconds(spec.layers[layer].forward_cost(&at, computed, false), limits)
             }
             Action::Backward { layer, .. } => self.seconds(spec.layers[layer].backward_cost(&at), limits),
@@ -342,8 +340,9 @@ pub(super) mod tests {
     fn what_is_kept_is_not_paid_for_twice() {
         with_workload(("llama-3.1-8b", None), 1, ("h100", 300e9), |workload| {
             let seconds = |keep| workload.predict(&Limits { keep, ..Limits::new(Mode::Train, 2048, 1) }).seconds;
-            let some = Keep { attention: 16, mlp: 16, rest: 0 };
-            let all = [Keep::NOTHING, some, Keep::DEAREST, Keep::EVERYTHING].map(seconds);
+            let some = Keep { lora: 16, ..Keep::NOTHING };
+            let more = Keep { attention: 16, mlp: 16, ..Keep::LORA };
+            let all = [Keep::NOTHING, some, Keep::LORA, more, Keep::DEAREST, Keep::EVERYTHING].map(seconds);
             assert!(all.is_sorted_by(|a, b| a > b), "{all:?}");
         });
     }

@@ -40,9 +40,9 @@ choices! {
     ActivationCheckpointing {
         /// Keep as much as fits.
         Auto = "auto",
-        /// Recompute all.
+        /// Recompute all but LoRA's u, which is kept in as many layers as there is room for.
         Full = "full",
-        /// Keep the activations that cost most to recompute.
+        /// Keep the activations that cost most to recompute, LoRA's u among them.
         Selective = "selective",
         /// Keep everything.
         None = "none",

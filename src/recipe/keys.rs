@@ -267,8 +267,8 @@ keys! {
         "layer: a pass gathers each layer once, for all micro-batches; micro_batch: each micro-batch gathers all layers";
     ACTIVATION_CHECKPOINTING: ActivationCheckpointing = "fsdp.activation_checkpointing", "auto", STEPS, choice,
         ActivationCheckpointing::ALLOWED,
-        "what backward computes again; full: every layer; selective: all but what costs most; none: nothing is; auto: as \
-         little as memory allows";
+        "what backward computes again; full: all but LoRA's u, which is kept as far as memory allows; selective: all but \
+         what costs most; none: nothing is; auto: as little as memory allows";
     OFFLOAD_PARAMS: Option<bool> = "fsdp.offload_params", "auto", ENGINES, auto_or_bool,
         &["auto", "true", "false"],
         "true: shards, adapter and its optimizer state wait in host memory; false: on the device; auto: there as far as \

@@ -10,11 +10,11 @@ use crate::device::Device;
 use crate::device::cpu::Cpu;
 use crate::device::cuda::{CONTEXT_BYTES, Cuda, HalfType, LIBRARY_BYTES};
 use crate::fsdp::memory::Limits;
-use crate::fsdp::schedule::Keep;
-use crate::plan::decide::{Budget, Wishes};
+use crate::plan::decide::Budget;
 use crate::plan::hardware::Hardware;
 use crate::plan::memory::Sizes;
 use crate::plan::throughput::{Links, Workload};
+use crate::plan::wishes::{KeepRange, Wishes};
 use crate::recipe::Job;
 
 use super::options::{possible_gather, wishes};
@@ -44,9 +44,9 @@ impl Undecided<'_> {
         let shares = all_gather_u64(comm, self.host_budget(start) as u64)?;
         let share = shares.into_iter().min().map_or(0, |share| share as usize);
         let budget = Budget { device: job.fsdp.vram_budget.unwrap_or(share), host: share };
-        let keeps = Limits { keep: Keep::EVERYTHING, ..limits };
-        if wishes.keep.is_none() && sizes.cost::<Cpu>(&keeps)?.device_bytes() > budget.device / 4 {
-            wishes.keep = Some(Keep::NOTHING);
+        let keeps = Limits { keep: wishes.keep.most, ..limits };
+        if wishes.keep == KeepRange::ANY && sizes.cost::<Cpu>(&keeps)?.device_bytes() > budget.device / 4 {
+            wishes.keep = KeepRange::AT_MOST_LORA;
         }
         let links = Links::new(&hardware, true, true, NETWORK_BYTES_PER_S);
         Workload { sizes, hardware: &hardware, links }.decide::<Cpu>(limits, &wishes, budget)

@@ -7,7 +7,7 @@ use crate::comm::Gather;
 use crate::data::DataOptions;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Keep, Mode};
-use crate::plan::decide::{Levers, Wishes};
+use crate::plan::wishes::{KeepRange, Levers, Wishes};
 use crate::recipe::{ActivationCheckpointing, BatchSize, Command, FsdpJob, Job, ShardingStrategy};
 
 /// Returns how many of `world_size` ranks hold a base together. `node_size` is the number of ranks of each node, or
@@ -62,10 +62,10 @@ pub fn wishes(job: &Job, world_size: usize) -> Wishes {
     let levers = levers(job, world_size);
     let job = &job.fsdp;
     let keep = match job.activation_checkpointing {
-        ActivationCheckpointing::Auto => None,
-        ActivationCheckpointing::Full => Some(Keep::NOTHING),
-        ActivationCheckpointing::Selective => Some(Keep::DEAREST),
-        ActivationCheckpointing::None => Some(Keep::EVERYTHING),
+        ActivationCheckpointing::Auto => KeepRange::ANY,
+        ActivationCheckpointing::Full => KeepRange::AT_MOST_LORA,
+        ActivationCheckpointing::Selective => KeepRange::only(Keep::DEAREST),
+        ActivationCheckpointing::None => KeepRange::only(Keep::EVERYTHING),
     };
     let units = job.resident_units.or(job.offload_params.map(|offload| if offload { 0 } else { usize::MAX }));
     let trainables = job.offload_params.map(|offload| !offload);

@@ -8,12 +8,13 @@ use crate::device::cuda::Cuda;
 use crate::fsdp::layout::UnitLayout;
 use crate::model::spec::ModelSpec;
 use crate::model::trainable::{LayerTrainables, LoraConfig, Trainables};
-use crate::plan::decide::{Budget, Wishes};
+use crate::plan::decide::Budget;
 use crate::plan::hardware::Hardware;
 use crate::plan::limits;
 use crate::plan::memory::Sizes;
 use crate::plan::report::Report;
 use crate::plan::throughput::{Links, Workload};
+use crate::plan::wishes::Wishes;
 use crate::recipe::{ComputeDtype, Job};
 
 use super::adapter::planned_settings;

@@ -117,6 +117,8 @@ pub struct AttentionSaves<'a, D: Ops> {
     pub inputs: &'a mut Inputs<D>,
     pub key_value: &'a mut KeyValue<D>,
     pub output: &'a mut Output<D>,
+    /// Group [`Saved::lora`].
+    pub u: &'a mut LoraInputs<D>,
 }
 
 /// Group [`Saved::attention`].
@@ -139,7 +141,6 @@ pub struct Inputs<D: Ops> {
     k_before: Buffer<D, D::Act>,
     q_rstd: Buffer<D, f32>,
     k_rstd: Buffer<D, f32>,
-    u: LoraInputs<D>,
 }
 
 /// Group [`Saved::rest`] too, in buffers of its own because generation keeps it: rotated keys, and values, `[T, kv]`,
@@ -154,7 +155,6 @@ pub struct Output<D: Ops> {
     /// The output before its norm `[T, hidden]`, where there is one, and its 1/rms `[T]`.
     before: Buffer<D, D::Act>,
     rstd: Buffer<D, f32>,
-    u: LoraInputs<D>,
 }
 
 impl<D: Ops> Scores<D> {
@@ -175,7 +175,6 @@ impl<D: Ops> Inputs<D> {
             k_before: arena.carve(&f("k_before"), tokens * widths.normed_kv)?,
             q_rstd: arena.carve(&f("q_rstd"), tokens * widths.q_rstd)?,
             k_rstd: arena.carve(&f("k_rstd"), tokens * widths.k_rstd)?,
-            u: LoraInputs::carve(arena, name, &widths.attention_inputs, tokens)?,
         })
     }
 }
@@ -192,7 +191,6 @@ impl<D: Ops> Output<D> {
         Ok(Self {
             before: arena.carve(&format!("{name}/o_before"), tokens * widths.attention_output)?,
             rstd: arena.carve(&format!("{name}/o_rstd"), if widths.attention_output > 0 { tokens } else { 0 })?,
-            u: LoraInputs::carve(arena, name, &widths.attention_outputs, tokens)?,
         })
     }
 }
@@ -211,9 +209,9 @@ pub fn forward<D: Ops>(
     let (ops, t) = (ctx.ops, ctx.tokens());
     let (q_len, hidden) = (t * stage.q_width(), t * ctx.spec.hidden_size);
     if !saved.rest {
-        project(ctx, stage, saves, x, scratch)?;
+        project(ctx, stage, saves, saved, x, scratch)?;
     }
-    let AttentionSaves { scores, inputs, key_value, output } = saves;
+    let AttentionSaves { scores, inputs, key_value, output, u } = saves;
     if !saved.attention {
         let all = (ctx.batch.documents.num_past_tokens() + t) * stage.kv_width();
         ops.attention_forward(AttentionForward {
@@ -231,8 +229,11 @@ pub fn forward<D: Ops>(
     // 5. Output projection, and its norm.
     let (o, rows) = stage.output(ctx)?;
     let y = if stage.output_norm.is_some() { &mut output.before } else { &mut *branch };
-    let (outputs, x) = ([(&rows, y.first_mut(hidden))], scores.out.first(q_len));
-    o.forward(ops, outputs, &mut output.u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
+    let x = scores.out.first(q_len);
+    if !saved.lora {
+        o.down(ops, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
+    }
+    o.forward(ops, [(&rows, y.first_mut(hidden))], u, x)?;
     let Some(norm) = &stage.output_norm else { return Ok(()) };
     let x = Normed::Plain(output.before.first(hidden));
     ctx.norm_forward(norm, branch.first_mut(hidden), output.rstd.first_mut(t), x)
@@ -243,6 +244,7 @@ fn project<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Attention,
     saves: &mut AttentionSaves<'_, D>,
+    saved: Saved,
     x: View<'_, D, D::Act>,
     scratch: &mut Scratch<D>,
 ) -> Result<()> {
@@ -251,7 +253,7 @@ fn project<D: Ops>(
     let past = ctx.batch.documents.num_past_tokens() * stage.kv_width();
     // New keys and values go behind the past ones.
     let new = past..past + kv_len;
-    let Inputs { normed, rstd, q, q_before, k_before, q_rstd, k_rstd, u } = &mut *saves.inputs;
+    let Inputs { normed, rstd, q, q_before, k_before, q_rstd, k_rstd } = &mut *saves.inputs;
     let KeyValue { k, v } = &mut *saves.key_value;
     // 1. Norm.
     let x = match &stage.norm {
@@ -270,7 +272,10 @@ fn project<D: Ops>(
     let v_out = v.view_mut().into_range(new.clone());
     let outputs = [(&stage.q, q_out), (&stage.k, k_out), (&stage.v, v_out)];
     let linears = Linears::new(ctx, stage.inputs())?;
-    linears.forward(ops, outputs, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
+    if !saved.lora {
+        linears.down(ops, saves.u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
+    }
+    linears.forward(ops, outputs, saves.u, x)?;
     // 3. Norms of queries and keys.
     if let Some(norm) = &stage.q_norm {
         let rstd = q_rstd.first_mut(q_len / norm.width);
@@ -299,7 +304,7 @@ pub fn backward<D: Ops>(
     let (ops, t) = (ctx.ops, ctx.tokens());
     let (hidden, q_len) = (t * ctx.spec.hidden_size, t * stage.q_width());
     let Scratch { dropped, d_u, d_norm, d_attention, .. } = scratch;
-    let AttentionSaves { scores, output, .. } = saves;
+    let AttentionSaves { scores, output, u, .. } = saves;
     // 5. The output's norm, and its projection.
     let d_y = match &stage.output_norm {
         None => d.first(hidden),
@@ -311,7 +316,7 @@ pub fn backward<D: Ops>(
         }
     };
     let ((o, rows), d_x, mask) = (stage.output(ctx)?, d_attention.first_mut(q_len), ctx.dropout_mask());
-    let (x_o, grads_o, u) = (Input::Plain(scores.out.first(q_len)), &mut *grads, &output.u);
+    let (x_o, grads_o) = (Input::Plain(scores.out.first(q_len)), &mut *grads);
     let args = Backward { d_x, accumulate: false, grads: grads_o, x: x_o, mask, u, dropped, d_u };
     o.backward(ops, [(&rows, d_y)], args)?;
     scores_backward(ctx, stage, saves, scratch)?;
@@ -385,7 +390,7 @@ fn project_backward<D: Ops>(
         true => (d_norm.first_mut(hidden), inputs.normed.first(hidden)),
         false => (d.first_mut(hidden), x),
     };
-    let (accumulate, mask, u) = (!normed, ctx.dropout_mask(), &inputs.u);
+    let (accumulate, mask, u) = (!normed, ctx.dropout_mask(), &*saves.u);
     let args = Backward { d_x, accumulate, grads, x: Input::Plain(x_in), mask, u, dropped, d_u };
     Linears::new(ctx, stage.inputs())?.backward(ops, d_outputs, args)?;
     // 1. Norm.

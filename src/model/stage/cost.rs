@@ -8,10 +8,12 @@ use super::attention::Attention;
 use super::mlp::Mlp;
 use crate::model::spec::{LayerSpec, Module};
 
-/// The work of linear modules with LoRA that share an input, besides their products with the base: kernels, and passes
-/// over their input and their outputs. Those over the input are times of kernels on an H100 (`benches/results.md`) over
-/// that of a copy.
+/// The work of linear modules with LoRA that share an input: products with the base, and besides them kernels, and
+/// passes over their input and their outputs. Those over the input are times of kernels on an H100
+/// (`benches/results.md`) over that of a copy.
 struct Passes {
+    /// Products with each weight of the base.
+    products: f64,
     /// Kernels for all modules together, and for each.
     launches: [f64; 2],
     /// Passes over the input for all modules together, and for each.
@@ -21,12 +23,16 @@ struct Passes {
     dropout: f64,
 }
 
-/// u = dropout(x) · Aᵀ of all modules reads the input; u · Bᵀ writes an output, and the base's product reads it again.
-const FORWARD: Passes = Passes { launches: [1.0, 2.0], input: [0.35, 0.65], output: 2.0, dropout: 0.45 };
+/// u = dropout(x) · Aᵀ of all modules reads the input.
+const DOWN: Passes = Passes { products: 0.0, launches: [1.0, 0.0], input: [0.35, 0.65], output: 0.0, dropout: 0.45 };
+
+/// u · Bᵀ writes an output, and the base's product reads it again.
+const FORWARD: Passes = Passes { products: 1.0, launches: [0.0, 2.0], input: [0.0; 2], output: 2.0, dropout: 0.0 };
 
 /// d_u and the gradient of B read d_y once and add sums; the gradient of A and d_u · A of all modules read the input
 /// and write d_x.
-const BACKWARD: Passes = Passes { launches: [2.0, 3.0], input: [1.15, 0.85], output: 1.3, dropout: 0.45 };
+const BACKWARD: Passes =
+    Passes { products: 1.0, launches: [2.0, 3.0], input: [1.15, 0.85], output: 1.3, dropout: 0.45 };
 
 /// The cost of a computation, for each token.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -70,7 +76,7 @@ impl Circumstances {
             let (input, output) = (module.in_features as f64, module.out_features as f64);
             let shared = |[all, each]: [f64; 2]| if i == 0 { all + each } else { each };
             cost += Cost {
-                weights: input * output,
+                weights: passes.products * input * output,
                 elements: (shared(passes.input) + dropout) * input + passes.output * output,
                 launches: shared(passes.launches),
                 ..Cost::default()
@@ -89,6 +95,10 @@ impl Attention {
     fn forward_cost(&self, at: &Circumstances, computed: Saved) -> Cost {
         let (h, q, kv) = (at.hidden_size, self.q_width(), self.kv_width());
         let mut cost = Cost::default();
+        if computed.lora {
+            cost += at.linears(self.inputs(), &DOWN);
+            cost += at.linears(self.outputs(), &DOWN);
+        }
         if computed.rest {
             // The norm, and the rotation of queries and keys.
             cost += kernels(2 * h + 2 * q + 2 * kv, 3);
@@ -123,10 +133,14 @@ impl Attention {
 }
 
 impl Mlp {
-    /// Without `output` the last module is left out.
+    /// Without `output` the last module's product is left out.
     fn forward_cost(&self, at: &Circumstances, computed: Saved, output: bool) -> Cost {
         let (h, i) = (at.hidden_size, self.intermediate_size);
         let mut cost = Cost::default();
+        if computed.lora {
+            cost += at.linears(self.inputs(), &DOWN);
+            cost += at.linears(self.outputs(), &DOWN);
+        }
         if computed.rest {
             // The norm, and the activation.
             cost += kernels(2 * h + 3 * i, 2);

@@ -50,6 +50,8 @@ impl Mlp {
 pub struct MlpSaves<'a, D: Ops> {
     pub products: &'a mut Products<D>,
     pub rest: &'a mut Rest<D>,
+    /// Group [`Saved::lora`].
+    pub u: &'a mut LoraInputs<D>,
 }
 
 /// Group [`Saved::mlp`].
@@ -60,7 +62,6 @@ pub struct Products<D: Ops> {
     /// `[T, intermediate]`
     gate: Buffer<D, D::Act>,
     up: Buffer<D, D::Act>,
-    u: LoraInputs<D>,
     /// The output before its norm `[T, hidden]`, where there is one, and its 1/rms `[T]`.
     before: Buffer<D, D::Act>,
     output_rstd: Buffer<D, f32>,
@@ -82,7 +83,6 @@ impl<D: Ops> Products<D> {
             input: arena.carve(&f("h"), tokens * widths.hidden)?,
             gate: arena.carve(&f("gate"), tokens * widths.intermediate)?,
             up: arena.carve(&f("up"), tokens * widths.intermediate)?,
-            u: LoraInputs::carve(arena, name, &widths.mlp_modules, tokens)?,
             before: arena.carve(&f("down_before"), tokens * widths.mlp_output)?,
             output_rstd: arena.carve(&f("down_rstd"), if widths.mlp_output > 0 { tokens } else { 0 })?,
         })
@@ -113,8 +113,8 @@ pub fn forward<D: Ops>(
 ) -> Result<()> {
     let (ops, t) = (ctx.ops, ctx.tokens());
     let (hidden, inner) = (t * ctx.spec.hidden_size, t * stage.intermediate_size);
-    let MlpSaves { products, rest } = saves;
-    let Products { input, gate, up, u, before, output_rstd } = &mut **products;
+    let MlpSaves { products, rest, u } = saves;
+    let Products { input, gate, up, before, output_rstd } = &mut **products;
     // 1. Norm.
     match &stage.norm {
         Some(norm) if !saved.mlp || !saved.rest => {
@@ -132,7 +132,10 @@ pub fn forward<D: Ops>(
         let x = if stage.norm.is_some() { rest.normed.first(hidden) } else { input.first(hidden) };
         let outputs = [(&stage.gate, gate.first_mut(inner)), (&stage.up, up.first_mut(inner))];
         let linears = Linears::new(ctx, stage.inputs())?;
-        linears.forward(ops, outputs, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
+        if !saved.lora {
+            linears.down(ops, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
+        }
+        linears.forward(ops, outputs, u, x)?;
     }
     // 3. Activation.
     if !saved.rest {
@@ -143,19 +146,19 @@ pub fn forward<D: Ops>(
     if out.is_none() && saved.mlp {
         return Ok(());
     }
-    let ((down, rows), act, mask) = (stage.output(ctx)?, rest.act.first(inner), ctx.dropout_mask());
-    let mut project = |y: Option<ViewMut<'_, D, D::Act>>| match y {
-        None => down.forward(ops, [], u, act, mask, &mut scratch.dropped),
-        Some(y) => down.forward(ops, [(&rows, y)], u, act, mask, &mut scratch.dropped),
-    };
+    let ((last, rows), act) = (stage.output(ctx)?, rest.act.first(inner));
+    if !saved.lora {
+        last.down(ops, u, act, ctx.dropout_mask(), &mut scratch.dropped)?;
+    }
+    let project = |y: ViewMut<'_, D, D::Act>| last.forward(ops, [(&rows, y)], u, act);
     match (&stage.output_norm, out) {
-        (None, None) => project(None),
+        (None, None) => Ok(()),
         (None, Some(out)) => {
-            project(Some(out.first_mut(hidden)))?;
+            project(out.first_mut(hidden))?;
             ops.add(out.first_mut(hidden), input.first(hidden))
         }
         (Some(norm), out) => {
-            project(Some(before.first_mut(hidden)))?;
+            project(before.first_mut(hidden))?;
             let (x, rstd) = (Normed::Plain(before.first(hidden)), output_rstd.first_mut(t));
             match out {
                 // Backward needs rstd; the normed output is of no use.
@@ -182,7 +185,7 @@ pub fn backward<D: Ops>(
     let (ops, t) = (ctx.ops, ctx.tokens());
     let (hidden, inner) = (t * ctx.spec.hidden_size, t * stage.intermediate_size);
     let Scratch { dropped, d_u, d_norm, d_act, d_gate, d_up, .. } = scratch;
-    let MlpSaves { products: Products { input, gate, up, u, before, output_rstd }, rest } = saves;
+    let MlpSaves { products: Products { input, gate, up, before, output_rstd }, rest, u } = saves;
     // 4. The output's norm, and the down projection.
     let d_y = match &stage.output_norm {
         None => d.first(hidden),

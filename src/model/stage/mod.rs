@@ -20,10 +20,12 @@ use super::spec::{LayerSpec, ModelSpec, Module, ModuleId, Norm, TensorId};
 use super::trainable::{LayerTrainables, LoraConfig, Trainables};
 use super::weights::LayerWeights;
 
-/// Tells for each group of saved values whether it is valid. Backward needs all three. A layer keeps a group, or
-/// computes it again.
+/// Tells for each group of saved values whether it is valid. Backward needs all four. A layer keeps a group, or
+/// computes it again. A layer that keeps any other group keeps `lora` too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Saved {
+    /// LoRA's u = dropout(x) · Aᵀ of all modules. It costs most to compute again for its size.
+    pub lora: bool,
     /// Attention's output and log-sum-exp.
     pub attention: bool,
     /// Outputs of the large products after attention.
@@ -34,10 +36,17 @@ pub struct Saved {
 }
 
 impl Saved {
-    pub const NOTHING: Saved = Saved { attention: false, mlp: false, rest: false };
+    pub const NOTHING: Saved = Saved { lora: false, attention: false, mlp: false, rest: false };
+    pub const EVERYTHING: Saved = Saved { lora: true, attention: true, mlp: true, rest: true };
 
+    /// Returns whether backward needs no recompute.
     pub fn all(self) -> bool {
-        self.attention && self.mlp && self.rest
+        self == Saved::EVERYTHING
+    }
+
+    /// Returns the groups that a recompute makes valid.
+    pub fn missing(self) -> Saved {
+        Saved { lora: !self.lora, attention: !self.attention, mlp: !self.mlp, rest: !self.rest }
     }
 }
 
@@ -110,8 +119,7 @@ pub struct Widths {
     pub attention_output: usize,
     pub mlp_output: usize,
     /// The modules that read attention's input, that which reads its output, and those of the MLP, each with its rank.
-    pub attention_inputs: Vec<(ModuleId, usize)>,
-    pub attention_outputs: Vec<(ModuleId, usize)>,
+    pub attention_modules: Vec<(ModuleId, usize)>,
     pub mlp_modules: Vec<(ModuleId, usize)>,
     /// Values that a token has in d_u for the modules that read one input.
     pub d_u: usize,
@@ -126,14 +134,14 @@ impl Widths {
             trainables.and_then(|trainables| trainables.layers[layer].module(id)).map_or(0, |module| module.lora_rank)
         };
         let ranks = |modules: fn(&LayerSpec) -> &[Module]| {
-            let mut ranks = BTreeMap::new();
+            let mut ranks: BTreeMap<ModuleId, usize> = BTreeMap::new();
             for (i, layer) in spec.layers.iter().enumerate() {
                 for module in modules(layer) {
-                    let largest: &mut usize = ranks.entry(module.id).or_default();
+                    let largest = ranks.entry(module.id).or_default();
                     *largest = rank(i, module.id).max(*largest);
                 }
             }
-            ranks
+            ranks.into_iter().collect()
         };
         let d_u = |i: usize, modules: &mut dyn Iterator<Item = &Module>| {
             modules.map(|module| d_u_width(rank(i, module.id))).sum::<usize>()
@@ -142,8 +150,6 @@ impl Widths {
             let (a, b) = (d_u(i, &mut attention.inputs()), d_u(i, &mut attention.outputs()));
             [a, b, d_u(i, &mut mlp.inputs()), d_u(i, &mut mlp.outputs())]
         });
-        let (outputs, inputs) =
-            ranks(|layer| &layer.attention.modules).into_iter().partition(|(id, _)| *id == ModuleId::O);
         Widths {
             hidden,
             q: spec.widest(|layer| layer.attention.q_width()),
@@ -156,9 +162,8 @@ impl Widths {
             intermediate: spec.widest(|layer| layer.mlp.intermediate_size),
             attention_output: spec.widest(|layer| normed(&layer.attention.output_norm, hidden)),
             mlp_output: spec.widest(|layer| normed(&layer.mlp.output_norm, hidden)),
-            attention_inputs: inputs,
-            attention_outputs: outputs,
-            mlp_modules: ranks(|layer| &layer.mlp.modules).into_iter().collect(),
+            attention_modules: ranks(|layer| &layer.attention.modules),
+            mlp_modules: ranks(|layer| &layer.mlp.modules),
             d_u: d_u.max().unwrap_or(0),
         }
     }
