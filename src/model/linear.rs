@@ -76,13 +76,14 @@ impl<'a, D: Ops> Linear<'a, D> {
         self.weight.range(rows.start * self.module.in_features..rows.end * self.module.in_features)
     }
 
-    /// y `[T, rows]` = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ) for some rows of the module, with u
-    /// `[T, r]`.
+    /// y `[T, rows]` = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ), finished, for some rows of the module,
+    /// with u `[T, r]`.
     fn forward(
         &self,
         ops: &D,
         rows: &Range<usize>,
         mut y: ViewMut<'_, D, D::Act>,
+        finish: Finish<'_, D>,
         x: View<'_, D, D::Act>,
         u: &LoraInputs<D>,
     ) -> Result<()> {
@@ -91,11 +92,13 @@ impl<'a, D: Ops> Linear<'a, D> {
         let bias = self.bias.map(|bias| bias.range(rows.clone()));
         let Some(Lora { lora_rank, scale, matrices, .. }) = &self.lora else {
             product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
-            return bias.map_or(Ok(()), |bias| ops.add_bias(y, bias, output_scale));
+            if let Some(bias) = bias {
+                ops.add_bias(y.range_mut(0..m * n), bias, output_scale)?;
+            }
+            return finish.run(ops, y);
         };
         let (lora_rank, scale) = (*lora_rank, *scale);
         let (u, b) = (u.get(id)?.first(m * lora_rank), matrices.b.range(rows.start * lora_rank..rows.end * lora_rank));
-        let finish = Finish::Nothing;
         ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale, finish })
     }
 }
@@ -138,17 +141,17 @@ impl<'a, D: Ops> Linears<'a, D> {
         ops.lora_down(LoraDown { modules: &mut modules[..], x, mask, scratch: dropped.view_mut() })
     }
 
-    /// For each of `outputs`, rows of a module and their y `[T, rows]`: y = output_scale · (x `[T, in]` · Wᵀ + bias +
-    /// scale · u · Bᵀ), with the module's u `[T, r]` of [`Linears::down`].
+    /// For each of `outputs`, rows of a module, their y `[T, rows]` and its finish: y = output_scale · (x `[T, in]` · Wᵀ +
+    /// bias + scale · u · Bᵀ), finished, with the module's u `[T, r]` of [`Linears::down`].
     pub fn forward<const N: usize>(
         &self,
         ops: &D,
-        outputs: [(&Rows, ViewMut<'_, D, D::Act>); N],
+        outputs: [(&Rows, ViewMut<'_, D, D::Act>, Finish<'_, D>); N],
         u: &LoraInputs<D>,
         x: View<'_, D, D::Act>,
     ) -> Result<()> {
-        for (rows, y) in outputs {
-            self.of(rows)?.forward(ops, &rows.rows, y, x, u)?;
+        for (rows, y, finish) in outputs {
+            self.of(rows)?.forward(ops, &rows.rows, y, finish, x, u)?;
         }
         Ok(())
     }

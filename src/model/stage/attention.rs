@@ -4,8 +4,8 @@
 use anyhow::Result;
 
 use crate::device::{
-    Arena, AttentionBackward, AttentionForward, AttentionShape, Buffer, Input, Normed, Ops, Rope, Rotation, View,
-    ViewMut,
+    Arena, AttentionBackward, AttentionForward, AttentionShape, Buffer, Finish, Input, Normed, Ops, Rope, Rotation,
+    View,
 };
 use crate::model::linear::{Backward, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
@@ -87,27 +87,24 @@ impl Attention {
         }
     }
 
-    /// Rotates queries to their positions. The inverse takes gradients back through the rotation.
-    fn rotate_q<D: Ops>(&self, ctx: &StageContext<'_, D>, x: ViewMut<'_, D, D::Act>, inverse: bool) -> Result<()> {
-        self.rotate(ctx, self.q_rope.or(self.rope), x, self.num_heads, inverse)
+    /// The rotation of queries to their positions, where there is one.
+    fn q_rotation<'a, D: Ops>(&self, ctx: &StageContext<'a, D>) -> Option<Rotation<'a, D>> {
+        self.rotation(ctx, self.q_rope.or(self.rope)?, self.num_heads)
     }
 
-    /// Rotates keys to their positions, or takes gradients back.
-    fn rotate_k<D: Ops>(&self, ctx: &StageContext<'_, D>, x: ViewMut<'_, D, D::Act>, inverse: bool) -> Result<()> {
-        self.rotate(ctx, self.rope, x, self.num_key_value_heads, inverse)
+    /// The rotation of keys.
+    fn k_rotation<'a, D: Ops>(&self, ctx: &StageContext<'a, D>) -> Option<Rotation<'a, D>> {
+        self.rotation(ctx, self.rope?, self.num_key_value_heads)
     }
 
-    fn rotate<D: Ops>(
+    fn rotation<'a, D: Ops>(
         &self,
-        ctx: &StageContext<'_, D>,
-        rope: Option<usize>,
-        x: ViewMut<'_, D, D::Act>,
+        ctx: &StageContext<'a, D>,
+        rope: usize,
         num_heads: usize,
-        inverse: bool,
-    ) -> Result<()> {
-        let (Some(rope), head_dim) = (rope, self.head_dim) else { return Ok(()) };
+    ) -> Option<Rotation<'a, D>> {
         let (rotary_dim, (cos, sin)) = (ctx.spec.ropes[rope].rotary_dim, ctx.batch.rotation(rope));
-        ctx.ops.rope(Rope { x, rotation: Rotation { cos, sin, num_heads, head_dim, rotary_dim }, inverse })
+        Some(Rotation { cos, sin, num_heads, head_dim: self.head_dim, rotary_dim })
     }
 }
 
@@ -233,10 +230,15 @@ pub fn forward<D: Ops>(
     if !saved.lora {
         o.down(ops, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
     }
-    o.forward(ops, [(&rows, y.first_mut(hidden))], u, x)?;
+    o.forward(ops, [(&rows, y.first_mut(hidden), Finish::Nothing)], u, x)?;
     let Some(norm) = &stage.output_norm else { return Ok(()) };
     let x = Normed::Plain(output.before.first(hidden));
     ctx.norm_forward(norm, branch.first_mut(hidden), output.rstd.first_mut(t), x)
+}
+
+/// Heads turn to their positions where there is a rotation.
+fn turned<'a, D: Ops>(rotation: Option<Rotation<'a, D>>) -> Finish<'a, D> {
+    rotation.map_or(Finish::Nothing, Finish::Rotate)
 }
 
 /// The part of [`forward`] before the scores: rotated queries and keys, and values.
@@ -263,14 +265,17 @@ fn project<D: Ops>(
             normed.first(hidden)
         }
     };
-    // 2. Queries, keys, values.
+    // 2. Queries, keys, values. Where queries or keys are normed, they turn to their positions afterwards.
+    let (q_rotation, k_rotation) = (stage.q_rotation(ctx), stage.k_rotation(ctx));
+    let q_finish = turned(q_rotation.filter(|_| stage.q_norm.is_none()));
+    let k_finish = turned(k_rotation.filter(|_| stage.k_norm.is_none()));
     let q_out = if stage.q_norm.is_some() { q_before.first_mut(q_len) } else { q.first_mut(q_len) };
     let k_out = match stage.k_norm {
         Some(_) => k_before.first_mut(kv_len),
         None => k.view_mut().into_range(new.clone()),
     };
     let v_out = v.view_mut().into_range(new.clone());
-    let outputs = [(&stage.q, q_out), (&stage.k, k_out), (&stage.v, v_out)];
+    let outputs = [(&stage.q, q_out, q_finish), (&stage.k, k_out, k_finish), (&stage.v, v_out, Finish::Nothing)];
     let linears = Linears::new(ctx, stage.inputs())?;
     if !saved.lora {
         linears.down(ops, saves.u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
@@ -280,14 +285,14 @@ fn project<D: Ops>(
     if let Some(norm) = &stage.q_norm {
         let rstd = q_rstd.first_mut(q_len / norm.width);
         ctx.norm_forward(norm, q.first_mut(q_len), rstd, Normed::Plain(q_before.first(q_len)))?;
+        turned(q_rotation).run(ops, q.first_mut(q_len))?;
     }
     if let Some(norm) = &stage.k_norm {
-        let (y, rstd) = (k.view_mut().into_range(new.clone()), k_rstd.first_mut(kv_len / norm.width));
-        ctx.norm_forward(norm, y, rstd, Normed::Plain(k_before.first(kv_len)))?;
+        let rstd = k_rstd.first_mut(kv_len / norm.width);
+        ctx.norm_forward(norm, k.view_mut().into_range(new.clone()), rstd, Normed::Plain(k_before.first(kv_len)))?;
+        turned(k_rotation).run(ops, k.view_mut().into_range(new))?;
     }
-    // 4. Positions.
-    stage.rotate_q(ctx, q.first_mut(q_len), false)?;
-    stage.rotate_k(ctx, k.view_mut().into_range(new), false)
+    Ok(())
 }
 
 /// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it, x. Gradients of
@@ -353,8 +358,11 @@ fn scores_backward<D: Ops>(
         shape: stage.shape(ctx),
     })?;
     // 3. Positions, and norms of queries and keys.
-    stage.rotate_q(ctx, d_q.first_mut(q_len), true)?;
-    stage.rotate_k(ctx, d_k.first_mut(kv_len), true)?;
+    let back = |x, rotation: Option<Rotation<'_, D>>| {
+        rotation.map_or(Ok(()), |rotation| ops.rope(Rope { x, rotation, inverse: true }))
+    };
+    back(d_q.first_mut(q_len), stage.q_rotation(ctx))?;
+    back(d_k.first_mut(kv_len), stage.k_rotation(ctx))?;
     if let Some(norm) = &stage.q_norm {
         ops.fill_bytes(d_gate.first_mut(q_len), 0)?;
         let (x, rstd) = (inputs.q_before.first(q_len), inputs.q_rstd.first(q_len / norm.width));

@@ -2,7 +2,9 @@
 
 use anyhow::Result;
 
-use crate::device::{Activation, Arena, Buffer, GatedBackward, GatedForward, Input, Normed, Ops, View, ViewMut};
+use crate::device::{
+    Activation, Arena, Buffer, Finish, GatedBackward, GatedForward, Input, Normed, Ops, View, ViewMut,
+};
 use crate::model::linear::{Backward, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
 
@@ -72,8 +74,9 @@ pub struct Rest<D: Ops> {
     /// The normed input `[T, hidden]`, its 1/rms `[T]`.
     normed: Buffer<D, D::Act>,
     rstd: Buffer<D, f32>,
-    /// f(gate) · up, `[T, intermediate]`.
+    /// f(gate) · up, `[T, intermediate]`; not there after a recompute that does not need it.
     act: Buffer<D, D::Act>,
+    has_act: bool,
 }
 
 impl<D: Ops> Products<D> {
@@ -95,6 +98,7 @@ impl<D: Ops> Rest<D> {
             normed: arena.carve(&format!("{name}/norm2"), tokens * widths.hidden)?,
             rstd: arena.carve(&format!("{name}/rstd2"), tokens)?,
             act: arena.carve(&format!("{name}/act"), tokens * widths.intermediate)?,
+            has_act: false,
         })
     }
 }
@@ -130,35 +134,37 @@ pub fn forward<D: Ops>(
     // 2. Gate and up.
     if !saved.mlp {
         let x = if stage.norm.is_some() { rest.normed.first(hidden) } else { input.first(hidden) };
-        let outputs = [(&stage.gate, gate.first_mut(inner)), (&stage.up, up.first_mut(inner))];
+        let outputs =
+            [(&stage.gate, gate.first_mut(inner), Finish::Nothing), (&stage.up, up.first_mut(inner), Finish::Nothing)];
         let linears = Linears::new(ctx, stage.inputs())?;
         if !saved.lora {
             linears.down(ops, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
         }
         linears.forward(ops, outputs, u, x)?;
     }
-    // 3. Activation.
+    // 3. Activation. Backward makes it of gate and up where the last module is not computed.
+    let ends_here = out.is_none() && (saved.mlp || saved.lora && stage.output_norm.is_none());
     if !saved.rest {
+        rest.has_act = !ends_here;
+    }
+    if !saved.rest && !ends_here {
         let (gate, up, activation) = (gate.first(inner), up.first(inner), stage.activation);
         ops.gated_forward(GatedForward { y: rest.act.first_mut(inner), gate, up, activation })?;
     }
-    // 4. Down projection, its norm, and the residual stream.
-    if out.is_none() && saved.mlp {
+    if ends_here {
         return Ok(());
     }
+    // 4. Down projection, its norm, and the residual stream.
     let ((last, rows), act) = (stage.output(ctx)?, rest.act.first(inner));
     if !saved.lora {
         last.down(ops, u, act, ctx.dropout_mask(), &mut scratch.dropped)?;
     }
-    let project = |y: ViewMut<'_, D, D::Act>| last.forward(ops, [(&rows, y)], u, act);
+    let project = |y: ViewMut<'_, D, D::Act>, finish| last.forward(ops, [(&rows, y, finish)], u, act);
     match (&stage.output_norm, out) {
         (None, None) => Ok(()),
-        (None, Some(out)) => {
-            project(out.first_mut(hidden))?;
-            ops.add(out.first_mut(hidden), input.first(hidden))
-        }
+        (None, Some(out)) => project(out.first_mut(hidden), Finish::Add(input.first(hidden))),
         (Some(norm), out) => {
-            project(before.first_mut(hidden))?;
+            project(before.first_mut(hidden), Finish::Nothing)?;
             let (x, rstd) = (Normed::Plain(before.first(hidden)), output_rstd.first_mut(t));
             match out {
                 // Backward needs rstd; the normed output is of no use.
@@ -197,7 +203,16 @@ pub fn backward<D: Ops>(
         }
     };
     let ((down, rows), d_x, mask) = (stage.output(ctx)?, d_act.first_mut(inner), ctx.dropout_mask());
-    let (x, grads_down) = (Input::Plain(rest.act.first(inner)), &mut *grads);
+    let x = match rest.has_act {
+        true => Input::Plain(rest.act.first(inner)),
+        false => Input::Gated(GatedForward {
+            y: d_gate.first_mut(inner),
+            gate: gate.first(inner),
+            up: up.first(inner),
+            activation: stage.activation,
+        }),
+    };
+    let grads_down = &mut *grads;
     let args = Backward { d_x, accumulate: false, grads: grads_down, x, mask, u, dropped, d_u };
     down.backward(ops, [(&rows, d_y)], args)?;
     // 3. Activation.
