@@ -158,24 +158,40 @@ fn a_signal_that_comes_from_somebody_ends_the_run_as_it_did() {
     assert!(status != Some(0) && !text.contains("cannot be read"), "{status:?}: {text}");
 }
 
+/// Trains on two ranks that have loaded a library, `tests/faults/NAME.c`.
+fn with_library(place: &Place, name: &str) -> Command {
+    let library = place.path(name);
+    let source = format!("{}/tests/faults/{name}.c", env!("CARGO_MANIFEST_DIR"));
+    // Rust links with cc, so that it is there.
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).args(["-ldl", "-lpthread"]);
+    assert!(cc.status().unwrap().success());
+    let words = ["env".into(), format!("LD_PRELOAD={}", library.display()), program().display().to_string()];
+    let rank: Vec<String> = words.into_iter().chain(TRAIN.map(String::from)).collect();
+    place.mpirun_each(&[rank.clone(), rank])
+}
+
+#[test]
+fn a_signal_that_a_library_has_taken_ends_all_ranks_before_the_first_step() {
+    let place = place();
+    let mut command = with_library(&place, "handler");
+    // Rank 1 never comes to the first step.
+    command.env("FSDP_QLORA_FAULT", "hang:1:decide").env("FSDP_QLORA_TIMEOUT_S", "20");
+    let mut run = Running::start(&place, command);
+    assert!(run.says("SIGTERM is taken") && run.says("device: "), "{}", run.text());
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(signal(place.ranks()[0], "TERM"));
+    let (status, text) = run.ends();
+    assert!(status == Some(75) && text.contains("stopped by SIGTERM to rank"), "{status:?}: {text}");
+}
+
 #[test]
 fn a_clock_that_is_set_back_changes_nothing() {
     let (place, whole) = (place(), place());
-    let shim = place.path("clock.so");
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/clock.c");
-    // Rust links with cc, so that it is there.
-    let mut cc = Command::new("cc");
-    cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(source).arg("-ldl");
-    assert!(cc.status().unwrap().success());
-    let shifted = |args: &[&str]| {
-        let words = ["env".into(), format!("LD_PRELOAD={}", shim.display()), program().display().to_string()];
-        let rank: Vec<String> = words.into_iter().chain(args.iter().map(|arg| arg.to_string())).collect();
-        place.mpirun_each(&[rank.clone(), rank])
-    };
-    let mut command = shifted(&TRAIN);
+    let mut command = with_library(&place, "clock");
     command.env("FSDP_QLORA_FAULT", "error:1:5");
     fails(command, 1);
-    let text = succeeds(shifted(&TRAIN));
+    let text = succeeds(with_library(&place, "clock"));
     assert!(text.contains("going on after step") && text.contains("left"), "{text}");
     succeeds(whole.mpirun(2, &TRAIN));
     assert!(place.read(ADAPTER) == whole.read(ADAPTER));
