@@ -1,15 +1,17 @@
 //! Faults that come from outside, under real mpirun: a rank that is killed or stopped, in whatever part of a run; a mapped file that is
-//! cut short; a wall clock that is set back. All ranks end and say why, the files are whole or known not to be, and a restart goes on.
+//! cut short; a wall clock that is set back; a library that takes a signal. All ranks end and say why, on standard error and in run.json,
+//! the files are whole or known not to be, and a restart goes on.
 
 mod common;
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::cli::{Place, TRAIN, fails, metrics, program, succeeds, train_with};
 use common::running::{Running, signal};
+use serde_json::Value;
 
 /// Everything must be gone after this.
 const END: Duration = Duration::from_secs(20);
@@ -42,6 +44,18 @@ fn ended_by(place: &Place, fault: &str) -> String {
     assert!(start.elapsed() < END, "{fault}: {:?}\n{text}", start.elapsed());
     assert_eq!(place.ranks(), Vec::<u32>::new(), "{fault}: left running");
     text
+}
+
+/// The record of a run.
+fn record(place: &Place) -> Value {
+    serde_json::from_slice(&place.read("out/run.json")).unwrap()
+}
+
+/// Checks that run.json says that the run failed, and why.
+fn has_failed(place: &Place, why: &str) {
+    let record = record(place);
+    assert_eq!(record["state"], "failed", "{record}");
+    assert!(record["reason"].as_str().unwrap().contains(why), "{why} in {record}");
 }
 
 /// Puts a fault into each phase in turn, on each rank in turn, and starts the run again.
@@ -103,10 +117,40 @@ fn a_rank_that_is_stopped_while_it_writes_a_checkpoint_is_named() {
     assert_eq!(run.ends().0, Some(75));
 }
 
+#[test]
+fn the_record_of_a_run_says_why_a_rank_has_ended_it() {
+    for (fault, why) in [
+        ("error:1:4", "rank 1: an error was asked for"),
+        ("panic:1:4", "a panic was asked for"),
+        ("hang:1:4", "did not end within 3 s: rank 1 has not come to it"),
+    ] {
+        let place = place();
+        ended_by(&place, fault);
+        has_failed(&place, why);
+    }
+}
+
+#[test]
+fn a_run_that_could_not_say_why_it_ended_is_not_taken_for_one_at_work() {
+    let place = place();
+    let mut run = Running::start(&place, place.mpirun(2, &train_with(&[MANY_STEPS])));
+    assert!(run.says("step 3/"), "{}", run.text());
+    place.ranks().into_iter().chain([run.child.id()]).for_each(|pid| assert!(signal(pid, "KILL")));
+    run.ends();
+    assert_eq!(record(&place)["state"], "running", "nobody was left to write it");
+    let text = fails(place.mpirun(2, &train_with(&[MANY_STEPS, "training.learning_rate=1e-3"])), 1);
+    assert!(text.contains("out has another run, which was killed or has crashed; it was started at"), "{text}");
+}
+
 /// The shard file of a rank.
 fn shard(place: &Place, rank: usize) -> PathBuf {
     let name = format!("nf4-{rank:05}-of-");
     place.results().iter().find(|path| path.contains(&name)).expect("a shard file").into()
+}
+
+/// Cuts a file short.
+fn cut(path: &Path, len: u64) {
+    File::options().write(true).open(path).unwrap().set_len(len).unwrap();
 }
 
 #[test]
@@ -117,7 +161,7 @@ fn a_shard_that_is_cut_short_while_it_is_mapped_is_named_and_made_again() {
         assert!(run.says("step 3/"), "{}", run.text());
         let shard = shard(&place, ranks - 1);
         let before = std::fs::metadata(&shard).unwrap().len();
-        File::options().write(true).open(&shard).unwrap().set_len(len).unwrap();
+        cut(&shard, len);
         let start = Instant::now();
         let (status, text) = run.ends();
         assert!(status == Some(1) && start.elapsed() < END, "{status:?} after {:?}: {text}", start.elapsed());
@@ -125,6 +169,7 @@ fn a_shard_that_is_cut_short_while_it_is_mapped_is_named_and_made_again() {
         let why = format!("it was cut short to {len} bytes while this run had it mapped");
         assert!(told.len() == 1 && told[0].contains(shard.to_str().unwrap()) && told[0].contains(&why), "{text}");
         assert_eq!(place.ranks(), Vec::<u32>::new(), "left running");
+        has_failed(&place, &why);
         succeeds(place.mpirun(ranks, &[&TRAIN[..], &["--overwrite"]].concat()));
         assert_eq!(std::fs::metadata(&shard).unwrap().len(), before, "it was made again");
     }
@@ -137,10 +182,11 @@ fn a_base_that_is_cut_short_while_it_is_mapped_is_named_and_the_run_goes_on_when
     let mut run = Running::start(&place, place.mpirun(2, &args));
     assert!(run.says("step 5/"), "{}", run.text());
     let model = place.read("model/model.safetensors");
-    File::options().write(true).open(place.path("model/model.safetensors")).unwrap().set_len(5000).unwrap();
+    cut(&place.path("model/model.safetensors"), 5000);
     let (status, text) = run.ends();
     assert_eq!(status, Some(1), "{text}");
     assert!(text.contains("model.safetensors: byte ") && text.contains("cut short to 5000 bytes"), "{text}");
+    has_failed(&place, "cut short to 5000 bytes");
     place.write("model/model.safetensors", model);
     let text = succeeds(place.mpirun(2, &args));
     assert!(text.contains("going on after step"), "{text}");

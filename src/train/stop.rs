@@ -62,7 +62,7 @@ fn end_before_the_first_step(rank: usize) {
         // It cannot fail: it has not done so in `listen`.
         let _ = signals::claim();
         if let Some(reason) = signal() {
-            if watch::takes_the_word(false) {
+            if watch::takes_the_word(false, "") {
                 let reason = reason.text(rank);
                 tracing::warn!("stopped by {reason} before the first step; help: the same `train` again goes on");
             }
