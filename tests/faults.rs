@@ -194,6 +194,48 @@ fn a_base_that_is_cut_short_while_it_is_mapped_is_named_and_the_run_goes_on_when
     assert!(place.read(ADAPTER) == whole.read(ADAPTER));
 }
 
+/// Starts a run, cuts the shard of rank 1 or the base by one byte, of which the kernel says nothing, and returns how the run ended, what
+/// it said, and the words that name the file.
+fn cut_by_a_byte(place: &Place, args: &[&str], is_shard: bool) -> (Option<i32>, String, String) {
+    let mut run = Running::start(place, place.mpirun(2, args));
+    assert!(run.says("step 5/"), "{}", run.text());
+    let path = if is_shard { shard(place, 1) } else { place.path("model/model.safetensors") };
+    let len = std::fs::metadata(&path).unwrap().len();
+    cut(&path, len - 1);
+    let (status, text) = run.ends();
+    let name = path.file_name().unwrap().to_str().unwrap();
+    (status, text, format!("{name}: {} bytes, but {len} when this run mapped it", len - 1))
+}
+
+#[test]
+fn a_file_that_is_cut_short_within_its_last_page_is_named_before_the_next_checkpoint() {
+    let (whole, args) = (place(), train_with(&["training.max_steps=200"]));
+    succeeds(whole.mpirun(2, &args));
+    for is_shard in [true, false] {
+        let place = place();
+        let model = place.read("model/model.safetensors");
+        let (status, text, words) = cut_by_a_byte(&place, &args, is_shard);
+        assert!(status == Some(1) && text.contains(&words), "{words} in {text}");
+        has_failed(&place, &words);
+        place.write("model/model.safetensors", model);
+        let text = succeeds(place.mpirun(2, &args));
+        assert!(text.contains("going on after step"), "{text}");
+        assert!(place.read(ADAPTER) == whole.read(ADAPTER));
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_short_within_its_last_page_puts_the_result_in_doubt() {
+    for is_shard in [true, false] {
+        let place = place();
+        let args = train_with(&["training.max_steps=100", "training.save_steps=null"]);
+        let (status, text, words) = cut_by_a_byte(&place, &args, is_shard);
+        assert!(status == Some(1) && text.contains(&words), "{words} in {text}");
+        assert!(text.contains("the adapter was saved in output_dir, but cannot be trusted"), "{text}");
+        has_failed(&place, if is_shard { "rank 1 reads, or its shard, has changed" } else { &words });
+    }
+}
+
 #[test]
 fn a_signal_that_comes_from_somebody_ends_the_run_as_it_did() {
     let place = place();
