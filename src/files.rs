@@ -139,6 +139,17 @@ pub fn map_opened(file: &File) -> Result<Mmap> {
     unsafe { Mmap::map(file) }.context("cannot be mapped")
 }
 
+/// Fails if a mapped file has another length than it had when it was mapped.
+pub fn check_length(path: &Path, file: &File, map: &Mmap) -> Result<()> {
+    let (path, mapped) = (shown_path(path), map.len());
+    let found = file.metadata().with_context(|| path.clone())?.len();
+    ensure!(
+        found == mapped as u64,
+        "{path}: {found} bytes, but {mapped} when this run mapped it: what was read from it since may be wrong"
+    );
+    Ok(())
+}
+
 /// Reads a whole text file of at most `max_bytes` in UTF-8.
 pub fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
     let bytes = read(path, max_bytes)?;

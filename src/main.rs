@@ -43,7 +43,7 @@ fn main() {
 fn fail(error: &anyhow::Error, prefix: &str) -> ! {
     let refused = error.is::<RecipeError>() || error.is::<clap::Error>() || error.is::<Disagreement>();
     let status = if refused { 2 } else { 1 };
-    if watch::takes_the_word(true) {
+    if watch::takes_the_word(true, &format!("{error:#}")) {
         match error.downcast_ref::<clap::Error>() {
             Some(usage) if is_json_log() => log_error(prefix, usage.render().to_string().trim_end()),
             Some(usage) if std::io::stderr().is_terminal() => eprint!("{}", usage.render().ansi()),
@@ -69,8 +69,9 @@ fn end_all_ranks_on_panic(prefix: String) {
         let text = info.payload().downcast_ref::<String>();
         if let Some(why) = text.and_then(|text| text.strip_prefix("failed printing to stdout: ")) {
             // Nobody waits for a word where the reader of standard output is gone, but on a full disk a result is lost.
-            if !why.starts_with("Broken pipe") && watch::takes_the_word(false) {
-                log_error(&prefix, &format!("error: standard output: {why}"));
+            let why = format!("standard output: {why}");
+            if !why.contains("Broken pipe") && watch::takes_the_word(false, &why) {
+                log_error(&prefix, &format!("error: {why}"));
             }
             abort(1);
         }
@@ -82,7 +83,7 @@ fn end_all_ranks_on_panic(prefix: String) {
             BacktraceStatus::Captured => text += &format!("\n{backtrace}"),
             _ => text += "\nnote: RUST_BACKTRACE=1 shows where it came from",
         }
-        if watch::takes_the_word(false) {
+        if watch::takes_the_word(false, &text) {
             log_error(&prefix, &text);
         }
         abort(1);

@@ -1,15 +1,17 @@
 //! Faults that come from outside, under real mpirun: a rank that is killed or stopped, in whatever part of a run; a mapped file that is
-//! cut short; a wall clock that is set back. All ranks end and say why, the files are whole or known not to be, and a restart goes on.
+//! cut short; a wall clock that is set back; a library that takes a signal. All ranks end and say why, on standard error and in run.json,
+//! the files are whole or known not to be, and a restart goes on.
 
 mod common;
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime};
 
 use common::cli::{Place, TRAIN, fails, metrics, program, succeeds, train_with};
 use common::running::{Running, signal};
+use serde_json::Value;
 
 /// Everything must be gone after this.
 const END: Duration = Duration::from_secs(20);
@@ -42,6 +44,18 @@ fn ended_by(place: &Place, fault: &str) -> String {
     assert!(start.elapsed() < END, "{fault}: {:?}\n{text}", start.elapsed());
     assert_eq!(place.ranks(), Vec::<u32>::new(), "{fault}: left running");
     text
+}
+
+/// The record of a run.
+fn record(place: &Place) -> Value {
+    serde_json::from_slice(&place.read("out/run.json")).unwrap()
+}
+
+/// Checks that run.json says that the run failed, and why.
+fn has_failed(place: &Place, why: &str) {
+    let record = record(place);
+    assert_eq!(record["state"], "failed", "{record}");
+    assert!(record["reason"].as_str().unwrap().contains(why), "{why} in {record}");
 }
 
 /// Puts a fault into each phase in turn, on each rank in turn, and starts the run again.
@@ -103,10 +117,40 @@ fn a_rank_that_is_stopped_while_it_writes_a_checkpoint_is_named() {
     assert_eq!(run.ends().0, Some(75));
 }
 
+#[test]
+fn the_record_of_a_run_says_why_a_rank_has_ended_it() {
+    for (fault, why) in [
+        ("error:1:4", "rank 1: an error was asked for"),
+        ("panic:1:4", "a panic was asked for"),
+        ("hang:1:4", "did not end within 3 s: rank 1 has not come to it"),
+    ] {
+        let place = place();
+        ended_by(&place, fault);
+        has_failed(&place, why);
+    }
+}
+
+#[test]
+fn a_run_that_could_not_say_why_it_ended_is_not_taken_for_one_at_work() {
+    let place = place();
+    let mut run = Running::start(&place, place.mpirun(2, &train_with(&[MANY_STEPS])));
+    assert!(run.says("step 3/"), "{}", run.text());
+    place.ranks().into_iter().chain([run.child.id()]).for_each(|pid| assert!(signal(pid, "KILL")));
+    run.ends();
+    assert_eq!(record(&place)["state"], "running", "nobody was left to write it");
+    let text = fails(place.mpirun(2, &train_with(&[MANY_STEPS, "training.learning_rate=1e-3"])), 1);
+    assert!(text.contains("out has another run, which was killed or has crashed; it was started at"), "{text}");
+}
+
 /// The shard file of a rank.
 fn shard(place: &Place, rank: usize) -> PathBuf {
     let name = format!("nf4-{rank:05}-of-");
     place.results().iter().find(|path| path.contains(&name)).expect("a shard file").into()
+}
+
+/// Cuts a file short.
+fn cut(path: &Path, len: u64) {
+    File::options().write(true).open(path).unwrap().set_len(len).unwrap();
 }
 
 #[test]
@@ -117,7 +161,7 @@ fn a_shard_that_is_cut_short_while_it_is_mapped_is_named_and_made_again() {
         assert!(run.says("step 3/"), "{}", run.text());
         let shard = shard(&place, ranks - 1);
         let before = std::fs::metadata(&shard).unwrap().len();
-        File::options().write(true).open(&shard).unwrap().set_len(len).unwrap();
+        cut(&shard, len);
         let start = Instant::now();
         let (status, text) = run.ends();
         assert!(status == Some(1) && start.elapsed() < END, "{status:?} after {:?}: {text}", start.elapsed());
@@ -125,6 +169,7 @@ fn a_shard_that_is_cut_short_while_it_is_mapped_is_named_and_made_again() {
         let why = format!("it was cut short to {len} bytes while this run had it mapped");
         assert!(told.len() == 1 && told[0].contains(shard.to_str().unwrap()) && told[0].contains(&why), "{text}");
         assert_eq!(place.ranks(), Vec::<u32>::new(), "left running");
+        has_failed(&place, &why);
         succeeds(place.mpirun(ranks, &[&TRAIN[..], &["--overwrite"]].concat()));
         assert_eq!(std::fs::metadata(&shard).unwrap().len(), before, "it was made again");
     }
@@ -137,15 +182,58 @@ fn a_base_that_is_cut_short_while_it_is_mapped_is_named_and_the_run_goes_on_when
     let mut run = Running::start(&place, place.mpirun(2, &args));
     assert!(run.says("step 5/"), "{}", run.text());
     let model = place.read("model/model.safetensors");
-    File::options().write(true).open(place.path("model/model.safetensors")).unwrap().set_len(5000).unwrap();
+    cut(&place.path("model/model.safetensors"), 5000);
     let (status, text) = run.ends();
     assert_eq!(status, Some(1), "{text}");
     assert!(text.contains("model.safetensors: byte ") && text.contains("cut short to 5000 bytes"), "{text}");
+    has_failed(&place, "cut short to 5000 bytes");
     place.write("model/model.safetensors", model);
     let text = succeeds(place.mpirun(2, &args));
     assert!(text.contains("going on after step"), "{text}");
     succeeds(whole.mpirun(2, &args));
     assert!(place.read(ADAPTER) == whole.read(ADAPTER));
+}
+
+/// Starts a run, cuts the shard of rank 1 or the base by one byte, of which the kernel says nothing, and returns how the run ended, what
+/// it said, and the words that name the file.
+fn cut_by_a_byte(place: &Place, args: &[&str], is_shard: bool) -> (Option<i32>, String, String) {
+    let mut run = Running::start(place, place.mpirun(2, args));
+    assert!(run.says("step 5/"), "{}", run.text());
+    let path = if is_shard { shard(place, 1) } else { place.path("model/model.safetensors") };
+    let len = std::fs::metadata(&path).unwrap().len();
+    cut(&path, len - 1);
+    let (status, text) = run.ends();
+    let name = path.file_name().unwrap().to_str().unwrap();
+    (status, text, format!("{name}: {} bytes, but {len} when this run mapped it", len - 1))
+}
+
+#[test]
+fn a_file_that_is_cut_short_within_its_last_page_is_named_before_the_next_checkpoint() {
+    let (whole, args) = (place(), train_with(&["training.max_steps=200"]));
+    succeeds(whole.mpirun(2, &args));
+    for is_shard in [true, false] {
+        let place = place();
+        let model = place.read("model/model.safetensors");
+        let (status, text, words) = cut_by_a_byte(&place, &args, is_shard);
+        assert!(status == Some(1) && text.contains(&words), "{words} in {text}");
+        has_failed(&place, &words);
+        place.write("model/model.safetensors", model);
+        let text = succeeds(place.mpirun(2, &args));
+        assert!(text.contains("going on after step"), "{text}");
+        assert!(place.read(ADAPTER) == whole.read(ADAPTER));
+    }
+}
+
+#[test]
+fn a_file_that_is_cut_short_within_its_last_page_puts_the_result_in_doubt() {
+    for is_shard in [true, false] {
+        let place = place();
+        let args = train_with(&["training.max_steps=100", "training.save_steps=null"]);
+        let (status, text, words) = cut_by_a_byte(&place, &args, is_shard);
+        assert!(status == Some(1) && text.contains(&words), "{words} in {text}");
+        assert!(text.contains("the adapter was saved in output_dir, but cannot be trusted"), "{text}");
+        has_failed(&place, if is_shard { "rank 1 reads, or its shard, has changed" } else { &words });
+    }
 }
 
 #[test]
@@ -158,24 +246,40 @@ fn a_signal_that_comes_from_somebody_ends_the_run_as_it_did() {
     assert!(status != Some(0) && !text.contains("cannot be read"), "{status:?}: {text}");
 }
 
+/// Trains on two ranks that have loaded a library, `tests/faults/NAME.c`.
+fn with_library(place: &Place, name: &str) -> Command {
+    let library = place.path(name);
+    let source = format!("{}/tests/faults/{name}.c", env!("CARGO_MANIFEST_DIR"));
+    // Rust links with cc, so that it is there.
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(source).args(["-ldl", "-lpthread"]);
+    assert!(cc.status().unwrap().success());
+    let words = ["env".into(), format!("LD_PRELOAD={}", library.display()), program().display().to_string()];
+    let rank: Vec<String> = words.into_iter().chain(TRAIN.map(String::from)).collect();
+    place.mpirun_each(&[rank.clone(), rank])
+}
+
+#[test]
+fn a_signal_that_a_library_has_taken_ends_all_ranks_before_the_first_step() {
+    let place = place();
+    let mut command = with_library(&place, "handler");
+    // Rank 1 never comes to the first step.
+    command.env("FSDP_QLORA_FAULT", "hang:1:decide").env("FSDP_QLORA_TIMEOUT_S", "20");
+    let mut run = Running::start(&place, command);
+    assert!(run.says("SIGTERM is taken") && run.says("device: "), "{}", run.text());
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(signal(place.ranks()[0], "TERM"));
+    let (status, text) = run.ends();
+    assert!(status == Some(75) && text.contains("stopped by SIGTERM to rank"), "{status:?}: {text}");
+}
+
 #[test]
 fn a_clock_that_is_set_back_changes_nothing() {
     let (place, whole) = (place(), place());
-    let shim = place.path("clock.so");
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/faults/clock.c");
-    // Rust links with cc, so that it is there.
-    let mut cc = Command::new("cc");
-    cc.args(["-shared", "-fPIC", "-O1", "-o"]).arg(&shim).arg(source).arg("-ldl");
-    assert!(cc.status().unwrap().success());
-    let shifted = |args: &[&str]| {
-        let words = ["env".into(), format!("LD_PRELOAD={}", shim.display()), program().display().to_string()];
-        let rank: Vec<String> = words.into_iter().chain(args.iter().map(|arg| arg.to_string())).collect();
-        place.mpirun_each(&[rank.clone(), rank])
-    };
-    let mut command = shifted(&TRAIN);
+    let mut command = with_library(&place, "clock");
     command.env("FSDP_QLORA_FAULT", "error:1:5");
     fails(command, 1);
-    let text = succeeds(shifted(&TRAIN));
+    let text = succeeds(with_library(&place, "clock"));
     assert!(text.contains("going on after step") && text.contains("left"), "{text}");
     succeeds(whole.mpirun(2, &TRAIN));
     assert!(place.read(ADAPTER) == whole.read(ADAPTER));

@@ -16,8 +16,8 @@ use serde_json::Value;
 const NUM_STEPS: usize = 60;
 const ADAPTER: &str = "out/adapter_model.safetensors";
 /// The part of a line of metrics.jsonl that must not depend on interruptions.
-const DECIDED: [&str; 8] =
-    ["step", "epoch", "loss", "grad_norm", "learning_rate", "learning_rate_b", "num_target_tokens", "eval_loss"];
+const DECIDED: &str =
+    "step epoch loss grad_norm learning_rate learning_rate_b num_target_tokens eval_loss adapter_step best_eval_loss";
 
 /// A place with a recipe that has dropout, modules of several ranks and LoRA+, evaluates and saves every third step. An epoch's last step has 3 rows, fewer
 /// than some of the numbers of ranks.
@@ -36,9 +36,22 @@ fn place() -> Place {
     place
 }
 
+/// A place whose result is the best checkpoint on rows that are not trained on, one of the first.
+fn place_for_the_best() -> Place {
+    let place = place();
+    let rows = String::from_utf8(place.read("rows.jsonl")).unwrap();
+    let rows: Vec<String> = rows.lines().map(|row| format!("{row}\n")).collect();
+    place.write("rows.jsonl", rows[..12].concat());
+    place.write("others.jsonl", rows[12..].concat());
+    let recipe = String::from_utf8(place.read("recipe.yaml")).unwrap();
+    let recipe = recipe.replace("eval: rows.jsonl", "eval: others.jsonl").replace("eval_steps: 10", "eval_steps: 3");
+    place.write("recipe.yaml", recipe.replace("save_steps: 3", "save_steps: 3, load_best_model_at_end: true"));
+    place
+}
+
 /// The decided values of each line, in order.
 fn decided(lines: &[u8]) -> Vec<Vec<Value>> {
-    metrics(lines).iter().map(|line| DECIDED.iter().map(|key| line[*key].clone()).collect()).collect()
+    metrics(lines).iter().map(|line| DECIDED.split(' ').map(|key| line[key].clone()).collect()).collect()
 }
 
 /// The newest step of which the output folder has a complete checkpoint; 0 if it has none.
@@ -142,14 +155,20 @@ fn values(place: &Place) -> Vec<f32> {
     adapter::load(&place.path("out"), &spec).unwrap().layers.concat()
 }
 
-/// Survives this many kills in all, in runs of `ranks`, and compares each run's end with an uninterrupted one's.
+/// Survives this many kills in all, in runs of `ranks`, and compares each run's end with an uninterrupted one's. The result of every
+/// second run is its best checkpoint.
 fn campaign(num_kills: usize, seed: u64, ranks: impl Fn(&mut u64) -> usize, check: impl Fn(&Place, &Place)) {
-    let (whole, mut state, mut met, mut resumed) = (place(), seed, Vec::new(), Vec::new());
-    succeeds(whole.mpirun(2, &TRAIN));
+    let (places, mut state, mut met, mut resumed) = ([place, place_for_the_best], seed, Vec::new(), Vec::new());
+    let whole = places.map(|place| place());
+    whole.iter().for_each(|whole| drop(succeeds(whole.mpirun(2, &TRAIN))));
+    let best = record(&whole[1])["adapter_step"].as_u64().unwrap() as usize;
+    assert!((3..NUM_STEPS / 2).contains(&best), "the best of all checkpoints, {best}, must outlive many kills");
     while met.len() < num_kills {
-        let place = place();
-        let (of_run, resumed_run) = survive(&place, 8.min(num_kills - met.len()), &mut state, &ranks);
-        check(&place, &whole);
+        let (place, whole) = (places[resumed.len() % 2](), &whole[resumed.len() % 2]);
+        let most = 8.min(num_kills.div_ceil(2)).min(num_kills - met.len());
+        let (of_run, resumed_run) = survive(&place, most, &mut state, &ranks);
+        check(&place, whole);
+        assert_eq!(record(&place)["adapter_step"], record(whole)["adapter_step"]);
         met.extend(of_run);
         resumed.push(resumed_run);
         assert!(resumed.len() < 3 * num_kills + 3, "hardly any kill meets a run");
@@ -157,7 +176,7 @@ fn campaign(num_kills: usize, seed: u64, ranks: impl Fn(&mut u64) -> usize, chec
     let at = |what| met.iter().filter(|at| **at == what).count();
     println!(
         "{} kills in {} runs: {} at the start, {} while training, {} while a checkpoint was written; the runs went on after a checkpoint \
-         {} times, one of them {} times; each ended as the uninterrupted run did",
+         {} times, one of them {} times; each ended as the uninterrupted run did, every second one with its best checkpoint",
         met.len(),
         resumed.len(),
         at(Met::Starting),

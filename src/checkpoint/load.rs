@@ -21,6 +21,7 @@ use super::encodings::{Decided, InBf16, linears};
 use super::folder;
 use super::identity::{self, Digested};
 use super::made_up::MadeUp;
+use super::mapped::MappedBase;
 use super::record::{Record, RecordPlace};
 use super::room::Want;
 use super::shards::{self, Found, ShardSpec};
@@ -41,7 +42,7 @@ pub struct LoadOptions {
 
 /// A base whose tensors have been checked, how they will be stored, and which base it is.
 pub struct OpenedBase {
-    pub weights: Weights,
+    pub mapped: MappedBase,
     pub spec: ModelSpec,
     pub layouts: Vec<UnitLayout>,
     pub shard_spec: ShardSpec,
@@ -153,7 +154,8 @@ pub fn open(
     let origin = dir.canonicalize().unwrap_or_else(|_| dir.to_path_buf()).display().to_string();
     let shard_spec = ShardSpec::new(shards, digest, encoding, &layouts, origin);
     let new_record = new_record.map(|record| (record_place, record));
-    Ok(OpenedBase { weights: Weights::Files(stamps), spec, layouts, shard_spec, kept_free: Vec::new(), new_record })
+    let mapped = MappedBase::new(Weights::Files(stamps));
+    Ok(OpenedBase { mapped, spec, layouts, shard_spec, kept_free: Vec::new(), new_record })
 }
 
 /// Opens made-up weights, whose shards are in `dir` or will be.
@@ -166,7 +168,14 @@ pub fn made_up(made_up: MadeUp, dir: &Path, options: &LoadOptions) -> Result<Ope
     let encoding = encodings.linear("")?.name().to_string();
     let weights = Weights::MadeUp(made_up);
     let shard_spec = ShardSpec::new(dir.into(), weights.digest(), encoding, &layouts, "made-up weights".into());
-    Ok(OpenedBase { weights, spec, layouts, shard_spec, kept_free: Vec::new(), new_record: None })
+    Ok(OpenedBase {
+        mapped: MappedBase::new(weights),
+        spec,
+        layouts,
+        shard_spec,
+        kept_free: Vec::new(),
+        new_record: None,
+    })
 }
 
 /// Fails where a layer has fewer parts than there are shards.
@@ -188,7 +197,7 @@ impl OpenedBase {
     /// Returns the identity of this base, 32 hex digits. It is the same wherever the same bytes lie, and differs if a
     /// byte differs or if config.json makes another model of them.
     pub fn identity(&self) -> String {
-        self.weights.identity(&self.spec)
+        self.mapped.weights.identity(&self.spec)
     }
 
     /// Keeps the digests of this start for the next one, on the rank that has to. `tell` gets a failure.
@@ -242,11 +251,12 @@ impl OpenedBase {
             start.elapsed().as_secs_f64()
         ));
         self.keep_digests(warn);
+        self.mapped.set_shard(&units);
         self.into_base(units)
     }
 
     fn into_base(self, shards: Vec<SharedBytes>) -> Result<Base> {
-        let Self { weights, spec, layouts, .. } = self;
+        let Self { mapped: MappedBase { weights, .. }, spec, layouts, .. } = self;
         let mut final_norm = weights.final_norm(&spec)?;
         // The factor of the logits is folded into the final norm, so that the head needs none.
         let head = &spec.head;

@@ -74,7 +74,7 @@ impl OpenedBase {
         let mut buffer = Vec::new();
         let verb = match &donor {
             Some(_) => "cutting",
-            None if matches!(self.weights, Weights::MadeUp(_)) => "drawing",
+            None if matches!(self.mapped.weights, Weights::MadeUp(_)) => "drawing",
             None if self.shard_spec.is_nf4() => "quantizing",
             None => "copying",
         };
@@ -108,7 +108,7 @@ impl OpenedBase {
         }
         progress::end();
         // No file gets its name before every rank has found that its part came from the base that all have agreed on.
-        self.weights.check_unchanged()?;
+        self.mapped.weights.check_unchanged()?;
         barrier(comm)?;
         writers.into_iter().try_for_each(ShardWriter::finish)?;
         barrier(comm)
@@ -133,7 +133,7 @@ impl OpenedBase {
         }
         let mut flat = vec![0u8; layout.flat_bytes()];
         for (idx, tensor) in layout.tensors().iter().enumerate() {
-            self.weights.write_records(unit, idx, tensor, &mut flat[layout.tensor_range(idx)])?;
+            self.mapped.weights.write_records(unit, idx, tensor, &mut flat[layout.tensor_range(idx)])?;
             watch::beat();
         }
         Ok(flat)

@@ -14,6 +14,7 @@ mod inventory;
 pub mod load;
 pub mod made_up;
 mod make;
+pub mod mapped;
 pub mod merge;
 pub mod output;
 mod record;

@@ -161,7 +161,8 @@ impl ShardSpec {
     pub fn open(&self, shard: usize) -> Result<Found> {
         let path = self.path(shard);
         let Some(file) = open_in_use(&path)? else { return Ok(Found::Missing) };
-        let mapped = Arc::new(MappedFile { map: map_opened(&file).with_context(|| shown_path(&path))?, file });
+        let map = map_opened(&file).with_context(|| shown_path(&path))?;
+        let mapped = Arc::new(MappedFile { path: path.clone(), map, file });
         if let Some(reason) = self.foreign(&mapped.map, shard) {
             return Ok(Found::Foreign(format!("{}: {reason}", shown_path(&path))));
         }
@@ -271,6 +272,7 @@ fn made_by(metadata: &HashMap<String, String>, idx: usize) -> String {
 }
 
 struct MappedFile {
+    path: PathBuf,
     map: Mmap,
     file: File,
 }
@@ -288,6 +290,10 @@ impl ShardBytes for MappedUnit {
         // SAFETY: the mapping is read-only and backed by the file: pages that are let go come back as they were.
         let _ = unsafe { self.file.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, len) };
         let _ = fadvise(&self.file.file, begin as u64, NonZeroU64::new(len as u64), Advice::DontNeed);
+    }
+
+    fn check_length(&self) -> Result<()> {
+        files::check_length(&self.file.path, &self.file.file, &self.file.map)
     }
 }
 

@@ -159,6 +159,11 @@ impl BaseModel {
         self.files.iter().map(|file| (file.path.as_path(), &file.file))
     }
 
+    /// Fails if a file has another length than it had when it was mapped.
+    pub(super) fn check_lengths(&self) -> Result<()> {
+        self.files.iter().try_for_each(|MappedFile { path, file, map }| files::check_length(path, file, map))
+    }
+
     /// Returns every tensor with the index of its file and its place there, sorted by name.
     pub(super) fn entries(&self) -> impl ExactSizeIterator<Item = (&str, usize, &Entry)> {
         self.tensors.iter().map(|(name, (file_idx, entry))| (name.as_str(), *file_idx, entry))

@@ -8,11 +8,11 @@ use clap::Args;
 
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::load::OpenedBase;
+use crate::checkpoint::mapped::MappedBase;
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::output::{Output, Resume};
 use crate::checkpoint::room::Want;
 use crate::checkpoint::state::Found;
-use crate::checkpoint::weights::Weights;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
 use crate::comm::watch::{self, Phase};
@@ -136,7 +136,7 @@ fn train(
         return Ok(Outcome::Finished);
     };
     let votes = comm.another()?;
-    let weights = opened.weights.clone();
+    let base = opened.mapped.clone();
     let (placement, loaded) = start.base(&mut comm, opened, &job, &inputs)?;
     let matrix_flops = placement.matrix_flops(start.ranks_per_gpu)?;
     let work = Training {
@@ -154,7 +154,7 @@ fn train(
         beginning,
         started,
         votes,
-        weights: &weights,
+        base: &base,
     };
     let setup = Setup { comm, base: loaded, adapter: Some(&adapter), limits, job: &job };
     start.with_engine(placement, setup, work)
@@ -216,7 +216,7 @@ struct Training<'a> {
     started: Instant,
     /// Communicator for votes about stopping.
     votes: MpiComm,
-    weights: &'a Weights,
+    base: &'a MappedBase,
 }
 
 impl Training<'_> {
@@ -267,8 +267,7 @@ impl Work for Training<'_> {
             saving::restore(engine, checkpoint, &self.adapter.settings, self.config)?;
         }
         let (mut metrics, mut writer) = self.files(engine)?.unzip();
-        let Training { start, matrix_flops, job, steps, config, adapter, data, trace, kept, output, weights, .. } =
-            self;
+        let Training { start, matrix_flops, job, steps, config, adapter, data, trace, kept, output, base, .. } = self;
         let stop = watch_for_reasons_to_stop(start, job, self.started, self.votes);
         let num_bytes = metrics.as_ref().map_or(0, |metrics: &MetricsFile| metrics.lines().len());
         let mut run = Run {
@@ -284,7 +283,7 @@ impl Work for Training<'_> {
             writer: writer.as_mut(),
             log: start.log,
             trace,
-            is_zero: &|weight| weights.is_zero(weight),
+            base,
             matrix_flops,
             stop,
             saved: progress,
@@ -309,7 +308,7 @@ impl Work for Training<'_> {
             let is_sound = check::result_is_sound(adapter, &chosen.adapter);
             is_sound.map_err(|error| with_last_good(error, writer, progress.last_update))?;
         }
-        let doubt = doubt(&mut engine.queue, start.world.local_rank, weights)?;
+        let doubt = doubt(&mut engine.queue, start.world.local_rank, base)?;
         if let (Some(output), Some(mut metrics), Some(chosen)) = (output, metrics, chosen) {
             chosen.tell(&progress, epoch, &mut metrics, start.log)?;
             start.log.line(format!("peak host memory of rank 0: {}", bytes(peak_host_bytes())));

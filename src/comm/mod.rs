@@ -94,6 +94,11 @@ choices! {
 pub trait ShardBytes: AsRef<[u8]> + Send + Sync {
     /// Says that the bytes have been copied and need not stay in memory.
     fn let_go(&self) {}
+
+    /// Fails if the file that the bytes are mapped from has another length by now.
+    fn check_length(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 impl ShardBytes for Vec<u8> {}

@@ -30,8 +30,8 @@ const INIT_HELP: &str =
 /// Time between two polls of a collective. A rank that waits leaves its core to the computation.
 const POLL: Duration = Duration::from_micros(50);
 
-/// Pause in which the launcher passes on printed messages before it prints its own about the abort.
-const MESSAGE_FIRST: Duration = Duration::from_millis(200);
+/// Pause in which the launcher passes on printed messages before it prints its own about the abort, and rank 0 notes why all end.
+const MESSAGE_FIRST: Duration = Duration::from_millis(500);
 
 /// True while there are other ranks to end and any thread may call MPI_Abort.
 static ANY_THREAD_MAY_ABORT: AtomicBool = AtomicBool::new(false);
@@ -176,6 +176,7 @@ fn check_launcher() -> Result<()> {
 /// Ends every rank of the job with this exit status. A single rank just exits.
 pub fn abort(status: i32) -> ! {
     watch::end_soon();
+    watch::tell_the_end();
     if ANY_THREAD_MAY_ABORT.load(Ordering::Relaxed) {
         std::thread::sleep(MESSAGE_FIRST);
         // SAFETY: MPI was initialized with thread level Multiple, so any thread may call it at any time.

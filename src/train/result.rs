@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use crate::checkpoint::adapter::{self, Adapter};
+use crate::checkpoint::mapped::MappedBase;
 use crate::checkpoint::output::{METRICS_FILE, Output, Place, RunResult, TOKENIZER_FILES};
-use crate::checkpoint::weights::Weights;
 use crate::comm::{Queue, watch};
 use crate::device::Device;
 use crate::files;
@@ -52,14 +52,19 @@ impl Kept {
 }
 
 /// Returns a sentence that says where the base has changed during the run, or `None` where it has not. Collective;
-/// the first rank of each node looks.
-pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, weights: &Weights) -> Result<Option<String>> {
+/// the first rank of each node looks at the contents, and each at the lengths of what it has mapped.
+pub fn doubt<D: Device, Q: Queue<D>>(queue: &mut Q, local_rank: usize, base: &MappedBase) -> Result<Option<String>> {
     watch::at("comparing the base with what it was at the start");
     let looks = local_rank == 0;
-    let own = looks.then(|| weights.check_unchanged().err()).flatten().map(|error| format!("{error:#}"));
+    let changed = || looks.then(|| base.weights.check_unchanged().err()).flatten();
+    let own = base.check_lengths().err().or_else(changed).map(|error| format!("{error:#}"));
+    // Rank 0 tells its own at the end.
+    if let Some(own) = own.as_ref().filter(|_| queue.rank() > 0) {
+        tracing::warn!("{own}");
+    }
     let changed = queue.all_gather_f64("stamps of the base", &[f64::from(own.is_some())])?;
     let other = changed.iter().position(|changed| changed[0] > 0.0);
-    Ok(own.or(other.map(|rank| format!("the base on the machine of rank {rank} has changed during the run"))))
+    Ok(own.or(other.map(|rank| format!("the base that rank {rank} reads, or its shard, has changed during the run"))))
 }
 
 /// Brings the adapter of a step to rest, with the tokenizer and the metrics. Fails, naming the place, if that is not output_dir

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use crate::checkpoint::mapped::MappedBase;
 use crate::checkpoint::state::Progress;
 use crate::comm::Queue;
 use crate::comm::watch::{self, Phase};
@@ -49,7 +50,7 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub log: Log,
     /// The file to which rank 0 writes a trace of the second step after this start, or of the only one.
     pub trace: Option<&'a Path>,
-    pub is_zero: check::IsZero<'a>,
+    pub base: &'a MappedBase,
     /// Rate at which this rank's GPU multiplies large matrices, in FLOP/s, if it is known.
     pub matrix_flops: Option<f64>,
     pub stop: Stop,
@@ -137,8 +138,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         self.progress.skipped_in_a_row == 0 && self.job.save.is_at(self.progress.step, self.steps.epochs)
     }
 
-    /// Takes a checkpoint. Collective.
+    /// Takes a checkpoint, unless what was learned may be wrong. Collective.
     fn save(&mut self) -> Result<()> {
+        self.base.check_lengths()?;
         let lines = self.metrics.as_ref().map_or(&[][..], |metrics| metrics.lines());
         saving::save(self.engine, self.writer.as_deref_mut(), self.progress, lines)?;
         self.saved = self.progress;
@@ -235,7 +237,9 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     fn check_gradients(&mut self, checked: &mut Checked, batches: &[MicroBatch]) -> Result<()> {
         let (checks_a, checks_b) = (self.progress.has_learned && !checked.a, !checked.b);
         for kind in [checks_b.then_some(Kind::B), checks_a.then_some(Kind::A)].into_iter().flatten() {
-            if let Some(line) = check::every_matrix_has_a_gradient(self.engine, kind, batches, self.is_zero)? {
+            let base = self.base;
+            let is_zero = |weight: &str| base.weights.is_zero(weight);
+            if let Some(line) = check::every_matrix_has_a_gradient(self.engine, kind, batches, &is_zero)? {
                 self.log.line(line);
             }
         }

@@ -1,5 +1,5 @@
 //! The signals that stop a run. A library that is loaded later may take a signal for itself, so that the signal ends the program before
-//! the run is saved. The run therefore claims its signals again before each step and each evaluation.
+//! the run is saved. The run therefore claims its signals again before each step and each evaluation, and all the time before the first.
 #![expect(unsafe_code, reason = "catches signals")]
 
 use std::io;

@@ -56,11 +56,13 @@ fn signal() -> Option<Reason> {
     signals::caught().and_then(Reason::of_signal)
 }
 
-/// Ends all ranks if a signal comes before a [`Stop`] looks for it.
+/// Ends all ranks if a signal comes before a [`Stop`] looks for it. Libraries are loaded meanwhile, which may take the signals.
 fn end_before_the_first_step(rank: usize) {
     while !IS_WATCHED.load(Ordering::Relaxed) {
+        // It cannot fail: it has not done so in `listen`.
+        let _ = signals::claim();
         if let Some(reason) = signal() {
-            if watch::takes_the_word(false) {
+            if watch::takes_the_word(false, "") {
                 let reason = reason.text(rank);
                 tracing::warn!("stopped by {reason} before the first step; help: the same `train` again goes on");
             }

@@ -76,9 +76,10 @@ impl Campaign {
     }
 }
 
-/// A folder of the build folder.
+/// A folder of `$FUZZ_FOLDER`, or of the build folder.
 fn folder(name: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz").join(name);
+    let of_build = || Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz");
+    let folder = std::env::var_os("FUZZ_FOLDER").map_or_else(of_build, PathBuf::from).join(name);
     fs::create_dir_all(&folder).unwrap();
     folder
 }
@@ -89,7 +90,7 @@ pub fn fuzz(name: &'static str, target: Target) {
     count_panics();
     let campaign = Campaign::from_env(name);
     let mut fuzzer = Fuzzer::new(name, target);
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(name);
+    let corpus = super::repository().join("tests/fuzz/corpus").join(name);
     let mut kept = [std::mem::take(&mut fuzzer.target.seeds), inputs_of(&corpus)].concat();
     assert!(!kept.is_empty(), "{}: no input", corpus.display());
     kept.extend(campaign.iter().flat_map(|campaign| inputs_of(&campaign.grown)));

@@ -19,14 +19,20 @@ mod folder;
 mod form;
 mod json;
 mod recipe;
+mod script;
 mod text;
 mod text_files;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+
+/// The folder of the repository. It is asked for at run time, since a program may have been built on another machine.
+fn repository() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from)
+}
 
 /// A file of tests/golden.
 fn golden(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
+    repository().join("tests/golden").join(path)
 }
 
 macro_rules! targets {

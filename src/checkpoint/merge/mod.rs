@@ -95,7 +95,7 @@ impl<'a> Merge<'a> {
     /// # Errors
     /// The base has no weights of the form that is wanted.
     pub fn new(opened: &'a OpenedBase, adapter: &'a Adapter, options: Options) -> Result<Merge<'a>> {
-        let Weights::Files(stamps) = &opened.weights else { bail!("made-up weights cannot be merged") };
+        let Weights::Files(stamps) = &opened.mapped.weights else { bail!("made-up weights cannot be merged") };
         let model = stamps.model();
         let tensors = planned(opened, model, options.dtype)?;
         let in_4bit = |tensor: &Planned<'_>| model.has_quant_state(tensor.name);
@@ -137,7 +137,7 @@ impl<'a> Merge<'a> {
         if self.files.len() > 1 {
             files::write_index(dir, &self.files)?;
         }
-        self.opened.weights.check_unchanged()
+        self.opened.mapped.weights.check_unchanged()
     }
 }
 

@@ -26,7 +26,7 @@ use super::{atomic, shards};
 use exchange::Left;
 pub use lock::is_at;
 pub(super) use lock::{LOCK_FILE, Lock};
-use record::{RUN_FILE, RunIdentity, RunRecord, State};
+use record::{OpenRecord, RUN_FILE, RunIdentity, RunRecord, State};
 
 /// Folder inside the output folder for a result that is not complete.
 pub const STAGING: &str = ".fsdp-qlora-new";
@@ -64,8 +64,8 @@ pub struct Output {
     staged: Option<Box<RunRecord>>,
     /// Folder that the run writes to before its end.
     live: PathBuf,
-    /// Record of the run that writes here; `None` before it begins.
-    record: Option<RunRecord>,
+    /// Record of the run that writes here.
+    record: OpenRecord,
 }
 
 /// Content of an output folder.
@@ -158,7 +158,8 @@ impl Output {
         }
         let absolute = std::path::absolute(dir).context("the working directory")?;
         let live = dir.to_path_buf();
-        let output = Output { dir: dir.into(), absolute, lock, overwrite, found, staged, live, record: None };
+        let record = OpenRecord::default();
+        let output = Output { dir: dir.into(), absolute, lock, overwrite, found, staged, live, record };
         output.try_the_end(bytes)?;
         Ok(output)
     }
@@ -250,8 +251,7 @@ impl Output {
         if let Some(found) = &mut checkpoint {
             found.bring_best(&self.live, say)?;
         }
-        record.write(&self.live)?;
-        self.record = Some(record);
+        self.record.begin(record, self.live.clone())?;
         Ok(checkpoint.map_or(Begun::New, |found| Begun::Resumed(found.into())))
     }
 
@@ -305,7 +305,7 @@ impl Output {
 
     /// Notes why the run failed. A run without a step leaves no files.
     pub fn fail(&self, reason: &str) {
-        let Some(record) = &self.record else { return };
+        let Some(record) = self.record.take() else { return };
         let live = &self.live;
         // The run's error is reported already. If something cannot be written or removed here, the next start sees
         // it.

@@ -1,6 +1,7 @@
 //! `run.json`: the inputs of a run, and its state.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context, Result};
 use jiff::{Timestamp, Unit};
@@ -8,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::super::atomic;
-use crate::comm::host_name;
+use crate::comm::{host_name, watch};
 use crate::files;
 
 /// Name of the file.
@@ -49,7 +50,7 @@ const MICRO_BATCH: &str = "training.per_device_train_batch_size";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// The run is working. If nobody holds the lock, it was killed or has crashed.
+    /// The run is working. If nobody holds the lock, it was killed or has crashed, and nobody could write why.
     Running,
     /// The run was ended early, by a signal for example, and has saved.
     Stopped,
@@ -189,6 +190,32 @@ impl RunRecord {
     /// Writes the record into a folder, atomically.
     pub fn write(&self, dir: &Path) -> Result<()> {
         atomic::write(&dir.join(RUN_FILE), (serde_json::to_string_pretty(self)? + "\n").as_bytes())
+    }
+}
+
+/// The record of the run that this process is at, until somebody takes it to write how the run ended: the run itself, or the watchdog
+/// when a rank ends all ranks without coming back here.
+#[derive(Clone, Default)]
+pub struct OpenRecord(Arc<Mutex<Option<RunRecord>>>);
+
+impl OpenRecord {
+    /// Writes the record of a run that begins into a folder.
+    pub fn begin(&self, record: RunRecord, dir: PathBuf) -> Result<()> {
+        record.write(&dir)?;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(record);
+        let open = self.clone();
+        watch::on_end(move |reason| {
+            if let Some(record) = open.take() {
+                // Without it the next start sees a run that nobody is at.
+                let _ = record.ended(State::Failed, Some(reason.into()), Vec::new()).write(&dir);
+            }
+        });
+        Ok(())
+    }
+
+    /// Takes the record of the run; `None` if it has not begun or has ended.
+    pub fn take(&self) -> Option<RunRecord> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 

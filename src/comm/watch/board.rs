@@ -25,8 +25,10 @@ const WAITING: usize = DOING + TEXT_WORDS;
 /// Number of words of each of the two texts; longer texts are cut.
 const TEXT_WORDS: usize = 24;
 
-/// Position in the header of 1 + the rank that speaks for all.
+/// Positions in the header: of 1 + the local rank that speaks for all, of the length of its reason, and of that text.
 const SPEAKER: usize = 0;
+const REASON_LENGTH: usize = 1;
+const REASON: usize = 2;
 
 /// Number of times that a reader tries to get a record that is not being changed.
 const READS: usize = 1000;
@@ -106,16 +108,32 @@ impl Board {
         self.own(STATE).store(state as u64, SeqCst);
     }
 
-    /// Makes this rank the one that speaks for all; false when another one does already.
-    pub fn take_the_word(&self) -> bool {
-        let own = 1 + self.own as u64;
-        let taken = self.words.words()[SPEAKER].compare_exchange(0, own, SeqCst, SeqCst);
-        taken.is_ok_and(|_| true) || taken == Err(own)
+    fn header(&self) -> &[AtomicU64] {
+        &self.words.words()[..RECORD_WORDS]
+    }
+
+    /// Makes this rank the one that speaks for all, with the reason why all end; false when another one does already.
+    pub fn take_the_word(&self, why: &str) -> bool {
+        let (own, header) = (1 + self.own as u64, self.header());
+        match header[SPEAKER].compare_exchange(0, own, SeqCst, SeqCst) {
+            Ok(_) => {
+                header[REASON_LENGTH].store(write_text(&header[REASON..], why), SeqCst);
+                true
+            }
+            Err(speaker) => speaker == own,
+        }
+    }
+
+    /// Returns the local rank that speaks for all, and the reason why all end, if it has written one.
+    pub fn reason(&self) -> Option<(usize, String)> {
+        let header = self.header();
+        let len = header[REASON_LENGTH].load(SeqCst) as usize;
+        (len > 0).then(|| (header[SPEAKER].load(SeqCst) as usize - 1, read_text(&header[REASON..], len)))
     }
 
     /// Returns whether another rank speaks for all.
     pub fn another_speaks(&self) -> bool {
-        let speaker = self.words.words()[SPEAKER].load(SeqCst);
+        let speaker = self.header()[SPEAKER].load(SeqCst);
         speaker != 0 && speaker != 1 + self.own as u64
     }
 
@@ -125,22 +143,18 @@ impl Board {
         let odd = sequence.load(SeqCst) | 1;
         sequence.store(odd, SeqCst);
         fence(SeqCst);
-        let lengths = [(DOING, doing), (WAITING, waiting)].map(|(place, text)| self.write_text(place, text));
+        let lengths =
+            [(DOING, doing), (WAITING, waiting)].map(|(place, text)| write_text(self.text(self.own, place), text));
         self.own(LENGTHS).store(lengths[0] | lengths[1] << 32, SeqCst);
         fence(SeqCst);
         sequence.store(odd + 1, SeqCst);
         self.beat();
     }
 
-    fn write_text(&self, place: usize, text: &str) -> u64 {
-        // A text that was cut inside a character ends in a replacement character.
-        let bytes = &text.as_bytes()[..text.len().min(TEXT_WORDS * size_of::<u64>())];
-        for (i, chunk) in bytes.chunks(size_of::<u64>()).enumerate() {
-            let mut word = [0; size_of::<u64>()];
-            word[..chunk.len()].copy_from_slice(chunk);
-            self.own(place + i).store(u64::from_ne_bytes(word), SeqCst);
-        }
-        bytes.len() as u64
+    /// The words of one of a record's two texts.
+    fn text(&self, local_rank: usize, place: usize) -> &[AtomicU64] {
+        let begin = (1 + local_rank) * RECORD_WORDS + place;
+        &self.words.words()[begin..begin + TEXT_WORDS]
     }
 
     /// Reads a rank's latest record.
@@ -148,10 +162,8 @@ impl Board {
         let word = |place: usize| self.word(local_rank, place).load(SeqCst);
         let texts = || {
             let lengths = word(LENGTHS);
-            [(DOING, lengths as u32 as usize), (WAITING, (lengths >> 32) as usize)].map(|(place, len)| {
-                let bytes: Vec<u8> = (0..TEXT_WORDS).flat_map(|i| word(place + i).to_ne_bytes()).collect();
-                String::from_utf8_lossy(&bytes[..len.min(bytes.len())]).into_owned()
-            })
+            [(DOING, lengths as u32 as usize), (WAITING, (lengths >> 32) as usize)]
+                .map(|(place, len)| read_text(self.text(local_rank, place), len))
         };
         let mut unchanged = (0..READS).find_map(|_| {
             let before = word(SEQUENCE);
@@ -167,6 +179,23 @@ impl Board {
         };
         Record { state, process: word(PROCESS), started: word(STARTED), doing, waiting }
     }
+}
+
+/// Writes as much of a text as these words take, and returns its number of bytes.
+fn write_text(words: &[AtomicU64], text: &str) -> u64 {
+    let bytes = &text.as_bytes()[..text.len().min(size_of_val(words))];
+    for (word, chunk) in words.iter().zip(bytes.chunks(size_of::<u64>())) {
+        let mut padded = [0; size_of::<u64>()];
+        padded[..chunk.len()].copy_from_slice(chunk);
+        word.store(u64::from_ne_bytes(padded), SeqCst);
+    }
+    bytes.len() as u64
+}
+
+/// Reads a text of so many bytes. One that was cut inside a character ends in a replacement character.
+fn read_text(words: &[AtomicU64], len: usize) -> String {
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.load(SeqCst).to_ne_bytes()).collect();
+    String::from_utf8_lossy(&bytes[..len.min(bytes.len())]).into_owned()
 }
 
 #[cfg(test)]
@@ -192,8 +221,10 @@ mod tests {
     fn one_rank_has_the_word() {
         let (words, again) = SharedWords::pair(Board::bytes(2)).unwrap();
         let (first, second) = (Board::over(words, 0), Board::over(again, 1));
-        assert!(!first.another_speaks() && second.take_the_word() && second.take_the_word());
-        assert!(first.another_speaks() && !second.another_speaks() && !first.take_the_word());
+        assert!(!first.another_speaks() && first.reason().is_none());
+        assert!(second.take_the_word("why") && second.take_the_word("another"));
+        assert!(first.another_speaks() && !second.another_speaks() && !first.take_the_word("late"));
+        assert_eq!(first.reason(), Some((1, "why".into())));
         second.set_state(State::Done);
         assert_eq!(first.read(1).state, State::Done);
         assert_eq!(first.read(1).process, u64::from(std::process::id()));

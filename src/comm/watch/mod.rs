@@ -12,6 +12,7 @@
 mod board;
 mod bus;
 mod fault;
+mod limits;
 mod phase;
 mod process;
 mod report;
@@ -24,6 +25,8 @@ use rustix::process::{Signal, getpid, kill_process};
 
 pub use board::Board;
 use board::{Record, State};
+pub use limits::Limit;
+use limits::Limits;
 pub use phase::Phase;
 use process::Process;
 use report::TimeOut;
@@ -53,46 +56,6 @@ const WAIT_FOR_THE_END: Duration = Duration::from_secs(10);
 
 /// Time that an orderly end of the process may take.
 const END_IN_ANY_CASE: Duration = Duration::from_secs(15);
-
-/// Limit of a wait during which no rank makes progress.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Limit {
-    /// Limit of steps that all ranks reach at once: MPI_Init and the first collectives of NCCL.
-    Start,
-    /// Limit of everything else.
-    Any,
-}
-
-#[derive(Clone, Copy)]
-struct Limits {
-    start: Duration,
-    any: Duration,
-}
-
-const LIMIT_VARIABLE: &str = "FSDP_QLORA_TIMEOUT_S";
-const START_LIMIT_VARIABLE: &str = "FSDP_QLORA_START_TIMEOUT_S";
-const LIMIT: Duration = Duration::from_secs(1800);
-const START_LIMIT: Duration = Duration::from_secs(120);
-
-impl Limits {
-    /// `$FSDP_QLORA_TIMEOUT_S`, else half an hour; `$FSDP_QLORA_START_TIMEOUT_S`, else two minutes or the former where that is less.
-    fn from_environment() -> Result<Limits> {
-        let seconds = |name: &str, default: Duration| -> Result<Duration> {
-            let Ok(text) = std::env::var(name) else { return Ok(default) };
-            let seconds = text.parse().ok().filter(|&seconds: &u64| seconds > 0);
-            seconds.map(Duration::from_secs).with_context(|| format!("{name} is {text:?}, allowed: seconds, 1 or more"))
-        };
-        let any = seconds(LIMIT_VARIABLE, LIMIT)?;
-        Ok(Limits { start: seconds(START_LIMIT_VARIABLE, START_LIMIT.min(any))?, any })
-    }
-
-    fn of(&self, limit: Limit) -> (Duration, &'static str) {
-        match limit {
-            Limit::Start => (self.start, START_LIMIT_VARIABLE),
-            Limit::Any => (self.any, LIMIT_VARIABLE),
-        }
-    }
-}
 
 /// Lets the watchdog see actions that are under way on a GPU.
 pub trait Probe: Send {
@@ -162,18 +125,32 @@ impl Inner {
     }
 
     fn prefix(&self) -> String {
-        if self.world_size > 1 { format!("rank {}: ", self.rank) } else { String::new() }
+        self.prefix_of(self.rank)
+    }
+
+    fn prefix_of(&self, rank: usize) -> String {
+        if self.world_size > 1 { format!("rank {rank}: ") } else { String::new() }
+    }
+
+    /// Returns why all ranks end, if a rank has said so.
+    fn reason(&self) -> Option<String> {
+        let (local_rank, why) = self.board.reason()?;
+        let rank = self.ranks.get(local_rank).copied().unwrap_or(self.rank);
+        Some(self.prefix_of(rank) + &why)
     }
 }
 
 /// A probe, its number, which is also the number of its wait, and its help.
 type Looked = (u64, Option<&'static str>, Box<dyn Probe>);
 
+type OnEnd = Box<dyn FnOnce(&str) + Send>;
+
 struct Watch {
     limits: Limits,
     inner: Mutex<Inner>,
     /// Locked before `inner`.
     probes: Mutex<Vec<Looked>>,
+    on_end: Mutex<Option<OnEnd>>,
 }
 
 static WATCH: OnceLock<Watch> = OnceLock::new();
@@ -210,7 +187,12 @@ pub fn start(rank: usize, world_size: usize) -> Result<()> {
         waits: Vec::new(),
         next_id: 0,
     };
-    let watch = Watch { limits: Limits::from_environment()?, inner: Mutex::new(inner), probes: Mutex::default() };
+    let watch = Watch {
+        limits: Limits::from_environment()?,
+        inner: Mutex::new(inner),
+        probes: Mutex::default(),
+        on_end: Mutex::default(),
+    };
     bus::listen()?;
     if WATCH.set(watch).is_ok() {
         let thread = std::thread::Builder::new().name("watchdog".into());
@@ -320,9 +302,29 @@ pub fn done() {
     with_inner(|inner| inner.board.set_state(State::Done));
 }
 
+/// Calls `note` with the reason when a rank of this node ends all ranks, on a thread of this process. It replaces what was set before.
+pub fn on_end(note: impl FnOnce(&str) + Send + 'static) {
+    if let Some(watch) = WATCH.get() {
+        *lock(&watch.on_end) = Some(Box::new(note));
+    }
+}
+
+/// Calls what [`on_end`] has set, once, if a rank has said why all ranks end.
+pub fn tell_the_end() {
+    let Some(watch) = WATCH.get() else { return };
+    let Some(reason) = watch.inner().reason() else { return };
+    let note = lock(&watch.on_end).take();
+    if let Some(note) = note {
+        // It may write to a disk that does not answer.
+        end_soon();
+        note(&reason);
+    }
+}
+
 /// Returns true on the one rank of this node that reports why all ranks end. The others wait here to be ended, and return false if
-/// nobody ends them. With `gives_way`, rank 0 reports it if it fails too.
-pub fn takes_the_word(gives_way: bool) -> bool {
+/// nobody ends them. With `gives_way`, rank 0 reports it if it fails too. `why` is the reason for [`on_end`]; empty if there is nothing
+/// to note.
+pub fn takes_the_word(gives_way: bool, why: &str) -> bool {
     let Some(watch) = WATCH.get() else { return true };
     let (is_rank_0, has_a_board) = {
         let inner = watch.inner();
@@ -332,8 +334,11 @@ pub fn takes_the_word(gives_way: bool) -> bool {
     if gives_way && !is_rank_0 {
         std::thread::sleep(if has_a_board { RANK_0_FIRST } else { RANK_0_FIRST_WITHOUT_A_BOARD });
     }
-    let takes = watch.inner().board.take_the_word();
+    let takes = watch.inner().board.take_the_word(why);
     if !takes {
+        // The other rank may be about to write its reason, and this thread may be the watchdog.
+        std::thread::sleep(TICK);
+        tell_the_end();
         std::thread::sleep(WAIT_FOR_THE_END);
     }
     takes
@@ -373,6 +378,7 @@ fn run(watch: &Watch) {
         };
         quiet.tick(beats, elapsed);
         if another_speaks {
+            tell_the_end();
             // That rank ends all ranks; if it cannot, this one ends by itself.
             silenced += elapsed;
             if silenced > WAIT_FOR_THE_END {
@@ -448,8 +454,9 @@ fn timed_out(watch: &Watch, quiet: Duration) -> Option<String> {
 fn end_all_ranks(message: &str, pause: Duration) -> ! {
     end_soon();
     let has_no_board = with_inner(|inner| inner.ranks.is_empty()).unwrap_or(true);
-    if takes_the_word(has_no_board) {
+    if takes_the_word(has_no_board, message) {
         logging::error(&with_inner(|inner| inner.prefix()).unwrap_or_default(), &format!("error: {message}"));
+        tell_the_end();
         std::thread::sleep(pause);
     }
     abort(1)
