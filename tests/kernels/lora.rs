@@ -325,12 +325,14 @@ pub fn lora_input_of_a_gated_activation<A: Tested>() {
     let (_guard, cuda) = gpu::<A>();
     let d = &cuda;
     for (tokens, features, ranks) in
-        [(33, 576, &[16][..]), (300, 520, &[8]), (257, 1032, &[64]), (40, 320, &[24]), (64, 72, &[16; 2])]
+        [(133, 576, &[16][..]), (300, 520, &[8]), (257, 1032, &[64]), (40, 320, &[24]), (64, 72, &[16; 2])]
     {
         let len = tokens * features;
         let [gate, up] = [1, 2].map(|seed| put_act(d, &random(len, 2.0, seed)));
         for (activation, probability) in [(Activation::Silu, 0.0), (Activation::Silu, 0.1), (Activation::GeluTanh, 0.1)]
         {
+            let weight = put_act(d, &random(ROWS_OF_W * features, 0.1, 3));
+            let d_y = put_act(d, &random(tokens * ROWS_OF_W, 0.1, 7));
             let run = |is_there: bool| {
                 let (mut act, mut d_x, mut scratch) = (buffer(d, len), buffer(d, len), buffer(d, len));
                 let mut d_a = put(d, &random(features * ranks.iter().sum::<usize>(), 1.0, 4));
@@ -347,7 +349,8 @@ pub fn lora_input_of_a_gated_activation<A: Tested>() {
                     let a_range = before..before + lora_rank * features;
                     before = a_range.end;
                     let lora = InputLora { d_u: d_u.view(), a: a.view(), a_range, lora_rank, number: FIRST };
-                    modules.push(InputModule { outputs: Vec::new(), output_scale: 1.0, lora: Some(lora) });
+                    let outputs = vec![[weight.view(), d_y.view()]];
+                    modules.push(InputModule { outputs, output_scale: 1.0, lora: Some(lora) });
                 }
                 let args = GatedForward { y: act.view_mut(), gate: gate.view(), up: up.view(), activation };
                 let x = match is_there {
