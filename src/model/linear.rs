@@ -6,14 +6,17 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 
 use crate::device::{
-    Arena, Buffer, DownModule, DropoutMask, Finish, Input, InputLora, InputModule, LoraDown, LoraInput, LoraLinear,
-    LoraOutput, Ops, Transpose::Yes, View, ViewMut, product,
+    Arena, Buffer, Device, DownModule, DropoutMask, Finish, Input, InputLora, InputModule, LoraDown, LoraInput,
+    LoraLinear, LoraOutput, Ops, Transpose::Yes, View, ViewMut, product,
 };
 
 use super::spec::{Module, ModuleId, Rows, TensorId};
 use super::stage::StageContext;
 use super::trainable::{Kind, LoraModule};
 use super::weights::LoraMatrices;
+
+/// Rows of a module, their y `[T, rows]`, and its finish.
+pub type Output<'a, D> = (&'a Rows, ViewMut<'a, D, <D as Device>::Act>, Finish<'a, D>);
 
 /// The modules that read one input.
 pub struct Linears<'a, D: Ops>(Vec<Linear<'a, D>>);
@@ -141,12 +144,12 @@ impl<'a, D: Ops> Linears<'a, D> {
         ops.lora_down(LoraDown { modules: &mut modules[..], x, mask, scratch: dropped.view_mut() })
     }
 
-    /// For each of `outputs`, rows of a module, their y `[T, rows]` and its finish: y = output_scale · (x `[T, in]` · Wᵀ +
-    /// bias + scale · u · Bᵀ), finished, with the module's u `[T, r]` of [`Linears::down`].
+    /// For each of `outputs`: y = output_scale · (x `[T, in]` · Wᵀ + bias + scale · u · Bᵀ), finished, with the module's u
+    /// `[T, r]` of [`Linears::down`].
     pub fn forward<const N: usize>(
         &self,
         ops: &D,
-        outputs: [(&Rows, ViewMut<'_, D, D::Act>, Finish<'_, D>); N],
+        outputs: [Output<'_, D>; N],
         u: &LoraInputs<D>,
         x: View<'_, D, D::Act>,
     ) -> Result<()> {

@@ -142,8 +142,9 @@ impl Mlp {
             cost += at.linears(self.outputs(), &DOWN);
         }
         if computed.rest {
-            // The norm, and the activation.
-            cost += kernels(2 * h + 3 * i, 2);
+            cost += kernels(2 * h, 1);
+            // The activation. Where nothing reads it, backward makes it as it reads gate and up.
+            cost += if output || computed.lora { kernels(3 * i, 1) } else { kernels(i, 0) };
         }
         if computed.mlp {
             // The sum of branch and residual stream, besides the modules.
