@@ -73,11 +73,11 @@ pub enum Finish<'a, D: Device> {
 
 impl<D: ElementwiseOps + RopeOps> Finish<'_, D> {
     /// Takes the step as an op of its own.
-    pub fn run(self, ops: &D, mut y: ViewMut<'_, D, D::Act>) -> Result<()> {
+    pub fn run(self, ops: &D, y: ViewMut<'_, D, D::Act>) -> Result<()> {
         match self {
             Finish::Nothing => Ok(()),
             Finish::Add(x) => ops.add(y, x),
-            Finish::Rotate(rotation) => ops.rope(Rope { x: y.range_mut(0..y.len()), rotation, inverse: false }),
+            Finish::Rotate(rotation) => ops.rope(Rope { x: y, rotation, inverse: false }),
         }
     }
 }

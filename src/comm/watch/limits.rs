@@ -1,4 +1,4 @@
-//! How long a wait may take.
+//! The longest times that a rank waits for others.
 
 use std::time::Duration;
 

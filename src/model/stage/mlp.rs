@@ -146,10 +146,10 @@ pub fn forward<D: Ops>(
     let ends_here = out.is_none() && (saved.mlp || saved.lora && stage.output_norm.is_none());
     if !saved.rest {
         rest.has_act = !ends_here;
-    }
-    if !saved.rest && !ends_here {
-        let (gate, up, activation) = (gate.first(inner), up.first(inner), stage.activation);
-        ops.gated_forward(GatedForward { y: rest.act.first_mut(inner), gate, up, activation })?;
+        if rest.has_act {
+            let (gate, up, activation) = (gate.first(inner), up.first(inner), stage.activation);
+            ops.gated_forward(GatedForward { y: rest.act.first_mut(inner), gate, up, activation })?;
+        }
     }
     if ends_here {
         return Ok(());
