@@ -1,14 +1,16 @@
-// A module's product with what LoRA adds, on Hopper (sm_90a): y is summed in f32, and written once.
+// A module's product with what LoRA adds, on Hopper (sm_90a): y is summed in f32, and written once. The products of an MLP's gate and up are
+// made together with their activation.
 //
-// A block makes tiles of 128 rows and 256 columns of y. One warp brings 64 columns of both operands at a time by bulk copies while two
+// A block makes tiles of 128 rows and 256 columns of y, or of 128 columns of gate and as many of up. One warp brings 64 columns of both operands at a time by bulk copies while two
 // warpgroups multiply them (wgmma), each of them 64 rows. Two blocks whose tiles lie one below the other are a pair, and each of them
 // brings half of the second operand for both. The pairs draw their tiles, in an order in which those that run side by side make a square
 // of tiles, so that the L2 cache holds what they share.
 #include "common.cuh"
+#include "gated.cuh"
 #include "hopper.cuh"
 #include "rope.cuh"
 
-static const int ROWS = 128, COLUMNS = 256, DEPTH = 64, STAGES = 4, THREADS = 384;
+static const int ROWS = 128, COLUMNS = 256, HALF = COLUMNS / PAIR, DEPTH = 64, STAGES = 4, THREADS = 384;
 
 __device__ u32 linear_ticket;
 
@@ -96,9 +98,10 @@ struct Operands {
     int k;
 };
 
-// One thread brings the operands of a tile, stage by stage; what lies outside of them becomes zeros.
-__device__ __forceinline__ void bring(const Block &block, Ring<STAGES> &stage, const Operands &operands, int row, int column) {
-    const int BOXES_A = ROWS / Block::A::BOX_ROWS, BOXES_B = COLUMNS / Block::A::BOX_ROWS / PAIR;
+// One thread brings the operands of a tile, stage by stage: rows of A from `row` on for this block, and rows of B from `first` on, which are
+// this block's half of a tile's columns, for both blocks. What lies outside of the operands becomes zeros.
+__device__ __forceinline__ void bring(const Block &block, Ring<STAGES> &stage, const Operands &operands, int row, int first) {
+    const int BOXES_A = ROWS / Block::A::BOX_ROWS, BOXES_B = HALF / Block::A::BOX_ROWS;
     for (int k = 0; k < operands.k; k += DEPTH, stage.next()) {
         barrier_wait(block.empty(stage.index), stage.parity ^ 1);
         u32 full = block.full(stage.index);
@@ -106,8 +109,8 @@ __device__ __forceinline__ void bring(const Block &block, Ring<STAGES> &stage, c
         for (int box = 0; box < BOXES_A; box++)
             copy_box(block.a(stage.index) + box * Block::BOX_BYTES, *operands.a, k, row + box * Block::A::BOX_ROWS, full);
         for (int i = 0; i < BOXES_B; i++) {
-            int box = block.rank * BOXES_B + i;
-            copy_box_to_pair(block.b(stage.index) + box * Block::BOX_BYTES, *operands.b, k, column + box * Block::A::BOX_ROWS, full);
+            u32 to = block.b(stage.index) + (block.rank * BOXES_B + i) * Block::BOX_BYTES;
+            copy_box_to_pair(to, *operands.b, k, first + i * Block::A::BOX_ROWS, full);
         }
     }
 }
@@ -175,49 +178,110 @@ template <int D> __device__ __forceinline__ void turn(u32 (&pairs)[COLUMNS / 8],
 
 __device__ __forceinline__ u32 add_pair(u32 a, u32 b) { return pack_act(low(a) + low(b), high(a) + high(b)); }
 
-// Writes output_scale · (acc + bias), finished, to y [m, n], from a row and a column on; n is a multiple of 8.
-__device__ __forceinline__ void store(Act *y, const float (&acc)[COLUMNS / 2], const float *bias, const Finish &finish, int row, int column,
-                                      int m, int n, float output_scale) {
-    int lane = threadIdx.x % 32;
-    row += threadIdx.x / 32 % 4 * 16 + lane / 4;
-#pragma unroll
-    for (int half = 0; half < 2; half++, row += 8) {
-        u32 pairs[COLUMNS / 8];
-#pragma unroll
-        for (int run = 0; run < COLUMNS / 8; run++) {
-            int at = column + 8 * run + lane % 4 * 2;
-            float first = acc[4 * run + 2 * half], second = acc[4 * run + 2 * half + 1];
-            if (bias && at < n) first += bias[at], second += bias[at + 1];
-            pairs[run] = pack_act(first * output_scale, second * output_scale);
-        }
-        if (finish.cos) {
-            if (finish.head_dim == 128)
-                turn<128>(pairs, finish, min(row, m - 1));
-            else
-                turn<64>(pairs, finish, min(row, m - 1));
-        }
-#pragma unroll
-        for (int runs = 0; runs < COLUMNS / 8; runs += 4) {
-            uint4 run = gather_run(pairs[runs], pairs[runs + 1], pairs[runs + 2], pairs[runs + 3]);
-            int at = column + 8 * (runs + lane % 4);
-            if (row >= m || at >= n) continue;
-            u64 to = (u64)row * n + at;
-            if (finish.residual) {
-                uint4 more = *(const uint4 *)(finish.residual + to);
-                run = uint4{add_pair(run.x, more.x), add_pair(run.y, more.y), add_pair(run.z, more.z), add_pair(run.w, more.w)};
-            }
-            *(uint4 *)(y + to) = run;
-        }
+// Writes four pairs of features of a thread, of four runs of eight columns from a column on, to a row of y [m, n]; n is a multiple of 8. A
+// residual [m, n] is added if there is one.
+__device__ __forceinline__ void write_runs(Act *y, const u32 *pairs, const Act *residual, int row, int column, int m, int n) {
+    uint4 run = gather_run(pairs[0], pairs[1], pairs[2], pairs[3]);
+    int at = column + 8 * (threadIdx.x % 4);
+    if (row >= m || at >= n) return;
+    u64 to = (u64)row * n + at;
+    if (residual) {
+        uint4 more = *(const uint4 *)(residual + to);
+        run = uint4{add_pair(run.x, more.x), add_pair(run.y, more.y), add_pair(run.z, more.z), add_pair(run.w, more.w)};
     }
+    *(uint4 *)(y + to) = run;
 }
 
-// y [m, n] = output_scale · (x [m, k] · Wᵀ + bias + scale · u [m, r] · Bᵀ), finished; W [n, k], B [n, r]: `base` has x and W, `lora` u and B,
-// whose r is at most 16 · STEPS, or any where STEPS fill a stage.
-template <int STEPS>
-__device__ __forceinline__ void linear(Act *y, const Operands &base, const Operands &lora, const float *bias, const Finish &finish, int m,
-                                       int n, float scale, float output_scale) {
+// Output of one module: y [m, n] = output_scale · (sum + bias), finished.
+struct Linear {
+    // Number of adapters whose parts are summed.
+    static const int ADAPTERS = 1;
+    Act *y;
+    const float *bias;
+    Finish finish;
+    int m, n;
+    float output_scale;
+
+    __device__ __forceinline__ int num_columns() const { return n; }
+    // The first row of the base's weight, or of an adapter's B, that the block of this number brings for a tile.
+    __device__ __forceinline__ int first_of_base(u32 rank, int column) const { return column + rank * HALF; }
+    __device__ __forceinline__ int first_of_adapter(int, u32 rank, int column) const { return column + rank * HALF; }
+
+    // Writes the output of a warpgroup's sums, from a row and a column on.
+    __device__ __forceinline__ void store(const float (&acc)[COLUMNS / 2], int row, int column) const {
+        int lane = threadIdx.x % 32;
+        row += threadIdx.x / 32 % 4 * 16 + lane / 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++, row += 8) {
+            u32 pairs[COLUMNS / 8];
+#pragma unroll
+            for (int run = 0; run < COLUMNS / 8; run++) {
+                int at = column + 8 * run + lane % 4 * 2;
+                float first = acc[4 * run + 2 * half], second = acc[4 * run + 2 * half + 1];
+                if (bias && at < n) first += bias[at], second += bias[at + 1];
+                pairs[run] = pack_act(first * output_scale, second * output_scale);
+            }
+            if (finish.cos) {
+                if (finish.head_dim == 128)
+                    turn<128>(pairs, finish, min(row, m - 1));
+                else
+                    turn<64>(pairs, finish, min(row, m - 1));
+            }
+#pragma unroll
+            for (int runs = 0; runs < COLUMNS / 8; runs += 4)
+                write_runs(y, pairs + runs, finish.residual, row, column + 8 * runs, m, n);
+        }
+    }
+};
+
+// Outputs of an MLP's gate and up, which read one input: gate, up [m, n] = output_scale · sum, and act = f(gate) · up of the rounded values.
+// Each is left out where it has no address. The first half of a tile's columns is gate's, the second one up's.
+struct Gated {
+    static const int ADAPTERS = 2;
+    Act *act, *gate, *up;
+    bool is_gelu;
+    int m, n;
+    float output_scale;
+
+    __device__ __forceinline__ int num_columns() const { return 2 * n; }
+    __device__ __forceinline__ int first_of_base(u32, int column) const { return column / 2; }
+    // An adapter adds to the half of its own module. The other half gets rows behind the last one of B, which are zeros.
+    __device__ __forceinline__ int first_of_adapter(int adapter, u32 rank, int column) const { return rank == adapter ? column / 2 : n; }
+
+    template <class F> __device__ __forceinline__ void store_as(const float (&acc)[COLUMNS / 2], int row, int column) const {
+        row += threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int half = 0; half < 2; half++, row += 8)
+#pragma unroll
+            for (int runs = 0; runs < HALF / 8; runs += 4) {
+                u32 pairs[3][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int of_gate = 4 * (runs + i) + 2 * half, of_up = of_gate + HALF / 2;
+                    u32 g = pack_act(acc[of_gate] * output_scale, acc[of_gate + 1] * output_scale);
+                    u32 u = pack_act(acc[of_up] * output_scale, acc[of_up + 1] * output_scale);
+                    pairs[0][i] = pack_act(gated<F>(low(g), low(u)), gated<F>(high(g), high(u))), pairs[1][i] = g, pairs[2][i] = u;
+                }
+                int at = column / 2 + 8 * runs;
+                if (act) write_runs(act, pairs[0], nullptr, row, at, m, n);
+                if (gate) write_runs(gate, pairs[1], nullptr, row, at, m, n);
+                if (up) write_runs(up, pairs[2], nullptr, row, at, m, n);
+            }
+    }
+    __device__ __forceinline__ void store(const float (&acc)[COLUMNS / 2], int row, int column) const {
+        if (is_gelu)
+            store_as<GeluTanh>(acc, row, column);
+        else
+            store_as<Silu>(acc, row, column);
+    }
+};
+
+// Makes the output of x [m, k] · Wᵀ + scale · u [m, r] · Bᵀ with W [n, k] and B [n, r], whose r is at most 16 · STEPS, or any where STEPS fill
+// a stage: `base` has x and this block's W, `adapters` have each u and B.
+template <int STEPS, class Output>
+__device__ __forceinline__ void linear(const Output &output, const Operands &base, const Operands (&adapters)[Output::ADAPTERS], float scale) {
     Block block;
-    Tiles tiles(m, n);
+    Tiles tiles(output.m, output.num_columns());
     int row, column;
     Ring<STAGES> stage;
     bool computes = divide_block<40, 232>([&]() {
@@ -226,24 +290,27 @@ __device__ __forceinline__ void linear(Act *y, const Operands &base, const Opera
             int tile = block.draw_tile(parity, tiles.count());
             if (tile < 0) break;
             tiles.place(tile, block.rank, row, column);
-            bring(block, stage, lora, row, column);
-            bring(block, stage, base, row, column);
+#pragma unroll
+            for (int i = 0; i < Output::ADAPTERS; i++) bring(block, stage, adapters[i], row, output.first_of_adapter(i, block.rank, column));
+            bring(block, stage, base, row, output.first_of_base(block.rank, column));
         }
     });
     if (computes) {
         int warpgroup = uniform(threadIdx.x / 128) - 1;
+        // The columns of all adapters, in whole stages.
+        const int depth = Output::ADAPTERS * ((adapters[0].k + DEPTH - 1) / DEPTH * DEPTH);
         for (u32 parity = 0;; parity ^= 1) {
             int tile = block.next_tile(parity);
             if (tile < 0) break;
             tiles.place(tile, block.rank, row, column);
             float acc[COLUMNS / 2];
-            multiply<STEPS>(acc, block, stage, warpgroup, lora.k, false);
+            multiply<STEPS>(acc, block, stage, warpgroup, depth, false);
             if (scale != 1.0f) {
 #pragma unroll
                 for (int e = 0; e < COLUMNS / 2; e++) acc[e] *= scale;
             }
             multiply<DEPTH / 16>(acc, block, stage, warpgroup, base.k, true);
-            store(y, acc, bias, finish, row + 64 * warpgroup, column, m, n, output_scale);
+            output.store(acc, row + 64 * warpgroup, column);
         }
     }
     // The other block writes here and tells barriers here until both are done.
@@ -255,8 +322,22 @@ __device__ __forceinline__ void linear(Act *y, const Operands &base, const Opera
         NAME(Act *y, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap weight,                               \
              const __grid_constant__ TensorMap u, const __grid_constant__ TensorMap b, const float *bias, const float *cos,       \
              const float *sin, int head_dim, const Act *residual, int m, int n, int k, int r, float scale, float output_scale) {  \
-        const Finish finish = {cos, sin, head_dim, residual};                                                                     \
-        linear<STEPS>(y, Operands{&x, &weight, k}, Operands{&u, &b, r}, bias, finish, m, n, scale, output_scale);                 \
+        const Linear output = {y, bias, {cos, sin, head_dim, residual}, m, n, output_scale};                                      \
+        const Operands adapters[] = {{&u, &b, r}};                                                                                \
+        linear<STEPS>(output, Operands{&x, &weight, k}, adapters, scale);                                                         \
     }
 LORA_LINEAR(lora_linear_hopper_16, 1)
 LORA_LINEAR(lora_linear_hopper, DEPTH / 16)
+
+#define LORA_GATED(NAME, STEPS)                                                                                                   \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(THREADS, 1)                                            \
+        NAME(Act *act, Act *gate, Act *up, const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap gate_weight,    \
+             const __grid_constant__ TensorMap up_weight, const __grid_constant__ TensorMap gate_u,                               \
+             const __grid_constant__ TensorMap up_u, const __grid_constant__ TensorMap gate_b,                                    \
+             const __grid_constant__ TensorMap up_b, int is_gelu, int m, int n, int k, int r, float scale, float output_scale) {  \
+        const Gated output = {act, gate, up, is_gelu != 0, m, n, output_scale};                                                   \
+        const Operands adapters[] = {{&gate_u, &gate_b, r}, {&up_u, &up_b, r}};                                                   \
+        linear<STEPS>(output, Operands{&x, pair_rank() == 0 ? &gate_weight : &up_weight, k}, adapters, scale);                    \
+    }
+LORA_GATED(lora_gated_hopper_16, 1)
+LORA_GATED(lora_gated_hopper, DEPTH / 16)

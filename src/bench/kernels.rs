@@ -177,7 +177,13 @@ impl<'a, D: Ops> Kernels<'a, D> {
         let (d, len) = (self.device, self.tokens * self.layer.mlp.intermediate_size);
         let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
         let (gate, up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
-        let activation = self.layer.mlp.activation;
+        let (activation, rows) = (self.layer.mlp.activation, &self.layer.mlp.gate);
+        let module = self.layer.mlp.inputs().find(|module| module.id == rows.module);
+        let lora = self.modules().iter().find(|lora| lora.id == rows.module);
+        if let (Some(module), Some(lora)) = (module, lora) {
+            // One module may give both.
+            self.gated(&Module { out_features: rows.rows.len(), ..module.clone() }, *lora, activation)?;
+        }
         self.timer.time("gated forward", moved(3.0), || {
             d.gated_forward(GatedForward { y: y.view_mut(), gate: gate.view(), up: up.view(), activation })
         })?;

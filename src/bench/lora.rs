@@ -72,6 +72,36 @@ impl<D: Ops> Kernels<'_, D> {
         })
     }
 
+    /// Gate and up of an MLP with their activation, as a forward does it that keeps both, and one that keeps the activation alone. Both
+    /// modules are like the one that is given.
+    pub(super) fn gated(&self, module: &Module, lora: LoraModule, activation: Activation) -> Result<()> {
+        let Module { out_features: n, in_features: k, output_scale, .. } = *module;
+        let (tokens, r, scale) = (self.tokens, lora.lora_rank, lora.scale);
+        let (x, weights, u, b) = (self.act(tokens * k)?, self.act(2 * n * k)?, self.act(tokens * r)?, self.act(n * r)?);
+        let [mut act, mut gate, mut up] = [self.act(tokens * n)?, self.act(tokens * n)?, self.act(tokens * n)?];
+        let flops = Amount::Flops(4.0 * (tokens * (k + r) * n) as f64);
+        for (keeps_inputs, kept) in [(true, "gate, up and their activation"), (false, "the activation of gate and up")]
+        {
+            self.timer.time(&format!("{kept}, r {r}"), flops, || {
+                let linear = |y, range| LoraLinear {
+                    y,
+                    x: x.view(),
+                    weight: weights.view().range(range),
+                    bias: None,
+                    u: u.view(),
+                    b: b.view(),
+                    lora_rank: r,
+                    scale,
+                    output_scale,
+                    finish: Finish::Nothing,
+                };
+                let (gate, up) = (linear(gate.view_mut(), 0..n * k), linear(up.view_mut(), n * k..2 * n * k));
+                self.device.lora_gated(LoraGated { act: Some(act.view_mut()), gate, up, activation, keeps_inputs })
+            })?;
+        }
+        Ok(())
+    }
+
     fn output(&self, module: &Module, lora: LoraModule) -> Result<()> {
         let Module { id, out_features: n, output_scale, .. } = *module;
         let (tokens, r) = (self.tokens, lora.lora_rank);

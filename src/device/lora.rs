@@ -5,8 +5,8 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 
 use super::{
-    Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, Rope, RopeOps, Rotation, Transpose, View, ViewMut,
-    product,
+    Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, LoraGated, Rope, RopeOps, Rotation, Transpose, View,
+    ViewMut, lora_mlp, product,
 };
 
 use Transpose::{No, Yes};
@@ -168,6 +168,11 @@ pub trait LoraOps: GemmOps + ElementwiseOps + GatedOps + RopeOps {
         }
         product(self, y.range_mut(0..m * n), u, (b, Yes), [m, n, r], output_scale * scale, 1.0)?;
         finish.run(self, y)
+    }
+
+    /// See [`LoraGated`]: gate first, then up, then the activation.
+    fn lora_gated(&self, args: LoraGated<'_, Self>) -> Result<()> {
+        lora_mlp::gated(self, args)
     }
 
     /// See [`LoraDown`].

@@ -46,7 +46,7 @@ struct State<'a> {
     /// Number of layers whose backward is left for each micro-batch: it holds the output gradient of the last of
     /// them.
     backward: Vec<Option<usize>>,
-    /// The layer and micro-batch whose values lie in the buffers that are shared by all layers that keep none.
+    /// The layer and micro-batch whose values lie in the buffers that are shared by all layers that keep none, if they were left for backward.
     shared: Option<(usize, usize)>,
     /// All boundaries, by the layer whose input they are and by live micro-batch.
     boundaries: Vec<Boundary>,
@@ -118,14 +118,14 @@ impl State<'_> {
                 self.new_boundary(0, micro)?;
                 advance(&mut self.forward[micro], None, 0)
             }
-            Action::Forward { layer, micro } => {
+            Action::Forward { layer, micro, saves } => {
                 self.needs(Unit::Layer(layer))?;
                 self.boundary(layer, micro, Boundary::Here, Boundary::Here)?;
                 self.new_boundary(layer + 1, micro)?;
                 if !self.inputs.micro_batches[micro].gradient {
                     self.free_boundary(layer, micro)?;
                 }
-                self.save(layer, micro);
+                self.save(layer, saves.then_some(micro));
                 advance(&mut self.forward[micro], Some(layer), layer + 1)
             }
             Action::HeadBegin { micro } => {
@@ -141,7 +141,7 @@ impl State<'_> {
             Action::HeadBackward { micro } => self.head_backward(micro),
             Action::Recompute { layer, micro } => {
                 self.needs(Unit::Layer(layer))?;
-                self.save(layer, micro);
+                self.save(layer, Some(micro));
                 self.boundary(layer, micro, Boundary::Here, Boundary::Here)
             }
             Action::Put { layer, micro } => self.boundary(layer, micro, Boundary::Here, Boundary::Putting),
@@ -210,10 +210,10 @@ impl State<'_> {
         !self.inputs.keep.of(layer, self.inputs.units.layers).all()
     }
 
-    /// A forward pass of a layer, whole or again, leaves values for backward.
-    fn save(&mut self, layer: usize, micro: usize) {
+    /// A forward pass of a layer, whole or again, leaves the values for the backward of a micro-batch, or of none.
+    fn save(&mut self, layer: usize, micro: Option<usize>) {
         if self.shares(layer) {
-            self.shared = Some((layer, micro));
+            self.shared = micro.map(|micro| (layer, micro));
         }
     }
 
@@ -410,15 +410,29 @@ mod tests {
             num_slots: 2,
             num_boundary_buffers: 3 * num,
         };
-        let refuses = |actions: &[Action], inputs: &Inputs, holder: (usize, usize)| {
+        let refuses = |actions: &[Action], inputs: &Inputs, holder: Option<(usize, usize)>| {
             let error = format!("{:#}", check(actions, inputs).unwrap_err());
-            assert!(error.contains(&format!("hold those of (layer, micro-batch) {:?}", Some(holder))), "{error}");
+            assert!(error.contains(&format!("hold those of (layer, micro-batch) {holder:?}")), "{error}");
         };
-        // The other micro-batch's forward came last.
+        // The other micro-batch's forward came last, with and without values for backward.
         let inputs = of(2, Accumulation::Layer);
+        for saves in [false, true] {
+            let mut actions = build(&inputs);
+            actions.retain(|action| *action != Action::Recompute { layer: 1, micro: 0 });
+            let forward = |saves| Action::Forward { layer: 1, micro: 1, saves };
+            let last = actions.iter_mut().find(|action| **action == forward(false)).unwrap();
+            *last = forward(saves);
+            refuses(&actions, &inputs, saves.then_some((1, 1)));
+        }
+        // The micro-batch's own forward has left nothing.
+        let inputs = of(1, Accumulation::Layer);
         let mut actions = build(&inputs);
-        actions.retain(|action| *action != Action::Recompute { layer: 1, micro: 0 });
-        refuses(&actions, &inputs, (1, 1));
+        for action in &mut actions {
+            if let Action::Forward { saves, .. } = action {
+                *saves = false;
+            }
+        }
+        refuses(&actions, &inputs, None);
         // The layer before is computed again while the last layer is on its way.
         for inputs in [of(1, Accumulation::Layer), of(2, Accumulation::MicroBatch)] {
             let (mut actions, unit) = (build(&inputs), Unit::Layer(0));
@@ -431,7 +445,7 @@ mod tests {
                 Action::Recompute { layer: 0, micro: 0 },
             ];
             actions.splice(before_wait..before_wait, again);
-            refuses(&actions, &inputs, (0, 0));
+            refuses(&actions, &inputs, Some((0, 0)));
         }
     }
 

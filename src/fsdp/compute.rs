@@ -15,14 +15,32 @@ use super::run::RunArgs;
 use super::schedule::Mode;
 use super::unit::{HEAD_PIECE_ROWS, Unit, head_piece_rows};
 
+/// A pass forward through a layer.
+#[derive(Clone, Copy)]
+pub(super) enum Pass {
+    /// From input to output. With `saves` all groups of saved values are left for backward, and else those that the layer keeps.
+    Whole { saves: bool },
+    /// The groups that the layer does not keep are computed again.
+    Recompute,
+}
+
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
-    pub(super) fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, whole: bool) -> Result<()> {
+    pub(super) fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, pass: Pass) -> Result<()> {
         ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
         let m = self.live(micro);
         let (len, x) = (self.boundary_len(micro), self.boundaries.take(layer_idx, m)?);
         let kept = self.limits.keep.of(layer_idx, self.units.layers);
-        let mut out = if whole { Some(self.boundaries.take_free()?) } else { None };
         let descriptor = args.micro_batches[micro];
+        let (saved, needed) = match pass {
+            Pass::Whole { saves: true } => (Saved::NOTHING, Saved::EVERYTHING),
+            Pass::Whole { saves: false } if descriptor.gradient => (Saved::NOTHING, kept),
+            Pass::Whole { saves: false } => (Saved::NOTHING, Saved::NOTHING),
+            Pass::Recompute => (kept, Saved::EVERYTHING),
+        };
+        let mut out = match pass {
+            Pass::Whole { .. } => Some(self.boundaries.take_free()?),
+            Pass::Recompute => None,
+        };
         let trainables = self.trainables.as_ref().filter(|_| descriptor.adapter);
         let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
         let ctx = StageContext {
@@ -32,8 +50,9 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             batch: &batches[m],
             trainables: trainables.map(|trainables| trainables.of(layer_idx)),
             dropout: args.dropout.filter(|_| descriptor.gradient),
+            needed,
         };
-        let (saved, saves) = (if whole { Saved::NOTHING } else { kept }, activations.of(layer_idx, m));
+        let saves = activations.of(layer_idx, m);
         layer::forward(&ctx, &self.base.spec.layers[layer_idx], out.as_mut(), saves, saved, x.first(len), scratch)?;
         if let Some(out) = out {
             self.boundaries.insert(layer_idx + 1, m, out);
@@ -72,6 +91,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             batch: &batches[m],
             trainables: self.trainables.as_ref().map(|trainables| trainables.of(layer_idx)),
             dropout: args.dropout,
+            needed: Saved::NOTHING,
         };
         let (spec, saves) = (&self.base.spec.layers[layer_idx], activations.of(layer_idx, m));
         layer::backward(&ctx, spec, &mut d, grads, &saves, x.first(len), scratch)?;

@@ -11,6 +11,7 @@ use crate::model::batch::MicroBatch;
 use crate::model::spec::ModelSpec;
 use crate::model::trainable::Trainables;
 
+use super::compute::Pass;
 use super::layout::UnitLayout;
 use super::memory::{Limits, Memory, Plans, ShardedTrainables};
 use super::offload::Boundaries;
@@ -179,8 +180,8 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Action::Dequantize { unit, slot } => self.dequantize(unit, slot, args.needs_adapter()),
             Action::Reshard { unit, slot } => self.reshard(unit, slot),
             Action::Embed { micro } => self.embed(micro, batch(micro)),
-            Action::Forward { layer, micro } => self.forward(layer, micro, args, true),
-            Action::Recompute { layer, micro } => self.forward(layer, micro, args, false),
+            Action::Forward { layer, micro, saves } => self.forward(layer, micro, args, Pass::Whole { saves }),
+            Action::Recompute { layer, micro } => self.forward(layer, micro, args, Pass::Recompute),
             Action::HeadBegin { micro } => self.head_begin(micro, batch(micro)),
             Action::HeadPiece { piece, micro } => self.head_piece(piece, micro, args),
             Action::HeadScore { micro } => {

@@ -92,7 +92,7 @@ impl Weaver {
     fn weave(&mut self, i: usize, action: Action) {
         match action {
             Action::Embed { .. } => self.needs_a_buffer(),
-            Action::Forward { layer, micro } => {
+            Action::Forward { layer, micro, .. } => {
                 self.needs_a_buffer();
                 self.woven.push(action);
                 if !self.offloaded.has_backward(micro) {

@@ -160,9 +160,11 @@ pub enum Action {
     Embed {
         micro: usize,
     },
+    /// With `saves`, backward reads all saved values as this leaves them.
     Forward {
         layer: usize,
         micro: usize,
+        saves: bool,
     },
     /// Gathers and norms the tokens that count in the loss.
     HeadBegin {
@@ -358,7 +360,8 @@ fn pass(inputs: &Inputs, micros: &[usize], visits: &mut Vec<Visit>) {
                 (0, _) => v.compute.push(Action::Embed { micro }),
                 _ => {}
             }
-            v.compute.push(Action::Forward { layer, micro });
+            let saves = inputs.micro_batches[micro].gradient && !inputs.recomputes(layer, micro);
+            v.compute.push(Action::Forward { layer, micro, saves });
         }
         visits.push(v);
     }

@@ -6,8 +6,8 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 
 use crate::device::{
-    Arena, Buffer, Device, DownModule, DropoutMask, Finish, Input, InputLora, InputModule, LoraDown, LoraInput,
-    LoraLinear, LoraOutput, Ops, Transpose::Yes, View, ViewMut, product,
+    Activation, Arena, Buffer, Device, DownModule, DropoutMask, Finish, GatedForward, Input, InputLora, InputModule,
+    LoraDown, LoraGated, LoraInput, LoraLinear, LoraOutput, Ops, Transpose::Yes, View, ViewMut, product,
 };
 
 use super::spec::{Module, ModuleId, Rows, TensorId};
@@ -90,19 +90,35 @@ impl<'a, D: Ops> Linear<'a, D> {
         x: View<'_, D, D::Act>,
         u: &LoraInputs<D>,
     ) -> Result<()> {
-        let Module { in_features: k, output_scale, id, .. } = *self.module;
-        let (m, n, weight) = (x.len() / k, rows.len(), self.weight(rows));
-        let bias = self.bias.map(|bias| bias.range(rows.clone()));
-        let Some(Lora { lora_rank, scale, matrices, .. }) = &self.lora else {
-            product(ops, y.range_mut(0..m * n), x, (weight, Yes), [m, n, k], output_scale, 0.0)?;
-            if let Some(bias) = bias {
-                ops.add_bias(y.range_mut(0..m * n), bias, output_scale)?;
-            }
-            return finish.run(ops, y);
-        };
+        if let Some(lora) = &self.lora {
+            return ops.lora_linear(self.lora_linear(lora, rows, y, finish, x, u)?);
+        }
+        let Module { in_features: k, output_scale, .. } = *self.module;
+        let (m, n) = (x.len() / k, rows.len());
+        product(ops, y.range_mut(0..m * n), x, (self.weight(rows), Yes), [m, n, k], output_scale, 0.0)?;
+        if let Some(bias) = self.bias {
+            ops.add_bias(y.range_mut(0..m * n), bias.range(rows.clone()), output_scale)?;
+        }
+        finish.run(ops, y)
+    }
+
+    /// The op of [`Linear::forward`] with an adapter.
+    fn lora_linear<'b>(
+        &'b self,
+        lora: &'b Lora<'a, D>,
+        rows: &Range<usize>,
+        y: ViewMut<'b, D, D::Act>,
+        finish: Finish<'b, D>,
+        x: View<'b, D, D::Act>,
+        u: &'b LoraInputs<D>,
+    ) -> Result<LoraLinear<'b, D>> {
+        let Module { in_features, output_scale, id, .. } = *self.module;
+        let (weight, bias) = (self.weight(rows), self.bias.map(|bias| bias.range(rows.clone())));
+        let Lora { lora_rank, scale, matrices, .. } = lora;
         let (lora_rank, scale) = (*lora_rank, *scale);
-        let (u, b) = (u.get(id)?.first(m * lora_rank), matrices.b.range(rows.start * lora_rank..rows.end * lora_rank));
-        ops.lora_linear(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale, finish })
+        let u = u.get(id)?.first(x.len() / in_features * lora_rank);
+        let b = matrices.b.range(rows.start * lora_rank..rows.end * lora_rank);
+        Ok(LoraLinear { y, x, weight, bias, u, b, lora_rank, scale, output_scale, finish })
     }
 }
 
@@ -157,6 +173,31 @@ impl<'a, D: Ops> Linears<'a, D> {
             self.of(rows)?.forward(ops, &rows.rows, y, finish, x, u)?;
         }
         Ok(())
+    }
+
+    /// gate and up as [`Linears::forward`] gives them, and their activation.
+    pub fn forward_gated(
+        &self,
+        ops: &D,
+        args: GatedLinears<'_, D>,
+        u: &LoraInputs<D>,
+        x: View<'_, D, D::Act>,
+    ) -> Result<()> {
+        let GatedLinears { gate: (gate_rows, mut gate), up: (up_rows, mut up), act, activation, keeps_inputs } = args;
+        let (of_gate, of_up) = (self.of(gate_rows)?, self.of(up_rows)?);
+        if let (Some(gate_lora), Some(up_lora)) = (&of_gate.lora, &of_up.lora) {
+            let gate = of_gate.lora_linear(gate_lora, &gate_rows.rows, gate, Finish::Nothing, x, u)?;
+            let up = of_up.lora_linear(up_lora, &up_rows.rows, up, Finish::Nothing, x, u)?;
+            return ops.lora_gated(LoraGated { act, gate, up, activation, keeps_inputs });
+        }
+        for (linear, rows, y) in [(of_gate, gate_rows, &mut gate), (of_up, up_rows, &mut up)] {
+            linear.forward(ops, &rows.rows, y.range_mut(0..y.len()), Finish::Nothing, x, u)?;
+        }
+        let (gate, up) = (gate.into_view(), up.into_view());
+        match act {
+            Some(y) => ops.gated_forward(GatedForward { y, gate, up, activation }),
+            None => Ok(()),
+        }
     }
 
     /// With the d_y of each output, times output_scale: d_x = d_y · W + mask ∘ (d_u · A); dB += scale · d_yᵀ · u; dA +=
@@ -215,6 +256,15 @@ impl<'a, D: Ops> Linears<'a, D> {
         let found = self.0.iter().find(|linear| linear.module.id == rows.module);
         found.with_context(|| format!("{} does not read this input", rows.module))
     }
+}
+
+/// The outputs of an MLP's forward through gate and up, each `[T, intermediate]`; see [`LoraGated`].
+pub struct GatedLinears<'a, D: Ops> {
+    pub gate: (&'a Rows, ViewMut<'a, D, D::Act>),
+    pub up: (&'a Rows, ViewMut<'a, D, D::Act>),
+    pub act: Option<ViewMut<'a, D, D::Act>>,
+    pub activation: Activation,
+    pub keeps_inputs: bool,
 }
 
 /// The outputs and inputs of a backward, besides d_y.

@@ -10,6 +10,7 @@ mod elementwise;
 mod gated;
 mod gemm;
 mod lora;
+mod lora_mlp;
 mod nf4;
 mod rms_norm;
 mod rope;
@@ -34,6 +35,7 @@ use lora::{
     lora_dropout_has_the_masks_of_the_cpu, lora_input_of_a_gated_activation, lora_linear, lora_linear_and_its_finish,
     lora_products,
 };
+use lora_mlp::lora_gated;
 use nf4::{dequantize_is_exact, quantize_is_exact, tensors_are_dequantized_together};
 use rms_norm::rms_norm;
 use rope::rope;
@@ -178,6 +180,7 @@ for_both_types!(
     lora_input_of_a_gated_activation,
     lora_linear_and_its_finish,
     lora_linear,
+    lora_gated,
     adamw,
     cross_entropy_over_pieces,
     a_target_of_no_piece_is_not_followed,

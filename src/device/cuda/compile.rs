@@ -80,7 +80,10 @@ pub static SOURCES: [Source; 11] = [
 ];
 
 /// The files that a Hopper runs besides.
-pub static HOPPER_SOURCES: [Source; 1] = [source!("lora_hopper", ["lora_linear_hopper_16", "lora_linear_hopper"])];
+pub static HOPPER_SOURCES: [Source; 1] = [source!(
+    "lora_hopper",
+    ["lora_linear_hopper_16", "lora_linear_hopper", "lora_gated_hopper_16", "lora_gated_hopper"]
+)];
 
 /// Attention's file for all GPUs, and those for Hopper.
 static ATTENTION: [Source; 1] = [source!(

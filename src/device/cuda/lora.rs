@@ -4,9 +4,9 @@ use anyhow::{Result, ensure};
 
 use crate::device::{
     Activation, DownModule, DropoutMask, ElementwiseOps, GatedForward, Input, InputLora, InputModule, LoraDown,
-    LoraDropout, LoraInput, LoraLinear, LoraOps, LoraOutput,
+    LoraDropout, LoraGated, LoraInput, LoraLinear, LoraOps, LoraOutput,
     Transpose::{No, Yes},
-    ViewMut, lora, product,
+    ViewMut, lora, lora_mlp, product,
 };
 
 use super::launch::{Arg, Grid, args};
@@ -103,6 +103,14 @@ impl<A: HalfType> LoraOps for Cuda<A> {
             self.add_bias(y.range_mut(0..m * n), bias, output_scale)?;
         }
         finish.run(self, y)
+    }
+
+    fn lora_gated(&self, args: LoraGated<'_, Cuda<A>>) -> Result<()> {
+        let sizes = args.sizes()?;
+        match self.hopper_gated_grid(&args, sizes) {
+            Some(grid) => self.hopper_lora_gated(args, sizes, grid),
+            None => lora_mlp::gated(self, args),
+        }
     }
 
     /// Modules of one rank share a kernel. Where a rank has none, all is made of other ops.

@@ -1,15 +1,27 @@
-//! The kernel for Hopper of a module's product with what LoRA adds: `kernels/lora_hopper.cu`.
+//! The kernels for Hopper of a module's product with what LoRA adds, and of an MLP's gate and up: `kernels/lora_hopper.cu`.
 
 use anyhow::Result;
 
-use crate::device::{Finish, LoraLinear, Rotation};
+use crate::device::{Activation, Finish, LoraGated, LoraLinear, Rotation, ViewMut};
 
 use super::attention_hopper::{Hopper, SHARED_BYTES};
 use super::launch::{Grid, args, tile_map};
 use super::{Cuda, HalfType};
 
 /// For ranks of at most 16, and for all.
-pub(super) const KERNELS: [&str; 2] = ["lora_linear_hopper_16", "lora_linear_hopper"];
+const LINEAR: [&str; 2] = ["lora_linear_hopper_16", "lora_linear_hopper"];
+const GATED: [&str; 2] = ["lora_gated_hopper_16", "lora_gated_hopper"];
+
+/// All kernels, each of which takes [`SHARED_BYTES`].
+pub(super) fn kernels() -> impl Iterator<Item = &'static str> {
+    LINEAR.into_iter().chain(GATED)
+}
+
+/// The one that takes a rank.
+fn of_rank([few, any]: [&'static str; 2], lora_rank: usize) -> &'static str {
+    if lora_rank <= 16 { few } else { any }
+}
+
 /// Rows and columns of y that two blocks make together.
 const TILE: usize = 256;
 /// Columns of an operand in a row of its tiles.
@@ -57,10 +69,61 @@ impl<A: HalfType> Cuda<A> {
         let (m, n, k, rank) = (m as i32, n as i32, k as i32, r as i32);
         let out = y.range_mut(0..y.len());
         let args = args![out, x, weight, u, b, bias, cos, sin, head_dim, residual, m, n, k, rank, scale, output_scale];
-        let kernel = if r <= 16 { KERNELS[0] } else { KERNELS[1] };
         // SAFETY: the lengths were checked by the caller, and the kernel declares these arguments in this order.
-        unsafe { self.launch(kernel, grid, args) }?;
+        unsafe { self.launch(of_rank(LINEAR, r), grid, args) }?;
         later.run(self, y)
+    }
+
+    /// Returns the grid of [`LoraGated`] of lengths that were checked, if one kernel does both modules well: they have one rank and one
+    /// scale, and no bias.
+    pub(super) fn hopper_gated_grid(&self, args: &LoraGated<'_, Cuda<A>>, [m, n, k]: [usize; 3]) -> Option<Grid> {
+        let kind = |linear: &LoraLinear<'_, Cuda<A>>| {
+            let is_plain = linear.bias.is_none() && matches!(linear.finish, Finish::Nothing);
+            is_plain.then_some((linear.lora_rank, linear.scale, linear.output_scale))
+        };
+        let (lora_rank, ..) = kind(&args.gate).filter(|of_gate| kind(&args.up).as_ref() == Some(of_gate))?;
+        // A tile takes as many columns of gate as of up.
+        self.hopper_linear_grid([m, 2 * n, k], lora_rank)
+    }
+
+    /// [`LoraGated`] of lengths that were checked, with the grid of [`Cuda::hopper_gated_grid`].
+    pub(super) fn hopper_lora_gated(
+        &self,
+        args: LoraGated<'_, Cuda<A>>,
+        [m, n, k]: [usize; 3],
+        grid: Grid,
+    ) -> Result<()> {
+        let LoraGated { act, gate, up, activation, keeps_inputs } = args;
+        let LoraLinear { x, lora_rank: r, scale, output_scale, .. } = gate;
+        let map = |matrix, width| tile_map(matrix, width, DEPTH);
+        let (x, gate_weight, up_weight) = (map(x, k)?, map(gate.weight, k)?, map(up.weight, k)?);
+        let (gate_u, up_u, gate_b, up_b) = (map(gate.u, r)?, map(up.u, r)?, map(gate.b, r)?, map(up.b, r)?);
+        let act = act.map(ViewMut::into_view);
+        let [gate, up] = [gate.y, up.y].map(|y| keeps_inputs.then_some(y.into_view()));
+        let is_gelu = i32::from(activation == Activation::GeluTanh);
+        let (m, n, k, rank) = (m as i32, n as i32, k as i32, r as i32);
+        let args = args![
+            act,
+            gate,
+            up,
+            x,
+            gate_weight,
+            up_weight,
+            gate_u,
+            up_u,
+            gate_b,
+            up_b,
+            is_gelu,
+            m,
+            n,
+            k,
+            rank,
+            scale,
+            output_scale
+        ];
+        // SAFETY: the lengths were checked by the caller, and the kernel declares these arguments in this order. It writes act, gate and up,
+        // which are not borrowed elsewhere.
+        unsafe { self.launch(of_rank(GATED, r), grid, args) }
     }
 }
 

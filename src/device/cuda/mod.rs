@@ -255,7 +255,7 @@ impl Kernels {
         kernels.common = kernels.compiled(context, &compile::SOURCES, &[])?;
         if arch == compile::HOPPER {
             kernels.common.extend(kernels.compiled(context, &compile::HOPPER_SOURCES, &[])?);
-            for name in lora_hopper::KERNELS {
+            for name in lora_hopper::kernels() {
                 launch::allow_shared_bytes(&kernels.common[name], name, attention_hopper::SHARED_BYTES)?;
             }
         }

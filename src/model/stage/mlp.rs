@@ -5,7 +5,7 @@ use anyhow::Result;
 use crate::device::{
     Activation, Arena, Buffer, Finish, GatedBackward, GatedForward, Input, Normed, Ops, View, ViewMut,
 };
-use crate::model::linear::{Backward, Linears, LoraInputs};
+use crate::model::linear::{Backward, GatedLinears, Linears, LoraInputs};
 use crate::model::spec::{Module, ModuleId, Norm, Rows};
 
 use super::{Saved, Scratch, StageContext, Widths};
@@ -131,30 +131,28 @@ pub fn forward<D: Ops>(
         None if !saved.mlp => ops.add(input.first_mut(hidden), x)?,
         _ => {}
     }
-    // 2. Gate and up.
+    // 2. Gate and up, and their activation. Backward makes it of both where the last module is not computed.
+    let ends_here = out.is_none() && (saved.mlp || saved.lora && stage.output_norm.is_none());
+    if !saved.rest {
+        rest.has_act = !ends_here;
+    }
+    let (act, activation) = ((!saved.rest && rest.has_act).then(|| rest.act.first_mut(inner)), stage.activation);
     if !saved.mlp {
         let x = if stage.norm.is_some() { rest.normed.first(hidden) } else { input.first(hidden) };
-        let outputs =
-            [(&stage.gate, gate.first_mut(inner), Finish::Nothing), (&stage.up, up.first_mut(inner), Finish::Nothing)];
         let linears = Linears::new(ctx, stage.inputs())?;
         if !saved.lora {
             linears.down(ops, u, x, ctx.dropout_mask(), &mut scratch.dropped)?;
         }
-        linears.forward(ops, outputs, u, x)?;
-    }
-    // 3. Activation. Backward makes it of gate and up where the last module is not computed.
-    let ends_here = out.is_none() && (saved.mlp || saved.lora && stage.output_norm.is_none());
-    if !saved.rest {
-        rest.has_act = !ends_here;
-        if rest.has_act {
-            let (gate, up, activation) = (gate.first(inner), up.first(inner), stage.activation);
-            ops.gated_forward(GatedForward { y: rest.act.first_mut(inner), gate, up, activation })?;
-        }
+        let (gate, up) = ((&stage.gate, gate.first_mut(inner)), (&stage.up, up.first_mut(inner)));
+        let args = GatedLinears { gate, up, act, activation, keeps_inputs: ctx.needed.mlp };
+        linears.forward_gated(ops, args, u, x)?;
+    } else if let Some(y) = act {
+        ops.gated_forward(GatedForward { y, gate: gate.first(inner), up: up.first(inner), activation })?;
     }
     if ends_here {
         return Ok(());
     }
-    // 4. Down projection, its norm, and the residual stream.
+    // 3. Down projection, its norm, and the residual stream.
     let ((last, rows), act) = (stage.output(ctx)?, rest.act.first(inner));
     if !saved.lora {
         last.down(ops, u, act, ctx.dropout_mask(), &mut scratch.dropped)?;
@@ -192,7 +190,7 @@ pub fn backward<D: Ops>(
     let (hidden, inner) = (t * ctx.spec.hidden_size, t * stage.intermediate_size);
     let Scratch { dropped, d_u, d_norm, d_act, d_gate, d_up, .. } = scratch;
     let MlpSaves { products: Products { input, gate, up, before, output_rstd }, rest, u } = saves;
-    // 4. The output's norm, and the down projection.
+    // 3. The output's norm, and the down projection.
     let d_y = match &stage.output_norm {
         None => d.first(hidden),
         Some(norm) => {
@@ -215,7 +213,7 @@ pub fn backward<D: Ops>(
     let grads_down = &mut *grads;
     let args = Backward { d_x, accumulate: false, grads: grads_down, x, mask, u, dropped, d_u };
     down.backward(ops, [(&rows, d_y)], args)?;
-    // 3. Activation.
+    // 2. The activation, gate and up.
     ops.gated_backward(GatedBackward {
         d_gate: d_gate.first_mut(inner),
         d_up: d_up.first_mut(inner),
@@ -224,7 +222,6 @@ pub fn backward<D: Ops>(
         up: up.first(inner),
         activation: stage.activation,
     })?;
-    // 2. Gate and up.
     let d_outputs = [(&stage.gate, d_gate.first(inner)), (&stage.up, d_up.first(inner))];
     let (d_x, accumulate, x) = match stage.norm {
         Some(_) => (d_norm.first_mut(hidden), false, rest.normed.first(hidden)),

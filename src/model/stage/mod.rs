@@ -60,6 +60,8 @@ pub struct StageContext<'a, D: Ops> {
     pub trainables: Option<(&'a LoraConfig, &'a LayerTrainables)>,
     /// Seed and step of the dropout masks; `None` switches dropout off (evaluation).
     pub dropout: Option<(u64, u32)>,
+    /// The groups of saved values that backward reads as a forward leaves them. Others are computed again, or never used.
+    pub needed: Saved,
 }
 
 impl<'a, D: Ops> StageContext<'a, D> {
