@@ -176,15 +176,13 @@ impl<'a, D: Ops> Kernels<'a, D> {
     fn mlp(&self) -> Result<()> {
         let (d, len) = (self.device, self.tokens * self.layer.mlp.intermediate_size);
         let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
-        let (gate, up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
+        let (mut gate, mut up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
         let activation = self.layer.mlp.activation;
         self.timer.time("gated forward", moved(3.0), || {
             d.gated_forward(GatedForward { y: y.view_mut(), gate: gate.view(), up: up.view(), activation })
         })?;
-        let (mut d_gate, mut d_up) = (self.act(len)?, self.act(len)?);
         self.timer.time("gated backward", moved(5.0), || {
-            let (d_gate, d_up, d_y) = (d_gate.view_mut(), d_up.view_mut(), y.view());
-            d.gated_backward(GatedBackward { d_gate, d_up, d_y, gate: gate.view(), up: up.view(), activation })
+            d.gated_backward(GatedBackward { gate: gate.view_mut(), up: up.view_mut(), d_y: y.view(), activation })
         })
     }
 
