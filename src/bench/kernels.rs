@@ -51,7 +51,7 @@ pub(super) struct Kernels<'a, D: Ops> {
     pub tokens: usize,
     pub lora: &'a LoraConfig,
     spec: &'a ModelSpec,
-    layer: &'a LayerSpec,
+    pub layer: &'a LayerSpec,
     /// The form in which projections are stored.
     encoding: Encoding,
 }
@@ -119,7 +119,7 @@ impl<'a, D: Ops> Kernels<'a, D> {
     }
 
     /// The modules of the first layer that have LoRA.
-    fn modules(&self) -> &[LoraModule] {
+    pub(super) fn modules(&self) -> &[LoraModule] {
         self.lora.layers.first().map_or(&[], Vec::as_slice)
     }
 
@@ -183,7 +183,8 @@ impl<'a, D: Ops> Kernels<'a, D> {
         })?;
         self.timer.time("gated backward", moved(5.0), || {
             d.gated_backward(GatedBackward { gate: gate.view_mut(), up: up.view_mut(), d_y: y.view(), activation })
-        })
+        })?;
+        self.gated_output()
     }
 
     /// The attention of the model, and those of other families over the same q, k and v: with capped scores, in a

@@ -5,8 +5,8 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 
 use super::{
-    Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, Rope, RopeOps, Rotation, Transpose, View, ViewMut,
-    product,
+    Device, ElementwiseOps, GatedForward, GatedOps, GatedOutput, Gemm, GemmOps, Rope, RopeOps, Rotation, Transpose,
+    View, ViewMut, gated_output, product,
 };
 
 use Transpose::{No, Yes};
@@ -178,6 +178,11 @@ pub trait LoraOps: GemmOps + ElementwiseOps + GatedOps + RopeOps {
     /// See [`LoraOutput`].
     fn lora_output(&self, args: LoraOutput<'_, Self>) -> Result<()> {
         output(self, args)
+    }
+
+    /// See [`GatedOutput`].
+    fn lora_gated_output(&self, args: GatedOutput<'_, Self>) -> Result<()> {
+        gated_output::gated_output(self, args)
     }
 
     /// See [`LoraInput`].

@@ -8,6 +8,7 @@ mod attention_cpu;
 mod cross_entropy;
 mod elementwise;
 mod gated;
+mod gated_output;
 mod gemm;
 mod lora;
 mod nf4;
@@ -28,6 +29,7 @@ use cross_entropy::{a_target_of_no_piece_is_not_followed, cross_entropy_over_pie
 use elementwise::elementwise;
 use fsdp_qlora::testing::*;
 use gated::gated_activations;
+use gated_output::gated_outputs;
 use gemm::gemm_of_all_transpositions;
 use half::{bf16, f16};
 use lora::{
@@ -169,6 +171,7 @@ for_both_types!(
     rms_norm,
     rope,
     gated_activations,
+    gated_outputs,
     elementwise,
     gemm_of_all_transpositions,
     dequantize_is_exact,

@@ -215,17 +215,15 @@ pub fn backward<D: Ops>(
     let grads_down = &mut *grads;
     let args = Backward { d_x, accumulate: false, grads: grads_down, x, mask, u, dropped, d_u };
     down.backward(ops, [(&rows, d_y)], args)?;
-    // 3. Activation.
-    let (d_gate, d_up, d_y) = (gate.first_mut(inner), up.first_mut(inner), d_act.first(inner));
-    ops.gated_backward(GatedBackward { gate: d_gate, up: d_up, d_y, activation: stage.activation })?;
-    // 2. Gate and up.
-    let d_outputs = [(&stage.gate, gate.first(inner)), (&stage.up, up.first(inner))];
+    // 3. Activation, and 2. gate and up.
+    let (d_y, activation) = (d_act.first(inner), stage.activation);
+    let gated = GatedBackward { gate: gate.first_mut(inner), up: up.first_mut(inner), d_y, activation };
     let (d_x, accumulate, x) = match stage.norm {
         Some(_) => (d_norm.first_mut(hidden), false, rest.normed.first(hidden)),
         None => (d.first_mut(hidden), true, input.first(hidden)),
     };
     let args = Backward { d_x, accumulate, grads, x: Input::Plain(x), mask, u, dropped, d_u };
-    Linears::new(ctx, stage.inputs().rev())?.backward(ops, d_outputs, args)?;
+    Linears::new(ctx, stage.inputs().rev())?.gated_backward(ops, gated, [&stage.gate, &stage.up], args)?;
     // 1. Norm.
     let Some(norm) = &stage.norm else { return Ok(()) };
     ctx.norm_backward(norm, d.first_mut(hidden), d_norm.first(hidden), input.first(hidden), rest.rstd.first(t))
