@@ -1,4 +1,4 @@
-// y = f(gate) · up, and its backward, for each f. A thread computes eight elements at a time; the host checks that the
+// y = f(gate) · up, and its backward, whose results take the places of gate and up, for each f. A thread computes eight elements at a time; the host checks that the
 // length is a multiple of 8.
 #include "gated.cuh"
 
@@ -11,8 +11,7 @@ template <class F> __device__ __forceinline__ void forward(Act8 *y, const Act8 *
 }
 
 template <class F>
-__device__ __forceinline__ void backward(Act8 *d_gate, Act8 *d_up, const Act8 *d_y, const Act8 *gate, const Act8 *up,
-                                         u64 num_eights) {
+__device__ __forceinline__ void backward(Act8 *gate, Act8 *up, const Act8 *d_y, u64 num_eights) {
     for (u64 i = thread_idx(); i < num_eights; i += num_threads()) {
         Act8 g = gate[i], u = up[i], d8 = d_y[i], out_gate, out_up;
         for (int j = 0; j < 8; j++) {
@@ -21,8 +20,8 @@ __device__ __forceinline__ void backward(Act8 *d_gate, Act8 *d_up, const Act8 *d
             out_up.at[j] = to_act(f.times_value(d));
             out_gate.at[j] = to_act(f.times_slope(d * to_f32(u.at[j])));
         }
-        d_gate[i] = out_gate;
-        d_up[i] = out_up;
+        gate[i] = out_gate;
+        up[i] = out_up;
     }
 }
 
@@ -30,16 +29,14 @@ extern "C" __global__ void swiglu_forward(Act8 *y, const Act8 *gate, const Act8 
     forward<Silu>(y, gate, up, num_eights);
 }
 
-extern "C" __global__ void swiglu_backward(Act8 *d_gate, Act8 *d_up, const Act8 *d_y, const Act8 *gate, const Act8 *up,
-                                           u64 num_eights) {
-    backward<Silu>(d_gate, d_up, d_y, gate, up, num_eights);
+extern "C" __global__ void swiglu_backward(Act8 *gate, Act8 *up, const Act8 *d_y, u64 num_eights) {
+    backward<Silu>(gate, up, d_y, num_eights);
 }
 
 extern "C" __global__ void geglu_forward(Act8 *y, const Act8 *gate, const Act8 *up, u64 num_eights) {
     forward<GeluTanh>(y, gate, up, num_eights);
 }
 
-extern "C" __global__ void geglu_backward(Act8 *d_gate, Act8 *d_up, const Act8 *d_y, const Act8 *gate, const Act8 *up,
-                                          u64 num_eights) {
-    backward<GeluTanh>(d_gate, d_up, d_y, gate, up, num_eights);
+extern "C" __global__ void geglu_backward(Act8 *gate, Act8 *up, const Act8 *d_y, u64 num_eights) {
+    backward<GeluTanh>(gate, up, d_y, num_eights);
 }

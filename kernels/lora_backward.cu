@@ -167,6 +167,99 @@ __device__ __forceinline__ void input(Act *d_x, float *parts, const Module *modu
             }
 }
 
+// u [T, 8 · R8] of a chunk of 16 tokens, as a warp loads it. Matrix i: tokens i / 2, ranks i % 2.
+template <int R8> struct Ranks {
+    static const int M = (R8 + 1) / 2;
+    u32 at[M][4];
+    __device__ __forceinline__ void load_from(const Act *u, u32 first, u32 end) {
+        u32 row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                u32 token = first + i / 2 * 8 + row, pair = (16 * m + i % 2 * 8) / 2 + quad;
+                at[m][i] = 2 * m + i % 2 < R8 && token < end ? ((const u32 *)u)[(u64)token * (4 * R8) + pair] : 0u;
+            }
+    }
+    __device__ __forceinline__ void transpose_all() {
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) at[m][i] = transpose(at[m][i]);
+    }
+};
+
+// 32 features of an output, as a warp has them: B [features, r] as an operand, and the sums of d_B.
+template <int R8> struct Columns {
+    static const int M = (R8 + 1) / 2, R = 8 * R8;
+    u32 b[R8][4];
+    float sums[M * 4][4];
+    __device__ __forceinline__ void begin(const Act *from, u32 eight, u32 eights) {
+        u32 row = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int n = 0; n < R8; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const u16 *pair = (const u16 *)from + (u64)(8 * eight + 2 * j) * R + 8 * n + row;
+                b[n][j] = eight < eights ? pair[0] | (u32)pair[R] << 16 : 0u;
+            }
+#pragma unroll
+        for (int i = 0; i < M * 4; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums[i][j] = 0.0f;
+    }
+    // products [16, r] += d_y · B
+    __device__ __forceinline__ void multiply(float products[R8][4], const Pairs &top, const Pairs &bottom) const {
+#pragma unroll
+        for (int n = 0; n < R8; n++) {
+            mma(products[n], top.at[0], bottom.at[0], top.at[1], bottom.at[1], b[n][0], b[n][1]);
+            mma(products[n], top.at[2], bottom.at[2], top.at[3], bottom.at[3], b[n][2], b[n][3]);
+        }
+    }
+    // d_B += d_yᵀ · u, of which u is transposed already.
+    __device__ __forceinline__ void add(const Pairs &d_top, const Pairs &d_bottom, const Ranks<R8> &u) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 top = transpose(d_top.at[j]), bottom = transpose(d_bottom.at[j]);
+#pragma unroll
+            for (int m = 0; m < M; m++) mma(sums[m * 4 + j], u.at[m][0], u.at[m][1], u.at[m][2], u.at[m][3], top, bottom);
+        }
+    }
+    // The sums of a part go to d_b [features, r].
+    __device__ __forceinline__ void end(float *d_b, u32 eight, u32 eights) const {
+        u32 row = threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (2 * m + half >= R8 || eight >= eights) continue;
+                float *to = d_b + (u64)eight * 8 * R + 16 * m + 8 * half + row;
+#pragma unroll
+                for (int j = 0; j < 8; j++) to[j * R] = sums[m * 4 + j / 2][2 * half + j % 2];
+            }
+    }
+};
+
+// Adds products [16, r] over the warps of a block, by way of `shared`, into d_u [T, r] of the chunk. It has one barrier, after which the
+// warps read `shared`.
+template <int R8, int WARPS>
+__device__ __forceinline__ void add_products(float *d_u, float (*shared)[16 * 8 * R8], const float products[R8][4], u32 first, u32 end) {
+    const int R = 8 * R8;
+    u32 warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < R8; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            *(float2 *)&shared[warp][(8 * half + row) * R + 8 * n + 2 * quad] = float2{products[n][2 * half], products[n][2 * half + 1]};
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < 16 * R; i += WARPS * 32) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int of = 0; of < WARPS; of++) sum += shared[of][i];
+        if (first + i / R < end) d_u[(u64)first * R + i] = sum;
+    }
+}
+
 // d_u [T, r] = d_y [T, features] · B and d_B [features, r] = d_yᵀ · u of the features and tokens of a block: B [features, r], u [T, r];
 // r is 8 · R8. A warp has 64 features, two sets of 32; the block's warps go through the chunks of 16 tokens of its part side by side, and
 // load the next chunk while they work on one. d_y is read once. The sums go to `parts_u` [block of features, T, r] and `parts_b`
@@ -174,98 +267,111 @@ __device__ __forceinline__ void input(Act *d_x, float *parts, const Module *modu
 template <int R8, int WARPS>
 __device__ __forceinline__ void output(float *parts_u, float *parts_b, const Act *d_y, const Act *b, const Act *u, u32 tokens, u32 eights,
                                         u32 part_tokens) {
-    const int SETS = 2, M = (R8 + 1) / 2, R = 8 * R8;
+    const int SETS = 2, R = 8 * R8;
     __shared__ float shared[2][WARPS][16 * R];
-    u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, quad = lane % 4;
+    u32 warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, quad = threadIdx.x % 4;
     u32 first_eight = (blockIdx.x * WARPS + warp) * 4 * SETS + quad;
-    u32 columns[SETS][R8][4];
+    Columns<R8> columns[SETS];
 #pragma unroll
-    for (int set = 0; set < SETS; set++)
-#pragma unroll
-        for (int n = 0; n < R8; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 eight = first_eight + 4 * set;
-                const u16 *pair = (const u16 *)b + (u64)(8 * eight + 2 * j) * R + 8 * n + row;
-                columns[set][n][j] = eight < eights ? pair[0] | (u32)pair[R] << 16 : 0u;
-            }
+    for (int set = 0; set < SETS; set++) columns[set].begin(b, first_eight + 4 * set, eights);
     u32 end = min((blockIdx.y + 1) * part_tokens, tokens), first = blockIdx.y * part_tokens;
     Pairs next[SETS][2];
-    u32 next_u[M][4];
+    Ranks<R8> next_u;
     auto load_next = [&](u32 first) {
 #pragma unroll
         for (int set = 0; set < SETS; set++)
 #pragma unroll
             for (int half = 0; half < 2; half++) next[set][half] = load(d_y, first + 8 * half + row, first_eight + 4 * set, end, eights);
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                u32 token = first + i / 2 * 8 + row, pair = (16 * m + i % 2 * 8) / 2 + quad;
-                next_u[m][i] = 2 * m + i % 2 < R8 && token < end ? ((const u32 *)u)[(u64)token * (4 * R8) + pair] : 0u;
-            }
+        next_u.load_from(u, first, end);
     };
     load_next(first);
-    float sums[SETS * M * 4][4] = {};
+    parts_u += (u64)blockIdx.x * tokens * R;
     for (int buffer = 0; first < end; first += 16, buffer ^= 1) {
         Pairs these[SETS][2];
-        u32 rows[M][4];
 #pragma unroll
         for (int set = 0; set < SETS; set++) these[set][0] = next[set][0], these[set][1] = next[set][1];
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) rows[m][i] = next_u[m][i];
+        Ranks<R8> these_u = next_u;
         load_next(first + 16);
         float products[R8][4] = {};
 #pragma unroll
-        for (int set = 0; set < SETS; set++)
+        for (int set = 0; set < SETS; set++) columns[set].multiply(products, these[set][0], these[set][1]);
+        these_u.transpose_all();
 #pragma unroll
-            for (int n = 0; n < R8; n++) {
-                const Pairs &top = these[set][0], &bottom = these[set][1];
-                const u32 *column = columns[set][n];
-                mma(products[n], top.at[0], bottom.at[0], top.at[1], bottom.at[1], column[0], column[1]);
-                mma(products[n], top.at[2], bottom.at[2], top.at[3], bottom.at[3], column[2], column[3]);
-            }
-#pragma unroll
-        for (int n = 0; n < R8; n++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                *(float2 *)&shared[buffer][warp][(8 * half + row) * R + 8 * n + 2 * quad] =
-                    float2{products[n][2 * half], products[n][2 * half + 1]};
-#pragma unroll
-        for (int m = 0; m < M; m++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) rows[m][i] = transpose(rows[m][i]);
-#pragma unroll
-        for (int set = 0; set < SETS; set++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                u32 top = transpose(these[set][0].at[j]), bottom = transpose(these[set][1].at[j]);
-#pragma unroll
-                for (int m = 0; m < M; m++) mma(sums[(set * M + m) * 4 + j], rows[m][0], rows[m][1], rows[m][2], rows[m][3], top, bottom);
-            }
-        // One barrier a chunk: a warp writes into this buffer again only after the barrier of the next chunk.
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < 16 * R; i += WARPS * 32) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int of = 0; of < WARPS; of++) sum += shared[buffer][of][i];
-            if (first + i / R < end) parts_u[((u64)blockIdx.x * tokens + first) * R + i] = sum;
-        }
+        for (int set = 0; set < SETS; set++) columns[set].add(these[set][0], these[set][1], these_u);
+        // A warp writes into this buffer again only after the barrier of the next chunk.
+        add_products<R8, WARPS>(parts_u, shared[buffer], products, first, end);
     }
 #pragma unroll
-    for (int set = 0; set < SETS; set++)
+    for (int set = 0; set < SETS; set++) columns[set].end(parts_b + (u64)blockIdx.y * eights * 8 * R, first_eight + 4 * set, eights);
+}
+
+// Eight features of a token in the backward of a gated activation.
+struct GatedEight {
+    Pairs d_y, gate, up;
+    // d_gate and d_up take the places of gate and up, with the formulas and the roundings of gated.cu.
+    template <class F> __device__ __forceinline__ void backward() {
 #pragma unroll
-        for (int m = 0; m < M; m++)
+        for (int j = 0; j < 4; j++) {
+            float d0 = low(d_y.at[j]), d1 = high(d_y.at[j]);
+            F f0(low(gate.at[j])), f1(high(gate.at[j]));
+            gate.at[j] = pack_act(f0.times_slope(d0 * low(up.at[j])), f1.times_slope(d1 * high(up.at[j])));
+            up.at[j] = pack_act(f0.times_value(d0), f1.times_value(d1));
+        }
+    }
+};
+
+// The backward of a gated activation [T, features], and `output` of gate and of up with the gradients d_gate and d_up, which take the
+// places of gate and up. A warp has 32 features of both. d_y, gate and up are read once. Each kind of sums goes first to the part of
+// gate and then to that of up: `parts_u` [output, block of features, T, r], `parts_b` [output, part, features, r].
+template <class F, int R8, int WARPS>
+__device__ __forceinline__ void gated_output(float *parts_u, float *parts_b, Act *gate, Act *up, const Act *d_y, const Act *b_gate,
+                                             const Act *b_up, const Act *u_gate, const Act *u_up, u32 tokens, u32 eights, u32 part_tokens) {
+    const int R = 8 * R8;
+    __shared__ float shared[2][WARPS][16 * R];
+    u32 row = threadIdx.x % 32 / 4, eight = blockIdx.x * WARPS * 4 + threadIdx.x / 32 * 4 + threadIdx.x % 4;
+    Columns<R8> of_gate, of_up;
+    of_gate.begin(b_gate, eight, eights);
+    of_up.begin(b_up, eight, eights);
+    u32 end = min((blockIdx.y + 1) * part_tokens, tokens), first = blockIdx.y * part_tokens;
+    auto load_half = [&](u32 token) {
+        return GatedEight{load(d_y, token, eight, end, eights), load(gate, token, eight, end, eights), load(up, token, eight, end, eights)};
+    };
+    GatedEight next[2] = {load_half(first + row), load_half(first + 8 + row)};
+    Ranks<R8> next_u[2];
+    next_u[0].load_from(u_gate, first, end);
+    next_u[1].load_from(u_up, first, end);
+    parts_u += (u64)blockIdx.x * tokens * R;
+    for (; first < end; first += 16) {
+        GatedEight these[2];
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                u32 eight = first_eight + 4 * set, rank = 16 * m + 8 * half + row;
-                if (2 * m + half >= R8 || eight >= eights) continue;
-                float *to = parts_b + ((u64)blockIdx.y * eights + eight) * 8 * R + rank;
-#pragma unroll
-                for (int j = 0; j < 8; j++) to[j * R] = sums[(set * M + m) * 4 + j / 2][2 * half + j % 2];
-            }
+        for (int half = 0; half < 2; half++) {
+            u32 token = first + 8 * half + row;
+            these[half] = next[half];
+            next[half] = load_half(token + 16);
+            these[half].template backward<F>();
+            if (token >= end || eight >= eights) continue;
+            ((Pairs *)gate)[(u64)token * eights + eight] = these[half].gate;
+            ((Pairs *)up)[(u64)token * eights + eight] = these[half].up;
+        }
+        // Each output has a buffer, into which a warp writes again only after the barrier of the other.
+        Ranks<R8> u = next_u[0];
+        next_u[0].load_from(u_gate, first + 16, end);
+        float products[R8][4] = {};
+        of_gate.multiply(products, these[0].gate, these[1].gate);
+        u.transpose_all();
+        of_gate.add(these[0].gate, these[1].gate, u);
+        add_products<R8, WARPS>(parts_u, shared[0], products, first, end);
+        u = next_u[1];
+        next_u[1].load_from(u_up, first + 16, end);
+        float products_up[R8][4] = {};
+        of_up.multiply(products_up, these[0].up, these[1].up);
+        u.transpose_all();
+        of_up.add(these[0].up, these[1].up, u);
+        add_products<R8, WARPS>(parts_u + (u64)gridDim.x * tokens * R, shared[1], products_up, first, end);
+    }
+    u64 part = (u64)eights * 8 * R;
+    of_gate.end(parts_b + blockIdx.y * part, eight, eights);
+    of_up.end(parts_b + (gridDim.y + blockIdx.y) * part, eight, eights);
 }
 
 // d_u = scale · the sums of all blocks of features, added to d_u where `accumulate` says so, and d_B += scale · the sums of all parts.
@@ -328,3 +434,18 @@ LORA_INPUT_GATED(64, 2)
 LORA_OUTPUT(8, 16)
 LORA_OUTPUT(16, 16)
 LORA_OUTPUT(32, 8)
+
+// WARPS: in a block, of 32 features each. The host has the same numbers.
+#define GATED_OUTPUT(NAME, F, R, WARPS)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, 1)                                                             \
+        NAME(float *parts_u, float *parts_b, Act *gate, Act *up, const Act *d_y, const Act *b_gate, const Act *b_up,        \
+             const Act *u_gate, const Act *u_up, u32 tokens, u32 eights, u32 part_tokens) {                                 \
+        gated_output<F, R / 8, WARPS>(parts_u, parts_b, gate, up, d_y, b_gate, b_up, u_gate, u_up, tokens, eights,          \
+                                      part_tokens);                                                                         \
+    }
+#define GATED_OUTPUTS(R, WARPS)                                                                                             \
+    GATED_OUTPUT(lora_output_##R##_swiglu, Silu, R, WARPS)                                                                  \
+    GATED_OUTPUT(lora_output_##R##_geglu, GeluTanh, R, WARPS)
+GATED_OUTPUTS(8, 16)
+GATED_OUTPUTS(16, 16)
+GATED_OUTPUTS(32, 8)

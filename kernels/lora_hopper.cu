@@ -248,7 +248,7 @@ struct Gated {
     // An adapter adds to the half of its own module. The other half gets rows behind the last one of B, which are zeros.
     __device__ __forceinline__ int first_of_adapter(int adapter, u32 rank, int column) const { return rank == adapter ? column / 2 : n; }
 
-    template <class F> __device__ __forceinline__ void store_as(const float (&acc)[COLUMNS / 2], int row, int column) const {
+    template <class F, bool WRITES_ACT> __device__ __forceinline__ void store_as(const float (&acc)[COLUMNS / 2], int row, int column) const {
         row += threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
         for (int half = 0; half < 2; half++, row += 8)
@@ -260,19 +260,22 @@ struct Gated {
                     const int of_gate = 4 * (runs + i) + 2 * half, of_up = of_gate + HALF / 2;
                     u32 g = pack_act(acc[of_gate] * output_scale, acc[of_gate + 1] * output_scale);
                     u32 u = pack_act(acc[of_up] * output_scale, acc[of_up + 1] * output_scale);
-                    pairs[0][i] = pack_act(gated<F>(low(g), low(u)), gated<F>(high(g), high(u))), pairs[1][i] = g, pairs[2][i] = u;
+                    if (WRITES_ACT) pairs[0][i] = pack_act(gated<F>(low(g), low(u)), gated<F>(high(g), high(u)));
+                    pairs[1][i] = g, pairs[2][i] = u;
                 }
                 int at = column / 2 + 8 * runs;
-                if (act) write_runs(act, pairs[0], nullptr, row, at, m, n);
+                if (WRITES_ACT) write_runs(act, pairs[0], nullptr, row, at, m, n);
                 if (gate) write_runs(gate, pairs[1], nullptr, row, at, m, n);
                 if (up) write_runs(up, pairs[2], nullptr, row, at, m, n);
             }
     }
     __device__ __forceinline__ void store(const float (&acc)[COLUMNS / 2], int row, int column) const {
-        if (is_gelu)
-            store_as<GeluTanh>(acc, row, column);
+        if (!act)
+            store_as<Silu, false>(acc, row, column);
+        else if (is_gelu)
+            store_as<GeluTanh, true>(acc, row, column);
         else
-            store_as<Silu>(acc, row, column);
+            store_as<Silu, true>(acc, row, column);
     }
 };
 

@@ -51,7 +51,7 @@ pub(super) struct Kernels<'a, D: Ops> {
     pub tokens: usize,
     pub lora: &'a LoraConfig,
     spec: &'a ModelSpec,
-    layer: &'a LayerSpec,
+    pub layer: &'a LayerSpec,
     /// The form in which projections are stored.
     encoding: Encoding,
 }
@@ -119,7 +119,7 @@ impl<'a, D: Ops> Kernels<'a, D> {
     }
 
     /// The modules of the first layer that have LoRA.
-    fn modules(&self) -> &[LoraModule] {
+    pub(super) fn modules(&self) -> &[LoraModule] {
         self.lora.layers.first().map_or(&[], Vec::as_slice)
     }
 
@@ -176,22 +176,21 @@ impl<'a, D: Ops> Kernels<'a, D> {
     fn mlp(&self) -> Result<()> {
         let (d, len) = (self.device, self.tokens * self.layer.mlp.intermediate_size);
         let moved = |times: f64| Amount::Bytes(times * (len * size_of::<D::Act>()) as f64);
-        let (gate, up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
+        let (mut gate, mut up, mut y) = (self.act(len)?, self.act(len)?, self.act(len)?);
         let (activation, rows) = (self.layer.mlp.activation, &self.layer.mlp.gate);
         let module = self.layer.mlp.inputs().find(|module| module.id == rows.module);
         let lora = self.modules().iter().find(|lora| lora.id == rows.module);
         if let (Some(module), Some(lora)) = (module, lora) {
             // One module may give both.
-            self.gated(&Module { out_features: rows.rows.len(), ..module.clone() }, *lora, activation)?;
+            self.gated_forward(&Module { out_features: rows.rows.len(), ..module.clone() }, *lora, activation)?;
         }
         self.timer.time("gated forward", moved(3.0), || {
             d.gated_forward(GatedForward { y: y.view_mut(), gate: gate.view(), up: up.view(), activation })
         })?;
-        let (mut d_gate, mut d_up) = (self.act(len)?, self.act(len)?);
         self.timer.time("gated backward", moved(5.0), || {
-            let (d_gate, d_up, d_y) = (d_gate.view_mut(), d_up.view_mut(), y.view());
-            d.gated_backward(GatedBackward { d_gate, d_up, d_y, gate: gate.view(), up: up.view(), activation })
-        })
+            d.gated_backward(GatedBackward { gate: gate.view_mut(), up: up.view_mut(), d_y: y.view(), activation })
+        })?;
+        self.gated_backward()
     }
 
     /// The attention of the model, and those of other families over the same q, k and v: with capped scores, in a

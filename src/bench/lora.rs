@@ -3,7 +3,8 @@
 use anyhow::Result;
 
 use crate::device::*;
-use crate::model::spec::Module;
+use crate::model::spec::{Module, Rows};
+use crate::model::stage::Mlp;
 use crate::model::trainable::LoraModule;
 
 use super::kernels::Kernels;
@@ -74,7 +75,7 @@ impl<D: Ops> Kernels<'_, D> {
 
     /// Gate and up of an MLP with their activation, as a forward does it that keeps both, and one that keeps the activation alone. Both
     /// modules are like the one that is given.
-    pub(super) fn gated(&self, module: &Module, lora: LoraModule, activation: Activation) -> Result<()> {
+    pub(super) fn gated_forward(&self, module: &Module, lora: LoraModule, activation: Activation) -> Result<()> {
         let Module { out_features: n, in_features: k, output_scale, .. } = *module;
         let (tokens, r, scale) = (self.tokens, lora.lora_rank, lora.scale);
         let (x, weights, u, b) = (self.act(tokens * k)?, self.act(2 * n * k)?, self.act(tokens * r)?, self.act(n * r)?);
@@ -96,7 +97,13 @@ impl<D: Ops> Kernels<'_, D> {
                     finish: Finish::Nothing,
                 };
                 let (gate, up) = (linear(gate.view_mut(), 0..n * k), linear(up.view_mut(), n * k..2 * n * k));
-                self.device.lora_gated(LoraGated { act: Some(act.view_mut()), gate, up, activation, keeps_inputs })
+                self.device.lora_gated_forward(LoraGatedForward {
+                    act: Some(act.view_mut()),
+                    gate,
+                    up,
+                    activation,
+                    keeps_inputs,
+                })
             })?;
         }
         Ok(())
@@ -111,6 +118,39 @@ impl<D: Ops> Kernels<'_, D> {
             let (d_u, d_b, d_y, u, b) = (d_u.view_mut(), d_b.view_mut(), d_y.view(), u.view(), b.view());
             let (scale, accumulate, scratch) = (output_scale * lora.scale, false, scratch.view_mut());
             self.device.lora_output(LoraOutput { d_u, d_b, d_y, u, b, lora_rank: r, scale, accumulate, scratch })
+        })
+    }
+
+    /// The gated activation's backward with the products of gate and up, if both have an adapter.
+    pub(super) fn gated_backward(&self) -> Result<()> {
+        let Mlp { gate: of_gate, up: of_up, activation, intermediate_size: n, .. } = &self.layer.mlp;
+        let (tokens, activation) = (self.tokens, *activation);
+        let adapter = |rows: &Rows| self.modules().iter().find(|lora| lora.id == rows.module).copied();
+        let (Some(lora), Some(lora_up)) = (adapter(of_gate), adapter(of_up)) else { return Ok(()) };
+        let (r, r_up) = (lora.lora_rank, lora_up.lora_rank);
+        let (mut gate, mut up, d_y) = (self.act(tokens * n)?, self.act(tokens * n)?, self.act(tokens * n)?);
+        let (u, b) = (self.act(tokens * r.max(r_up))?, self.act(n * r.max(r_up))?);
+        let (mut d_u, mut grads) = (self.act(tokens * (r + r_up))?, self.f32s(n * (r + r_up))?);
+        let mut scratch = self.act(tokens * n)?;
+        let output = |lora_rank: usize, before: usize| OutputLora {
+            d_u_range: tokens * before..tokens * (before + lora_rank),
+            b_range: n * before..n * (before + lora_rank),
+            u: u.first(tokens * lora_rank),
+            b: b.first(n * lora_rank),
+            lora_rank,
+            scale: lora.scale,
+            accumulate: false,
+        };
+        let name = format!("gated backward, d_u and dB of {} and {}, r {r} and {r_up}", of_gate.module, of_up.module);
+        self.timer.time(&name, self.moved(5 * tokens * n), || {
+            self.device.lora_gated_backward(LoraGatedBackward {
+                backward: GatedBackward { gate: gate.view_mut(), up: up.view_mut(), d_y: d_y.view(), activation },
+                d_u: d_u.view_mut(),
+                grads: grads.view_mut(),
+                gate: Some(output(r, 0)),
+                up: Some(output(r_up, r)),
+                scratch: scratch.view_mut(),
+            })
         })
     }
 

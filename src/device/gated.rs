@@ -21,13 +21,11 @@ pub struct GatedForward<'a, D: Device> {
     pub activation: Activation,
 }
 
-/// d_gate = d_y · up · f'(gate), d_up = d_y · f(gate).
+/// d_gate = d_y · up · f'(gate) takes the place of gate, and d_up = d_y · f(gate) that of up.
 pub struct GatedBackward<'a, D: Device> {
-    pub d_gate: ViewMut<'a, D, D::Act>,
-    pub d_up: ViewMut<'a, D, D::Act>,
+    pub gate: ViewMut<'a, D, D::Act>,
+    pub up: ViewMut<'a, D, D::Act>,
     pub d_y: View<'a, D, D::Act>,
-    pub gate: View<'a, D, D::Act>,
-    pub up: View<'a, D, D::Act>,
     pub activation: Activation,
 }
 
@@ -60,8 +58,8 @@ impl<D: Device> GatedForward<'_, D> {
 impl<D: Device> GatedBackward<'_, D> {
     /// Checks all lengths; returns the one that they have.
     pub(super) fn num_elements(&self) -> Result<usize> {
-        let (len, others) = (self.d_y.len(), [self.d_gate.len(), self.d_up.len(), self.gate.len(), self.up.len()]);
-        ensure!(others == [len; 4], "gated backward: d_y {len}, d_gate, d_up, gate and up {others:?}");
+        let (len, others) = (self.d_y.len(), [self.gate.len(), self.up.len()]);
+        ensure!(others == [len; 2], "gated backward: d_y {len}, gate and up {others:?}");
         Ok(len)
     }
 }

@@ -5,8 +5,8 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 
 use super::{
-    Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, LoraGated, Rope, RopeOps, Rotation, Transpose, View,
-    ViewMut, lora_mlp, product,
+    Device, ElementwiseOps, GatedForward, GatedOps, Gemm, GemmOps, LoraGatedBackward, LoraGatedForward, Rope, RopeOps,
+    Rotation, Transpose, View, ViewMut, lora_mlp, product,
 };
 
 use Transpose::{No, Yes};
@@ -170,9 +170,9 @@ pub trait LoraOps: GemmOps + ElementwiseOps + GatedOps + RopeOps {
         finish.run(self, y)
     }
 
-    /// See [`LoraGated`]: gate first, then up, then the activation.
-    fn lora_gated(&self, args: LoraGated<'_, Self>) -> Result<()> {
-        lora_mlp::gated(self, args)
+    /// See [`LoraGatedForward`]: gate first, then up, then the activation.
+    fn lora_gated_forward(&self, args: LoraGatedForward<'_, Self>) -> Result<()> {
+        lora_mlp::forward(self, args)
     }
 
     /// See [`LoraDown`].
@@ -183,6 +183,11 @@ pub trait LoraOps: GemmOps + ElementwiseOps + GatedOps + RopeOps {
     /// See [`LoraOutput`].
     fn lora_output(&self, args: LoraOutput<'_, Self>) -> Result<()> {
         output(self, args)
+    }
+
+    /// See [`LoraGatedBackward`].
+    fn lora_gated_backward(&self, args: LoraGatedBackward<'_, Self>) -> Result<()> {
+        lora_mlp::backward(self, args)
     }
 
     /// See [`LoraInput`].

@@ -46,7 +46,8 @@ struct State<'a> {
     /// Number of layers whose backward is left for each micro-batch: it holds the output gradient of the last of
     /// them.
     backward: Vec<Option<usize>>,
-    /// The layer and micro-batch whose values lie in the buffers that are shared by all layers that keep none, if they were left for backward.
+    /// The layer and micro-batch whose values lie in the buffers that are shared by all layers that keep none, if they
+    /// were left for backward, which uses them up.
     shared: Option<(usize, usize)>,
     /// All boundaries, by the layer whose input they are and by live micro-batch.
     boundaries: Vec<Boundary>,
@@ -253,6 +254,7 @@ impl State<'_> {
                 "its activations are not recomputed: the shared buffers hold those of (layer, micro-batch) {:?}",
                 self.shared
             );
+            self.shared = None;
         }
         advance(&mut self.backward[micro], Some(layer + 1), layer)?;
         // The gradient takes the place of the layer's input, and the buffer of its output.

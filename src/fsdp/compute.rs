@@ -94,7 +94,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             needed: Saved::NOTHING,
         };
         let (spec, saves) = (&self.base.spec.layers[layer_idx], activations.of(layer_idx, m));
-        layer::backward(&ctx, spec, &mut d, grads, &saves, x.first(len), scratch)?;
+        layer::backward(&ctx, spec, &mut d, grads, saves, x.first(len), scratch)?;
         // The gradient takes the place of the boundary that backward has consumed. Nobody needs the gradient of the
         // first layer's input.
         self.boundaries.release(x);

@@ -32,16 +32,16 @@ pub fn forward<D: Ops>(
 }
 
 /// `d` `[T, hidden]` is the gradient of the layer's output and becomes the gradient of its input x. Gradients of
-/// trainable values are added to `grads`. `saves` are those of [`forward`].
+/// trainable values are added to `grads`. `saves` are those of [`forward`], and are used up.
 pub fn backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     layer: &LayerSpec,
     d: &mut Buffer<D, D::Act>,
     grads: &mut Buffer<D, f32>,
-    saves: &LayerSaves<'_, D>,
+    saves: LayerSaves<'_, D>,
     x: View<'_, D, D::Act>,
     scratch: &mut Scratch<D>,
 ) -> Result<()> {
-    mlp::backward(ctx, &layer.mlp, d, grads, &saves.mlp, scratch)?;
+    mlp::backward(ctx, &layer.mlp, d, grads, saves.mlp, scratch)?;
     attention::backward(ctx, &layer.attention, d, grads, &saves.attention, x, scratch)
 }

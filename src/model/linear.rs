@@ -6,8 +6,9 @@ use std::ops::Range;
 use anyhow::{Context, Result};
 
 use crate::device::{
-    Activation, Arena, Buffer, Device, DownModule, DropoutMask, Finish, GatedForward, Input, InputLora, InputModule,
-    LoraDown, LoraGated, LoraInput, LoraLinear, LoraOutput, Ops, Transpose::Yes, View, ViewMut, product,
+    Activation, Arena, Buffer, Device, DownModule, DropoutMask, Finish, GatedBackward, GatedForward, Input, InputLora,
+    InputModule, LoraDown, LoraGatedBackward, LoraGatedForward, LoraInput, LoraLinear, Ops, OutputLora, Transpose::Yes,
+    View, ViewMut, product,
 };
 
 use super::spec::{Module, ModuleId, Rows, TensorId};
@@ -170,13 +171,13 @@ impl<'a, D: Ops> Linears<'a, D> {
         x: View<'_, D, D::Act>,
     ) -> Result<()> {
         for (rows, y, finish) in outputs {
-            self.of(rows)?.forward(ops, &rows.rows, y, finish, x, u)?;
+            self.of(rows.module)?.forward(ops, &rows.rows, y, finish, x, u)?;
         }
         Ok(())
     }
 
     /// gate and up as [`Linears::forward`] gives them, and their activation.
-    pub fn forward_gated(
+    pub fn gated_forward(
         &self,
         ops: &D,
         args: GatedLinears<'_, D>,
@@ -184,11 +185,11 @@ impl<'a, D: Ops> Linears<'a, D> {
         x: View<'_, D, D::Act>,
     ) -> Result<()> {
         let GatedLinears { gate: (gate_rows, mut gate), up: (up_rows, mut up), act, activation, keeps_inputs } = args;
-        let (of_gate, of_up) = (self.of(gate_rows)?, self.of(up_rows)?);
+        let (of_gate, of_up) = (self.of(gate_rows.module)?, self.of(up_rows.module)?);
         if let (Some(gate_lora), Some(up_lora)) = (&of_gate.lora, &of_up.lora) {
             let gate = of_gate.lora_linear(gate_lora, &gate_rows.rows, gate, Finish::Nothing, x, u)?;
             let up = of_up.lora_linear(up_lora, &up_rows.rows, up, Finish::Nothing, x, u)?;
-            return ops.lora_gated(LoraGated { act, gate, up, activation, keeps_inputs });
+            return ops.lora_gated_forward(LoraGatedForward { act, gate, up, activation, keeps_inputs });
         }
         for (linear, rows, y) in [(of_gate, gate_rows, &mut gate), (of_up, up_rows, &mut up)] {
             linear.forward(ops, &rows.rows, y.range_mut(0..y.len()), Finish::Nothing, x, u)?;
@@ -208,33 +209,80 @@ impl<'a, D: Ops> Linears<'a, D> {
         d_outputs: [(&Rows, View<'_, D, D::Act>); N],
         args: Backward<'_, D>,
     ) -> Result<()> {
-        let Backward { d_x, accumulate, grads, x, mask, u, dropped, d_u } = args;
-        let Some(first) = self.0.first() else { return Ok(()) };
-        let in_features = first.module.in_features;
-        let m = d_x.len() / in_features;
-        for linear in &self.0 {
-            let Some(lora) = &linear.lora else { continue };
-            let Lora { lora_rank: r, scale, matrices, b_range, .. } = lora;
-            let (r, scale) = (*r, linear.module.output_scale * scale);
-            let mine = d_outputs.iter().filter(|(rows, _)| rows.module == linear.module.id);
-            for (nth, (Rows { rows, .. }, d_y)) in mine.enumerate() {
-                ops.lora_output(LoraOutput {
-                    d_u: d_u.view_mut().into_range(lora.d_u(m)),
-                    d_b: grads.view_mut().into_range(b_range.start + rows.start * r..b_range.start + rows.end * r),
-                    d_y: *d_y,
-                    u: u.get(linear.module.id)?.first(m * r),
-                    b: matrices.b.range(rows.start * r..rows.end * r),
-                    lora_rank: r,
-                    scale,
-                    accumulate: nth > 0,
-                    scratch: dropped.view_mut(),
-                })?;
+        let tokens = args.d_x.len() / self.in_features()?;
+        for (i, (rows, d_y)) in d_outputs.iter().enumerate() {
+            let is_next = d_outputs[..i].iter().any(|(before, _)| before.module == rows.module);
+            if let Some(lora) = self.output_lora(rows, is_next, tokens, args.u)? {
+                let (mut d_u, mut grads, mut scratch) =
+                    (args.d_u.view_mut(), args.grads.view_mut(), args.dropped.view_mut());
+                ops.lora_output(lora.output(*d_y, &mut d_u, &mut grads, &mut scratch))?;
             }
         }
+        self.input_backward(ops, d_outputs, args)
+    }
+
+    /// [`GatedBackward`], and then [`Linears::backward`] of gate and up, the outputs of these rows.
+    pub fn gated_backward(
+        &self,
+        ops: &D,
+        mut gated: GatedBackward<'_, D>,
+        [gate, up]: [&Rows; 2],
+        args: Backward<'_, D>,
+    ) -> Result<()> {
+        let (tokens, len) = (args.d_x.len() / self.in_features()?, gated.d_y.len());
+        ops.lora_gated_backward(LoraGatedBackward {
+            backward: GatedBackward { gate: gated.gate.range_mut(0..len), up: gated.up.range_mut(0..len), ..gated },
+            d_u: args.d_u.view_mut(),
+            grads: args.grads.view_mut(),
+            gate: self.output_lora(gate, false, tokens, args.u)?,
+            up: self.output_lora(up, gate.module == up.module, tokens, args.u)?,
+            scratch: args.dropped.view_mut(),
+        })?;
+        self.input_backward(ops, [(gate, gated.gate.view()), (up, gated.up.view())], args)
+    }
+
+    /// Features of the input.
+    fn in_features(&self) -> Result<usize> {
+        Ok(self.0.first().context("no module reads this input")?.module.in_features)
+    }
+
+    /// The adapter of an output, if its module is a target. `is_next` says that d_u is a sum, which another output of the
+    /// module has begun.
+    fn output_lora<'s>(
+        &'s self,
+        Rows { module, rows }: &Rows,
+        is_next: bool,
+        tokens: usize,
+        u: &'s LoraInputs<D>,
+    ) -> Result<Option<OutputLora<'s, D>>> {
+        let linear = self.of(*module)?;
+        let Some(lora) = &linear.lora else { return Ok(None) };
+        let Lora { lora_rank: r, scale, matrices, b_range, .. } = lora;
+        Ok(Some(OutputLora {
+            d_u_range: lora.d_u(tokens),
+            b_range: b_range.start + rows.start * r..b_range.start + rows.end * r,
+            u: u.get(*module)?.first(tokens * r),
+            b: matrices.b.range(rows.start * r..rows.end * r),
+            lora_rank: *r,
+            scale: linear.module.output_scale * scale,
+            accumulate: is_next,
+        }))
+    }
+
+    /// d_x and dA of [`Linears::backward`], of which d_u is made already.
+    fn input_backward<const N: usize>(
+        &self,
+        ops: &D,
+        d_outputs: [(&Rows, View<'_, D, D::Act>); N],
+        args: Backward<'_, D>,
+    ) -> Result<()> {
+        let Backward { d_x, accumulate, grads, x, mask, dropped, d_u, .. } = args;
+        let in_features = self.in_features()?;
+        let tokens = d_x.len() / in_features;
         let module = |linear: &Linear<'a, D>| {
             let mine = d_outputs.iter().filter(|(rows, _)| rows.module == linear.module.id);
             let lora = linear.lora.as_ref().map(|lora| InputLora {
-                d_u: d_u.view().range(lora.d_u(m)),
+                d_u: d_u.view().range(lora.d_u(tokens)),
                 a: lora.matrices.a,
                 a_range: lora.a_range.clone(),
                 lora_rank: lora.lora_rank,
@@ -251,14 +299,14 @@ impl<'a, D: Ops> Linears<'a, D> {
         ops.lora_input(LoraInput { d_x, accumulate, grads, modules, x, in_features, mask, scratch })
     }
 
-    /// The module of these rows.
-    fn of(&self, rows: &Rows) -> Result<&Linear<'a, D>> {
-        let found = self.0.iter().find(|linear| linear.module.id == rows.module);
-        found.with_context(|| format!("{} does not read this input", rows.module))
+    /// A module that reads this input.
+    fn of(&self, id: ModuleId) -> Result<&Linear<'a, D>> {
+        let found = self.0.iter().find(|linear| linear.module.id == id);
+        found.with_context(|| format!("{id} does not read this input"))
     }
 }
 
-/// The outputs of an MLP's forward through gate and up, each `[T, intermediate]`; see [`LoraGated`].
+/// The outputs of an MLP's forward through gate and up, each `[T, intermediate]`; see [`LoraGatedForward`].
 pub struct GatedLinears<'a, D: Ops> {
     pub gate: (&'a Rows, ViewMut<'a, D, D::Act>),
     pub up: (&'a Rows, ViewMut<'a, D, D::Act>),

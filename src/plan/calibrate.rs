@@ -252,6 +252,15 @@ mod tests {
         assert!(fitted.reached.products < before.reached.products && fitted.reached.memory < before.reached.memory);
     }
 
+    /// The run with the device memory that it would take now: the gradients of gate and up had buffers of their own, each
+    /// `[T, intermediate]` in two bytes, when it was measured.
+    fn with_fewer_buffers(mut run: MeasuredRun) -> MeasuredRun {
+        let spec = shapes::named(&run.shape, Some(run.layers)).unwrap();
+        let buffers = 2 * 2 * run.micro_batch * run.seq * spec.widest(|layer| layer.mlp.intermediate_size);
+        run.nvml_mib = run.nvml_mib.map(|mib| mib - buffers as f64 / f64::from(1 << 20));
+        run
+    }
+
     /// Constants of `hardware.rs` come from these runs too: this holds what they explain.
     #[test]
     fn predictions_are_what_was_measured() {
@@ -266,7 +275,7 @@ mod tests {
         // The runs of two GPUs are of an earlier program than those of one, so each set has a calibration of its own.
         let calibrations = [("h100-calibration.jsonl", alone), ("h100-x2-calibration.jsonl", two)];
         for (hardware, runs) in calibrations.map(|(name, runs)| (calibrated(name), runs)) {
-            for run in &runs {
+            for run in runs.into_iter().map(with_fewer_buffers) {
                 let Ratios { time, device, host } = run.compare(&hardware).unwrap();
                 let within = |ratio: f64, error: f64| (ratio - 1.0).abs() < error;
                 let line = format!("time {time:.3}, device {device:.3?}, host {host:.3?}: {}", run.name());

@@ -10,14 +10,10 @@ where
     D::Act: Into<f32>,
 {
     let len = gate.len();
-    let (gate, up, d_y) = (put_act(d, gate), put_act(d, up), put_act(d, d_y));
-    let (mut y, mut d_gate, mut d_up) = (buffer(d, len), buffer(d, len), buffer(d, len));
-    let (gate, up) = (gate.view(), up.view());
-    d.gated_forward(GatedForward { y: y.view_mut(), gate, up, activation }).unwrap();
-    let (d_gate_out, d_up_out) = (d_gate.view_mut(), d_up.view_mut());
-    d.gated_backward(GatedBackward { d_gate: d_gate_out, d_up: d_up_out, d_y: d_y.view(), gate, up, activation })
-        .unwrap();
-    [get_act(d, &y), get_act(d, &d_gate), get_act(d, &d_up)]
+    let (mut gate, mut up, d_y, mut y) = (put_act(d, gate), put_act(d, up), put_act(d, d_y), buffer(d, len));
+    d.gated_forward(GatedForward { y: y.view_mut(), gate: gate.view(), up: up.view(), activation }).unwrap();
+    d.gated_backward(GatedBackward { gate: gate.view_mut(), up: up.view_mut(), d_y: d_y.view(), activation }).unwrap();
+    [get_act(d, &y), get_act(d, &gate), get_act(d, &up)]
 }
 
 pub fn gated_activations<A: Tested>() {

@@ -11,6 +11,7 @@ mod gated;
 mod gemm;
 mod lora;
 mod lora_mlp;
+mod lora_mlp_backward;
 mod nf4;
 mod rms_norm;
 mod rope;
@@ -35,7 +36,8 @@ use lora::{
     lora_dropout_has_the_masks_of_the_cpu, lora_input_of_a_gated_activation, lora_linear, lora_linear_and_its_finish,
     lora_products,
 };
-use lora_mlp::lora_gated;
+use lora_mlp::lora_gated_forward;
+use lora_mlp_backward::lora_gated_backward;
 use nf4::{dequantize_is_exact, quantize_is_exact, tensors_are_dequantized_together};
 use rms_norm::rms_norm;
 use rope::rope;
@@ -171,6 +173,7 @@ for_both_types!(
     rms_norm,
     rope,
     gated_activations,
+    lora_gated_backward,
     elementwise,
     gemm_of_all_transpositions,
     dequantize_is_exact,
@@ -180,7 +183,7 @@ for_both_types!(
     lora_input_of_a_gated_activation,
     lora_linear_and_its_finish,
     lora_linear,
-    lora_gated,
+    lora_gated_forward,
     adamw,
     cross_entropy_over_pieces,
     a_target_of_no_piece_is_not_followed,

@@ -78,28 +78,26 @@ fn forward(cpu: &Cpu, args: GatedForward<'_, Cpu>, f: impl Fn(f32) -> f32 + Copy
     });
 }
 
-/// (d_gate, d_up) = f(d_y, gate, up).
+/// (gate, up) = f(d_y, gate, up).
 fn backward(cpu: &Cpu, args: GatedBackward<'_, Cpu>, f: impl Fn(f32, f32, f32) -> (f32, f32) + Copy + Sync) {
-    let GatedBackward { d_gate, d_up, d_y, gate, up, .. } = args;
-    let (d_gate, d_up) = (d_gate.host_mut(), d_up.host_mut());
-    let (d_y, gate, up) = (d_y.host(), gate.host(), up.host());
-    let part = |first: usize, d_gate: &mut [f32], d_up: &mut [f32]| {
-        let end = first + d_gate.len();
-        let (d_y, gate, up) = (&d_y[first..end], &gate[first..end], &up[first..end]);
+    let GatedBackward { gate, up, d_y, .. } = args;
+    let (gate, up, d_y) = (gate.host_mut(), up.host_mut(), d_y.host());
+    let part = |first: usize, gate: &mut [f32], up: &mut [f32]| {
+        let d_y = &d_y[first..first + gate.len()];
         crate::simd::vectorize(
             #[inline(always)]
             || {
-                for ((((d_g, d_u), d), g), u) in d_gate.iter_mut().zip(&mut *d_up).zip(d_y).zip(gate).zip(up) {
-                    (*d_g, *d_u) = f(*d, *g, *u);
+                for ((g, u), d) in gate.iter_mut().zip(&mut *up).zip(d_y) {
+                    (*g, *u) = f(*d, *g, *u);
                 }
             },
         );
     };
     let rows = cpu.rows_per_thread(d_y.len());
     rayon::scope(|scope| {
-        for (i, (d_gate, d_up)) in d_gate.chunks_mut(rows).zip(d_up.chunks_mut(rows)).enumerate() {
+        for (i, (gate, up)) in gate.chunks_mut(rows).zip(up.chunks_mut(rows)).enumerate() {
             let part = &part;
-            scope.spawn(move |_| part(i * rows, d_gate, d_up));
+            scope.spawn(move |_| part(i * rows, gate, up));
         }
     });
 }

@@ -66,6 +66,12 @@ pub static SOURCES: [Source; 11] = [
             "lora_output_8",
             "lora_output_16",
             "lora_output_32",
+            "lora_output_8_swiglu",
+            "lora_output_16_swiglu",
+            "lora_output_32_swiglu",
+            "lora_output_8_geglu",
+            "lora_output_16_geglu",
+            "lora_output_32_geglu",
             "lora_add_output",
         ]
     ),

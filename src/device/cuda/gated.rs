@@ -27,12 +27,12 @@ impl<A: HalfType> GatedOps for Cuda<A> {
 
     fn gated_backward(&self, args: GatedBackward<'_, Cuda<A>>) -> Result<()> {
         let eights = eights(args.num_elements()?)?;
-        let GatedBackward { d_gate, d_up, d_y, gate, up, activation } = args;
+        let GatedBackward { gate, up, d_y, activation } = args;
         let kernel = match activation {
             Activation::Silu => "swiglu_backward",
             Activation::GeluTanh => "geglu_backward",
         };
-        let args = args![d_gate, d_up, d_y, gate, up, eights as u64];
+        let args = args![gate, up, d_y, eights as u64];
         // SAFETY: the lengths were checked above, and both kernels declare these arguments in this order.
         unsafe { self.launch(kernel, Grid::elements(eights), args) }
     }

@@ -3,8 +3,8 @@
 use anyhow::{Result, ensure};
 
 use crate::device::{
-    Activation, DownModule, DropoutMask, ElementwiseOps, GatedForward, Input, InputLora, InputModule, LoraDown,
-    LoraDropout, LoraGated, LoraInput, LoraLinear, LoraOps, LoraOutput,
+    Activation, DownModule, DropoutMask, ElementwiseOps, GatedBackward, GatedForward, Input, InputLora, InputModule,
+    LoraDown, LoraDropout, LoraGatedBackward, LoraGatedForward, LoraInput, LoraLinear, LoraOps, LoraOutput,
     Transpose::{No, Yes},
     ViewMut, lora, lora_mlp, product,
 };
@@ -21,7 +21,7 @@ struct Kernels {
     /// Tokens and threads of a block of `lora_down`.
     down_tokens: usize,
     down_threads: u32,
-    /// Warps of a block of `lora_output`, if there is such a kernel.
+    /// Warps of a block of `lora_output` and `lora_gated_backward`, if there are such kernels.
     output_warps: Option<usize>,
 }
 
@@ -44,8 +44,9 @@ const INPUT_FEATURES: usize = 32;
 const INPUT_THREADS: u32 = 128;
 const INPUT_MIN_TOKENS: usize = 256;
 const INPUT_MAX_PARTS: usize = 4;
-/// Features of a warp of `lora_output`, the fewest tokens of a block, and the number of blocks that fills a large GPU.
+/// Features of a warp of `lora_output`, and of one of `lora_gated_backward`, which has them of two outputs; the fewest tokens of a block, and the number of blocks that fills a large GPU.
 const OUTPUT_WARP_FEATURES: usize = 64;
+const GATED_WARP_FEATURES: usize = 32;
 const OUTPUT_MIN_TOKENS: usize = 128;
 const OUTPUT_BLOCKS: usize = 128;
 /// Tokens that a warp takes at a time.
@@ -105,11 +106,11 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         finish.run(self, y)
     }
 
-    fn lora_gated(&self, args: LoraGated<'_, Cuda<A>>) -> Result<()> {
+    fn lora_gated_forward(&self, args: LoraGatedForward<'_, Cuda<A>>) -> Result<()> {
         let sizes = args.sizes()?;
         match self.hopper_gated_grid(&args, sizes) {
-            Some(grid) => self.hopper_lora_gated(args, sizes, grid),
-            None => lora_mlp::gated(self, args),
+            Some(grid) => self.hopper_lora_gated_forward(args, sizes, grid),
+            None => lora_mlp::forward(self, args),
         }
     }
 
@@ -142,38 +143,49 @@ impl<A: HalfType> LoraOps for Cuda<A> {
     }
 
     fn lora_output(&self, args: LoraOutput<'_, Cuda<A>>) -> Result<()> {
-        let [tokens, features] = args.sizes()?;
-        let warps = Kernels::find(args.lora_rank, features).and_then(|kernels| kernels.output_warps);
-        let Some(warps) = warps.filter(|_| tokens > 0) else { return lora::output(self, args) };
-        let r = args.lora_rank;
-        let blocks = features.div_ceil(warps * OUTPUT_WARP_FEATURES);
-        let num_parts = (OUTPUT_BLOCKS / blocks).min(tokens / OUTPUT_MIN_TOKENS).max(1);
-        let part_tokens = part_tokens(tokens, num_parts);
-        let num_parts = tokens.div_ceil(part_tokens);
-        let (parts_u, parts_b) = (blocks * tokens * r, num_parts * features * r);
-        let Some(scratch) = Scratch::new(&args.scratch, parts_u + parts_b) else { return lora::output(self, args) };
+        let Some(parts) = OutputParts::new(args.sizes()?, args.lora_rank, OUTPUT_WARP_FEATURES) else {
+            return lora::output(self, args);
+        };
+        let Some(scratch) = Scratch::new(&args.scratch, parts.len(1)) else { return lora::output(self, args) };
         let LoraOutput { d_u, d_b, d_y, u, b, scale, accumulate, .. } = args;
-        let [parts_u, parts_b] = [scratch.at(0), scratch.at(parts_u)];
-        let (t, eights) = (tokens as u32, (features / 8) as u32);
-        let grid = Grid { blocks: (blocks, num_parts), threads: 32 * warps as u32, shared_bytes: 0 };
-        let args = args![parts_u, parts_b, d_y, b, u, t, eights, part_tokens as u32];
+        let [parts_u, parts_b] = parts.places(&scratch, [0, 1]);
+        let [t, eights, part_tokens] = parts.args();
+        let args = args![parts_u, parts_b, d_y, b, u, t, eights, part_tokens];
         // SAFETY: the lengths were checked above, the scratch holds both kinds of parts, and nothing else uses it.
-        unsafe { self.launch(&format!("lora_output_{r}"), grid, args) }?;
-        let (len_u, len_b) = (d_u.len(), d_b.len());
-        let args = args![
-            d_u,
-            d_b,
-            parts_u,
-            parts_b,
-            len_u as u32,
-            len_b as u32,
-            blocks as u32,
-            num_parts as u32,
-            scale,
-            u32::from(accumulate)
-        ];
+        unsafe { self.launch(&format!("lora_output_{}", parts.lora_rank), parts.grid(), args) }?;
         // SAFETY: as above; the kernel before has written all parts.
-        unsafe { self.launch("lora_add_output", Grid::rows((len_u + len_b).div_ceil(256)), args) }
+        unsafe { self.add_output(d_u, d_b, [parts_u, parts_b], &parts, scale, accumulate) }
+    }
+
+    /// One kernel reads d_y, gate and up once where both adapters have one rank.
+    fn lora_gated_backward(&self, mut args: LoraGatedBackward<'_, Cuda<A>>) -> Result<()> {
+        let (sizes, lora_rank) = (args.shared_sizes()?, args.gate.as_ref().map(|lora| lora.lora_rank));
+        let parts = sizes.zip(lora_rank).and_then(|(sizes, r)| OutputParts::new(sizes, r, GATED_WARP_FEATURES));
+        let scratch = parts.as_ref().and_then(|parts| Scratch::new(&args.scratch, parts.len(2)));
+        let (backward, d_u, grads) = (args.backward, args.d_u, args.grads);
+        let (Some(parts), Some(scratch), Some(of_gate), Some(of_up)) = (parts, scratch, &args.gate, &args.up) else {
+            return lora_mlp::backward(self, LoraGatedBackward { backward, d_u, grads, ..args });
+        };
+        let (mut d_u, mut grads) = (d_u, grads);
+        let GatedBackward { gate, up, d_y, activation } = backward;
+        let [parts_u, parts_b] = parts.places(&scratch, [0, 2]);
+        let [t, eights, part_tokens] = parts.args();
+        let kernel = match activation {
+            Activation::Silu => format!("lora_output_{}_swiglu", parts.lora_rank),
+            Activation::GeluTanh => format!("lora_output_{}_geglu", parts.lora_rank),
+        };
+        let args =
+            args![parts_u, parts_b, gate, up, d_y, of_gate.b, of_up.b, of_gate.u, of_up.u, t, eights, part_tokens];
+        // SAFETY: the lengths were checked above, the scratch holds both kinds of parts of two outputs, and nothing else
+        // uses it.
+        unsafe { self.launch(&kernel, parts.grid(), args) }?;
+        for (nth, lora) in [of_gate, of_up].into_iter().enumerate() {
+            let (d_u, d_b) = (d_u.range_mut(lora.d_u_range.clone()), grads.range_mut(lora.b_range.clone()));
+            let sums = parts.places(&scratch, [nth, 2]);
+            // SAFETY: as above; the kernel before has written all parts.
+            unsafe { self.add_output(d_u, d_b, sums, &parts, lora.scale, lora.accumulate) }?;
+        }
+        Ok(())
     }
 
     /// LoRA's part is written first, and the base products add to it. Modules of one rank share a kernel. Where a rank has none, all is
@@ -215,6 +227,63 @@ impl<A: HalfType> LoraOps for Cuda<A> {
     }
 }
 
+/// The division of `lora_output`'s sums: those of d_u over features, those of d_B over tokens.
+struct OutputParts {
+    lora_rank: usize,
+    tokens: usize,
+    features: usize,
+    warps: usize,
+    /// Blocks of features.
+    blocks: usize,
+    /// Tokens of a part.
+    part_tokens: usize,
+    num_parts: usize,
+}
+
+impl OutputParts {
+    /// Returns `None` without tokens, and where the rank has no kernel.
+    fn new([tokens, features]: [usize; 2], lora_rank: usize, warp_features: usize) -> Option<OutputParts> {
+        let warps = Kernels::find(lora_rank, features)?.output_warps.filter(|_| tokens > 0)?;
+        let blocks = features.div_ceil(warps * warp_features);
+        let num_parts = (OUTPUT_BLOCKS / blocks).min(tokens / OUTPUT_MIN_TOKENS).max(1);
+        let part_tokens = part_tokens(tokens, num_parts);
+        Some(OutputParts {
+            lora_rank,
+            tokens,
+            features,
+            warps,
+            blocks,
+            part_tokens,
+            num_parts: tokens.div_ceil(part_tokens),
+        })
+    }
+
+    /// Numbers of the sums of d_u, and of d_B.
+    fn lens(&self) -> [usize; 2] {
+        [self.blocks * self.tokens, self.num_parts * self.features].map(|rows| rows * self.lora_rank)
+    }
+
+    /// Number of the sums of this many outputs.
+    fn len(&self, outputs: usize) -> usize {
+        outputs * self.lens().iter().sum::<usize>()
+    }
+
+    /// The places of the sums of d_u and of d_B of one of some outputs: those of d_u of all of them come first.
+    fn places(&self, scratch: &Scratch, [nth, outputs]: [usize; 2]) -> [Arg; 2] {
+        let [len_u, len_b] = self.lens();
+        [scratch.at(nth * len_u), scratch.at(outputs * len_u + nth * len_b)]
+    }
+
+    /// The kernels' last arguments.
+    fn args(&self) -> [u32; 3] {
+        [self.tokens, self.features / 8, self.part_tokens].map(|size| size as u32)
+    }
+
+    fn grid(&self) -> Grid {
+        Grid { blocks: (self.blocks, self.num_parts), threads: 32 * self.warps as u32, shared_bytes: 0 }
+    }
+}
+
 /// The division of `lora_input`'s sums over tokens.
 #[derive(Clone, Copy)]
 struct InputParts {
@@ -253,6 +322,26 @@ impl Scratch {
 }
 
 impl<A: HalfType> Cuda<A> {
+    /// d_u = scale · the sums of its parts, or d_u += that with `accumulate`, and d_B += scale · the sums of its parts.
+    ///
+    /// # Safety
+    /// `sums` are the places of both, with the lengths of `parts`.
+    unsafe fn add_output(
+        &self,
+        d_u: ViewMut<'_, Cuda<A>, A>,
+        d_b: ViewMut<'_, Cuda<A>, f32>,
+        [parts_u, parts_b]: [Arg; 2],
+        parts: &OutputParts,
+        scale: f32,
+        accumulate: bool,
+    ) -> Result<()> {
+        let (len_u, len_b, accumulate) = (d_u.len(), d_b.len(), u32::from(accumulate));
+        let (blocks, num_parts) = (parts.blocks as u32, parts.num_parts as u32);
+        let args = args![d_u, d_b, parts_u, parts_b, len_u as u32, len_b as u32, blocks, num_parts, scale, accumulate];
+        // SAFETY: the caller's duty.
+        unsafe { self.launch("lora_add_output", Grid::rows((len_u + len_b).div_ceil(256)), args) }
+    }
+
     /// d_x = Σ mask ∘ (d_u · A), or d_x += that with `accumulate`, and d_A += d_uᵀ · dropout(x), of a few modules.
     ///
     /// # Safety

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::device::{Activation, Finish, LoraGated, LoraLinear, Rotation, ViewMut};
+use crate::device::{Activation, Finish, LoraGatedForward, LoraLinear, Rotation, ViewMut};
 
 use super::attention_hopper::{Hopper, SHARED_BYTES};
 use super::launch::{Grid, args, tile_map};
@@ -74,9 +74,13 @@ impl<A: HalfType> Cuda<A> {
         later.run(self, y)
     }
 
-    /// Returns the grid of [`LoraGated`] of lengths that were checked, if one kernel does both modules well: they have one rank and one
+    /// Returns the grid of [`LoraGatedForward`] of lengths that were checked, if one kernel does both modules well: they have one rank and one
     /// scale, and no bias.
-    pub(super) fn hopper_gated_grid(&self, args: &LoraGated<'_, Cuda<A>>, [m, n, k]: [usize; 3]) -> Option<Grid> {
+    pub(super) fn hopper_gated_grid(
+        &self,
+        args: &LoraGatedForward<'_, Cuda<A>>,
+        [m, n, k]: [usize; 3],
+    ) -> Option<Grid> {
         let kind = |linear: &LoraLinear<'_, Cuda<A>>| {
             let is_plain = linear.bias.is_none() && matches!(linear.finish, Finish::Nothing);
             is_plain.then_some((linear.lora_rank, linear.scale, linear.output_scale))
@@ -86,14 +90,14 @@ impl<A: HalfType> Cuda<A> {
         self.hopper_linear_grid([m, 2 * n, k], lora_rank)
     }
 
-    /// [`LoraGated`] of lengths that were checked, with the grid of [`Cuda::hopper_gated_grid`].
-    pub(super) fn hopper_lora_gated(
+    /// [`LoraGatedForward`] of lengths that were checked, with the grid of [`Cuda::hopper_gated_grid`].
+    pub(super) fn hopper_lora_gated_forward(
         &self,
-        args: LoraGated<'_, Cuda<A>>,
+        args: LoraGatedForward<'_, Cuda<A>>,
         [m, n, k]: [usize; 3],
         grid: Grid,
     ) -> Result<()> {
-        let LoraGated { act, gate, up, activation, keeps_inputs } = args;
+        let LoraGatedForward { act, gate, up, activation, keeps_inputs } = args;
         let LoraLinear { x, lora_rank: r, scale, output_scale, .. } = gate;
         let map = |matrix, width| tile_map(matrix, width, DEPTH);
         let (x, gate_weight, up_weight) = (map(x, k)?, map(gate.weight, k)?, map(up.weight, k)?);

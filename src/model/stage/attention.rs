@@ -329,7 +329,8 @@ pub fn backward<D: Ops>(
 }
 
 /// Makes the gradients of queries and keys before their rotation and norms, and of values, from that of attention's
-/// output. They are in `d_q`, or `d_gate` where queries are normed; in `d_k`, or `d_up`; in `d_v`.
+/// output. They are in `d_q`, or the first half of `d_wide` where queries are normed; in `d_k`, or the second half; in
+/// `d_v`.
 fn scores_backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Attention,
@@ -338,17 +339,17 @@ fn scores_backward<D: Ops>(
 ) -> Result<()> {
     let (ops, t) = (ctx.ops, ctx.tokens());
     let (q_len, kv_len) = (t * stage.q_width(), t * stage.kv_width());
-    let Scratch { d_attention, d_q, d_k, d_v, delta, d_gate, d_up, .. } = scratch;
+    let Scratch { d_attention, d_q, d_k, d_v, delta, d_wide, .. } = scratch;
     let AttentionSaves { scores, inputs, key_value, .. } = saves;
+    let (mut first, mut second) = d_wide.first_mut(2 * q_len).split_at(q_len);
     // 4. Scores.
     ops.attention_backward(AttentionBackward {
         d_q: d_q.first_mut(q_len),
         d_k: d_k.first_mut(kv_len),
         d_v: d_v.first_mut(kv_len),
         delta: delta.first_mut(t * stage.num_heads),
-        // The MLP is done with these.
-        head_d_k: d_gate.first_mut(q_len),
-        head_d_v: d_up.first_mut(q_len),
+        head_d_k: first.range_mut(0..q_len),
+        head_d_v: second.range_mut(0..q_len),
         d_out: d_attention.first(q_len),
         out: scores.out.first(q_len),
         lse: scores.lse.first(t * stage.num_heads),
@@ -364,14 +365,14 @@ fn scores_backward<D: Ops>(
     back(d_q.first_mut(q_len), stage.q_rotation(ctx))?;
     back(d_k.first_mut(kv_len), stage.k_rotation(ctx))?;
     if let Some(norm) = &stage.q_norm {
-        ops.fill_bytes(d_gate.first_mut(q_len), 0)?;
+        ops.fill_bytes(first.range_mut(0..q_len), 0)?;
         let (x, rstd) = (inputs.q_before.first(q_len), inputs.q_rstd.first(q_len / norm.width));
-        ctx.norm_backward(norm, d_gate.first_mut(q_len), d_q.first(q_len), x, rstd)?;
+        ctx.norm_backward(norm, first, d_q.first(q_len), x, rstd)?;
     }
     if let Some(norm) = &stage.k_norm {
-        ops.fill_bytes(d_up.first_mut(kv_len), 0)?;
+        ops.fill_bytes(second.range_mut(0..kv_len), 0)?;
         let (x, rstd) = (inputs.k_before.first(kv_len), inputs.k_rstd.first(kv_len / norm.width));
-        ctx.norm_backward(norm, d_up.first_mut(kv_len), d_k.first(kv_len), x, rstd)?;
+        ctx.norm_backward(norm, second.into_range(0..kv_len), d_k.first(kv_len), x, rstd)?;
     }
     Ok(())
 }
@@ -388,11 +389,11 @@ fn project_backward<D: Ops>(
 ) -> Result<()> {
     let (ops, t) = (ctx.ops, ctx.tokens());
     let (hidden, q_len, kv_len) = (t * ctx.spec.hidden_size, t * stage.q_width(), t * stage.kv_width());
-    let Scratch { dropped, d_u, d_norm, d_q, d_k, d_v, d_gate, d_up, .. } = scratch;
+    let Scratch { dropped, d_u, d_norm, d_q, d_k, d_v, d_wide, .. } = scratch;
     let (inputs, normed) = (&saves.inputs, stage.norm.is_some());
     // 2. Queries, keys, values.
-    let d_q = if stage.q_norm.is_some() { d_gate.first(q_len) } else { d_q.first(q_len) };
-    let d_k = if stage.k_norm.is_some() { d_up.first(kv_len) } else { d_k.first(kv_len) };
+    let d_q = if stage.q_norm.is_some() { d_wide.first(q_len) } else { d_q.first(q_len) };
+    let d_k = if stage.k_norm.is_some() { d_wide.view().range(q_len..q_len + kv_len) } else { d_k.first(kv_len) };
     let d_outputs = [(&stage.q, d_q), (&stage.k, d_k), (&stage.v, d_v.first(kv_len))];
     let (d_x, x_in) = match normed {
         true => (d_norm.first_mut(hidden), inputs.normed.first(hidden)),

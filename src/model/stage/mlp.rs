@@ -145,7 +145,7 @@ pub fn forward<D: Ops>(
         }
         let (gate, up) = ((&stage.gate, gate.first_mut(inner)), (&stage.up, up.first_mut(inner)));
         let args = GatedLinears { gate, up, act, activation, keeps_inputs: ctx.needed.mlp };
-        linears.forward_gated(ops, args, u, x)?;
+        linears.gated_forward(ops, args, u, x)?;
     } else if let Some(y) = act {
         ops.gated_forward(GatedForward { y, gate: gate.first(inner), up: up.first(inner), activation })?;
     }
@@ -177,18 +177,18 @@ pub fn forward<D: Ops>(
 }
 
 /// `d` `[T, hidden]` is the gradient of the residual stream after the stage and becomes that before it. Gradients of
-/// trainable values are added to `grads`.
+/// trainable values are added to `grads`. The gradients of gate and up take the places of these in `saves`.
 pub fn backward<D: Ops>(
     ctx: &StageContext<'_, D>,
     stage: &Mlp,
     d: &mut Buffer<D, D::Act>,
     grads: &mut Buffer<D, f32>,
-    saves: &MlpSaves<'_, D>,
+    saves: MlpSaves<'_, D>,
     scratch: &mut Scratch<D>,
 ) -> Result<()> {
     let (ops, t) = (ctx.ops, ctx.tokens());
     let (hidden, inner) = (t * ctx.spec.hidden_size, t * stage.intermediate_size);
-    let Scratch { dropped, d_u, d_norm, d_act, d_gate, d_up, .. } = scratch;
+    let Scratch { dropped, d_u, d_norm, d_wide: d_act, .. } = scratch;
     let MlpSaves { products: Products { input, gate, up, before, output_rstd }, rest, u } = saves;
     // 3. The output's norm, and the down projection.
     let d_y = match &stage.output_norm {
@@ -204,7 +204,7 @@ pub fn backward<D: Ops>(
     let x = match rest.has_act {
         true => Input::Plain(rest.act.first(inner)),
         false => Input::Gated(GatedForward {
-            y: d_gate.first_mut(inner),
+            y: rest.act.first_mut(inner),
             gate: gate.first(inner),
             up: up.first(inner),
             activation: stage.activation,
@@ -214,21 +214,14 @@ pub fn backward<D: Ops>(
     let args = Backward { d_x, accumulate: false, grads: grads_down, x, mask, u, dropped, d_u };
     down.backward(ops, [(&rows, d_y)], args)?;
     // 2. The activation, gate and up.
-    ops.gated_backward(GatedBackward {
-        d_gate: d_gate.first_mut(inner),
-        d_up: d_up.first_mut(inner),
-        d_y: d_act.first(inner),
-        gate: gate.first(inner),
-        up: up.first(inner),
-        activation: stage.activation,
-    })?;
-    let d_outputs = [(&stage.gate, d_gate.first(inner)), (&stage.up, d_up.first(inner))];
+    let (d_y, activation) = (d_act.first(inner), stage.activation);
+    let gated = GatedBackward { gate: gate.first_mut(inner), up: up.first_mut(inner), d_y, activation };
     let (d_x, accumulate, x) = match stage.norm {
         Some(_) => (d_norm.first_mut(hidden), false, rest.normed.first(hidden)),
         None => (d.first_mut(hidden), true, input.first(hidden)),
     };
     let args = Backward { d_x, accumulate, grads, x: Input::Plain(x), mask, u, dropped, d_u };
-    Linears::new(ctx, stage.inputs().rev())?.backward(ops, d_outputs, args)?;
+    Linears::new(ctx, stage.inputs().rev())?.gated_backward(ops, gated, [&stage.gate, &stage.up], args)?;
     // 1. Norm.
     let Some(norm) = &stage.norm else { return Ok(()) };
     ctx.norm_backward(norm, d.first_mut(hidden), d_norm.first(hidden), input.first(hidden), rest.rstd.first(t))

@@ -182,7 +182,7 @@ pub struct Scratch<D: Device> {
     pub dropped: Buffer<D, D::Act>,
     /// `[modules that share an input, T, r]`, see [`d_u_width`].
     pub d_u: Buffer<D, D::Act>,
-    /// Gradients: `[T, hidden]`, `[T, q]`, `[T, kv]`, `[T, intermediate]`.
+    /// Gradients: `[T, hidden]`, `[T, q]`, `[T, kv]`.
     pub d_norm: Buffer<D, D::Act>,
     pub d_attention: Buffer<D, D::Act>,
     pub d_q: Buffer<D, D::Act>,
@@ -190,10 +190,9 @@ pub struct Scratch<D: Device> {
     pub d_v: Buffer<D, D::Act>,
     /// Row sums of d_out · out in attention's backward, `[T, heads]`.
     pub delta: Buffer<D, f32>,
-    pub d_act: Buffer<D, D::Act>,
-    /// At least as wide as queries, because attention's backward uses these buffers too.
-    pub d_gate: Buffer<D, D::Act>,
-    pub d_up: Buffer<D, D::Act>,
+    /// The gradient of the MLP's activation `[T, intermediate]`. In attention's backward it is two halves of `[T, q]`:
+    /// the gradients of keys and values of each query head, and after them those of queries and keys before their norms.
+    pub d_wide: Buffer<D, D::Act>,
 }
 
 impl<D: Device> Scratch<D> {
@@ -210,9 +209,7 @@ impl<D: Device> Scratch<D> {
             d_k: arena.carve("scratch/d_k", back * widths.kv)?,
             d_v: arena.carve("scratch/d_v", back * widths.kv)?,
             delta: arena.carve("scratch/delta", back * widths.heads)?,
-            d_act: arena.carve("scratch/d_act", back * widths.intermediate)?,
-            d_gate: arena.carve("scratch/d_gate", back * widths.intermediate.max(widths.q))?,
-            d_up: arena.carve("scratch/d_up", back * widths.intermediate.max(widths.q))?,
+            d_wide: arena.carve("scratch/d_wide", back * widths.intermediate.max(2 * widths.q))?,
         })
     }
 }
