@@ -1,5 +1,5 @@
-// y = f(gate) · up, and its backward, whose results take the places of gate and up, for each f. A thread computes eight elements at a time; the host checks that the
-// length is a multiple of 8.
+// y = f(gate) · up, and its backward, whose results take the places of gate and up, for each f. A thread computes eight elements at a
+// time; the host checks that the length is a multiple of 8.
 #include "gated.cuh"
 
 template <class F> __device__ __forceinline__ void forward(Act8 *y, const Act8 *gate, const Act8 *up, u64 num_eights) {

@@ -44,11 +44,17 @@ const INPUT_FEATURES: usize = 32;
 const INPUT_THREADS: u32 = 128;
 const INPUT_MIN_TOKENS: usize = 256;
 const INPUT_MAX_PARTS: usize = 4;
-/// Features of a warp of `lora_output`, and of one of `lora_gated_backward`, which has them of two outputs; the fewest tokens of a block, and the number of blocks that fills a large GPU.
-const OUTPUT_WARP_FEATURES: usize = 64;
-const GATED_WARP_FEATURES: usize = 32;
-const OUTPUT_MIN_TOKENS: usize = 128;
-const OUTPUT_BLOCKS: usize = 128;
+/// The division of `lora_output` into blocks: features of a warp, fewest tokens of a block, and the number of blocks that fills a large GPU.
+#[derive(Clone, Copy)]
+struct OutputBlocks {
+    warp_features: usize,
+    min_tokens: usize,
+    blocks: usize,
+}
+
+const OUTPUT: OutputBlocks = OutputBlocks { warp_features: 64, min_tokens: 128, blocks: 128 };
+/// A warp has its features of two outputs. More blocks than multiprocessors use the memory better (`benches/results.md`).
+const GATED_OUTPUT: OutputBlocks = OutputBlocks { warp_features: 32, min_tokens: 256, blocks: 256 };
 /// Tokens that a warp takes at a time.
 const CHUNK_TOKENS: usize = 16;
 /// Modules that a kernel declares.
@@ -143,7 +149,7 @@ impl<A: HalfType> LoraOps for Cuda<A> {
     }
 
     fn lora_output(&self, args: LoraOutput<'_, Cuda<A>>) -> Result<()> {
-        let Some(parts) = OutputParts::new(args.sizes()?, args.lora_rank, OUTPUT_WARP_FEATURES) else {
+        let Some(parts) = OutputParts::new(args.sizes()?, args.lora_rank, OUTPUT) else {
             return lora::output(self, args);
         };
         let Some(scratch) = Scratch::new(&args.scratch, parts.len(1)) else { return lora::output(self, args) };
@@ -160,7 +166,7 @@ impl<A: HalfType> LoraOps for Cuda<A> {
     /// One kernel reads d_y, gate and up once where both adapters have one rank.
     fn lora_gated_backward(&self, mut args: LoraGatedBackward<'_, Cuda<A>>) -> Result<()> {
         let (sizes, lora_rank) = (args.shared_sizes()?, args.gate.as_ref().map(|lora| lora.lora_rank));
-        let parts = sizes.zip(lora_rank).and_then(|(sizes, r)| OutputParts::new(sizes, r, GATED_WARP_FEATURES));
+        let parts = sizes.zip(lora_rank).and_then(|(sizes, r)| OutputParts::new(sizes, r, GATED_OUTPUT));
         let scratch = parts.as_ref().and_then(|parts| Scratch::new(&args.scratch, parts.len(2)));
         let (backward, d_u, grads) = (args.backward, args.d_u, args.grads);
         let (Some(parts), Some(scratch), Some(of_gate), Some(of_up)) = (parts, scratch, &args.gate, &args.up) else {
@@ -242,10 +248,10 @@ struct OutputParts {
 
 impl OutputParts {
     /// Returns `None` without tokens, and where the rank has no kernel.
-    fn new([tokens, features]: [usize; 2], lora_rank: usize, warp_features: usize) -> Option<OutputParts> {
+    fn new([tokens, features]: [usize; 2], lora_rank: usize, division: OutputBlocks) -> Option<OutputParts> {
         let warps = Kernels::find(lora_rank, features)?.output_warps.filter(|_| tokens > 0)?;
-        let blocks = features.div_ceil(warps * warp_features);
-        let num_parts = (OUTPUT_BLOCKS / blocks).min(tokens / OUTPUT_MIN_TOKENS).max(1);
+        let blocks = features.div_ceil(warps * division.warp_features);
+        let num_parts = (division.blocks / blocks).min(tokens / division.min_tokens).max(1);
         let part_tokens = part_tokens(tokens, num_parts);
         Some(OutputParts {
             lora_rank,
