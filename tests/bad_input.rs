@@ -9,7 +9,7 @@ mod arguments;
 #[path = "bad_input/keys.rs"]
 mod keys;
 
-use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
+use common::cli::{MPI_WITHOUT_FILES, Place, TRAIN, fails, metrics, succeeds, train_with};
 use serde_json::{Value, json};
 
 /// Training fails with this status, tells all of `words`, and leaves no result.
@@ -289,7 +289,7 @@ fn a_full_disk_while_shards_are_written() {
     let mut shell = std::process::Command::new("bash");
     shell.args(["-c", &run]).current_dir(place.path(""));
     shell.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    shell.env("PMIX_MCA_gds", "hash").env("OMPI_MCA_btl", "self");
+    shell.envs(MPI_WITHOUT_FILES);
     let text = fails(shell, 1);
     assert!(text.contains("nf4-00000-of-00001.safetensors") && text.contains("disk full"), "{text}");
     assert_eq!(place.results(), Vec::<String>::new(), "left behind");
@@ -340,4 +340,5 @@ fn ranks_that_cannot_be_served_and_a_foreign_mpirun() {
     command.env("PMI_SIZE", "2");
     let text = fails(command, 1);
     assert!(text.contains("PMI_SIZE") && text.contains("world of 1"), "{text}");
+    assert!(!text.contains('\\') && !text.contains('\t'), "{text}");
 }

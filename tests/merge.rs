@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 
-use common::cli::{Place, TRAIN, fails, succeeds, train_with};
+use common::cli::{MPI_WITHOUT_FILES, Place, TRAIN, fails, succeeds, train_with};
 use common::hub::{Hub, Repository};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -218,7 +218,7 @@ fn a_full_disk_leaves_nothing_behind() {
     let mut shell = Command::new("bash");
     shell.args(["-c", &run]).current_dir(place.path(""));
     shell.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    shell.env("PMIX_MCA_gds", "hash").env("OMPI_MCA_btl", "self");
+    shell.envs(MPI_WITHOUT_FILES);
     let text = fails(shell, 1);
     assert!(text.contains("model.safetensors: ") && text.contains("File too large"), "{text}");
     assert!(names(&place.path("")).iter().all(|name| !name.contains("merged")), "{:?}", names(&place.path("")));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::cli::{Place, TRAIN, fails, metrics, succeeds, train_with};
+use common::cli::{MPI_WITHOUT_FILES, Place, TRAIN, fails, metrics, succeeds, train_with};
 use common::running::{Running, signal};
 use serde_json::Value;
 
@@ -331,7 +331,7 @@ fn a_full_disk_while_saving_leaves_what_is_there() {
     let mut shell = Command::new("bash");
     shell.args(["-c", &run]).current_dir(place.path("")).env("TMPDIR", place.path("cache"));
     shell.envs(program.get_envs().filter_map(|(name, value)| Some((name, value?))));
-    shell.env("PMIX_MCA_gds", "hash").env("OMPI_MCA_btl", "self");
+    shell.envs(MPI_WITHOUT_FILES);
     let text = fails(shell, 1);
     assert!(text.contains("step 3/3") && text.contains("the adapter could be saved nowhere"), "{text}");
     assert!(before == files(&place.path("out")));

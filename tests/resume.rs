@@ -85,17 +85,20 @@ enum Met {
     Starting,
     Training,
     Saving,
+    Ending,
 }
 
-/// Kills ranks of a run at a random instant, most of them while it trains and some while a checkpoint is written.
-/// Returns where the kill met the run; `None` if the run was faster.
+/// Kills ranks of a run at a random instant, most of them while it trains, some while a checkpoint is written, and some while the result
+/// is. Returns where the kill met the run; `None` if the run was faster.
 fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> Option<Met> {
     let (from, whole_job) = (newest(place), random(state, 2) == 0);
-    let writing = place.path("out/.fsdp-qlora-checkpoint-new");
-    match random(state, 4) {
+    let (writing, result) = (place.path("out/.fsdp-qlora-checkpoint-new"), place.path("out/.fsdp-qlora-new"));
+    let last_step = format!("step {NUM_STEPS}/");
+    match random(state, 10) {
         // At start-up too, where nothing has been read yet.
-        0 => std::thread::sleep(Duration::from_millis(random(state, 600) as u64)),
-        1 if from + 3 < NUM_STEPS => drop(running.until(|_| writing.exists())),
+        0..2 => std::thread::sleep(Duration::from_millis(random(state, 600) as u64)),
+        2..4 if from + 3 < NUM_STEPS => drop(running.until(|_| writing.exists())),
+        4 => drop(running.says(&last_step) && running.until(|_| result.exists())),
         _ => {
             let step = from + 1 + random(state, NUM_STEPS - from);
             running.says(&format!("step {step}/"));
@@ -105,10 +108,11 @@ fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> Option<Met>
     let before = newest(place);
     let ranks = place.ranks();
     let was_running = running.child.try_wait().unwrap().is_none();
-    let met = match (writing.exists(), running.text().contains("tok/s")) {
-        (true, _) => Met::Saving,
-        (false, true) => Met::Training,
-        (false, false) => Met::Starting,
+    let met = match running.text() {
+        _ if writing.exists() => Met::Saving,
+        text if text.contains(&last_step) => Met::Ending,
+        text if text.contains("tok/s") => Met::Training,
+        _ => Met::Starting,
     };
     // A process that has ended meanwhile is none of the test's business.
     let kill = |pid: u32| {
@@ -127,24 +131,26 @@ fn kill(place: &Place, mut running: Running<'_>, state: &mut u64) -> Option<Met>
 /// `ranks` draws one. Returns where kills met the run, and how often it went on after a checkpoint.
 fn survive(place: &Place, num_kills: usize, state: &mut u64, ranks: impl Fn(&mut u64) -> usize) -> (Vec<Met>, usize) {
     let (mut met, mut resumed) = (Vec::new(), 0);
-    for _ in 0..num_kills {
+    for i in 0..=num_kills {
         if is_finished(place) {
             break;
         }
         let from = newest(place);
         let mut running = Running::start(place, place.mpirun(ranks(state), &TRAIN));
-        if from > 0 && running.says("going on after step") {
+        if from > 0 {
+            running.says("going on after step");
             // A checkpoint that was complete and lacked its name when the kill came is found as well.
             let text = running.text();
-            let after = text.split("going on after step ").nth(1).and_then(|rest| rest.split(',').next());
-            assert!(after.unwrap().parse::<usize>().unwrap() >= from, "not after {from}:\n{text}");
+            let after = text.split("going on after step ").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
+            assert!(after.is_some_and(|after: usize| after >= from), "not after {from}:\n{text}");
             resumed += 1;
         }
-        met.extend(kill(place, running, state));
-    }
-    if !is_finished(place) {
-        resumed += usize::from(newest(place) > 0);
-        succeeds(place.mpirun(ranks(state), &TRAIN));
+        if i < num_kills {
+            met.extend(kill(place, running, state));
+        } else {
+            let (status, text) = running.ends();
+            assert!(status == Some(0) && is_finished(place), "{status:?}: {text}");
+        }
     }
     (met, resumed)
 }
@@ -173,21 +179,20 @@ fn campaign(num_kills: usize, seed: u64, ranks: impl Fn(&mut u64) -> usize, chec
         resumed.push(resumed_run);
         assert!(resumed.len() < 3 * num_kills + 3, "hardly any kill meets a run");
     }
-    let at = |what| met.iter().filter(|at| **at == what).count();
+    let [starting, training, saving, ending] = [Met::Starting, Met::Training, Met::Saving, Met::Ending]
+        .map(|what| met.iter().filter(|at| **at == what).count());
     println!(
-        "{} kills in {} runs: {} at the start, {} while training, {} while a checkpoint was written; the runs went on after a checkpoint \
-         {} times, one of them {} times; each ended as the uninterrupted run did, every second one with its best checkpoint",
+        "{} kills in {} runs: {starting} at the start, {training} while training, {saving} while a checkpoint was written, {ending} after \
+         the last step; the runs went on after a checkpoint {} times, one of them {} times; each ended as the uninterrupted run did, every \
+         second one with its best checkpoint",
         met.len(),
         resumed.len(),
-        at(Met::Starting),
-        at(Met::Training),
-        at(Met::Saving),
         resumed.iter().sum::<usize>(),
         resumed.iter().max().unwrap()
     );
 }
 
-/// Number of kills: twenty are enough for every day, `scripts/kills` asks for two hundred.
+/// Number of kills, in both tests together: twenty are enough for every day, `scripts/kills` asks for two hundred.
 fn num_kills() -> usize {
     std::env::var("FSDP_QLORA_KILLS").ok().map_or(20, |text| text.parse().unwrap())
 }

@@ -6,7 +6,7 @@ mod common;
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use common::cli::{Place, TRAIN, fails, succeeds, train_with};
+use common::cli::{Place, TRAIN, fails, fails_with, is_mpich, succeeds, train_with};
 
 /// Everything must be gone after this.
 const END: Duration = Duration::from_secs(15);
@@ -21,13 +21,15 @@ fn before_the_launcher(text: &str) -> Vec<&str> {
 fn fails_soon(place: &Place, ranks: usize, fault: &str) -> String {
     let mut command = place.mpirun(ranks, &TRAIN);
     command.env("FSDP_QLORA_FAULT", fault).env("FSDP_QLORA_TIMEOUT_S", "2");
+    // MPICH's launcher takes no notice of a rank that ends before MPI_Init, and may kill the others when the next one ends.
+    let is_noticed = !(is_mpich() && fault.ends_with("start"));
     if !fault.starts_with("hang") {
-        command.env("FSDP_QLORA_START_TIMEOUT_S", "60");
+        command.env("FSDP_QLORA_START_TIMEOUT_S", if is_noticed { "60" } else { "5" });
     }
     let start = Instant::now();
-    let text = fails(command, 1);
+    let text = fails_with(command, if is_noticed { &[1] } else { &[1, 9] });
     assert!(start.elapsed() < END, "{fault}: {:?}\n{text}", start.elapsed());
-    assert_eq!(place.ranks(), Vec::<u32>::new(), "{fault}: left running");
+    place.has_no_ranks(fault);
     text
 }
 
@@ -129,7 +131,7 @@ fn a_limit_that_is_none_is_refused() {
 fn signalled(place: &Place, signal: &str) -> (Output, Duration) {
     let args = train_with(&["training.max_steps=100000"]);
     let mut command: Command = place.mpirun(3, &args);
-    command.env("FSDP_QLORA_TIMEOUT_S", "2").stdout(Stdio::null()).stderr(Stdio::piped());
+    command.env("FSDP_QLORA_TIMEOUT_S", "2").stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().expect("mpirun (scripts/setup installs it)");
     let start = Instant::now();
     while std::fs::read_to_string(place.path("out/metrics.jsonl")).unwrap_or_default().lines().count() < 2 {
@@ -156,8 +158,12 @@ fn a_rank_that_is_killed_or_stopped_is_named() {
         let (output, elapsed) = signalled(&place, signal);
         let text = String::from_utf8_lossy(&output.stderr);
         assert!(!output.status.success() && elapsed < END, "{signal}: {:?} after {elapsed:?}", output.status);
-        let lines: Vec<&str> = text.lines().filter(|line| line.contains("rank 1") && line.contains(words)).collect();
-        assert_eq!(lines.len(), 1, "{signal}: {text}");
-        assert_eq!(place.ranks(), Vec::<u32>::new(), "{signal}: left running");
+        if is_mpich() && signal == "-KILL" {
+            assert!(String::from_utf8_lossy(&output.stdout).contains("Killed (signal 9)"), "{output:?}");
+        } else {
+            let told = text.lines().filter(|line| line.contains("rank 1") && line.contains(words));
+            assert_eq!(told.count(), 1, "{signal}: {text}");
+        }
+        place.has_no_ranks(signal);
     }
 }

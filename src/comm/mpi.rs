@@ -168,9 +168,16 @@ fn check_launcher() -> Result<()> {
         Some((name, size)) => bail!(
             "the launcher started {size} ranks ({name}), but this program's MPI sees a world of 1: mpirun or srun belongs to another \
              MPI than the one this program was built with ({}). Use that MPI's mpirun, or `srun --mpi=pmix`",
-            mpi::environment::library_version().unwrap_or_default().lines().next().unwrap_or_default().trim()
+            library()
         ),
     }
+}
+
+/// Returns the name and version of the MPI that the program was built with. Open MPI ends them with a zero byte.
+fn library() -> String {
+    let text = mpi::environment::library_version().unwrap_or_default();
+    let line = text.trim_end_matches('\0').lines().next().unwrap_or_default();
+    line.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Ends every rank of the job with this exit status. A single rank just exits.
