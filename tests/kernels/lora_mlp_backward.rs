@@ -132,7 +132,8 @@ pub fn lora_gated_backward<A: Tested>() {
             // The products take the gradients as they are rounded.
             let [_, _, d_y] = inputs;
             let reference = case.run(&cpu, &[d_gate, d_up, d_y], true);
-            close::<A>(&format!("{what}: d_u"), &result.d_u, &reference.d_u, 3.0);
+            // Where the second output adds to d_u of the first, it is rounded twice.
+            close::<A>(&format!("{what}: d_u"), &result.d_u, &reference.d_u, if one_module { 4.0 } else { 3.0 });
             within(&format!("{what}: d_b"), &result.d_b, &reference.d_b, 1e-5);
         }
     }
