@@ -252,8 +252,8 @@ mod tests {
         assert!(fitted.reached.products < before.reached.products && fitted.reached.memory < before.reached.memory);
     }
 
-    /// The run with the device memory that it would take now: the gradients of gate and up had buffers of their own, each
-    /// `[T, intermediate]` in two bytes, when it was measured.
+    /// A run on an H100 with the device memory that it would take now: the gradients of gate and up had buffers of their
+    /// own, each `[T, intermediate]` in two bytes, when it was measured.
     fn with_fewer_buffers(mut run: MeasuredRun) -> MeasuredRun {
         let spec = shapes::named(&run.shape, Some(run.layers)).unwrap();
         let buffers = 2 * 2 * run.micro_batch * run.seq * spec.widest(|layer| layer.mlp.intermediate_size);
@@ -268,14 +268,17 @@ mod tests {
             let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results").join(name);
             MeasuredRun::read(&std::fs::read_to_string(path).unwrap()).unwrap()
         };
-        let calibrated = |name| fit(&Hardware::named("h100").unwrap(), &read(name)).unwrap();
-        let (alone, two) = (read("h100.jsonl"), read("h100-x2.jsonl"));
-        assert!(alone.len() >= 8 && two.len() >= 5);
+        let earlier = |name| read(name).into_iter().map(with_fewer_buffers).collect::<Vec<_>>();
         let mut wrong = Vec::new();
-        // The runs of two GPUs are of an earlier program than those of one, so each set has a calibration of its own.
-        let calibrations = [("h100-calibration.jsonl", alone), ("h100-x2-calibration.jsonl", two)];
-        for (hardware, runs) in calibrations.map(|(name, runs)| (calibrated(name), runs)) {
-            for run in runs.into_iter().map(with_fewer_buffers) {
+        // Each set of runs has a program of its own, and so a calibration of its own.
+        for (gpu, calibration, runs, at_least) in [
+            ("h200", "h200-calibration.jsonl", read("h200.jsonl"), 11),
+            ("h100", "h100-calibration.jsonl", earlier("h100.jsonl"), 8),
+            ("h100", "h100-x2-calibration.jsonl", earlier("h100-x2.jsonl"), 5),
+        ] {
+            assert!(runs.len() >= at_least);
+            let hardware = fit(&Hardware::named(gpu).unwrap(), &read(calibration)).unwrap();
+            for run in runs {
                 let Ratios { time, device, host } = run.compare(&hardware).unwrap();
                 let within = |ratio: f64, error: f64| (ratio - 1.0).abs() < error;
                 let line = format!("time {time:.3}, device {device:.3?}, host {host:.3?}: {}", run.name());

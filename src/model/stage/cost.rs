@@ -34,7 +34,7 @@ const FORWARD: Passes = Passes { products: 1.0, launches: [0.0, 2.0], input: [0.
 const BACKWARD: Passes =
     Passes { products: 1.0, launches: [2.0, 3.0], input: [1.15, 0.85], output: 1.3, dropout: 0.45 };
 
-/// Of gate and up, d_u and the gradient of B have d_y as the gated activation's backward makes it.
+/// The gated activation's backward makes d_u and the gradient of B of gate and up from the d_y that it writes.
 const GATED_BACKWARD: Passes = Passes { launches: [2.0, 2.0], output: 0.4, ..BACKWARD };
 
 /// The cost of a computation, for each token.
