@@ -74,20 +74,19 @@ impl<A: HalfType> Cuda<A> {
         later.run(self, y)
     }
 
-    /// Returns the grid of [`LoraGatedForward`] of lengths that were checked, if one kernel does both modules well: they have one rank and one
-    /// scale, and no bias.
+    /// Returns the grid of [`LoraGatedForward`] of lengths that were checked, if one kernel does both modules well: they have one rank,
+    /// the same scales and no bias.
     pub(super) fn hopper_gated_grid(
         &self,
         args: &LoraGatedForward<'_, Cuda<A>>,
         [m, n, k]: [usize; 3],
     ) -> Option<Grid> {
         let kind = |linear: &LoraLinear<'_, Cuda<A>>| {
-            let is_plain = linear.bias.is_none() && matches!(linear.finish, Finish::Nothing);
-            is_plain.then_some((linear.lora_rank, linear.scale, linear.output_scale))
+            linear.bias.is_none().then_some((linear.lora_rank, linear.scale, linear.output_scale))
         };
         let (lora_rank, ..) = kind(&args.gate).filter(|of_gate| kind(&args.up).as_ref() == Some(of_gate))?;
-        // A tile takes as many columns of gate as of up.
-        self.hopper_linear_grid([m, 2 * n, k], lora_rank)
+        // A tile takes as many columns of gate as of up. Rows of both are written in runs of 16 bytes.
+        self.hopper_linear_grid([m, 2 * n, k], lora_rank).filter(|_| n.is_multiple_of(8))
     }
 
     /// [`LoraGatedForward`] of lengths that were checked, with the grid of [`Cuda::hopper_gated_grid`].
