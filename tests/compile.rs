@@ -11,7 +11,8 @@ const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 /// Bytes of spilled registers that a kernel may have (stores and loads, the most of any architecture), by name and
 /// variant. Wide heads need all registers that a thread may have; what they spill is addresses and such, used once a
 /// tile. LoRA's kernels spill on sm_100 and sm_120 alone.
-const ALLOWED_SPILL_BYTES: [(&str, &str, u32); 11] = [
+const ALLOWED_SPILL_BYTES: [(&str, &str, u32); 12] = [
+    ("lora_output_16_swiglu", "", 16),
     ("lora_input_16_1", "", 8),
     ("lora_input_16_3", "", 80),
     ("attention_backward_keys", "-DHEAD_DIM=128", 52),
