@@ -1,10 +1,10 @@
 // A module's product with what LoRA adds, on Hopper (sm_90a): y is summed in f32, and written once. The products of an MLP's gate and up are
 // made together with their activation.
 //
-// A block makes tiles of 128 rows and 256 columns of y, or of 128 columns of gate and as many of up. One warp brings 64 columns of both operands at a time by bulk copies while two
-// warpgroups multiply them (wgmma), each of them 64 rows. Two blocks whose tiles lie one below the other are a pair, and each of them
-// brings half of the second operand for both. The pairs draw their tiles, in an order in which those that run side by side make a square
-// of tiles, so that the L2 cache holds what they share.
+// A block makes tiles of 128 rows and 256 columns of y, or of 128 columns of gate and as many of up. One warp brings 64 columns of both
+// operands at a time by bulk copies while two warpgroups multiply them (wgmma), each of them 64 rows. Two blocks whose tiles lie one below
+// the other are a pair, and each of them brings half of the second operand for both. The pairs draw their tiles, in an order in which those
+// that run side by side make a square of tiles, so that the L2 cache holds what they share.
 #include "common.cuh"
 #include "gated.cuh"
 #include "hopper.cuh"

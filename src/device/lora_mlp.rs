@@ -13,7 +13,7 @@ pub struct LoraGatedForward<'a, D: Device> {
     pub gate: LoraLinear<'a, D>,
     pub up: LoraLinear<'a, D>,
     pub activation: Activation,
-    /// Whether somebody reads gate and up later. If not, a device may leave them out.
+    /// Somebody reads gate and up later. If nobody does, a device may leave them out.
     pub keeps_inputs: bool,
 }
 

@@ -18,7 +18,8 @@ use super::unit::{HEAD_PIECE_ROWS, Unit, head_piece_rows};
 /// A pass forward through a layer.
 #[derive(Clone, Copy)]
 pub(super) enum Pass {
-    /// From input to output. With `saves` all groups of saved values are left for backward, and else those that the layer keeps.
+    /// The pass goes from input to output. With `saves` it leaves all groups of saved values for backward, and else those that the layer
+    /// keeps.
     Whole { saves: bool },
     /// The groups that the layer does not keep are computed again.
     Recompute,

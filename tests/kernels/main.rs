@@ -10,8 +10,8 @@ mod elementwise;
 mod gated;
 mod gemm;
 mod lora;
-mod lora_mlp;
 mod lora_mlp_backward;
+mod lora_mlp_forward;
 mod nf4;
 mod rms_norm;
 mod rope;
@@ -36,8 +36,8 @@ use lora::{
     lora_dropout_has_the_masks_of_the_cpu, lora_input_of_a_gated_activation, lora_linear, lora_linear_and_its_finish,
     lora_products,
 };
-use lora_mlp::lora_gated_forward;
 use lora_mlp_backward::lora_gated_backward;
+use lora_mlp_forward::lora_gated_forward;
 use nf4::{dequantize_is_exact, quantize_is_exact, tensors_are_dequantized_together};
 use rms_norm::rms_norm;
 use rope::rope;

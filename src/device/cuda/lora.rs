@@ -21,7 +21,7 @@ struct Kernels {
     /// Tokens and threads of a block of `lora_down`.
     down_tokens: usize,
     down_threads: u32,
-    /// Warps of a block of `lora_output` and `lora_gated_backward`, if there are such kernels.
+    /// Warps of a block of `lora_output`, and of its forms with a gated activation, if there are such kernels.
     output_warps: Option<usize>,
 }
 
@@ -168,11 +168,10 @@ impl<A: HalfType> LoraOps for Cuda<A> {
         let (sizes, lora_rank) = (args.shared_sizes()?, args.gate.as_ref().map(|lora| lora.lora_rank));
         let parts = sizes.zip(lora_rank).and_then(|(sizes, r)| OutputParts::new(sizes, r, GATED_OUTPUT));
         let scratch = parts.as_ref().and_then(|parts| Scratch::new(&args.scratch, parts.len(2)));
-        let (backward, d_u, grads) = (args.backward, args.d_u, args.grads);
+        let (backward, mut d_u, mut grads) = (args.backward, args.d_u, args.grads);
         let (Some(parts), Some(scratch), Some(of_gate), Some(of_up)) = (parts, scratch, &args.gate, &args.up) else {
             return lora_mlp::backward(self, LoraGatedBackward { backward, d_u, grads, ..args });
         };
-        let (mut d_u, mut grads) = (d_u, grads);
         let GatedBackward { gate, up, d_y, activation } = backward;
         let [parts_u, parts_b] = parts.places(&scratch, [0, 2]);
         let [t, eights, part_tokens] = parts.args();

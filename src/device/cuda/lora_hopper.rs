@@ -8,7 +8,7 @@ use super::attention_hopper::{Hopper, SHARED_BYTES};
 use super::launch::{Grid, args, tile_map};
 use super::{Cuda, HalfType};
 
-/// For ranks of at most 16, and for all.
+/// The kernels of each op: that for ranks of at most 16, and that for all.
 const LINEAR: [&str; 2] = ["lora_linear_hopper_16", "lora_linear_hopper"];
 const GATED: [&str; 2] = ["lora_gated_hopper_16", "lora_gated_hopper"];
 
@@ -17,7 +17,7 @@ pub(super) fn kernels() -> impl Iterator<Item = &'static str> {
     LINEAR.into_iter().chain(GATED)
 }
 
-/// The one that takes a rank.
+/// Returns the kernel that takes a rank.
 fn of_rank([few, any]: [&'static str; 2], lora_rank: usize) -> &'static str {
     if lora_rank <= 16 { few } else { any }
 }
