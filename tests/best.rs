@@ -180,3 +180,18 @@ fn a_best_checkpoint_that_is_lost_is_told() {
     let step = json(&place, "out/run.json")["adapter_step"].as_u64().unwrap();
     assert!(step > 4 && adapter(&place, "out") != bytes, "{text}");
 }
+
+#[test]
+fn a_best_checkpoint_that_cannot_be_written_leaves_the_best_of_the_others() {
+    let place = place();
+    // The place of the checkpoint of step 6 is taken.
+    std::fs::create_dir_all(place.path(&format!("out/checkpoint-{BEST_OF_ALL}/mine"))).unwrap();
+    let text = succeeds(place.mpirun(2, &train_with(&["training.max_steps=20", "training.save_steps=2"])));
+    assert!(text.contains("a checkpoint could not be written"), "{text}");
+    let lines = metrics(&place.read("out/metrics.jsonl"));
+    let losses = lines.iter().filter_map(|line| Some((line["step"].as_u64()?, line["eval_loss"].as_f64()?)));
+    let of_others = losses.filter(|(step, _)| *step > 0 && *step != BEST_OF_ALL as u64);
+    let (best, _) = of_others.min_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    assert_eq!(json(&place, "out/run.json")["adapter_step"], best);
+    assert!(adapter(&place, "out") == adapter(&place, &format!("out/checkpoint-{best}")));
+}

@@ -275,14 +275,23 @@ pub fn list(output: &Path) -> Vec<(usize, PathBuf)> {
     found
 }
 
-/// Removes the oldest of the checkpoints up to a step, so that `limit` of them are left, or more if the newest and the
-/// `best`, which always stay, are more.
+/// Removes the oldest of the checkpoints up to that of a step, if that one is there, so that `limit` of them are left, or more if the
+/// newest and the `best`, which always stay, are more.
 pub fn prune(output: &Path, step: usize, limit: usize, best: Option<usize>) -> Result<()> {
     let found: Vec<_> = list(output).into_iter().filter(|(found, _)| *found <= step).collect();
-    let stays = |at: usize| found.first().is_some_and(|newest| newest.0 == at) || best == Some(at);
+    if found.first().is_none_or(|newest| newest.0 != step) {
+        return Ok(());
+    }
+    let stays = |at: usize| at == step || best == Some(at);
     let num_staying = found.iter().filter(|(at, _)| stays(*at)).count();
     let excess = found.len().saturating_sub(limit.max(num_staying));
-    found.iter().rev().filter(|(at, _)| !stays(*at)).take(excess).try_for_each(|(_, path)| remove(path))
+    // A checkpoint leaves its name before it goes, so that a half-removed one is in nobody's way.
+    let old = output.join(OLD);
+    found.iter().rev().filter(|(at, _)| !stays(*at)).take(excess).try_for_each(|(_, path)| {
+        remove(&old)?;
+        rename(path, &old)?;
+        remove(&old)
+    })
 }
 
 /// A checkpoint that was found complete, with the digests that it names.

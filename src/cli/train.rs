@@ -21,11 +21,11 @@ use crate::fsdp::exec::Engine;
 use crate::model::spec::ModelSpec;
 use crate::recipe::{self, Command, Job, Steps};
 use crate::start::agree::{Agreed, agree_on_inputs};
-use crate::start::begin::{Beginning, begin, with_batch_of_the_run};
+use crate::start::begin::{Beginning, CLOCK, begin, clock_of_the_run, with_batch_of_the_run};
 use crate::start::data::TrainingData;
 use crate::start::engine::{Setup, Work};
 use crate::start::{Facts, Start};
-use crate::train::best;
+use crate::train::best::{self, Bests};
 use crate::train::check;
 use crate::train::log::{Log, bytes};
 use crate::train::metrics::{MetricsFile, peak_host_bytes};
@@ -123,8 +123,10 @@ fn train(
     }
     let mut inputs = Facts::default();
     inputs.add_adapters("lora.adapter", std::slice::from_ref(&adapter));
+    let clock = clock_of_the_run(&mut comm, start, &job, output.as_ref())?;
+    let start = &Start { clock, ..*start };
     let data = read_rows(start, &job, &config, &mut inputs)?;
-    let identity = |job: &Job| run_identity(job, world_size, &opened, &adapter, &data);
+    let identity = |job: &Job| run_identity(job, start, &opened, &adapter, &data);
     let job = with_batch_of_the_run(&mut comm, job, output.as_ref(), start.log, identity)?;
     let limits = data.limits(&job, world_size);
     inputs.add_limits(&limits);
@@ -163,12 +165,13 @@ fn train(
 /// Returns everything that decides the result of a job.
 fn run_identity(
     job: &Job,
-    world_size: usize,
+    start: &Start,
     opened: &OpenedBase,
     adapter: &Adapter,
     data: &TrainingData,
 ) -> Result<RunIdentity> {
     let (hex, mut recipe) = (|digest: u64| format!("{digest:016x}"), job.values());
+    let world_size = start.world.world_size;
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
     recipe.insert("training.warmup_steps".into(), steps.warmup_steps.into());
     // It has decided the warm-up, however that was written.
@@ -182,6 +185,7 @@ fn run_identity(
         data: hex(data.train.digest()),
         eval_data: data.eval.as_ref().map(|eval| hex(eval.digest())),
         recipe,
+        clock: Some(start.clock.strftime(CLOCK).to_string()),
     })
 }
 
@@ -261,7 +265,8 @@ impl Work for Training<'_> {
     type Output = Outcome;
 
     fn run<D: Ops, Q: Queue<D>>(self, engine: &mut Engine<D, Q>) -> Result<Outcome> {
-        let progress = self.beginning.progress;
+        let mut progress = self.beginning.progress;
+        progress.loss_scaler = progress.loss_scaler.fitted(D::NEEDS_LOSS_SCALING);
         if progress.step > 0 {
             let checkpoint = self.beginning.checkpoint.as_ref();
             saving::restore(engine, checkpoint, &self.adapter.settings, self.config)?;
@@ -287,6 +292,7 @@ impl Work for Training<'_> {
             matrix_flops,
             stop,
             saved: progress,
+            bests: Bests::new(progress.evaluations.best_checkpoint),
         };
         start.log.line(format!(
             "{} steps, {} LoRA parameters",

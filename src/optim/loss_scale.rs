@@ -23,6 +23,11 @@ impl LossScaler {
         LossScaler { scale: needed.then_some(INITIAL_SCALE), good_steps: 0 }
     }
 
+    /// Returns this scaler, which a checkpoint may have kept, or a new one if it does not scale and is `needed` to, or the other way round.
+    pub fn fitted(self, needed: bool) -> LossScaler {
+        if self.scale.is_some() == needed { self } else { LossScaler::new(needed) }
+    }
+
     pub fn scale(&self) -> f32 {
         self.scale.unwrap_or(1.0)
     }
@@ -54,6 +59,16 @@ mod tests {
         assert_eq!(scaler.scale(), 16_384.0);
         assert!((0..2_000).all(|_| scaler.note(true)));
         assert_eq!(scaler.scale(), 32_768.0);
+    }
+
+    #[test]
+    fn a_run_begins_with_the_scale_that_its_activations_need_and_goes_on_with_its_own() {
+        assert_eq!(LossScaler::default().fitted(true), LossScaler::new(true));
+        assert_eq!(LossScaler::default().fitted(false).scale(), 1.0);
+        let mut lower = LossScaler::new(true);
+        assert!(lower.note(false));
+        assert_eq!(lower.fitted(true).scale(), 32_768.0);
+        assert_eq!(lower.fitted(false), LossScaler::new(false));
     }
 
     #[test]

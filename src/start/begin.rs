@@ -1,6 +1,7 @@
 //! The beginning of a run: its first step, or the step after a checkpoint.
 
 use anyhow::{Context, Result};
+use jiff::Zoned;
 
 use crate::checkpoint::output::record::RunIdentity;
 use crate::checkpoint::output::{Begun, Output};
@@ -9,7 +10,11 @@ use crate::comm::{Comm, broadcast_bytes};
 use crate::recipe::Job;
 use crate::train::log::Log;
 
+use super::Start;
 use super::agree::{Agreed, agree_on_batch};
+
+/// Form of the clock in the identity of a run. Another machine may not know the time zone by its name.
+pub const CLOCK: &str = "%Y-%m-%dT%H:%M:%S%:z";
 
 /// The place that a run begins from.
 pub struct Beginning {
@@ -34,7 +39,7 @@ pub fn with_batch_of_the_run(
         && let Some(sequences) = output.global_batch_size(&job.values(), resume)?.filter(|kept| *kept != own)
         && let Ok(run) = identity(&job.with_global_batch(sequences))
     {
-        kept = output.knows(&run, resume).then_some(sequences);
+        kept = output.knows(&run, resume)?.then_some(sequences);
     }
     if let Some(sequences) = kept {
         log.line(format!(
@@ -42,6 +47,19 @@ pub fn with_batch_of_the_run(
         ));
     }
     agree_on_batch(comm, job, kept)
+}
+
+/// Returns the time that chat templates see: that of the run which goes on in an output folder or has finished there, so that its
+/// rows are the same on another day, or else that of this start. Rank 0 has the folder. Collective.
+pub fn clock_of_the_run(comm: &mut dyn Comm, start: &Start, job: &Job, output: Option<&Output>) -> Result<Zoned> {
+    let kept = output.map(|output| output.clock(&job.values(), &job.training.resume)).transpose()?.flatten();
+    let kept: Option<String> = serde_json::from_slice(&broadcast_bytes(comm, serde_json::to_vec(&kept)?)?)?;
+    match kept {
+        Some(text) => {
+            Zoned::strptime(CLOCK, &text).with_context(|| format!("output_dir: the clock of the run there is {text:?}"))
+        }
+        None => Ok(start.clock.clone()),
+    }
 }
 
 /// Begins the run in its output folder, which rank 0 has. Returns `None` if the run has finished there. Collective.

@@ -52,7 +52,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         let num_no_better = evaluations.num_no_better;
         let stops = !is_last && job.early_stopping_patience.is_some_and(|patience| num_no_better >= patience);
         if job.load_best_model_at_end && (saves || is_last || stops) {
-            keep_lower(&mut evaluations.best_checkpoint, scored);
+            self.bests.scored = Some(scored);
         }
         if let (true, Some(best)) = (stops, evaluations.best) {
             self.log.line(format!(
@@ -63,6 +63,41 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
             ));
         }
         is_last || stops
+    }
+}
+
+/// The best checkpoint among those that were written: one that could not be written must not count.
+#[derive(Clone, Copy)]
+pub struct Bests {
+    /// The best of the checkpoints that are known to be written.
+    written: Option<Scored>,
+    /// The checkpoint that is being written, if it was evaluated.
+    writing: Option<Scored>,
+    /// The adapter that is to be saved next, if it was evaluated.
+    pub(super) scored: Option<Scored>,
+}
+
+impl Bests {
+    /// Begins with the best checkpoint of a run so far.
+    pub fn new(written: Option<Scored>) -> Bests {
+        Bests { written, writing: None, scored: None }
+    }
+
+    /// Takes note of how the last write ended, before the adapter of a step is saved or the run ends with it. Returns the best of all,
+    /// that adapter included.
+    pub(super) fn next(&mut self, step: usize, has_failed: bool) -> Option<Scored> {
+        match self.writing.take() {
+            Some(writing) if !has_failed => keep_lower(&mut self.written, writing),
+            // That adapter is saved once more.
+            Some(writing) if writing.step == step => self.scored = Some(writing),
+            _ => {}
+        }
+        self.writing = self.scored.take();
+        let mut best = self.written;
+        if let Some(scored) = self.writing {
+            keep_lower(&mut best, scored);
+        }
+        best
     }
 }
 
@@ -134,6 +169,23 @@ mod tests {
         assert_eq!(noted(&losses[..5], 0.0625).1, Some(Scored { step: 3, eval_loss: 2.4375 }));
         assert_eq!(noted(&losses[..3], 0.0), (vec![0, 0, 1], Some(Scored { step: 1, eval_loss: 2.5 })));
         assert_eq!(noted(&losses, 0.0).0, [0, 0, 1, 0, 1, 0]);
+    }
+
+    #[test]
+    fn a_checkpoint_that_was_not_written_is_not_the_best() {
+        let scored = |step, eval_loss| Some(Scored { step, eval_loss });
+        let mut bests = Bests::new(scored(2, 3.0));
+        bests.scored = scored(4, 1.0);
+        assert_eq!(bests.next(4, false), scored(4, 1.0));
+        // It could not be written, and the next one is better than the others, or not.
+        let mut other = Bests { ..bests };
+        bests.scored = scored(6, 2.0);
+        other.scored = scored(6, 4.0);
+        assert_eq!((bests.next(6, true), other.next(6, true)), (scored(6, 2.0), scored(2, 3.0)));
+        // Saving the same adapter again is another try.
+        assert_eq!(bests.next(6, true), scored(6, 2.0));
+        assert_eq!(bests.next(8, false), scored(6, 2.0));
+        assert_eq!(bests.next(10, true), scored(6, 2.0));
     }
 
     #[test]

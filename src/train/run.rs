@@ -19,6 +19,7 @@ use crate::plan::{ceiling, trace};
 use crate::progress;
 use crate::recipe::{Steps, TrainingJob};
 
+use super::best::Bests;
 use super::log::{Log, duration};
 use super::metrics::{EvalMetrics, MetricsFile, StepMetrics, peak_host_bytes};
 use super::saving::{self, Writer};
@@ -56,6 +57,7 @@ pub struct Run<'a, D: Ops, Q: Queue<D>> {
     pub stop: Stop,
     /// Progress in the newest checkpoint; that before the first step if there is none.
     pub saved: Progress,
+    pub bests: Bests,
 }
 
 /// The end of a run.
@@ -127,7 +129,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
                 return self.stopped();
             }
         }
-        self.writer.as_deref_mut().map(Writer::settle_or_tell);
+        self.settle()?;
         has_updated(&self.progress)?;
         self.check_last_steps()?;
         Ok(Outcome::Finished)
@@ -141,6 +143,7 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
     /// Takes a checkpoint, unless what was learned may be wrong. Collective.
     fn save(&mut self) -> Result<()> {
         self.base.check_lengths()?;
+        self.settle()?;
         let lines = self.metrics.as_ref().map_or(&[][..], |metrics| metrics.lines());
         saving::save(self.engine, self.writer.as_deref_mut(), self.progress, lines)?;
         self.saved = self.progress;
@@ -150,11 +153,18 @@ impl<D: Ops, Q: Queue<D>> Run<'_, D, Q> {
         Ok(())
     }
 
+    /// Waits until the newest checkpoint is written, and takes note of the best one. Returns whether it could not be written. Collective.
+    fn settle(&mut self) -> Result<bool> {
+        let has_failed = self.writer.as_deref_mut().is_some_and(Writer::settle_or_tell);
+        let has_failed = self.engine.queue.all_reduce_f64("checkpoints", &[f64::from(has_failed)])?[0] > 0.0;
+        self.progress.evaluations.best_checkpoint = self.bests.next(self.progress.step, has_failed);
+        Ok(has_failed)
+    }
+
     /// Ends the run early: its newest checkpoint is that of the last whole step. Collective.
     fn stopped(&mut self) -> Result<Outcome> {
-        let failed = self.writer.as_deref_mut().is_some_and(|writer| !writer.settle_or_tell());
-        let failed = self.engine.queue.all_reduce_f64("checkpoints", &[f64::from(failed)])?[0] > 0.0;
-        if self.progress.step > 0 && (failed || self.saved != self.progress) {
+        let saved = self.saved == self.progress;
+        if self.progress.step > 0 && (self.settle()? || !saved) {
             self.save()?;
         }
         self.writer.as_deref_mut().map_or(Ok(()), Writer::settle).context("saving a checkpoint")?;

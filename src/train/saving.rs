@@ -55,6 +55,8 @@ pub struct Writer {
     /// The newest checkpoint, until a step after it shows that its adapter is good: its step, and that of the best
     /// checkpoint then.
     unproved: Option<(usize, Option<usize>)>,
+    /// True if the newest checkpoint could not be written.
+    has_failed: bool,
     /// Duration of the slowest save.
     pub slowest: Duration,
 }
@@ -104,6 +106,7 @@ impl Writer {
             thread,
             num_open_orders: 0,
             unproved,
+            has_failed: false,
             slowest: Duration::ZERO,
         })
     }
@@ -125,10 +128,12 @@ impl Writer {
         result
     }
 
-    /// Waits like [`Writer::settle`]. If a checkpoint could not be written, it says so and returns false.
+    /// Waits like [`Writer::settle`], and says if a checkpoint could not be written. Returns whether that is so of the newest one.
     pub fn settle_or_tell(&mut self) -> bool {
-        let settled = self.settle();
-        settled.map_err(|error| self.tell(&error)).is_ok()
+        if let Err(error) = self.settle() {
+            self.tell(&error);
+        }
+        self.has_failed
     }
 
     /// Takes note of what the thread has done since the last look.
@@ -145,6 +150,7 @@ impl Writer {
         let Answer::Written { snapshot, result, took } = answer else { return Ok(()) };
         self.snapshot = Some(snapshot);
         self.slowest = self.slowest.max(took);
+        self.has_failed = result.is_err();
         result
     }
 
@@ -222,7 +228,7 @@ pub fn save<D: Ops, Q: Queue<D>>(
     let mut snapshot = writer.as_deref_mut().and_then(|writer| writer.snapshot.take());
     engine.snapshot(snapshot.as_mut())?;
     let (Some(writer), Some(snapshot)) = (writer, snapshot) else { return Ok(()) };
-    writer.unproved = Some(steps_of(&progress));
+    (writer.unproved, writer.has_failed) = (Some(steps_of(&progress)), false);
     writer.order(Order::Write { snapshot, progress, metrics: metrics.to_vec(), begun })
 }
 

@@ -15,7 +15,7 @@ use super::super::adapter::{CONFIG_FILE, TENSORS_FILE};
 use super::super::atomic::sync_folder;
 use super::super::state;
 use super::record::{RUN_FILE, RunRecord};
-use super::{RESULT_FILES, STAGING};
+use super::{METRICS_FILE, RESULT_FILES, STAGING};
 
 /// Name of the old config until the new tensors are in place.
 const REPLACED_CONFIG: &str = "replaced_adapter_config.json";
@@ -37,16 +37,16 @@ pub fn plan(dir: &Path, record: &RunRecord) -> Vec<Move> {
     if staging.join(TENSORS_FILE).exists() && dir.join(CONFIG_FILE).exists() {
         moves.extend([Move::Rename(dir.join(CONFIG_FILE), staging.join(REPLACED_CONFIG)), sync.clone()]);
     }
-    // Files of the old result that the new one lacks are removed. Files that no run has written stay.
-    let old = RunRecord::read(dir).ok().flatten().map(|old| old.files).unwrap_or_default();
-    let stale = RESULT_FILES.iter().map(|name| name.to_string());
-    let stale = stale.filter(|name| old.contains(name) && !record.files.contains(name));
-    moves.extend(stale.map(|name| dir.join(name)).filter(|path| path.exists()).map(Move::Remove));
     let rename = |name: &str| {
         let from = staging.join(name);
         from.exists().then(|| Move::Rename(from, dir.join(name)))
     };
     moves.extend(record.files.iter().filter(|name| *name != CONFIG_FILE).filter_map(|name| rename(name)));
+    // Files of the old result that the new one lacks are removed, once there is no way back. Files that no run has written stay.
+    let old = RunRecord::read(dir).ok().flatten().map(|old| old.files).unwrap_or_default();
+    let stale = RESULT_FILES.iter().map(|name| name.to_string());
+    let stale = stale.filter(|name| old.contains(name) && !record.files.contains(name));
+    moves.extend(stale.map(|name| dir.join(name)).filter(|path| path.exists()).map(Move::Remove));
     moves.push(sync.clone());
     moves.extend(rename(CONFIG_FILE));
     moves.extend([sync.clone(), Move::Rename(staging.join(RUN_FILE), dir.join(RUN_FILE)), sync]);
@@ -74,20 +74,32 @@ pub fn perform(moves: &[Move]) -> Result<()> {
 }
 
 /// Undoes a failed exchange, so that the old result is whole again. Once the new tensors are in place there is no way
-/// back: the next start performs the rest.
-pub fn take_back(dir: &Path) {
+/// back: the next start performs the rest. Where the run has left checkpoints beside its result, they stay with this record
+/// of its failure.
+pub fn take_back(dir: &Path, failed: &RunRecord) {
     let staging = dir.join(STAGING);
     if staging.join(TENSORS_FILE).exists() {
         let _ = std::fs::rename(staging.join(REPLACED_CONFIG), dir.join(CONFIG_FILE));
     } else if complete(&staging).is_some() {
         return;
     }
-    let _ = std::fs::remove_dir_all(staging);
+    if state::list(&staging).is_empty() {
+        let _ = std::fs::remove_dir_all(staging);
+        return;
+    }
+    // From here on the result does not count as complete. A disk may be so full that the record cannot be written.
+    if failed.write(&staging).is_err() {
+        let _ = std::fs::remove_file(staging.join(TENSORS_FILE));
+        let _ = failed.write(&staging);
+    }
+    for name in RESULT_FILES.iter().filter(|name| **name != METRICS_FILE) {
+        let _ = std::fs::remove_file(staging.join(name));
+    }
 }
 
 /// Returns the record of a complete result; `None` if it is incomplete. The record is the last file to be written. A
 /// record that names other files is not this program's.
-fn complete(staging: &Path) -> Option<RunRecord> {
+pub fn complete(staging: &Path) -> Option<RunRecord> {
     let is_ours = |files: &[String]| !files.is_empty() && files.iter().all(|name| RESULT_FILES.contains(&&name[..]));
     RunRecord::read(staging).ok().flatten().filter(|record| is_ours(&record.files))
 }
@@ -119,7 +131,10 @@ pub fn recover(dir: &Path) -> Result<Left> {
         }
         None => {
             state::recover(&staging)?;
-            if let (Ok(Some(record)), [_, ..]) = (RunRecord::read(&staging), &state::list(&staging)[..]) {
+            if !state::list(&staging).is_empty() {
+                let help = "help: repair that file, or move the folder, which has the checkpoints of a run";
+                let record = RunRecord::read(&staging).and_then(|record| record.context("there is no run.json"));
+                let record = record.with_context(|| format!("{}: {help}", staging.display()))?;
                 return Ok(Left::Unfinished(Box::new(record)));
             }
             std::fs::remove_dir_all(&staging).with_context(|| staging.display().to_string())?;
@@ -155,6 +170,10 @@ mod tests {
         let record = RunRecord::new(identity(2.0)).ended(State::Finished, None, files);
         record.write(&place.path().join(STAGING)).unwrap();
         (place, record)
+    }
+
+    fn failed(record: &RunRecord) -> RunRecord {
+        record.ended(State::Failed, Some("no room".into()), Vec::new())
     }
 
     fn content(path: PathBuf) -> Option<String> {
@@ -202,7 +221,7 @@ mod tests {
             let (place, record) = with_two_results();
             let at = |name: &str| content(place.path().join(name));
             perform(&plan(place.path(), &record)[..done]).unwrap();
-            take_back(place.path());
+            take_back(place.path(), &failed(&record));
             let is_absent = at(CONFIG_FILE).is_none();
             assert!(is_absent || at(CONFIG_FILE) == at(TENSORS_FILE), "after {done} moves");
             let left = recover(place.path()).unwrap();
@@ -212,12 +231,28 @@ mod tests {
     }
 
     #[test]
+    fn checkpoints_outlive_a_result_that_cannot_be_put_in_place() {
+        let (place, record) = with_two_results();
+        let staging = place.path().join(STAGING);
+        write(&staging.join("checkpoint-3"), &["state.json"], "{}");
+        take_back(place.path(), &failed(&record));
+        assert_eq!(content(place.path().join(CONFIG_FILE)).as_deref(), Some("old"));
+        assert!(!staging.join(TENSORS_FILE).exists() && staging.join(METRICS_FILE).exists());
+        assert_eq!(recover(place.path()).unwrap(), Left::Unfinished(Box::new(failed(&record))));
+        // A record that cannot be read is no reason to remove them.
+        write(&staging, &[RUN_FILE], "{}");
+        let error = format!("{:#}", recover(place.path()).unwrap_err());
+        assert!(error.contains("which has the checkpoints of a run"), "{error}");
+        assert!(staging.join("checkpoint-3/state.json").exists());
+    }
+
+    #[test]
     fn a_move_that_fails_is_taken_back() {
         let (place, record) = with_two_results();
         std::fs::remove_file(place.path().join(TENSORS_FILE)).unwrap();
         write(&place.path().join(TENSORS_FILE), &["in the way"], "");
         assert!(perform(&plan(place.path(), &record)).is_err());
-        take_back(place.path());
+        take_back(place.path(), &failed(&record));
         assert_eq!(content(place.path().join(CONFIG_FILE)).as_deref(), Some("old"));
         assert!(!place.path().join(STAGING).exists());
     }

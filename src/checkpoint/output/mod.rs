@@ -10,6 +10,7 @@
 //! from the newest of them that is whole.
 
 mod exchange;
+mod found;
 mod lock;
 pub mod record;
 
@@ -24,6 +25,7 @@ use super::adapter::{CONFIG_FILE, TENSORS_FILE};
 use super::state::{self, Found as FoundCheckpoint};
 use super::{atomic, shards};
 use exchange::Left;
+use found::{Found, has_adapter, has_content, look, newest, told_of};
 pub use lock::is_at;
 pub(super) use lock::{LOCK_FILE, Lock};
 use record::{OpenRecord, RUN_FILE, RunIdentity, RunRecord, State};
@@ -66,18 +68,6 @@ pub struct Output {
     live: PathBuf,
     /// Record of the run that writes here.
     record: OpenRecord,
-}
-
-/// Content of an output folder.
-enum Found {
-    /// Holds nothing that could be lost.
-    Nothing,
-    /// Holds the whole result of a run.
-    Finished(Box<RunRecord>),
-    /// Holds what a run has left that did not finish: metrics, and perhaps checkpoints.
-    Unfinished(Box<RunRecord>),
-    /// Holds something else, described in words.
-    Other(String),
 }
 
 /// The place that a run begins from.
@@ -171,25 +161,36 @@ impl Output {
         here.into_iter().chain(staged)
     }
 
-    /// Returns the number of sequences of a step of the run that would go on here, if its recipe has these values.
+    /// Returns the runs of which this start may be another one: that which has finished here, those that did not, and that of the
+    /// checkpoint to begin from. The last is the most likely.
+    fn known(&self, resume: &Resume) -> Result<Vec<RunIdentity>> {
+        let finished = if let Found::Finished(record) = &self.found { Some(&**record) } else { None };
+        let finished = finished.filter(|_| !self.overwrite);
+        let unfinished = self.unfinished().map(|(record, _)| record);
+        let here = finished.into_iter().chain(unfinished.filter(|_| !self.overwrite || *resume != Resume::Never));
+        let mut known: Vec<RunIdentity> = here.map(|record| record.identity.clone()).collect();
+        if let Resume::From(path) = resume {
+            known.push(state::read_state(path).context("training.resume")?.run);
+        }
+        Ok(known)
+    }
+
+    /// Returns the number of sequences of a step of the run that goes on here or has finished here, if its recipe has these values.
     /// Another number of ranks keeps it.
     pub fn global_batch_size(&self, recipe: &Map<String, Value>, resume: &Resume) -> Result<Option<usize>> {
-        let of_path = match resume {
-            Resume::Never => return Ok(None),
-            Resume::Auto => None,
-            Resume::From(path) => Some(state::read_state(path).context("training.resume")?.run),
-        };
-        let runs = self.unfinished().map(|(record, _)| record.identity.clone()).chain(of_path);
         let keys = ["training.gradient_accumulation_steps", "training.global_batch_size"];
         let is_alike = |run: &RunIdentity| keys.iter().all(|key| run.recipe.get(*key) == recipe.get(*key));
-        Ok(runs.filter(is_alike).last().map(|run| run.global_batch_size))
+        Ok(self.known(resume)?.into_iter().rfind(is_alike).map(|run| run.global_batch_size))
+    }
+
+    /// Returns the time that chat templates saw in the run that goes on here or has finished here, if its recipe has these values.
+    pub fn clock(&self, recipe: &Map<String, Value>, resume: &Resume) -> Result<Option<String>> {
+        Ok(self.known(resume)?.into_iter().rfind(|run| run.may_be_of(recipe)).and_then(|run| run.clock))
     }
 
     /// Returns whether a run goes on here that did not finish, or finished already.
-    pub fn knows(&self, run: &RunIdentity, resume: &Resume) -> bool {
-        let finished = if let Found::Finished(record) = &self.found { Some(&**record) } else { None };
-        let mut records = self.unfinished().map(|(record, _)| record).chain(finished);
-        matches!(resume, Resume::From(_)) || records.any(|record| run.obstacles(&record.identity).is_empty())
+    pub fn knows(&self, run: &RunIdentity, resume: &Resume) -> Result<bool> {
+        Ok(self.known(resume)?.iter().any(|known| run.obstacles(known).is_empty()))
     }
 
     /// Begins a run: decides where it writes and from where it goes on, and writes `run.json`. `say` tells the user.
@@ -206,25 +207,34 @@ impl Output {
             }
             Found::Unfinished(record) if !self.overwrite => {
                 let obstacles = run.obstacles(&record.identity);
-                let told = told(record);
+                let told = told_of(record);
                 ensure!(obstacles.is_empty(), "{place} has another run, which {told} ({obstacles}); {HELP}");
             }
             _ => {}
         }
         let same = self.unfinished().find(|(record, _)| run.obstacles(&record.identity).is_empty());
-        let same = same.map(|(record, live)| (told(record), live));
+        let same = same.map(|(record, live)| (told_of(record), live));
         self.live = match (&same, &self.found) {
             (Some((_, live)), _) => live.clone(),
             (None, Found::Nothing) => self.dir.clone(),
             (None, _) => self.dir.join(STAGING),
         };
-        if self.staged.is_some() && self.live != self.dir.join(STAGING) || self.keeps_a_result() && same.is_none() {
-            let staging = self.dir.join(STAGING);
+        let staging = self.dir.join(STAGING);
+        if let Some(staged) = self.staged.as_deref().filter(|_| self.live != staging || same.is_none()) {
+            let (told, at) = (told_of(staged), staging.display());
+            ensure!(
+                self.overwrite,
+                "{at} has checkpoints of another run, which {told}; help: move that folder, or `train --overwrite`"
+            );
+            say(format!("the checkpoints of another run, which {told}, are removed from {at}"));
+            std::fs::remove_dir_all(&staging).with_context(|| staging.display().to_string())?;
+        } else if self.keeps_a_result() && same.is_none() {
             drop(std::fs::remove_dir_all(&staging));
         }
         let mut checkpoint = match resume {
             Resume::Never => None,
-            Resume::Auto => same.as_ref().and_then(|_| newest(&self.live, &run, say)),
+            Resume::Auto if same.is_some() => newest(&self.live, &run, say)?,
+            Resume::Auto => None,
             Resume::From(path) => {
                 let found = FoundCheckpoint::open(path).context("training.resume")?;
                 let obstacles = run.obstacles(&found.state.run);
@@ -287,11 +297,7 @@ impl Output {
             let made = std::fs::create_dir_all(&dir).with_context(|| dir.display().to_string());
             match made.and_then(|()| write_result(&dir, result, &record)) {
                 Ok(()) => {
-                    if !self.keeps_a_result() {
-                        // The folder may accept no files any more, which may be why the result is elsewhere.
-                        let reason = format!("the result was saved in {}: {why}", dir.display());
-                        let _ = begun.ended(State::Failed, Some(reason), Vec::new()).write(&self.dir);
-                    }
+                    self.note_failure(&begun, format!("the result was saved in {}: {why}", dir.display()));
                     return Ok(Place::Elsewhere { dir, why });
                 }
                 Err(error) => {
@@ -300,7 +306,16 @@ impl Output {
                 }
             }
         }
+        self.note_failure(&begun, format!("the result could be saved nowhere: {why}"));
         bail!("the adapter could be saved nowhere: {why}")
+    }
+
+    /// Notes in the run's folder why its result is not in the output folder, unless that folder is gone, or has the complete result,
+    /// which the next start puts in place. The folder may accept no files any more, which may be the reason.
+    fn note_failure(&self, begun: &RunRecord, reason: String) {
+        if !self.keeps_a_result() || self.live.exists() && exchange::complete(&self.live).is_none() {
+            let _ = begun.ended(State::Failed, Some(reason), Vec::new()).write(&self.live);
+        }
     }
 
     /// Notes why the run failed. A run without a step leaves no files.
@@ -340,10 +355,10 @@ impl Output {
             .with_context(|| staging.display().to_string())
             .and_then(|()| write_result(&staging, result, record))
             .and_then(|()| exchange::perform(&exchange::plan(&self.dir, record)));
-        if written.is_err() {
-            exchange::take_back(&self.dir);
-        }
-        written
+        written.inspect_err(|error| {
+            let reason = format!("the result could not be put in place: {error:#}");
+            exchange::take_back(&self.dir, &record.ended(State::Failed, Some(reason), Vec::new()));
+        })
     }
 
     /// Returns the folders to try if the output folder cannot take the result.
@@ -413,66 +428,6 @@ fn write_result(dir: &Path, result: &RunResult<'_>, record: &RunRecord) -> Resul
     }
     atomic::sync_folder(dir)?;
     record.write(dir)
-}
-
-fn has_content(path: &Path) -> bool {
-    std::fs::metadata(path).is_ok_and(|m| m.len() > 0)
-}
-
-fn has_adapter(dir: &Path) -> bool {
-    [TENSORS_FILE, CONFIG_FILE].iter().any(|name| dir.join(name).exists())
-}
-
-/// Finds what a folder holds that no run is writing to.
-fn look(dir: &Path) -> Found {
-    let record = match RunRecord::read(dir) {
-        Err(error) => return Found::Other(format!("has a run.json that cannot be read ({error:#})")),
-        Ok(record) => record,
-    };
-    let has_metrics = has_content(&dir.join(METRICS_FILE));
-    match record {
-        None => match RESULT_FILES.iter().find(|name| has_content(&dir.join(name))) {
-            Some(name) => Found::Other(format!("has {name} and no run.json")),
-            None => Found::Nothing,
-        },
-        Some(record) if record.state == State::Finished => {
-            match record.files.iter().find(|name| !dir.join(name).exists()) {
-                Some(gone) => Found::Other(format!("has the result of a run, of which {gone} is gone")),
-                None => Found::Finished(Box::new(record)),
-            }
-        }
-        Some(_) if !has_adapter(dir) && !has_metrics && state::list(dir).is_empty() => Found::Nothing,
-        Some(record) if has_adapter(dir) => {
-            Found::Other(format!("has an adapter and the record of a run that {}", told(&record)))
-        }
-        Some(record) => Found::Unfinished(Box::new(record)),
-    }
-}
-
-/// Says how a run that did not finish has ended, and when and where it was started.
-fn told(record: &RunRecord) -> String {
-    let how = match (record.state, &record.reason) {
-        (State::Running, _) => "was killed or has crashed".into(),
-        (State::Stopped, _) => "was stopped".into(),
-        (_, reason) => format!("failed ({})", reason.as_deref().unwrap_or_default()),
-    };
-    format!("{how}; it was started at {} on {}", record.started, record.host)
-}
-
-/// Returns the newest checkpoint of a run that is whole; `say` is told of those that are not.
-fn newest(dir: &Path, run: &RunIdentity, say: &mut dyn FnMut(String)) -> Option<FoundCheckpoint> {
-    for (_, path) in state::list(dir) {
-        let found = FoundCheckpoint::open(&path).and_then(|found| {
-            let obstacles = run.obstacles(&found.state.run);
-            ensure!(obstacles.is_empty(), "{} is of another run ({obstacles})", path.display());
-            Ok(found)
-        });
-        match found {
-            Ok(found) => return Some(found),
-            Err(error) => say(format!("a checkpoint that cannot be used is passed over: {error:#}")),
-        }
-    }
-    None
 }
 
 #[cfg(test)]

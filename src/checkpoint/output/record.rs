@@ -77,6 +77,9 @@ pub struct RunIdentity {
     pub eval_data: Option<String>,
     /// Decided value of each key of the recipe.
     pub recipe: Map<String, Value>,
+    /// The time that chat templates saw when the run began. It is kept for the starts after the first one, and not compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<String>,
 }
 
 /// The content of `run.json`.
@@ -106,6 +109,13 @@ impl RunIdentity {
     /// result for its own; empty if there are none.
     pub fn obstacles(&self, other: &RunIdentity) -> String {
         self.differences_in(other, |key| ![NUM_RANKS, MICRO_BATCH].contains(&key) && !self.is_free(key))
+    }
+
+    /// Returns whether this may be a run of a recipe, as far as is known before its data are read.
+    pub fn may_be_of(&self, recipe: &Map<String, Value>) -> bool {
+        // The warm-up is decided when the number of steps is known.
+        let is_known = |key: &str| !self.is_free(key) && !key.starts_with("training.warmup_");
+        recipe.iter().all(|(key, value)| !is_known(key) || self.recipe.get(key) == Some(value))
     }
 
     /// Returns whether the result does not depend on a key. If the result is the best of the checkpoints, it depends on
@@ -242,6 +252,7 @@ pub mod tests {
             data: "d".into(),
             eval_data: None,
             recipe: recipe.as_object().unwrap().clone(),
+            clock: None,
         }
     }
 

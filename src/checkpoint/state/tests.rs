@@ -58,15 +58,16 @@ fn what_is_written_is_found_and_read() {
 #[test]
 fn the_newest_and_the_best_are_never_removed() {
     let output = tempfile::tempdir().unwrap();
-    let left = |steps: &[usize], limit, best| {
+    let left = |steps: &[usize], proved, limit, best| {
         steps.iter().for_each(|&step| drop(write(output.path(), step)));
-        prune(output.path(), 9, limit, best).unwrap();
+        prune(output.path(), proved, limit, best).unwrap();
         list(output.path()).into_iter().map(|(step, _)| step).collect::<Vec<_>>()
     };
-    assert_eq!(left(&[1, 2, 3, 4, 10], 3, Some(1)), [10, 4, 3, 1]);
-    assert_eq!(left(&[], 1, Some(3)), [10, 4, 3]);
-    assert_eq!(left(&[5], 1, Some(5)), [10, 5]);
-    assert_eq!(left(&[6], 1, Some(2)), [10, 6], "the best is lost");
+    assert_eq!(left(&[1, 2, 3, 4, 10], 5, 3, Some(5)), [10, 4, 3, 2, 1], "that of step 5 could not be written");
+    assert_eq!(left(&[], 4, 3, Some(1)), [10, 4, 3, 1]);
+    assert_eq!(left(&[], 4, 1, Some(3)), [10, 4, 3]);
+    assert_eq!(left(&[5], 5, 1, Some(5)), [10, 5]);
+    assert_eq!(left(&[6], 6, 1, Some(2)), [10, 6], "the best is lost");
 }
 
 #[test]
