@@ -17,7 +17,7 @@ fn saving<'a>(sets: &[&'a str]) -> Vec<&'a str> {
     train_with(&[&["training.max_steps=5", "training.save_steps=1"], sets].concat())
 }
 
-/// The same with `--overwrite`.
+/// The arguments of [`saving`] and `--overwrite`.
 fn overwriting<'a>(sets: &[&'a str]) -> Vec<&'a str> {
     [saving(sets), vec!["--overwrite"]].concat()
 }

@@ -87,10 +87,9 @@ pub fn take_back(dir: &Path, failed: &RunRecord) {
         let _ = std::fs::remove_dir_all(staging);
         return;
     }
-    // From here on the result does not count as complete. A disk may be so full that the record cannot be written.
+    // The next start must not take the result for complete once files of it are gone. A disk may be too full for this record.
     if failed.write(&staging).is_err() {
-        let _ = std::fs::remove_file(staging.join(TENSORS_FILE));
-        let _ = failed.write(&staging);
+        let _ = std::fs::remove_file(staging.join(RUN_FILE));
     }
     for name in RESULT_FILES.iter().filter(|name| **name != METRICS_FILE) {
         let _ = std::fs::remove_file(staging.join(name));

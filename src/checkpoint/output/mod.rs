@@ -228,8 +228,6 @@ impl Output {
             );
             say(format!("the checkpoints of another run, which {told}, are removed from {at}"));
             std::fs::remove_dir_all(&staging).with_context(|| staging.display().to_string())?;
-        } else if self.keeps_a_result() && same.is_none() {
-            drop(std::fs::remove_dir_all(&staging));
         }
         let mut checkpoint = match resume {
             Resume::Never => None,
