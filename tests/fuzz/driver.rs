@@ -222,15 +222,18 @@ fn watch(max_seconds: f64, input: &Path) {
 }
 
 fn end_when_slow() {
-    let mut seen = (0, 0.0, Instant::now());
+    /// Seconds between looks. Their number is the time by the clock, but for a time in which the whole process was stopped.
+    const PAUSE: f64 = 0.5;
+    let (mut seen, mut looks) = ((0, 0.0), 0);
     loop {
-        std::thread::sleep(Duration::from_millis(500));
+        std::thread::sleep(Duration::from_secs_f64(PAUSE));
         let (input, cpu) = (INPUT.load(Ordering::SeqCst), cpu_seconds());
+        looks += 1;
         if input != seen.0 || input % 2 == 0 {
-            seen = (input, cpu, Instant::now());
+            (seen, looks) = ((input, cpu), 0);
         }
         let Some((max_seconds, path)) = WATCHED.lock().unwrap().clone() else { continue };
-        if cpu - seen.1 > max_seconds || seen.2.elapsed().as_secs_f64() > 20.0 * max_seconds {
+        if cpu - seen.1 > max_seconds || f64::from(looks) * PAUSE > 20.0 * max_seconds {
             let name = path.file_name().unwrap().to_string_lossy();
             stderr::line(&format!("{name}: more than {max_seconds} s\n{}", how_to_keep(&name, &path)));
             std::process::abort();
