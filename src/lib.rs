@@ -127,4 +127,5 @@ pub use logging::{LogFormat, error as log_error, install as install_log, is_json
 pub use recipe::RecipeError;
 pub use start::agree::Disagreement;
 pub use train::run::Outcome;
+pub use train::signals::claim as claim_signals;
 pub use train::stop::STOPPED;

@@ -6,8 +6,8 @@ use std::io::IsTerminal;
 
 use clap::Parser;
 use fsdp_qlora::{
-    Cli, Disagreement, LogFormat, Outcome, RecipeError, STOPPED, World, abort, install_log, is_guarded, is_json_log,
-    launcher_rank, log_error, watch,
+    Cli, Disagreement, LogFormat, Outcome, RecipeError, STOPPED, World, abort, claim_signals, install_log, is_guarded,
+    is_json_log, launcher_rank, log_error, watch,
 };
 
 fn main() {
@@ -17,7 +17,9 @@ fn main() {
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => Err(error),
     };
-    let world = match World::init() {
+    // A signal that comes while MPI starts stops the run as soon as that is done.
+    let claimed = if cli.as_ref().is_ok_and(Cli::trains) { claim_signals() } else { Ok(()) };
+    let world = match claimed.and_then(|()| World::init()) {
         Ok(world) => world,
         Err(error) => fail(&error, &prefix(launcher_rank(), 1)),
     };
@@ -43,7 +45,7 @@ fn main() {
 fn fail(error: &anyhow::Error, prefix: &str) -> ! {
     let refused = error.is::<RecipeError>() || error.is::<clap::Error>() || error.is::<Disagreement>();
     let status = if refused { 2 } else { 1 };
-    if watch::takes_the_word(true, &format!("{error:#}")) {
+    if watch::takes_the_word(true, watch::End::Failed, &format!("{error:#}")) {
         match error.downcast_ref::<clap::Error>() {
             Some(usage) if is_json_log() => log_error(prefix, usage.render().to_string().trim_end()),
             Some(usage) if std::io::stderr().is_terminal() => eprint!("{}", usage.render().ansi()),
@@ -70,7 +72,7 @@ fn end_all_ranks_on_panic(prefix: String) {
         if let Some(why) = text.and_then(|text| text.strip_prefix("failed printing to stdout: ")) {
             // Nobody waits for a word where the reader of standard output is gone, but on a full disk a result is lost.
             let why = format!("standard output: {why}");
-            if !why.contains("Broken pipe") && watch::takes_the_word(false, &why) {
+            if !why.contains("Broken pipe") && watch::takes_the_word(false, watch::End::Failed, &why) {
                 log_error(&prefix, &format!("error: {why}"));
             }
             abort(1);
@@ -83,7 +85,7 @@ fn end_all_ranks_on_panic(prefix: String) {
             BacktraceStatus::Captured => text += &format!("\n{backtrace}"),
             _ => text += "\nnote: RUST_BACKTRACE=1 shows where it came from",
         }
-        if watch::takes_the_word(false, &text) {
+        if watch::takes_the_word(false, watch::End::Failed, &text) {
             log_error(&prefix, &text);
         }
         abort(1);

@@ -294,7 +294,9 @@ fn a_signal_before_the_first_step_ends_all_ranks() {
     assert!(signal(place.ranks()[0], "TERM"));
     let (status, text) = running.ends();
     assert_eq!(status, Some(75), "{text}");
-    assert!(text.contains("stopped by SIGTERM to rank") && text.contains("before the first step"), "{text}");
+    assert!(text.contains("stopped by SIGTERM to rank 0 before the first step"), "{text}");
+    assert_eq!(record(&place)["reason"], "SIGTERM to rank 0 before the first step");
+    assert_eq!(record(&place)["state"], "stopped");
     succeeds(place.mpirun(2, &TRAIN));
     assert!(is_finished(&place));
 }

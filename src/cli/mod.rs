@@ -108,6 +108,15 @@ impl Cli {
         (self.common.log_format, self.common.quiet)
     }
 
+    /// Returns whether this command trains: signals stop it, and it can go on.
+    pub fn trains(&self) -> bool {
+        match &self.command {
+            None => true,
+            Some(Command::Train(args)) => !args.help_recipe,
+            Some(_) => false,
+        }
+    }
+
     /// Runs the subcommand on this rank.
     pub fn run(self, world: &World) -> Result<Outcome> {
         let outcome = self.run_command(world);

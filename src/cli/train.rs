@@ -126,14 +126,14 @@ fn train(
     let clock = clock_of_the_run(&mut comm, start, &job, output.as_ref())?;
     let start = &Start { clock, ..*start };
     let data = read_rows(start, &job, &config, &mut inputs)?;
-    let identity = |job: &Job| run_identity(job, start, &opened, &adapter, &data);
+    let identity = |job: &Job, world_size| run_identity(job, world_size, start, &opened, &adapter, &data);
     let job = with_batch_of_the_run(&mut comm, job, output.as_ref(), start.log, identity)?;
     let limits = data.limits(&job, world_size);
     inputs.add_limits(&limits);
     let inputs = agree_on_inputs(&mut comm, inputs)?;
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
     config.remarks.iter().chain([&steps.plan]).for_each(|line| start.log.line(line.clone()));
-    let run = identity(&job)?;
+    let run = identity(&job, world_size)?;
     let Some(beginning) = begin(&mut comm, &job, output.as_mut(), run.clone(), start.log)? else {
         return Ok(Outcome::Finished);
     };
@@ -165,13 +165,13 @@ fn train(
 /// Returns everything that decides the result of a job.
 fn run_identity(
     job: &Job,
+    world_size: usize,
     start: &Start,
     opened: &OpenedBase,
     adapter: &Adapter,
     data: &TrainingData,
 ) -> Result<RunIdentity> {
     let (hex, mut recipe) = (|digest: u64| format!("{digest:016x}"), job.values());
-    let world_size = start.world.world_size;
     let steps = job.training.steps(data.train.sequences.len(), world_size)?;
     recipe.insert("training.warmup_steps".into(), steps.warmup_steps.into());
     // It has decided the warm-up, however that was written.

@@ -12,7 +12,7 @@ pub mod per_token;
 pub mod result;
 pub mod run;
 pub mod saving;
-mod signals;
+pub mod signals;
 pub mod skipping;
 pub mod step;
 pub mod stop;

@@ -12,8 +12,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use libc::{SIGINT, SIGTERM, SIGUSR1, c_int};
 
+use crate::comm::Comm;
 use crate::comm::mpi::abort;
-use crate::comm::{Comm, watch};
+use crate::comm::watch::{self, End};
 use crate::files;
 
 use super::log::{Log, duration};
@@ -62,9 +63,9 @@ fn end_before_the_first_step(rank: usize) {
         // It cannot fail: it has not done so in `listen`.
         let _ = signals::claim();
         if let Some(reason) = signal() {
-            if watch::takes_the_word(false, "") {
-                let reason = reason.text(rank);
-                tracing::warn!("stopped by {reason} before the first step; help: the same `train` again goes on");
+            let why = format!("{} before the first step", reason.text(rank));
+            if watch::takes_the_word(false, End::Stopped, &why) {
+                tracing::warn!("stopped by {why}; help: the same `train` again goes on");
             }
             abort(STOPPED);
         }

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::super::atomic;
-use crate::comm::{host_name, watch};
+use crate::comm::host_name;
+use crate::comm::watch::{self, End};
 use crate::files;
 
 /// Name of the file.
@@ -214,10 +215,14 @@ impl OpenRecord {
         record.write(&dir)?;
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(record);
         let open = self.clone();
-        watch::on_end(move |reason| {
+        watch::on_end(move |end, why| {
+            let state = match end {
+                End::Failed => State::Failed,
+                End::Stopped => State::Stopped,
+            };
             if let Some(record) = open.take() {
                 // Without it the next start sees a run that nobody is at.
-                let _ = record.ended(State::Failed, Some(reason.into()), Vec::new()).write(&dir);
+                let _ = record.ended(state, Some(why.into()), Vec::new()).write(&dir);
             }
         });
         Ok(())

@@ -25,10 +25,11 @@ const WAITING: usize = DOING + TEXT_WORDS;
 /// Number of words of each of the two texts; longer texts are cut.
 const TEXT_WORDS: usize = 24;
 
-/// Positions in the header: of 1 + the local rank that speaks for all, of the length of its reason, and of that text.
+/// Positions in the header: of 1 + the local rank that speaks for all, of its [`End`], of the length of its reason, and of that text.
 const SPEAKER: usize = 0;
-const REASON_LENGTH: usize = 1;
-const REASON: usize = 2;
+const END: usize = 1;
+const REASON_LENGTH: usize = 2;
+const REASON: usize = 3;
 
 /// Number of times that a reader tries to get a record that is not being changed.
 const READS: usize = 1000;
@@ -41,6 +42,14 @@ pub enum State {
     Running,
     /// It has ended well, or is ending all ranks.
     Done,
+}
+
+/// How all ranks end when one of them ends them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Failed,
+    /// The run can go on.
+    Stopped,
 }
 
 /// The entries that a rank has written.
@@ -112,11 +121,12 @@ impl Board {
         &self.words.words()[..RECORD_WORDS]
     }
 
-    /// Makes this rank the one that speaks for all, with the reason why all end; false when another one does already.
-    pub fn take_the_word(&self, why: &str) -> bool {
+    /// Makes this rank the one that speaks for all, with how and why all end; false when another one does already.
+    pub fn take_the_word(&self, end: End, why: &str) -> bool {
         let (own, header) = (1 + self.own as u64, self.header());
         match header[SPEAKER].compare_exchange(0, own, SeqCst, SeqCst) {
             Ok(_) => {
+                header[END].store(end as u64, SeqCst);
                 header[REASON_LENGTH].store(write_text(&header[REASON..], why), SeqCst);
                 true
             }
@@ -124,11 +134,12 @@ impl Board {
         }
     }
 
-    /// Returns the local rank that speaks for all, and the reason why all end, if it has written one.
-    pub fn reason(&self) -> Option<(usize, String)> {
+    /// Returns the local rank that speaks for all, and how and why all end, once it has written that.
+    pub fn end(&self) -> Option<(usize, End, String)> {
         let header = self.header();
         let len = header[REASON_LENGTH].load(SeqCst) as usize;
-        (len > 0).then(|| (header[SPEAKER].load(SeqCst) as usize - 1, read_text(&header[REASON..], len)))
+        let end = if header[END].load(SeqCst) == End::Stopped as u64 { End::Stopped } else { End::Failed };
+        (len > 0).then(|| (header[SPEAKER].load(SeqCst) as usize - 1, end, read_text(&header[REASON..], len)))
     }
 
     /// Returns whether another rank speaks for all.
@@ -221,10 +232,10 @@ mod tests {
     fn one_rank_has_the_word() {
         let (words, again) = SharedWords::pair(Board::bytes(2)).unwrap();
         let (first, second) = (Board::over(words, 0), Board::over(again, 1));
-        assert!(!first.another_speaks() && first.reason().is_none());
-        assert!(second.take_the_word("why") && second.take_the_word("another"));
-        assert!(first.another_speaks() && !second.another_speaks() && !first.take_the_word("late"));
-        assert_eq!(first.reason(), Some((1, "why".into())));
+        assert!(!first.another_speaks() && first.end().is_none());
+        assert!(second.take_the_word(End::Stopped, "why") && second.take_the_word(End::Failed, "another"));
+        assert!(first.another_speaks() && !second.another_speaks() && !first.take_the_word(End::Failed, "late"));
+        assert_eq!(first.end(), Some((1, End::Stopped, "why".into())));
         second.set_state(State::Done);
         assert_eq!(first.read(1).state, State::Done);
         assert_eq!(first.read(1).process, u64::from(std::process::id()));

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rustix::process::{Signal, getpid, kill_process};
 
-pub use board::Board;
+pub use board::{Board, End};
 use board::{Record, State};
 pub use limits::Limit;
 use limits::Limits;
@@ -132,18 +132,19 @@ impl Inner {
         if self.world_size > 1 { format!("rank {rank}: ") } else { String::new() }
     }
 
-    /// Returns why all ranks end, if a rank has said so.
-    fn reason(&self) -> Option<String> {
-        let (local_rank, why) = self.board.reason()?;
+    /// Returns how and why all ranks end, if a rank has said so. A failure begins with its rank; a reason to stop names it itself.
+    fn end_of_all(&self) -> Option<(End, String)> {
+        let (local_rank, end, why) = self.board.end()?;
         let rank = self.ranks.get(local_rank).copied().unwrap_or(self.rank);
-        Some(self.prefix_of(rank) + &why)
+        let prefix = if end == End::Failed { self.prefix_of(rank) } else { String::new() };
+        Some((end, prefix + &why))
     }
 }
 
 /// A probe, its number, which is also the number of its wait, and its help.
 type Looked = (u64, Option<&'static str>, Box<dyn Probe>);
 
-type OnEnd = Box<dyn FnOnce(&str) + Send>;
+type OnEnd = Box<dyn FnOnce(End, &str) + Send>;
 
 struct Watch {
     limits: Limits,
@@ -302,8 +303,8 @@ pub fn done() {
     with_inner(|inner| inner.board.set_state(State::Done));
 }
 
-/// Calls `note` with the reason when a rank of this node ends all ranks, on a thread of this process. It replaces what was set before.
-pub fn on_end(note: impl FnOnce(&str) + Send + 'static) {
+/// Calls `note` with how and why when a rank of this node ends all ranks, on a thread of this process. It replaces what was set before.
+pub fn on_end(note: impl FnOnce(End, &str) + Send + 'static) {
     if let Some(watch) = WATCH.get() {
         *lock(&watch.on_end) = Some(Box::new(note));
     }
@@ -312,19 +313,18 @@ pub fn on_end(note: impl FnOnce(&str) + Send + 'static) {
 /// Calls what [`on_end`] has set, once, if a rank has said why all ranks end.
 pub fn tell_the_end() {
     let Some(watch) = WATCH.get() else { return };
-    let Some(reason) = watch.inner().reason() else { return };
+    let Some((end, why)) = watch.inner().end_of_all() else { return };
     let note = lock(&watch.on_end).take();
     if let Some(note) = note {
         // It may write to a disk that does not answer.
         end_soon();
-        note(&reason);
+        note(end, &why);
     }
 }
 
 /// Returns true on the one rank of this node that reports why all ranks end. The others wait here to be ended, and return false if
-/// nobody ends them. With `gives_way`, rank 0 reports it if it fails too. `why` is the reason for [`on_end`]; empty if there is nothing
-/// to note.
-pub fn takes_the_word(gives_way: bool, why: &str) -> bool {
+/// nobody ends them. With `gives_way`, rank 0 reports it if it fails too. [`on_end`] gets `end` and `why`.
+pub fn takes_the_word(gives_way: bool, end: End, why: &str) -> bool {
     let Some(watch) = WATCH.get() else { return true };
     let (is_rank_0, has_a_board) = {
         let inner = watch.inner();
@@ -334,7 +334,7 @@ pub fn takes_the_word(gives_way: bool, why: &str) -> bool {
     if gives_way && !is_rank_0 {
         std::thread::sleep(if has_a_board { RANK_0_FIRST } else { RANK_0_FIRST_WITHOUT_A_BOARD });
     }
-    let takes = watch.inner().board.take_the_word(why);
+    let takes = watch.inner().board.take_the_word(end, why);
     if !takes {
         // The other rank may be about to write its reason, and this thread may be the watchdog.
         std::thread::sleep(TICK);
@@ -454,7 +454,7 @@ fn timed_out(watch: &Watch, quiet: Duration) -> Option<String> {
 fn end_all_ranks(message: &str, pause: Duration) -> ! {
     end_soon();
     let has_no_board = with_inner(|inner| inner.ranks.is_empty()).unwrap_or(true);
-    if takes_the_word(has_no_board, message) {
+    if takes_the_word(has_no_board, End::Failed, message) {
         logging::error(&with_inner(|inner| inner.prefix()).unwrap_or_default(), &format!("error: {message}"));
         tell_the_end();
         std::thread::sleep(pause);
