@@ -57,7 +57,7 @@ fn a_finished_run_ends_it_whatever_the_launcher_says() {
         let text = succeeds(supervise(&place, &[]));
         assert!(text.contains("the run is finished"), "{text}");
         let hosts = "node1 slots=2,node2 slots=4,node3 slots=1";
-        assert_eq!(starts(&place), [format!("--hostfile {hosts} -n 7 program train --set output_dir=out T=10")]);
+        assert_eq!(starts(&place), [format!("--hostfile {hosts} -n 7 program train --set output_dir=\"out\" T=10")]);
     }
     // A run that was finished before says so with status 0. With another status, run.json is that of another run.
     let place = planned(&["is finished; exit 0", "exit 0", "exit 1"]);
@@ -146,6 +146,30 @@ fn a_refusal_is_not_tried_again() {
 }
 
 #[test]
+fn a_run_that_takes_no_more_ranks_goes_on_with_as_many_as_before() {
+    let place = planned(&["is running; touch up/node2; checkpoint 1; exit 1", "exit 2", "is finished"]);
+    std::fs::remove_file(place.path("up/node2")).unwrap();
+    let text = succeeds(supervise(&place, &[]));
+    assert!(
+        text.contains("refused on these hosts; it gets at most 3 ranks from here on, as on node1, node3"),
+        "{text}"
+    );
+    let counts: Vec<String> = starts(&place).iter().map(|start| start.split(' ').nth(4).unwrap().into()).collect();
+    assert_eq!(counts, ["3", "7", "3"]);
+    let place = planned(&["is finished"]);
+    succeeds(supervise(&place, &["--max-slots", "6"]));
+    assert!(starts(&place)[0].contains("node1 slots=2,node2 slots=4 -n 6 "), "{:?}", starts(&place));
+}
+
+#[test]
+fn a_result_that_was_saved_elsewhere_is_not_made_again() {
+    let place = planned(&["is failed 'the result was saved in elsewhere: no space'; exit 1", "exit 0"]);
+    let text = fails(supervise(&place, &[]), 1);
+    assert!(text.contains("the run is finished, but the result was saved in elsewhere"), "{text}");
+    assert_eq!(starts(&place).len(), 1);
+}
+
+#[test]
 fn a_wish_to_stop_is_obeyed() {
     let place = planned(&["is stopped 'control: stop, after step 8'; exit 75", "exit 0"]);
     let text = fails(supervise(&place, &[]), 75);
@@ -153,7 +177,7 @@ fn a_wish_to_stop_is_obeyed() {
     assert_eq!(starts(&place).len(), 1);
 
     // What it is told itself reaches the ranks as SIGUSR1, and the launcher's status says nothing.
-    for name in ["TERM", "INT", "HUP"] {
+    for name in ["TERM", "INT", "HUP", "USR1"] {
         let run = "trap 'is stopped \"SIGUSR1 to rank 0, after step 9\"; exit 1' USR1; touch begun; while sleep 0.01; do :; done";
         let place = planned(&[run]);
         let mut running = Running::start(&place, supervise(&place, &[]));

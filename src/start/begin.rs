@@ -24,20 +24,22 @@ pub struct Beginning {
 }
 
 /// Returns the job of the run that goes on in an output folder, if one does: its steps have as many sequences as
-/// before, whatever the number of ranks is now. Where this number of ranks cannot share such a step, the run there is
-/// another one, and [`begin`] says so. Rank 0 has the folder. Collective.
+/// before, whatever the number of ranks is now, which may be too large to share such a step. Rank 0 has the folder. `identity` is that of
+/// a job on a number of ranks. Collective.
 pub fn with_batch_of_the_run(
     comm: &mut dyn Comm,
     job: Agreed<Job>,
     output: Option<&Output>,
     log: Log,
-    identity: impl Fn(&Job) -> Result<RunIdentity>,
+    identity: impl Fn(&Job, usize) -> Result<RunIdentity>,
 ) -> Result<Agreed<Job>> {
     let (resume, own) = (&job.training.resume, job.training.global_batch_size(comm.world_size()));
     let mut kept = None;
     if let Some(output) = output
         && let Some(sequences) = output.global_batch_size(&job.values(), resume)?.filter(|kept| *kept != own)
-        && let Ok(run) = identity(&job.with_global_batch(sequences))
+        // The run is known on more ranks than can share its step, too; those are refused afterwards.
+        && let job = job.with_global_batch(sequences)
+        && let Ok(run) = identity(&job, comm.world_size()).or_else(|_| identity(&job, 1))
     {
         kept = output.knows(&run, resume)?.then_some(sequences);
     }
