@@ -201,28 +201,58 @@ fn movement_and_lifetime_do_not_change_a_bit() {
         let reference = train(&trainer(), world_size, 1, 4, 0.1);
         for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
             for keep in KEEPS {
-                for (num_shards, gather, residency, delay) in [
-                    (world_size, Gather::Collective, Residency::ALL, 0),
-                    (1, Gather::Collective, Residency::ALL, 0),
-                    (world_size, Gather::Host, Residency::ALL, 2),
-                    (world_size, Gather::Collective, NOTHING_RESIDENT, 0),
-                    (1, Gather::Collective, NOTHING_RESIDENT, 0),
-                    (world_size, Gather::Host, NOTHING_RESIDENT, 2),
-                    (world_size, Gather::Collective, partly, 1),
+                for (num_shards, gather, residency, dense_layers, delay) in [
+                    (world_size, Gather::Collective, Residency::ALL, 0, 0),
+                    (1, Gather::Collective, Residency::ALL, 0, 0),
+                    (1, Gather::Collective, Residency::ALL, LAYERS, 0),
+                    (world_size, Gather::Host, Residency::ALL, 0, 2),
+                    (world_size, Gather::Collective, NOTHING_RESIDENT, 0, 0),
+                    (1, Gather::Collective, NOTHING_RESIDENT, 0, 0),
+                    (world_size, Gather::Host, NOTHING_RESIDENT, 0, 2),
+                    (world_size, Gather::Host, NOTHING_RESIDENT, 1, 1),
+                    (world_size, Gather::Collective, partly, 0, 1),
                 ] {
                     let mut options = trainer();
                     (options.accumulation, options.keep) = (accumulation, keep);
-                    (options.gather, options.residency) = (gather, residency);
+                    (options.gather, options.residency, options.dense_layers) = (gather, residency, dense_layers);
                     options.delay = Duration::from_millis(delay);
                     let curve = train_in_groups(&options, (world_size, num_shards), 1, 4, 0.1);
                     assert!(
                         curve == reference,
-                        "{world_size} ranks, {num_shards} shards, {gather:?}, {accumulation:?}, {keep:?}, {residency:?}, delay {delay} ms: {:?} for {:?}",
+                        "{world_size} ranks, {num_shards} shards, {gather:?}, {accumulation:?}, {keep:?}, {residency:?}, {dense_layers} dense, delay {delay} ms: {:?} for {:?}",
                         curve.losses,
                         reference.losses
                     );
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn weights_that_are_used_in_place_do_not_change_a_bit() {
+    let run = |num_shards, accumulation, gather, residency, dense_layers| {
+        let mut options = trainer();
+        (options.model, options.load_in_4bit) = (common::golden("tiny"), false);
+        (options.accumulation, options.gather) = (accumulation, gather);
+        (options.residency, options.dense_layers) = (residency, dense_layers);
+        options.delay = Duration::from_millis(1);
+        train_in_groups(&options, (2, num_shards), 1, 4, 0.1)
+    };
+    // The parts of two ranks are put together in buffers; a rank that holds all weights uses them where they lie.
+    let reference = run(2, Accumulation::Layer, Gather::Collective, Residency::ALL, 0);
+    for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
+        for (num_shards, gather, residency, dense_layers) in [
+            (1, Gather::Collective, Residency::ALL, 0),
+            (1, Gather::Collective, NOTHING_RESIDENT, 0),
+            (1, Gather::Collective, NOTHING_RESIDENT, LAYERS),
+            (2, Gather::Collective, Residency::ALL, LAYERS),
+            (2, Gather::Host, NOTHING_RESIDENT, 1),
+        ] {
+            let curve = run(num_shards, accumulation, gather, residency, dense_layers);
+            let what =
+                format!("{num_shards} shards, {accumulation:?}, {gather:?}, {residency:?}, {dense_layers} dense");
+            assert!(curve == reference, "{what}: {:?} for {:?}", curve.losses, reference.losses);
         }
     }
 }

@@ -60,6 +60,9 @@ struct Options {
     keep: Keep,
     gather: Gather,
     residency: Residency,
+    dense_layers: usize,
+    /// True for a base in 4 bit, false for one in bf16.
+    in_4bit: bool,
     /// Number of ranks that hold a base together; `None` means all.
     num_shards: Option<usize>,
     /// Takes the micro-batches of a step in the opposite order: the same step but for the order of sums.
@@ -72,6 +75,8 @@ const PLAIN: Options = Options {
     keep: Keep::NOTHING,
     gather: Gather::Collective,
     residency: Residency::ALL,
+    dense_layers: 0,
+    in_4bit: true,
     num_shards: None,
     reversed: false,
     delay: Duration::ZERO,
@@ -104,7 +109,8 @@ fn micro_batch(step_idx: usize, index: usize) -> MicroBatch {
 fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -> Curve {
     let (groups, config) = (ranks(options.num_shards), config());
     let Position { rank, world_size, shard, num_shards, .. } = groups.position();
-    let base = synthetic::base(cuda, config.clone(), Some(true), (shard, num_shards), |_| ()).unwrap();
+    let base =
+        synthetic::base(cuda, config.clone(), options.in_4bit.then_some(true), (shard, num_shards), |_| ()).unwrap();
     let adapter = start_adapter(&config);
     let lora = Trainables::new(&config, adapter.settings.lora_config());
     let num_micro_batches = GLOBAL_MICRO_BATCHES / world_size;
@@ -113,6 +119,7 @@ fn train(cuda: &Cuda<bf16>, ranks: Ranks, options: &Options, num_steps: usize) -
         keep: options.keep,
         gather: options.gather,
         residency: options.residency,
+        dense_layers: options.dense_layers,
         ..Limits::new(Mode::Train, TOKENS, num_micro_batches)
     };
     let sizes = Sizes { spec: &config, layouts: &base.layouts, trainables: Some(&lora), world_size };
@@ -193,6 +200,11 @@ fn variants() -> Vec<Options> {
         all.push(Options { accumulation, keep, residency: NOTHING_RESIDENT, delay, ..PLAIN });
     }
     all.push(Options { num_shards: Some(1), ..PLAIN });
+    for dense_layers in [1, usize::MAX] {
+        all.push(Options { dense_layers, ..PLAIN });
+        all.push(Options { dense_layers, keep: Keep::EVERYTHING, num_shards: Some(1), ..PLAIN });
+        all.push(Options { dense_layers, gather: Gather::Host, residency: NOTHING_RESIDENT, ..PLAIN });
+    }
     all.push(Options { num_shards: Some(1), residency: NOTHING_RESIDENT, ..PLAIN });
     all
 }
@@ -206,6 +218,26 @@ fn streaming_and_lifetime_do_not_change_a_bit() {
     assert!(reference.losses[2] < reference.losses[0], "it learns: {:?}", reference.losses);
     for options in variants() {
         assert!(train(&cuda, &alone, &options, 3) == reference, "{options:?}");
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn weights_that_are_used_in_place_do_not_change_a_bit() {
+    let cuda = gpu(0);
+    let plain = Options { in_4bit: false, ..PLAIN };
+    let reference = train(&cuda, &alone, &plain, 3);
+    assert!(reference.losses[2] < reference.losses[0], "it learns: {:?}", reference.losses);
+    let delay = Duration::from_millis(2);
+    for accumulation in [Accumulation::Layer, Accumulation::MicroBatch] {
+        for (gather, residency) in [
+            (Gather::Collective, NOTHING_RESIDENT),
+            (Gather::Host, NOTHING_RESIDENT),
+            (Gather::Host, Residency { units: 3, ..Residency::ALL }),
+        ] {
+            let options = Options { accumulation, gather, residency, delay, ..plain };
+            assert!(train(&cuda, &alone, &options, 3) == reference, "{options:?}");
+        }
     }
 }
 
@@ -377,4 +409,20 @@ fn memory_that_is_not_there_is_refused_with_numbers() {
         assert!(stderr.contains("a rank needs at least") && stderr.contains(text), "{set}: {stderr}");
         println!("{set}: {stderr}");
     }
+}
+
+#[test]
+#[ignore = "needs a GPU"]
+fn training_in_fp16_scales_its_loss() {
+    let place = tempfile::tempdir().unwrap();
+    let run = |args: &[&str]| {
+        let output = Command::new(program()).args(args).current_dir(place.path()).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    run(&["quantize", "--shape", "qwen2.5-0.5b", "--world-size", "1", "--output", "shards"]);
+    let steps = ["bench", "step", "--shards", "shards", "--output", "out", "--steps", "2", "--seq", "128"];
+    run(&[&steps[..], &["--set", "quantization.bnb_4bit_compute_dtype=float16"]].concat());
+    let metrics = std::fs::read_to_string(place.path().join("out/metrics.jsonl")).unwrap();
+    let first: serde_json::Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    assert_eq!(first["loss_scale"], 65_536.0, "{first}");
 }

@@ -9,6 +9,7 @@ use crate::checkpoint::adapter;
 use crate::checkpoint::synthetic;
 use crate::comm::Queue;
 use crate::comm::mpi::MpiComm;
+use crate::comm::spans::idle_share;
 use crate::comm::watch::{self, Phase};
 use crate::data::made_up::input_ids;
 use crate::device::Ops;
@@ -42,7 +43,7 @@ pub struct StepBench<'a> {
     pub spec: ModelSpec,
     /// Timed steps, after two that warm up.
     pub steps: u32,
-    /// File that gets a trace of one more step.
+    /// File that gets the trace of the step after them.
     pub trace: Option<&'a Path>,
 }
 
@@ -100,7 +101,8 @@ impl Work for Steps<'_> {
             micros.map(|micro| batch(job, vocab_size, micro, start.world.rank as u64)).collect()
         };
         let mut next = batches(1);
-        for step_idx in 1..=num_steps + u32::from(bench.trace.is_some()) {
+        // The spans of one more step show when the compute queue has nothing to do.
+        for step_idx in 1..=num_steps + 1 {
             engine.record_spans(step_idx > num_steps);
             watch::phase(Phase::Step(step_idx as usize))?;
             let batches = std::mem::replace(&mut next, batches(step_idx + 1));
@@ -123,7 +125,9 @@ impl Work for Steps<'_> {
             ensure!(goes_on, "step {step_idx}: loss {loss}, grad_norm {grad_norm}: not finite");
             num_updates += u32::from(updated);
             start.log.line(format!("step {step_idx}  loss {:.4}  {:.1} ms", loss, record.step_ms));
-            losses.push(loss);
+            if step_idx <= num_steps {
+                losses.push(loss);
+            }
             if (WARM_UP_STEPS + 1..=num_steps).contains(&step_idx) {
                 records.push(record);
             }
@@ -174,8 +178,11 @@ impl Steps<'_> {
             "dropout": job.lora.dropout, "job": job.values(),
             "num_shards": engine.queue.position().num_shards, "accumulation": limits.accumulation.word(),
             "gather": limits.gather.word(), "keep": limits.keep.clamped(num_layers), "residency": residency,
+            "dense_layers": limits.dense_layers.min(num_layers),
             "step_ms": step_ms, "compute_ms": median(|r| r.compute_ms),
             "gather_wait_ms": median(|r| r.gather_wait_ms), "copy_wait_ms": median(|r| r.copy_wait_ms),
+            "launches": median(|r| r.launches as f64), "host_ms": median(|r| r.host_ms),
+            "idle_share": idle_share(engine.spans()),
             "gathered_bytes": median(|r| r.gathered_bytes as f64), "tokens_per_second": tokens / (step_ms * 1e-3),
             "model_tflops_per_rank": model * tokens / seconds * 1e-12,
             "hardware_tflops_per_rank": hardware * tokens / seconds * 1e-12,

@@ -28,7 +28,11 @@ mod rows;
 pub mod tensor;
 mod uniform;
 
+use std::time::Duration;
+
 use anyhow::Result;
+
+use crate::quant::record::Dtype;
 
 pub use arena::{Arena, MemoryPlan};
 use cpu::HostRegion;
@@ -71,6 +75,15 @@ ops!(
     UniformOps
 );
 
+/// What the host has asked of a device's compute queue since its start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Asked {
+    /// Number of kernels and matrix products.
+    pub launches: u64,
+    /// Time for which the host has waited for the queue.
+    pub waited: Duration,
+}
+
 /// Memory of one device, and copies to and from the host.
 pub trait Device: Sized + Send + Sync + 'static {
     /// Type of activations and of dequantized weights.
@@ -80,6 +93,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// A point in time of the compute queue.
     type Mark;
 
+    /// The type of activations, among the types of plain weights.
+    const ACT: Dtype;
     /// True when the device is the host itself.
     const IS_HOST: bool;
     /// True when activations are so narrow (fp16) that the loss is scaled, so that gradients do not vanish.
@@ -92,6 +107,10 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// Returns the bytes that all programs together take of the device, as its driver counts them; 0 where it is the
     /// host.
     fn used_bytes(&self) -> Result<usize>;
+    /// Returns what the host has asked of the compute queue; nothing where the host computes itself.
+    fn asked(&self) -> Asked {
+        Asked::default()
+    }
     /// Waits until the compute queue has done all that it was given.
     fn synchronize(&self) -> Result<()>;
     /// Returns a mark that passes when the compute queue gets here.

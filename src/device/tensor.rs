@@ -129,9 +129,10 @@ impl<'a, D: Device, T: Element> View<'a, D, T> {
         self.addr
     }
 
-    /// Returns the same bytes as elements of another type that is aligned no more strictly, as many as are whole.
+    /// Returns the same bytes as elements of another type, as many as are whole; panics when they are not aligned for it.
     pub fn reinterpret<U: Element>(self) -> View<'a, D, U> {
-        const { assert!(align_of::<U>() <= align_of::<T>() && size_of::<U>() > 0) };
+        const { assert!(size_of::<U>() > 0) };
+        assert!(self.addr.is_multiple_of(align_of::<U>()), "elements of {} bytes at {:#x}", align_of::<U>(), self.addr);
         let len = self.len * size_of::<T>() / size_of::<U>();
         View { addr: self.addr, len, _borrow: PhantomData, _device: PhantomData }
     }

@@ -1,6 +1,6 @@
 //! The computation of an engine: layers and head of one micro-batch at a time.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
 
 use crate::comm::Queue;
 use crate::device::Ops;
@@ -13,6 +13,7 @@ use super::exec::{Engine, Grad};
 use super::memory::Memory;
 use super::run::RunArgs;
 use super::schedule::Mode;
+use super::slots::{frozen, weights};
 use super::unit::{HEAD_PIECE_ROWS, Unit, head_piece_rows};
 
 /// A pass forward through a layer.
@@ -26,8 +27,16 @@ pub(super) enum Pass {
 }
 
 impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
+    /// The slot of a unit that is dequantized.
+    fn slot_of(&self, unit: Unit) -> Result<usize> {
+        match self.dequantized {
+            Some((dequantized, slot)) if dequantized == unit => Ok(slot),
+            _ => bail!("{unit} is not dequantized"),
+        }
+    }
+
     pub(super) fn forward(&mut self, layer_idx: usize, micro: usize, args: &RunArgs<'_>, pass: Pass) -> Result<()> {
-        ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
+        let slot = self.slot_of(Unit::Layer(layer_idx))?;
         let m = self.live(micro);
         let (len, x) = (self.boundary_len(micro), self.boundaries.take(layer_idx, m)?);
         let kept = self.limits.keep.of(layer_idx, self.units.layers);
@@ -43,11 +52,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             Pass::Recompute => None,
         };
         let trainables = self.trainables.as_ref().filter(|_| descriptor.adapter);
-        let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
+        let layout = &self.base.layouts[layer_idx];
+        let frozen = frozen(&self.queue, &self.shards[layer_idx], &self.slots[slot])?;
+        let Memory { layer, dense, activations, scratch, batches, .. } = &mut self.memory;
         let ctx = StageContext {
             ops: &self.device,
             spec: &self.base.spec,
-            weights: layer,
+            weights: weights(layer, dense.get(layer_idx), layout, frozen),
             batch: &batches[m],
             trainables: trainables.map(|trainables| trainables.of(layer_idx)),
             dropout: args.dropout.filter(|_| descriptor.gradient),
@@ -74,7 +85,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         grad_slot: usize,
         first: bool,
     ) -> Result<()> {
-        ensure!(self.dense == Some(Unit::Layer(layer_idx)), "layer {layer_idx} is not dequantized");
+        let slot = self.slot_of(Unit::Layer(layer_idx))?;
         let m = self.live(micro);
         let Grad::Here(grads) = &mut self.grads[grad_slot] else {
             bail!("gradient buffer {grad_slot} is being reduced: that was not waited for");
@@ -84,11 +95,13 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         }
         let len = self.memory.batches[m].num_tokens * self.base.spec.hidden_size;
         let (x, mut d) = (self.boundaries.take(layer_idx, m)?, self.boundaries.take(layer_idx + 1, m)?);
-        let Memory { layer, activations, scratch, batches, .. } = &mut self.memory;
+        let layout = &self.base.layouts[layer_idx];
+        let frozen = frozen(&self.queue, &self.shards[layer_idx], &self.slots[slot])?;
+        let Memory { layer, dense, activations, scratch, batches, .. } = &mut self.memory;
         let ctx = StageContext {
             ops: &self.device,
             spec: &self.base.spec,
-            weights: layer,
+            weights: weights(layer, dense.get(layer_idx), layout, frozen),
             batch: &batches[m],
             trainables: self.trainables.as_ref().map(|trainables| trainables.of(layer_idx)),
             dropout: args.dropout,
@@ -115,12 +128,16 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     pub(super) fn head_piece(&mut self, piece: usize, micro: usize, args: &RunArgs<'_>) -> Result<()> {
-        ensure!(self.dense == Some(Unit::HeadPiece(piece)), "head piece {piece} is not dequantized");
+        let (unit, slot) = (Unit::HeadPiece(piece), self.slot_of(Unit::HeadPiece(piece))?);
         let m = self.live(micro);
         let (first_id, hidden) = (piece * HEAD_PIECE_ROWS, self.base.spec.hidden_size);
         let rows = head_piece_rows(&self.base.spec, piece).len();
         let Memory { heads, head_piece, logits, .. } = &mut self.memory;
-        let weight = head_piece.first(rows * hidden);
+        let idx = self.units.idx(unit);
+        let weight = match self.base.layouts[idx].in_place(0, D::ACT) {
+            Some(bytes) => frozen(&self.queue, &self.shards[idx], &self.slots[slot])?.range(bytes).reinterpret(),
+            None => head_piece.first(rows * hidden),
+        };
         if args.mode == Mode::Generate {
             // A rank that has fewer texts than another runs empty micro-batches.
             if heads[m].num_targets == 0 {

@@ -57,8 +57,8 @@ pub struct Engine<D: Ops, Q: Queue<D>> {
     pub(super) slots: Vec<Slot<D, Q>>,
     pub(super) grads: Vec<Grad<D, Q>>,
     pub(super) boundaries: Boundaries<D, Q>,
-    /// The unit whose dense weights are in memory.
-    pub(super) dense: Option<Unit>,
+    /// The unit that is dequantized, and its slot.
+    pub(super) dequantized: Option<(Unit, usize)>,
     plan: Plans,
     /// Spans of the last run, if they were recorded.
     pub(super) spans: Option<Vec<Span>>,
@@ -102,7 +102,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
         let grads = memory.grads.drain(..).map(Grad::Here).collect();
         let boundaries =
             Boundaries::new(std::mem::take(&mut memory.boundaries), std::mem::take(&mut memory.host_boundaries));
-        let dense = None;
+        let dequantized = None;
         Ok(Self {
             device,
             host,
@@ -116,7 +116,7 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             slots,
             grads,
             boundaries,
-            dense,
+            dequantized,
             plan,
             spans: None,
         })

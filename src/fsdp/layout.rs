@@ -6,8 +6,9 @@
 
 use std::ops::Range;
 
+use crate::device::arena::ALIGN_BYTES;
 use crate::model::spec::TensorId;
-use crate::quant::record::{Encoding, RECORD_WEIGHTS};
+use crate::quant::record::{Dtype, Encoding, RECORD_WEIGHTS};
 
 /// Version of the layout in shard files.
 pub const LAYOUT_VERSION: u32 = 2;
@@ -116,6 +117,18 @@ impl UnitLayout {
         };
         (0..self.num_shards()).filter_map(segment).collect()
     }
+
+    /// Returns the bytes of the gathered unit that are the tensor's weights, one after the other, in the type that a device
+    /// computes with; `None` where they must be made. Norms and biases are computed with in f32, and always made. Weights in
+    /// place begin where a buffer might, so that a library that goes by alignment gives the same bits for both.
+    pub fn in_place(&self, tensor_idx: usize, act: Dtype) -> Option<Range<usize>> {
+        let UnitTensor { id, encoding, ref elements, .. } = self.tensors[tensor_idx];
+        let Segment { weights, bytes } = self.segments(tensor_idx).into_iter().next()?;
+        let is_matrix = matches!(id, TensorId::Weight(_) | TensorId::Rows);
+        let is_whole = weights.len() == elements.len() && bytes.start.is_multiple_of(ALIGN_BYTES);
+        (is_matrix && is_whole && encoding == Encoding::Plain(act))
+            .then(|| bytes.start..bytes.start + weights.len() * act.size_bytes())
+    }
 }
 
 fn boundary_at_or_after(tensors: &[UnitTensor], begins: &[usize], byte: usize) -> usize {
@@ -160,7 +173,6 @@ impl TrainableLayout {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quant::record::Dtype;
 
     /// Awkward sizes: one weight, an odd count, exactly a record, one past it, many.
     fn units() -> Vec<Vec<UnitTensor>> {
@@ -236,6 +248,23 @@ mod tests {
                     let found: Vec<u32> =
                         layout.segments(idx).into_iter().flat_map(|s| gathered[s.bytes].to_vec()).collect();
                     assert_eq!(found, flat[layout.tensor_range(idx)]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn plain_weights_that_no_shard_cuts_are_in_place() {
+        for tensors in units() {
+            for num_shards in 1..=9 {
+                let layout = UnitLayout::new(tensors.clone(), num_shards);
+                for (idx, tensor) in tensors.iter().enumerate() {
+                    let (in_place, segments) = (layout.in_place(idx, Dtype::Bf16), layout.segments(idx));
+                    let is_whole = segments.len() == 1 && segments[0].bytes.start % ALIGN_BYTES == 0;
+                    assert_eq!(in_place.is_some(), is_whole && tensor.encoding == Encoding::Plain(Dtype::Bf16));
+                    let Some(range) = in_place else { continue };
+                    assert_eq!((range.start, range.len()), (segments[0].bytes.start, 2 * tensor.elements.len()));
+                    assert!(range.end <= segments[0].bytes.end);
                 }
             }
         }

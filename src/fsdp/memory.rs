@@ -1,22 +1,25 @@
 //! Every buffer of the executor, carved by name in one place.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::comm::Gather;
 use crate::comm::guarded::Guarded;
 use crate::device::cpu::Cpu;
-use crate::device::{Arena, Buffer, HostBuffer, MemoryPlan, Ops, Place};
+use crate::device::{Arena, Buffer, Device, HostBuffer, MemoryPlan, Ops, Place};
 use crate::model::batch::BatchBuffers;
 use crate::model::head::HeadState;
 use crate::model::layer::LayerSaves;
 use crate::model::linear::LoraInputs;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{ModelSpec, ModuleId, TensorId};
 use crate::model::stage::attention::{AttentionSaves, Inputs, KeyValue, Output, Scores};
 use crate::model::stage::mlp::{MlpSaves, Products, Rest};
 use crate::model::stage::{Scratch, Widths};
 use crate::model::trainable::Trainables;
-use crate::model::weights::LayerWeights;
+use crate::model::weights::WeightBuffers;
+use crate::quant::record::Dtype;
 
 use super::embedding::Rows;
 use super::layout::{TrainableLayout, UnitLayout};
@@ -39,6 +42,8 @@ pub struct Limits {
     pub accumulation: Accumulation,
     pub keep: Keep,
     pub gather: Gather,
+    /// Number of layers, from the first one, whose dense weights stay on the device once they are made.
+    pub dense_layers: usize,
     pub num_slots: usize,
     /// The choice between device and host for everything that may stream.
     pub residency: Residency,
@@ -83,6 +88,7 @@ impl Limits {
             accumulation: Accumulation::Layer,
             keep: Keep::NOTHING,
             gather: Gather::Collective,
+            dense_layers: 0,
             num_slots: 2,
             residency: Residency::ALL,
             snapshot: false,
@@ -134,7 +140,10 @@ pub struct TrainableState<D: Ops> {
 pub struct Memory<D: Ops> {
     /// Gathered units: frozen bytes and trainable values. Buffers into which nothing is ever gathered are empty.
     pub slots: Vec<(Buffer<D, u8>, Buffer<D, f32>)>,
-    pub layer: LayerWeights<D>,
+    /// Buffers that layers share: for the dense weights of layers that do not keep them, and for norms, biases and trainable values.
+    pub layer: WeightBuffers<D>,
+    /// The first layers, whose dense weights stay.
+    pub dense: Vec<DenseLayer<D>>,
     pub head_piece: Buffer<D, D::Act>,
     pub final_norm: Buffer<D, f32>,
     pub trainables: Vec<TrainableState<D>>,
@@ -235,9 +244,13 @@ impl<D: Ops> Memory<D> {
                 ))
             })
             .collect::<Result<_>>()?;
-        let layer = LayerWeights::carve(arena, spec, sharded.map(|sharded| sharded.trainables))?;
-        let piece_rows = HEAD_PIECE_ROWS.min(spec.vocab_size);
-        let head_piece = arena.carve("weights/head_piece", piece_rows * hidden)?;
+        let dense_layers = limits.dense_layers.min(units.layers);
+        let mut shared = shared_tensors(layouts, dense_layers, D::ACT);
+        let head_piece_len = shared.remove(&TensorId::Rows).unwrap_or(0);
+        let layer = WeightBuffers::carve(arena, &shared, sharded.map(|sharded| sharded.trainables))?;
+        let dense_layouts = layouts[..dense_layers].iter().enumerate();
+        let dense = dense_layouts.map(|(i, layout)| DenseLayer::carve(arena, i, layout)).collect::<Result<_>>()?;
+        let head_piece = arena.carve("weights/head_piece", head_piece_len)?;
         let final_norm = arena.carve("weights/final_norm", hidden)?;
         let on_device = limits.residency.trainables;
         let layouts_of_layers = sharded.iter().flat_map(ShardedTrainables::layouts).enumerate();
@@ -265,11 +278,13 @@ impl<D: Ops> Memory<D> {
         let heads = (0..live)
             .map(|m| HeadState::carve(arena, &format!("head/{m}"), hidden, head_tokens, train))
             .collect::<Result<_>>()?;
+        let piece_rows = HEAD_PIECE_ROWS.min(spec.vocab_size);
         let num_logits = if limits.mode == Mode::Generate { live * spec.vocab_size } else { tokens * piece_rows };
         let logits = arena.carve("head/logits", num_logits)?;
         Ok(Memory {
             slots,
             layer,
+            dense,
             head_piece,
             final_norm,
             trainables,
@@ -285,6 +300,43 @@ impl<D: Ops> Memory<D> {
             logits,
         })
     }
+}
+
+/// The dense weights of a layer that keeps them.
+pub struct DenseLayer<D: Device> {
+    /// Weights of linear modules that do not lie in the gathered unit, `[out_features, in_features]`.
+    pub linears: Vec<(ModuleId, Buffer<D, D::Act>)>,
+    /// False until they are made for the first time.
+    pub is_made: bool,
+}
+
+impl<D: Device> DenseLayer<D> {
+    fn carve(arena: &mut Arena<D>, layer: usize, layout: &UnitLayout) -> Result<Self> {
+        let mut linears = Vec::new();
+        for (idx, tensor) in layout.tensors().iter().enumerate() {
+            let TensorId::Weight(module) = tensor.id else { continue };
+            if layout.in_place(idx, D::ACT).is_none() {
+                linears.push((module, arena.carve(&format!("dense/{layer}/{module}"), tensor.elements.len())?));
+            }
+        }
+        Ok(Self { linears, is_made: false })
+    }
+}
+
+/// Returns the tensors that are made in buffers which units share, each with the number of its elements in the unit where it is largest.
+/// The first layers keep weights of linear modules for themselves.
+fn shared_tensors(layouts: &[UnitLayout], dense_layers: usize, act: Dtype) -> BTreeMap<TensorId, usize> {
+    let mut largest = BTreeMap::new();
+    for (unit, layout) in layouts.iter().enumerate() {
+        for (idx, tensor) in layout.tensors().iter().enumerate() {
+            let is_kept = unit < dense_layers && matches!(tensor.id, TensorId::Weight(_));
+            if !is_kept && layout.in_place(idx, act).is_none() {
+                let most: &mut usize = largest.entry(tensor.id).or_default();
+                *most = tensor.elements.len().max(*most);
+            }
+        }
+    }
+    largest
 }
 
 /// Saved values of all layers and live micro-batches.

@@ -5,10 +5,12 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::comm::guarded::Guarded;
 use crate::comm::{Queue, TrainableBuffers};
 use crate::device::{Buffer, Dequantize, Element, Ops, Place, View, ViewMut};
-use crate::model::spec::TensorId;
+use crate::model::spec::{ModuleId, TensorId};
+use crate::model::weights::{LayerWeights, WeightBuffers};
 
 use super::exec::Engine;
-use super::layout::UnitLayout;
+use super::layout::{UnitLayout, UnitTensor};
+use super::memory::DenseLayer;
 use super::unit::Unit;
 
 /// State of a slot. A gathering slot's buffers are with the queue.
@@ -81,26 +83,41 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
     }
 
     pub(super) fn dequantize(&mut self, unit: Unit, slot: usize, adapter: bool) -> Result<()> {
-        let Slot::Unsharded(held, flat, full) = &self.slots[slot] else {
+        let Slot::Unsharded(held, _, full) = &self.slots[slot] else {
             bail!("slot {slot} does not hold {unit}: its gather was not waited for");
         };
         ensure!(*held == unit, "slot {slot} holds {held}");
         let idx = self.units.idx(unit);
         let has_whole_lora = self.has_whole_trainables();
         let (device, layout, memory) = (&self.device, &self.base.layouts[idx], &mut self.memory);
-        let flat = self.queue.whole(&self.shards[idx]).unwrap_or_else(|| flat.view());
-        self.dense = Some(unit);
+        let flat = frozen(&self.queue, &self.shards[idx], &self.slots[slot])?;
+        self.dequantized = Some((unit, slot));
         let place = |id: TensorId| layout.tensors().iter().position(|tensor| tensor.id == id);
+        let made = |id: TensorId| place(id).filter(|&idx| layout.in_place(idx, D::ACT).is_none());
         let len = |idx: usize| layout.tensors()[idx].elements.len();
         let mut dense = Vec::new();
-        for (module, weight) in memory.layer.linears_mut() {
-            let Some(idx) = place(TensorId::Weight(module)) else { continue };
+        let own = match unit {
+            Unit::Layer(layer) => memory.dense.get_mut(layer),
+            Unit::HeadPiece(_) => None,
+        };
+        let linears: Vec<(ModuleId, &mut Buffer<D, D::Act>)> = match own {
+            Some(own) if own.is_made => Vec::new(),
+            Some(own) => own.linears.iter_mut().map(|(module, weight)| (*module, weight)).collect(),
+            None => memory.layer.linears_mut().collect(),
+        };
+        for (module, weight) in linears {
+            let Some(idx) = made(TensorId::Weight(module)) else { continue };
             dense.extend(parts(layout, idx, flat, weight.first_mut(len(idx))));
         }
-        if let Some(idx) = place(TensorId::Rows) {
+        if let Some(idx) = made(TensorId::Rows) {
             dense.extend(parts(layout, idx, flat, memory.head_piece.first_mut(len(idx))));
         }
         device.dequantize(dense)?;
+        if let Unit::Layer(layer) = unit
+            && let Some(own) = memory.dense.get_mut(layer)
+        {
+            own.is_made = true;
+        }
         let mut vectors = Vec::new();
         for (id, vector) in memory.layer.vectors_mut() {
             let Some(idx) = place(id) else { continue };
@@ -135,10 +152,40 @@ impl<D: Ops, Q: Queue<D>> Engine<D, Q> {
             bail!("slot {slot} holds nothing");
         };
         ensure!(held == unit, "slot {slot} holds {held}");
-        self.dense = None;
+        self.dequantized = None;
         self.slots[slot] = Slot::Free(flat, full);
         Ok(())
     }
+}
+
+/// Returns the frozen bytes of a unit that was gathered into a slot, or that needs no gather.
+pub(super) fn frozen<'a, D: Ops, Q: Queue<D>>(
+    queue: &'a Q,
+    shard: &'a Q::Shard,
+    slot: &'a Slot<D, Q>,
+) -> Result<View<'a, D, u8>> {
+    match (queue.whole(shard), slot) {
+        (Some(whole), _) => Ok(whole),
+        (None, Slot::Unsharded(_, flat, _)) => Ok(flat.view()),
+        _ => bail!("the slot holds no unit"),
+    }
+}
+
+/// Returns the dense weights of a layer: those that lie in the gathered unit, those that the layer keeps, and the others in the buffers that
+/// all layers share.
+pub(super) fn weights<'a, D: Ops>(
+    buffers: &'a WeightBuffers<D>,
+    own: Option<&'a DenseLayer<D>>,
+    layout: &UnitLayout,
+    frozen: View<'a, D, u8>,
+) -> LayerWeights<'a, D> {
+    let in_place = |(idx, tensor): (usize, &UnitTensor)| match tensor.id {
+        TensorId::Weight(module) => Some((module, frozen.range(layout.in_place(idx, D::ACT)?).reinterpret())),
+        _ => None,
+    };
+    let in_place = layout.tensors().iter().enumerate().filter_map(in_place);
+    let own = own.iter().flat_map(|own| own.linears.iter().map(|(module, weight)| (*module, weight.view())));
+    LayerWeights { buffers, elsewhere: in_place.chain(own).collect() }
 }
 
 /// Returns the parts of tensor `idx` of a gathered unit, one for each shard that has some of it.

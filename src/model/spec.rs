@@ -2,7 +2,6 @@
 //! the layers. Loading, sharding, memory, the planner and the names in an adapter are derived from it.
 //! [`super::family`] makes it from a config.json.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::path::Path;
@@ -348,25 +347,6 @@ impl ModelSpec {
     /// Linear modules of all layers.
     pub fn modules(&self) -> impl Iterator<Item = &Module> {
         self.layers.iter().flat_map(LayerSpec::modules)
-    }
-
-    /// The tensors that layers have, each with the number of its elements in the layer where it is largest.
-    pub fn largest_tensors(&self) -> BTreeMap<TensorId, usize> {
-        let mut largest = BTreeMap::new();
-        let mut add = |id, elements: usize| {
-            let most: &mut usize = largest.entry(id).or_default();
-            *most = elements.max(*most);
-        };
-        for layer in &self.layers {
-            layer.norms().for_each(|norm| add(TensorId::Norm(norm.id), norm.width));
-            for module in layer.modules() {
-                add(TensorId::Weight(module.id), module.out_features * module.in_features);
-                if module.has_bias {
-                    add(TensorId::Bias(module.id), module.out_features);
-                }
-            }
-        }
-        largest
     }
 
     /// Widest of a size over all layers.

@@ -44,19 +44,26 @@ impl Workload<'_> {
                 if !self.fits::<D>(&least, budget)? {
                     continue;
                 }
-                let mut last = None;
+                let mut choices = Vec::new();
                 for share in (0..=SHARES).rev() {
                     let choice = self.fill::<D>(least, wishes, budget, share)?;
-                    if last.replace(choice) == Some(choice) {
-                        continue;
-                    }
-                    let seconds = self.predict(&choice).seconds;
+                    choices.push(self.most_dense::<D>(choice, wishes, budget));
+                }
+                let dense = self.most_dense::<D>(least, wishes, budget);
+                choices.push(self.most_kept::<D>(dense, wishes, budget));
+                choices.dedup();
+                for choice in &choices {
+                    let seconds = self.predict(choice).seconds;
                     if best.is_none_or(|(fastest, _)| seconds < GAIN * fastest) {
-                        best = Some((seconds, choice));
+                        best = Some((seconds, *choice));
                     }
                 }
-                // No choice is faster than one that moves nothing and recomputes as little as it may.
-                if residency == Residency::ALL && last.is_some_and(|last| last.keep == wishes.keep.most) {
+                // No choice is faster than one that moves nothing, recomputes as little as it may, and dequantizes no layer again.
+                let is_fastest = |choice: &Limits| {
+                    let is_dense = choice.dense_layers >= self.sizes.spec.num_layers();
+                    choice.keep == wishes.keep.most && (is_dense || !self.may_be_dense::<D>(choice, wishes))
+                };
+                if residency == Residency::ALL && choices.iter().any(is_fastest) {
                     break;
                 }
             }
@@ -108,7 +115,8 @@ impl Workload<'_> {
     /// Returns the choice that takes least of the device within the wishes: as few activations are kept as may be, and
     /// as few units are on the device as host memory has room for the others.
     fn least<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
-        let least = Limits { keep: wishes.keep.least, ..limits };
+        let dense_layers = wishes.dense_layers.unwrap_or(0);
+        let least = Limits { keep: wishes.keep.least, dense_layers, ..limits };
         if wishes.units.is_some() || limits.residency.units > 0 {
             return least;
         }
@@ -152,6 +160,23 @@ impl Workload<'_> {
         };
         let fits = |stage: usize| self.fits::<D>(&with(stage), budget).unwrap_or(false);
         with(first(0, 4 * layers, |stage| !fits(stage + 1)))
+    }
+
+    /// Returns whether dense weights may take what room is left: a rank has the whole base on its device.
+    fn may_be_dense<D: Ops>(&self, limits: &Limits, wishes: &Wishes) -> bool {
+        let resident = limits.residency.of_units(self.sizes.layouts.len());
+        let mut units = self.sizes.layouts.iter().zip(resident);
+        wishes.dense_layers.is_none() && units.all(|(layout, resident)| limits.has_whole::<D>(layout, resident))
+    }
+
+    /// Returns the choice with the dense weights of as many layers as there is still room for, where they may take it.
+    fn most_dense<D: Ops>(&self, limits: Limits, wishes: &Wishes, budget: Budget) -> Limits {
+        if !self.may_be_dense::<D>(&limits, wishes) {
+            return limits;
+        }
+        let with = |dense_layers: usize| Limits { dense_layers, ..limits };
+        let fits = |num: usize| self.fits::<D>(&with(num), budget).unwrap_or(false);
+        with(first(0, self.sizes.spec.num_layers(), |num| !fits(num + 1)))
     }
 
     /// Returns the cost of the choice that lacks least memory; of several such choices, that of the one that takes least
@@ -333,6 +358,36 @@ mod tests {
             assert_eq!(of(without + (with - without) / 2, &collective()).keep, some);
             assert!(of(with + GIB, &collective()).keep.lora >= 32);
         });
+    }
+
+    #[test]
+    fn dense_weights_take_what_everything_else_leaves() {
+        with_8b(1, |work| {
+            let bytes = |dense_layers| {
+                let keep = Keep::EVERYTHING;
+                work.sizes.cost::<Gpu>(&Limits { keep, dense_layers, ..limits() }).unwrap().device_bytes()
+            };
+            let of = |device: usize, wishes: &Wishes| {
+                work.decide::<Gpu>(limits(), wishes, Budget { device, host: 40 * GIB }).unwrap()
+            };
+            let (none, all) = (bytes(0), bytes(32));
+            // 6.98 billion weights, and the buffers that no layer needs any more.
+            let layer = 2 * 218_103_808;
+            assert_eq!(all - none, 31 * layer);
+            assert_eq!(of(none, &collective()).dense_layers, 0);
+            assert_eq!(of(none + 7 * layer + layer / 2, &collective()).dense_layers, 7);
+            assert_eq!(of(all, &collective()).dense_layers, 32);
+            let less = of(none - GIB, &Wishes { offload_boundaries: Some(false), ..collective() });
+            assert!(less.dense_layers == 0 && less.keep != Keep::EVERYTHING, "activations come first: {less:?}");
+            assert_eq!(of(all, &Wishes { dense_layers: Some(3), ..collective() }).dense_layers, 3);
+            assert_eq!(of(all, &Wishes { units: Some(4), ..collective() }).dense_layers, 0, "the base is not there");
+            let seconds =
+                |dense_layers| work.predict(&Limits { dense_layers, keep: Keep::EVERYTHING, ..limits() }).seconds;
+            assert!(seconds(32) < seconds(16) && seconds(16) < seconds(0));
+        });
+        // Each rank of two has half of the base.
+        let budget = Budget { device: 80 * GIB, host: 40 * GIB };
+        assert_eq!(with_8b(2, |work| work.decide::<Gpu>(limits(), &collective(), budget).unwrap().dense_layers), 0);
     }
 
     #[test]

@@ -68,6 +68,7 @@ impl Report {
             "tokens_of_a_micro_batch": limits.max_tokens, "micro_batches": limits.max_micro_batches,
             "keep": limits.keep.clamped(self.num_layers), "gather": limits.gather.word(),
             "resident_units": self.resident_units(), "units": self.num_units,
+            "dense_layers": limits.dense_layers.min(self.num_layers),
             "trainables_on_device": limits.residency.trainables,
             "libraries_bytes": self.library_bytes + cost.table_bytes,
             "device": owners(&cost.device), "host": owners(&cost.host),
@@ -114,10 +115,12 @@ impl Display for Report {
         cost.host.by_owner().into_iter().try_for_each(|(name, bytes)| owner(f, &name, bytes))?;
         let (resident, gather) = (self.resident_units(), limits.gather.word());
         let Keep { lora, attention, mlp, rest } = limits.keep.clamped(*num_layers);
+        let dense = limits.dense_layers.min(*num_layers);
         writeln!(f, "\n{resident} of {num_units} units are resident; gathers by {gather}")?;
         writeln!(
             f,
-            "of {num_layers} layers, LoRA's u is kept in {lora}, attention in {attention}, large projections in {mlp}, the rest in {rest}"
+            "of {num_layers} layers, LoRA's u is kept in {lora}, attention in {attention}, large projections in {mlp}, the rest in {rest}, \
+             dequantized weights in {dense}"
         )?;
         writeln!(
             f,

@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use crate::comm::Gather;
 use crate::comm::spans::{Lane, Span};
 use crate::device::cuda::DEQUANTIZED_TOGETHER;
-use crate::fsdp::layout::UnitTensor;
 use crate::fsdp::memory::Limits;
 use crate::fsdp::schedule::{Action, build};
 use crate::fsdp::unit::{NumUnits, Unit, head_piece_rows};
 use crate::model::spec::TensorId;
 use crate::model::stage::Saved;
 use crate::model::stage::cost::{Circumstances, Cost};
+use crate::quant::record::Dtype;
 
 use super::hardware::Hardware;
 use super::memory::Sizes;
@@ -25,6 +25,8 @@ const ACT: f64 = 2.0;
 #[derive(Clone, Copy)]
 pub struct Workload<'a> {
     pub sizes: Sizes<'a>,
+    /// The type of activations.
+    pub act: Dtype,
     pub hardware: &'a Hardware,
     pub links: Links,
 }
@@ -123,7 +125,7 @@ impl Workload<'_> {
         let (spec, at, h) = (self.sizes.spec, self.circumstances(limits), self.hidden());
         let moved = |elements: f64| Cost { elements, ..Cost::default() };
         match *action {
-            Action::Dequantize { unit, .. } => self.dequantize_seconds(unit),
+            Action::Dequantize { unit, .. } => self.dequantize_seconds(unit, limits),
             Action::Embed { .. } => tokens * h * ACT / hw.host_bytes_per_s,
             Action::Forward { layer, .. } => {
                 self.seconds(spec.layers[layer].forward_cost(&at, Saved::EVERYTHING, true), limits)
@@ -150,17 +152,27 @@ impl Workload<'_> {
         }
     }
 
-    fn dequantize_seconds(&self, unit: Unit) -> f64 {
+    fn dequantize_seconds(&self, unit: Unit, limits: &Limits) -> f64 {
+        let keeps_dense = matches!(unit, Unit::Layer(layer) if layer < limits.dense_layers);
         let layout = &self.sizes.layouts[NumUnits::new(self.sizes.spec).idx(unit)];
-        let dense: usize = layout.tensors().iter().map(|t| t.elements.len()).sum();
-        let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
+        let (mut bytes, mut num_weights, mut num_vectors) = (0.0, 0, 0);
+        for (idx, tensor) in layout.tensors().iter().enumerate() {
+            let is_kept = keeps_dense && matches!(tensor.id, TensorId::Weight(_));
+            if is_kept || layout.in_place(idx, self.act).is_some() {
+                continue;
+            }
+            let elements = tensor.elements.len();
+            bytes += tensor.encoding.tensor_bytes(elements) as f64 + elements as f64 * ACT;
+            match tensor.id {
+                TensorId::Norm(_) | TensorId::Bias(_) => num_vectors += layout.num_shards(),
+                TensorId::Weight(_) | TensorId::Rows => num_weights += layout.num_shards(),
+            }
+        }
         // One kernel takes several parts of weights, a part for each shard; each part of a vector and the cast of LoRA
         // values have one of their own.
-        let is_vector = |tensor: &&UnitTensor| matches!(tensor.id, TensorId::Norm(_) | TensorId::Bias(_));
-        let (vectors, shards) = (layout.tensors().iter().filter(is_vector).count(), layout.num_shards());
-        let weights = (layout.tensors().len() - vectors) * shards;
-        let launches = (weights.div_ceil(DEQUANTIZED_TOGETHER) + vectors * shards + 1) as f64;
-        (layout.gathered_bytes() as f64 + dense as f64 * ACT) / rate + launches * self.hardware.reached.kernel_seconds
+        let launches = (num_weights.div_ceil(DEQUANTIZED_TOGETHER) + num_vectors + 1) as f64;
+        let rate = self.hardware.memory_bytes_per_s * self.hardware.reached.memory;
+        bytes / rate + launches * self.hardware.reached.kernel_seconds
     }
 
     /// Trainable values that this rank keeps of a layer.
@@ -316,7 +328,7 @@ pub(super) mod tests {
         let trainables = Trainables::new(&spec, LoraConfig { dropout: 0.05, layers });
         let sizes = Sizes { spec: &spec, layouts: &layouts, trainables: Some(&trainables), world_size };
         let links = Links { shards_bytes_per_s: link_bytes_per_s, replicas_bytes_per_s: link_bytes_per_s };
-        f(&Workload { sizes, hardware: &Hardware::named(gpu).unwrap(), links })
+        f(&Workload { sizes, act: Dtype::Bf16, hardware: &Hardware::named(gpu).unwrap(), links })
     }
 
     #[test]

@@ -10,6 +10,8 @@ pub struct Wishes {
     pub keep: KeepRange,
     /// Units whose shards are resident.
     pub units: Option<usize>,
+    /// Layers whose dense weights stay on the device.
+    pub dense_layers: Option<usize>,
     pub trainables: Option<bool>,
     pub offload_boundaries: Option<bool>,
     /// The only way to gather, or `None` if both are possible.

@@ -244,6 +244,7 @@ pub struct FsdpJob {
     /// In this key and the next ones, `None` chooses by what fits.
     pub offload_params: Option<bool>,
     pub resident_units: Option<usize>,
+    pub dense_layers: Option<usize>,
     pub activation_offload: Option<bool>,
     pub gather: Option<Gather>,
     /// Bytes for each rank.
@@ -348,6 +349,7 @@ fn build(written: &Written, command: Command, values: Map<String, Value>) -> Opt
             activation_checkpointing: written.get(&keys::ACTIVATION_CHECKPOINTING)?,
             offload_params: written.get(&keys::OFFLOAD_PARAMS)?,
             resident_units: written.get(&keys::RESIDENT_UNITS)?,
+            dense_layers: written.get(&keys::DENSE_LAYERS)?,
             activation_offload: written.get(&keys::ACTIVATION_OFFLOAD)?,
             gather: written.get(&keys::GATHER)?,
             vram_budget: written.get(&keys::VRAM_BUDGET)?,

@@ -276,6 +276,10 @@ keys! {
     RESIDENT_UNITS: Option<usize> = "fsdp.resident_units", "auto", ENGINES,
         |v| auto_or(v, |v| integer(v, 0..=MAX_INTEGER)), &["auto", "an integer of at least 0"],
         "units (layers, and pieces of the head) whose shards stay on the device; auto: as many as fit";
+    DENSE_LAYERS: Option<usize> = "fsdp.dense_layers", "auto", ENGINES,
+        |v| auto_or(v, |v| integer(v, 0..=MAX_INTEGER)), &["auto", "an integer of at least 0"],
+        "layers whose dequantized weights stay on the device, 2 bytes a weight; auto: as many as fit where a GPU holds the whole base, \
+         and none with activation_checkpointing: full";
     ACTIVATION_OFFLOAD: Option<bool> = "fsdp.activation_offload", "auto", STEPS, auto_or_bool,
         &["auto", "true", "false"],
         "true: the layers' inputs wait for backward in host memory; false: on the device; auto: there if they fit";

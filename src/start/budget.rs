@@ -49,7 +49,8 @@ impl Undecided<'_> {
             wishes.keep = KeepRange::AT_MOST_LORA;
         }
         let links = Links::new(&hardware, true, true, NETWORK_BYTES_PER_S);
-        Workload { sizes, hardware: &hardware, links }.decide::<Cpu>(limits, &wishes, budget)
+        let workload = Workload { sizes, act: Cpu::ACT, hardware: &hardware, links };
+        workload.decide::<Cpu>(limits, &wishes, budget)
     }
 
     /// Decides for ranks on GPUs. `free_before` is what the GPU had free before any rank made its queue. Collective.
@@ -84,7 +85,7 @@ impl Undecided<'_> {
         let fits_a_node = |ranks| start.world.fits_a_node(ranks);
         let (base_in_a_node, one_node) = (fits_a_node(sizes.num_shards()), fits_a_node(start.world.world_size));
         let links = Links::new(&hardware, base_in_a_node, one_node, NETWORK_BYTES_PER_S);
-        let workload = Workload { sizes, hardware: &hardware, links };
+        let workload = Workload { sizes, act: A::DTYPE, hardware: &hardware, links };
         let limits = workload.decide::<Cuda<A>>(limits, &wishes, budget)?;
         if gather.is_none() {
             start.log.line(format!("gather: {} is taken", limits.gather.word()));

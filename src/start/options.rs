@@ -69,7 +69,10 @@ pub fn wishes(job: &Job, world_size: usize) -> Wishes {
     };
     let units = job.resident_units.or(job.offload_params.map(|offload| if offload { 0 } else { usize::MAX }));
     let trainables = job.offload_params.map(|offload| !offload);
-    Wishes { keep, units, trainables, offload_boundaries: job.activation_offload, gather: job.gather, levers }
+    let recomputes_all = job.activation_checkpointing == ActivationCheckpointing::Full;
+    let dense_layers = job.dense_layers.or(recomputes_all.then_some(0));
+    let (offload_boundaries, gather) = (job.activation_offload, job.gather);
+    Wishes { keep, units, dense_layers, trainables, offload_boundaries, gather, levers }
 }
 
 /// Returns what a user of a job's command can turn to make it fit.
@@ -87,6 +90,7 @@ fn levers(job: &Job, world_size: usize) -> Levers {
         placement: [
             "fsdp.offload_params",
             "fsdp.resident_units",
+            "fsdp.dense_layers",
             "fsdp.activation_offload",
             "fsdp.activation_checkpointing",
         ]

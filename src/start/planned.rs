@@ -1,10 +1,10 @@
 //! Decides and predicts a run for a machine that is not there, as it would be decided on that machine.
 
 use anyhow::Result;
-use half::bf16;
+use half::{bf16, f16};
 
 use crate::checkpoint::{load, synthetic};
-use crate::device::cuda::Cuda;
+use crate::device::cuda::{Cuda, HalfType};
 use crate::fsdp::layout::UnitLayout;
 use crate::model::spec::ModelSpec;
 use crate::model::trainable::{LayerTrainables, LoraConfig, Trainables};
@@ -87,10 +87,18 @@ impl Planned {
     /// # Errors
     /// [`crate::plan::decide::DoesNotFit`] where no choice fits.
     pub fn report(self, job: &Job, machine: &Machine) -> Result<Report> {
+        match job.quantization.compute_dtype {
+            ComputeDtype::Float16 => self.report_in::<f16>(job, machine),
+            _ => self.report_in::<bf16>(job, machine),
+        }
+    }
+
+    /// [`Planned::report`] with activations of a type.
+    fn report_in<A: HalfType>(self, job: &Job, machine: &Machine) -> Result<Report> {
         let Planned { name, config, layouts, lora, embedding_bytes } = self;
         let Machine { hardware, nodes, world_size, ranks_per_gpu, .. } = *machine;
         limits::check_gpu(&config)?;
-        limits::check_fp16(&config, job.quantization.compute_dtype == ComputeDtype::Float16)?;
+        limits::check_fp16(&config, A::NEEDS_LOSS_SCALING)?;
         let trainables = Trainables::new(&config, lora);
         let sizes = Sizes { spec: &config, layouts: &layouts, trainables: Some(&trainables), world_size };
         let limits = step_limits(job, world_size);
@@ -100,9 +108,9 @@ impl Planned {
         let shared = hardware.shared_by(ranks_per_gpu);
         let in_a_node = sizes.num_shards() <= machine.node_size();
         let links = Links::new(&shared, in_a_node, nodes == 1, machine.network_bytes_per_s);
-        let workload = Workload { sizes, hardware: &shared, links };
+        let workload = Workload { sizes, act: A::DTYPE, hardware: &shared, links };
         let gather = possible_gather(&job.fsdp, sizes.num_shards(), in_a_node)?;
-        let limits = workload.decide::<Cuda<bf16>>(limits, &Wishes { gather, ..wishes(job, world_size) }, budget)?;
+        let limits = workload.decide::<Cuda<A>>(limits, &Wishes { gather, ..wishes(job, world_size) }, budget)?;
         Ok(Report {
             model: name,
             gpu: hardware.name.clone(),
@@ -113,7 +121,7 @@ impl Planned {
             lora: trainables.lora.clone(),
             num_trainable: trainables.layers.iter().map(LayerTrainables::len).sum(),
             limits,
-            cost: sizes.cost::<Cuda<bf16>>(&limits)?,
+            cost: sizes.cost::<Cuda<A>>(&limits)?,
             library_bytes,
             process_bytes,
             timeline: workload.predict(&limits),

@@ -165,6 +165,8 @@ mod tests {
             compute_ms: 0.0,
             gather_wait_ms: 0.0,
             copy_wait_ms: 0.0,
+            launches: 0,
+            host_ms: 0.0,
             gathered_bytes: 0,
         }
     }

@@ -30,6 +30,10 @@ pub struct StepRecord {
     pub compute_ms: f64,
     pub gather_wait_ms: f64,
     pub copy_wait_ms: f64,
+    /// Kernels and matrix products that this rank started on its GPU.
+    pub launches: u64,
+    /// Time of this rank's step less its host's waits for the GPU.
+    pub host_ms: f64,
     /// Frozen bytes that this rank received.
     pub gathered_bytes: usize,
 }
@@ -66,7 +70,7 @@ pub fn step_unless<D: Ops, Q: Queue<D>>(
     abandons: &mut Abandons<'_>,
 ) -> Result<Option<StepRecord>> {
     let StepArgs { step, num_micro_batches, update, seed, next } = *args;
-    let start = Instant::now();
+    let (start, before) = (Instant::now(), engine.device().asked());
     let targets: usize = batches.iter().map(MicroBatch::num_target_tokens).sum();
     let tokens: usize = batches.iter().map(MicroBatch::num_tokens).sum();
     let counts = engine.queue.all_reduce_f64("count of target tokens", &[targets as f64, tokens as f64])?;
@@ -92,16 +96,19 @@ pub fn step_unless<D: Ops, Q: Queue<D>>(
     let in_order = (0..num_micro_batches).flat_map(|m| sums.iter().map(move |of_rank| of_rank[m]));
     let loss = in_order.sum::<f64>() / counts[0];
     let ms = |d: std::time::Duration| d.as_secs_f64() * 1e3;
+    let (elapsed, asked) = (start.elapsed(), engine.device().asked());
     Ok(Some(StepRecord {
         loss,
         grad_norm: output.grad_norm,
         updated: output.updated,
         num_target_tokens: counts[0] as u64,
         num_tokens: counts[1] as u64,
-        step_ms: ms(start.elapsed()),
+        step_ms: ms(elapsed),
         compute_ms: ms(output.elapsed.saturating_sub(output.waits.gather + output.waits.copy)),
         gather_wait_ms: ms(output.waits.gather),
         copy_wait_ms: ms(output.waits.copy),
+        launches: asked.launches - before.launches,
+        host_ms: ms(elapsed.saturating_sub(asked.waited - before.waited)),
         gathered_bytes: output.gathered_bytes,
     }))
 }

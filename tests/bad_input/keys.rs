@@ -49,12 +49,13 @@ const BASE: [Proof; 4] = [
 ];
 
 /// Keys of all commands that have an engine on this machine.
-const ENGINE: [Proof; 5] = [
+const ENGINE: [Proof; 6] = [
     by("quantization.bnb_4bit_compute_dtype=float16"),
     by_two("fsdp.gather=host", &[]),
     by_two("fsdp.sharding_strategy=no_shard", &[]),
     by("fsdp.vram_budget=100KB"),
     by_two("fsdp.resident_units=1", &["fsdp.gather=host"]),
+    by("fsdp.dense_layers=1"),
 ];
 
 /// Keys of all commands that have an adapter to train. The ranks are far apart: some have kernels of their own.
@@ -301,10 +302,10 @@ fn benchmarks() {
 fn plan() {
     let engine = [
         by("quantization.bnb_4bit_compute_dtype=float32"),
-        by("fsdp.gather=host"),
         by("fsdp.sharding_strategy=no_shard"),
         by("fsdp.vram_budget=100MB"),
         by("fsdp.resident_units=1"),
+        by("fsdp.dense_layers=1"),
         by("fsdp.offload_params=true"),
         by("fsdp.activation_offload=true"),
         by_with("fsdp.host_budget=1KB", &["fsdp.offload_params=true"]),
@@ -317,11 +318,13 @@ fn plan() {
         by("training.per_device_train_batch_size=2"),
         by_with("training.gradient_accumulation_steps=2", &["training.global_batch_size=null"]),
         by("training.global_batch_size=4"),
+        by("fsdp.gather=nccl"),
     ];
     let recipe = ["plan", "-c", "recipe.yaml", "--set", "model=shape", "--set", "lora.lora_dropout=0.1"];
     check("plan", &[&recipe[..], &cards].concat(), &[&own, &engine, &BASE, &ADAPTER, &STEPS]);
     let shape = ["plan", "--shape", "llama-3.1-8b", "--layers", "2", "--seq", "4096"];
-    check("plan --shape", &[&shape[..], &cards].concat(), &[&engine, &BASE, &ADAPTER, &STEPS]);
+    let own = [by("fsdp.gather=host")];
+    check("plan --shape", &[&shape[..], &cards].concat(), &[&own, &engine, &BASE, &ADAPTER, &STEPS]);
 }
 
 #[test]

@@ -52,6 +52,7 @@ pub struct EngineOptions {
     pub keep: Keep,
     pub gather: Gather,
     pub residency: Residency,
+    pub dense_layers: usize,
     pub delay: Duration,
     pub num_threads: usize,
 }
@@ -70,6 +71,7 @@ impl EngineOptions {
             keep: Keep::NOTHING,
             gather: Gather::Collective,
             residency: Residency::ALL,
+            dense_layers: 0,
             delay: Duration::ZERO,
             num_threads: 1,
         }
@@ -135,6 +137,7 @@ impl EngineOptions {
             keep: self.keep,
             gather: self.gather,
             residency: self.residency,
+            dense_layers: self.dense_layers,
             snapshot: self.mode == Mode::Train,
             ..Limits::new(self.mode, self.max_tokens, self.max_micro_batches)
         };

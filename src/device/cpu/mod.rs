@@ -25,6 +25,8 @@ pub use memory::{HostRegion, SharedFile, SharedWords};
 pub use nf4::dequantize_records;
 use rayon::prelude::*;
 
+use crate::quant::record::Dtype;
+
 use super::{Device, Element, View, ViewMut};
 
 /// A share of the host's cores.
@@ -59,6 +61,7 @@ impl Device for Cpu {
     type Region = HostRegion;
     type Mark = Instant;
 
+    const ACT: Dtype = Dtype::F32;
     const IS_HOST: bool = true;
     const NEEDS_LOSS_SCALING: bool = false;
 

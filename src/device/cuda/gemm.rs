@@ -121,6 +121,7 @@ impl<A: HalfType> Cuda<A> {
             b.len(),
             c.len()
         );
+        self.counters.launched();
         // SAFETY: cuBLAS counts in columns, so that it sees Cᵀ = op(B)ᵀ · op(A)ᵀ of the same memory; sizes and
         // strides were checked against the views; alpha and beta are read before the call returns.
         unsafe {

@@ -2,15 +2,18 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
 use crate::device::cpu::{Cpu, HostRegion};
-use crate::device::{Device, Element, SUM_PARTS, View, ViewMut};
+use crate::device::{Asked, Device, Element, SUM_PARTS, View, ViewMut};
 use crate::quant::double::DYNAMIC_MAP;
 use crate::quant::nf4::{CODEBOOK, THRESHOLDS};
+use crate::quant::record::Dtype;
 
 use super::{Cuda, HalfType, gemm, libraries};
 
@@ -220,11 +223,34 @@ impl<A: HalfType> Cuda<A> {
     }
 }
 
+/// Counts what the host asks of the compute queue.
+#[derive(Default)]
+pub(super) struct Counters {
+    launches: AtomicU64,
+    waited_ns: AtomicU64,
+}
+
+impl Counters {
+    pub(super) fn launched(&self) {
+        self.launches.fetch_add(1, Relaxed);
+    }
+
+    fn waited(&self, time: Duration) {
+        self.waited_ns.fetch_add(time.as_nanos() as u64, Relaxed);
+    }
+
+    fn asked(&self) -> Asked {
+        let waited = Duration::from_nanos(self.waited_ns.load(Relaxed));
+        Asked { launches: self.launches.load(Relaxed), waited }
+    }
+}
+
 impl<A: HalfType> Device for Cuda<A> {
     type Act = A;
     type Region = DeviceRegion;
     type Mark = CudaEvent;
 
+    const ACT: Dtype = A::DTYPE;
     const IS_HOST: bool = false;
     const NEEDS_LOSS_SCALING: bool = <A as HalfType>::NEEDS_LOSS_SCALING;
 
@@ -246,8 +272,15 @@ impl<A: HalfType> Device for Cuda<A> {
         Ok(total - free)
     }
 
+    fn asked(&self) -> Asked {
+        self.counters.asked()
+    }
+
     fn synchronize(&self) -> Result<()> {
-        self.compute.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"))
+        let start = Instant::now();
+        let ended = self.compute.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"));
+        self.counters.waited(start.elapsed());
+        ended
     }
 
     fn mark(&self) -> Result<CudaEvent> {

@@ -37,6 +37,8 @@ use cudarc::nvrtc::Ptx;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use crate::quant::record::Dtype;
+
 use attention_hopper::Hopper;
 pub use compile::HEAD_DIMS;
 use compile::{AttentionVariant, Source};
@@ -67,6 +69,7 @@ const MIN_COMPUTE_CAPABILITY: (i32, i32) = (8, 0);
 /// A type of activations and dense weights on a GPU.
 pub trait HalfType: gemm::BlasType + Into<f32> {
     const NAME: &'static str;
+    const DTYPE: Dtype;
     /// The option that the kernels are compiled with.
     const COMPILE_OPTION: Option<&'static str>;
     /// True when gradients are so small for its exponent that the loss must be scaled.
@@ -77,6 +80,7 @@ pub trait HalfType: gemm::BlasType + Into<f32> {
 
 impl HalfType for bf16 {
     const NAME: &'static str = "bf16";
+    const DTYPE: Dtype = Dtype::Bf16;
     const COMPILE_OPTION: Option<&'static str> = None;
     const NEEDS_LOSS_SCALING: bool = false;
     fn round(to: &mut [bf16], from: &[f32]) {
@@ -86,6 +90,7 @@ impl HalfType for bf16 {
 
 impl HalfType for f16 {
     const NAME: &'static str = "fp16";
+    const DTYPE: Dtype = Dtype::F16;
     const COMPILE_OPTION: Option<&'static str> = Some("-DACT_F16");
     const NEEDS_LOSS_SCALING: bool = true;
     fn round(to: &mut [f16], from: &[f32]) {
@@ -101,13 +106,14 @@ pub struct Cuda<A: HalfType> {
     /// Set on a Hopper, which has kernels of its own.
     hopper: Option<Hopper>,
     compute: Arc<CudaStream>,
+    counters: Arc<memory::Counters>,
     context: Arc<CudaContext>,
     _act: PhantomData<fn() -> A>,
 }
 
 impl<A: HalfType> Clone for Cuda<A> {
     fn clone(&self) -> Self {
-        let Cuda { blas, kernels, tables, hopper, compute, context, _act } = self;
+        let Cuda { blas, kernels, tables, hopper, compute, counters, context, _act } = self;
         let (blas, kernels, tables) = (blas.clone(), kernels.clone(), tables.clone());
         Cuda {
             blas,
@@ -115,6 +121,7 @@ impl<A: HalfType> Clone for Cuda<A> {
             tables,
             hopper: *hopper,
             compute: compute.clone(),
+            counters: counters.clone(),
             context: context.clone(),
             _act: PhantomData,
         }
@@ -141,7 +148,8 @@ impl<A: HalfType> Cuda<A> {
         let hopper = if arch == compile::HOPPER { Some(Hopper::new(&context)?) } else { None };
         let tables = Arc::new(memory::Tables::new(&context)?);
         let blas = Arc::new(gemm::Blas::new(compute.clone(), tables.clone())?);
-        Ok(Cuda { blas, kernels, tables, hopper, compute, context, _act: PhantomData })
+        let counters = Arc::default();
+        Ok(Cuda { blas, kernels, tables, hopper, compute, counters, context, _act: PhantomData })
     }
 
     /// Name of the GPU.

@@ -54,7 +54,7 @@ impl Saved {
 pub struct StageContext<'a, D: Ops> {
     pub ops: &'a D,
     pub spec: &'a ModelSpec,
-    pub weights: &'a LayerWeights<D>,
+    pub weights: LayerWeights<'a, D>,
     pub batch: &'a BatchBuffers<D>,
     /// The adapter's numbers and the layer's matrices; `None` computes with the base alone.
     pub trainables: Option<(&'a LoraConfig, &'a LayerTrainables)>,
