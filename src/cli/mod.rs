@@ -157,7 +157,10 @@ impl Cli {
                     data::run(&start, &args, &overrides)?;
                 }
             }
-            Command::Quantize(args) => quantize::run(&start, comm, &args, &overrides)?,
+            Command::Quantize(args) => {
+                no_device("quantize computes on the CPU")?;
+                quantize::run(&start, comm, &args, &overrides)?
+            }
             Command::Eval(args) => eval::run(&start, comm, &args, &overrides)?,
             Command::Generate(args) => generate::run(&start, comm, &args, &overrides)?,
             Command::Merge(args) => {

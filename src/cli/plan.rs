@@ -41,7 +41,7 @@ pub struct PlanArgs {
     #[arg(long, required_unless_present = "sweep")]
     gpu: Option<String>,
     /// Print for each of these cards how many of them in one node the run needs
-    #[arg(long, conflicts_with_all = ["gpu", "world_size", "nodes", "trace", "json"])]
+    #[arg(long, conflicts_with_all = ["gpu", "calibrate", "world_size", "nodes", "network", "trace", "json"])]
     sweep: bool,
     /// Fit the shares of the card's rates that steps reach to measured runs: a file of lines that `bench step`
     /// printed
@@ -106,7 +106,7 @@ pub fn run(args: &PlanArgs, ranks_per_gpu: usize, overrides: &[String]) -> Resul
     if let Some(path) = &args.calibrate {
         hardware = calibrate::fit(&hardware, &measured(path)?).with_context(|| path.display().to_string())?;
         let Reached { products, memory, kernel_seconds, .. } = hardware.reached;
-        eprintln!(
+        tracing::info!(
             "calibrated: products reach {products:.3} of the card's rate, memory {memory:.3}; a kernel takes at least {:.1} us",
             kernel_seconds * 1e6
         );

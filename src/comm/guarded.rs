@@ -5,6 +5,7 @@ use std::sync::Arc;
 use anyhow::{Result, anyhow};
 use cudarc::driver::{CudaEvent, CudaStream};
 
+use crate::device::cuda::asked::waiting;
 use crate::device::{Device, Place};
 
 /// A buffer or a [`Place`] that lies in host memory and that a queue copies to or from.
@@ -39,7 +40,7 @@ impl<P> Guarded<P> {
     }
 
     fn wait_for_last_copy(&self) -> Result<()> {
-        let ended = self.last_copy.as_ref().map_or(Ok(()), |event| event.synchronize());
+        let ended = self.last_copy.as_ref().map_or(Ok(()), |event| waiting(|| event.synchronize()));
         ended.map_err(|e| anyhow!("waiting for a copy to or from host memory: the GPU reports: {e}"))
     }
 

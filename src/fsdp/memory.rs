@@ -215,6 +215,28 @@ impl<D: Ops> Memory<D> {
         Ok(Plans { device: device.into_plan(), host: host.into_plan() })
     }
 
+    /// See [`Memory::slots`].
+    fn carve_slots(
+        arena: &mut Arena<D>,
+        sharded: Option<ShardedTrainables<'_>>,
+        layouts: &[UnitLayout],
+        limits: &Limits,
+    ) -> Result<Vec<(Buffer<D, u8>, Buffer<D, f32>)>> {
+        let resident = limits.residency.of_units(layouts.len());
+        let gathered =
+            layouts.iter().zip(resident).filter(|(layout, resident)| !limits.has_whole::<D>(layout, *resident));
+        let flat_bytes = gathered.map(|(layout, _)| layout.gathered_bytes()).max().unwrap_or(0);
+        let gathered_len = sharded.map_or(0, |s| if s.are_whole(&limits.residency) { 0 } else { s.padded_len() });
+        (0..limits.num_slots)
+            .map(|i| {
+                Ok((
+                    arena.carve(&format!("slots/{i}/flat"), flat_bytes)?,
+                    arena.carve(&format!("slots/{i}/lora"), gathered_len)?,
+                ))
+            })
+            .collect()
+    }
+
     /// The first call runs on measuring arenas and gives the plan; the second takes the memory.
     pub fn carve(
         arena: &mut Arena<D>,
@@ -231,19 +253,7 @@ impl<D: Ops> Memory<D> {
         let (tokens, hidden) = (limits.max_tokens, spec.hidden_size);
         let widths = Widths::new(spec, sharded.map(|sharded| sharded.trainables));
         let padded_len = sharded.map_or(0, |sharded| sharded.padded_len());
-        let resident = limits.residency.of_units(units.count());
-        let gathered =
-            layouts.iter().zip(resident).filter(|(layout, resident)| !limits.has_whole::<D>(layout, *resident));
-        let flat_bytes = gathered.map(|(layout, _)| layout.gathered_bytes()).max().unwrap_or(0);
-        let gathered_len = sharded.map_or(0, |s| if s.are_whole(&limits.residency) { 0 } else { s.padded_len() });
-        let slots = (0..limits.num_slots)
-            .map(|i| {
-                Ok((
-                    arena.carve(&format!("slots/{i}/flat"), flat_bytes)?,
-                    arena.carve(&format!("slots/{i}/lora"), gathered_len)?,
-                ))
-            })
-            .collect::<Result<_>>()?;
+        let slots = Self::carve_slots(arena, sharded, layouts, limits)?;
         let dense_layers = limits.dense_layers.min(units.layers);
         let mut shared = shared_tensors(layouts, dense_layers, D::ACT);
         let head_piece_len = shared.remove(&TensorId::Rows).unwrap_or(0);

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use crate::device::{AttentionBackward, AttentionForward, AttentionOps, AttentionShape, ViewMut};
 
 use super::compile::{AttentionVariant, HEAD_DIMS};
-use super::launch::{Arg, Grid, allow_shared_bytes, args};
+use super::launch::{Arg, Grid, allow_shared_bytes, args, launch_kernel};
 use super::{Cuda, HalfType, Loaded, attention_hopper};
 
 /// The kernels that have a block for so many queries (or keys) of a head, and its threads.
@@ -136,7 +136,7 @@ impl<A: HalfType> Cuda<A> {
         let kernels = self.attention_kernels(variant)?;
         let kernel = kernels.get(name).with_context(|| format!("no kernel is named {name}"))?;
         // SAFETY: the caller's duty.
-        unsafe { self.launch_kernel(&self.compute, kernel, name, grid, args) }
+        unsafe { launch_kernel(&self.compute, kernel, name, grid, args) }
     }
 
     /// Runs a kernel that writes the gradients of keys and values in so many parts, and adds these.

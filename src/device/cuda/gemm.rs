@@ -10,7 +10,7 @@ use cudarc::driver::CudaStream;
 use crate::device::{Element, Gemm, GemmOps, Transpose, View, ViewMut};
 
 use super::memory::Tables;
-use super::{Cuda, HalfType};
+use super::{Cuda, HalfType, asked};
 
 /// Workspace of cuBLAS; one of a fixed size makes its choice of algorithm the same on every run.
 pub const WORKSPACE_BYTES: usize = 32 << 20;
@@ -121,7 +121,7 @@ impl<A: HalfType> Cuda<A> {
             b.len(),
             c.len()
         );
-        self.counters.launched();
+        asked::launched();
         // SAFETY: cuBLAS counts in columns, so that it sees Cᵀ = op(B)ᵀ · op(A)ᵀ of the same memory; sizes and
         // strides were checked against the views; alpha and beta are read before the call returns.
         unsafe {

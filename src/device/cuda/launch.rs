@@ -8,7 +8,7 @@ use cudarc::driver::{CudaFunction, CudaStream, result, sys};
 use crate::device::{Element, View, ViewMut};
 
 use super::memory::TableAddr;
-use super::{Cuda, HalfType};
+use super::{Cuda, HalfType, asked};
 
 /// One argument of a kernel, in the low bytes: an address, a number, an array of structs or a tensor map.
 #[repr(C, align(64))]
@@ -157,40 +157,39 @@ impl<A: HalfType> Cuda<A> {
     ) -> Result<()> {
         let kernel = self.kernels.common.get(name).with_context(|| format!("no kernel is named {name}"))?;
         // SAFETY: the caller's duty.
-        unsafe { self.launch_kernel(stream, kernel, name, grid, args) }
+        unsafe { launch_kernel(stream, kernel, name, grid, args) }
     }
+}
 
-    /// Starts a kernel, `name` in errors, on a stream; none for a grid without blocks.
-    ///
-    /// # Safety
-    /// The caller's duty is that of [`Cuda::launch`].
-    pub(super) unsafe fn launch_kernel<const N: usize>(
-        &self,
-        stream: &CudaStream,
-        kernel: &CudaFunction,
-        name: &str,
-        grid: Grid,
-        args: [Arg; N],
-    ) -> Result<()> {
-        if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
-            return Ok(());
-        }
-        let mut pointers = args.each_ref().map(|arg| std::ptr::from_ref(&arg.0).cast::<c_void>().cast_mut());
-        let (x, y) = (u32::try_from(grid.blocks.0)?, u32::try_from(grid.blocks.1)?);
-        // SAFETY: the caller vouches for the arguments; each is as large as any that a kernel declares.
-        let launched = unsafe {
-            result::launch_kernel(
-                kernel.cu_function(),
-                (x, y, 1),
-                (grid.threads, 1, 1),
-                grid.shared_bytes,
-                stream.cu_stream(),
-                &mut pointers,
-            )
-        };
-        self.counters.launched();
-        launched.map_err(|e| anyhow!("kernel {name}: {e}"))
+/// Starts a kernel, `name` in errors, on a stream; none for a grid without blocks.
+///
+/// # Safety
+/// As for [`Cuda::launch`].
+pub(super) unsafe fn launch_kernel<const N: usize>(
+    stream: &CudaStream,
+    kernel: &CudaFunction,
+    name: &str,
+    grid: Grid,
+    args: [Arg; N],
+) -> Result<()> {
+    if grid.blocks.0 == 0 || grid.blocks.1 == 0 {
+        return Ok(());
     }
+    let mut pointers = args.each_ref().map(|arg| std::ptr::from_ref(&arg.0).cast::<c_void>().cast_mut());
+    let (x, y) = (u32::try_from(grid.blocks.0)?, u32::try_from(grid.blocks.1)?);
+    // SAFETY: the caller vouches for the arguments; each is as large as any that a kernel declares.
+    let launched = unsafe {
+        result::launch_kernel(
+            kernel.cu_function(),
+            (x, y, 1),
+            (grid.threads, 1, 1),
+            grid.shared_bytes,
+            stream.cu_stream(),
+            &mut pointers,
+        )
+    };
+    asked::launched();
+    launched.map_err(|e| anyhow!("kernel {name}: {e}"))
 }
 
 /// Allows a kernel more dynamic shared memory than the 48 KiB that every kernel may have.

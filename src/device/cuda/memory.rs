@@ -2,9 +2,7 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
@@ -15,6 +13,7 @@ use crate::quant::double::DYNAMIC_MAP;
 use crate::quant::nf4::{CODEBOOK, THRESHOLDS};
 use crate::quant::record::Dtype;
 
+use super::asked::{self, waiting};
 use super::{Cuda, HalfType, gemm, libraries};
 
 /// One allocation, freed on drop.
@@ -223,28 +222,6 @@ impl<A: HalfType> Cuda<A> {
     }
 }
 
-/// Counts what the host asks of the compute queue.
-#[derive(Default)]
-pub(super) struct Counters {
-    launches: AtomicU64,
-    waited_ns: AtomicU64,
-}
-
-impl Counters {
-    pub(super) fn launched(&self) {
-        self.launches.fetch_add(1, Relaxed);
-    }
-
-    fn waited(&self, time: Duration) {
-        self.waited_ns.fetch_add(time.as_nanos() as u64, Relaxed);
-    }
-
-    fn asked(&self) -> Asked {
-        let waited = Duration::from_nanos(self.waited_ns.load(Relaxed));
-        Asked { launches: self.launches.load(Relaxed), waited }
-    }
-}
-
 impl<A: HalfType> Device for Cuda<A> {
     type Act = A;
     type Region = DeviceRegion;
@@ -273,14 +250,11 @@ impl<A: HalfType> Device for Cuda<A> {
     }
 
     fn asked(&self) -> Asked {
-        self.counters.asked()
+        asked::asked()
     }
 
     fn synchronize(&self) -> Result<()> {
-        let start = Instant::now();
-        let ended = self.compute.synchronize().map_err(|e| anyhow!("the GPU reports: {e}"));
-        self.counters.waited(start.elapsed());
-        ended
+        waiting(|| self.compute.synchronize()).map_err(|e| anyhow!("the GPU reports: {e}"))
     }
 
     fn mark(&self) -> Result<CudaEvent> {

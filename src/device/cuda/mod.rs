@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "calls CUDA")]
 
 mod adamw;
+pub mod asked;
 mod attention;
 mod attention_hopper;
 pub mod compile;
@@ -106,14 +107,13 @@ pub struct Cuda<A: HalfType> {
     /// Set on a Hopper, which has kernels of its own.
     hopper: Option<Hopper>,
     compute: Arc<CudaStream>,
-    counters: Arc<memory::Counters>,
     context: Arc<CudaContext>,
     _act: PhantomData<fn() -> A>,
 }
 
 impl<A: HalfType> Clone for Cuda<A> {
     fn clone(&self) -> Self {
-        let Cuda { blas, kernels, tables, hopper, compute, counters, context, _act } = self;
+        let Cuda { blas, kernels, tables, hopper, compute, context, _act } = self;
         let (blas, kernels, tables) = (blas.clone(), kernels.clone(), tables.clone());
         Cuda {
             blas,
@@ -121,7 +121,6 @@ impl<A: HalfType> Clone for Cuda<A> {
             tables,
             hopper: *hopper,
             compute: compute.clone(),
-            counters: counters.clone(),
             context: context.clone(),
             _act: PhantomData,
         }
@@ -148,8 +147,7 @@ impl<A: HalfType> Cuda<A> {
         let hopper = if arch == compile::HOPPER { Some(Hopper::new(&context)?) } else { None };
         let tables = Arc::new(memory::Tables::new(&context)?);
         let blas = Arc::new(gemm::Blas::new(compute.clone(), tables.clone())?);
-        let counters = Arc::default();
-        Ok(Cuda { blas, kernels, tables, hopper, compute, counters, context, _act: PhantomData })
+        Ok(Cuda { blas, kernels, tables, hopper, compute, context, _act: PhantomData })
     }
 
     /// Name of the GPU.
