@@ -1,9 +1,5 @@
 //! The command line: one file per subcommand, no logic.
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "results go to standard output, usage and guesses to standard error"
-)]
+#![expect(clippy::print_stdout, reason = "results go to standard output")]
 
 mod bench;
 mod cache;
@@ -157,10 +153,8 @@ impl Cli {
                     data::run(&start, &args, &overrides)?;
                 }
             }
-            Command::Quantize(args) => {
-                no_device("quantize computes on the CPU")?;
-                quantize::run(&start, comm, &args, &overrides)?
-            }
+            Command::Quantize(args) => no_device("quantize computes on the CPU")
+                .and_then(|()| quantize::run(&start, comm, &args, &overrides))?,
             Command::Eval(args) => eval::run(&start, comm, &args, &overrides)?,
             Command::Generate(args) => generate::run(&start, comm, &args, &overrides)?,
             Command::Merge(args) => {

@@ -136,10 +136,12 @@ pub struct TrainableState<D: Ops> {
     pub exp_avg_sq: Place<D, f32>,
 }
 
+/// Buffers for a gathered unit: frozen bytes and trainable values. A buffer into which nothing is ever gathered is empty.
+pub type Slot<D> = (Buffer<D, u8>, Buffer<D, f32>);
+
 /// All device memory of a run.
 pub struct Memory<D: Ops> {
-    /// Gathered units: frozen bytes and trainable values. Buffers into which nothing is ever gathered are empty.
-    pub slots: Vec<(Buffer<D, u8>, Buffer<D, f32>)>,
+    pub slots: Vec<Slot<D>>,
     /// Buffers that layers share: for the dense weights of layers that do not keep them, and for norms, biases and trainable values.
     pub layer: WeightBuffers<D>,
     /// The first layers, whose dense weights stay.
@@ -221,7 +223,7 @@ impl<D: Ops> Memory<D> {
         sharded: Option<ShardedTrainables<'_>>,
         layouts: &[UnitLayout],
         limits: &Limits,
-    ) -> Result<Vec<(Buffer<D, u8>, Buffer<D, f32>)>> {
+    ) -> Result<Vec<Slot<D>>> {
         let resident = limits.residency.of_units(layouts.len());
         let gathered =
             layouts.iter().zip(resident).filter(|(layout, resident)| !limits.has_whole::<D>(layout, *resident));
