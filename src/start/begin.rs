@@ -24,8 +24,8 @@ pub struct Beginning {
 }
 
 /// Returns the job of the run that goes on in an output folder, if one does: its steps have as many sequences as
-/// before, whatever the number of ranks is now, which may be too large to share such a step. Rank 0 has the folder. `identity` is that of
-/// a job on a number of ranks. Collective.
+/// before, whatever the number of ranks is now. More ranks than can share such a step are refused afterwards; where the folder may be
+/// overwritten they begin another run. Rank 0 has the folder. `identity` is that of a job on a number of ranks. Collective.
 pub fn with_batch_of_the_run(
     comm: &mut dyn Comm,
     job: Agreed<Job>,
@@ -37,9 +37,9 @@ pub fn with_batch_of_the_run(
     let mut kept = None;
     if let Some(output) = output
         && let Some(sequences) = output.global_batch_size(&job.values(), resume)?.filter(|kept| *kept != own)
-        // The run is known on more ranks than can share its step, too; those are refused afterwards.
         && let job = job.with_global_batch(sequences)
-        && let Ok(run) = identity(&job, comm.world_size()).or_else(|_| identity(&job, 1))
+        && let Ok(run) = identity(&job, comm.world_size())
+            .or_else(|error| if output.overwrites() { Err(error) } else { identity(&job, 1) })
     {
         kept = output.knows(&run, resume)?.then_some(sequences);
     }

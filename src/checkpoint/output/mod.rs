@@ -188,6 +188,11 @@ impl Output {
         Ok(self.known(resume)?.into_iter().rfind(|run| run.may_be_of(recipe)).and_then(|run| run.clock))
     }
 
+    /// Returns whether a new result may replace what the folder holds.
+    pub fn overwrites(&self) -> bool {
+        self.overwrite
+    }
+
     /// Returns whether a run goes on here that did not finish, or finished already.
     pub fn knows(&self, run: &RunIdentity, resume: &Resume) -> Result<bool> {
         Ok(self.known(resume)?.iter().any(|known| run.obstacles(known).is_empty()))
