@@ -129,4 +129,4 @@ pub use recipe::RecipeError;
 pub use start::agree::Disagreement;
 pub use train::run::Outcome;
 pub use train::signals::claim as claim_signals;
-pub use train::stop::STOPPED;
+pub use train::stop::{STOPPED, listen as listen_for_signals};

@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use clap::Parser;
 use fsdp_qlora::{
     Cli, Disagreement, LogFormat, Outcome, RecipeError, STOPPED, World, abort, claim_signals, install_log, is_guarded,
-    is_json_log, launcher_rank, log_error, watch,
+    is_json_log, launcher_rank, listen_for_signals, log_error, watch,
 };
 
 fn main() {
@@ -17,8 +17,9 @@ fn main() {
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => Err(error),
     };
+    let trains = cli.as_ref().is_ok_and(Cli::trains);
     // A signal that comes while MPI starts stops the run as soon as that is done.
-    let claimed = if cli.as_ref().is_ok_and(Cli::trains) { claim_signals() } else { Ok(()) };
+    let claimed = if trains { claim_signals() } else { Ok(()) };
     let world = match claimed.and_then(|()| World::init()) {
         Ok(world) => world,
         Err(error) => fail(&error, &prefix(launcher_rank(), 1)),
@@ -27,6 +28,9 @@ fn main() {
     install_log(world.rank, log_format, quiet);
     let prefix = prefix(world.rank, world.world_size);
     end_all_ranks_on_panic(prefix.clone());
+    if trains && let Err(error) = listen_for_signals(&world) {
+        fail(&error, &prefix);
+    }
     // After an error the world is not dropped, because dropping it waits for the other ranks.
     let outcome = match cli.map_err(anyhow::Error::from).and_then(|cli| cli.run(&world)) {
         Ok(outcome) => outcome,

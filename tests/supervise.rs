@@ -150,6 +150,10 @@ fn a_refusal_is_not_tried_again() {
     let text = fails(supervise(&place, &[]), 2);
     assert!(text.contains("the command line or the recipe was refused"), "{text}");
     assert_eq!(starts(&place).len(), 1);
+    // The same hosts took the run before, so that it is not their number.
+    let place = planned(&["is running; checkpoint 1; exit 1", "exit 2", "exit 0"]);
+    fails(supervise(&place, &[]), 2);
+    assert_eq!(starts(&place).len(), 2);
 }
 
 #[test]
@@ -165,8 +169,10 @@ fn a_run_that_takes_no_more_ranks_goes_on_with_as_many_as_before() {
     let ranks = |start: String| start.split(" -n ").nth(1).unwrap().chars().next().unwrap();
     assert_eq!(starts_of(&place).map(ranks).collect::<String>(), "373");
     let place = planned(&["is finished"]);
-    succeeds(supervise(&place, &["--max-slots", "6"]));
-    assert!(starts_of(&place).all(|start| start.contains("node1 slots=2,node2 slots=4 -n 6 ")), "{:?}", starts(&place));
+    succeeds(supervise(&place, &["--max-slots", "5", "--min-slots", "5"]));
+    assert!(starts_of(&place).all(|start| start.contains("node1 slots=2,node2 slots=3 -n 5 ")), "{:?}", starts(&place));
+    let text = fails(supervise(&place, &["--max-slots", "1", "--min-slots", "2"]), 2);
+    assert!(text.contains("--min-slots: found 2, allowed: at most the 1 of --max-slots"), "{text}");
 }
 
 #[test]

@@ -115,7 +115,7 @@ fn run_of_train(
     overrides: &[String],
 ) -> Result<Outcome> {
     let started = Instant::now();
-    stop::listen(start.world.rank)?;
+    stop::listen(start.world)?;
     watch::keep_steps();
     keys.extend([
         ("model", json!(args.shards)),

@@ -33,7 +33,7 @@ use crate::train::result::{Kept, doubt, save};
 use crate::train::run::{Outcome, Run};
 use crate::train::saving::{self, Fixed, Writer};
 use crate::train::skipping::with_last_good;
-use crate::train::stop::{self, CONTROL_FILE, Deadline, Options, Stop};
+use crate::train::stop::{CONTROL_FILE, Deadline, Options, Stop};
 
 use super::check_trace;
 
@@ -60,7 +60,6 @@ const RECIPE: &str = "fsdp-qlora.yaml";
 /// error, and its message, the last line, names the place.
 pub fn run(start: &Start, mut comm: MpiComm, args: &TrainArgs, overrides: &[String]) -> Result<Outcome> {
     let started = Instant::now();
-    stop::listen(start.world.rank)?;
     let path = args.config.as_deref().unwrap_or(Path::new(RECIPE));
     let job = match args.config.is_none() && !overrides.is_empty() && !path.exists() {
         true => recipe::from_options(Command::Train, Vec::new(), overrides)?,

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use libc::{SIGINT, SIGTERM, SIGUSR1, c_int};
 
 use crate::comm::Comm;
-use crate::comm::mpi::abort;
+use crate::comm::mpi::{World, abort};
 use crate::comm::watch::{self, End};
 use crate::files;
 
@@ -45,10 +45,13 @@ const LOOK: Duration = Duration::from_millis(50);
 
 /// Takes note of the signals from here on, instead of ending at once ([`signals::claim`]). Until a [`Stop`] looks for
 /// them, a signal ends all ranks with [`STOPPED`], since there is nothing to save.
-pub fn listen(rank: usize) -> Result<()> {
+pub fn listen(world: &World) -> Result<()> {
     signals::claim()?;
+    let (rank, is_one_machine) = (world.rank, world.world_size == world.local_size);
     let thread = std::thread::Builder::new().name("signals".into());
-    thread.spawn(move || end_before_the_first_step(rank)).context("starting the thread that looks for signals")?;
+    thread
+        .spawn(move || end_before_the_first_step(rank, is_one_machine))
+        .context("starting the thread that looks for signals")?;
     Ok(())
 }
 
@@ -58,14 +61,16 @@ fn signal() -> Option<Reason> {
 }
 
 /// Ends all ranks if a signal comes before a [`Stop`] looks for it. Libraries are loaded meanwhile, which may take the signals.
-fn end_before_the_first_step(rank: usize) {
+fn end_before_the_first_step(rank: usize, is_one_machine: bool) {
     while !IS_WATCHED.load(Ordering::Relaxed) {
         // It cannot fail: it has not done so in `listen`.
         let _ = signals::claim();
         if let Some(reason) = signal() {
-            let why = format!("{} before the first step", reason.text(rank));
-            if watch::takes_the_word(false, End::Stopped, &why) {
-                tracing::warn!("stopped by {why}; help: the same `train` again goes on");
+            let text = format!("{} before the first step", reason.text(rank));
+            // The launcher sends SIGTERM when a rank on another machine has failed, too, and this rank cannot tell.
+            let why = if reason == Reason::Sigterm && !is_one_machine { "" } else { &text };
+            if watch::takes_the_word(false, End::Stopped, why) {
+                tracing::warn!("stopped by {text}; help: the same `train` again goes on");
             }
             abort(STOPPED);
         }

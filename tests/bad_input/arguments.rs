@@ -72,6 +72,13 @@ fn plan_refuses_what_no_machine_has() {
     assert!(output.status.success() && text.contains("rtx3060  does not fit on 8: a rank needs at least"), "{text}");
     let sweep = ["plan", "--shape", "llama-3.1-8b", "--sweep", "--layers", "33"];
     refused(&place, &sweep, 2, &["--layers: found 33, allowed: 1 to the 32"]);
+    for option in [["--calibrate", "runs.jsonl"], ["--network", "5"]] {
+        refused(&place, &[&sweep[..4], &option].concat(), 2, &["cannot be used with", option[0]]);
+    }
+    for option in [["--device", "cuda"], ["--ranks-per-gpu", "2"]] {
+        let quantize = ["quantize", "--shape", "llama-3.1-8b", "--output", "shards", "--world-size", "1"];
+        refused(&place, &[&quantize[..], &option].concat(), 2, &["quantize computes on the CPU"]);
+    }
 }
 
 #[test]

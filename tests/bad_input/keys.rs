@@ -129,7 +129,7 @@ fn observe(args: &[&str], sets: &[&str], ranks: usize) -> String {
     let text = [output.stdout, output.stderr].concat();
     let text = String::from_utf8_lossy(&text).replace(place.path("").to_str().unwrap(), "");
     let times = Regex::new(concat!(
-        r#"(?m)"[a-z_]*(_ms|_bytes|per_second|_rank|tflops|rate|peak)[a-z_]*":[^,}]*|[\d.]+ (tok/s|tokens/s|ms\b)|\S+ left|"#,
+        r#"(?m)"[a-z_]*(_ms|_bytes|per_second|_rank|tflops|rate|peak|idle)[a-z_]*":[^,}]*|[\d.]+ (tok/s|tokens/s|ms\b)|\S+ left|"#,
         r#""(ms|rate|share_of_peak)":[^,}]*|in [\d.]+ s\b|^peak.*|^checkpoint: .*\n|^rank 1:.*|\[[^\]]*\d+[^\]]*\] .*"#
     ));
     let mut seen = times.unwrap().replace_all(&text, "").into_owned();

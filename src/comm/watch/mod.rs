@@ -323,7 +323,8 @@ pub fn tell_the_end() {
 }
 
 /// Returns true on the one rank of this node that reports why all ranks end. The others wait here to be ended, and return false if
-/// nobody ends them. With `gives_way`, rank 0 reports it if it fails too. [`on_end`] gets `end` and `why`.
+/// nobody ends them. With `gives_way`, rank 0 reports it if it fails too. [`on_end`] gets `end` and `why`, unless `why` is
+/// empty.
 pub fn takes_the_word(gives_way: bool, end: End, why: &str) -> bool {
     let Some(watch) = WATCH.get() else { return true };
     let (is_rank_0, has_a_board) = {
