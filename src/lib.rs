@@ -43,8 +43,9 @@
 //! action. The communication thread gathers a unit into one of two slots while the unit before it computes. When its
 //! gather has been waited for, the unit is dequantized into the one set of dense weights that layers share, all
 //! micro-batches pass through it, and it is resharded. Plain weights that a device can compute with are used where they
-//! lie, and layers for which there is room keep their dense weights. A unit that a GPU has as a whole already ([`comm::Queue::whole`]) is dequantized
-//! from where it is, and adapter values likewise; where nothing is gathered, the slots take no memory. A micro-batch may
+//! lie, and layers for which there is room keep their dense weights. A unit that a GPU has as a whole already
+//! ([`comm::Queue::whole`]) is dequantized from where it is, and adapter values likewise; where nothing is gathered, the
+//! slots take no memory. A micro-batch may
 //! be scored without a backward pass, with the adapter or without it, beside others that train
 //! ([`fsdp::schedule::Descriptor`]). [`model::layer`] runs the stages of a layer one after the other; a stage is a flat
 //! list of ops forward, the same list cut short for a recompute, and a list backward. The head gives the

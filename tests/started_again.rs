@@ -5,7 +5,7 @@ mod common;
 use std::process::Command;
 
 use common::cli::{Place, fails, metrics, succeeds, train_with};
-use common::running::{Running, signal};
+use common::running::{Running, has_signal, signal};
 
 /// A command that fails in its fourth step.
 fn failing(mut command: Command) -> Command {
@@ -113,13 +113,6 @@ fn checkpoints_of_a_run_that_was_to_replace_another() {
     assert!(text.contains("going on after step 3"), "{text}");
 }
 
-/// Returns whether a process takes note of SIGTERM (proc(5)).
-fn notes_sigterm(pid: u32) -> bool {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
-    caught.is_some_and(|mask| u64::from_str_radix(mask.trim(), 16).unwrap() >> (libc::SIGTERM - 1) & 1 == 1)
-}
-
 #[test]
 fn a_signal_that_comes_while_mpi_starts_ends_all_ranks() {
     let place = Place::new();
@@ -127,7 +120,9 @@ fn a_signal_that_comes_while_mpi_starts_ends_all_ranks() {
     // Rank 1 compares nothing with rank 0, which waits for it.
     command.env("FSDP_QLORA_FAULT", "hang:1:agree");
     let mut running = Running::start(&place, command);
-    assert!(running.until(|place| place.ranks().len() == 2 && notes_sigterm(place.ranks()[0])), "{}", running.text());
+    let notes_sigterm = |rank: &u32| has_signal(*rank, "SigCgt", libc::SIGTERM);
+    let both_note = |place: &Place| place.ranks().len() == 2 && place.ranks().iter().all(notes_sigterm);
+    assert!(running.until(both_note), "{}", running.text());
     assert!(signal(place.ranks()[0], "TERM"));
     let (status, text) = running.ends();
     assert!(status == Some(75) && text.contains("stopped by SIGTERM to rank 0 before the first step"), "{text}");

@@ -6,7 +6,7 @@ mod common;
 use std::process::Command;
 
 use common::cli::{Place, TRAIN, fails, program, succeeds, train_with};
-use common::running::{Running, signal};
+use common::running::{Running, has_signal, signal};
 
 /// Plays the next line of `plan` as a run, and writes down how it was started.
 const LAUNCHER: &str = r#"#!/bin/bash
@@ -42,13 +42,6 @@ fn supervise(place: &Place, options: &[&str]) -> Command {
     let mut command = place.script("scripts/spot/supervise", &args);
     command.env_remove("OMPI_MCA_odls_base_sigkill_timeout");
     command
-}
-
-/// Returns whether this test ignores SIGHUP, as under nohup; the supervisor then does so too.
-fn ignores_hangups() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
-    u64::from_str_radix(ignored.trim(), 16).unwrap() & 1 == 1
 }
 
 /// One line for each start: the option of the hostfile, its hosts, the other arguments, and the time until a SIGKILL.
@@ -150,7 +143,7 @@ fn a_refusal_is_not_tried_again() {
     let text = fails(supervise(&place, &[]), 2);
     assert!(text.contains("the command line or the recipe was refused"), "{text}");
     assert_eq!(starts(&place).len(), 1);
-    // The same hosts took the run before, so that it is not their number.
+    // These hosts took the run before, so the refusal is not for their number.
     let place = planned(&["is running; checkpoint 1; exit 1", "exit 2", "exit 0"]);
     fails(supervise(&place, &[]), 2);
     assert_eq!(starts(&place).len(), 2);
@@ -191,7 +184,9 @@ fn a_wish_to_stop_is_obeyed() {
     assert_eq!(starts(&place).len(), 1);
 
     // What it is told itself reaches the ranks as SIGUSR1, and the launcher's status says nothing.
-    for name in ["TERM", "INT", "HUP", "USR1"].into_iter().filter(|name| *name != "HUP" || !ignores_hangups()) {
+    // Where this test ignores SIGHUP, as under nohup, the supervisor does so too.
+    let ignores_hangups = has_signal(std::process::id(), "SigIgn", libc::SIGHUP);
+    for name in ["TERM", "INT", "HUP", "USR1"].into_iter().filter(|name| *name != "HUP" || !ignores_hangups) {
         let run = "trap 'is stopped \"SIGUSR1 to rank 0, after step 9\"; exit 1' USR1; touch begun; while sleep 0.01; do :; done";
         let place = planned(&[run]);
         let mut running = Running::start(&place, supervise(&place, &[]));

@@ -75,7 +75,7 @@ ops!(
     UniformOps
 );
 
-/// What the host has asked of a device's compute queue since its start.
+/// Counts of the host's calls to a device's compute queue since the start.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Asked {
     /// Number of kernels and matrix products.

@@ -247,7 +247,12 @@ mod tests {
             run.step_ms = 1e3 * run.predicted_seconds(hardware).unwrap();
             run
         };
-        vec![run("llama-3.1-8b", 4, 512, Keep::EVERYTHING), run("llama-3.1-70b", 4, 1024, Keep::NOTHING)]
+        vec![
+            run("llama-3.1-8b", 4, 512, Keep::EVERYTHING),
+            run("llama-3.1-8b", 4, 512, Keep::NOTHING),
+            run("llama-3.1-8b", 4, 256, Keep::EVERYTHING),
+            run("llama-3.1-70b", 4, 1024, Keep::NOTHING),
+        ]
     }
 
     #[test]
@@ -260,7 +265,7 @@ mod tests {
         // The shares are drawn to their earlier values, so that the fit is not exact.
         for run in &runs {
             let error = |hardware: &Hardware| (run.compare(hardware).unwrap().time - 1.0).abs();
-            assert!(error(&before) > 0.15 && error(&fitted) < 0.025, "{} and {}", error(&before), error(&fitted));
+            assert!(error(&before) > 0.15 && error(&fitted) < 0.02, "{} and {}", error(&before), error(&fitted));
         }
         assert!(fitted.reached.products < before.reached.products && fitted.reached.memory < before.reached.memory);
     }

@@ -62,3 +62,10 @@ impl Drop for Running<'_> {
 pub fn signal(pid: u32, name: &str) -> bool {
     Command::new("sh").args(["-c", &format!("kill -{name} {pid} 2>/dev/null")]).status().unwrap().success()
 }
+
+/// Returns whether a set of signals of a process has this one: `SigCgt`, those that it catches, or `SigIgn`, those that it ignores (proc(5)).
+pub fn has_signal(pid: u32, set: &str, number: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix(set)?.strip_prefix(':'));
+    mask.is_some_and(|mask| u64::from_str_radix(mask.trim(), 16).unwrap() >> (number - 1) & 1 == 1)
+}
